@@ -1,0 +1,63 @@
+# Everything a newcomer or a change needs. Wants Python 3.11 or newer, with its venv module, and make; nothing else.
+# PYTHON=/path/to/python chooses another Python than the one found here. All of it goes into .venv.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+# The first of these that runs and can make environments: a name on the path may be a shim that only fails.
+CAN_MAKE_ENVIRONMENTS := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python; do \
+	"$$python" -c '$(CAN_MAKE_ENVIRONMENTS)' >/dev/null 2>&1 && echo "$$python" && break; done)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench-peers clean
+
+help:
+	@echo "make demo         train CartPole until it is solved, and show the result"
+	@echo "make test         run the tests"
+	@echo "make lint         check style, format and types"
+	@echo "make format       put imports and lines in order"
+	@echo "make bench-peers  install what qfleet is measured against"
+	@echo "make clean        delete what these commands have made, except runs/"
+
+demo: $(VENV)/.installed-core
+	$(BIN)/qfleet train CartPole-v1 --preset pqn --stop-return 475
+	$(BIN)/qfleet eval "$$(ls -td runs/CartPole-v1-pqn-*/ | head -n 1)"
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench-peers: $(VENV)/pyvenv.cfg
+	$(BIN)/python benchmarks/install.py
+
+clean:
+	rm -rf $(VENV) benchmarks/.peers build dist .pytest_cache .mypy_cache .ruff_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed-core: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing qfleet into $(VENV): about 750 MB, a minute or two ..."
+	@$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "Installing qfleet and its development tools into $(VENV): about 1.2 GB, a minute or two ..."
+	@$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@touch $(VENV)/.installed-core $@
+
+$(VENV)/pyvenv.cfg:
+	@"$(PYTHON)" -c '$(CAN_MAKE_ENVIRONMENTS)' 2>/dev/null || { \
+		echo "qfleet needs Python 3.11 or newer with its venv module, and found none$(if $(PYTHON), ($(PYTHON) is not))." >&2; \
+		echo "Install one (on Debian or Ubuntu: apt install python3 python3-venv), or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; \
+		exit 1; }
+	@"$(PYTHON)" -m venv $(VENV)

@@ -1,0 +1,143 @@
+"""How close the fused program is to its limit: the forward and backward passes that it can't do without.
+
+    python benchmarks/limit.py
+
+For each setting, one row: microseconds per iteration of the whole program (environment, acting, replay, sampling,
+optimiser, bookkeeping) and of its passes alone (the same number of forward and backward passes of the same shapes on
+ready arrays, in one compiled loop), and their ratio. Medians of alternating repeats: a noisy machine hurts both.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qfleet import TrainConfig, make_config, make_env
+from qfleet.core.agent import Agent, make_agent
+from qfleet.core.types import Batch, EnvSpec, Regression, Transition
+from qfleet.networks import make_network
+from qfleet.topologies.fused import MAX_ITERATIONS, Fused
+from qfleet.topologies.fused_program import rows_per_iteration
+
+SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "CartPole pqn": ("CartPole-v1", "pqn", {}),
+    "CartPole double_dqn": ("CartPole-v1", "double_dqn", {}),
+    "CartPole rainbow_lite": ("CartPole-v1", "rainbow_lite", {}),
+    "Breakout-MinAtar pqn": ("gymnax:Breakout-MinAtar", "pqn", {}),
+    "Breakout-MinAtar double_dqn": ("gymnax:Breakout-MinAtar", "double_dqn", {}),
+}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default="", help="settings whose name contains this")
+    arguments = parser.parse_args()
+    print(f"{'setting':<28} {'whole, us':>10} {'passes, us':>10} {'ratio':>6} {'env steps/s':>12}")
+    results = []
+    for name, (env, preset, settings) in SETTINGS.items():
+        if arguments.only in name:
+            result = {
+                "benchmark": "limit",
+                "setting": name,
+                **measure(make_config(env, preset, **settings), arguments.repeats),
+            }
+            results.append(result)
+            print(
+                f"{name:<28} {result['whole_us']:>10.0f} {result['passes_us']:>10.0f} {result['ratio']:>6.2f} "
+                f"{result['env_steps_per_second']:>12,.0f}",
+                flush=True,
+            )
+    for result in results:
+        print(json.dumps(result))
+
+
+def measure(config: TrainConfig, repeats: int) -> dict[str, float]:
+    """Returns microseconds per iteration of both programs, and environment steps/s of the whole one."""
+    env = make_env(config.env)
+    network = make_network(env.spec, config.agent)
+    fused = Fused(config, env, network)
+    fused.start()
+    while fused.learner_steps == 0:  # warm-up of the replay, and of the machine
+        fused.advance(fused.env_steps + fused.env_steps_per_iteration)
+    fused.advance(fused.env_steps + MAX_ITERATIONS * fused.env_steps_per_iteration)
+
+    agent = make_agent(network, config.agent)
+    params = jax.tree.map(jnp.copy, fused.params)
+    num_iterations = 2
+    passes = jax.jit(lambda params, n: passes_alone(config, agent, env.spec, params, n))
+    jax.block_until_ready(passes(params, num_iterations))
+
+    whole_us, passes_us = [], []
+    for _ in range(repeats):
+        before = fused.env_steps
+        progress = fused.advance(fused.env_steps + MAX_ITERATIONS * fused.env_steps_per_iteration)
+        num_iterations = (progress.env_steps - before) // fused.env_steps_per_iteration
+        whole_us.append(1e6 * progress.train_seconds / num_iterations)
+        started = time.perf_counter()
+        jax.block_until_ready(passes(params, num_iterations))
+        passes_us.append(1e6 * (time.perf_counter() - started) / num_iterations)
+    whole, alone = statistics.median(whole_us), statistics.median(passes_us)
+    return {
+        "whole_us": whole,
+        "passes_us": alone,
+        "ratio": statistics.median(a / b for a, b in zip(whole_us, passes_us, strict=True)),
+        "env_steps_per_second": 1e6 * fused.env_steps_per_iteration / whole,
+    }
+
+
+def passes_alone(config: TrainConfig, agent: Agent, spec: EnvSpec, params: object, num_iterations: int) -> object:
+    """Runs the passes of so many iterations. Every pass depends on the one before, so that none can be left out."""
+    num_rows, num_lanes = rows_per_iteration(config.agent), config.topology.num_envs
+    is_rollout = config.agent.replay == "none"
+    batch_size = num_rows * num_lanes // config.agent.num_minibatches if is_rollout else config.agent.batch_size
+    updates_per_row = num_lanes / config.agent.env_steps_per_learner_step
+    num_updates = (
+        config.agent.num_epochs * config.agent.num_minibatches if is_rollout else round(updates_per_row * num_rows)
+    )
+    rng = np.random.default_rng(0)
+
+    def ready(*shape: int) -> jax.Array:
+        sample = rng.random((*shape, *spec.agent_observation_shape)) * 2
+        return jnp.asarray(sample.astype(spec.observation_dtype))
+
+    views = ready(num_rows + is_rollout, num_lanes)
+    # Several batches: with a single one, the target network's pass would not change and leave the loop.
+    batches = ready_batches(is_rollout, 8, batch_size, spec, rng, ready)
+    target_params = jax.tree.map(lambda x: x * 0.9, params)
+
+    def act(total: jax.Array, view: jax.Array, params: object) -> jax.Array:
+        return total + jnp.max(agent.q_values(params, view))
+
+    def learn(i: jax.Array, params: object) -> object:
+        batch = jax.tree.map(lambda x: x[i % 8], batches)
+        grads = jax.grad(lambda p: agent.loss(p, target_params, batch)[0])(params)
+        return jax.tree.map(lambda p, g: p - 1e-9 * g, params, grads)
+
+    def iteration(_: jax.Array, carry: tuple) -> tuple:
+        params, total = carry
+        total, _ = jax.lax.scan(lambda total, view: (act(total, view, params), total), total, views)
+        return jax.lax.fori_loop(0, num_updates, learn, params), total
+
+    return jax.lax.fori_loop(0, num_iterations, iteration, (params, jnp.float32(0)))
+
+
+def ready_batches(
+    is_rollout: bool, num: int, size: int, spec: EnvSpec, rng: np.random.Generator, ready: Callable[..., jax.Array]
+) -> Batch:
+    """Returns batches of random numbers, `[num, size, ...]`."""
+    action = jnp.asarray(rng.integers(0, spec.num_actions, (num, size)), jnp.int32)
+    number = jnp.asarray(rng.random((num, size)), jnp.float32)
+    if is_rollout:
+        return Regression(ready(num, size), action, number, number)
+    return Transition(ready(num, size), action, number, number, ready(num, size), number)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Deep Q-networks, trained fast by parallel and distributed computing.
+
+    import qfleet
+    config = qfleet.make_config("CartPole-v1", preset="pqn", stop_return=475)
+    summary = qfleet.train(config)
+
+This is the whole public API. Names are imported on first use, so that `import qfleet` doesn't wait for JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qfleet.api import Run, iterate, load, resume, train
+    from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig
+    from qfleet.core.types import EnvSpec, Network
+    from qfleet.envs.registry import list_envs, make_env, register_env
+    from qfleet.envs.spec import InGraphEnv, StepResult
+    from qfleet.networks import from_nnx
+    from qfleet.policy import Policy
+    from qfleet.presets import PRESETS, make_config
+    from qfleet.runtime.records import Progress, RunFailed
+
+_HOMES = {
+    "qfleet.api": ("Run", "iterate", "load", "resume", "train"),
+    "qfleet.config": ("AgentConfig", "ConfigError", "FusedConfig", "TrainConfig"),
+    "qfleet.core.types": ("EnvSpec", "Network"),
+    "qfleet.envs.registry": ("list_envs", "make_env", "register_env"),
+    "qfleet.envs.spec": ("InGraphEnv", "StepResult"),
+    "qfleet.networks": ("from_nnx",),
+    "qfleet.policy": ("Policy",),
+    "qfleet.presets": ("PRESETS", "make_config"),
+    "qfleet.runtime.records": ("Progress", "RunFailed"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "PRESETS",
+    "AgentConfig",
+    "ConfigError",
+    "EnvSpec",
+    "FusedConfig",
+    "InGraphEnv",
+    "Network",
+    "Policy",
+    "Progress",
+    "Run",
+    "RunFailed",
+    "StepResult",
+    "TrainConfig",
+    "from_nnx",
+    "iterate",
+    "list_envs",
+    "load",
+    "make_config",
+    "make_env",
+    "register_env",
+    "resume",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'qfleet' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

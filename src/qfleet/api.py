@@ -1,0 +1,294 @@
+"""Training runs and what they leave: `train`, `iterate`, `resume`, `load`."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qfleet.config import ConfigError, TrainConfig
+from qfleet.core.types import Network
+from qfleet.envs.registry import make_env
+from qfleet.networks import check_network, make_network
+from qfleet.policy import Policy
+from qfleet.runtime.cache import enable_compilation_cache
+from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.devices import limit_cpu_threads, split_cpu
+from qfleet.runtime.metrics import MetricsWriter
+from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
+from qfleet.runtime.records import Progress, RunFailed
+from qfleet.runtime.run_directory import RunDirectory
+from qfleet.runtime.signals import StopFlag
+from qfleet.topologies.fused import Fused
+
+if TYPE_CHECKING:
+    import optax
+
+CONFIRMING_EPISODES = 100
+"""Fresh episodes whose mean must confirm a return: a first crossing of 20 episodes is half luck."""
+
+
+def train(
+    config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
+) -> dict[str, Any]:
+    """Trains until `config` says stop, and returns what summary.json holds.
+
+    Args:
+      config: what to learn, where to run it, when to stop; `qfleet.make_config` makes one from a preset.
+      network: replaces the network that `config.agent` describes. Any pair of functions, or a Flax NNX module through
+        `qfleet.from_nnx`; `load` and `resume` then need it too.
+      optimiser: replaces the optimiser that `config.agent` names; `resume` then needs it too.
+
+    Raises:
+      ConfigError: on bad input, before any work starts.
+      RunFailed: if the run can't go on; its checkpoints are kept.
+    """
+    run = iterate(config, network=network, optimiser=optimiser)
+    for _ in run:
+        pass
+    return run.summary
+
+
+def iterate(
+    config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
+) -> "Run":
+    """Returns a run to iterate over: each item is the `Progress` of one chunk. Leaving the loop stops the run cleanly.
+
+    Args and Raises: as for `train`.
+    """
+    return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
+
+
+def resume(
+    run_dir: str | os.PathLike[str],
+    *,
+    env_steps: int | None = None,
+    checkpoint: int | None = None,
+    network: Network | None = None,
+    optimiser: "optax.GradientTransformation | None" = None,
+) -> "Run":
+    """Returns the run in `run_dir`, to iterate over from its newest checkpoint as if it had never stopped.
+
+    Args:
+      run_dir: a run's folder. If it has no checkpoint yet, the run starts from the beginning.
+      env_steps: a new end of the run, instead of its config's.
+      checkpoint: the environment step of another checkpoint than the newest. Newer ones are set aside, by renaming.
+      network: what `train` was given, if anything.
+      optimiser: what `train` was given, if anything.
+
+    Raises:
+      ConfigError: if it isn't a run, its checkpoint is damaged, or it has come to its end already.
+    """
+    directory = RunDirectory.open(run_dir)
+    config = directory.config
+    if env_steps is not None:
+        config = dataclasses.replace(config, env_steps=env_steps)
+    run = Run(config, lambda: directory, network, optimiser)
+    run.restore(checkpoint)
+    return run
+
+
+def load(
+    run_dir: str | os.PathLike[str],
+    *,
+    checkpoint: int | None = None,
+    seed: int | None = None,
+    network: Network | None = None,
+) -> Policy:
+    """Returns the greedy policy of a run.
+
+    Args:
+      run_dir: a run's folder.
+      checkpoint: the environment step of another checkpoint than the newest.
+      seed: of a run with many seeds, which one; the first by default.
+      network: what `train` was given, if anything.
+
+    Raises:
+      ConfigError: if it isn't a run, or its checkpoint is missing or damaged.
+    """
+    directory = RunDirectory.open(run_dir)
+    config = directory.config
+    index = 0 if seed is None else seed - config.seed
+    if not 0 <= index < config.num_seeds:
+        last = config.seed + config.num_seeds - 1
+        raise ConfigError(f"seed must be one that the run trained, {config.seed} to {last}, got {seed}")
+    env = make_env(config.env)
+    with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept) as checkpoints:
+        _check_network_is_given(network is not None, checkpoints.read_metadata(checkpoint)["has_own_network"])
+        params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
+    if config.num_seeds > 1:
+        import jax
+
+        params = jax.tree.map(lambda x: x[index], params)
+    return Policy(env, network or make_network(env.spec, config.agent), params)
+
+
+class Run:
+    """A run under way: iterate over it for its progress, then read its `summary`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        open_directory: Callable[[], RunDirectory],
+        network: Network | None,
+        optimiser: "optax.GradientTransformation | None",
+    ) -> None:
+        # Everything that can be wrong is found before the folder is touched and before anything is compiled.
+        if config.num_seeds > 1:
+            split_cpu(config.num_seeds)
+        env = make_env(config.env)
+        self._has_own_network = network is not None
+        network = network or make_network(env.spec, config.agent)
+        limit_cpu_threads(check_network(network, env.spec))
+        self._topology = Fused(config, env, network, optimiser)
+        self.config = config
+        self.directory = open_directory()
+        """Where the run is written."""
+        self.summary: dict[str, Any] = {}
+        """What summary.json holds, once the run is over."""
+        self._solved_at: list[int | None] = [None] * config.num_seeds
+        self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], the newest
+        self._speed = _Speed()
+        self._decided_at = 0.0  # seconds since the process's start
+        enable_compilation_cache()
+        self._compile_seconds = self._topology.start()
+        self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
+        self._metrics = MetricsWriter(self.directory)
+
+    def restore(self, checkpoint: int | None = None) -> None:
+        """Goes on from a checkpoint, by default the newest, if there is any."""
+        if checkpoint is None and self._checkpoints.latest() is None:
+            self._metrics.truncate_after(0)
+            return
+        state, metadata = self._checkpoints.restore(checkpoint, like=self._topology.state)
+        _check_network_is_given(self._has_own_network, metadata["has_own_network"])
+        if metadata["counters"]["env_steps"] >= self.config.env_steps:
+            raise ConfigError(
+                f"a run ends after env_steps={self.config.env_steps}, and this one has taken "
+                f"{metadata['counters']['env_steps']}; give a larger --env-steps"
+            )
+        self._topology.restore(state, metadata["counters"])
+        self._checkpoints.set_aside_after(self._topology.env_steps)
+        self._solved_at = metadata["solved_at"]
+        self._metrics.truncate_after(self._topology.env_steps)
+
+    def __iter__(self) -> Iterator[Progress]:
+        stopped: str | None = None
+        try:
+            with StopFlag() as stop:
+                saved_at = time.monotonic()
+                while stopped is None:
+                    progress = self._advance()
+                    stopped = "interrupted" if stop.requested else self._reason_to_stop()
+                    self._decided_at = seconds_since_process_start()
+                    if stopped is None and time.monotonic() - saved_at > self.config.checkpoint_period_seconds:
+                        self._save()
+                        saved_at = time.monotonic()
+                    yield progress
+                self._finish(stopped)
+        except GeneratorExit:  # the caller has left the loop
+            self._finish("interrupted")
+            raise
+        except RunFailed as error:
+            self._write_summary("failed", error=str(error))
+            raise
+        finally:
+            self._metrics.close()
+            self._checkpoints.close()
+
+    def _advance(self) -> Progress:
+        """Trains one chunk, which ends at the next evaluation at the latest, and evaluates there."""
+        period = self.config.eval_period_env_steps
+        goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
+        progress = self._topology.advance(goal)
+        self._speed.add(progress)
+        if progress.env_steps >= goal:
+            progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, self._evaluate().tolist())))
+        self._metrics.write(progress.env_steps, progress.metrics())
+        return progress
+
+    def _evaluate(self) -> np.ndarray:
+        """Returns greedy returns, `[num_seeds, episodes]`, and notes which seeds they and fresh ones declare solved."""
+        env_steps, required = self._topology.env_steps, self.config.stop_return
+        self._eval_returns = returns = self._topology.evaluate(self.config.eval_episodes)
+        if required is not None:
+            is_new = (returns.mean(axis=1) >= required) & [solved is None for solved in self._solved_at]
+            if np.any(is_new):
+                self._eval_returns = self._topology.evaluate(CONFIRMING_EPISODES, batch=1)
+                is_new &= self._eval_returns.mean(axis=1) >= required
+            for i in np.flatnonzero(is_new):
+                self._solved_at[i] = env_steps
+        return returns
+
+    def _reason_to_stop(self) -> str | None:
+        if self.config.stop_return is not None and None not in self._solved_at:
+            return "return reached"
+        return "env steps" if self._topology.env_steps >= self.config.env_steps else None
+
+    def _save(self) -> None:
+        metadata = {
+            "counters": self._topology.counters,
+            "solved_at": self._solved_at,
+            "has_own_network": self._has_own_network,
+        }
+        self._checkpoints.save(self._topology.env_steps, self._topology.state, metadata)
+
+    def _finish(self, stopped: str) -> None:
+        self._save()
+        self._write_summary(stopped)
+
+    def _write_summary(self, stopped: str, **more: Any) -> None:
+        config, returns = self.config, self._eval_returns
+        self.summary = {
+            "env": config.env,
+            "preset": config.preset,
+            "topology": "fused",
+            "seed": config.seed,
+            "num_seeds": config.num_seeds,
+            "stopped": stopped,
+            "env_steps": self._topology.env_steps,
+            "learner_steps": self._topology.learner_steps,
+            "solved_at_env_steps": self._solved_at,
+            "wall_seconds": self._decided_at,
+            "compile_seconds": self._compile_seconds,
+            "env_steps_per_second": self._speed.per_second(self._speed.env_steps),
+            "learner_steps_per_second": self._speed.per_second(self._speed.learner_steps),
+            "eval_return_mean": None if returns is None else float(returns.mean()),
+            "eval_returns": None if returns is None else returns.tolist(),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "version": self.directory.version,
+            **more,
+        }
+        self.directory.write_summary(self.summary)
+
+
+class _Speed:
+    """Steady-state speed of training: evaluation and the first chunk, which warms caches up, don't count."""
+
+    def __init__(self) -> None:
+        self.env_steps = 0
+        self.learner_steps = 0
+        self._seconds = 0.0
+        self._is_first = True
+
+    def add(self, progress: Progress) -> None:
+        if not self._is_first:
+            self.env_steps += progress.new_env_steps
+            self.learner_steps += progress.new_learner_steps
+            self._seconds += progress.train_seconds
+        self._is_first = False
+
+    def per_second(self, count: int) -> float | None:
+        return count / self._seconds if self._seconds else None
+
+
+def _check_network_is_given(is_given: bool, is_needed: bool) -> None:
+    if is_given != is_needed:
+        own = (
+            "its own network, so `network` must be given"
+            if is_needed
+            else "a built-in network, so `network` must not be"
+        )
+        raise ConfigError(f"a run goes on with the network it was trained with: this one has {own}, got the contrary")

@@ -1,0 +1,58 @@
+"""`qfleet eval RUN`."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+
+import tyro
+
+from qfleet.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _EvalFlags:
+    """Plays greedy episodes with what a run has learned, on seeds of their own."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder."""
+    episodes: int = 100
+    """Episodes to play."""
+    checkpoint: int | None = None
+    """The environment step of another checkpoint than the newest."""
+    train_seed: int | None = None
+    """Of a run with many seeds, which one to evaluate; the first by default."""
+    seed: int = 0
+    """Of the episodes."""
+    json: bool = False
+    """Print one line of JSON."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluates the run that the flags name."""
+    flags = tyro.cli(_EvalFlags, prog="qfleet eval", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
+    if flags.episodes < 1:
+        raise ConfigError(f"episodes must be at least 1, got {flags.episodes}")
+    from qfleet.api import load
+
+    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed)
+    returns = policy.evaluate(flags.episodes, flags.seed).tolist()
+    result = {
+        "run": flags.run,
+        "env": policy.spec.name,
+        "episodes": flags.episodes,
+        "return_mean": statistics.fmean(returns),
+        "return_std": statistics.pstdev(returns),
+        "return_min": min(returns),
+        "return_max": max(returns),
+        "returns": returns,
+    }
+    if flags.json:
+        from qfleet.runtime.run_directory import strict_json
+
+        print(strict_json(result))
+    else:
+        print(
+            f"{policy.spec.name}: mean greedy return {result['return_mean']:.1f} over {flags.episodes} episodes "
+            f"(std {result['return_std']:.1f}, min {result['return_min']:.1f}, max {result['return_max']:.1f})"
+        )
+    return 0

@@ -1,0 +1,72 @@
+"""`qfleet`: finds the command, runs it, and turns errors into one line and an exit code.
+
+Exit codes: 0 done; 1 the run failed; 2 bad input; 130 interrupted before training began.
+"""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+
+from qfleet.config import ConfigError, suggest
+from qfleet.runtime.records import RunFailed
+
+# Modules are imported once their command is known: the help text must not wait for JAX.
+_COMMANDS = {
+    "train": "train an agent in an environment",
+    "eval": "evaluate what a run has learned",
+    "resume": "go on with a run from its newest checkpoint",
+    "envs": "list the environments",
+    "presets": "list the presets",
+}
+
+_HELP = """\
+usage: qfleet COMMAND ...
+
+Deep Q-networks, trained fast by parallel and distributed computing.
+
+{commands}
+
+Every command explains itself: qfleet COMMAND --help
+Try: qfleet train CartPole-v1 --stop-return 475
+Add --debug to any command for a traceback with its errors.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
+    try:
+        return _dispatch(arguments)
+    except (ConfigError, RunFailed) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"qfleet: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RunFailed) else 2
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("qfleet: interrupted before training began", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, text in _COMMANDS.items())), end="")
+        return 0
+    if arguments[0] == "--version":
+        from importlib import metadata
+
+        print(metadata.version("qfleet"))
+        return 0
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        raise ConfigError(
+            f"the command must be one of {', '.join(_COMMANDS)}, got {command!r}.{suggest(command, _COMMANDS)}"
+        )
+    module = importlib.import_module(f"qfleet.cli.{command}_command")
+    code: int = module.run(rest)
+    return code

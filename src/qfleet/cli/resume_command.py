@@ -1,0 +1,30 @@
+"""`qfleet resume RUN`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import tyro
+
+from qfleet.cli.show import follow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ResumeFlags:
+    """Goes on with a run from its newest checkpoint, as if it had never stopped."""
+
+    run: tyro.conf.Positional[str]
+    """The run's folder."""
+    env_steps: int | None = None
+    """A new end of the run, in environment steps from its beginning."""
+    checkpoint: int | None = None
+    """The environment step of another checkpoint than the newest; newer ones are set aside."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Goes on with the run that the flags name."""
+    flags = tyro.cli(_ResumeFlags, prog="qfleet resume", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
+    from qfleet.api import resume
+
+    return follow(resume(flags.run, env_steps=flags.env_steps, checkpoint=flags.checkpoint), quiet=flags.quiet)

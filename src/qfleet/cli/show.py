@@ -1,0 +1,40 @@
+"""What a person sees of a run in the terminal."""
+
+from typing import TYPE_CHECKING, Any
+
+from qfleet.runtime.progress import ProgressView
+
+if TYPE_CHECKING:
+    from qfleet.api import Run
+
+
+def follow(run: "Run", *, quiet: bool) -> int:
+    """Sees a run through to its end, shows its progress, and returns the exit code."""
+    with ProgressView(run.config.env_steps, quiet=quiet) as view:
+        view.message(f"{run.config.env} with {run.config.preset}, into {run.directory.path}")
+        for progress in run:
+            view.update({"env_steps": progress.env_steps, **progress.metrics()})
+    if not quiet:
+        print(outcome(run.summary, str(run.directory.path)))
+    return 0
+
+
+def outcome(summary: dict[str, Any], path: str) -> str:
+    """Returns a few lines on how a run ended, and what to do next."""
+    returns = summary["eval_return_mean"]
+    lines = [
+        f"stopped: {summary['stopped']}, after {summary['env_steps']:,} environment steps and "
+        f"{summary['learner_steps']:,} learner steps in {summary['wall_seconds']:.1f} s"
+    ]
+    if returns is not None:
+        num_episodes = sum(map(len, summary["eval_returns"]))
+        lines.append(f"mean greedy return: {returns:.1f} over {num_episodes} episodes")
+    if summary["num_seeds"] > 1:
+        solved = [steps for steps in summary["solved_at_env_steps"] if steps is not None]
+        for i, seed_returns in enumerate(summary["eval_returns"] or []):
+            steps = summary["solved_at_env_steps"][i]
+            when = f", reached --stop-return after {steps:,} environment steps" if steps is not None else ""
+            lines.append(f"  seed {summary['seed'] + i}: {sum(seed_returns) / len(seed_returns):.1f}{when}")
+        lines.append(f"{len(solved)} of {summary['num_seeds']} seeds reached --stop-return") if solved else None
+    lines.append(f"next: qfleet eval {path} | qfleet resume {path} --env-steps {2 * summary['env_steps']}")
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""`qfleet train ENV`: every field of the config is a flag."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import tyro
+
+from qfleet.cli.show import follow
+from qfleet.config import TrainConfig
+from qfleet.presets import make_config
+
+DEFAULT_PRESET = "pqn"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TrainFlags(TrainConfig):
+    """Trains a deep Q-network and leaves everything about it in a run directory.
+
+    Defaults are those of the preset, tuned where the environment has tuned settings: name the environment to see them.
+    """
+
+    env: tyro.conf.Positional[str]
+    """What to learn, as `qfleet envs` lists them."""
+    preset: str = DEFAULT_PRESET
+    """Where the settings below start from, as `qfleet presets` lists them."""
+    topology_name: Annotated[Literal["fused"], tyro.conf.arg(name="topology")] = "fused"
+    """Where it runs; fused: acting and learning in one compiled program."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+_CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Trains as the flags say."""
+    flags = parse(arguments)
+    config = TrainConfig(**{name: getattr(flags, name) for name in _CONFIG_FIELDS})
+    from qfleet.api import iterate
+
+    return follow(iterate(config), quiet=flags.quiet)
+
+
+def parse(arguments: Sequence[str]) -> _TrainFlags:
+    """Returns the flags, over the defaults of the environment and the preset that they name."""
+    names_env = bool(arguments) and not arguments[0].startswith("-")
+    config = make_config(arguments[0] if names_env else "ENV", _value_of("--preset", arguments) or DEFAULT_PRESET)
+    defaults = {name: getattr(config, name) for name in _CONFIG_FIELDS}
+    if not names_env:
+        defaults["env"] = tyro.MISSING
+    return tyro.cli(
+        _TrainFlags,
+        prog="qfleet train",
+        args=list(arguments),
+        default=_TrainFlags(**defaults),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """Returns the value of a flag before the whole is parsed, for other flags' defaults depend on it."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.removeprefix(f"{flag}=")
+    return None

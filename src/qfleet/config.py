@@ -1,0 +1,245 @@
+"""What is learned (`AgentConfig`), where it runs (one config per topology), and one run (`TrainConfig`).
+
+Nothing here imports JAX, so that the command line can explain itself at once. Every config is checked when
+it is constructed and never changed afterwards; `dataclasses.replace` makes another.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """Bad input: the message says the rule, the value that broke it, and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AgentConfig:
+    """What is learned. Knows nothing of processes, devices or queues.
+
+    Options compose: `double`, `dueling`, `n_step` and prioritised `replay` together are the core of Rainbow
+    (Hessel et al. 2018, arXiv 1710.02298); `replay="none"` is Q(lambda) without replay or target network
+    (PQN, Gallici et al. 2024, arXiv 2407.04811). `PRESETS` names the well-known combinations.
+    """
+
+    discount: float = 0.99
+    """Per environment step, in (0, 1]."""
+    double: bool = False
+    """The online network picks the bootstrap action, the target network values it (van Hasselt et al. 2016)."""
+    n_step: int = 1
+    """Rewards summed before bootstrapping, in environment steps. Without replay, `trace_decay` does this."""
+    loss: Literal["squared", "huber"] = "huber"
+    """Of the TD error. Huber is squared up to `huber_delta` and linear beyond (Mnih et al. 2015's clipping)."""
+    huber_delta: float = 1.0
+    """Where Huber turns linear, in units of discounted reward."""
+
+    torso: Literal["auto", "mlp", "minatar", "nature"] = "auto"
+    """Convolutions before the dense layers; `auto`: by the observation's shape (vector, small or Atari-sized)."""
+    hidden_sizes: tuple[int, ...] = (128, 128)
+    """Units of each dense layer after the torso."""
+    layer_norm: bool = False
+    """Layer normalisation after each hidden layer, before its activation."""
+    dueling: bool = False
+    """Value and advantage streams (Wang et al. 2016, arXiv 1511.06581)."""
+    convolution: Literal["auto", "patches", "native"] = "auto"
+    """How convolutions are lowered; `auto` is patches times a matrix on CPU, native elsewhere. Same numbers."""
+
+    exploration: Literal["epsilon_greedy", "softmax"] = "epsilon_greedy"
+    """Softmax is Boltzmann exploration: probabilities softmax(q / temperature)."""
+    exploration_start: float = 1.0
+    """Epsilon (a probability), or the temperature in units of discounted reward, at the first step."""
+    exploration_end: float = 0.05
+    """The same, once it has decayed."""
+    exploration_schedule: Literal["linear", "exponential"] = "linear"
+    """How it decays from start to end."""
+    exploration_env_steps: int = 25_000
+    """Environment steps (of all lanes together) the decay takes."""
+
+    optimiser: str = "adam"
+    """Any optimiser of Optax by its function's name: adam, adamw, radam, rmsprop, sgd, lion ..."""
+    optimiser_options: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Further arguments of that function, such as `eps`."""
+    learning_rate: float = 1e-3
+    """At the first learner step."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    """How it changes over `learning_rate_learner_steps`."""
+    learning_rate_end_fraction: float = 0.0
+    """Final learning rate as a fraction of the first; above 0 for the exponential schedule."""
+    learning_rate_learner_steps: int = 100_000
+    """Learner steps that the schedule takes."""
+    max_gradient_norm: float | None = 10.0
+    """Gradients are scaled down to this global norm; None leaves them alone."""
+
+    replay: Literal["uniform", "prioritised", "none"] = "uniform"
+    """`prioritised` is proportional (Schaul et al. 2016, arXiv 1511.05952); `none` is Q(lambda)."""
+    batch_size: int = 128
+    """Transitions per learner step, over all replicas. Unused without replay."""
+    replay_capacity: int = 100_000
+    """Environment steps kept, over all lanes."""
+    warmup_env_steps: int = 1_000
+    """Environment steps, over all lanes, before the first learner step."""
+    env_steps_per_learner_step: float = 10.0
+    """Environment steps, over all lanes, for each learner step. Changing the number of lanes changes nothing."""
+    target_update_period: int = 500
+    """Learner steps between updates of the target network."""
+    target_update_rate: float = 1.0
+    """Share of the online parameters in each such update: 1 copies, less is Polyak averaging (period 1)."""
+    priority_exponent: float = 0.6
+    """Alpha: 0 is uniform, 1 fully proportional to the TD error."""
+    importance_exponent_start: float = 0.4
+    """Beta at the first step; 1 corrects the sampling bias in full."""
+    importance_exponent_env_steps: int = 100_000
+    """Environment steps over which beta grows to 1."""
+
+    rollout_length: int = 16
+    """Q(lambda): environment steps per lane between two rounds of learning."""
+    trace_decay: float = 0.65
+    """Q(lambda): lambda; 0 bootstraps after one step, 1 after the whole rollout."""
+    num_epochs: int = 2
+    """Q(lambda): passes over each rollout."""
+    num_minibatches: int = 1
+    """Q(lambda): learner steps per pass."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("discount", "target_update_rate"):
+            _check(0.0 < getattr(self, name) <= 1.0, name, "in (0, 1]", getattr(self, name))
+        for name in ("trace_decay", "priority_exponent", "importance_exponent_start", "learning_rate_end_fraction"):
+            _check(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]", getattr(self, name))
+        for name in (
+            "n_step", "batch_size", "replay_capacity", "target_update_period", "rollout_length", "num_epochs",
+            "num_minibatches", "exploration_env_steps", "learning_rate_learner_steps",
+            "importance_exponent_env_steps",
+        ):  # fmt: skip
+            _check_count(name, getattr(self, name))
+        for name in ("huber_delta", "learning_rate", "env_steps_per_learner_step"):
+            _check(0.0 < getattr(self, name) < math.inf, name, "positive and finite", getattr(self, name))
+        _check_count("warmup_env_steps", self.warmup_env_steps, minimum=0)
+        _check(
+            self.max_gradient_norm is None or self.max_gradient_norm > 0,
+            "max_gradient_norm", "positive, or None to leave gradients alone", self.max_gradient_norm,
+        )  # fmt: skip
+        _check(all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", "all at least 1", self.hidden_sizes)
+        highest = 1.0 if self.exploration == "epsilon_greedy" else sys.float_info.max
+        lowest_end = 0.0 if self.exploration_schedule == "linear" and self.exploration == "epsilon_greedy" else 1e-8
+        _check(
+            lowest_end <= self.exploration_end <= self.exploration_start <= highest,
+            "exploration_end and exploration_start", f"in order within [{lowest_end:g}, {highest:g}]",
+            (self.exploration_end, self.exploration_start),
+        )  # fmt: skip
+        if self.learning_rate_schedule == "exponential":
+            _check(
+                self.learning_rate_end_fraction > 0,
+                "learning_rate_end_fraction", "above 0 for an exponential schedule", self.learning_rate_end_fraction,
+            )  # fmt: skip
+
+    @property
+    def replay_ratio(self) -> float:
+        """Times each environment step is learned from, on average."""
+        if self.replay == "none":
+            return float(self.num_epochs)
+        return self.batch_size / self.env_steps_per_learner_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FusedConfig:
+    """Where it runs: acting and learning in one compiled program on one device."""
+
+    num_envs: int = 32
+    """Lanes: environments stepped at once."""
+
+    def __post_init__(self) -> None:
+        _check_count("num_envs", self.num_envs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One run: an environment, an agent, a topology, and when to evaluate, save and stop."""
+
+    env: str
+    """Name, as `qfleet envs` lists them."""
+    preset: str = "custom"
+    """The preset that the agent's settings started from; a record, not a setting."""
+    agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)
+    topology: FusedConfig = dataclasses.field(default_factory=FusedConfig)
+    seed: int = 0
+    """Same seed, same config, same kind of device: the same run."""
+    num_seeds: int = 1
+    """Independent learners trained at once, from seeds `seed, seed + 1, ...`."""
+    env_steps: int = 500_000
+    """Environment steps after which the run stops, over all lanes of one seed."""
+    stop_return: float | None = None
+    """Stop once the mean greedy return reaches this, and 100 fresh episodes confirm it."""
+    eval_period_env_steps: int = 10_000
+    """Environment steps between greedy evaluations."""
+    eval_episodes: int = 20
+    """Greedy episodes per evaluation."""
+    run_dir: str | None = None
+    """Folder of the run; by default `runs/<env>-<preset>-<seed>-<time>`."""
+    checkpoint_period_seconds: float = 60.0
+    """Wall time between checkpoints."""
+    checkpoints_kept: int = 3
+    """Newest checkpoints kept on disk."""
+    checkpoint_replay: bool = True
+    """Whether checkpoints hold the replay; without it a resumed run warms up anew and differs."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_seeds", "env_steps", "eval_period_env_steps", "eval_episodes", "checkpoints_kept"):
+            _check_count(name, getattr(self, name))
+        _check_count("seed", self.seed, minimum=0)
+        _check(self.seed + self.num_seeds <= 2**32, "seed + num_seeds", "at most 2**32", self.seed + self.num_seeds)
+        _check(
+            self.checkpoint_period_seconds > 0, "checkpoint_period_seconds", "positive", self.checkpoint_period_seconds
+        )
+        _check_sizes(self.agent, self.topology)
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Returns ' Did you mean ...?' with the names nearest to `word`, or '' if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def _check(holds: bool, name: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {rule}, got {value}")
+
+
+def _check_choices(config: Any) -> None:
+    """Checks every field whose type is a Literal."""
+    for name, kind in typing.get_type_hints(type(config)).items():
+        choices, value = typing.get_args(kind), getattr(config, name)
+        if typing.get_origin(kind) is Literal and value not in choices:
+            hint = suggest(str(value), choices)
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
+
+
+def _check_count(name: str, value: int, minimum: int = 1) -> None:
+    _check(isinstance(value, int) and value >= minimum, name, f"a whole number, at least {minimum}", value)
+
+
+def _check_sizes(agent: AgentConfig, topology: FusedConfig) -> None:
+    """Sizes that must fit each other across agent and topology."""
+    if agent.replay == "none":
+        samples = topology.num_envs * agent.rollout_length
+        if samples % agent.num_minibatches:
+            fitting = (
+                next(n for n in range(agent.num_minibatches, samples + 1) if samples % n == 0)
+                if (agent.num_minibatches <= samples)
+                else samples
+            )
+            raise ConfigError(
+                f"num_minibatches must divide num_envs x rollout_length, got num_minibatches={agent.num_minibatches}, "
+                f"{topology.num_envs} x {agent.rollout_length} = {samples}; try {fitting}"
+            )
+        return
+    fewest = topology.num_envs * (agent.n_step + 2)
+    if agent.replay_capacity < fewest:
+        raise ConfigError(
+            f"replay_capacity must hold at least n_step + 2 steps of each lane, got replay_capacity="
+            f"{agent.replay_capacity}, num_envs={topology.num_envs}, n_step={agent.n_step}; try {fewest}"
+        )

@@ -1,0 +1,36 @@
+"""What an agent sees: the newest frames of each lane, stacked along a last axis."""
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def init_view(obs: Array, frame_stack: int) -> Array:
+    """Returns what the agent sees of each lane's first observation: zeros, then it.
+
+    Args:
+      obs: `[lanes, *observation_shape]`.
+      frame_stack: frames seen at once; 1 adds no axis.
+
+    Returns:
+      `[lanes, *observation_shape]`, and one more axis of `frame_stack` where that is above 1.
+    """
+    if frame_stack == 1:
+        return obs
+    empty = jnp.zeros((*obs.shape, frame_stack), obs.dtype)
+    return empty.at[..., -1].set(obs)
+
+
+def push_frame(view: Array, obs: Array, is_first: Array, frame_stack: int) -> Array:
+    """Returns the view after `obs`: the oldest frame leaves; nothing crosses an episode's start.
+
+    Args:
+      view: as `init_view` returns it.
+      obs: `[lanes, *observation_shape]`, the newest observations.
+      is_first: `[lanes]` bool, `obs` starts an episode.
+      frame_stack: frames seen at once.
+    """
+    if frame_stack == 1:
+        return obs
+    is_first = is_first.reshape(is_first.shape + (1,) * (view.ndim - 1))
+    pushed = jnp.concatenate([view[..., 1:], obs[..., None]], axis=-1)
+    return jnp.where(is_first, init_view(obs, frame_stack), pushed)

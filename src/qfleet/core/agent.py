@@ -1,0 +1,46 @@
+"""An agent: how a Q-network acts, and what it is told it should have said."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qfleet.config import AgentConfig
+from qfleet.core import exploration, losses, targets
+from qfleet.core.types import Batch, Network, Params, Regression, Transition
+
+
+class Agent(NamedTuple):
+    """The pure functions of an agent."""
+
+    init: Callable[[Array], Params]
+    """`init(key) -> params`."""
+    q_values: Callable[[Params, Array], Array]
+    """`q_values(params, obs) -> q`, `[batch, ...]` to `[batch, num_actions]`."""
+    explore: Callable[[Array, Array, Array], Array]
+    """`explore(q, exploration, uniform) -> action`: `[lanes, num_actions]`, epsilon or temperature `[]`, and one
+    uniform number per lane `[lanes]`, to `[lanes]` int32."""
+    loss: Callable[[Params, Params, Batch], tuple[Array, Array]]
+    """`loss(params, target_params, batch) -> loss, td_error`: `[]` and `[batch]`."""
+
+
+def make_agent(network: Network, config: AgentConfig) -> Agent:
+    """Returns the agent that `config` describes, with `network` for its values."""
+    elementwise_loss = losses.make_loss(config)
+
+    def td_targets(params: Params, target_params: Params, batch: Transition) -> Array:
+        q_target_t = network.apply(target_params, batch.next_obs)
+        if not config.double:
+            return jax.vmap(targets.q_target)(batch.reward, batch.discount, q_target_t)
+        q_online_t = network.apply(params, batch.next_obs)
+        return jax.vmap(targets.double_q_target)(batch.reward, batch.discount, q_online_t, q_target_t)
+
+    def loss(params: Params, target_params: Params, batch: Batch) -> tuple[Array, Array]:
+        target = batch.target if isinstance(batch, Regression) else td_targets(params, target_params, batch)
+        td_error = target - targets.take_action(network.apply(params, batch.obs), batch.action)
+        return jnp.mean(batch.weight * elementwise_loss(td_error)), td_error
+
+    explore = exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy
+    return Agent(init=network.init, q_values=network.apply, explore=explore, loss=loss)

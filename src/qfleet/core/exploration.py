@@ -1,0 +1,80 @@
+"""How actions are drawn, and how exploration decays.
+
+One uniform number per lane decides an action, so a whole block of steps can draw its numbers at once.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qfleet.config import AgentConfig
+
+
+def epsilon_greedy(q: Array, epsilon: Array, uniform: Array) -> Array:
+    """Returns a uniformly random action with probability `epsilon`, else the greedy one (the first, in a tie).
+
+    Args:
+      q: `[..., num_actions]` float.
+      epsilon: `[]` or `[...]` float, a probability.
+      uniform: `[...]` float in [0, 1). Below epsilon, `uniform / epsilon` is itself uniform and picks the action.
+
+    Returns:
+      `[...]` int32.
+    """
+    num_actions = q.shape[-1]
+    picked = jnp.floor(uniform / jnp.maximum(epsilon, jnp.finfo(q.dtype).tiny) * num_actions)
+    random_action = jnp.clip(picked, 0, num_actions - 1).astype(jnp.int32)
+    return jnp.where(uniform < epsilon, random_action, greedy(q))
+
+
+def softmax(q: Array, temperature: Array, uniform: Array) -> Array:
+    """Returns actions drawn with probabilities softmax(q / temperature) (Boltzmann exploration).
+
+    Args:
+      q: `[..., num_actions]` float.
+      temperature: `[]` or `[...]` float above 0, in units of discounted reward.
+      uniform: `[...]` float in [0, 1): where it falls on the cumulated probabilities is the action.
+
+    Returns:
+      `[...]` int32.
+    Source: Sutton and Barto 2018, section 2.8.
+    """
+    cumulated = jnp.cumsum(jax.nn.softmax(q / jnp.asarray(temperature)[..., None], axis=-1), axis=-1)
+    # Rounding may leave the last sum below 1: scale, so that the last action keeps its share.
+    return jnp.sum(uniform[..., None] * cumulated[..., -1:] >= cumulated[..., :-1], axis=-1, dtype=jnp.int32)
+
+
+def greedy(q: Array) -> Array:
+    """Returns the action of greatest value, the first in a tie: `[..., num_actions]` to `[...]` int32."""
+    return jnp.argmax(q, axis=-1).astype(jnp.int32)
+
+
+def exploration_at(config: AgentConfig, env_steps: np.ndarray) -> np.ndarray:
+    """Returns epsilon, or the temperature, after so many environment steps.
+
+    Args:
+      env_steps: any shape, int64, over all lanes.
+
+    Returns:
+      The same shape, float32.
+    """
+    decayed = np.clip(env_steps / config.exploration_env_steps, 0.0, 1.0)
+    start, end = config.exploration_start, config.exploration_end
+    if config.exploration_schedule == "exponential":
+        return (start * (end / start) ** decayed).astype(np.float32)
+    return (start + (end - start) * decayed).astype(np.float32)
+
+
+def importance_exponent_at(config: AgentConfig, env_steps: np.ndarray) -> np.ndarray:
+    """Returns beta, the share of the sampling bias that weights correct, after so many environment steps.
+
+    Args:
+      env_steps: any shape, int64, over all lanes.
+
+    Returns:
+      The same shape, float32.
+    Source: Schaul et al. 2016, arXiv 1511.05952, section 3.4.
+    """
+    start = config.importance_exponent_start
+    return (start + (1.0 - start) * np.clip(env_steps / config.importance_exponent_env_steps, 0, 1)).astype(np.float32)

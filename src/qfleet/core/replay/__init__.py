@@ -1,0 +1,17 @@
+"""Replay: a ring of rows, priorities beside it, and transitions put together when sampled."""
+
+from qfleet.core.replay.replay import Replay, ReplayState, Sample, make_replay
+from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Row, outcome_of
+
+__all__ = [
+    "CONTINUED",
+    "NO_STEP",
+    "TERMINATED",
+    "TRUNCATED",
+    "Replay",
+    "ReplayState",
+    "Row",
+    "Sample",
+    "make_replay",
+    "outcome_of",
+]

@@ -1,0 +1,130 @@
+"""An array sum tree: proportional sampling and priority updates, at a cost that hardly grows with the replay.
+
+Each node is the sum of its `FAN_OUT` children, and each level is one flat array: a group of siblings lies side by
+side, so that a step down the tree reads one short row per draw. After an update the sums above it are taken
+afresh from their children; nothing is incremented, so nothing drifts.
+
+Source: Schaul et al. 2016, arXiv 1511.05952, section 3.3 and appendix B.2.1 (a binary tree there).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+FAN_OUT = 8  # the fastest on CPU of 4, 8, 16, 32, 64 and 128, for batches of 512 from 1M leaves
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SumTree:
+    """Priorities of `num_leaves` slots, and the sums over them."""
+
+    levels: tuple[jax.Array, ...]
+    """Float32 vectors: the leaves, then the sums of `FAN_OUT` neighbours each, down to one last group.
+
+    Each is padded with zeros to whole groups. They are kept flat, and viewed as rows to read: XLA copies a level
+    that is stored as rows at every update of a single leaf.
+    """
+    num_leaves: int = dataclasses.field(metadata={"static": True})
+
+
+def init_tree(num_leaves: int) -> SumTree:
+    """Returns a tree of `num_leaves` zeros, at least one; it takes 8/7 of their memory."""
+    groups = [-(-num_leaves // FAN_OUT)]
+    while groups[-1] > 1:
+        groups.append(-(-groups[-1] // FAN_OUT))
+    return SumTree(tuple(jnp.zeros(n * FAN_OUT, jnp.float32) for n in groups), num_leaves)
+
+
+def set_leaves(tree: SumTree, indices: jax.Array, values: jax.Array, keep: jax.Array | None = None) -> SumTree:
+    """Returns the tree with `values` at `indices`; in place if the tree is donated or carried through a loop.
+
+    Args:
+      tree: the tree.
+      indices: `[n]` int32. One outside `[0, num_leaves)` is dropped, so a caller can mask late updates by it. Of
+        equal ones, one wins: the last on CPU, any on GPU.
+      values: `[n]` float32, non-negative and finite, as their total must be; a leaf of 0 is never drawn.
+      keep: `[n]` bool, which of them to set; None sets all.
+    """
+    leaves, *sums = tree.levels
+    keep = (indices >= 0) if keep is None else keep & (indices >= 0)
+    leaves = leaves.at[jnp.where(keep & (indices < tree.num_leaves), indices, leaves.size)].set(values, mode="drop")
+    # A sum taken afresh is right whether or not a child changed: what was dropped may walk up from any leaf.
+    nodes = jnp.clip(indices, 0, tree.num_leaves - 1)
+    levels = [leaves]
+    for level in sums:
+        rows = levels[-1].reshape(-1, FAN_OUT)
+        nodes = nodes // FAN_OUT
+        if len(rows) <= len(nodes):
+            level = jnp.pad(_row_sums(rows), (0, level.size - len(rows)))
+        else:
+            level = level.at[nodes].set(_row_sums(_take(rows, nodes)), mode="promise_in_bounds")
+        levels.append(level)
+    return SumTree(tuple(levels), tree.num_leaves)
+
+
+def get_leaves(tree: SumTree, indices: jax.Array) -> jax.Array:
+    """Returns the values at `indices`: `[n]` int32, each in `[0, num_leaves)`, to `[n]` float32."""
+    return _take(tree.levels[0], indices)
+
+
+def total(tree: SumTree) -> jax.Array:
+    """Returns the sum of all leaves, `[]` float32."""
+    return tree.levels[-1].sum()
+
+
+def find_leaves(tree: SumTree, targets: jax.Array) -> jax.Array:
+    """Returns the leaf under each target, were the leaves laid end to end: `[n]` float32 to `[n]` int32.
+
+    It is leaf `i` with `sum(leaves[:i]) <= target < sum(leaves[:i + 1])`, up to float32 rounding, and never a leaf of
+    0, whatever the rounding: a target at or beyond the total finds the last leaf above 0. Only in a tree without any
+    such leaf it is leaf 0.
+    """
+    child = jnp.arange(FAN_OUT, dtype=jnp.int32)
+    nodes = jnp.zeros(targets.shape, jnp.int32)
+    for level in reversed(tree.levels):
+        rows = level.reshape(-1, FAN_OUT)
+        # Either order gives the same numbers; we add up whichever has fewer rows.
+        starts = _take(_row_starts(rows), nodes) if len(rows) <= len(nodes) else _row_starts(_take(rows, nodes))
+        # The first sibling above 0 starts at exactly 0, so there is one to choose, and the rest of the target is
+        # never negative. Looking for where a sibling *ends* instead could stop at a leaf of 0 after rounding.
+        chosen = jnp.max(jnp.where(starts <= targets[:, None], child, 0), axis=1)
+        targets = targets - jnp.take_along_axis(starts, chosen[:, None], axis=1, mode="promise_in_bounds")[:, 0]
+        nodes = nodes * FAN_OUT + chosen
+    return nodes
+
+
+def sample_leaves(tree: SumTree, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns leaves drawn in proportion to their values, one from each equal slice of the total (stratified).
+
+    Args:
+      tree: the tree, with a total above 0.
+      uniforms: `[n]` float32 in [0, 1), where in its slice each draw falls.
+
+    Returns:
+      `[n]` int32 indices, ascending, and `[n]` float32 probabilities, each leaf's share of the total.
+    """
+    whole = total(tree)
+    slices = jnp.arange(len(uniforms), dtype=jnp.float32)
+    indices = find_leaves(tree, (slices + uniforms) * (whole / len(uniforms)))
+    return indices, get_leaves(tree, indices) / whole
+
+
+def _take(array: jax.Array, indices: jax.Array) -> jax.Array:
+    return array.at[indices].get(mode="promise_in_bounds")
+
+
+# Products with ones and zeros: on CPU a small matrix product takes half the time of a reduction or a cumulative sum.
+# They are exact at the highest precision only; a GPU's default would round the priorities to 10 bits.
+
+
+def _row_sums(rows: jax.Array) -> jax.Array:
+    """Returns the sum of each row: `[n, FAN_OUT]` to `[n]`."""
+    return jnp.dot(rows, jnp.ones(FAN_OUT, jnp.float32), precision="highest")
+
+
+def _row_starts(rows: jax.Array) -> jax.Array:
+    """Returns the sum of those before it in its row for each place, infinity where that holds 0: `[n, FAN_OUT]`."""
+    before = jnp.dot(rows, jnp.triu(jnp.ones((FAN_OUT, FAN_OUT), jnp.float32), k=1), precision="highest")
+    return jnp.where(rows > 0, before, jnp.inf)

@@ -1,0 +1,171 @@
+"""The replay: pure functions over one ring, uniform or with a sum tree of priorities beside it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import qfleet.core.replay.priorities as priorities
+from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.replay import sampling
+from qfleet.core.replay.ring import NO_STEP, Ring, Row, init_ring, insert_row, is_overwritten
+from qfleet.core.types import EnvSpec, Transition
+
+MIN_PRIORITY = 1e-6
+"""Added to every TD error, so that no transition is lost for good (Schaul et al. 2016, section 3.3)."""
+
+MAX_DRAWS = 64
+"""Rounds of rejection before a draw is given up (weight 0). At most every second row holds no step: 2**-64."""
+
+
+class ReplayState(NamedTuple):
+    """All that a replay keeps."""
+
+    ring: Ring
+    tree: priorities.SumTree | tuple[()]
+    """Leaf `row * lanes + lane` is the priority of the transition that starts there, to the power alpha; 0 where none
+    can. `()` when sampling is uniform."""
+    max_priority: Array
+    """`[]` float32, the greatest leaf ever set: what new transitions enter with."""
+    num_transitions: Array
+    """`[]` int32, leaves above 0: transitions that may be drawn by priority."""
+
+
+class Sample(NamedTuple):
+    """A batch, and where it came from."""
+
+    transition: Transition
+    row: Array
+    """`[batch]` int32."""
+    lane: Array
+    """`[batch]` int32."""
+    insertions: Array
+    """`[]` uint32, `Ring.insertions` when it was drawn."""
+
+
+class Replay(NamedTuple):
+    """The pure functions of a replay. States may be donated: every function writes in place then."""
+
+    init: Callable[[], ReplayState]
+    insert: Callable[[ReplayState, Row], ReplayState]
+    """`insert(state, row) -> state`: one step of all lanes."""
+    sample: Callable[[ReplayState, Array, Array], Sample]
+    """`sample(state, key, importance_exponent) -> sample`. Uniform sampling ignores the exponent: its weights are 1."""
+    set_priorities: Callable[[ReplayState, Sample, Array], ReplayState]
+    """`set_priorities(state, sample, td_error [batch]) -> state`; errors of overwritten rows change nothing."""
+
+
+def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, batch_size: int | None = None) -> Replay:
+    """Returns the replay that `config` describes, for `num_lanes` lanes of `spec`'s environment.
+
+    Args:
+      batch_size: transitions per sample, where that isn't the whole of `config.batch_size`.
+
+    Raises:
+      ConfigError: if the capacity is too small for one window of each lane.
+    """
+    batch_size = batch_size or config.batch_size
+    num_rows = config.replay_capacity // num_lanes
+    fewest_rows = config.n_step + spec.frame_stack + 1
+    if num_rows < fewest_rows:
+        raise ConfigError(
+            f"replay_capacity must hold at least n_step + frame_stack + 1 steps of each lane, got replay_capacity="
+            f"{config.replay_capacity} for {num_lanes} lanes, n_step={config.n_step} and frame_stack="
+            f"{spec.frame_stack}; try {fewest_rows * num_lanes}"
+        )
+    is_prioritised = config.replay == "prioritised"
+    num_slots = num_rows * num_lanes
+
+    def init() -> ReplayState:
+        return ReplayState(
+            ring=init_ring(num_rows, num_lanes, spec.observation_shape, spec.observation_dtype),
+            tree=priorities.init_tree(num_slots) if is_prioritised else (),
+            max_priority=jnp.float32(1.0),
+            num_transitions=jnp.int32(0),
+        )
+
+    def insert(state: ReplayState, row: Row) -> ReplayState:
+        if not isinstance(state.tree, priorities.SumTree):
+            return state._replace(ring=insert_row(state.ring, row))
+        # This row completes the window of the one n steps before it, and overwrites the last frame of a stack.
+        completed = (state.ring.cursor - config.n_step) % num_rows
+        broken = (state.ring.cursor + spec.frame_stack - 1) % num_rows
+        is_complete = state.ring.size >= config.n_step
+        ring = insert_row(state.ring, row)  # before its outcomes are read: the other way round XLA copies them all
+        outcome = jax.lax.dynamic_index_in_dim(ring.rows.outcome, completed, keepdims=False)
+        can_start = (outcome != NO_STEP) & is_complete
+        lanes = jnp.arange(num_lanes)
+        num_broken = jnp.sum(priorities.get_leaves(state.tree, broken * num_lanes + lanes) > 0, dtype=jnp.int32)
+        tree = priorities.set_leaves(
+            state.tree,
+            jnp.concatenate([broken * num_lanes + lanes, completed * num_lanes + lanes]),
+            jnp.concatenate([jnp.zeros(num_lanes), jnp.where(can_start, state.max_priority, 0.0)]),
+        )
+        num_transitions = state.num_transitions - num_broken + jnp.sum(can_start, dtype=jnp.int32)
+        return state._replace(ring=ring, tree=tree, num_transitions=num_transitions)
+
+    def sample(state: ReplayState, key: Array, importance_exponent: Array) -> Sample:
+        if isinstance(state.tree, priorities.SumTree):
+            row, lane, weight = draw_by_priority(state.tree, state.num_transitions, key, importance_exponent)
+        else:
+            row, lane, weight = draw_uniformly(state.ring, key)
+        n_step_return, discount, num_steps = sampling.n_step_returns(
+            state.ring, row, lane, config.n_step, config.discount
+        )
+        transition = Transition(
+            obs=sampling.stacked_observations(state.ring, row, lane, spec.frame_stack),
+            action=sampling.take(state.ring, state.ring.rows.action, row, lane),
+            reward=n_step_return,
+            discount=discount,
+            next_obs=sampling.stacked_observations(state.ring, row + num_steps, lane, spec.frame_stack),
+            weight=weight,
+        )
+        return Sample(transition, row, lane, state.ring.insertions)
+
+    def draw_uniformly(ring: Ring, key: Array) -> tuple[Array, Array, Array]:
+        """Draws rows until each holds a step: exactly uniform over those that do."""
+        first = sampling.first_row(ring, spec.frame_stack)
+        num_first = jnp.maximum(sampling.num_first_rows(ring, config.n_step, spec.frame_stack), 1).astype(jnp.uint32)
+
+        def draw(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            attempt, row, lane, is_step = carry
+            # The remainder's bias is below num_rows / 2**32; a float would have too few bits for 1M rows.
+            bits = jax.random.bits(jax.random.fold_in(key, attempt), (2, batch_size), jnp.uint32)
+            row = jnp.where(is_step, row, (first + (bits[0] % num_first).astype(jnp.int32)) % num_rows)
+            lane = jnp.where(is_step, lane, (bits[1] % jnp.uint32(num_lanes)).astype(jnp.int32))
+            return attempt + 1, row, lane, sampling.take(ring, ring.rows.outcome, row, lane) != NO_STEP
+
+        def has_rejected(carry: tuple[Array, Array, Array, Array]) -> Array:
+            attempt, _, _, is_step = carry
+            return (attempt < MAX_DRAWS) & ~jnp.all(is_step)
+
+        nowhere = jnp.zeros(batch_size, jnp.int32)
+        _, row, lane, is_step = jax.lax.while_loop(
+            has_rejected, draw, (jnp.int32(0), nowhere, nowhere, jnp.zeros(batch_size, bool))
+        )
+        return row, lane, is_step.astype(jnp.float32)
+
+    def draw_by_priority(
+        tree: priorities.SumTree, num_transitions: Array, key: Array, importance_exponent: Array
+    ) -> tuple[Array, Array, Array]:
+        leaf, probability = priorities.sample_leaves(tree, jax.random.uniform(key, (batch_size,)))
+        # Not divided by the batch's greatest weight, as is often done: that would make a transition's weight
+        # depend on its companions, and two half batches differ from the whole.
+        weight = (num_transitions * probability) ** -importance_exponent
+        return leaf // num_lanes, leaf % num_lanes, weight
+
+    def set_priorities(state: ReplayState, sample: Sample, td_error: Array) -> ReplayState:
+        if not isinstance(state.tree, priorities.SumTree):
+            return state
+        priority = (jnp.abs(td_error) + MIN_PRIORITY) ** config.priority_exponent
+        # Also late: a row whose oldest stacked frame is gone, for it can't be drawn any more.
+        is_late = is_overwritten(state.ring, (sample.row - spec.frame_stack + 1) % num_rows, sample.insertions)
+        leaf = jnp.where(is_late, num_slots, sample.row * num_lanes + sample.lane)
+        return state._replace(
+            tree=priorities.set_leaves(state.tree, leaf, priority),
+            max_priority=jnp.maximum(state.max_priority, jnp.max(priority)),
+        )
+
+    return Replay(init, insert, sample, set_priorities)

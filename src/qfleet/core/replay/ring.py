@@ -1,0 +1,110 @@
+"""A ring of rows that stores each observation once.
+
+A row is what one step of all lanes produced. Every environment follows Gymnasium's NEXT_STEP autoreset: the row
+after an episode's end holds the final observation and no step, the row after that starts the next episode. So the
+successor of row t is always row t+1, and no second copy of it is kept.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+# What the step from a row led to: one byte, for `terminated` and `truncated` exclude each other once stored
+# (an episode that did both has no future: terminated).
+CONTINUED, TERMINATED, TRUNCATED, NO_STEP = (np.uint8(kind) for kind in range(4))
+"""`NO_STEP` marks a final observation: its action was ignored, and it starts no transition."""
+
+
+class Row(NamedTuple):
+    """What one step of all lanes produced. `[lanes, ...]`, in the ring `[rows, lanes, ...]`."""
+
+    obs: Array
+    """`[lanes, *observation_shape]`, acted on; a single frame where frames are stacked."""
+    action: Array
+    """`[lanes]` int32."""
+    reward: Array
+    """`[lanes]` float32."""
+    outcome: Array
+    """`[lanes]` uint8: `CONTINUED`, `TERMINATED`, `TRUNCATED` or `NO_STEP`."""
+
+
+class Ring(NamedTuple):
+    """The newest rows. A state: insert returns the next one, in place where buffers are donated."""
+
+    rows: Row
+    """`[rows, lanes, ...]`."""
+    cursor: Array
+    """`[]` int32, where the next row goes."""
+    size: Array
+    """`[]` int32, rows held."""
+    insertions: Array
+    """`[]` uint32, rows ever inserted, modulo 2**32: tells late priorities from fresh ones."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the ring can hold."""
+        return self.rows.outcome.shape[0]
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of each row."""
+        return self.rows.outcome.shape[1]
+
+
+def init_ring(num_rows: int, num_lanes: int, observation_shape: tuple[int, ...], observation_dtype: np.dtype) -> Ring:
+    """Returns an empty ring of `num_rows` rows of `num_lanes` lanes."""
+    shape = (num_rows, num_lanes)
+    rows = Row(
+        obs=jnp.zeros((*shape, *observation_shape), observation_dtype),
+        action=jnp.zeros(shape, jnp.int32),
+        reward=jnp.zeros(shape, jnp.float32),
+        outcome=jnp.full(shape, NO_STEP),
+    )
+    return Ring(rows, cursor=jnp.int32(0), size=jnp.int32(0), insertions=jnp.uint32(0))
+
+
+def insert_row(ring: Ring, row: Row) -> Ring:
+    """Returns the ring with `row` in place of its oldest, or in a free place."""
+    rows = jax.tree.map(
+        lambda buffer, new: jax.lax.dynamic_update_index_in_dim(buffer, new.astype(buffer.dtype), ring.cursor, axis=0),
+        ring.rows,
+        row,
+    )
+    return Ring(
+        rows,
+        cursor=(ring.cursor + 1) % ring.num_rows,
+        size=jnp.minimum(ring.size + 1, ring.num_rows),
+        insertions=ring.insertions + jnp.uint32(1),
+    )
+
+
+def outcome_of(terminated: Array, truncated: Array, final: Array) -> Array:
+    """Returns each lane's `Row.outcome`, `[lanes]` uint8, from three `[lanes]` bool.
+
+    Args:
+      terminated: the step ended the episode in a state without a future.
+      truncated: the step was the last one allowed; the state after it still has a value.
+      final: the row holds a final observation, and no step.
+    """
+    ended = jnp.where(terminated, TERMINATED, jnp.where(truncated, TRUNCATED, CONTINUED))
+    return jnp.where(final, NO_STEP, ended)
+
+
+def is_overwritten(ring: Ring, row: Array, insertions: Array) -> Array:
+    """Returns whether each row has been overwritten since the ring had seen `insertions` rows.
+
+    Args:
+      row: `[...]` int32, places in the ring that held valid rows then.
+      insertions: `[]` uint32, `Ring.insertions` then.
+
+    Returns:
+      `[...]` bool.
+    """
+    num_rows = ring.num_rows
+    elapsed = ring.insertions - insertions  # modulo 2**32, so that a wrapped counter does no harm
+    cursor_then = (ring.cursor - (elapsed % jnp.uint32(num_rows)).astype(jnp.int32)) % num_rows
+    inserts_until_reached = (row - cursor_then) % num_rows + 1
+    return elapsed >= inserts_until_reached.astype(jnp.uint32)

@@ -1,0 +1,65 @@
+"""Environments of gymnax (Lange 2022), MinAtar's among them: extra `gymnax`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qfleet.config import ConfigError, suggest
+from qfleet.envs.spec import EnvSpec, EnvState, InGraphEnv, StepResult
+
+
+def make(name: str, **options: Any) -> InGraphEnv:
+    """Returns gymnax's environment of that name as one of ours.
+
+    Observations that are 0 or 1 by nature (MinAtar's; a discrete position, made one-hot) are stored as bool, all
+    others as float32. The time limit is gymnax's `max_steps_in_episode`.
+
+    Args:
+      name: as gymnax lists it, such as `Breakout-MinAtar`.
+      options: arguments of the environment's constructor.
+
+    Raises:
+      ConfigError: if gymnax is missing or too old, the name is unknown, or the actions are continuous.
+    """
+    try:
+        import gymnax  # here, not above: with the plotting libraries that it loads, it takes seconds
+        from gymnax.environments import spaces
+    except ImportError as error:
+        raise ConfigError(f"gymnax:{name} needs gymnax ({error}); pip install 'qfleet[gymnax]'") from error
+    if name not in gymnax.registered_envs:
+        raise ConfigError(f"gymnax has no environment {name!r}.{suggest(name, gymnax.registered_envs)}")
+    env, params = gymnax.make(name, **options)
+    if not hasattr(env, "is_truncated"):
+        raise ConfigError(
+            "gymnax must be 1.0 or newer, which keeps time limits apart from termination; pip install 'qfleet[gymnax]'"
+        )
+    actions, observations = env.action_space(params), env.observation_space(params)
+    if not isinstance(actions, spaces.Discrete):
+        raise ConfigError(
+            f"actions must be discrete, gymnax:{name} has {actions}; choose an environment with discrete actions"
+        )
+    one_hot = isinstance(observations, spaces.Discrete)
+    dtype = np.dtype(bool if one_hot or name.endswith("-MinAtar") else np.float32)
+
+    def observe(observation: jax.Array) -> jax.Array:
+        return (jax.nn.one_hot(observation, observations.n) if one_hot else observation).astype(dtype)
+
+    def reset(key: jax.Array) -> tuple[EnvState, jax.Array]:
+        # Not `env.reset`: it is compiled on its own. And below not `env.step`: it resets by itself.
+        observation, state = env.reset_env(key, params)
+        return state, observe(observation)
+
+    def step(state: EnvState, action: jax.Array, key: jax.Array) -> StepResult:
+        observation, state, reward, terminated, _ = env.step_env(key, state, action, params)
+        return StepResult(state, observe(observation), jnp.float32(reward), terminated, env.is_truncated(state, params))
+
+    spec = EnvSpec(
+        name=f"gymnax:{name}",
+        observation_shape=jax.eval_shape(lambda: reset(jax.random.key(0)))[1].shape,
+        observation_dtype=dtype,
+        num_actions=int(actions.n),
+        time_limit=int(params.max_steps_in_episode),
+    )
+    return InGraphEnv(spec, reset, step)

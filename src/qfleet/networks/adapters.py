@@ -1,0 +1,89 @@
+"""Q-networks as pairs of pure functions, made from configuration or from a user's Flax NNX module."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.types import EnvSpec, Network, Params
+from qfleet.networks.heads import QNetwork
+
+
+def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
+    """Returns the built-in Q-network for these observations and actions.
+
+    Raises:
+      ConfigError: if the torso doesn't fit the observations.
+    """
+    return from_nnx(lambda rngs: QNetwork(spec, config, rngs))
+
+
+def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+    """Returns the module's forward pass as pure functions of its parameters.
+
+    Args:
+      make_module: builds the module, drawing initial parameters from the random streams it is given. The module
+        maps `[batch, ...]` observations, as the replay stores them (uint8 not yet divided by 255, stacked frames
+        along the last axis), to `[batch, num_actions]`.
+
+    Returns:
+      A network whose parameters are nested dicts of arrays with the module's attribute names as keys, elements of
+      lists by their index as a string. Both functions may be jitted, differentiated and vmapped.
+    Raises:
+      ConfigError: if the module holds state that a pure function of parameters has no place for.
+    """
+    abstract_module = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
+    graphdef, abstract_params, rest = nnx.split(abstract_module, nnx.Param, ...)  # type: ignore[misc]
+    others = [f"{'.'.join(map(str, path))} ({type(leaf).__name__})" for path, leaf in nnx.to_flat_state(rest)]
+    if others:
+        raise ConfigError(
+            f"a network's state must be nnx.Param only, got {', '.join(others)}; replace layers that change or draw "
+            "random numbers while they run (batch normalisation, dropout), for example by layer normalisation, "
+            "make arrays that should be learned nnx.Param, and compute constants in __call__"
+        )
+    paths = {tuple(map(str, path)): path for path, _ in nnx.to_flat_state(abstract_params)}
+
+    def init(key: jax.Array) -> Params:
+        params = nnx.state(make_module(nnx.Rngs(key)), nnx.Param)
+        return unflatten_dict(
+            {tuple(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(params)}
+        )
+
+    def apply(params: Params, observations: jax.Array) -> jax.Array:
+        leaves = {paths[names]: value for names, value in flatten_dict(params).items()}
+        module = nnx.merge(graphdef, nnx.from_flat_state(leaves))
+        return module(observations)
+
+    return Network(init, apply)
+
+
+def check_network(network: Network, spec: EnvSpec) -> int:
+    """Checks, without computing anything, that `network` maps observations of `spec` to float action values.
+
+    Returns:
+      The number of its parameters.
+
+    Raises:
+      ConfigError: if it can't be traced with such observations, or returns another shape or type.
+    """
+    batch = 3  # unlikely to be a size of the network's own
+    observations = jax.ShapeDtypeStruct((batch, *spec.agent_observation_shape), spec.observation_dtype)
+    seen = f"observations {observations.dtype}{list(observations.shape)} of {spec.name}"
+    wanted = f"float32{[batch, spec.num_actions]}"
+    try:
+        params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+        q_values = jax.eval_shape(network.apply, params, observations)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"a network must map {seen} to action values {wanted}, got {type(error).__name__}: {error}; fit its "
+            "first layer to the observations (uint8 isn't divided by 255 yet, stacked frames are the last axis)"
+        ) from error
+    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", q_values)
+    if shapes != wanted:
+        raise ConfigError(
+            f"a network must map {seen} to action values {wanted}, got {shapes}; fit its last layer to the "
+            f"{spec.num_actions} actions, and let it return float32"
+        )
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

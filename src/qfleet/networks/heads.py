@@ -1,0 +1,73 @@
+"""From features to action values, and the whole Q-network."""
+
+import jax
+from flax import nnx
+
+from qfleet.config import AgentConfig
+from qfleet.core.types import EnvSpec
+from qfleet.networks.torsos import Hidden, Torso
+
+
+class Dense(nnx.Module):
+    """Hidden dense layers one after another: `[batch, inputs]` to `[batch, num_features]`."""
+
+    def __init__(self, num_inputs: int, sizes: tuple[int, ...], layer_norm: bool, rngs: nnx.Rngs) -> None:
+        self.layers: nnx.List[Hidden] = nnx.List([])
+        self.num_features = num_inputs
+        for size in sizes:
+            linear = nnx.Linear(self.num_features, size, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+            self.layers.append(Hidden(linear, size, layer_norm))
+            self.num_features = size
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class DuelingHead(nnx.Module):
+    """A stream for the state's value and one for the actions' advantages: `[batch, inputs]` to `[batch, num_actions]`.
+
+    The mean advantage is subtracted: what all actions have in common is the value.
+
+    Source: Wang et al. 2016, arXiv 1511.06581, equation 9.
+    """
+
+    def __init__(
+        self, num_inputs: int, stream_sizes: tuple[int, ...], num_actions: int, layer_norm: bool, rngs: nnx.Rngs
+    ) -> None:
+        self.value_hidden = Dense(num_inputs, stream_sizes, layer_norm, rngs)
+        self.value = nnx.Linear(self.value_hidden.num_features, 1, rngs=rngs)
+        self.advantage_hidden = Dense(num_inputs, stream_sizes, layer_norm, rngs)
+        self.advantage = nnx.Linear(self.advantage_hidden.num_features, num_actions, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        value = self.value(self.value_hidden(x))
+        advantage = self.advantage(self.advantage_hidden(x))
+        return value + advantage - advantage.mean(-1, keepdims=True)
+
+
+class QNetwork(nnx.Module):
+    """Torso, hidden dense layers, head: observations as the replay stores them to `[batch, num_actions]` float32.
+
+    With dueling, the last of `hidden_sizes` is each stream's own layer (Wang et al. 2016), the others are shared.
+    Hidden layers start with He initialisation (Gaussian, variance 2 / inputs), made for ReLU; the linear last layer
+    with LeCun's (1 / inputs); biases with 0.
+
+    Raises:
+      ConfigError: if the torso doesn't fit the observations.
+    """
+
+    def __init__(self, spec: EnvSpec, config: AgentConfig, rngs: nnx.Rngs) -> None:
+        sizes = config.hidden_sizes
+        shared_sizes, stream_sizes = (sizes[:-1], sizes[-1:]) if config.dueling else (sizes, ())
+        self.torso = Torso(spec, config, rngs)
+        self.hidden = Dense(self.torso.num_features, shared_sizes, config.layer_norm, rngs)
+        self.head: DuelingHead | nnx.Linear
+        if config.dueling:
+            self.head = DuelingHead(self.hidden.num_features, stream_sizes, spec.num_actions, config.layer_norm, rngs)
+        else:
+            self.head = nnx.Linear(self.hidden.num_features, spec.num_actions, rngs=rngs)
+
+    def __call__(self, observations: jax.Array) -> jax.Array:
+        return self.head(self.hidden(self.torso(observations)))

@@ -1,0 +1,113 @@
+"""What a run measured, step by step: one line of JSON per record, and the same for TensorBoard."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from qfleet.config import ConfigError
+from qfleet.runtime.process import seconds_since_process_start
+from qfleet.runtime.run_directory import RunDirectory, strict_json
+
+
+class MetricsWriter:
+    """Appends progress records to metrics.jsonl and to TensorBoard's event file. Use it as a context manager.
+
+    A line holds `env_steps`, `wall_seconds` (the processes' time so far, resumed ones added up) and the record's
+    values; what isn't finite is null. TensorBoard's side, import included, is a worker thread's, so that it never
+    holds up training.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._file: TextIO | None = None
+        self._purge_step: int | None = None
+        self._earlier_seconds = 0.0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
+        self._events: Any = None  # a tensorboardX SummaryWriter; the worker's alone
+        self._last: Future[None] | None = None
+
+    def truncate_after(self, env_steps: int) -> None:
+        """Drops records later than `env_steps`, which a run resumed from there is about to repeat.
+
+        A last line that was cut off in the middle goes too. Call it before the first `write`.
+
+        Raises:
+          ConfigError: if another line isn't a record.
+        """
+        path = self._run.metrics_path
+        kept: list[str] = []
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = json.loads(line)
+                    is_late = record["env_steps"] > env_steps
+                    seconds = float(record["wall_seconds"])
+                except (ValueError, TypeError, KeyError) as error:
+                    if number == len(lines) and not line.endswith("\n"):
+                        break
+                    raise ConfigError(
+                        f"each line of metrics.jsonl must be a record, got {line.strip()!r}, line {number} of {path}; "
+                        f"repair or remove that line"
+                    ) from error
+                if not is_late:
+                    kept.append(line if line.endswith("\n") else line + "\n")
+                    self._earlier_seconds = max(self._earlier_seconds, seconds)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, path)
+        self._purge_step = env_steps + 1
+
+    def write(self, env_steps: int, values: Mapping[str, float | None]) -> None:
+        """Adds one record; it is on disk (metrics.jsonl) when this returns.
+
+        Args:
+          env_steps: the record's place, over all lanes; TensorBoard's x axis.
+          values: any numbers by name; None or NaN where there is nothing to report yet.
+        """
+        if self._file is None:
+            self._file = self._run.metrics_path.open("a", encoding="utf-8")
+        wall_seconds = round(self._earlier_seconds + seconds_since_process_start(), 3)
+        self._file.write(strict_json({"env_steps": env_steps, "wall_seconds": wall_seconds, **values}) + "\n")
+        self._file.flush()
+        numbers = {name: float(value) for name, value in values.items() if value is not None}
+        if self._last is not None and self._last.done():
+            self._last.result()  # what fails there must not wait for the end of the run to be known
+        self._last = self._worker.submit(
+            self._write_events, env_steps, {name: value for name, value in numbers.items() if math.isfinite(value)}
+        )
+
+    def close(self) -> None:
+        """Finishes both files. Idempotent."""
+        if self._file is None or self._last is None:
+            return
+        self._file.close()
+        self._file = None
+        closing = self._worker.submit(self._close_events)
+        self._worker.shutdown()
+        self._last.result()
+        closing.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_events(self, env_steps: int, numbers: Mapping[str, float]) -> None:
+        if self._events is None:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self._run.path), purge_step=self._purge_step, flush_secs=10)
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, env_steps)
+
+    def _close_events(self) -> None:
+        if self._events is not None:
+            self._events.close()

@@ -1,0 +1,54 @@
+"""What a topology tells of a run while it goes on, and how it says that the run failed."""
+
+import dataclasses
+
+
+class RunFailed(RuntimeError):
+    """The run can't go on: the message says what happened where. Checkpoints written before are sound."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What happened since the last record. Means are over lanes and seeds; None where nothing happened."""
+
+    env_steps: int
+    """So far, over all lanes of one seed."""
+    learner_steps: int
+    """So far, of one seed."""
+    train_seconds: float
+    """Wall time of this record's training, without evaluation."""
+    new_env_steps: int
+    """Of this record, of one seed."""
+    new_learner_steps: int
+    num_episodes: int
+    """Training episodes that ended, over all seeds."""
+    episode_return_mean: float | None
+    """Of those, undiscounted, with exploration."""
+    episode_length_mean: float | None
+    """Of those, in environment steps."""
+    q_mean: float
+    """Greatest Q-value of the observations acted on, in units of discounted reward."""
+    loss: float | None
+    td_error_mean: float | None
+    """Mean absolute TD error of the batches, in units of discounted reward."""
+    exploration: float
+    """Epsilon, or the temperature, of the last row."""
+    eval_returns: tuple[tuple[float, ...], ...] | None = None
+    """Of the greedy episodes after it, `[seeds][episodes]`, if there were any."""
+
+    @property
+    def eval_return_mean(self) -> float | None:
+        """Over all seeds' greedy episodes."""
+        if self.eval_returns is None:
+            return None
+        return sum(map(sum, self.eval_returns)) / sum(map(len, self.eval_returns))
+
+    def metrics(self) -> dict[str, float | None]:
+        """Returns what a log keeps of it: single numbers by name."""
+        values = dataclasses.asdict(self)
+        for name in ("env_steps", "train_seconds", "new_env_steps", "new_learner_steps", "eval_returns"):
+            values.pop(name)
+        values["env_steps_per_second"] = self.new_env_steps / self.train_seconds
+        values["learner_steps_per_second"] = self.new_learner_steps / self.train_seconds
+        values["eval_return_mean"] = self.eval_return_mean
+        return values

@@ -1,0 +1,247 @@
+"""The folder a run leaves behind: what it was asked to do, what it did, and what it learned.
+
+runs/<name>/
+  config.json      the TrainConfig, as the run was created; never changed afterwards
+  metrics.jsonl    one line per progress record
+  events.out.*     the same for TensorBoard: `tensorboard --logdir runs` compares runs
+  checkpoints/     the newest few, by environment steps
+  summary.json     the outcome, replaced as a whole
+  report.html, videos/
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import re
+import time
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from qfleet.config import ConfigError, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """One run's folder. Made by `create` or found by `open`."""
+
+    path: Path
+    config: TrainConfig
+    """As the run was created. How far it got, or was extended to, is in its checkpoints and summary."""
+    version: str
+    """Of the qfleet that created it."""
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str] | None, config: TrainConfig) -> "RunDirectory":
+        """Makes the folder of a new run and writes its config.json.
+
+        Args:
+          path: the folder: absent or empty. None: `runs/<env>-<preset>-<seed>-<time>`, numbered if taken.
+          config: what config.json says.
+
+        Raises:
+          ConfigError: if the folder holds something already or can't be made.
+        """
+        run = cls(Path(path) if path is not None else _free_default_path(config), config, _version())
+        content = {"qfleet_version": run.version, "config": dataclasses.asdict(config)}
+        try:
+            text = json.dumps(content, indent=2, allow_nan=False)
+        except ValueError as error:
+            raise ConfigError(f"every number in a run's configuration must be finite, got {config}") from error
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            occupied = any(run.path.iterdir())
+        except OSError as error:
+            raise ConfigError(
+                f"a run directory must be a folder that can be made, got {run.path} ({error.strerror}); "
+                f"give another --run-dir"
+            ) from error
+        if occupied:
+            raise ConfigError(
+                f"a new run needs an absent or empty folder, got {run.path}, which holds files already; "
+                f"give another --run-dir, or continue that run with `qfleet resume {run.path}`"
+            )
+        _write_atomically(run.config_path, text + "\n")
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "RunDirectory":
+        """Finds an existing run and reads its config.json back.
+
+        Raises:
+          ConfigError: if the folder isn't a run, or its config.json is broken, foreign or of another version.
+        """
+        path = Path(path)
+        file = path / "config.json"
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(
+                f"a run is a folder with a config.json, got {path} ({error.strerror}: {file}); "
+                f"give the folder that `qfleet train` named"
+            ) from error
+        except ValueError as error:
+            raise ConfigError(f"a run's config.json must be JSON, got {file} ({error}); {_RESTORE}") from error
+        if not isinstance(content, dict) or set(content) != {"qfleet_version", "config"}:
+            raise ConfigError(f"a run's config.json must hold qfleet_version and config, {file} doesn't; {_RESTORE}")
+        version = content["qfleet_version"]
+        try:
+            return cls(path, _decode(TrainConfig, content["config"], "config"), version)
+        except ConfigError as error:
+            raise ConfigError(
+                f"a run's config.json must hold a valid configuration, got {file}: {error}; it was written by "
+                f"qfleet {version}, and this is {_version()}: use that version, or {_RESTORE}"
+            ) from error
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def videos_path(self) -> Path:
+        return self.path / "videos"
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replaces summary.json as a whole: a reader finds the old one or the new one, never half of one."""
+        _write_atomically(self.summary_path, strict_json(summary, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """Returns what `write_summary` wrote last, or None before the first time.
+
+        Raises:
+          ConfigError: if summary.json isn't a JSON object.
+        """
+        if not self.summary_path.exists():
+            return None
+        try:
+            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"summary.json must be JSON, got {self.summary_path} ({error}); delete it and `qfleet resume` the run"
+            ) from error
+        if not isinstance(summary, dict):
+            raise ConfigError(f"summary.json must be a JSON object, got {self.summary_path}; delete it")
+        return summary
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """Returns `value` as JSON that any parser reads: NumPy and JAX scalars as numbers, NaN and infinities as null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+_RESTORE = "restore the file from a copy, or train again into another folder"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
+        return _plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _free_default_path(config: TrainConfig) -> Path:
+    name = f"{config.env}-{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    first = Path("runs") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-")
+    path, number = first, 1
+    while path.exists():
+        number += 1
+        path = first.with_name(f"{first.name}-{number}")
+    return path
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qfleet")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"  # run from a source tree that was never installed
+
+
+def _decode(kind: Any, value: Any, name: str) -> Any:
+    """Returns the `kind` that `value`, read from JSON, stands for; the inverse of `dataclasses.asdict` and JSON."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _decode_dataclass(kind, value, name)
+    if origin in (typing.Union, types.UnionType):
+        return _decode_union(arguments, value, name)
+    if origin is Literal:
+        fits = value in arguments
+    elif origin is tuple:  # tuple[X, ...]
+        if isinstance(value, list):
+            return tuple(_decode(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+        fits = False
+    elif origin is Mapping:
+        if isinstance(value, dict):
+            return {key: _decode(arguments[1], item, f"{name}[{key}]") for key, item in value.items()}
+        fits = False
+    elif kind is float:
+        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif kind is int:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        raise ConfigError(f"{name} must be {_describe(kind)}, got {value!r}")
+    return value
+
+
+def _decode_dataclass(kind: type, value: Any, name: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be an object, got {value!r}")
+    if fields != set(value):
+        missing, unknown = sorted(fields - set(value)), sorted(set(value) - fields)
+        raise ConfigError(f"{name} must have exactly its known fields, got missing {missing}, unknown {unknown}")
+    return kind(**{field: _decode(hints[field], item, f"{name}.{field}") for field, item in value.items()})
+
+
+def _decode_union(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
+    errors = []
+    for kind in kinds:
+        try:
+            return _decode(kind, value, name)
+        except ConfigError as error:
+            errors.append(str(error))
+    raise ConfigError(" or ".join(errors))
+
+
+def _describe(kind: Any) -> str:
+    if kind is types.NoneType:
+        return "null"
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    return str(getattr(kind, "__name__", kind))

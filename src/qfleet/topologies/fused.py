@@ -1,0 +1,229 @@
+"""The fused topology: acting and learning in one compiled program, for environments written in JAX.
+
+The host plans each chunk (how many learner steps after each row, how much to explore), in integers that can't wrap;
+the program obeys. One program serves chunks of any length up to `MAX_ITERATIONS`, so nothing is compiled twice.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from qfleet.config import TrainConfig
+from qfleet.core import exploration
+from qfleet.core.agent import make_agent
+from qfleet.core.learner import make_learner
+from qfleet.core.types import Network, Params
+from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime.devices import num_shards
+from qfleet.runtime.records import Progress, RunFailed
+from qfleet.topologies.fused_program import FusedState, Plan, Program, Tally, make_program, rows_per_iteration
+
+MAX_ITERATIONS = 256
+"""Iterations of one chunk at most."""
+
+CHUNK_SECONDS = 0.25
+"""What a chunk should take: short enough to answer Ctrl-C, long enough that its dispatch costs nothing."""
+
+
+class Fused:
+    """One or many independent learners in one program; `advance` trains them a chunk further."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        env: InGraphEnv,
+        network: Network,
+        optimiser: optax.GradientTransformation | None = None,
+    ) -> None:
+        """Checks the sizes; `start` does the work.
+
+        Raises:
+          ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
+        """
+        agent = make_agent(network, config.agent)
+        self._program = make_program(config, env, agent, make_learner(agent, config.agent, optimiser))
+        self._config = config
+        self._env_name = env.spec.name
+        self.env_steps = 0
+        """Taken so far, over all lanes of one seed."""
+        self.learner_steps = 0
+        """Taken so far, by each seed's learner."""
+        self._replay_starts_at = 0  # environment steps when the replay was last empty
+        self._seconds_per_iteration: float | None = None
+
+    def start(self) -> float:
+        """Compiles the program, starts `num_seeds` learners, and returns the wall time that took, in seconds."""
+        started = time.perf_counter()
+        init, run, evaluate, self._seeds = self._placed(self._program)
+        state = jax.eval_shape(init, self._seeds)
+        with ThreadPoolExecutor() as pool:  # XLA compiles one program, the largest first, while Python traces the next
+            compiled_run = pool.submit(run.lower(state, self._plan(), np.int32(0)).compile)
+            lowered = init.lower(self._seeds)
+            # It runs once: the time to optimise it would never come back.
+            compiled_init = pool.submit(lowered.compile, compiler_options={"xla_backend_optimization_level": "0"})
+            lowered = evaluate.lower(state.learner.params, self._seeds, np.uint32(0), np.int32(0))
+            compiled_evaluate = pool.submit(lowered.compile)
+            self._state: FusedState = compiled_init.result()(self._seeds)
+            self._run, self._evaluate = compiled_run.result(), compiled_evaluate.result()
+        return time.perf_counter() - started
+
+    def _placed(self, program: Program) -> tuple[Any, Any, Any, Any]:
+        """Returns `init`, `run` and `evaluate`, ready to be lowered, and the seeds that they start from.
+
+        Many seeds are spread over the devices; each device trains its share of them in one batch.
+        """
+        num_seeds, first = self._config.num_seeds, self._config.seed
+        if num_seeds == 1:  # without the leading axis, whose batched products would be slower
+            run = jax.jit(program.run, donate_argnums=0)
+            return jax.jit(program.init), run, jax.jit(program.evaluate), np.uint32(first)
+        devices = jax.local_devices()[: num_shards(num_seeds, jax.local_device_count())]
+        mesh = jax.make_mesh((len(devices),), ("seeds",), axis_types=(AxisType.Auto,), devices=devices)
+        split, whole = PartitionSpec("seeds"), PartitionSpec()
+
+        def over_seeds(function: Callable, in_specs: tuple[PartitionSpec, ...]) -> Callable:
+            batched = jax.vmap(function, in_axes=tuple(0 if spec == split else None for spec in in_specs))
+            return jax.shard_map(batched, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)
+
+        init = jax.jit(over_seeds(program.init, (split,)))
+        run = jax.jit(over_seeds(program.run, (split, whole, whole)), donate_argnums=0)
+        evaluate = jax.jit(over_seeds(program.evaluate, (split, split, whole, whole)))
+        seeds = np.uint32(first + np.arange(num_seeds))
+        return init, run, evaluate, jax.device_put(seeds, NamedSharding(mesh, split))
+
+    @property
+    def env_steps_per_iteration(self) -> int:
+        """Over all lanes of one seed: runs stop at multiples of it."""
+        return self._config.topology.num_envs * rows_per_iteration(self._config.agent)
+
+    @property
+    def params(self) -> Params:
+        """The newest parameters; with many seeds, with a leading axis `[seeds]`."""
+        return self._state.learner.params
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The parts of a checkpoint by name; without the replay if the config leaves it out."""
+        state = self._state._asdict()
+        if not self._config.checkpoint_replay:
+            state.pop("replay")
+        return state
+
+    def advance(self, until_env_steps: int) -> Progress:
+        """Trains one chunk further, up to the first iteration that reaches `until_env_steps`.
+
+        Raises:
+          RunFailed: if a reward, an observation or the loss isn't finite.
+        """
+        num_iterations = math.ceil((until_env_steps - self.env_steps) / self.env_steps_per_iteration)
+        if self._seconds_per_iteration is not None:
+            num_iterations = min(num_iterations, math.ceil(CHUNK_SECONDS / self._seconds_per_iteration))
+        num_iterations = max(1, min(num_iterations, MAX_ITERATIONS))
+
+        started = time.perf_counter()
+        plan = self._plan()
+        self._state, tally = self._run(self._state, plan, np.int32(num_iterations))
+        tally = jax.device_get(tally)
+        seconds = time.perf_counter() - started
+        self._seconds_per_iteration = seconds / num_iterations
+
+        env_steps_before = self.env_steps
+        new_learner_steps = self._learner_steps(plan, num_iterations)
+        self.env_steps += num_iterations * self.env_steps_per_iteration
+        self.learner_steps += new_learner_steps
+        self._check(tally, env_steps_before)
+        num_episodes = int(np.sum(tally.num_episodes))
+        num_rows = num_iterations * rows_per_iteration(self._config.agent)
+
+        def per_episode(total: np.ndarray) -> float | None:
+            return float(np.sum(total)) / num_episodes if num_episodes else None
+
+        def per_learner_step(total: np.ndarray) -> float | None:
+            return float(np.mean(total)) / new_learner_steps if new_learner_steps else None
+
+        return Progress(
+            env_steps=self.env_steps,
+            learner_steps=self.learner_steps,
+            train_seconds=seconds,
+            new_env_steps=self.env_steps - env_steps_before,
+            new_learner_steps=new_learner_steps,
+            num_episodes=num_episodes,
+            episode_return_mean=per_episode(tally.episode_return),
+            episode_length_mean=per_episode(tally.episode_steps),
+            q_mean=float(np.mean(tally.q_max)) / num_rows,
+            loss=per_learner_step(tally.losses.loss),
+            td_error_mean=per_learner_step(tally.losses.td_error),
+            exploration=float(plan.exploration[num_iterations - 1, -1]),
+        )
+
+    def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
+        """Returns greedy returns of the newest parameters, `[num_seeds, num_episodes]`.
+
+        Args:
+          batch: evaluations of the same parameters with different numbers see different episodes.
+        """
+        batches = range(batch, batch + math.ceil(num_episodes / self._config.eval_episodes))
+        moment = np.uint32(self.env_steps % 2**32)
+        returns = [np.asarray(self._evaluate(self.params, self._seeds, moment, np.int32(i))) for i in batches]
+        return np.concatenate(returns, axis=-1).reshape(self._config.num_seeds, -1)[:, :num_episodes]
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What `restore` needs beside `state`."""
+        return {
+            "env_steps": self.env_steps,
+            "learner_steps": self.learner_steps,
+            "replay_starts_at": self._replay_starts_at,
+        }
+
+    def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
+        """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up."""
+        self._state = self._state._replace(**state)
+        self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
+        self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
+
+    def _plan(self) -> Plan:
+        """Returns the plan of the next iterations, `[MAX_ITERATIONS, rows]`; what lies beyond them isn't used."""
+        agent, num_lanes = self._config.agent, self._config.topology.num_envs
+        shape = (MAX_ITERATIONS, rows_per_iteration(agent))
+        before = self.env_steps + num_lanes * np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+        due = self._learner_steps_due(before + num_lanes) - self._learner_steps_due(before)
+        return Plan(
+            exploration=exploration.exploration_at(agent, before),
+            importance_exponent=exploration.importance_exponent_at(agent, before),
+            num_updates=due.astype(np.int32),
+        )
+
+    def _learner_steps_due(self, env_steps: np.ndarray) -> np.ndarray:
+        """Returns how many learner steps so many environment steps call for, since the replay was empty."""
+        agent, num_lanes = self._config.agent, self._config.topology.num_envs
+        warmup = max(agent.warmup_env_steps, num_lanes * (agent.n_step + 1))
+        since = np.maximum(env_steps - self._replay_starts_at - warmup, 0)
+        return np.floor(since / agent.env_steps_per_learner_step).astype(np.int64)
+
+    def _learner_steps(self, plan: Plan, num_iterations: int) -> int:
+        agent = self._config.agent
+        if agent.replay == "none":
+            return num_iterations * agent.num_epochs * agent.num_minibatches
+        return int(np.sum(plan.num_updates[:num_iterations], dtype=np.int64))
+
+    def _check(self, tally: Tally, env_steps_before: int) -> None:
+        if np.any(tally.bad_step >= 0):
+            seed = int(np.argmax(np.atleast_1d(tally.bad_step) >= 0))
+            bad_step = int(np.atleast_1d(tally.bad_step)[seed])
+            raise RunFailed(
+                f"rewards and observations must be finite, but {self._env_name} returned one that isn't at environment "
+                f"step {env_steps_before + bad_step} in lane {bad_step % self._config.topology.num_envs} of seed "
+                f"{self._config.seed + seed}"
+            )
+        if not np.all(np.isfinite(tally.losses.loss)):
+            raise RunFailed(
+                f"the loss must be finite, but it wasn't by learner step {self.learner_steps}: the values diverged; "
+                f"try a lower learning_rate than {self._config.agent.learning_rate}, or a smaller max_gradient_norm"
+            )

@@ -1,0 +1,99 @@
+"""The adapter against gymnax's own functions, called with the same keys."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qfleet.config import ConfigError
+from qfleet.envs.in_graph import Draws, Lanes, LaneStep, draw, init_lanes, step_lanes
+from qfleet.envs.registry import _MINATAR, check_env, list_envs, make_env
+from qfleet.envs.spec import StepResult
+
+gymnax = pytest.importorskip("gymnax")
+
+# Here compiling takes the time, not running.
+UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.mark.parametrize("name", [*_MINATAR, "CartPole-v1", "Catch-bsuite"])
+def test_every_step_is_gymnaxs(name: str) -> None:
+    env = make_env(f"gymnax:{name}")
+    reference, params = gymnax.make(name)
+
+    @functools.partial(jax.jit, compiler_options=UNOPTIMISED)
+    def both_reset(key: jax.Array) -> tuple[Any, Any]:
+        return env.reset(key), reference.reset_env(key, params)
+
+    @functools.partial(jax.jit, compiler_options=UNOPTIMISED)
+    def both_step(state: Any, action: jax.Array, key: jax.Array) -> tuple[StepResult, Any]:
+        return env.step(state, action, key), reference.step_env(key, state, action, params)
+
+    (state, observation), (their_observation, their_state) = both_reset(jax.random.key(0))
+    np.testing.assert_array_equal(observation, their_observation)
+    jax.tree.map(np.testing.assert_array_equal, state, their_state)
+    actions = np.random.default_rng(1).integers(env.spec.num_actions, size=100)
+    for action, key in zip(actions, jax.random.split(jax.random.key(1), 100), strict=True):
+        ours, (their_observation, their_state, reward, terminated, _) = both_step(state, action, key)
+        # bool against float where the environment is MinAtar's: nothing of the observation is lost.
+        np.testing.assert_array_equal(ours.observation, their_observation)
+        jax.tree.map(np.testing.assert_array_equal, ours.state, their_state)
+        assert (ours.reward, ours.terminated, ours.truncated) == (reward, terminated, False)
+        state = both_reset(key)[0][0] if terminated else ours.state
+    assert ours.observation.dtype == env.spec.observation_dtype == (bool if "MinAtar" in name else np.float32)
+
+
+def test_the_time_limit_shows_as_truncation() -> None:
+    """A car that never pushes stays in its valley until gymnax's 200 steps are over."""
+    env = make_env("gymnax:MountainCar-v0")
+    assert env.spec.time_limit == 200
+
+    def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, LaneStep]:
+        return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
+
+    _, rows = jax.lax.scan(row, init_lanes(env, jax.random.key(0), 1), draw(env, jax.random.key(1), 210, 1))
+    assert not rows.terminated.any()
+    assert np.flatnonzero(rows.truncated[:, 0]).tolist() == [199]
+
+
+def test_termination_is_not_truncation() -> None:
+    """Catch terminates when the ball lands, in its ninth step."""
+    env = make_env("gymnax:Catch-bsuite")
+
+    def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, LaneStep]:
+        return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
+
+    _, rows = jax.lax.scan(row, init_lanes(env, jax.random.key(0), 1), draw(env, jax.random.key(1), 12, 1))
+    assert np.flatnonzero(rows.terminated[:, 0]).tolist() == [8]
+    assert not rows.truncated.any()
+    assert abs(rows.reward[8, 0]) == 1
+
+
+def test_a_discrete_observation_becomes_one_hot() -> None:
+    env = make_env("gymnax:FrozenLake-misc")
+    _, observation = env.reset(jax.random.key(0))
+    assert observation.dtype == bool and observation.tolist() == [True] + [False] * 15
+
+
+# MNISTBandit reads image files that gymnax doesn't ship.
+@pytest.mark.parametrize("name", sorted(set(gymnax.registered_envs) - {"MNISTBandit-bsuite"}))
+def test_discrete_actions_keep_the_contract_and_continuous_ones_are_refused(name: str) -> None:
+    env, params = gymnax.make(name)
+    if hasattr(env.action_space(params), "n"):
+        check_env(make_env(f"gymnax:{name}"), name)
+    else:
+        with pytest.raises(ConfigError, match=f"actions must be discrete, gymnax:{name} has Box"):
+            make_env(f"gymnax:{name}")
+
+
+def test_the_listed_names_exist_in_gymnax() -> None:
+    listed = {name.removeprefix("gymnax:") for name, _ in list_envs() if name.endswith("-MinAtar")}
+    assert listed == {name for name in gymnax.registered_envs if name.endswith("-MinAtar")}
+
+
+def test_an_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"no environment 'Breakout'.*Did you mean Breakout-MinAtar"):
+        make_env("gymnax:Breakout")

@@ -1,0 +1,149 @@
+"""Names, user registrations and what is said when they are wrong."""
+
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import probes
+import pytest
+
+from qfleet.config import ConfigError
+from qfleet.envs import cartpole, registry
+from qfleet.envs.registry import check_env, list_envs, make_env, register_env
+from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
+
+
+@pytest.fixture(autouse=True)
+def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_registered", {})
+
+
+@pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"])
+def test_ours_keep_the_contract_and_their_names(name: str) -> None:
+    env = make_env(name)
+    check_env(env, name)
+    assert env.spec.name == name
+
+
+@pytest.mark.parametrize("probe", probes.ALL, ids=lambda probe: probe.__name__)
+def test_probes_keep_the_contract(probe: Callable[[], InGraphEnv]) -> None:
+    check_env(probe(), probe.__name__)
+
+
+def test_listing_names_imports_neither_jax_nor_gymnax() -> None:
+    code = (
+        "import sys; from qfleet.envs.registry import list_envs; names = dict(list_envs());"
+        "assert 'CartPole-v1' in names and 'gymnax:Breakout-MinAtar' in names;"
+        "sys.exit(bool({'jax', 'gymnax'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_registered_environment_is_made_and_listed_by_its_name() -> None:
+    register_env("Mine", cartpole.make)
+    assert make_env("Mine").spec.num_actions == 2
+    assert "Mine" in dict(list_envs())
+
+
+def test_registering_again_replaces() -> None:
+    register_env("Mine", cartpole.make)
+    register_env("Mine", probes.time_limit)
+    assert make_env("Mine").spec.name == "time-limit"
+
+
+@pytest.mark.parametrize("name", ["", "a:b", "CartPole-v1"])
+def test_names_that_would_hide_others_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="must be new and hold no colon"):
+        register_env(name, cartpole.make)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Cartpole-v1", r"no environment is named 'Cartpole-v1'\. Did you mean CartPole-v1"),
+        ("Breakout-MinAtar", r"Did you mean gymnax:Breakout-MinAtar"),
+        ("Maze-7", r"`qfleet envs` lists them all"),
+        ("gymnaxx:Breakout-MinAtar", r"got 'gymnaxx' \(ModuleNotFoundError.*Did you mean gymnax\?"),
+        (":CartPole-v1", r"got ''"),
+    ],
+)
+def test_an_unknown_name_says_what_is_near(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_env(name)
+
+
+def test_a_module_before_the_colon_is_imported_and_registers(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_mazes.py").write_text(
+        "import qfleet.envs.registry as registry, qfleet.envs.cartpole as cartpole\n"
+        "registry.register_env('Maze', cartpole.make)\n"
+    )
+    assert make_env("my_mazes:Maze").spec.num_actions == 2
+    assert make_env("my_mazes:Maze").spec.num_actions == 2  # imported once, still registered
+    with pytest.raises(ConfigError, match=r"module my_mazes must register 'Maxe'.*Did you mean Maze"):
+        make_env("my_mazes:Maxe")
+
+
+def test_a_module_that_fails_is_named_with_its_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_mazes.py").write_text("1 / 0\n")
+    with pytest.raises(ConfigError, match=r"got 'broken_mazes' \(ZeroDivisionError: division by zero\)"):
+        make_env("broken_mazes:Maze")
+
+
+def test_missing_gymnax_names_the_command_that_adds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gymnax", None)
+    with pytest.raises(ConfigError, match=r"pip install 'qfleet\[gymnax\]'"):
+        make_env("gymnax:Breakout-MinAtar")
+
+
+def spec_of(**changes: Any) -> EnvSpec:
+    return EnvSpec(**{**vars(cartpole.make().spec), **changes})
+
+
+def result_with(**changes: Any) -> Callable[..., StepResult]:
+    return lambda state, action, key: cartpole.step(state, action, key)._replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spec": spec_of(observation_shape=[4])}, "observation_shape must be a tuple of whole numbers, got [4]"),
+        ({"spec": spec_of(observation_shape=(5,))}, "observation of reset must be float32[5], got float32[4]"),
+        ({"spec": spec_of(observation_dtype=np.float32)}, "such as np.dtype('float32'), got <class"),
+        ({"spec": spec_of(observation_dtype=np.dtype("uint8"))}, "reset must be uint8[4], got float32[4]"),
+        ({"spec": spec_of(num_actions=0)}, "num_actions must be a whole number, at least 1, got 0"),
+        ({"spec": spec_of(frame_stack=0)}, "frame_stack must be a whole number, at least 1, got 0"),
+        ({"spec": spec_of(time_limit=0)}, "time_limit must be a whole number, at least 1, or None, got 0"),
+        ({"reset": lambda key: jnp.zeros(4)}, "what reset returns must be (state, observation), got float32[4]"),
+        ({"reset": lambda: None}, "reset(key) must be traceable by JAX, got TypeError"),
+        (
+            {"step": lambda state, action, key: (state, 0.0)},
+            "what step returns must be a StepResult, got ('float32[4]'",
+        ),
+        ({"step": lambda state, action, key: bool(state[0])}, "must be traceable by JAX, got TracerBool"),
+        ({"step": result_with(observation=jnp.zeros(3))}, "observation of step must be float32[4], got float32[3]"),
+        ({"step": result_with(reward=jnp.int32(1))}, "the reward must be float32[], got int32[]"),
+        ({"step": result_with(reward=jnp.ones(1))}, "the reward must be float32[], got float32[1]"),
+        ({"step": result_with(terminated=jnp.float32(0))}, "terminated must be bool[], got float32[]"),
+        ({"step": result_with(truncated=jnp.int32(0))}, "truncated must be bool[], got int32[]"),
+        ({"step": result_with(state=jnp.zeros(3))}, "the state after step must be float32[4], got float32[3]"),
+    ],
+)
+def test_a_breach_of_the_contract_is_one_clear_error(changes: dict[str, Any], message: str) -> None:
+    register_env("Mine", lambda: cartpole.make()._replace(**changes))
+    with pytest.raises(ConfigError, match="environment Mine: .*" + re.escape(message)):
+        make_env("Mine")
+
+
+def test_a_make_that_returns_something_else_is_refused() -> None:
+    register_env("Mine", lambda: None)  # type: ignore[arg-type, return-value]
+    with pytest.raises(ConfigError, match=r"what its make\(\) returns must be an InGraphEnv, got NoneType"):
+        make_env("Mine")

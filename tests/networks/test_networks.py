@@ -1,0 +1,181 @@
+"""The built-in Q-networks: torsos, normalisation, heads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qfleet.config import AgentConfig, ConfigError
+from qfleet.envs.spec import EnvSpec
+from qfleet.networks import QNetwork, make_network
+from qfleet.networks.torsos import LayerNorm, choose_torso
+
+
+def make_spec(shape, dtype=np.float32, frame_stack=1, num_actions=3):
+    return EnvSpec(
+        name="probe",
+        observation_shape=shape,
+        observation_dtype=np.dtype(dtype),
+        num_actions=num_actions,
+        frame_stack=frame_stack,
+    )
+
+
+def random_params(network):
+    """Every parameter drawn anew, biases and scales too; a fifth of the time of initialising."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    return jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) / 4).astype(leaf.dtype), shapes)
+
+
+VECTOR = make_spec((4,))
+SPECS = {
+    "vector": (VECTOR, "mlp"),
+    "scalar": (make_spec((), np.int32), "mlp"),
+    "stacked_vector": (make_spec((4,), frame_stack=3), "mlp"),
+    "table_of_floats": (make_spec((10, 5)), "mlp"),
+    "tiny_image": (make_spec((4, 9, 2), bool), "mlp"),
+    "smallest_minatar": (make_spec((5, 5, 1), bool), "minatar"),
+    "minatar": (make_spec((10, 10, 4), bool), "minatar"),
+    "largest_minatar": (make_spec((35, 90, 3), np.uint8), "minatar"),
+    "smallest_nature": (make_spec((36, 36), np.uint8), "nature"),
+    "atari": (make_spec((84, 84), np.uint8, frame_stack=4), "nature"),
+    "colour_stack": (make_spec((84, 60, 3), np.uint8, frame_stack=2), "nature"),
+}
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_auto_chooses_the_torso_by_the_shape_of_the_observation(case):
+    spec, torso = SPECS[case]
+    assert choose_torso(spec, "auto") == torso
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+@pytest.mark.parametrize("case", SPECS)
+def test_every_observation_becomes_one_float_per_action(case, dueling):
+    spec, _ = SPECS[case]
+    network = make_network(spec, AgentConfig(hidden_sizes=(16, 8), dueling=dueling, layer_norm=True))
+    observations = jax.ShapeDtypeStruct((2, *spec.agent_observation_shape), spec.observation_dtype)
+    q_values = jax.eval_shape(network.apply, jax.eval_shape(network.init, jax.random.key(0)), observations)
+    assert q_values.shape == (2, 3) and q_values.dtype == jnp.float32
+
+
+def test_the_nature_network_has_the_published_sizes():
+    """Mnih et al. 2015, with 6 actions: 1,687,206 parameters."""
+    spec = make_spec((84, 84), np.uint8, frame_stack=4, num_actions=6)
+    network = make_network(spec, AgentConfig(hidden_sizes=(512,)))
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 1_687_206
+
+
+def test_no_hidden_layers_leave_a_linear_function_of_the_observation():
+    network = make_network(VECTOR, AgentConfig(hidden_sizes=()))
+    params = random_params(network)
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    expected = x @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(network.apply(params, x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(4,), (10, 10, 2)])
+def test_bytes_are_scaled_to_one_and_other_numbers_are_left_alone(shape):
+    config = AgentConfig(hidden_sizes=(8,))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape)).astype(np.uint8)
+    as_bytes, as_floats = make_network(make_spec(shape, np.uint8), config), make_network(make_spec(shape), config)
+    params = random_params(as_bytes)
+    np.testing.assert_allclose(
+        as_bytes.apply(params, pixels), as_floats.apply(params, (pixels / 255).astype(np.float32)), rtol=1e-5
+    )
+    assert not np.allclose(as_floats.apply(params, pixels.astype(np.float32)), as_bytes.apply(params, pixels))
+
+
+def test_stacked_frames_are_channels_of_the_image():
+    """A stack of four one-channel frames is an image of four channels."""
+    config = AgentConfig(hidden_sizes=(8,))
+    stack = np.random.default_rng(0).normal(size=(2, 10, 10, 4)).astype(np.float32)
+    stacked = make_network(make_spec((10, 10, 1), frame_stack=4), config)
+    plain = make_network(make_spec((10, 10, 4)), config)
+    params = random_params(plain)
+    np.testing.assert_array_equal(stacked.apply(params, stack[:, :, :, None, :]), plain.apply(params, stack))
+
+
+def test_layer_norm_worked_by_hand():
+    norm = LayerNorm(4)
+    x = jnp.array([[1.0, 3.0, 1.0, 3.0], [0.0, 0.0, 0.0, 8.0]])
+    root = np.sqrt(3.0)
+    np.testing.assert_allclose(norm(x), [[-1, 1, -1, 1], [-1 / root, -1 / root, -1 / root, root]], rtol=1e-5)
+    norm.scale[...] = jnp.array([1.0, 2.0, 3.0, 4.0])
+    norm.bias[...] = jnp.array([0.0, 0.0, 10.0, 0.0])
+    np.testing.assert_allclose(norm(x)[0], [-1, 2, 7, 4], rtol=1e-5)
+
+
+def test_layer_norm_equals_flax_and_keeps_its_digits_far_from_zero():
+    x = jax.random.normal(jax.random.key(0), (5, 64))
+    oracle = nnx.LayerNorm(64, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(LayerNorm(64)(x), oracle(x), atol=1e-5)
+    np.testing.assert_allclose(LayerNorm(64)(x + 1e3), oracle(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("spec", [VECTOR, make_spec((10, 10, 4))], ids=["mlp", "minatar"])
+def test_layer_norm_hides_the_scale_of_every_hidden_layer(spec):
+    """With normalisation before each activation, no layer's scale matters except the last one's."""
+    network = make_network(spec, AgentConfig(hidden_sizes=(16, 16), layer_norm=True, dueling=True))
+    params = random_params(network)
+    x = jax.random.normal(jax.random.key(1), (4, *spec.observation_shape))
+
+    scaled = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: 7 * leaf if "linear" in [entry.key for entry in path] else leaf, params
+    )
+    np.testing.assert_allclose(network.apply(scaled, x), network.apply(params, x), atol=1e-4)
+
+
+def test_dueling_ignores_what_all_advantages_have_in_common_and_adds_the_value():
+    network = make_network(VECTOR, AgentConfig(hidden_sizes=(8, 8), dueling=True))
+    params = random_params(network)
+    x = jax.random.normal(jax.random.key(1), (4, 4))
+    q_values = network.apply(params, x)
+    head = params["head"]
+    raised = {**head, "advantage": {**head["advantage"], "bias": head["advantage"]["bias"] + 5}}
+    np.testing.assert_allclose(network.apply({**params, "head": raised}, x), q_values, atol=1e-5)
+    richer = {**head, "value": {**head["value"], "bias": head["value"]["bias"] + 5}}
+    np.testing.assert_allclose(network.apply({**params, "head": richer}, x), q_values + 5, atol=1e-5)
+
+
+def test_dueling_streams_have_their_own_last_hidden_layer():
+    params = random_params(make_network(VECTOR, AgentConfig(hidden_sizes=(8, 16), dueling=True)))
+    assert params["hidden"]["layers"]["0"]["linear"]["kernel"].shape == (4, 8)
+    for stream, outputs in (("value", 1), ("advantage", 3)):
+        assert params["head"][f"{stream}_hidden"]["layers"]["0"]["linear"]["kernel"].shape == (8, 16)
+        assert params["head"][stream]["kernel"].shape == (16, outputs)
+
+
+def test_hidden_units_start_with_the_variance_of_their_inputs():
+    """He initialisation keeps the mean square through ReLU layers: 1 in, about 1 out."""
+    network = QNetwork(make_spec((256,)), AgentConfig(hidden_sizes=(256,) * 4), nnx.Rngs(0))
+    features = network.hidden(jax.random.normal(jax.random.key(1), (512, 256)))
+    assert 0.7 < float((features**2).mean()) < 1.4
+
+
+@pytest.mark.parametrize(
+    "spec, torso, smallest",
+    [(VECTOR, "minatar", 3), (VECTOR, "nature", 36), (make_spec((35, 84, 1)), "nature", 36)],
+)
+def test_a_torso_that_does_not_fit_says_what_it_needs(spec, torso, smallest):
+    with pytest.raises(ConfigError, match=f"torso {torso} needs images at least {smallest} .* probe; try torso auto"):
+        make_network(spec, AgentConfig(torso=torso))
+
+
+def test_an_image_may_go_through_the_mlp_when_asked():
+    spec = make_spec((84, 84), np.uint8, frame_stack=2)
+    params = jax.eval_shape(make_network(spec, AgentConfig(torso="mlp")).init, jax.random.key(0))
+    assert params["hidden"]["layers"]["0"]["linear"]["kernel"].shape == (84 * 84 * 2, 128)
+
+
+def test_the_lowering_of_convolutions_changes_no_q_value():
+    spec = make_spec((36, 36), np.uint8, frame_stack=4)
+    patches, native = (
+        make_network(spec, AgentConfig(convolution=name, hidden_sizes=(16,))) for name in ("patches", "native")
+    )
+    params = random_params(patches)
+    x = np.random.default_rng(0).integers(0, 256, (3, 36, 36, 4)).astype(np.uint8)
+    np.testing.assert_allclose(patches.apply(params, x), native.apply(params, x), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,176 @@
+"""A slow replay in plain Python, to check the fast one against, and a random stream of experience to feed to both.
+
+Every row keeps its place in history and every observation carries its own number, so that a sampled transition
+tells where it came from.
+"""
+
+import dataclasses
+import random
+
+import numpy as np
+
+CONTINUED, TERMINATED, TRUNCATED, NO_STEP = range(4)
+
+BLANK = 0
+"""Number of the frame of zeros that stands for what came before an episode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One lane's part of a row."""
+
+    number: int
+    """Of the observation: unique, above `BLANK`."""
+    action: int
+    reward: float
+    terminated: bool
+    truncated: bool
+    final: bool
+    """The observation is an episode's last: no step was taken."""
+
+    @property
+    def outcome(self) -> int:
+        if self.final:
+            return NO_STEP
+        return TERMINATED if self.terminated else TRUNCATED if self.truncated else CONTINUED
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleTransition:
+    """What a sample must be; frames are numbers, oldest first."""
+
+    frames: tuple[int, ...]
+    action: int
+    reward: float
+    discount: float
+    next_frames: tuple[int, ...]
+
+
+def random_stream(seed: int, num_rows: int, num_lanes: int, end_probability: float = 0.25) -> list[list[Step]]:
+    """Returns rows of random steps: each ends its episode by termination, truncation or both at once, or goes on.
+
+    What a final row says of action and reward is meaningless, so it is something that would show if it were used.
+    """
+    rng = random.Random(seed)
+    rows, is_final = [], [False] * num_lanes
+    for t in range(num_rows):
+        row = []
+        for lane in range(num_lanes):
+            number, final = t * num_lanes + lane + 1, is_final[lane]
+            ends = not final and rng.random() < end_probability
+            terminated, truncated = rng.choice([(True, False), (False, True), (True, True)]) if ends else (False, False)
+            reward = 1e6 if final else rng.uniform(-1, 1)
+            row.append(Step(number, rng.randrange(5), reward, terminated, truncated, final))
+            is_final[lane] = ends
+        rows.append(row)
+    return rows
+
+
+class OracleReplay:
+    """Keeps all history, and knows which of it the replay may still show."""
+
+    def __init__(self, num_rows: int, num_lanes: int, n_step: int, frame_stack: int, discount: float) -> None:
+        self.num_rows, self.num_lanes = num_rows, num_lanes
+        self.n_step, self.frame_stack, self.discount = n_step, frame_stack, discount
+        self.history: list[list[Step]] = []
+
+    def insert(self, row: list[Step]) -> None:
+        self.history.append(row)
+
+    @property
+    def times(self) -> range:
+        """Of the rows that the replay still holds."""
+        return range(max(0, len(self.history) - self.num_rows), len(self.history))
+
+    def frames(self, t: int, lane: int) -> tuple[int, ...]:
+        """What the agent saw at row t: it looks back as far as its memory, or its episode, goes."""
+        frames = [self.history[t][lane].number]
+        while len(frames) < self.frame_stack:
+            t -= 1
+            if t < 0 or self.history[t][lane].final:
+                break
+            frames.insert(0, self.history[t][lane].number)
+        return (BLANK,) * (self.frame_stack - len(frames)) + tuple(frames)
+
+    def transition(self, t: int, lane: int) -> OracleTransition:
+        """What starts at row t: n steps, or fewer if the episode ends before."""
+        reward, discount = 0.0, 1.0
+        end = t
+        while end < t + self.n_step:
+            step = self.history[end][lane]
+            assert not step.final
+            reward += discount * step.reward
+            discount *= self.discount
+            end += 1
+            if step.outcome != CONTINUED:
+                discount = 0.0 if step.outcome == TERMINATED else discount
+                break
+        return OracleTransition(
+            self.frames(t, lane), self.history[t][lane].action, reward, discount, self.frames(end, lane)
+        )
+
+    def drawable(self, forgets_early: bool = False) -> list[tuple[int, int]]:
+        """Returns time and lane of every transition that can be drawn now, oldest first.
+
+        A step, with the n rows after it in the ring, and the frames that it may be stacked on. Those that would lie
+        before the first row of all are missed by nobody until the ring is full.
+
+        Args:
+          forgets_early: they are missed as soon as the places in the ring are used that they would lie at.
+        """
+        never_full = len(self.history) < self.num_rows
+        return [
+            (t, lane)
+            for t in self.times
+            for lane in range(self.num_lanes)
+            if not self.history[t][lane].final
+            and t + self.n_step < len(self.history)
+            and (t - self.frame_stack + 1 >= len(self.history) - self.num_rows or (never_full and not forgets_early))
+        ]
+
+
+class OraclePriorities:
+    """The priorities that the transitions of an `OracleReplay` should have, to the power alpha."""
+
+    def __init__(self, replay: OracleReplay, exponent: float, smallest: float) -> None:
+        self.replay, self.exponent, self.smallest = replay, exponent, smallest
+        self.greatest = 1.0
+        self.of: dict[tuple[int, int], float] = {}
+
+    def insert(self, row: list[Step]) -> None:
+        """Inserts `row` into the replay: what can be drawn for the first time enters at the greatest priority."""
+        self.replay.insert(row)
+        drawable = self.replay.drawable(forgets_early=True)
+        self.of = {start: self.of.get(start, self.greatest) for start in drawable}
+
+    def set(self, errors: dict[tuple[int, int], float]) -> None:
+        """Sets the priorities of transitions, by time and lane, from their TD errors; of those that are left."""
+        for start, error in errors.items():
+            priority = (abs(error) + self.smallest) ** self.exponent
+            self.greatest = max(self.greatest, priority)
+            if start in self.of:
+                self.of[start] = priority
+
+    def leaves(self) -> np.ndarray:
+        """Returns the priority at each place of the ring, `[rows * lanes]`, 0 where no transition can start."""
+        leaves = np.zeros((self.replay.num_rows, self.replay.num_lanes))
+        for (t, lane), priority in self.of.items():
+            leaves[t % self.replay.num_rows, lane] = priority
+        return leaves.reshape(-1)
+
+
+def encode(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns observations that carry their numbers: `[...]` to `[..., 2, 2]`, uint8 images or float arrays."""
+    places = np.array([[1, 256], [256**2, 256**3]])
+    return (numbers[..., None, None] // places % 256).astype(dtype)
+
+
+def decode(observations: np.ndarray) -> np.ndarray:
+    """The inverse of `encode`."""
+    places = np.array([[1, 256], [256**2, 256**3]])
+    return (observations.astype(np.int64) * places).sum((-2, -1))
+
+
+def columns(rows: list[list[Step]], field: str) -> np.ndarray:
+    """Returns one field of a stream as an array, `[rows, lanes]`."""
+    return np.array([[getattr(step, field) for step in row] for row in rows])

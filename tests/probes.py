@@ -1,0 +1,125 @@
+"""Probe environments: each is so small that its values are known, and fails to be learned in one case only.
+
+The idea is Andy Jones's ("Debugging RL, without the agonizing pain", 2021). If a probe fails while those before it
+pass, its docstring says what is wrong. Observations are `[1]` float32.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
+
+FIRST, SECOND = 0.0, 1.0
+"""Observations of `delayed_reward` and of the probes with one state (always FIRST)."""
+
+
+def constant_reward() -> InGraphEnv:
+    """One step, one action, reward 1: the value is 1. Failure: the loss, its gradient or the optimiser is wrong."""
+    return _make("constant-reward", 1, _always_first, lambda observation, action: jnp.float32(1.0))
+
+
+def observation_reward() -> InGraphEnv:
+    """One step, one action, reward -1 or 1, the observation itself. Failure: the network doesn't see its input."""
+    return _make("observation-reward", 1, _random_sign, lambda observation, action: observation)
+
+
+def delayed_reward() -> InGraphEnv:
+    """Two steps (FIRST, SECOND), reward 0 then 1: values discount, 1. Failure: the bootstrap or discount is wrong."""
+
+    def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.float32(FIRST), jnp.array([FIRST])
+
+    def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
+        at_second = state == SECOND
+        reward = jnp.where(at_second, 1.0, 0.0)
+        return StepResult(jnp.float32(SECOND), jnp.array([SECOND]), reward, at_second, jnp.bool_(False))
+
+    return InGraphEnv(_spec("delayed-reward", num_actions=1), reset, step)
+
+
+def action_reward() -> InGraphEnv:
+    """One step, reward -1 for action 0 and 1 for action 1. Failure: actions and values are paired wrongly."""
+    return _make("action-reward", 2, _always_first, lambda observation, action: 2.0 * action - 1.0)
+
+
+def observation_action_reward() -> InGraphEnv:
+    """One step, reward 1 if the action is 1 just where the observation is positive, else -1.
+
+    Failure: rows of a batch are mixed up: an observation, an action and a reward don't belong together.
+    """
+    return _make(
+        "observation-action-reward", 2, _random_sign, lambda observation, action: observation * (2.0 * action - 1.0)
+    )
+
+
+def time_limit(steps: int = 5) -> InGraphEnv:
+    """Never terminates, one observation, reward 1, cut short after a few steps: the value is 1 / (1 - discount).
+
+    Failure: truncation is taken for termination, and the value is about what the few steps are worth.
+    """
+
+    def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
+        return StepResult(state, state[None], jnp.float32(1.0), jnp.bool_(False), jnp.bool_(False))
+
+    return InGraphEnv(_spec("time-limit", num_actions=1, time_limit=steps), _always_first, step)
+
+
+def nan_reward(at_step: int = 20) -> InGraphEnv:
+    """Never ends; the reward is 1, and NaN in every episode's step `at_step` (the first is 1). For error tests."""
+
+    def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.int32(0), jnp.array([FIRST])
+
+    def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
+        steps = state + 1
+        reward = jnp.where(steps == at_step, jnp.nan, 1.0)
+        return StepResult(steps, jnp.array([FIRST]), reward, jnp.bool_(False), jnp.bool_(False))
+
+    return InGraphEnv(_spec("nan-reward", num_actions=2), reset, step)
+
+
+ALL = (
+    constant_reward,
+    observation_reward,
+    delayed_reward,
+    action_reward,
+    observation_action_reward,
+    time_limit,
+    nan_reward,
+)
+
+
+def _always_first(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.float32(FIRST), jnp.array([FIRST])
+
+
+def _random_sign(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sign = jax.random.rademacher(key, (), jnp.float32)
+    return sign, sign[None]
+
+
+def _make(
+    name: str,
+    num_actions: int,
+    reset: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    reward: Callable[[jax.Array, jax.Array], jax.Array],
+) -> InGraphEnv:
+    """Returns an environment of one step, whose state is its observation and whose reward is a function of it."""
+
+    def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
+        return StepResult(state, state[None], jnp.float32(reward(state, action)), jnp.bool_(True), jnp.bool_(False))
+
+    return InGraphEnv(_spec(name, num_actions), reset, step)
+
+
+def _spec(name: str, num_actions: int, time_limit: int | None = None) -> EnvSpec:
+    return EnvSpec(
+        name=name,
+        observation_shape=(1,),
+        observation_dtype=np.dtype(np.float32),
+        num_actions=num_actions,
+        time_limit=time_limit,
+    )

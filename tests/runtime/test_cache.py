@@ -1,0 +1,63 @@
+"""The compilation cache: the second process compiles nothing, and nothing is written where it shouldn't be."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import jax, jax.numpy as jnp
+from qfleet.runtime.cache import enable_compilation_cache
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
+directory = enable_compilation_cache()
+body = lambda x, _: (jnp.tanh(x @ x), x.sum())
+jax.block_until_ready(jax.jit(lambda x: jax.lax.scan(body, x, None, length=8))(jnp.ones((8, 8))))
+print(directory, jax.config.jax_compilation_cache_dir, len(hits))
+"""
+
+
+def run(**variables: str) -> tuple[list[str], str]:
+    """Returns the words a fresh process prints, and its stderr."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "QFLEET_CACHE_DIR")}
+    result = subprocess.run(
+        [sys.executable, "-c", CODE], env=kept | variables, capture_output=True, text=True, check=True
+    )
+    return result.stdout.split(), result.stderr
+
+
+def files(directory: Path) -> set[str]:
+    return {path.name for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_second_process_finds_what_the_first_one_compiled(tmp_path: Path) -> None:
+    directory = tmp_path / "cache"
+    (used, configured, hits), stderr = run(QFLEET_CACHE_DIR=str(directory))
+    assert (used, configured, hits, stderr) == (str(directory), str(directory), "0", "")
+    compiled = files(directory)
+    assert compiled, "even a program that compiles quickly is kept"
+    (_, _, hits), stderr = run(QFLEET_CACHE_DIR=str(directory))
+    assert int(hits) == len(compiled)
+    assert stderr == "", "loading compiled code must not alarm anyone"
+    assert files(directory) == compiled
+
+
+def test_by_default_it_is_in_the_users_cache_folder(tmp_path: Path) -> None:
+    (used, _, _), _ = run(HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "xdg"))
+    assert Path(used).is_relative_to(tmp_path) and Path(used).parts[-2:] == ("qfleet", "xla")
+
+
+def test_a_cache_the_user_set_in_jax_is_left_as_it_is(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    (used, configured, _), _ = run(JAX_COMPILATION_CACHE_DIR=str(theirs), QFLEET_CACHE_DIR=str(ours))
+    assert used == configured == str(theirs)
+    assert not ours.exists()
+    assert files(theirs) == set(), "JAX's own threshold keeps quick compilations out"
+
+
+def test_a_folder_that_cannot_be_written_costs_one_warning_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (used, configured, _), stderr = run(QFLEET_CACHE_DIR=str(tmp_path / "file" / "cache"))
+    assert used == configured == "None"
+    assert stderr.count("\n") == 1
+    assert str(tmp_path / "file" / "cache") in stderr and "set QFLEET_CACHE_DIR" in stderr

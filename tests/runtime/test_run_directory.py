@@ -1,0 +1,154 @@
+"""The run's folder: reads back what it was told, refuses what isn't a run, overwrites nothing."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig
+from qfleet.runtime.run_directory import RunDirectory, strict_json
+
+CONFIG = TrainConfig(
+    env="CartPole-v1",
+    preset="pqn",
+    agent=AgentConfig(
+        hidden_sizes=(64, 32), optimiser_options={"eps": 1e-5}, max_gradient_norm=None, replay="none", discount=1
+    ),
+    topology=FusedConfig(num_envs=8),
+    seed=7,
+    stop_return=475.0,
+)
+
+
+def test_the_configuration_comes_back_as_it_went_in(tmp_path: Path) -> None:
+    created = RunDirectory.create(tmp_path / "a" / "run", CONFIG)
+    opened = RunDirectory.open(tmp_path / "a" / "run")
+    assert opened == created
+    assert opened.config == CONFIG
+    assert isinstance(opened.config.agent.hidden_sizes, tuple)
+
+
+def test_the_default_name_tells_what_the_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(CONFIG, env="gym:../Weird env/v0")
+    first, second = RunDirectory.create(None, config), RunDirectory.create(None, config)
+    assert first.path.parent == second.path.parent == Path("runs")
+    assert first.path.name.startswith("gym-..-Weird-env-v0-pqn-7-20")
+    assert first.path != second.path
+    assert RunDirectory.open(first.path).config == RunDirectory.open(second.path).config == config
+
+
+def test_an_empty_folder_is_fine_for_a_new_run(tmp_path: Path) -> None:
+    assert RunDirectory.create(tmp_path, CONFIG).config_path.exists()
+
+
+def test_a_folder_that_holds_anything_is_refused_and_left_alone(tmp_path: Path) -> None:
+    RunDirectory.create(tmp_path, CONFIG)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=f"got {tmp_path}, which holds files .*--run-dir.*qfleet resume {tmp_path}"):
+        RunDirectory.create(tmp_path, dataclasses.replace(CONFIG, seed=8))
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ConfigError, match="must be a folder that can be made, got .*--run-dir"):
+            RunDirectory.create(path, CONFIG)
+
+
+def test_a_configuration_that_json_cannot_hold_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="finite"):
+        RunDirectory.create(tmp_path / "run", dataclasses.replace(CONFIG, stop_return=float("inf")))
+    assert not (tmp_path / "run").exists()
+
+
+def change(content: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        content = content[parent]
+    if value is ...:
+        del content[last]
+    else:
+        content[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("config.agent.discount", 2.0, "discount must be in"),
+        ("config.agent.discount", "0.9", "config.agent.discount must be float, got '0.9'"),
+        ("config.agent.double", 1, "config.agent.double must be bool, got 1"),
+        ("config.agent.loss", "hinge", "config.agent.loss must be one of 'squared', 'huber', got 'hinge'"),
+        ("config.agent.hidden_sizes", [64, "x"], r"config.agent.hidden_sizes\[1\] must be int, got 'x'"),
+        ("config.agent.hidden_sizes", 64, "config.agent.hidden_sizes must be tuple"),
+        ("config.agent.optimiser_options", {"eps": None}, r"config.agent.optimiser_options\[eps\] must be float"),
+        ("config.agent.optimiser_options", [], "config.agent.optimiser_options must be Mapping"),
+        ("config.stop_return", "high", "config.stop_return must be float.* or config.stop_return must be null"),
+        ("config.seed", True, "config.seed must be int, got True"),
+        ("config.topology", None, "config.topology must be an object"),
+        ("config.agent.colour", "red", r"config.agent must have .*missing \[\], unknown \['colour'\]"),
+        ("config.env", ..., r"config must have .*missing \['env'\], unknown \[\]"),
+        ("qfleet_version", ..., "must hold qfleet_version and config"),
+    ],
+)
+def test_a_changed_config_file_is_an_error_that_names_the_field(
+    tmp_path: Path, path: str, value: Any, words: str
+) -> None:
+    file = RunDirectory.create(tmp_path, CONFIG).config_path
+    content = json.loads(file.read_text())
+    change(content, path, value)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=words) as raised:
+        RunDirectory.open(tmp_path)
+    assert str(file) in str(raised.value) and "restore the file from a copy" in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00\x01", "[]", "null"])
+def test_a_config_file_that_is_broken_or_foreign_is_an_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json must"):
+        RunDirectory.open(tmp_path)
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a folder with a config\.json, got .*No such file"):
+        RunDirectory.open(tmp_path / "absent")
+
+
+def test_the_summary_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory.create(tmp_path, CONFIG)
+    assert run.read_summary() is None
+    run.write_summary({"eval_return_mean": np.float32(1.5), "eval_returns": jnp.arange(2), "peak": float("nan")})
+    assert run.read_summary() == {"eval_return_mean": 1.5, "eval_returns": [0, 1], "peak": None}
+
+    def fail(*_: object) -> None:
+        raise OSError("the machine stopped here")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(os, "replace", fail)
+        run.write_summary({"half": 1})
+    assert run.read_summary() == {"eval_return_mean": 1.5, "eval_returns": [0, 1], "peak": None}
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_summary_is_an_error_that_names_the_file(tmp_path: Path, text: str) -> None:
+    run = RunDirectory.create(tmp_path, CONFIG)
+    run.summary_path.write_text(text)
+    with pytest.raises(ConfigError, match=f"got {run.summary_path}.*delete it"):
+        run.read_summary()
+
+
+def test_strict_json_has_no_numbers_that_parsers_reject() -> None:
+    value = {"a": [float("inf"), -1.0, (np.nan, None)], 3: np.float64(2), "b": np.bool_(True)}
+    assert json.loads(strict_json(value), parse_constant=pytest.fail) == {
+        "a": [None, -1.0, [None, None]],
+        "3": 2.0,
+        "b": True,
+    }

@@ -1,0 +1,133 @@
+"""The plan of the house: imports point one way, the core is pure, and start-up doesn't wait for JAX."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qfleet
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src"
+
+LAYERS = ("config", "presets", "core", "networks", "envs", "runtime", "topologies", "policy", "api", "cli")
+"""A module imports from its own layer and the ones before it; `qfleet` itself and `__main__` from all."""
+
+TOPOLOGIES = ("fused", "overlapped", "actor_learner", "parameter_server", "decentralised")
+"""A topology is the modules of `topologies/` whose names begin with its own."""
+
+CORE_MAY_IMPORT = {
+    "collections",
+    "dataclasses",
+    "functools",
+    "inspect",
+    "math",
+    "typing",
+    "jax",
+    "numpy",
+    "optax",
+    "qfleet",
+}
+"""Nothing that tells the time, starts a thread, opens a file or a socket, or knows of other processes."""
+
+INDEX_HOSTS = ("py" + "pi.org", "python" + "hosted.org", "ana" + "conda.org", "download.py" + "torch.org")
+"""Split, or this file would name them."""
+
+
+def modules() -> dict[str, Path]:
+    """Returns the files of the package by the names of their modules."""
+    names = {path: ".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py")}
+    return {name.removesuffix(".__init__"): path for path, name in names.items()}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yields the absolute names of all that a file imports, wherever in the file it does so."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}:{node.lineno} imports relative to itself"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(module: str) -> int:
+    """Returns how late a module's layer comes; what is in no layer, such as `qfleet` itself, comes last."""
+    part = [*module.split("."), ""][1]
+    return LAYERS.index(part) if part in LAYERS else len(LAYERS)
+
+
+def topology(module: str) -> str | None:
+    """Returns the topology that a module belongs to, if any."""
+    parts = module.split(".")
+    if parts[1:2] != ["topologies"] or len(parts) < 3:
+        return None
+    return next((name for name in TOPOLOGIES if parts[2].startswith(name)), None)
+
+
+MODULES = modules()
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_one_way_through_the_layers(module: str) -> None:
+    ours = [name for name in imports(MODULES[module]) if name.split(".")[0] == "qfleet"]
+    assert [name for name in ours if layer(name) > layer(module)] == []
+
+
+def test_every_module_is_in_a_layer() -> None:
+    assert {name for name in MODULES if layer(name) == len(LAYERS)} == {"qfleet", "qfleet.__main__"}
+
+
+def test_no_topology_imports_another() -> None:
+    crossings = [
+        (module, name)
+        for module, path in MODULES.items()
+        for name in imports(path)
+        if topology(module) and topology(name) not in (None, topology(module))
+    ]
+    assert crossings == []
+
+
+def test_the_core_imports_nothing_that_could_make_it_impure() -> None:
+    core = {module: path for module, path in MODULES.items() if module.startswith("qfleet.core")}
+    assert core
+    impure = [
+        (m, name) for m, path in core.items() for name in imports(path) if name.split(".")[0] not in CORE_MAY_IMPORT
+    ]
+    assert impure == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import qfleet, qfleet.config, qfleet.presets",
+        "from qfleet.cli.main import main; main(['--help'])",
+        "from qfleet.cli.main import main; main(['--version'])",
+    ],
+)
+def test_what_need_not_wait_for_jax_does_not_import_it(code: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import sys; {code}; sys.exit('jax' in sys.modules)"], check=True)
+
+
+def test_every_public_name_exists() -> None:
+    assert [name for name in qfleet.__all__ if not hasattr(qfleet, name)] == []
+    assert dir(qfleet) == sorted(qfleet.__all__)
+
+
+def test_no_file_names_a_package_index() -> None:
+    """Packages come from wherever pip is told to look, on this machine and on others."""
+    files = list(text_files())
+    assert Path(__file__).resolve() in files
+    naming = [(str(path), host) for path in files for host in INDEX_HOSTS if host in path.read_text().lower()]
+    assert naming == []
+
+
+def text_files() -> Iterator[Path]:
+    """Yields what belongs to the repository, but not what its commands leave in it."""
+    for directory, subdirectories, names in os.walk(ROOT):
+        left = {"runs", "dist", "build", "__pycache__"}
+        subdirectories[:] = [d for d in subdirectories if d not in left and (d == ".ci" or not d.startswith("."))]
+        yield from (Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".mp4")))
