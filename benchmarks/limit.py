@@ -10,9 +10,12 @@ ready arrays, in one compiled loop), and their ratio. Medians of alternating rep
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +23,8 @@ import numpy as np
 from qfleet import TrainConfig, make_config, make_env
 from qfleet.core.agent import Agent, make_agent
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
-from qfleet.networks import make_network
+from qfleet.networks import check_network, make_network
+from qfleet.runtime.devices import limit_cpu_threads
 from qfleet.topologies.fused import MAX_ITERATIONS, Fused
 from qfleet.topologies.fused_program import rows_per_iteration
 
@@ -29,39 +33,40 @@ SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
     "CartPole double_dqn": ("CartPole-v1", "double_dqn", {}),
     "CartPole rainbow_lite": ("CartPole-v1", "rainbow_lite", {}),
     "Breakout-MinAtar pqn": ("gymnax:Breakout-MinAtar", "pqn", {}),
+    "Breakout-MinAtar pqn, convolutional": (
+        "gymnax:Breakout-MinAtar",
+        "pqn",
+        {"torso": "minatar", "hidden_sizes": (128,)},
+    ),
     "Breakout-MinAtar double_dqn": ("gymnax:Breakout-MinAtar", "double_dqn", {}),
 }
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table; each setting is measured in a process of its own, as a run would be."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--measure", choices=SETTINGS, help="measure this one, here")
     arguments = parser.parse_args()
-    print(f"{'setting':<28} {'whole, us':>10} {'passes, us':>10} {'ratio':>6} {'env steps/s':>12}")
+    if arguments.measure:
+        env, preset, settings = SETTINGS[arguments.measure]
+        print(json.dumps(measure(make_config(env, preset, **settings), arguments.repeats)))
+        return
     results = []
-    for name, (env, preset, settings) in SETTINGS.items():
+    for name in SETTINGS:
         if arguments.only in name:
-            result = {
-                "benchmark": "limit",
-                "setting": name,
-                **measure(make_config(env, preset, **settings), arguments.repeats),
-            }
-            results.append(result)
-            print(
-                f"{name:<28} {result['whole_us']:>10.0f} {result['passes_us']:>10.0f} {result['ratio']:>6.2f} "
-                f"{result['env_steps_per_second']:>12,.0f}",
-                flush=True,
-            )
-    for result in results:
-        print(json.dumps(result))
+            command = [sys.executable, __file__, "--measure", name, "--repeats", str(arguments.repeats)]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results.append({"setting": name, **json.loads(output)})
+    common.report("limit", results)
 
 
 def measure(config: TrainConfig, repeats: int) -> dict[str, float]:
     """Returns microseconds per iteration of both programs, and environment steps/s of the whole one."""
     env = make_env(config.env)
     network = make_network(env.spec, config.agent)
+    limit_cpu_threads(check_network(network, env.spec))
     fused = Fused(config, env, network)
     fused.start()
     while fused.learner_steps == 0:  # warm-up of the replay, and of the machine

@@ -1,15 +1,17 @@
 """Training runs and what they leave: `train`, `iterate`, `resume`, `load`."""
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from qfleet.config import ConfigError, TrainConfig
-from qfleet.core.types import Network
+from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
@@ -119,10 +121,9 @@ def load(
         _check_network_is_given(network is not None, checkpoints.read_metadata(checkpoint)["has_own_network"])
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
     if config.num_seeds > 1:
-        import jax
-
         params = jax.tree.map(lambda x: x[index], params)
-    return Policy(env, network or make_network(env.spec, config.agent), params)
+    network = network or make_network(env.spec, config.agent)
+    return Policy(env, network, _params_of(network, params))
 
 
 class Run:
@@ -162,13 +163,14 @@ class Run:
         if checkpoint is None and self._checkpoints.latest() is None:
             self._metrics.truncate_after(0)
             return
-        state, metadata = self._checkpoints.restore(checkpoint, like=self._topology.state)
+        metadata = self._checkpoints.read_metadata(checkpoint)
         _check_network_is_given(self._has_own_network, metadata["has_own_network"])
         if metadata["counters"]["env_steps"] >= self.config.env_steps:
             raise ConfigError(
                 f"a run ends after env_steps={self.config.env_steps}, and this one has taken "
                 f"{metadata['counters']['env_steps']}; give a larger --env-steps"
             )
+        state, _ = self._checkpoints.restore(checkpoint, like=self._topology.state)
         self._topology.restore(state, metadata["counters"])
         self._checkpoints.set_aside_after(self._topology.env_steps)
         self._solved_at = metadata["solved_at"]
@@ -189,7 +191,7 @@ class Run:
                     yield progress
                 self._finish(stopped)
         except GeneratorExit:  # the caller has left the loop
-            self._finish("interrupted")
+            self._finish(stopped or "interrupted")
             raise
         except RunFailed as error:
             self._write_summary("failed", error=str(error))
@@ -282,6 +284,22 @@ class _Speed:
 
     def per_second(self, count: int) -> float | None:
         return count / self._seconds if self._seconds else None
+
+
+def _params_of(network: Network, stored: Any) -> Params:
+    """Returns a checkpoint's parameters, which are nested dictionaries, in the structure that `network` has."""
+
+    def find(path: tuple, wanted: jax.ShapeDtypeStruct) -> Any:
+        names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
+        leaf = functools.reduce(lambda node, name: node.get(name, {}) if isinstance(node, dict) else {}, names, stored)
+        if getattr(leaf, "shape", None) != wanted.shape:
+            raise ConfigError(
+                f"`network` must be the one that the run was trained with, but its params/{'/'.join(names)} has shape "
+                f"{list(wanted.shape)} and the checkpoint's has not; give that one"
+            )
+        return leaf
+
+    return jax.tree.map_with_path(find, jax.eval_shape(lambda: network.init(jax.random.key(0))))
 
 
 def _check_network_is_given(is_given: bool, is_needed: bool) -> None:

@@ -223,9 +223,10 @@ def _check_count(name: str, value: int, minimum: int = 1) -> None:
 
 
 def _check_sizes(agent: AgentConfig, topology: FusedConfig) -> None:
-    """Sizes that must fit each other across agent and topology."""
+    """Sizes that must fit each other across agent and topology, and the 32 bits that index arrays."""
     if agent.replay == "none":
         samples = topology.num_envs * agent.rollout_length
+        _check(samples < 2**31, "num_envs x rollout_length", "below 2**31", samples)
         if samples % agent.num_minibatches:
             fitting = (
                 next(n for n in range(agent.num_minibatches, samples + 1) if samples % n == 0)
@@ -237,6 +238,7 @@ def _check_sizes(agent: AgentConfig, topology: FusedConfig) -> None:
                 f"{topology.num_envs} x {agent.rollout_length} = {samples}; try {fitting}"
             )
         return
+    _check(agent.replay_capacity < 2**31, "replay_capacity", "below 2**31", agent.replay_capacity)
     fewest = topology.num_envs * (agent.n_step + 2)
     if agent.replay_capacity < fewest:
         raise ConfigError(

@@ -8,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from qfleet.config import AgentConfig, FusedConfig, TrainConfig
 from qfleet.core.types import EnvSpec, Network, Regression
 from qfleet.envs.spec import InGraphEnv, StepResult
-from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.records import RunFailed
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.fused_program import _minibatches
@@ -48,17 +46,6 @@ AGENTS = {
         importance_exponent_env_steps=1000,
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_programs():
-    """One program serves many tests here, each in an object of its own."""
-    before = jax.config.jax_compilation_cache_dir
-    enable_compilation_cache()
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
 
 
 def random_walk(frame_stack=2):

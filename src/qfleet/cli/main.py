@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 the run failed; 2 bad input; 130 interrupted before traini
 """
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -39,13 +40,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that MODULE:NAME finds the user's module, as with `python -m qfleet`
     try:
         return _dispatch(arguments)
-    except (ConfigError, RunFailed) as error:
+    except (ConfigError, RunFailed, OSError) as error:
         if debug:
             traceback.print_exc()
         print(f"qfleet: error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RunFailed) else 2
+        return 2 if isinstance(error, ConfigError) else 1
+    except RuntimeError as error:  # XLA's, which has no type of its own for this
+        if debug or not any(words in str(error) for words in ("Out of memory", "RESOURCE_EXHAUSTED")):
+            raise
+        print(
+            f"qfleet: error: a run must fit into memory, got {str(error).splitlines()[0]} "
+            f"Try a smaller replay_capacity, num_envs or num_seeds.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()

@@ -44,10 +44,16 @@ def run(arguments: Sequence[str]) -> int:
 
 def parse(arguments: Sequence[str]) -> _TrainFlags:
     """Returns the flags, over the defaults of the environment and the preset that they name."""
-    names_env = bool(arguments) and not arguments[0].startswith("-")
-    config = make_config(arguments[0] if names_env else "ENV", _value_of("--preset", arguments) or DEFAULT_PRESET)
+    preset = _value_of("--preset", arguments) or DEFAULT_PRESET
+    if arguments and not arguments[0].startswith("-"):
+        return _parse(arguments, make_config(arguments[0], preset), is_env_known=True)
+    flags = _parse(arguments, make_config("ENV", preset), is_env_known=False)
+    return _parse(arguments, make_config(flags.env, preset), is_env_known=True)  # which may have tuned settings
+
+
+def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool) -> _TrainFlags:
     defaults = {name: getattr(config, name) for name in _CONFIG_FIELDS}
-    if not names_env:
+    if not is_env_known:
         defaults["env"] = tyro.MISSING
     return tyro.cli(
         _TrainFlags,

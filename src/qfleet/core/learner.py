@@ -28,7 +28,7 @@ ELEMENTWISE = (
 )
 """Optimisers that treat each parameter alike, whatever array it is in: these may see all of them as one vector."""
 
-SMALL = 100_000
+SMALL = 20_000
 """Parameters up to which one vector is faster than many small arrays: a sixth of a small network's learner step on CPU
 and a quarter of its compile time. Beyond, copying into the vector costs more than it saves."""
 

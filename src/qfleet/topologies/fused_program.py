@@ -277,7 +277,8 @@ def _minibatches(batch: Regression, key: Array, num_minibatches: int) -> Regress
     bits = jax.random.bits(key, (2,), jnp.uint32)
     factor, shift = jnp.array(factors, jnp.uint32)[bits[0] % len(factors)], bits[1] % num_samples
     order = (jnp.arange(num_samples, dtype=jnp.uint32) * factor % num_samples + shift) % num_samples
-    return jax.tree.map(lambda x: x[order].reshape(num_minibatches, -1, *x.shape[1:]), batch)
+    shuffled = jax.tree.map(lambda x: x.at[order].get(mode="promise_in_bounds"), batch)
+    return jax.tree.map(lambda x: x.reshape(num_minibatches, -1, *x.shape[1:]), shuffled)
 
 
 def _no_losses() -> Losses:

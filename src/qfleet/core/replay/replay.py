@@ -52,7 +52,8 @@ class Replay(NamedTuple):
     insert: Callable[[ReplayState, Row], ReplayState]
     """`insert(state, row) -> state`: one step of all lanes."""
     sample: Callable[[ReplayState, Array, Array], Sample]
-    """`sample(state, key, importance_exponent) -> sample`. Uniform sampling ignores the exponent: its weights are 1."""
+    """`sample(state, key, importance_exponent) -> sample`, once n_step + 1 rows are in. Uniform sampling ignores the
+    exponent: its weights are 1."""
     set_priorities: Callable[[ReplayState, Sample, Array], ReplayState]
     """`set_priorities(state, sample, td_error [batch]) -> state`; errors of overwritten rows change nothing."""
 

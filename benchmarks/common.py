@@ -1,0 +1,55 @@
+"""What the benchmarks share: runs in processes of their own, one table, one JSON line per result."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def train(directory: Path, env: str, *flags: str, cache: Path | None = None) -> dict[str, Any]:
+    """Runs `qfleet train` in a process of its own, into `directory`, and returns its summary.
+
+    Args:
+      cache: the folder of compiled programs; the user's own by default.
+    """
+    command = [sys.executable, "-m", "qfleet", "train", env, "--run-dir", str(directory), "--quiet", *flags]
+    variables = os.environ | ({"QFLEET_CACHE_DIR": str(cache)} if cache else {})
+    subprocess.run(command, env=variables, check=True)
+    summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+    return summary
+
+
+def peer(python: str, script: str, *arguments: str) -> dict[str, Any]:
+    """Runs a script of `peers/` with the peers' own Python and returns the JSON of its last line."""
+    command = [python, str(HERE / "peers" / script), *arguments]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def report(benchmark: str, results: Sequence[dict[str, Any]]) -> None:
+    """Prints results, which have the same fields, as a table and as JSON lines."""
+    rows = [[_cell(value) for value in result.values()] for result in results]
+    names = list(results[0])
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    for result in results:
+        print(json.dumps({"benchmark": benchmark, **result}))
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """Returns a folder for runs that nobody keeps."""
+    return tempfile.TemporaryDirectory(prefix="qfleet-benchmark-")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -1,0 +1,74 @@
+"""MinAtar Breakout on a CPU: what patches do for convolutions, and what two minutes of training reach.
+
+    python benchmarks/minatar.py [--seeds 3]
+
+First the environment steps/s of `pqn` with MinAtar's convolutional network, native convolutions against patches. Then
+`pqn` with its tuned settings, stopped after the wall time given, and the mean return of 100 greedy episodes.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import common
+
+import qfleet
+from qfleet.networks import make_network
+from qfleet.topologies.fused import Fused
+
+ENV = "gymnax:Breakout-MinAtar"
+
+
+def main() -> None:
+    """Prints both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=120.0, help="of training, from process start")
+    arguments = parser.parse_args()
+    speeds = {lowering: steps_per_second(lowering) for lowering in ("native", "patches")}
+    rows = [
+        {"convolution": lowering, "env_steps_per_second": speed, "times_native": speed / speeds["native"]}
+        for lowering, speed in speeds.items()
+    ]
+    common.report("minatar_convolution", rows)
+    common.report("minatar_return", [train(seed, arguments.seconds) for seed in range(arguments.seeds)])
+
+
+def steps_per_second(lowering: str) -> float:
+    """Returns the median speed of a few chunks."""
+    settings: dict[str, Any] = {"torso": "minatar", "hidden_sizes": (128,), "convolution": lowering}
+    config = qfleet.make_config(ENV, "pqn", **settings)
+    env = qfleet.make_env(ENV)
+    fused = Fused(config, env, make_network(env.spec, config.agent))
+    fused.start()
+    speeds = []
+    for _ in range(6):
+        progress = fused.advance(fused.env_steps + 2 * fused.env_steps_per_iteration)
+        speeds.append(progress.new_env_steps / progress.train_seconds)
+    return statistics.median(speeds[1:])
+
+
+def train(seed: int, seconds: float) -> dict[str, Any]:
+    """Trains one seed for so long, compilation included, and evaluates it."""
+    with common.scratch() as folder:
+        started = time.monotonic()
+        run = qfleet.iterate(qfleet.make_config(ENV, "pqn", seed=seed, run_dir=f"{folder}/run"))
+        for _ in run:
+            if time.monotonic() - started >= seconds:
+                break
+        trained = time.monotonic() - started
+        returns = qfleet.load(f"{folder}/run").evaluate(100, seed=seed + 1000)
+    return {
+        "preset": "pqn",
+        "seed": seed,
+        "seconds": trained,
+        "env_steps": run.summary["env_steps"],
+        "return_mean": float(returns.mean()),
+        "return_min": float(returns.min()),
+        "peak_rss_gb": run.summary["peak_rss_bytes"] / 1e9,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Environment steps/s of rejax's PQN on CartPole with its own settings for it; runs in the peers' environment."""
+
+import json
+import time
+from typing import Any
+
+import jax
+from rejax import get_algo
+
+SETTINGS: dict[str, Any] = {  # its configs/gymnax/cartpole.yaml
+    "env": "CartPole-v1",
+    "num_envs": 16,
+    "num_steps": 128,
+    "num_minibatches": 16,
+    "num_epochs": 5,
+    "max_grad_norm": 10,
+    "learning_rate": 0.0003,
+    "total_timesteps": 524_288,
+    "eval_freq": 524_288,
+    "skip_initial_evaluation": True,
+    "eps_start": 1,
+    "eps_end": 0.05,
+    "exploration_fraction": 0.5,
+    "gamma": 0.99,
+    "td_lambda": 0.9,
+    "normalize_observations": False,
+}
+
+algorithm = get_algo("pqn").create(**SETTINGS)
+# Training only: our side is timed without evaluation too.
+algorithm = algorithm.replace(eval_callback=lambda algorithm, state, key: ())
+train = jax.jit(algorithm.train).lower(jax.random.PRNGKey(0)).compile()
+jax.block_until_ready(train(jax.random.PRNGKey(0)))
+speeds = []
+for repeat in range(3):
+    started = time.perf_counter()
+    jax.block_until_ready(train(jax.random.PRNGKey(repeat)))
+    speeds.append(SETTINGS["total_timesteps"] / (time.perf_counter() - started))
+print(json.dumps({"env_steps_per_second": sorted(speeds)[1]}))

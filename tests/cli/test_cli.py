@@ -1,0 +1,183 @@
+"""The command line: exit codes, one clear error and no traceback, and what it prints."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import probes
+import pytest
+
+import qfleet
+from qfleet.cli.main import main
+from qfleet.cli.train_command import parse
+from qfleet.presets import make_config
+from qfleet.topologies.fused import Fused
+
+TINY = ["--num-envs", "4", "--hidden-sizes", "8", "--num-minibatches", "1", "--eval-episodes", "5"]
+SCRIPT = str(Path(sys.executable).with_name("qfleet"))
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "CartPole-v1", *TINY, "--env-steps", "256", "--run-dir", str(path), "--quiet"]) == 0
+    return path
+
+
+def exit_code(arguments: list[str]) -> int:
+    """As the process would end: tyro exits by itself on flags that it can't read."""
+    try:
+        return main(arguments)
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "Did you mean train"),
+        (["train"], "required"),
+        (["train", "CartPol-v1"], "Did you mean CartPole-v1"),
+        (["train", "CartPole-v1", "--preset", "pqnn"], "Did you mean pqn"),
+        (["train", "CartPole-v1", "--num-env", "4"], "--num-envs"),
+        (["train", "CartPole-v1", "--num-envs", "0"], "num_envs must be"),
+        (["train", "CartPole-v1", "--num-envs", "1000000000000"], "below 2**31"),
+        (["train", "CartPole-v1", "--env-steps", "-1"], "env_steps must be"),
+        (["train", "CartPole-v1", "--preset", "dqn", "--replay-capacity", "9"], "replay_capacity must hold"),
+        (["train", "CartPole-v1", "--optimiser", "adamm"], "Did you mean adam"),
+        (["train", "CartPole-v1", "--stop-return", "nan"], "must be finite"),
+        (["train", "gymnax:Pendulum-v1"], "actions must be discrete"),
+        (["train", "no_such_module:X"], "can be imported"),
+        (["eval", "no-such-run"], "a run is a folder with a config.json"),
+        (["eval", "no-such-run", "--episodes", "0"], "episodes must be"),
+        (["resume", "no-such-run"], "a run is a folder with a config.json"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_clear_error_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if arguments == ["train", "gymnax:Pendulum-v1"]:
+        pytest.importorskip("gymnax")
+    assert exit_code(arguments) == 2
+    captured = capsys.readouterr()
+    words = " ".join((captured.err + captured.out).replace("│", " ").split())
+    assert message in words
+    assert "Traceback" not in words
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_that_exists_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run_dir / "config.json").read_bytes()
+    assert main(["train", "CartPole-v1", *TINY, "--run-dir", str(run_dir)]) == 2
+    assert "qfleet resume" in capsys.readouterr().err
+    assert (run_dir / "config.json").read_bytes() == before
+
+
+def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "no-such-run", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_eval_prints_json_that_any_parser_reads(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run_dir), "--episodes", "7", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["env"], result["episodes"], len(result["returns"])) == ("CartPole-v1", 7, 7)
+    assert result["return_min"] <= result["return_mean"] <= result["return_max"]
+
+
+def test_a_truncated_checkpoint_is_named_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    assert main(["train", "CartPole-v1", *TINY, "--env-steps", "64", "--run-dir", str(path), "--quiet"]) == 0
+    files = [file for file in (path / "checkpoints" / "64" / "learner").rglob("*") if file.is_file()]
+    victim = max(files, key=lambda file: file.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-1])
+    for command in (["eval", str(path)], ["resume", str(path), "--env-steps", "128"]):
+        assert main(command) == 2
+        assert "a checkpoint must be as qfleet wrote it" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    qfleet.register_env("NaN-v1", lambda: probes.nan_reward(at_step=20))
+    assert main(["train", "NaN-v1", *TINY, "--run-dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "in lane 0" in error and "Traceback" not in error
+
+
+def test_a_run_that_does_not_fit_into_memory_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(self: Fused) -> float:
+        raise RuntimeError("INTERNAL: Out of memory allocating 32000000000 bytes.")
+
+    monkeypatch.setattr(Fused, "start", start)
+    assert main(["train", "CartPole-v1", "--run-dir", str(tmp_path / "run")]) == 2
+    assert "must fit into memory" in capsys.readouterr().err
+
+
+def test_tuned_settings_apply_wherever_the_environment_stands() -> None:
+    expected = make_config("CartPole-v1", "pqn")
+    first = parse(["CartPole-v1"])
+    last = parse(["--seed", "0", "--preset=pqn", "CartPole-v1"])
+    assert first.agent == last.agent == expected.agent
+    assert first.topology == last.topology == expected.topology
+    assert parse(["CartPole-v1", "--learning-rate", "0.5"]).agent.learning_rate == 0.5
+
+
+def test_presets_and_environments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == main(["envs"]) == main(["--version"]) == main([]) == 0
+    output = capsys.readouterr().out
+    assert all(word in output for word in ("rainbow_lite", "CartPole-v1", "gymnax:Breakout-MinAtar", "usage:"))
+
+
+def test_help_does_not_wait_for_jax() -> None:
+    code = (
+        "import sys; from qfleet.cli.main import main; main(['--help']); main(['presets']); main(['envs']); "
+        "sys.exit('jax' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+MODULE = """
+import jax.numpy as jnp
+import numpy as np
+from qfleet import EnvSpec, InGraphEnv, StepResult, register_env
+
+spec = EnvSpec(name="One-v0", observation_shape=(1,), observation_dtype=np.dtype("float32"), num_actions=2)
+
+def step(state, action, key):
+    return StepResult(state, jnp.zeros(1), jnp.float32(1), jnp.bool_(True), jnp.bool_(False))
+
+register_env("One-v0", lambda: InGraphEnv(spec, lambda key: (jnp.int32(0), jnp.zeros(1)), step))
+"""
+
+
+def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    command = [SCRIPT, "train", "mine:One-v0", *TINY, "--env-steps", "1000000000", "--run-dir", "run"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        metrics, give_up_at = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+        while not (metrics.exists() and metrics.stat().st_size) and process.poll() is None:
+            assert time.monotonic() < give_up_at
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped"] == "interrupted"
+    resumed = subprocess.run(
+        [SCRIPT, "resume", "run", "--env-steps", str(summary["env_steps"] + 64), "--quiet"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["env_steps"] > summary["env_steps"]

@@ -1,0 +1,235 @@
+"""The public API: what a run leaves, and that stopping, resuming and loading change nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import probes
+import pytest
+
+import qfleet
+from qfleet.config import ConfigError, TrainConfig
+from qfleet.topologies.fused import Fused
+
+SUMMARY_FIELDS = {
+    "env", "preset", "topology", "seed", "stopped", "env_steps", "learner_steps", "wall_seconds", "compile_seconds",
+    "env_steps_per_second", "learner_steps_per_second", "eval_return_mean", "eval_returns", "peak_rss_bytes", "version",
+}  # fmt: skip
+
+qfleet.register_env("Corner-v0", probes.observation_action_reward)
+qfleet.register_env("NaN-v0", lambda: probes.nan_reward(at_step=100))
+
+
+def tiny(run_dir: Path, preset: str = "pqn", env: str = "Corner-v0", **settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "num_envs": 4,
+        "hidden_sizes": (8,),
+        "env_steps": 256,
+        "eval_period_env_steps": 128,
+        "eval_episodes": 5,
+        "batch_size": 8,
+        "replay_capacity": 256,
+        "warmup_env_steps": 32,
+        "num_minibatches": 1,
+        "rollout_length": 16,
+        "run_dir": str(run_dir),
+    }
+    return qfleet.make_config(env, preset, **defaults | settings)
+
+
+def assert_same(tree: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def checkpoints(run_dir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def follow(run: qfleet.Run) -> dict[str, Any]:
+    for _ in run:
+        pass
+    return run.summary
+
+
+def test_a_run_leaves_its_configuration_metrics_checkpoint_and_summary(tmp_path: Path) -> None:
+    summary = qfleet.train(tiny(tmp_path / "run", seed=3))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert set(summary) >= SUMMARY_FIELDS
+    assert (summary["env"], summary["preset"], summary["topology"], summary["seed"]) == ("Corner-v0", "pqn", "fused", 3)
+    assert (summary["stopped"], summary["env_steps"], summary["learner_steps"]) == ("env steps", 256, 8)
+    assert summary["wall_seconds"] > summary["compile_seconds"] > 0
+    assert summary["env_steps_per_second"] > 0 and summary["learner_steps_per_second"] > 0
+    assert np.shape(summary["eval_returns"]) == (1, 5)
+    assert summary["eval_return_mean"] == pytest.approx(np.mean(summary["eval_returns"]))
+    assert summary["peak_rss_bytes"] > 50e6
+    assert checkpoints(tmp_path / "run") == [256]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["env_steps"] == 256
+
+
+@pytest.mark.parametrize("preset", ["pqn", "rainbow_lite"])
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, preset: str) -> None:
+    whole = qfleet.train(tiny(tmp_path / "whole", preset, env_steps=512))
+    half = qfleet.train(tiny(tmp_path / "half", preset, env_steps=256))
+    assert half["env_steps"] == 256
+    resumed = follow(qfleet.resume(tmp_path / "half", env_steps=512))
+    assert resumed["learner_steps"] == whole["learner_steps"] > half["learner_steps"] > 0
+    assert resumed["eval_returns"] == whole["eval_returns"]
+    assert_same(qfleet.load(tmp_path / "half").params, qfleet.load(tmp_path / "whole").params)
+    before, after = (qfleet.load(tmp_path / "half", checkpoint=steps).params for steps in (256, 512))
+    assert any(np.any(x != y) for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+
+
+def test_leaving_the_loop_stops_the_run_cleanly_and_it_can_go_on(tmp_path: Path) -> None:
+    run = qfleet.iterate(tiny(tmp_path / "run"))
+    for progress in run:
+        assert progress.env_steps == 128
+        break
+    assert (run.summary["stopped"], run.summary["env_steps"]) == ("interrupted", 128)
+    assert checkpoints(tmp_path / "run") == [128]
+    assert follow(qfleet.resume(tmp_path / "run"))["stopped"] == "env steps"
+    qfleet.train(tiny(tmp_path / "whole"))
+    assert_same(qfleet.load(tmp_path / "run").params, qfleet.load(tmp_path / "whole").params)
+
+
+def test_leaving_the_loop_at_its_last_record_is_no_interruption(tmp_path: Path) -> None:
+    run = qfleet.iterate(tiny(tmp_path / "run"))
+    for progress in run:
+        if progress.env_steps == 256:
+            break
+    assert run.summary["stopped"] == "env steps"
+
+
+def test_a_run_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
+    run = qfleet.iterate(tiny(tmp_path / "run"))
+    del run  # never iterated over, as if killed while it compiled
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert follow(qfleet.resume(tmp_path / "run"))["env_steps"] == 256
+
+
+def test_an_older_checkpoint_can_be_resumed_and_newer_ones_are_set_aside(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", checkpoint_period_seconds=1e-9)
+    qfleet.train(config)
+    assert checkpoints(tmp_path / "run") == [128, 256]
+    finished = qfleet.load(tmp_path / "run").params
+    run = qfleet.resume(tmp_path / "run", checkpoint=128)
+    assert checkpoints(tmp_path / "run") == [128]
+    follow(run)
+    assert_same(qfleet.load(tmp_path / "run").params, finished)
+
+
+def test_a_run_at_its_end_is_not_resumed(tmp_path: Path) -> None:
+    qfleet.train(tiny(tmp_path / "run"))
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match="env_steps=256.*larger --env-steps"):
+        qfleet.resume(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_that_is_taken_is_refused_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.setattr(Fused, "start", lambda self: pytest.fail("compiled"))
+    with pytest.raises(ConfigError, match="absent or empty"):
+        qfleet.iterate(tiny(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("first", "confirming", "stopped"),
+    [(475.0, 475.0, "return reached"), (475.0, 474.0, "env steps"), (474.0, 500.0, "env steps")],
+)
+def test_a_run_stops_only_when_fresh_episodes_confirm_the_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: float, confirming: float, stopped: str
+) -> None:
+    asked = []
+
+    def evaluate(self: Fused, num_episodes: int, batch: int = 0) -> np.ndarray:
+        asked.append((num_episodes, batch))
+        return np.full((1, num_episodes), confirming if batch else first)
+
+    monkeypatch.setattr(Fused, "evaluate", evaluate)
+    summary = qfleet.train(tiny(tmp_path / "run", stop_return=475, eval_episodes=20))
+    assert summary["stopped"] == stopped
+    assert asked[0] == (20, 0)
+    assert ((100, 1) in asked) == (first >= 475)
+    assert summary["env_steps"] == (128 if stopped == "return reached" else 256)
+    assert summary["solved_at_env_steps"] == [128 if stopped == "return reached" else None]
+
+
+def test_many_seeds_report_and_load_each(tmp_path: Path) -> None:
+    summary = qfleet.train(tiny(tmp_path / "both", seed=5, num_seeds=2))
+    assert np.shape(summary["eval_returns"]) == (2, 5)
+    alone = qfleet.train(tiny(tmp_path / "alone", seed=6))
+    assert alone["eval_returns"][0] == pytest.approx(summary["eval_returns"][1])
+    expected = qfleet.load(tmp_path / "alone").params
+    second, first = (qfleet.load(tmp_path / "both", seed=seed).params for seed in (6, 5))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), second, expected)
+    assert any(np.any(x != y) for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
+    assert_same(qfleet.load(tmp_path / "both").params, first)
+    with pytest.raises(ConfigError, match="5 to 6, got 7"):
+        qfleet.load(tmp_path / "both", seed=7)
+
+
+def list_network(hidden: int) -> qfleet.Network:
+    def init(key: jax.Array) -> list:
+        return [0.1 * jax.random.normal(key, (1, hidden)), jnp.zeros(hidden), jnp.ones((hidden, 2))]
+
+    return qfleet.Network(init, lambda params, obs: jnp.tanh(obs @ params[0] + params[1]) @ params[2])
+
+
+def test_an_own_network_of_lists_and_an_own_optimiser_go_all_the_way(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"network": list_network(8), "optimiser": optax.sgd(1e-2)}
+    qfleet.train(tiny(tmp_path / "run"), **own)
+    policy = qfleet.load(tmp_path / "run", network=list_network(8))
+    assert isinstance(policy.params, list)
+    assert policy(np.zeros((3, 1), np.float32)).shape == (3,)
+    assert follow(qfleet.resume(tmp_path / "run", env_steps=512, **own))["env_steps"] == 512
+    with pytest.raises(ConfigError, match="must be the one that the run was trained with.*params/0"):
+        qfleet.load(tmp_path / "run", network=list_network(9))
+    for without in (qfleet.load, lambda path: qfleet.resume(path, env_steps=1024)):
+        with pytest.raises(ConfigError, match="`network` must be given"):
+            without(tmp_path / "run")
+
+
+def test_a_network_given_to_a_run_with_a_built_in_one_is_refused(tmp_path: Path) -> None:
+    qfleet.train(tiny(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="`network` must not be"):
+        qfleet.load(tmp_path / "run", network=list_network(8))
+
+
+def test_a_reward_that_is_not_finite_fails_the_run_and_keeps_its_checkpoint(tmp_path: Path) -> None:
+    run = qfleet.iterate(tiny(tmp_path / "run", env="NaN-v0", env_steps=1024, checkpoint_period_seconds=1e-9))
+    with pytest.raises(qfleet.RunFailed, match="environment step 396 in lane 0"):
+        follow(run)
+    assert run.summary["stopped"] == "failed"
+    assert "lane 0" in json.loads((tmp_path / "run" / "summary.json").read_text())["error"]
+    assert checkpoints(tmp_path / "run") == [128, 256, 384]
+    assert qfleet.load(tmp_path / "run").q_values(np.zeros((1, 1), np.float32)).shape == (1, 2)
+
+
+def test_a_policy_acts_on_batches(tmp_path: Path) -> None:
+    qfleet.train(tiny(tmp_path / "run"))
+    policy = qfleet.load(tmp_path / "run")
+    obs = np.linspace(-1, 1, 7, dtype=np.float32)[:, None]
+    q, actions = policy.q_values(obs), policy(obs)
+    assert (q.shape, q.dtype, actions.shape, actions.dtype) == ((7, 2), np.float32, (7,), np.int32)
+    np.testing.assert_array_equal(actions, np.argmax(q, axis=1))
+    returns = policy.evaluate(6, seed=1)
+    assert returns.shape == (6,)
+    np.testing.assert_array_equal(returns, policy.evaluate(6, seed=1))
+    assert policy.spec.num_actions == 2
+
+
+def test_without_the_replay_a_resumed_run_warms_up_anew(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", "dqn", checkpoint_replay=False, env_steps_per_learner_step=1.0)
+    first = qfleet.train(config)
+    assert not (tmp_path / "run" / "checkpoints" / "256" / "replay").exists()
+    resumed = follow(qfleet.resume(tmp_path / "run", env_steps=512))
+    assert first["learner_steps"] == 256 - 32
+    assert resumed["learner_steps"] == 2 * (256 - 32)

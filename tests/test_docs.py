@@ -1,0 +1,35 @@
+"""What the documentation shows works."""
+
+import re
+from pathlib import Path
+
+import qfleet
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_guides_own_environment_trains(tmp_path: Path) -> None:
+    (block,) = [block for block in python_blocks("docs/guide.md") if "corridor.py" in block]
+    exec(compile(block, "corridor.py", "exec"), {})
+    config = qfleet.make_config("Corridor-v0", num_envs=4, hidden_sizes=(8,), env_steps=256, run_dir=str(tmp_path))
+    assert qfleet.train(config)["env_steps"] == 256
+
+
+def test_every_python_block_compiles_and_every_name_of_qfleet_in_it_exists() -> None:
+    blocks = [block for name in ("README.md", "docs/guide.md") for block in python_blocks(name)]
+    assert len(blocks) >= 3
+    for block in blocks:
+        compile(block, "block", "exec")
+        for name in re.findall(r"\bqfleet\.(\w+)\(", block):
+            assert callable(getattr(qfleet, name))
+        for names in re.findall(r"from qfleet import (.+)", block):
+            assert all(hasattr(qfleet, name.strip()) for name in names.split(","))
+
+
+def test_every_public_name_can_be_imported() -> None:
+    assert all(getattr(qfleet, name) is not None for name in qfleet.__all__)
+    assert set(qfleet.__all__) == set(dir(qfleet))

@@ -1,0 +1,82 @@
+"""Presets: what is merged over what, and that every combination on offer is a valid one."""
+
+import dataclasses
+
+import pytest
+
+from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig
+from qfleet.envs.registry import list_envs
+from qfleet.presets import PRESETS, TUNED, make_config
+
+
+def test_explicit_settings_win_over_tuned_ones_and_those_over_the_presets() -> None:
+    tuned = TUNED["rainbow_lite", "CartPole-v1"]
+    config = make_config("CartPole-v1", "rainbow_lite", n_step=5, num_envs=8, env_steps=123)
+    assert (config.agent.n_step, config.topology.num_envs, config.env_steps) == (5, 8, 123)
+    assert config.agent.hidden_sizes == tuned["hidden_sizes"] != AgentConfig().hidden_sizes
+    assert config.agent.dueling and not AgentConfig().dueling
+    assert config.agent.discount == AgentConfig().discount
+    assert (config.env, config.preset) == ("CartPole-v1", "rainbow_lite")
+
+
+def test_an_environment_without_tuned_settings_gets_the_presets_own() -> None:
+    config = make_config("Acrobot-v1", "pqn")
+    assert config.agent == AgentConfig(**PRESETS["pqn"].settings)
+    assert config.topology == FusedConfig()
+    assert config == TrainConfig(env="Acrobot-v1", preset="pqn", agent=config.agent)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("env", sorted({env for _, env in TUNED} | {"Acrobot-v1"}))
+def test_every_preset_can_be_made_for_every_environment(preset: str, env: str) -> None:
+    config = make_config(env, preset)
+    for name, value in TUNED.get((preset, env), {}).items():
+        assert value in [getattr(part, name, None) for part in (config, config.agent, config.topology)]
+
+
+def test_tuned_settings_are_for_presets_and_environments_that_exist() -> None:
+    assert {preset for preset, _ in TUNED} <= set(PRESETS)
+    assert {env for _, env in TUNED} <= {name for name, _ in list_envs()}
+
+
+def test_an_unknown_preset_is_refused_with_the_nearest_names() -> None:
+    with pytest.raises(ConfigError, match="got 'double_dqm'. Did you mean double_dqn"):
+        make_config("CartPole-v1", "double_dqm")
+
+
+@pytest.mark.parametrize(("name", "hint"), [("num_env", "Did you mean num_envs"), ("learning_rat", "learning_rate")])
+def test_an_unknown_setting_is_refused_with_the_nearest_names(name: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name!r}.*{hint}"):
+        make_config("CartPole-v1", **{name: 1})
+
+
+@pytest.mark.parametrize("name", ["agent", "topology"])
+def test_a_whole_part_is_not_a_setting(name: str) -> None:
+    with pytest.raises(ConfigError, match="settings must be fields of a config"):
+        make_config("CartPole-v1", **{name: AgentConfig()})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_envs": 0},
+        {"num_envs": 10**12},
+        {"num_minibatches": 7},
+        {"preset": "dqn", "replay_capacity": 10},
+        {"preset": "dqn", "replay_capacity": 10**12},
+        {"env_steps": -1},
+        {"discount": 1.5},
+        {"replay": "uniforme"},
+        {"hidden_sizes": (0,)},
+        {"checkpoint_period_seconds": float("nan")},
+    ],
+    ids=str,
+)
+def test_impossible_sizes_and_values_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError, match="must .*got"):
+        make_config("CartPole-v1", **settings)
+
+
+def test_every_setting_belongs_to_one_config_only() -> None:
+    names = [field.name for kind in (AgentConfig, FusedConfig, TrainConfig) for field in dataclasses.fields(kind)]
+    assert len(names) == len(set(names))
