@@ -31,6 +31,9 @@ class ReplayState(NamedTuple):
     """`[]` float32, the greatest leaf ever set: what new transitions enter with."""
     num_transitions: Array
     """`[]` int32, leaves above 0: transitions that may be drawn by priority."""
+    num_expiring: Array
+    """`[]` int32, those of them that the next row will make undrawable. Counted a row ahead: to read leaves that are
+    about to change, XLA would copy all of them."""
 
 
 class Sample(NamedTuple):
@@ -85,6 +88,7 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, batch_size: 
             tree=priorities.init_tree(num_slots) if is_prioritised else (),
             max_priority=jnp.float32(1.0),
             num_transitions=jnp.int32(0),
+            num_expiring=jnp.int32(0),
         )
 
     def insert(state: ReplayState, row: Row) -> ReplayState:
@@ -98,14 +102,18 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, batch_size: 
         outcome = jax.lax.dynamic_index_in_dim(ring.rows.outcome, completed, keepdims=False)
         can_start = (outcome != NO_STEP) & is_complete
         lanes = jnp.arange(num_lanes)
-        num_broken = jnp.sum(priorities.get_leaves(state.tree, broken * num_lanes + lanes) > 0, dtype=jnp.int32)
         tree = priorities.set_leaves(
             state.tree,
             jnp.concatenate([broken * num_lanes + lanes, completed * num_lanes + lanes]),
             jnp.concatenate([jnp.zeros(num_lanes), jnp.where(can_start, state.max_priority, 0.0)]),
         )
-        num_transitions = state.num_transitions - num_broken + jnp.sum(can_start, dtype=jnp.int32)
-        return state._replace(ring=ring, tree=tree, num_transitions=num_transitions)
+        expiring = priorities.get_leaves(tree, (broken + 1) % num_rows * num_lanes + lanes) > 0
+        return state._replace(
+            ring=ring,
+            tree=tree,
+            num_transitions=state.num_transitions - state.num_expiring + jnp.sum(can_start, dtype=jnp.int32),
+            num_expiring=jnp.sum(expiring, dtype=jnp.int32),
+        )
 
     def sample(state: ReplayState, key: Array, importance_exponent: Array) -> Sample:
         if isinstance(state.tree, priorities.SumTree):
