@@ -5,19 +5,17 @@
 purejaxrl isn't packaged: CHECKOUT is a folder with its repository. Its logger, which it imports, isn't needed.
 """
 
-import json
+import importlib
 import sys
-import time
 import types
 from typing import Any
 
 import jax
+from speed import print_speed
 
 sys.modules["wandb"] = types.ModuleType("wandb")
-if not hasattr(jax, "tree_map"):
-    setattr(jax, "tree_map", jax.tree.map)  # noqa: B010  # it was written for a JAX that had this name
+vars(jax).setdefault("tree_map", jax.tree.map)  # it was written for a JAX that had this name
 sys.path.insert(0, sys.argv[1])
-from purejaxrl.dqn import make_train  # noqa: E402
 
 SETTINGS: dict[str, Any] = {
     "NUM_ENVS": 10,
@@ -37,11 +35,4 @@ SETTINGS: dict[str, Any] = {
     "ENV_NAME": "CartPole-v1",
 }
 
-train = jax.jit(make_train(SETTINGS)).lower(jax.random.PRNGKey(0)).compile()
-jax.block_until_ready(train(jax.random.PRNGKey(0)))
-speeds = []
-for repeat in range(3):
-    started = time.perf_counter()
-    jax.block_until_ready(train(jax.random.PRNGKey(repeat)))
-    speeds.append(SETTINGS["TOTAL_TIMESTEPS"] / (time.perf_counter() - started))
-print(json.dumps({"env_steps_per_second": sorted(speeds)[1]}))
+print_speed(importlib.import_module("purejaxrl.dqn").make_train(SETTINGS), SETTINGS["TOTAL_TIMESTEPS"])

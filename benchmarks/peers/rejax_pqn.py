@@ -1,11 +1,9 @@
 """Environment steps/s of rejax's PQN on CartPole with its own settings for it; runs in the peers' environment."""
 
-import json
-import time
 from typing import Any
 
-import jax
 from rejax import get_algo
+from speed import print_speed
 
 SETTINGS: dict[str, Any] = {  # its configs/gymnax/cartpole.yaml
     "env": "CartPole-v1",
@@ -29,11 +27,4 @@ SETTINGS: dict[str, Any] = {  # its configs/gymnax/cartpole.yaml
 algorithm = get_algo("pqn").create(**SETTINGS)
 # Training only: our side is timed without evaluation too.
 algorithm = algorithm.replace(eval_callback=lambda algorithm, state, key: ())
-train = jax.jit(algorithm.train).lower(jax.random.PRNGKey(0)).compile()
-jax.block_until_ready(train(jax.random.PRNGKey(0)))
-speeds = []
-for repeat in range(3):
-    started = time.perf_counter()
-    jax.block_until_ready(train(jax.random.PRNGKey(repeat)))
-    speeds.append(SETTINGS["total_timesteps"] / (time.perf_counter() - started))
-print(json.dumps({"env_steps_per_second": sorted(speeds)[1]}))
+print_speed(algorithm.train, SETTINGS["total_timesteps"])

@@ -16,9 +16,6 @@ from qfleet.core.types import EnvSpec, Transition
 MIN_PRIORITY = 1e-6
 """Added to every TD error, so that no transition is lost for good (Schaul et al. 2016, section 3.3)."""
 
-MAX_DRAWS = 64
-"""Rounds of rejection before a draw is given up (weight 0). At most every second row holds no step: 2**-64."""
-
 
 class ReplayState(NamedTuple):
     """All that a replay keeps."""
@@ -61,16 +58,12 @@ class Replay(NamedTuple):
     """`set_priorities(state, sample, td_error [batch]) -> state`; errors of overwritten rows change nothing."""
 
 
-def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, batch_size: int | None = None) -> Replay:
+def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
     """Returns the replay that `config` describes, for `num_lanes` lanes of `spec`'s environment.
-
-    Args:
-      batch_size: transitions per sample, where that isn't the whole of `config.batch_size`.
 
     Raises:
       ConfigError: if the capacity is too small for one window of each lane.
     """
-    batch_size = batch_size or config.batch_size
     num_rows = config.replay_capacity // num_lanes
     fewest_rows = config.n_step + spec.frame_stack + 1
     if num_rows < fewest_rows:
@@ -119,7 +112,9 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, batch_size: 
         if isinstance(state.tree, priorities.SumTree):
             row, lane, weight = draw_by_priority(state.tree, state.num_transitions, key, importance_exponent)
         else:
-            row, lane, weight = draw_uniformly(state.ring, key)
+            row, lane, weight = sampling.draw_uniformly(
+                state.ring, key, config.batch_size, config.n_step, spec.frame_stack
+            )
         n_step_return, discount, num_steps = sampling.n_step_returns(
             state.ring, row, lane, config.n_step, config.discount
         )
@@ -133,33 +128,10 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, batch_size: 
         )
         return Sample(transition, row, lane, state.ring.insertions)
 
-    def draw_uniformly(ring: Ring, key: Array) -> tuple[Array, Array, Array]:
-        """Draws rows until each holds a step: exactly uniform over those that do."""
-        first = sampling.first_row(ring, spec.frame_stack)
-        num_first = jnp.maximum(sampling.num_first_rows(ring, config.n_step, spec.frame_stack), 1).astype(jnp.uint32)
-
-        def draw(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            attempt, row, lane, is_step = carry
-            # The remainder's bias is below num_rows / 2**32; a float would have too few bits for 1M rows.
-            bits = jax.random.bits(jax.random.fold_in(key, attempt), (2, batch_size), jnp.uint32)
-            row = jnp.where(is_step, row, (first + (bits[0] % num_first).astype(jnp.int32)) % num_rows)
-            lane = jnp.where(is_step, lane, (bits[1] % jnp.uint32(num_lanes)).astype(jnp.int32))
-            return attempt + 1, row, lane, sampling.take(ring, ring.rows.outcome, row, lane) != NO_STEP
-
-        def has_rejected(carry: tuple[Array, Array, Array, Array]) -> Array:
-            attempt, _, _, is_step = carry
-            return (attempt < MAX_DRAWS) & ~jnp.all(is_step)
-
-        nowhere = jnp.zeros(batch_size, jnp.int32)
-        _, row, lane, is_step = jax.lax.while_loop(
-            has_rejected, draw, (jnp.int32(0), nowhere, nowhere, jnp.zeros(batch_size, bool))
-        )
-        return row, lane, is_step.astype(jnp.float32)
-
     def draw_by_priority(
         tree: priorities.SumTree, num_transitions: Array, key: Array, importance_exponent: Array
     ) -> tuple[Array, Array, Array]:
-        leaf, probability = priorities.sample_leaves(tree, jax.random.uniform(key, (batch_size,)))
+        leaf, probability = priorities.sample_leaves(tree, jax.random.uniform(key, (config.batch_size,)))
         # Not divided by the batch's greatest weight, as is often done: that would make a transition's weight
         # depend on its companions, and two half batches differ from the whole.
         weight = (num_transitions * probability) ** -importance_exponent

@@ -1,9 +1,13 @@
 """Transitions from rows: n-step returns and frame stacks, put together when a batch is drawn."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from qfleet.core.replay.ring import NO_STEP, TERMINATED, Ring
+
+MAX_DRAWS = 64
+"""Rounds of rejection before a draw is given up (weight 0). At most every second row holds no step: 2**-64."""
 
 
 def first_row(ring: Ring, frame_stack: int) -> Array:
@@ -19,6 +23,38 @@ def num_first_rows(ring: Ring, n_step: int, frame_stack: int) -> Array:
     """Returns how many rows, from `first_row` on, have both their stack and their n-step window in the ring."""
     missing = jnp.where(ring.size == ring.num_rows, frame_stack - 1, 0)
     return jnp.maximum(ring.size - n_step - missing, 0)
+
+
+def draw_uniformly(
+    ring: Ring, key: Array, batch_size: int, n_step: int, frame_stack: int
+) -> tuple[Array, Array, Array]:
+    """Returns rows and lanes at which a transition starts, each such place as likely as any other, and weights of 1.
+
+    Rows that hold no step are drawn again.
+
+    Returns:
+      Row, `[batch]` int32; lane, `[batch]` int32; weight, `[batch]` float32, 0 where `MAX_DRAWS` found no step.
+    """
+    first = first_row(ring, frame_stack)
+    num_first = jnp.maximum(num_first_rows(ring, n_step, frame_stack), 1).astype(jnp.uint32)
+
+    def draw(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        attempt, row, lane, is_step = carry
+        # The remainder's bias is below num_rows / 2**32; a float would have too few bits for 1M rows.
+        bits = jax.random.bits(jax.random.fold_in(key, attempt), (2, batch_size), jnp.uint32)
+        row = jnp.where(is_step, row, (first + (bits[0] % num_first).astype(jnp.int32)) % ring.num_rows)
+        lane = jnp.where(is_step, lane, (bits[1] % jnp.uint32(ring.num_lanes)).astype(jnp.int32))
+        return attempt + 1, row, lane, take(ring, ring.rows.outcome, row, lane) != NO_STEP
+
+    def has_rejected(carry: tuple[Array, Array, Array, Array]) -> Array:
+        attempt, _, _, is_step = carry
+        return (attempt < MAX_DRAWS) & ~jnp.all(is_step)
+
+    nowhere = jnp.zeros(batch_size, jnp.int32)
+    _, row, lane, is_step = jax.lax.while_loop(
+        has_rejected, draw, (jnp.int32(0), nowhere, nowhere, jnp.zeros(batch_size, bool))
+    )
+    return row, lane, is_step.astype(jnp.float32)
 
 
 def n_step_returns(ring: Ring, row: Array, lane: Array, n_step: int, discount: float) -> tuple[Array, Array, Array]:
