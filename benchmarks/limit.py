@@ -109,8 +109,10 @@ def passes_alone(config: TrainConfig, agent: Agent, spec: EnvSpec, params: objec
     rng = np.random.default_rng(0)
 
     def ready(*shape: int) -> jax.Array:
-        sample = rng.random((*shape, *spec.agent_observation_shape)) * 2
-        return jnp.asarray(sample.astype(spec.observation_dtype))
+        sample = rng.random((*shape, *spec.agent_observation_shape))
+        # All alike, they would be folded into the program, and the passes over them left out.
+        is_bool = spec.observation_dtype.kind == "b"
+        return jnp.asarray(sample < 0.1 if is_bool else sample.astype(spec.observation_dtype))
 
     views = ready(num_rows + is_rollout, num_lanes)
     # Several batches: with a single one, the target network's pass would not change and leave the loop.

@@ -7,7 +7,8 @@
 - memory: bytes held, over those that the slots' contents need.
 
 Each is timed inside one compiled loop, as a program that also acts and learns would hold it, and as separate donated
-calls, as a replay in a process of its own would make them. Medians of alternating repeats, so that a noisy machine
+calls, as a replay in a process of its own would make them: both buffers' compiled without XLA's concurrent scheduler,
+which on CPU doubles the time of programs as small as these. Medians of alternating repeats, so that a noisy machine
 hurts both.
 """
 
@@ -34,6 +35,7 @@ PRIORITY_EXPONENT = 0.6
 BYTES_PER_SLOT = 4 * 4 + 4 + 4 + 1 + 4  # observation, action, reward, outcome, priority
 CALLS = 200  # per repeat
 REPEATS = 15
+CALL_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 class Step(NamedTuple):
@@ -144,8 +146,7 @@ def measure_buffer(buffer: Buffer, slots: int) -> Iterator[tuple[str, float]]:
 
     def learn(state: Any, key: jax.Array) -> tuple[Any, None]:
         sample = buffer.sample(state, key)
-        # The barrier stands for the network, which reads its batch from memory.
-        obs, action, reward, discount, next_obs, weight = jax.lax.optimization_barrier(buffer.transition(sample))
+        obs, action, reward, discount, next_obs, weight = buffer.transition(sample)
         td_error = weight * (reward + discount * next_obs.sum(axis=1) - obs.sum(axis=1) - action)
         return buffer.set_priorities(state, sample, td_error), None
 
@@ -161,9 +162,9 @@ def measure_buffer(buffer: Buffer, slots: int) -> Iterator[tuple[str, float]]:
     fill = jax.jit(lambda state, keys: jax.lax.scan(insert, state, keys)[0], donate_argnums=0)
     learn_loop = jax.jit(lambda state, keys: jax.lax.scan(learn, state, keys)[0], donate_argnums=0)
     insert_loop = jax.jit(lambda state, steps: jax.lax.scan(insert_ready, state, steps)[0], donate_argnums=0)
-    sample_call = jax.jit(buffer.sample)
-    set_call = jax.jit(buffer.set_priorities, donate_argnums=0)
-    insert_call = jax.jit(buffer.insert, donate_argnums=0)
+    sample_call = jax.jit(buffer.sample, compiler_options=CALL_OPTIONS)
+    set_call = jax.jit(buffer.set_priorities, donate_argnums=0, compiler_options=CALL_OPTIONS)
+    insert_call = jax.jit(buffer.insert, donate_argnums=0, compiler_options=CALL_OPTIONS)
     separate_keys = list(keys)
     separate_steps = [jax.tree.map(lambda x, i=i: x[i], steps) for i in range(CALLS)]
 

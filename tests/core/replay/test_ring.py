@@ -1,5 +1,7 @@
 """The ring of rows."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,9 @@ from qfleet.core.replay.ring import (
     init_ring,
     insert_row,
     is_overwritten,
+    later_slot,
     outcome_of,
+    take,
 )
 
 NUM_ROWS, NUM_LANES = 5, 2
@@ -79,7 +83,7 @@ def test_a_row_is_overwritten_once_the_cursor_has_passed_it(empty, num_before, s
     seen = ring.insertions
     held = range(max(0, num_before - NUM_ROWS), num_before)
     for num_later in range(2 * NUM_ROWS + 2):
-        answer = is_overwritten(ring, jnp.arange(NUM_ROWS), seen)
+        answer = is_overwritten(ring, jnp.arange(NUM_ROWS, dtype=jnp.uint32), seen)
         for t in held:
             is_gone = t < num_before + num_later - NUM_ROWS
             assert bool(answer[t % NUM_ROWS]) == is_gone, (t, num_later)
@@ -92,3 +96,10 @@ def test_inserting_into_a_donated_ring_writes_in_place(empty):
     ring = insert(empty, make_row(0))
     assert ring.rows.obs.unsafe_buffer_pointer() == before
     assert empty.rows.obs.is_deleted()
+
+
+def test_a_slot_is_a_row_and_a_lane_and_later_ones_go_round_the_end(empty):
+    ring = insert_rows(empty, range(NUM_ROWS))
+    for row, lane, num_rows in itertools.product(range(NUM_ROWS), range(NUM_LANES), (0, 1, NUM_ROWS - 1, NUM_ROWS)):
+        slot = later_slot(ring, jnp.uint32(row * NUM_LANES + lane), num_rows)
+        np.testing.assert_array_equal(take(ring.rows.action, slot), ring.rows.action[(row + num_rows) % NUM_ROWS, lane])

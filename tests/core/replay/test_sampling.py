@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qfleet.core.replay import sampling
-from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Ring, Row
+from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Ring, Row, later_slot
 
 GO, END, CUT, LAST = int(CONTINUED), int(TERMINATED), int(TRUNCATED), int(NO_STEP)
 
@@ -28,8 +28,7 @@ def make_ring(outcomes, cursor=0, size=None, rewards=None):
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def n_step_returns(ring, n_step, discount=0.5):
-    row = jnp.arange(ring.num_rows)
-    return sampling.n_step_returns(ring, row, jnp.zeros_like(row), n_step, discount)
+    return sampling.n_step_returns(ring, jnp.arange(ring.num_rows, dtype=jnp.uint32), n_step, discount)
 
 
 def test_three_steps_are_summed_and_discounted_to_the_first():
@@ -56,8 +55,8 @@ def test_truncation_stops_the_sum_but_bootstraps_from_the_final_observation():
     reward, discount, num_steps = n_step_returns(ring, 3)
     np.testing.assert_array_equal(reward[:2], [1 + 2 / 2, 2])
     np.testing.assert_array_equal(discount[:2], [0.5**2, 0.5])
-    rows = jnp.arange(2) + num_steps[:2]
-    np.testing.assert_array_equal(sampling.stacked_observations(ring, rows, rows * 0, 1)[:, 0], [3, 3])
+    slots = later_slot(ring, jnp.arange(2, dtype=jnp.uint32), num_steps[:2])
+    np.testing.assert_array_equal(sampling.stacked_observations(ring, slots, 1)[:, 0], [3, 3])
 
 
 def test_an_end_in_the_last_step_of_the_window_counts_and_one_after_it_does_not():
@@ -78,7 +77,7 @@ def test_without_discounting_every_reward_counts_in_full():
 
 @functools.partial(jax.jit, static_argnums=2)
 def stack(ring, row, frame_stack):
-    return sampling.stacked_observations(ring, jnp.array([row]), jnp.array([0]), frame_stack)[0, 0]
+    return sampling.stacked_observations(ring, jnp.array([row], jnp.uint32), frame_stack)[0, 0]
 
 
 def test_the_newest_frame_is_last():
@@ -122,15 +121,3 @@ def test_rows_that_may_start_a_transition_have_their_stack_and_window(size, curs
     ring = make_ring([GO] * 8, cursor=cursor, size=size)
     assert int(sampling.first_row(ring, frame_stack)) == first
     assert int(sampling.num_first_rows(ring, n_step, frame_stack)) == count
-
-
-def test_take_finds_row_and_lane_and_goes_round_both_ways():
-    ring = make_ring([GO] * 5)
-    rows = jnp.arange(15).reshape(5, 3, 1)
-    ring = Ring(
-        Row(rows, rows[..., 0], rows[..., 0], jnp.zeros((5, 3), jnp.uint8)), ring.cursor, ring.size, ring.insertions
-    )
-    taken = jax.jit(lambda row, lane: sampling.take(ring, ring.rows.obs, row, lane))
-    np.testing.assert_array_equal(
-        taken(jnp.array([0, 4, 5, -1, 2]), jnp.array([0, 2, 1, 2, 1]))[:, 0], [0, 14, 1, 14, 7]
-    )

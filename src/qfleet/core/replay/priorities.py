@@ -37,25 +37,24 @@ def init_tree(num_leaves: int) -> SumTree:
     return SumTree(tuple(jnp.zeros(n * FAN_OUT, jnp.float32) for n in groups), num_leaves)
 
 
-def set_leaves(tree: SumTree, indices: jax.Array, values: jax.Array, keep: jax.Array | None = None) -> SumTree:
+def set_leaves(tree: SumTree, indices: jax.Array, values: jax.Array) -> SumTree:
     """Returns the tree with `values` at `indices`; in place if the tree is donated or carried through a loop.
 
     Args:
       tree: the tree.
-      indices: `[n]` int32. One outside `[0, num_leaves)` is dropped, so a caller can mask late updates by it. Of
+      indices: `[n]` integers. One outside `[0, num_leaves)` is dropped, so a caller can mask late updates by it. Of
         equal ones, one wins: the last on CPU, any on GPU.
       values: `[n]` float32, non-negative and finite, as their total must be; a leaf of 0 is never drawn.
-      keep: `[n]` bool, which of them to set; None sets all.
     """
     leaves, *sums = tree.levels
-    keep = (indices >= 0) if keep is None else keep & (indices >= 0)
-    leaves = leaves.at[jnp.where(keep & (indices < tree.num_leaves), indices, leaves.size)].set(values, mode="drop")
+    indices = indices.astype(jnp.uint32)  # a negative one becomes greater than any leaf's
+    leaves = leaves.at[jnp.where(indices < tree.num_leaves, indices, jnp.uint32(leaves.size))].set(values, mode="drop")
     # A sum taken afresh is right whether or not a child changed: what was dropped may walk up from any leaf.
-    nodes = jnp.clip(indices, 0, tree.num_leaves - 1)
+    nodes = jnp.minimum(indices, jnp.uint32(tree.num_leaves - 1))
     levels = [leaves]
     for level in sums:
         rows = levels[-1].reshape(-1, FAN_OUT)
-        nodes = nodes // FAN_OUT
+        nodes = nodes // jnp.uint32(FAN_OUT)
         if len(rows) <= len(nodes):
             level = jnp.pad(_row_sums(rows), (0, level.size - len(rows)))
         else:
@@ -65,7 +64,7 @@ def set_leaves(tree: SumTree, indices: jax.Array, values: jax.Array, keep: jax.A
 
 
 def get_leaves(tree: SumTree, indices: jax.Array) -> jax.Array:
-    """Returns the values at `indices`: `[n]` int32, each in `[0, num_leaves)`, to `[n]` float32."""
+    """Returns the values at `indices`: `[n]` integers, each in `[0, num_leaves)`, to `[n]` float32."""
     return _take(tree.levels[0], indices)
 
 
@@ -75,23 +74,23 @@ def total(tree: SumTree) -> jax.Array:
 
 
 def find_leaves(tree: SumTree, targets: jax.Array) -> jax.Array:
-    """Returns the leaf under each target, were the leaves laid end to end: `[n]` float32 to `[n]` int32.
+    """Returns the leaf under each target, were the leaves laid end to end: `[n]` float32 to `[n]` uint32.
 
     It is leaf `i` with `sum(leaves[:i]) <= target < sum(leaves[:i + 1])`, up to float32 rounding, and never a leaf of
     0, whatever the rounding: a target at or beyond the total finds the last leaf above 0. Only in a tree without any
     such leaf it is leaf 0.
     """
-    child = jnp.arange(FAN_OUT, dtype=jnp.int32)
-    nodes = jnp.zeros(targets.shape, jnp.int32)
+    child = jnp.arange(FAN_OUT, dtype=jnp.uint32)
+    nodes = jnp.zeros(targets.shape, jnp.uint32)
     for level in reversed(tree.levels):
         rows = level.reshape(-1, FAN_OUT)
         # Either order gives the same numbers; we add up whichever has fewer rows.
         starts = _take(_row_starts(rows), nodes) if len(rows) <= len(nodes) else _row_starts(_take(rows, nodes))
         # The first sibling above 0 starts at exactly 0, so there is one to choose, and the rest of the target is
         # never negative. Looking for where a sibling *ends* instead could stop at a leaf of 0 after rounding.
-        chosen = jnp.max(jnp.where(starts <= targets[:, None], child, 0), axis=1)
+        chosen = jnp.max(jnp.where(starts <= targets[:, None], child, jnp.uint32(0)), axis=1)
         targets = targets - jnp.take_along_axis(starts, chosen[:, None], axis=1, mode="promise_in_bounds")[:, 0]
-        nodes = nodes * FAN_OUT + chosen
+        nodes = nodes * jnp.uint32(FAN_OUT) + chosen
     return nodes
 
 
@@ -103,7 +102,7 @@ def sample_leaves(tree: SumTree, uniforms: jax.Array) -> tuple[jax.Array, jax.Ar
       uniforms: `[n]` float32 in [0, 1), where in its slice each draw falls.
 
     Returns:
-      `[n]` int32 indices, ascending, and `[n]` float32 probabilities, each leaf's share of the total.
+      `[n]` uint32 indices, ascending, and `[n]` float32 probabilities, each leaf's share of the total.
     """
     whole = total(tree)
     slices = jnp.arange(len(uniforms), dtype=jnp.float32)

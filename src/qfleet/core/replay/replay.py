@@ -10,7 +10,7 @@ from jax import Array
 import qfleet.core.replay.priorities as priorities
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.replay import sampling
-from qfleet.core.replay.ring import NO_STEP, Ring, Row, init_ring, insert_row, is_overwritten
+from qfleet.core.replay.ring import NO_STEP, Ring, Row, init_ring, insert_row, is_overwritten, later_slot, take
 from qfleet.core.types import EnvSpec, Transition
 
 MIN_PRIORITY = 1e-6
@@ -22,8 +22,8 @@ class ReplayState(NamedTuple):
 
     ring: Ring
     tree: priorities.SumTree | tuple[()]
-    """Leaf `row * lanes + lane` is the priority of the transition that starts there, to the power alpha; 0 where none
-    can. `()` when sampling is uniform."""
+    """A slot's leaf is the priority of the transition that starts there, to the power alpha; 0 where none can. `()`
+    when sampling is uniform."""
     max_priority: Array
     """`[]` float32, the greatest leaf ever set: what new transitions enter with."""
     num_transitions: Array
@@ -37,10 +37,8 @@ class Sample(NamedTuple):
     """A batch, and where it came from."""
 
     transition: Transition
-    row: Array
-    """`[batch]` int32."""
-    lane: Array
-    """`[batch]` int32."""
+    slot: Array
+    """`[batch]` uint32, where each transition starts: `row * lanes + lane`."""
     insertions: Array
     """`[]` uint32, `Ring.insertions` when it was drawn."""
 
@@ -109,41 +107,38 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
         )
 
     def sample(state: ReplayState, key: Array, importance_exponent: Array) -> Sample:
+        ring = state.ring
         if isinstance(state.tree, priorities.SumTree):
-            row, lane, weight = draw_by_priority(state.tree, state.num_transitions, key, importance_exponent)
+            slot, weight = draw_by_priority(state.tree, state.num_transitions, key, importance_exponent)
         else:
-            row, lane, weight = sampling.draw_uniformly(
-                state.ring, key, config.batch_size, config.n_step, spec.frame_stack
-            )
-        n_step_return, discount, num_steps = sampling.n_step_returns(
-            state.ring, row, lane, config.n_step, config.discount
-        )
+            slot, weight = sampling.draw_uniformly(ring, key, config.batch_size, config.n_step, spec.frame_stack)
+        n_step_return, discount, num_steps = sampling.n_step_returns(ring, slot, config.n_step, config.discount)
         transition = Transition(
-            obs=sampling.stacked_observations(state.ring, row, lane, spec.frame_stack),
-            action=sampling.take(state.ring, state.ring.rows.action, row, lane),
+            obs=sampling.stacked_observations(ring, slot, spec.frame_stack),
+            action=take(ring.rows.action, slot),
             reward=n_step_return,
             discount=discount,
-            next_obs=sampling.stacked_observations(state.ring, row + num_steps, lane, spec.frame_stack),
+            next_obs=sampling.stacked_observations(ring, later_slot(ring, slot, num_steps), spec.frame_stack),
             weight=weight,
         )
-        return Sample(transition, row, lane, state.ring.insertions)
+        return Sample(transition, slot, ring.insertions)
 
     def draw_by_priority(
         tree: priorities.SumTree, num_transitions: Array, key: Array, importance_exponent: Array
-    ) -> tuple[Array, Array, Array]:
-        leaf, probability = priorities.sample_leaves(tree, jax.random.uniform(key, (config.batch_size,)))
+    ) -> tuple[Array, Array]:
+        slot, probability = priorities.sample_leaves(tree, jax.random.uniform(key, (config.batch_size,)))
         # Not divided by the batch's greatest weight, as is often done: that would make a transition's weight
         # depend on its companions, and two half batches differ from the whole.
-        weight = (num_transitions * probability) ** -importance_exponent
-        return leaf // num_lanes, leaf % num_lanes, weight
+        return slot, (num_transitions * probability) ** -importance_exponent
 
     def set_priorities(state: ReplayState, sample: Sample, td_error: Array) -> ReplayState:
         if not isinstance(state.tree, priorities.SumTree):
             return state
         priority = (jnp.abs(td_error) + MIN_PRIORITY) ** config.priority_exponent
-        # Also late: a row whose oldest stacked frame is gone, for it can't be drawn any more.
-        is_late = is_overwritten(state.ring, (sample.row - spec.frame_stack + 1) % num_rows, sample.insertions)
-        leaf = jnp.where(is_late, num_slots, sample.row * num_lanes + sample.lane)
+        # Also late: a slot whose oldest stacked frame is gone, for it can't be drawn any more.
+        oldest = later_slot(state.ring, sample.slot, num_rows - spec.frame_stack + 1)
+        is_late = is_overwritten(state.ring, oldest // jnp.uint32(num_lanes), sample.insertions)
+        leaf = jnp.where(is_late, jnp.uint32(num_slots), sample.slot)
         return state._replace(
             tree=priorities.set_leaves(state.tree, leaf, priority),
             max_priority=jnp.maximum(state.max_priority, jnp.max(priority)),

@@ -3,6 +3,9 @@
 A row is what one step of all lanes produced. Every environment follows Gymnasium's NEXT_STEP autoreset: the row
 after an episode's end holds the final observation and no step, the row after that starts the next episode. So the
 successor of row t is always row t+1, and no second copy of it is kept.
+
+One lane of one row is a *slot*, numbered `row * lanes + lane`: transitions are drawn and put together by slot, in
+unsigned numbers, which XLA neither divides with care for their sign nor counts from an array's end.
 """
 
 from typing import NamedTuple
@@ -53,6 +56,11 @@ class Ring(NamedTuple):
         """Lanes of each row."""
         return self.rows.outcome.shape[1]
 
+    @property
+    def num_slots(self) -> int:
+        """Steps that the ring can hold, over all lanes."""
+        return self.rows.outcome.size
+
 
 def init_ring(num_rows: int, num_lanes: int, observation_shape: tuple[int, ...], observation_dtype: np.dtype) -> Ring:
     """Returns an empty ring of `num_rows` rows of `num_lanes` lanes."""
@@ -93,18 +101,42 @@ def outcome_of(terminated: Array, truncated: Array, final: Array) -> Array:
     return jnp.where(final, NO_STEP, ended)
 
 
+def later_slot(ring: Ring, slot: Array, num_rows: Array | np.ndarray | int) -> Array:
+    """Returns the slot in the same lane `num_rows` rows later, at most as many as the ring holds.
+
+    Args:
+      ring: the ring.
+      slot: `[...]` uint32.
+      num_rows: of a shape that broadcasts with `slot`. To look back by k rows, look ahead by `ring.num_rows - k`.
+
+    Returns:
+      `[...]` uint32.
+    """
+    later = slot + jnp.asarray(num_rows, jnp.uint32) * jnp.uint32(ring.num_lanes)
+    return jnp.where(later >= ring.num_slots, later - jnp.uint32(ring.num_slots), later)
+
+
+def take(buffer: Array, slot: Array) -> Array:
+    """Returns what one of the ring's buffers, `[rows, lanes, ...]`, holds in each slot, `[...]` uint32.
+
+    By one flat index, for XLA's CPU gather is fastest with a single one.
+    """
+    return buffer.reshape(-1, *buffer.shape[2:]).at[slot].get(mode="promise_in_bounds")
+
+
 def is_overwritten(ring: Ring, row: Array, insertions: Array) -> Array:
     """Returns whether each row has been overwritten since the ring had seen `insertions` rows.
 
     Args:
-      row: `[...]` int32, places in the ring that held valid rows then.
+      ring: the ring now.
+      row: `[...]` uint32, places in the ring that held valid rows then.
       insertions: `[]` uint32, `Ring.insertions` then.
 
     Returns:
       `[...]` bool.
     """
-    num_rows = ring.num_rows
+    num_rows = jnp.uint32(ring.num_rows)
     elapsed = ring.insertions - insertions  # modulo 2**32, so that a wrapped counter does no harm
-    cursor_then = (ring.cursor - (elapsed % jnp.uint32(num_rows)).astype(jnp.int32)) % num_rows
-    inserts_until_reached = (row - cursor_then) % num_rows + 1
-    return elapsed >= inserts_until_reached.astype(jnp.uint32)
+    cursor_then = (ring.cursor.astype(jnp.uint32) + num_rows - elapsed % num_rows) % num_rows
+    inserts_until_reached = (row + num_rows - cursor_then) % num_rows + 1
+    return elapsed >= inserts_until_reached
