@@ -130,6 +130,34 @@ def test_a_run_at_its_end_is_not_resumed(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+def test_what_a_resumed_run_may_not_do_is_found_before_anything_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qfleet.train(tiny(tmp_path / "run"))
+    monkeypatch.setattr(qfleet.api.Fused, "start", lambda _: pytest.fail("compiled"))
+    with pytest.raises(ConfigError, match="larger --env-steps"):
+        qfleet.resume(tmp_path / "run")
+    own = qfleet.Network(lambda key: {}, lambda params, obs: obs @ jnp.ones((1, 2)))
+    with pytest.raises(ConfigError, match="`network`"):
+        qfleet.resume(tmp_path / "run", env_steps=512, network=own)
+
+
+def test_two_processes_can_not_train_one_run(tmp_path: Path) -> None:
+    run = qfleet.iterate(tiny(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="one process at a time"):
+        qfleet.resume(tmp_path / "run")
+    follow(run)
+    follow(qfleet.resume(tmp_path / "run", env_steps=512))
+
+
+def test_a_run_is_iterated_over_once(tmp_path: Path) -> None:
+    run = qfleet.iterate(tiny(tmp_path / "run"))
+    follow(run)
+    with pytest.raises(ConfigError, match=r"once.*qfleet\.resume"):
+        iter(run)
+    assert checkpoints(tmp_path / "run") == [256]
+
+
 def test_a_folder_that_is_taken_is_refused_before_anything_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,14 +20,14 @@ def test_explicit_settings_win_over_tuned_ones_and_those_over_the_presets() -> N
 
 
 def test_an_environment_without_tuned_settings_gets_the_presets_own() -> None:
-    config = make_config("Acrobot-v1", "pqn")
+    config = make_config("gymnax:SpaceInvaders-MinAtar", "pqn")
     assert config.agent == AgentConfig(**PRESETS["pqn"].settings)
     assert config.topology == FusedConfig()
-    assert config == TrainConfig(env="Acrobot-v1", preset="pqn", agent=config.agent)
+    assert config == TrainConfig(env="gymnax:SpaceInvaders-MinAtar", preset="pqn", agent=config.agent)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("env", sorted({env for _, env in TUNED} | {"Acrobot-v1"}))
+@pytest.mark.parametrize("env", sorted({env for _, env in TUNED} | {"gymnax:SpaceInvaders-MinAtar"}))
 def test_every_preset_can_be_made_for_every_environment(preset: str, env: str) -> None:
     config = make_config(env, preset)
     for name, value in TUNED.get((preset, env), {}).items():

@@ -81,15 +81,14 @@ def resume(
       optimiser: what `train` was given, if anything.
 
     Raises:
-      ConfigError: if it isn't a run, its checkpoint is damaged, or it has come to its end already.
+      ConfigError: if it isn't a run, its checkpoint is damaged, it has come to its end already, or another process
+        trains it.
     """
     directory = RunDirectory.open(run_dir)
     config = directory.config
     if env_steps is not None:
         config = dataclasses.replace(config, env_steps=env_steps)
-    run = Run(config, lambda: directory, network, optimiser)
-    run.restore(checkpoint)
-    return run
+    return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 
 
 def load(
@@ -117,13 +116,15 @@ def load(
         last = config.seed + config.num_seeds - 1
         raise ConfigError(f"seed must be one that the run trained, {config.seed} to {last}, got {seed}")
     env = make_env(config.env)
+    network_in_use = network or make_network(env.spec, config.agent)
+    limit_cpu_threads(check_network(network_in_use, env.spec))
+    enable_compilation_cache()
     with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept) as checkpoints:
         _check_network_is_given(network is not None, checkpoints.read_metadata(checkpoint)["has_own_network"])
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
-    network = network or make_network(env.spec, config.agent)
-    return Policy(env, network, _params_of(network, params))
+    return Policy(env, network_in_use, _params_of(network_in_use, params))
 
 
 class Run:
@@ -135,6 +136,9 @@ class Run:
         open_directory: Callable[[], RunDirectory],
         network: Network | None,
         optimiser: "optax.GradientTransformation | None",
+        *,
+        is_resumed: bool = False,
+        checkpoint: int | None = None,
     ) -> None:
         # Everything that can be wrong is found before the folder is touched and before anything is compiled.
         if config.num_seeds > 1:
@@ -147,6 +151,9 @@ class Run:
         self.config = config
         self.directory = open_directory()
         """Where the run is written."""
+        self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
+        metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
+        self._lock = self.directory.lock()
         self.summary: dict[str, Any] = {}
         """What summary.json holds, once the run is over."""
         self._solved_at: list[int | None] = [None] * config.num_seeds
@@ -155,14 +162,17 @@ class Run:
         self._decided_at = 0.0  # seconds since the process's start
         enable_compilation_cache()
         self._compile_seconds = self._topology.start()
-        self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
         self._metrics = MetricsWriter(self.directory)
+        self._is_new = True  # not iterated over yet
+        if metadata is not None:
+            self._restore(checkpoint, metadata)
+        if is_resumed:
+            self._metrics.truncate_after(self._topology.env_steps)
 
-    def restore(self, checkpoint: int | None = None) -> None:
-        """Goes on from a checkpoint, by default the newest, if there is any."""
+    def _metadata_to_resume(self, checkpoint: int | None) -> dict[str, Any] | None:
+        """Returns the metadata of the checkpoint to go on from, once it is known to fit; None if there is none yet."""
         if checkpoint is None and self._checkpoints.latest() is None:
-            self._metrics.truncate_after(0)
-            return
+            return None
         metadata = self._checkpoints.read_metadata(checkpoint)
         _check_network_is_given(self._has_own_network, metadata["has_own_network"])
         if metadata["counters"]["env_steps"] >= self.config.env_steps:
@@ -170,13 +180,27 @@ class Run:
                 f"a run ends after env_steps={self.config.env_steps}, and this one has taken "
                 f"{metadata['counters']['env_steps']}; give a larger --env-steps"
             )
+        return metadata
+
+    def _restore(self, checkpoint: int | None, metadata: dict[str, Any]) -> None:
         state, _ = self._checkpoints.restore(checkpoint, like=self._topology.state)
         self._topology.restore(state, metadata["counters"])
         self._checkpoints.set_aside_after(self._topology.env_steps)
         self._solved_at = metadata["solved_at"]
-        self._metrics.truncate_after(self._topology.env_steps)
+        for i in range(self.config.num_seeds):
+            if self._solved_at[i] is not None:
+                self._topology.keep(i)
 
     def __iter__(self) -> Iterator[Progress]:
+        if not self._is_new:
+            raise ConfigError(
+                f"a run is iterated over once, and this one was already; go on with "
+                f"qfleet.resume({str(self.directory.path)!r}, env_steps=...)"
+            )
+        self._is_new = False
+        return self._train()
+
+    def _train(self) -> Iterator[Progress]:
         stopped: str | None = None
         try:
             with StopFlag() as stop:
@@ -199,6 +223,7 @@ class Run:
         finally:
             self._metrics.close()
             self._checkpoints.close()
+            self._lock.release()
 
     def _advance(self) -> Progress:
         """Trains one chunk, which ends at the next evaluation at the latest, and evaluates there."""
@@ -222,6 +247,7 @@ class Run:
                 is_new &= self._eval_returns.mean(axis=1) >= required
             for i in np.flatnonzero(is_new):
                 self._solved_at[i] = env_steps
+                self._topology.keep(int(i))
         return returns
 
     def _reason_to_stop(self) -> str | None:

@@ -69,7 +69,7 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
         "replay_capacity": 65_536,
         "env_steps_per_learner_step": 4.0,
         "learning_rate": 2e-3,
-        "target_update_period": 100,
+        "target_update_period": 200,
         "exploration_env_steps": 10_000,
         "eval_period_env_steps": 2_048,
     },
@@ -83,6 +83,49 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
         "target_update_period": 100,
         "exploration_env_steps": 10_000,
         "eval_period_env_steps": 2_048,
+    },
+    # Ten of ten seeds reach a confirmed -90 on Acrobot (after 0.16M and 0.08M environment steps, medians) and -110 on
+    # MountainCar (0.48M and 0.19M), each within 1 to 3 s of training.
+    ("pqn", "Acrobot-v1"): {
+        "num_envs": 32,
+        "rollout_length": 16,
+        "num_epochs": 4,
+        "num_minibatches": 4,
+        "learning_rate": 2e-3,
+        "exploration_end": 0.02,
+        "exploration_env_steps": 100_000,
+        "env_steps": 2_000_000,
+        "eval_period_env_steps": 16_384,
+    },
+    ("pqn", "MountainCar-v0"): {
+        "num_envs": 32,
+        "rollout_length": 16,
+        "num_epochs": 4,
+        "num_minibatches": 4,
+        "discount": 0.995,
+        "trace_decay": 0.9,
+        "learning_rate": 2e-3,
+        "exploration_end": 0.02,
+        "exploration_env_steps": 200_000,
+        "env_steps": 2_000_000,
+        "eval_period_env_steps": 16_384,
+    },
+    **{
+        ("double_dqn", env): {
+            "num_envs": 16,
+            "n_step": 5,
+            "layer_norm": True,
+            "hidden_sizes": (64, 64),
+            "batch_size": 64,
+            "replay_capacity": 65_536,
+            "env_steps_per_learner_step": 4.0,
+            "learning_rate": 1e-3,
+            "target_update_period": 200,
+            "exploration_env_steps": 50_000,
+            "env_steps": 1_000_000,
+            "eval_period_env_steps": 16_384,
+        }
+        for env in ("Acrobot-v1", "MountainCar-v0")
     },
     # A dense network is faster than convolutions on a CPU and no worse; epsilon stays high because rare slips are what
     # breaks the loops in which a greedy agent keeps the ball without reaching the last bricks.

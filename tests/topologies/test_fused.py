@@ -352,3 +352,20 @@ def test_each_epoch_visits_every_sample_once_in_an_order_of_its_own(num_samples,
         orders.append(minibatches.action)
     if num_samples > 2:
         assert not np.array_equal(orders[0], orders[1]) or not np.array_equal(orders[0], orders[2])
+
+
+@pytest.mark.parametrize("kind", ["pqn", "prioritised"])
+def test_a_kept_learner_stays_while_the_others_train_on(kind):
+    fused, free = make(kind, seed=5, num_seeds=3), make(kind, seed=5, num_seeds=3)
+    for each in (fused, free):
+        each.advance(4 * CHUNK)
+    fused.keep(1)
+    before = jax.device_get(fused.params)
+    for each in (fused, free):
+        each.advance(8 * CHUNK)
+    after, expected = jax.device_get((fused.params, free.params))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1], y[1]), after, before)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[[0, 2]], y[[0, 2]]), after, expected)
+    assert any(np.any(x[1] != y[1]) for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True))
+    jax.tree.map(np.testing.assert_array_equal, fused.state["learner"].params, after)
+    assert fused.evaluate(5).shape == (3, 5)

@@ -36,5 +36,6 @@ def outcome(summary: dict[str, Any], path: str) -> str:
             when = f", reached --stop-return after {steps:,} environment steps" if steps is not None else ""
             lines.append(f"  seed {summary['seed'] + i}: {sum(seed_returns) / len(seed_returns):.1f}{when}")
         lines.append(f"{len(solved)} of {summary['num_seeds']} seeds reached --stop-return") if solved else None
-    lines.append(f"next: qfleet eval {path} | qfleet resume {path} --env-steps {2 * summary['env_steps']}")
+    further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
+    lines.append(f"next: qfleet eval {path} | qfleet resume {path}{further}")
     return "\n".join(lines)

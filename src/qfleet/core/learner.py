@@ -77,6 +77,10 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
         (value, td_error), grads = loss(state.params, state.target_params, batch)
         return grads, UpdateInfo(value, td_error)
 
+    def moved(target: Params, online: Params) -> Params:
+        rate = config.target_update_rate
+        return online if rate == 1.0 else jax.tree.map(lambda t, o: t + rate * (o - t), target, online)
+
     def apply(state: LearnerState, grads: Params) -> LearnerState:
         updates, optimiser_state = optimiser.update(grads, state.optimiser_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -84,13 +88,7 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
             return LearnerState(params, (), optimiser_state, state.target_age)
         age = state.target_age + 1
         is_due = age >= config.target_update_period
-        step_size = jnp.where(is_due, config.target_update_rate, 0.0)
-        target_params = jax.tree.map(
-            # A copy must be exact, which target + 1.0 * (online - target) is not.
-            lambda target, online: jnp.where(step_size == 1.0, online, target + step_size * (online - target)),
-            state.target_params,
-            params,
-        )
+        target_params = jax.lax.cond(is_due, lambda: moved(state.target_params, params), lambda: state.target_params)
         return LearnerState(params, target_params, optimiser_state, jnp.where(is_due, 0, age))
 
     return Learner(init, gradients, apply)

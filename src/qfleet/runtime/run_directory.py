@@ -6,7 +6,7 @@ runs/<name>/
   events.out.*     the same for TensorBoard: `tensorboard --logdir runs` compares runs
   checkpoints/     the newest few, by environment steps
   summary.json     the outcome, replaced as a whole
-  report.html, videos/
+  .lock            held by the process that trains it
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import filelock
 
 from qfleet.config import ConfigError, TrainConfig
 
@@ -110,16 +112,24 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
-    def report_path(self) -> Path:
-        return self.path / "report.html"
-
-    @property
     def checkpoints_path(self) -> Path:
         return self.path / "checkpoints"
 
-    @property
-    def videos_path(self) -> Path:
-        return self.path / "videos"
+    def lock(self) -> filelock.BaseFileLock:
+        """Returns a lock that no other process can take while this one holds it; it ends with the process.
+
+        Raises:
+          ConfigError: if another process trains this run.
+        """
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            raise ConfigError(
+                f"a run is trained by one process at a time, and another one is training {self.path}; wait for it, or "
+                f"stop it: it leaves a checkpoint"
+            ) from error
+        return lock
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces summary.json as a whole: a reader finds the old one or the new one, never half of one."""

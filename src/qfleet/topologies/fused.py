@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from qfleet.config import TrainConfig
 from qfleet.core import exploration
 from qfleet.core.agent import make_agent
-from qfleet.core.learner import make_learner
+from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.types import Network, Params
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.devices import num_shards
@@ -57,6 +58,7 @@ class Fused:
         """Taken so far, by each seed's learner."""
         self._replay_starts_at = 0  # environment steps when the replay was last empty
         self._seconds_per_iteration: float | None = None
+        self._kept: dict[int, Any] = {}  # learners to keep as they are, by the seed's index
 
     def start(self) -> float:
         """Compiles the program, starts `num_seeds` learners, and returns the wall time that took, in seconds."""
@@ -102,15 +104,27 @@ class Fused:
         """Over all lanes of one seed: runs stop at multiples of it."""
         return self._config.topology.num_envs * rows_per_iteration(self._config.agent)
 
+    def keep(self, index: int) -> None:
+        """Keeps the learner of one of many seeds as it is now, while the others train on: it could only get worse."""
+        if self._config.num_seeds > 1:
+            self._kept[index] = jax.tree.map(lambda x: jnp.copy(x[index]), self._learner)
+
+    @property
+    def _learner(self) -> LearnerState:
+        learner = self._state.learner
+        for i, kept in self._kept.items():
+            learner = jax.tree.map(lambda x, old, i=i: x.at[i].set(old), learner, kept)
+        return learner
+
     @property
     def params(self) -> Params:
-        """The newest parameters; with many seeds, with a leading axis `[seeds]`."""
-        return self._state.learner.params
+        """The newest parameters, or those kept; with many seeds, with a leading axis `[seeds]`."""
+        return self._learner.params
 
     @property
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out."""
-        state = self._state._asdict()
+        state = {**self._state._asdict(), "learner": self._learner}
         if not self._config.checkpoint_replay:
             state.pop("replay")
         return state
