@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qfleet.api import Run, iterate, load, resume, train
-    from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig
+    from qfleet.config import AgentConfig, ConfigError, FusedConfig, RunFailed, TrainConfig
     from qfleet.core.types import EnvSpec, Network
     from qfleet.envs.registry import list_envs, make_env, register_env
     from qfleet.envs.spec import InGraphEnv, StepResult
     from qfleet.networks import from_nnx
     from qfleet.policy import Policy
     from qfleet.presets import PRESETS, make_config
-    from qfleet.runtime.records import Progress, RunFailed
+    from qfleet.runtime.records import Progress
 
 _HOMES = {
     "qfleet.api": ("Run", "iterate", "load", "resume", "train"),
-    "qfleet.config": ("AgentConfig", "ConfigError", "FusedConfig", "TrainConfig"),
+    "qfleet.config": ("AgentConfig", "ConfigError", "FusedConfig", "RunFailed", "TrainConfig"),
     "qfleet.core.types": ("EnvSpec", "Network"),
     "qfleet.envs.registry": ("list_envs", "make_env", "register_env"),
     "qfleet.envs.spec": ("InGraphEnv", "StepResult"),
     "qfleet.networks": ("from_nnx",),
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
-    "qfleet.runtime.records": ("Progress", "RunFailed"),
+    "qfleet.runtime.records": ("Progress",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

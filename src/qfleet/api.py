@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from qfleet.config import ConfigError, TrainConfig
+from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
@@ -20,7 +20,7 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import limit_cpu_threads, split_cpu
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
-from qfleet.runtime.records import Progress, RunFailed
+from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.fused import Fused

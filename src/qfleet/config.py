@@ -17,6 +17,10 @@ class ConfigError(ValueError):
     """Bad input: the message says the rule, the value that broke it, and the remedy."""
 
 
+class RunFailed(RuntimeError):
+    """The run can't go on: the message says what happened where. Checkpoints written before are sound."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentConfig:
     """What is learned. Knows nothing of processes, devices or queues.

@@ -9,10 +9,9 @@ import numpy as np
 import probes
 import pytest
 
-from qfleet.config import AgentConfig, FusedConfig, TrainConfig
+from qfleet.config import AgentConfig, FusedConfig, RunFailed, TrainConfig
 from qfleet.core.types import EnvSpec, Network, Regression
 from qfleet.envs.spec import InGraphEnv, StepResult
-from qfleet.runtime.records import RunFailed
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.fused_program import _minibatches
 

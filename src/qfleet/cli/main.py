@@ -9,8 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from qfleet.config import ConfigError, suggest
-from qfleet.runtime.records import RunFailed
+from qfleet.config import ConfigError, RunFailed, suggest
 
 # Modules are imported once their command is known: the help text must not wait for JAX.
 _COMMANDS = {

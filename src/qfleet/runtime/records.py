@@ -1,10 +1,6 @@
-"""What a topology tells of a run while it goes on, and how it says that the run failed."""
+"""What a topology tells of a run while it goes on."""
 
 import dataclasses
-
-
-class RunFailed(RuntimeError):
-    """The run can't go on: the message says what happened where. Checkpoints written before are sound."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,14 +16,14 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from qfleet.config import TrainConfig
+from qfleet.config import RunFailed, TrainConfig
 from qfleet.core import exploration
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.types import Network, Params
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.devices import num_shards
-from qfleet.runtime.records import Progress, RunFailed
+from qfleet.runtime.records import Progress
 from qfleet.topologies.fused_program import FusedState, Plan, Program, Tally, make_program, rows_per_iteration
 
 MAX_ITERATIONS = 256
