@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import common
 import jax
@@ -26,9 +27,9 @@ from qfleet.core.types import Batch, EnvSpec, Regression, Transition
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.devices import limit_cpu_threads
 from qfleet.topologies.fused import MAX_ITERATIONS, Fused
-from qfleet.topologies.fused_program import rows_per_iteration
+from qfleet.topologies.plan import rows_per_iteration
 
-SETTINGS: dict[str, tuple[str, str, dict[str, object]]] = {
+SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "CartPole pqn": ("CartPole-v1", "pqn", {}),
     "CartPole double_dqn": ("CartPole-v1", "double_dqn", {}),
     "CartPole rainbow_lite": ("CartPole-v1", "rainbow_lite", {}),

@@ -4,12 +4,14 @@ The idea is Andy Jones's ("Debugging RL, without the agonizing pain", 2021). If 
 pass, its docstring says what is wrong. Observations are `[1]` float32.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qfleet.core.types import Network
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 FIRST, SECOND = 0.0, 1.0
@@ -99,6 +101,39 @@ def _always_first(key: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _random_sign(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     sign = jax.random.rademacher(key, (), jnp.float32)
     return sign, sign[None]
+
+
+def random_walk(frame_stack: int = 2) -> InGraphEnv:
+    """Every kind of chance at once: where an episode starts, how each step ends, and by a time limit when."""
+
+    def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start = jax.random.normal(key)
+        return start, jnp.array([start, 0.0])
+
+    def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
+        noise, chance = jax.random.uniform(key, (2,))
+        state = state + noise - 0.5 + 0.1 * action
+        return StepResult(state, jnp.array([state, noise]), -jnp.abs(state), chance < 0.1, chance > 0.95)
+
+    spec = EnvSpec(
+        name="random-walk",
+        observation_shape=(2,),
+        observation_dtype=np.dtype(np.float32),
+        num_actions=2,
+        frame_stack=frame_stack,
+        time_limit=9,
+    )
+    return InGraphEnv(spec, reset, step)
+
+
+def linear_network(spec: EnvSpec) -> Network:
+    """A linear Q-network of an environment whose observations are small."""
+    num_inputs = math.prod(spec.agent_observation_shape)
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        return {"w": 0.1 * jax.random.normal(key, (num_inputs, spec.num_actions)), "b": jnp.zeros(spec.num_actions)}
+
+    return Network(init, lambda params, obs: obs.reshape(len(obs), -1) @ params["w"] + params["b"])
 
 
 def _make(

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig
+from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig, topology_name
 from qfleet.envs.registry import list_envs
 from qfleet.presets import PRESETS, TUNED, make_config
 
@@ -50,7 +50,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest_names(name: str, hint: s
         make_config("CartPole-v1", **{name: 1})
 
 
-@pytest.mark.parametrize("name", ["agent", "topology"])
+@pytest.mark.parametrize("name", ["agent"])
 def test_a_whole_part_is_not_a_setting(name: str) -> None:
     with pytest.raises(ConfigError, match="settings must be fields of a config"):
         make_config("CartPole-v1", **{name: AgentConfig()})
@@ -78,5 +78,21 @@ def test_impossible_sizes_and_values_are_refused(settings: dict) -> None:
 
 
 def test_every_setting_belongs_to_one_config_only() -> None:
-    names = [field.name for kind in (AgentConfig, FusedConfig, TrainConfig) for field in dataclasses.fields(kind)]
+    names = [
+        field.name
+        for kind in (AgentConfig, FusedConfig, TrainConfig, topology_name)
+        for field in dataclasses.fields(kind)
+    ]
     assert len(names) == len(set(names))
+
+
+def test_the_topology_suits_the_environment_and_brings_its_settings() -> None:
+    assert topology_name(make_config("CartPole-v1").topology) == "fused"
+    assert topology_name(make_config("gymnax:Breakout-MinAtar").topology) == "fused"
+    config = make_config("LunarLander-v3", lock_step=True)
+    assert topology_name(config.topology) == "overlapped" and config.topology.lock_step
+    assert topology_name(make_config("gym:CartPole-v1").topology) == "overlapped"
+    with pytest.raises(ConfigError, match="with topology fused, got 'lock_step'"):
+        make_config("CartPole-v1", lock_step=True)
+    with pytest.raises(ConfigError, match="fused, overlapped, got 'fussed'. Did you mean fused"):
+        make_config("CartPole-v1", topology="fussed")

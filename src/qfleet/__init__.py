@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qfleet.api import Run, iterate, load, resume, train
-    from qfleet.config import AgentConfig, ConfigError, FusedConfig, RunFailed, TrainConfig
+    from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfig, RunFailed, TrainConfig
     from qfleet.core.types import EnvSpec, Network
     from qfleet.envs.registry import list_envs, make_env, register_env
     from qfleet.envs.spec import InGraphEnv, StepResult
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "qfleet.api": ("Run", "iterate", "load", "resume", "train"),
-    "qfleet.config": ("AgentConfig", "ConfigError", "FusedConfig", "RunFailed", "TrainConfig"),
+    "qfleet.config": ("AgentConfig", "ConfigError", "FusedConfig", "OverlappedConfig", "RunFailed", "TrainConfig"),
     "qfleet.core.types": ("EnvSpec", "Network"),
     "qfleet.envs.registry": ("list_envs", "make_env", "register_env"),
     "qfleet.envs.spec": ("InGraphEnv", "StepResult"),
@@ -42,6 +42,7 @@ __all__ = [
     "FusedConfig",
     "InGraphEnv",
     "Network",
+    "OverlappedConfig",
     "Policy",
     "Progress",
     "Run",

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from qfleet.config import ConfigError, RunFailed, TrainConfig
+from qfleet.config import ConfigError, RunFailed, TrainConfig, topology_name
 from qfleet.core.types import Network, Params
+from qfleet.envs.host import HostEnv
 from qfleet.envs.registry import make_env
+from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
 from qfleet.runtime.cache import enable_compilation_cache
@@ -24,6 +26,7 @@ from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.fused import Fused
+from qfleet.topologies.overlapped import Overlapped
 
 if TYPE_CHECKING:
     import optax
@@ -147,7 +150,7 @@ class Run:
         self._has_own_network = network is not None
         network = network or make_network(env.spec, config.agent)
         limit_cpu_threads(check_network(network, env.spec))
-        self._topology = Fused(config, env, network, optimiser)
+        self._topology = _make_topology(config, env, network, optimiser)
         self.config = config
         self.directory = open_directory()
         """Where the run is written."""
@@ -158,6 +161,7 @@ class Run:
         """What summary.json holds, once the run is over."""
         self._solved_at: list[int | None] = [None] * config.num_seeds
         self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], the newest
+        self._num_env_failures = 0
         self._speed = _Speed()
         self._decided_at = 0.0  # seconds since the process's start
         enable_compilation_cache()
@@ -221,6 +225,7 @@ class Run:
             self._write_summary("failed", error=str(error))
             raise
         finally:
+            self._topology.close()
             self._metrics.close()
             self._checkpoints.close()
             self._lock.release()
@@ -231,6 +236,7 @@ class Run:
         goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
         progress = self._topology.advance(goal)
         self._speed.add(progress)
+        self._num_env_failures += progress.num_env_failures
         if progress.env_steps >= goal:
             progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, self._evaluate().tolist())))
         self._metrics.write(progress.env_steps, progress.metrics())
@@ -272,7 +278,7 @@ class Run:
         self.summary = {
             "env": config.env,
             "preset": config.preset,
-            "topology": "fused",
+            "topology": topology_name(config.topology),
             "seed": config.seed,
             "num_seeds": config.num_seeds,
             "stopped": stopped,
@@ -285,11 +291,30 @@ class Run:
             "learner_steps_per_second": self._speed.per_second(self._speed.learner_steps),
             "eval_return_mean": None if returns is None else float(returns.mean()),
             "eval_returns": None if returns is None else returns.tolist(),
+            "num_env_failures": self._num_env_failures,
             "peak_rss_bytes": peak_rss_bytes(),
             "version": self.directory.version,
             **more,
         }
         self.directory.write_summary(self.summary)
+
+
+def _make_topology(
+    config: TrainConfig, env: InGraphEnv | HostEnv, network: Network, optimiser: "optax.GradientTransformation | None"
+) -> Fused | Overlapped:
+    wanted = topology_name(config.topology)
+    if isinstance(env, InGraphEnv):
+        if wanted == "fused":
+            return Fused(config, env, network, optimiser)
+        kind, fitting = "written in JAX", "fused"
+    else:
+        if wanted == "overlapped":
+            return Overlapped(config, env, network, optimiser)
+        kind, fitting = "not written in JAX", "overlapped"
+    raise ConfigError(
+        f"a topology must suit the environment, got {wanted} for {config.env}, which is {kind}; "
+        f"give --topology {fitting}"
+    )
 
 
 class _Speed:

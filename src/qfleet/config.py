@@ -161,6 +161,29 @@ class FusedConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OverlappedConfig:
+    """Where it runs: environments of other libraries step in threads or processes while the learner learns."""
+
+    num_envs: int = 8
+    """Lanes: environments stepped at once."""
+    lock_step: bool = False
+    """Wait for each row's learning before the next action: deterministic where the environments are, and slower."""
+    num_workers: int = 0
+    """Processes that step environments which have no threads of their own; 0 steps them in this process."""
+    step_timeout_seconds: float = 60.0
+    """A worker that takes longer over one step counts as hung, and is replaced."""
+    max_failures: int = 10
+    """Environments that may raise, hang or die before the run fails; each is replaced until then."""
+
+    def __post_init__(self) -> None:
+        _check_count("num_envs", self.num_envs)
+        for name in ("num_workers", "max_failures"):
+            _check_count(name, getattr(self, name), minimum=0)
+        _check(self.num_workers <= self.num_envs, "num_workers", f"at most num_envs={self.num_envs}", self.num_workers)
+        _check(self.step_timeout_seconds > 0, "step_timeout_seconds", "positive", self.step_timeout_seconds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run: an environment, an agent, a topology, and when to evaluate, save and stop."""
 
@@ -169,7 +192,7 @@ class TrainConfig:
     preset: str = "custom"
     """The preset that the agent's settings started from; a record, not a setting."""
     agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)
-    topology: FusedConfig = dataclasses.field(default_factory=FusedConfig)
+    topology: FusedConfig | OverlappedConfig = dataclasses.field(default_factory=FusedConfig)
     seed: int = 0
     """Same seed, same config, same kind of device: the same run."""
     num_seeds: int = 1
@@ -202,6 +225,18 @@ class TrainConfig:
         _check_sizes(self.agent, self.topology)
 
 
+TOPOLOGIES: dict[str, type[FusedConfig] | type[OverlappedConfig]] = {
+    "fused": FusedConfig,
+    "overlapped": OverlappedConfig,
+}
+"""Where a run can take place, by name."""
+
+
+def topology_name(topology: FusedConfig | OverlappedConfig) -> str:
+    """Returns the name of the topology that a config describes."""
+    return next(name for name, kind in TOPOLOGIES.items() if isinstance(topology, kind))
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Returns ' Did you mean ...?' with the names nearest to `word`, or '' if none is near."""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)
@@ -226,7 +261,7 @@ def _check_count(name: str, value: int, minimum: int = 1) -> None:
     _check(isinstance(value, int) and value >= minimum, name, f"a whole number, at least {minimum}", value)
 
 
-def _check_sizes(agent: AgentConfig, topology: FusedConfig) -> None:
+def _check_sizes(agent: AgentConfig, topology: FusedConfig | OverlappedConfig) -> None:
     """Sizes that must fit each other across agent and topology, and the 32 bits that index arrays."""
     if agent.replay == "none":
         samples = topology.num_envs * agent.rollout_length

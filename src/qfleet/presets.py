@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig, suggest
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
+from qfleet.envs.registry import default_topology
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class Preset:
     summary: str
     source: str
     settings: Mapping[str, Any]
-    """Fields of `AgentConfig`, `FusedConfig` and `TrainConfig` that differ from their defaults."""
+    """Fields of `AgentConfig`, `TrainConfig` and every topology's config that differ from their defaults."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -145,26 +146,33 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
 }
 
 
-def make_config(env: str, preset: str = "pqn", **settings: Any) -> TrainConfig:
+def make_config(env: str, preset: str = "pqn", topology: str | None = None, **settings: Any) -> TrainConfig:
     """Returns the config of `preset` for `env`: the preset's settings, the tuned ones, then `settings`.
 
     Args:
       env: an environment's name.
       preset: one of `PRESETS`.
-      **settings: any field of `AgentConfig`, `FusedConfig` or `TrainConfig`.
+      topology: one of `qfleet.config.TOPOLOGIES`; by default the one that suits the environment.
+      **settings: any field of `AgentConfig`, of the topology's config, or of `TrainConfig`.
 
     Raises:
       ConfigError: if the preset or a field is unknown, or a value breaks its rule.
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
+    topology = topology or default_topology(env)
+    if topology not in TOPOLOGIES:
+        hint = suggest(topology, TOPOLOGIES)
+        raise ConfigError(f"topology must be one of {', '.join(TOPOLOGIES)}, got {topology!r}.{hint}")
     merged = {**PRESETS[preset].settings, **TUNED.get((preset, env), {}), **settings}
-    kinds = (AgentConfig, FusedConfig, TrainConfig)
+    kinds = (AgentConfig, TOPOLOGIES[topology], TrainConfig)
     names = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     known = set.union(*names.values()) - {"agent", "topology", "env", "preset"}
     for name in merged:
         if name not in known:
-            raise ConfigError(f"settings must be fields of a config, got {name!r}.{suggest(name, known)}")
+            raise ConfigError(
+                f"settings must be fields of a config with topology {topology}, got {name!r}.{suggest(name, known)}"
+            )
 
     def settings_of(kind: type) -> dict[str, Any]:
         return {name: value for name, value in merged.items() if name in names[kind.__name__]}
@@ -173,6 +181,6 @@ def make_config(env: str, preset: str = "pqn", **settings: Any) -> TrainConfig:
         env=env,
         preset=preset,
         agent=AgentConfig(**settings_of(AgentConfig)),
-        topology=FusedConfig(**settings_of(FusedConfig)),
+        topology=TOPOLOGIES[topology](**settings_of(TOPOLOGIES[topology])),
         **settings_of(TrainConfig),
     )

@@ -10,10 +10,10 @@ import probes
 import pytest
 
 from qfleet.config import AgentConfig, FusedConfig, RunFailed, TrainConfig
-from qfleet.core.types import EnvSpec, Network, Regression
+from qfleet.core import learning
+from qfleet.core.types import EnvSpec, Regression
 from qfleet.envs.spec import InGraphEnv, StepResult
 from qfleet.topologies.fused import Fused
-from qfleet.topologies.fused_program import _minibatches
 
 NUM_ENVS = 4
 ROWS = 16
@@ -47,44 +47,11 @@ AGENTS = {
 }
 
 
-def random_walk(frame_stack=2):
-    """Every kind of chance at once: where an episode starts, how each step ends, and by a time limit when."""
-
-    def reset(key):
-        start = jax.random.normal(key)
-        return start, jnp.array([start, 0.0])
-
-    def step(state, action, key):
-        noise, chance = jax.random.uniform(key, (2,))
-        state = state + noise - 0.5 + 0.1 * action
-        return StepResult(state, jnp.array([state, noise]), -jnp.abs(state), chance < 0.1, chance > 0.95)
-
-    spec = EnvSpec(
-        name="random-walk",
-        observation_shape=(2,),
-        observation_dtype=np.dtype(np.float32),
-        num_actions=2,
-        frame_stack=frame_stack,
-        time_limit=9,
-    )
-    return InGraphEnv(spec, reset, step)
-
-
-def linear_network(spec):
-    """A linear Q-network of an environment whose observations are small."""
-    num_inputs = math.prod(spec.agent_observation_shape)
-
-    def init(key):
-        return {"w": 0.1 * jax.random.normal(key, (num_inputs, spec.num_actions)), "b": jnp.zeros(spec.num_actions)}
-
-    return Network(init, lambda params, obs: obs.reshape(len(obs), -1) @ params["w"] + params["b"])
-
-
 def make(agent, env=None, num_envs=NUM_ENVS, **settings):
-    env = env or random_walk()
+    env = env or probes.random_walk()
     agent = AGENTS.get(agent, agent)
     config = TrainConfig(env="probe", agent=agent, topology=FusedConfig(num_envs=num_envs), eval_episodes=5, **settings)
-    fused = Fused(config, env, linear_network(env.spec))
+    fused = Fused(config, env, probes.linear_network(env.spec))
     fused.start()
     return fused
 
@@ -341,7 +308,7 @@ def test_an_observation_that_is_not_a_number_is_reported_with_the_step_that_led_
 def test_each_epoch_visits_every_sample_once_in_an_order_of_its_own(num_samples, num_minibatches):
     samples = jnp.arange(num_samples)
     batch = Regression(samples, samples, samples.astype(jnp.float32), samples)
-    cut = jax.jit(lambda key: _minibatches(batch, key, num_minibatches))
+    cut = jax.jit(lambda key: learning.minibatches(batch, key, num_minibatches))
     orders = []
     for seed in range(3):
         minibatches = cut(jax.random.key(seed))

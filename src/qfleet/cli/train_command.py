@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import tyro
 
 from qfleet.cli.show import follow
-from qfleet.config import TrainConfig
+from qfleet.config import FusedConfig, OverlappedConfig, TrainConfig, topology_name
 from qfleet.presets import make_config
 
 DEFAULT_PRESET = "pqn"
@@ -24,11 +24,26 @@ class _TrainFlags(TrainConfig):
     """What to learn, as `qfleet envs` lists them."""
     preset: str = DEFAULT_PRESET
     """Where the settings below start from, as `qfleet presets` lists them."""
-    topology_name: Annotated[Literal["fused"], tyro.conf.arg(name="topology")] = "fused"
-    """Where it runs; fused: acting and learning in one compiled program."""
+    topology_name: Annotated[Literal["fused", "overlapped"], tyro.conf.arg(name="topology")] = "fused"
+    """Where it runs. fused: acting and learning in one compiled program, for environments written in JAX. overlapped:
+    the others step in threads or processes while the learner learns."""
     quiet: bool = False
     """Print nothing but errors."""
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _FusedFlags(_TrainFlags):
+    __doc__ = _TrainFlags.__doc__
+    topology: FusedConfig = dataclasses.field(default_factory=FusedConfig)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _OverlappedFlags(_TrainFlags):
+    __doc__ = _TrainFlags.__doc__
+    topology: OverlappedConfig = dataclasses.field(default_factory=OverlappedConfig)
+
+
+_FLAGS = {"fused": _FusedFlags, "overlapped": _OverlappedFlags}  # or each topology's flags would be a subcommand
 
 _CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 
@@ -45,23 +60,27 @@ def run(arguments: Sequence[str]) -> int:
 def parse(arguments: Sequence[str]) -> _TrainFlags:
     """Returns the flags, over the defaults of the environment and the preset that they name."""
     preset = _value_of("--preset", arguments) or DEFAULT_PRESET
+    topology = _value_of("--topology", arguments)
     if arguments and not arguments[0].startswith("-"):
-        return _parse(arguments, make_config(arguments[0], preset), is_env_known=True)
-    flags = _parse(arguments, make_config("ENV", preset), is_env_known=False)
-    return _parse(arguments, make_config(flags.env, preset), is_env_known=True)  # which may have tuned settings
+        return _parse(arguments, make_config(arguments[0], preset, topology), is_env_known=True)
+    flags = _parse(arguments, make_config("ENV", preset, topology or "fused"), is_env_known=False)
+    return _parse(arguments, make_config(flags.env, preset, topology), is_env_known=True)  # which may be tuned
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool) -> _TrainFlags:
     defaults = {name: getattr(config, name) for name in _CONFIG_FIELDS}
     if not is_env_known:
         defaults["env"] = tyro.MISSING
-    return tyro.cli(
-        _TrainFlags,
+    name = topology_name(config.topology)
+    flags = _FLAGS[name]
+    parsed = tyro.cli(
+        flags,
         prog="qfleet train",
         args=list(arguments),
-        default=_TrainFlags(**defaults),
+        default=flags(**defaults, topology_name=name),
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    return cast(_TrainFlags, parsed)
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:

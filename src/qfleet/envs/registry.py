@@ -21,6 +21,9 @@ _OURS = {
 }
 _MINATAR = ("Asterix-MinAtar", "Breakout-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar")
 
+_PREFIXES = ("gymnax", "gym", "ale", "envpool")
+"""What may stand before a colon beside a module's name: where the environment comes from."""
+
 _registered: dict[str, Callable[[], "InGraphEnv"]] = {}
 
 
@@ -75,6 +78,20 @@ def make_env(name: str) -> "InGraphEnv":
     return env
 
 
+def default_topology(name: str) -> str:
+    """Returns the name of the topology that suits an environment: `fused` for those written in JAX.
+
+    It makes registered environments, to see what they are; others are known by their names.
+    """
+    prefix, separator, local_name = name.rpartition(":")
+    if separator and prefix not in _PREFIXES:
+        _import(prefix)
+    is_registered = local_name in _registered and prefix not in _PREFIXES
+    if name in _OURS or prefix == "gymnax" or (is_registered and _is_in_graph(_registered[local_name]())):
+        return "fused"
+    return "overlapped"
+
+
 def check_env(env: "InGraphEnv", name: str) -> None:
     """Raises ConfigError if an environment breaks the contract of `InGraphEnv`; traces it, runs nothing."""
     import jax
@@ -123,6 +140,12 @@ def check_env(env: "InGraphEnv", name: str) -> None:
     check_like("terminated", result.terminated, "bool[]")
     check_like("truncated", result.truncated, "bool[]")
     check_like("the state after step", result.state, _describe(begun[0]))
+
+
+def _is_in_graph(env: Any) -> bool:
+    from qfleet.envs.host import HostEnv
+
+    return not isinstance(env, HostEnv)
 
 
 def _is_count(value: Any) -> bool:

@@ -1,14 +1,17 @@
 """Greedy evaluation: whole episodes, apart from training."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from qfleet.core import exploration
 from qfleet.core.actor import init_view, push_frame
-from qfleet.core.types import Params
+from qfleet.core.types import EnvSpec, Params
+from qfleet.envs.host import HostLanes
 from qfleet.envs.spec import InGraphEnv
 
 MAX_EPISODE_STEPS = 27_000
@@ -45,3 +48,39 @@ def greedy_returns(
 
     start = (jnp.int32(0), env_state, init_view(obs, frame_stack), nobody, jnp.zeros(num_episodes))
     return jax.lax.while_loop(is_running, step, start)[-1]
+
+
+def host_greedy_returns(
+    lanes: HostLanes, spec: EnvSpec, act: Callable[[Array], Array], num_episodes: int, seed: int
+) -> np.ndarray:
+    """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32.
+
+    Every lane plays its share of them, the first ones from its seed: to take whichever end first would favour the
+    short. An episode whose environment fails is played anew.
+
+    Args:
+      lanes: at least one; they are reset.
+      spec: of their environment.
+      act: `act(view) -> action`, `[lanes, *agent_observation_shape]` to `[lanes]`.
+      num_episodes: in total.
+      seed: of these episodes; never one that training has used.
+    """
+    limit = spec.time_limit or MAX_EPISODE_STEPS
+    push = jax.jit(functools.partial(push_frame, frame_stack=spec.frame_stack))
+    obs = lanes.reset(seed)
+    num_lanes = len(obs)
+    quota = np.array([len(range(i, num_episodes, num_lanes)) for i in range(num_lanes)])
+    view = init_view(jnp.asarray(obs), spec.frame_stack)
+    is_final, total, steps = np.zeros(num_lanes, bool), np.zeros(num_lanes), np.zeros(num_lanes, np.int64)
+    returns: list[list[float]] = [[] for _ in range(num_lanes)]
+    while any(len(each) < share for each, share in zip(returns, quota, strict=True)):
+        lanes.send(np.asarray(act(view), np.int32))
+        step = lanes.recv()
+        is_new = is_final | step.failed
+        total, steps = np.where(is_new, 0.0, total + step.reward), np.where(is_new, 0, steps + 1)
+        is_final = (step.terminated | step.truncated) & ~is_new
+        for i in np.flatnonzero(is_final | (steps == limit)):
+            if len(returns[i]) < quota[i]:
+                returns[i].append(float(total[i]))
+        view = push(view, step.observation, is_new)
+    return np.array([value for each in returns for value in each], np.float32)

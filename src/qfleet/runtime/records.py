@@ -29,6 +29,10 @@ class Progress:
     """Mean absolute TD error of the batches, in units of discounted reward."""
     exploration: float
     """Epsilon, or the temperature, of the last row."""
+    staleness: float = 0.0
+    """Learner steps between the parameters that acted and the newest, mean over rows."""
+    num_env_failures: int = 0
+    """Environments that raised, hung or died, and were replaced."""
     eval_returns: tuple[tuple[float, ...], ...] | None = None
     """Of the greedy episodes after it, `[seeds][episodes]`, if there were any."""
 

@@ -17,14 +17,14 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qfleet.config import RunFailed, TrainConfig
-from qfleet.core import exploration
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.types import Network, Params
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.devices import num_shards
 from qfleet.runtime.records import Progress
-from qfleet.topologies.fused_program import FusedState, Plan, Program, Tally, make_program, rows_per_iteration
+from qfleet.topologies.fused_program import FusedState, Program, Tally, make_program
+from qfleet.topologies.plan import Plan, learner_steps, make_plan, rows_per_iteration
 
 MAX_ITERATIONS = 256
 """Iterations of one chunk at most."""
@@ -148,7 +148,7 @@ class Fused:
         self._seconds_per_iteration = seconds / num_iterations
 
         env_steps_before = self.env_steps
-        new_learner_steps = self._learner_steps(plan, num_iterations)
+        new_learner_steps = learner_steps(self._config.agent, plan, num_iterations)
         self.env_steps += num_iterations * self.env_steps_per_iteration
         self.learner_steps += new_learner_steps
         self._check(tally, env_steps_before)
@@ -202,30 +202,17 @@ class Fused:
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
         self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
 
+    def close(self) -> None:
+        """Nothing to end: all of it is in the program."""
+
     def _plan(self) -> Plan:
-        """Returns the plan of the next iterations, `[MAX_ITERATIONS, rows]`; what lies beyond them isn't used."""
-        agent, num_lanes = self._config.agent, self._config.topology.num_envs
-        shape = (MAX_ITERATIONS, rows_per_iteration(agent))
-        before = self.env_steps + num_lanes * np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
-        due = self._learner_steps_due(before + num_lanes) - self._learner_steps_due(before)
-        return Plan(
-            exploration=exploration.exploration_at(agent, before),
-            importance_exponent=exploration.importance_exponent_at(agent, before),
-            num_updates=due.astype(np.int32),
+        return make_plan(
+            self._config.agent,
+            self._config.topology.num_envs,
+            MAX_ITERATIONS,
+            self.env_steps,
+            self._replay_starts_at,
         )
-
-    def _learner_steps_due(self, env_steps: np.ndarray) -> np.ndarray:
-        """Returns how many learner steps so many environment steps call for, since the replay was empty."""
-        agent, num_lanes = self._config.agent, self._config.topology.num_envs
-        warmup = max(agent.warmup_env_steps, num_lanes * (agent.n_step + 1))
-        since = np.maximum(env_steps - self._replay_starts_at - warmup, 0)
-        return np.floor(since / agent.env_steps_per_learner_step).astype(np.int64)
-
-    def _learner_steps(self, plan: Plan, num_iterations: int) -> int:
-        agent = self._config.agent
-        if agent.replay == "none":
-            return num_iterations * agent.num_epochs * agent.num_minibatches
-        return int(np.sum(plan.num_updates[:num_iterations], dtype=np.int64))
 
     def _check(self, tally: Tally, env_steps_before: int) -> None:
         if np.any(tally.bad_step >= 0):

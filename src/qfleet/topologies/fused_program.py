@@ -1,28 +1,23 @@
 """The program that `qfleet.topologies.fused` compiles: acting and learning as pure functions of one state."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from qfleet.config import AgentConfig, TrainConfig
-from qfleet.core import targets
+from qfleet.config import TrainConfig
 from qfleet.core.actor import init_view, push_frame
 from qfleet.core.agent import Agent
-from qfleet.core.learner import Learner, LearnerState, UpdateInfo, update
-from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, Replay, ReplayState, Row, make_replay, outcome_of
-from qfleet.core.types import Params, Regression
+from qfleet.core.learner import Learner, LearnerState
+from qfleet.core.learning import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
+from qfleet.core.replay import Replay, ReplayState, Row, make_replay, outcome_of
+from qfleet.core.types import Params
 from qfleet.envs.in_graph import Draws, Lanes, draw, init_lanes, step_lanes
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns
-
-ROWS_PER_ITERATION = 16
-"""Rows of one iteration with replay: their random numbers are drawn at once, which is cheaper than one by one."""
-
+from qfleet.topologies.plan import Plan, rows_per_iteration
 
 # What a seed's random numbers are for: evaluation must not see training's.
 _TRAINING, _EVALUATION = 0, 1
@@ -47,17 +42,6 @@ class FusedState(NamedTuple):
     key: Array
 
 
-class Plan(NamedTuple):
-    """What the host decides ahead for each row of a chunk. `[iterations, rows]`."""
-
-    exploration: Array | np.ndarray
-    """float32, epsilon or temperature."""
-    importance_exponent: Array | np.ndarray
-    """float32, beta of prioritised replay."""
-    num_updates: Array | np.ndarray
-    """int32, learner steps after the row. Q(lambda) learns after each rollout instead."""
-
-
 class RowReport(NamedTuple):
     """What one row tells of itself. `[lanes]`, and `[rows, lanes]` of an iteration."""
 
@@ -67,14 +51,6 @@ class RowReport(NamedTuple):
     q_max: Array
     is_bad: Array
     """bool, the reward or the next observation isn't finite."""
-
-
-class Losses(NamedTuple):
-    """Sums over learner steps, `[]` float32."""
-
-    loss: Array
-    td_error: Array
-    """Of each batch's mean absolute TD error."""
 
 
 class Tally(NamedTuple):
@@ -140,11 +116,6 @@ def make_program(config: TrainConfig, env: InGraphEnv, agent: Agent, learner: Le
     return Program(init, run, evaluate)
 
 
-def rows_per_iteration(config: AgentConfig) -> int:
-    """Returns how many steps each lane takes in one iteration, the unit in which runs stop."""
-    return config.rollout_length if config.replay == "none" else ROWS_PER_ITERATION
-
-
 def _replay_iteration(
     config: TrainConfig, env: InGraphEnv, agent: Agent, learner: Learner, replay: Replay
 ) -> Iteration:
@@ -161,18 +132,13 @@ def _replay_iteration(
             draws, uniform, plan, learn_key = inputs
             actor, new_row, report = _act(env, agent, learner_state.params, actor, draws, uniform, plan.exploration)
 
-            def learn(i: Array, carry: tuple) -> tuple:
-                learner_state, replay_state, losses = carry
-                sample = replay.sample(replay_state, jax.random.fold_in(learn_key, i), plan.importance_exponent)
-                learner_state, info = update(learner, learner_state, sample.transition)
-                replay_state = replay.set_priorities(replay_state, sample, info.td_error)
-                return learner_state, replay_state, _add_losses(losses, info)
-
-            carry = (learner_state, replay.insert(replay_state, new_row), losses)
-            learner_state, replay_state, losses = jax.lax.fori_loop(0, plan.num_updates, learn, carry)
+            state = (learner_state, replay.insert(replay_state, new_row), losses)
+            learner_state, replay_state, losses = learn_from_replay(
+                learner, replay, state, learn_key, plan.importance_exponent, plan.num_updates
+            )
             return (learner_state, actor, replay_state, losses), report
 
-        carry = (state.learner, state.actor, state.replay, _no_losses())
+        carry = (state.learner, state.actor, state.replay, no_losses())
         inputs = (draws, uniforms, plan, jax.random.split(learn_key, num_rows))
         (learner_state, actor, replay_state, losses), reports = jax.lax.scan(row, carry, inputs)
         return FusedState(learner_state, actor, replay_state, key), reports, losses
@@ -181,10 +147,7 @@ def _replay_iteration(
 
 
 def _rollout_iteration(config: TrainConfig, env: InGraphEnv, agent: Agent, learner: Learner) -> Iteration:
-    """One rollout of all lanes, its lambda-returns, and some epochs of regression on them.
-
-    Source: Gallici et al. 2024, arXiv 2407.04811, algorithm 1.
-    """
+    """One rollout of all lanes, its lambda-returns, and some epochs of regression on them."""
 
     def iteration(state: FusedState, plan: Plan) -> tuple[FusedState, RowReport, Losses]:
         num_rows = plan.exploration.size
@@ -201,18 +164,8 @@ def _rollout_iteration(config: TrainConfig, env: InGraphEnv, agent: Agent, learn
 
         actor, (rows, reports) = jax.lax.scan(row, state.actor, (draws, uniforms, plan.exploration))
         last_value = jnp.max(agent.q_values(params, actor.view), axis=-1)
-        batch = _regression(rows, reports.q_max, last_value, config.agent)
-
-        def step(carry: tuple, minibatch: Regression) -> tuple:
-            learner_state, losses = carry
-            learner_state, info = update(learner, learner_state, minibatch)
-            return (learner_state, _add_losses(losses, info)), None
-
-        def epoch(carry: tuple, key: Array) -> tuple:
-            return jax.lax.scan(step, carry, _minibatches(batch, key, config.agent.num_minibatches))
-
-        epoch_keys = jax.random.split(shuffle_key, config.agent.num_epochs)
-        (learner_state, losses), _ = jax.lax.scan(epoch, (state.learner, _no_losses()), epoch_keys)
+        batch = regression(rows, reports.q_max, last_value, config.agent)
+        learner_state, losses = learn_from_rollout(learner, state.learner, batch, shuffle_key, config.agent)
         return FusedState(learner_state, actor, (), key), reports, losses
 
     return iteration
@@ -244,54 +197,9 @@ def _is_finite(obs: Array) -> Array:
     return jnp.all(jnp.isfinite(obs).reshape(obs.shape[0], -1), axis=1)
 
 
-def _regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig) -> Regression:
-    """Returns a rollout as one batch with its lambda-returns.
-
-    Args:
-      rows: `[rows, lanes, ...]`, with what the agent saw as `obs`.
-      q_max: `[rows, lanes]`, the greatest value of each row's observation.
-      last_value: `[lanes]`, of the observation after the last row.
-    """
-    returns = targets.lambda_returns(
-        r_t=rows.reward,
-        discount_t=jnp.where(rows.outcome == TERMINATED, 0.0, config.discount),
-        v_t=jnp.concatenate([q_max[1:], last_value[None]]),
-        # The row after a truncated step holds its final observation: bootstrap there, and look no further.
-        lambda_t=jnp.where(rows.outcome == CONTINUED, config.trace_decay, 0.0),
-    )
-    batch = Regression(rows.obs, rows.action, returns, weight=(rows.outcome != NO_STEP).astype(jnp.float32))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-
-
-def _minibatches(batch: Regression, key: Array, num_minibatches: int) -> Regression:
-    """Returns the batch shuffled and cut, `[minibatches, samples, ...]`.
-
-    The shuffle is i -> a * i + b modulo the number of samples, with random b and random a prime to it: a permutation
-    that costs nothing, where sorting random keys takes a fifth of a small network's iteration on CPU.
-    """
-    num_samples = batch.action.shape[0]
-    if num_minibatches == 1:
-        return jax.tree.map(lambda x: x[None], batch)
-    # Factors stay below 2**32 / num_samples, so that a * i can't wrap.
-    factors = [a for a in range(1, min(num_samples, 2**32 // num_samples, 4096)) if math.gcd(a, num_samples) == 1]
-    bits = jax.random.bits(key, (2,), jnp.uint32)
-    factor, shift = jnp.array(factors, jnp.uint32)[bits[0] % len(factors)], bits[1] % num_samples
-    order = (jnp.arange(num_samples, dtype=jnp.uint32) * factor % num_samples + shift) % num_samples
-    shuffled = jax.tree.map(lambda x: x.at[order].get(mode="promise_in_bounds"), batch)
-    return jax.tree.map(lambda x: x.reshape(num_minibatches, -1, *x.shape[1:]), shuffled)
-
-
-def _no_losses() -> Losses:
-    return Losses(jnp.float32(0), jnp.float32(0))
-
-
-def _add_losses(losses: Losses, info: UpdateInfo) -> Losses:
-    return Losses(losses.loss + info.loss, losses.td_error + jnp.mean(jnp.abs(info.td_error)))
-
-
 def _empty_tally() -> Tally:
     zero = jnp.float32(0)
-    return Tally(zero, zero, zero, zero, _no_losses(), bad_step=jnp.int32(-1))
+    return Tally(zero, zero, zero, zero, no_losses(), bad_step=jnp.int32(-1))
 
 
 def _add(tally: Tally, reports: RowReport, losses: Losses, first_step: Array) -> Tally:

@@ -11,6 +11,7 @@ import qfleet.core.replay.priorities as priorities
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.replay import sampling
 from qfleet.core.replay.ring import NO_STEP, Ring, Row, init_ring, insert_row, is_overwritten, later_slot, take
+from qfleet.core.replay.ring import seal as seal_ring
 from qfleet.core.types import EnvSpec, Transition
 
 MIN_PRIORITY = 1e-6
@@ -49,6 +50,9 @@ class Replay(NamedTuple):
     init: Callable[[], ReplayState]
     insert: Callable[[ReplayState, Row], ReplayState]
     """`insert(state, row) -> state`: one step of all lanes."""
+    seal: Callable[[ReplayState, Array], ReplayState]
+    """`seal(state, lanes)`: in these lanes, `[lanes]` bool, what was inserted last has no future but its next
+    observation; insert that one with `NO_STEP`."""
     sample: Callable[[ReplayState, Array, Array], Sample]
     """`sample(state, key, importance_exponent) -> sample`, once n_step + 1 rows are in. Uniform sampling ignores the
     exponent: its weights are 1."""
@@ -106,6 +110,9 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
             num_expiring=jnp.sum(expiring, dtype=jnp.int32),
         )
 
+    def seal(state: ReplayState, lanes: Array) -> ReplayState:
+        return state._replace(ring=seal_ring(state.ring, lanes))
+
     def sample(state: ReplayState, key: Array, importance_exponent: Array) -> Sample:
         ring = state.ring
         if isinstance(state.tree, priorities.SumTree):
@@ -144,4 +151,4 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
             max_priority=jnp.maximum(state.max_priority, jnp.max(priority)),
         )
 
-    return Replay(init, insert, sample, set_priorities)
+    return Replay(init, insert, seal, sample, set_priorities)

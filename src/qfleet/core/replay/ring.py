@@ -89,6 +89,19 @@ def insert_row(ring: Ring, row: Row) -> Ring:
     )
 
 
+def seal(ring: Ring, lanes: Array) -> Ring:
+    """Returns the ring with the newest row's step cut short in some lanes, `[lanes]` bool, where the episode went on.
+
+    For lanes whose environment was lost in the step after it: the row that is inserted next holds the observation it
+    led to, and no step. No return, stack or bootstrap reaches beyond.
+    """
+    newest = (ring.cursor - 1) % ring.num_rows
+    outcome = jax.lax.dynamic_index_in_dim(ring.rows.outcome, newest, keepdims=False)
+    sealed = jnp.where(lanes & (outcome == CONTINUED), TRUNCATED, outcome)
+    outcomes = jax.lax.dynamic_update_index_in_dim(ring.rows.outcome, sealed, newest, axis=0)
+    return ring._replace(rows=ring.rows._replace(outcome=outcomes))
+
+
 def outcome_of(terminated: Array, truncated: Array, final: Array) -> Array:
     """Returns each lane's `Row.outcome`, `[lanes]` uint8, from three `[lanes]` bool.
 

@@ -1,0 +1,365 @@
+"""The overlapped topology: environments outside the compiled program step while the learner learns.
+
+Each row goes: act, let the environments step, store, learn. Overlapped, what a row brought is stored and learned from
+while the environments take the next step; `lock_step` waits instead, and is deterministic if the environments are.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qfleet.config import ConfigError, OverlappedConfig, RunFailed, TrainConfig
+from qfleet.core.agent import make_agent
+from qfleet.core.exploration import greedy
+from qfleet.core.learner import make_learner
+from qfleet.core.learning import Losses
+from qfleet.core.replay import make_replay
+from qfleet.core.types import Network, Params
+from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
+from qfleet.runtime.evaluation import host_greedy_returns
+from qfleet.runtime.records import Progress
+from qfleet.topologies.overlapped_program import Draws, HostRow, make_programs
+from qfleet.topologies.plan import Plan, make_plan, rows_per_iteration
+from qfleet.topologies.plan import learner_steps as planned_learner_steps
+
+CHUNK_SECONDS = 0.5
+"""What a chunk should take at most, where one iteration is shorter: it is how long Ctrl-C waits."""
+
+_TRAINING, _EVALUATION = 0, 1
+"""What a seed's random numbers are for: evaluation must not see training's."""
+
+
+class Overlapped:
+    """One learner, and environments that step while it learns; `advance` trains a chunk further."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        env: HostEnv,
+        network: Network,
+        optimiser: optax.GradientTransformation | None = None,
+    ) -> None:
+        """Checks the sizes; `start` does the work.
+
+        Raises:
+          ConfigError: if the sizes in `config` don't fit each other, its optimiser isn't known, or it has many seeds.
+        """
+        assert isinstance(config.topology, OverlappedConfig)
+        if config.num_seeds > 1:
+            raise ConfigError(
+                f"num_seeds must be 1 with environments outside the compiled program, got num_seeds={config.num_seeds} "
+                f"for {config.env}; start one run for each seed"
+            )
+        self._config, self._env, self._topology = config, env, config.topology
+        self._agent = make_agent(network, config.agent)
+        learner = make_learner(self._agent, config.agent, optimiser)
+        self._has_replay = config.agent.replay != "none"
+        replay = make_replay(env.spec, config.agent, self._topology.num_envs) if self._has_replay else None
+        self._programs = make_programs(config.agent, self._topology.num_envs, env.spec, self._agent, learner, replay)
+        self._options = LaneOptions(
+            num_workers=self._topology.num_workers,
+            step_timeout_seconds=self._topology.step_timeout_seconds,
+            max_failures=self._topology.max_failures,
+        )
+        self.env_steps = 0
+        """Taken so far, over all lanes."""
+        self.learner_steps = 0
+        """Taken so far."""
+        self._replay_starts_at = 0  # environment steps when the replay was last empty
+        self._lanes: Any = None
+        self._eval_lanes: HostLanes | None = None
+        self._pending: _Pending | None = None  # a row that is not stored and learned from yet
+        self._losses: list[tuple[Losses, int]] = []  # and the learner steps they are of
+
+    def start(self) -> float:
+        """Starts the environments, compiles the programs, and returns the wall time that took, in seconds."""
+        started = time.perf_counter()
+        programs, donated = self._programs, (0, 1) if self._has_replay else 0
+        self._learner, self._replay, self._key = jax.jit(programs.init)(np.uint32(self._config.seed))
+        self._lanes = self._env.make_lanes(self._topology.num_envs, self._options)
+        self._begin_episodes()
+        with ThreadPoolExecutor() as pool:  # XLA compiles one program while Python traces the next
+            learn = jax.jit(programs.learn, donate_argnums=donated).lower(*self._arguments_to_learn())
+            compiling = pool.submit(learn.compile)
+            zero, zeros = np.float32(0), np.zeros(self._topology.num_envs, np.float32)
+            act = jax.jit(programs.act, donate_argnums=1 if self._has_replay else ())
+            self._act = act.lower(self.params, self._view, self._obs, self._is_first, zero, zeros).compile()
+            self._draw = jax.jit(programs.draw).lower(self._key).compile()
+            self._learn = compiling.result()
+        self._seal = jax.jit(programs.seal, donate_argnums=0)
+        self._greedy = jax.jit(lambda params, view: greedy(self._agent.q_values(params, view)))
+        return time.perf_counter() - started
+
+    def _arguments_to_learn(self) -> tuple[Any, ...]:
+        """Returns arguments of the shapes that the program for learning takes."""
+        lanes = (self._topology.num_envs,)
+        flag, number = np.zeros(lanes, bool), np.zeros(lanes, np.float32)
+        row = HostRow(self._obs, np.zeros(lanes, np.int32), number, flag, flag, flag)
+        if self._has_replay:
+            return self._learner, self._replay, row, self._key, np.float32(0), np.int32(0)
+        num_rows = rows_per_iteration(self._config.agent)
+        rows = jax.tree.map(lambda x: np.stack([x] * num_rows), row._replace(obs=()))
+        views, q_max = (self._view,) * num_rows, (jnp.asarray(number),) * num_rows
+        return self._learner, rows, views, q_max, self._obs, flag, self._key
+
+    def _begin_episodes(self) -> None:
+        num_lanes, spec = self._topology.num_envs, self._env.spec
+        self._obs = jax.device_put(self._lanes.reset(_seed_of(self._config.seed, _TRAINING, self.env_steps)))
+        self._view = jnp.zeros((num_lanes, *spec.agent_observation_shape), spec.observation_dtype)
+        self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
+        self._acting_params, self._acting_staleness = jax.tree.map(jnp.copy, self._learner.params), 0
+        self._episodes = _Episodes(np.zeros(num_lanes), np.zeros(num_lanes, np.int64))
+
+    @property
+    def env_steps_per_iteration(self) -> int:
+        """Over all lanes: runs stop at multiples of it."""
+        return self._topology.num_envs * rows_per_iteration(self._config.agent)
+
+    @property
+    def params(self) -> Params:
+        """The newest parameters."""
+        return self._learner.params
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The parts of a checkpoint by name; without the replay if the config leaves it out."""
+        self._learn_pending()
+        state = {"learner": self._learner, "replay": self._replay, "key": self._key, "observation": self._obs}
+        if not self._config.checkpoint_replay:
+            state.pop("replay")
+        return state
+
+    def advance(self, until_env_steps: int) -> Progress:
+        """Trains one chunk further, up to the first iteration that reaches `until_env_steps`.
+
+        Raises:
+          RunFailed: if the loss isn't finite, or too many environments have failed.
+        """
+        started = time.perf_counter()
+        env_steps, learner_steps = self.env_steps, self.learner_steps
+        tally = _Tally(self._episodes)
+        while True:
+            plan = make_plan(self._config.agent, self._topology.num_envs, 1, self.env_steps, self._replay_starts_at)
+            self._iterate(plan, tally)
+            self.env_steps += self.env_steps_per_iteration
+            self.learner_steps += planned_learner_steps(self._config.agent, plan, 1)
+            if self.env_steps >= until_env_steps or time.perf_counter() - started > CHUNK_SECONDS:
+                break
+        loss, td_error = self._mean_losses()
+        return Progress(
+            env_steps=self.env_steps,
+            learner_steps=self.learner_steps,
+            train_seconds=time.perf_counter() - started,
+            new_env_steps=self.env_steps - env_steps,
+            new_learner_steps=self.learner_steps - learner_steps,
+            num_episodes=len(tally.returns),
+            episode_return_mean=_mean(tally.returns),
+            episode_length_mean=_mean(tally.lengths),
+            q_mean=float(np.mean(tally.q_max)),
+            loss=loss,
+            td_error_mean=td_error,
+            exploration=float(plan.exploration[-1, -1]),
+            staleness=float(np.mean(tally.staleness)),
+            num_env_failures=tally.num_failures,
+        )
+
+    def _iterate(self, plan: Plan, tally: "_Tally") -> None:
+        self._key, draws = self._draw(self._key)
+        if self._has_replay:
+            self._rows_with_replay(plan, draws, tally)
+        else:
+            self._rollout(plan, draws, tally)
+
+    def _rows_with_replay(self, plan: Plan, draws: Draws, tally: "_Tally") -> None:
+        uniforms, learn_keys = jax.device_get(draws.uniforms), list(draws.learn_keys)
+        for i in range(len(uniforms)):
+            tally.staleness.append(self._pending.num_updates if self._pending else 0)
+            row, has_failed = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
+            num_updates, exponent = int(plan.num_updates[0, i]), plan.importance_exponent[0, i]
+            self._pending = _Pending(row, has_failed, learn_keys[i], exponent, num_updates)
+            if self._topology.lock_step:
+                self._learn_pending()
+
+    def _row(self, params: Params, exploration: Any, uniform: Any, tally: "_Tally") -> tuple[HostRow, bool]:
+        """Takes a step of all lanes; meanwhile the learner gets the row before, if that is still to be learned from.
+
+        Returns:
+          The row, and whether an environment failed in it.
+        """
+        obs = self._obs
+        self._view, action, q_max = self._act(params, self._view, obs, self._is_first, exploration, uniform)
+        self._q_max = q_max
+        action, q_max = jax.device_get((action, q_max))  # waits for the learner steps under way, whose result acts
+        self._lanes.send(action)
+        self._learn_pending()
+        step = self._lanes.recv()
+        self._obs = jax.device_put(step.observation)
+        no_step = self._is_final | step.failed
+        row = HostRow(obs, action, step.reward, step.terminated, step.truncated, no_step)
+        self._is_first, self._is_final = no_step, (step.terminated | step.truncated) & ~no_step
+        tally.add(row, q_max, self._is_final, step.failed)
+        return row, bool(np.any(step.failed))
+
+    def _learn_pending(self) -> None:
+        """Has the learner store the pending row and learn, which goes on after this returns."""
+        if self._pending is None:
+            return
+        row, has_failed, key, exponent, num_updates = self._pending
+        self._pending = None
+        if has_failed:
+            self._replay = self._seal(self._replay, row.no_step)
+        self._learner, self._replay, losses = self._learn(
+            self._learner, self._replay, row, key, exponent, np.int32(num_updates)
+        )
+        self._losses.append((losses, num_updates))
+
+    def _rollout(self, plan: Plan, draws: Draws, tally: "_Tally") -> None:
+        """Takes a rollout and has the learner learn from it, which, overlapped, goes on while the next one is taken."""
+        uniforms = jax.device_get(draws.uniforms)
+        num_updates = planned_learner_steps(self._config.agent, plan, 1)
+        params = self._learner.params if self._topology.lock_step else self._acting_params
+        rows, views, q_max = [], [], []
+        for i in range(len(uniforms)):
+            tally.staleness.append(self._acting_staleness)
+            row, _ = self._row(params, plan.exploration[0, i], uniforms[i], tally)
+            rows.append(row._replace(obs=()))
+            views.append(self._view)
+            q_max.append(self._q_max)
+        if not self._topology.lock_step:
+            # A copy, for the learner's own are overwritten; it holds what the round before this one has learned.
+            self._acting_params = jax.tree.map(jnp.copy, self._learner.params)
+            self._acting_staleness = num_updates
+        stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
+        self._learner, losses = self._learn(
+            self._learner, stacked, tuple(views), tuple(q_max), self._obs, self._is_first, draws.learn_keys
+        )
+        self._losses.append((losses, num_updates))
+
+    def _mean_losses(self) -> tuple[float | None, float | None]:
+        """Returns the mean loss and TD error of the learner steps since the last call, None if there were none."""
+        losses, self._losses = self._losses, []
+        num_updates = sum(n for _, n in losses)
+        if not num_updates:
+            return None, None
+        sums = jax.device_get([each for each, _ in losses])
+        loss, td_error = (float(np.sum(values)) / num_updates for values in zip(*sums, strict=True))
+        if not math.isfinite(loss):
+            raise RunFailed(
+                f"the loss must be finite, but it wasn't by learner step {self.learner_steps}: the values diverged; "
+                f"try a lower learning_rate than {self._config.agent.learning_rate}, or a smaller max_gradient_norm"
+            )
+        return loss, td_error
+
+    def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
+        """Returns greedy returns of the newest parameters, `[1, num_episodes]`.
+
+        Args:
+          num_episodes: played in lanes of their own.
+          batch: evaluations of the same parameters with different numbers see different episodes.
+        """
+        if self._eval_lanes is None:
+            self._eval_lanes = self._env.make_eval_lanes(self._num_eval_lanes, self._options)
+        seed = _seed_of(self._config.seed, _EVALUATION, self.env_steps, batch)
+        params = self.params
+        return host_greedy_returns(
+            self._eval_lanes, self._env.spec, lambda view: self._greedy(params, view), num_episodes, seed
+        )[None]
+
+    @property
+    def _num_eval_lanes(self) -> int:
+        return min(self._topology.num_envs, self._config.eval_episodes)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What `restore` needs beside `state`."""
+        return {
+            "env_steps": self.env_steps,
+            "learner_steps": self.learner_steps,
+            "replay_starts_at": self._replay_starts_at,
+        }
+
+    def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
+        """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up.
+
+        Environments can't be saved: every lane starts a new episode, and what the replay holds of the old ones ends
+        with the observation they had come to.
+        """
+        self._learner, self._key = state["learner"], state["key"]
+        self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
+        self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
+        if self._has_replay and "replay" in state:
+            num_lanes = self._topology.num_envs
+            nobody, everybody = np.zeros(num_lanes, bool), np.ones(num_lanes, bool)
+            nothing, reward = np.zeros(num_lanes, np.int32), np.zeros(num_lanes, np.float32)
+            row = HostRow(state["observation"], nothing, reward, nobody, nobody, everybody)
+            self._replay = state["replay"]
+            self._pending = _Pending(row, True, jax.random.split(self._key)[0], np.float32(1), 0)
+            self._learn_pending()
+        self._begin_episodes()
+
+    def keep(self, index: int) -> None:
+        """Nothing to do: with one seed the run stops where it is solved."""
+
+    def close(self) -> None:
+        """Ends the environments; may be called twice, and before `start`."""
+        for lanes in (self._lanes, self._eval_lanes):
+            if lanes is not None:
+                lanes.close()
+
+
+class _Pending(NamedTuple):
+    """A row that the learner is still to store, and the learner steps that are due then."""
+
+    row: HostRow
+    has_failed: bool
+    key: jax.Array
+    importance_exponent: Any
+    num_updates: int
+
+
+@dataclasses.dataclass
+class _Episodes:
+    """Training episodes under way, `[lanes]` each."""
+
+    returns: np.ndarray
+    steps: np.ndarray
+
+
+class _Tally:
+    """What the rows of one chunk tell of themselves."""
+
+    def __init__(self, episodes: _Episodes) -> None:
+        self._episodes = episodes
+        self.returns: list[float] = []
+        """Of the episodes that ended."""
+        self.lengths: list[int] = []
+        self.q_max: list[float] = []
+        self.staleness: list[int] = []
+        self.num_failures = 0
+
+    def add(self, row: HostRow, q_max: np.ndarray, has_ended: np.ndarray, failed: np.ndarray) -> None:
+        """Adds a row; its no-step lanes begin a new episode after it."""
+        episodes = self._episodes
+        episodes.returns = np.where(row.no_step, 0.0, episodes.returns + row.reward)
+        episodes.steps = np.where(row.no_step, 0, episodes.steps + 1)
+        self.returns += episodes.returns[has_ended].tolist()
+        self.lengths += episodes.steps[has_ended].tolist()
+        self.q_max.append(float(np.mean(q_max)))
+        self.num_failures += int(np.sum(failed))
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _seed_of(*numbers: int) -> int:
+    """Returns a seed for environments, 32 bits, that differs wherever one of the numbers does."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

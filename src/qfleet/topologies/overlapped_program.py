@@ -1,0 +1,123 @@
+"""The programs that `qfleet.topologies.overlapped` compiles: acting and learning as pure functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qfleet.config import AgentConfig
+from qfleet.core.actor import push_frame
+from qfleet.core.agent import Agent
+from qfleet.core.learner import Learner, LearnerState
+from qfleet.core.learning import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
+from qfleet.core.replay import CONTINUED, NO_STEP, TRUNCATED, Replay, ReplayState, Row, outcome_of
+from qfleet.core.types import EnvSpec, Params
+from qfleet.topologies.plan import rows_per_iteration
+
+
+class HostRow(NamedTuple):
+    """What one step of all lanes produced, as the host saw it. `[lanes, ...]`, or `[rows, lanes, ...]` of a rollout."""
+
+    obs: Any
+    """`()` of a rollout, whose views come beside it."""
+    action: Any
+    reward: Any
+    terminated: Any
+    truncated: Any
+    no_step: Any
+    """bool, the row holds a final observation, or its environment failed: its action led nowhere."""
+
+    def stored(self) -> Row:
+        """Returns the row as a replay stores it."""
+        outcome = outcome_of(self.terminated, self.truncated, self.no_step)
+        return Row(self.obs, self.action, self.reward, outcome)
+
+
+class Draws(NamedTuple):
+    """The random numbers of one iteration."""
+
+    uniforms: Array
+    """`[rows, lanes]`, for exploration."""
+    learn_keys: Array
+    """`[rows]` with replay; `[]` without."""
+
+
+class Programs(NamedTuple):
+    """Pure functions, compiled once each."""
+
+    init: Callable[[Array], tuple[LearnerState, ReplayState | tuple[()], Array]]
+    """`init(seed) -> learner, replay, key`."""
+    draw: Callable[[Array], tuple[Array, Draws]]
+    """`draw(key) -> key, draws`."""
+    act: Callable[[Params, Array, Array, Array, Array, Array], tuple[Array, Array, Array]]
+    """`act(params, view, obs, is_first, exploration, uniform) -> view, action, q_max`: `view` is what the agent saw one
+    row before, `obs` the newest observations, and `is_first` says which of them start an episode."""
+    learn: Callable[..., tuple]
+    """With replay: `learn(learner, replay, row, key, importance_exponent, num_updates) -> learner, replay, losses`.
+    Without: `learn(learner, rows, views, q_max, next_obs, next_is_first, key) -> learner, losses`, of one rollout."""
+    seal: Callable[[ReplayState, Array], ReplayState]
+    """`seal(replay, lanes) -> replay`."""
+
+
+def make_programs(
+    config: AgentConfig, num_lanes: int, spec: EnvSpec, agent: Agent, learner: Learner, replay: Replay | None
+) -> Programs:
+    """Returns the programs of one learner and `num_lanes` lanes of `spec`'s environment."""
+
+    def init(seed: Array) -> tuple[LearnerState, ReplayState | tuple[()], Array]:
+        params_key, _, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
+        return learner.init(agent.init(params_key)), replay.init() if replay else (), state_key
+
+    def draw(key: Array) -> tuple[Array, Draws]:
+        num_rows = rows_per_iteration(config)
+        key, _, explore_key, learn_key = jax.random.split(key, 4)  # the second is an in-graph environment's
+        uniforms = jax.random.uniform(explore_key, (num_rows, num_lanes))
+        return key, Draws(uniforms, jax.random.split(learn_key, num_rows) if replay else learn_key)
+
+    def act(
+        params: Params, view: Array, obs: Array, is_first: Array, exploration: Array, uniform: Array
+    ) -> tuple[Array, Array, Array]:
+        view = push_frame(view, obs, is_first, spec.frame_stack)
+        q = agent.q_values(params, view)
+        return view, agent.explore(q, exploration, uniform), jnp.max(q, axis=-1)
+
+    def learn_with_replay(
+        learner_state: LearnerState,
+        replay_state: ReplayState,
+        row: HostRow,
+        key: Array,
+        importance_exponent: Array,
+        num_updates: Array,
+    ) -> tuple[LearnerState, ReplayState, Losses]:
+        assert replay is not None
+        state = (learner_state, replay.insert(replay_state, row.stored()), no_losses())
+        return learn_from_replay(learner, replay, state, key, importance_exponent, num_updates)
+
+    def learn_without_replay(
+        state: LearnerState,
+        rows: HostRow,
+        views: tuple[Array, ...],
+        q_max: tuple[Array, ...],
+        next_obs: Array,
+        next_is_first: Array,
+        key: Array,
+    ) -> tuple[LearnerState, Losses]:
+        stored = rows.stored()._replace(obs=jnp.stack(views))
+        next_view = push_frame(views[-1], next_obs, next_is_first, spec.frame_stack)
+        next_value = jnp.max(agent.q_values(state.params, next_view), axis=-1)
+        batch = regression(_sealed(stored), jnp.stack(q_max), next_value, config)
+        return learn_from_rollout(learner, state, batch, key, config)
+
+    def seal(replay_state: ReplayState, lanes: Array) -> ReplayState:
+        assert replay is not None
+        return replay.seal(replay_state, lanes)
+
+    return Programs(init, draw, act, learn_with_replay if replay else learn_without_replay, seal)
+
+
+def _sealed(rows: Row) -> Row:
+    """Returns a rollout in which no return reaches beyond a row without a step: what led there was cut short."""
+    is_cut = jnp.concatenate([rows.outcome[1:] == NO_STEP, jnp.zeros_like(rows.outcome[:1], bool)])
+    return rows._replace(outcome=jnp.where(is_cut & (rows.outcome == CONTINUED), TRUNCATED, rows.outcome))

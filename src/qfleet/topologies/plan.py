@@ -1,0 +1,61 @@
+"""What the host of any topology decides ahead, in integers that can't wrap: how much to explore, when to learn."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jax import Array
+
+from qfleet.config import AgentConfig
+from qfleet.core import exploration
+
+ROWS_PER_ITERATION = 16
+"""Rows of one iteration with replay: their random numbers are drawn at once, which is cheaper than one by one."""
+
+
+class Plan(NamedTuple):
+    """What is decided for each row of a chunk. `[iterations, rows]`."""
+
+    exploration: Array | np.ndarray
+    """float32, epsilon or temperature."""
+    importance_exponent: Array | np.ndarray
+    """float32, beta of prioritised replay."""
+    num_updates: Array | np.ndarray
+    """int32, learner steps after the row. Q(lambda) learns after each rollout instead."""
+
+
+def rows_per_iteration(config: AgentConfig) -> int:
+    """Returns how many steps each lane takes in one iteration, the unit in which runs stop."""
+    return config.rollout_length if config.replay == "none" else ROWS_PER_ITERATION
+
+
+def make_plan(config: AgentConfig, num_lanes: int, num_iterations: int, env_steps: int, replay_starts_at: int) -> Plan:
+    """Returns the plan of the next iterations.
+
+    Args:
+      config: the schedules.
+      num_lanes: environment steps of one row.
+      num_iterations: to plan for.
+      env_steps: taken so far.
+      replay_starts_at: environment steps when the replay was last empty.
+    """
+    shape = (num_iterations, rows_per_iteration(config))
+    before = env_steps + num_lanes * np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
+    warmup = replay_starts_at + max(config.warmup_env_steps, num_lanes * (config.n_step + 1))
+
+    def learner_steps_due(env_steps: np.ndarray) -> np.ndarray:
+        return np.floor(np.maximum(env_steps - warmup, 0) / config.env_steps_per_learner_step).astype(np.int64)
+
+    due = learner_steps_due(before + num_lanes) - learner_steps_due(before)
+    return Plan(
+        exploration=exploration.exploration_at(config, before),
+        importance_exponent=exploration.importance_exponent_at(config, before),
+        num_updates=due.astype(np.int32),
+    )
+
+
+def learner_steps(config: AgentConfig, plan: Plan, num_iterations: int) -> int:
+    """Returns how many learner steps the first iterations of a plan take."""
+    if config.replay == "none":
+        return num_iterations * config.num_epochs * config.num_minibatches
+    return int(np.sum(plan.num_updates[:num_iterations], dtype=np.int64))
