@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig, topology_name
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, FusedConfig, TrainConfig, topology_name
 from qfleet.envs.registry import list_envs
 from qfleet.presets import PRESETS, TUNED, make_config
 
@@ -77,12 +77,9 @@ def test_impossible_sizes_and_values_are_refused(settings: dict) -> None:
         make_config("CartPole-v1", **settings)
 
 
-def test_every_setting_belongs_to_one_config_only() -> None:
-    names = [
-        field.name
-        for kind in (AgentConfig, FusedConfig, TrainConfig, topology_name)
-        for field in dataclasses.fields(kind)
-    ]
+@pytest.mark.parametrize("topology", TOPOLOGIES.values())
+def test_every_setting_belongs_to_one_config_only(topology: type) -> None:
+    names = [field.name for kind in (AgentConfig, topology, TrainConfig) for field in dataclasses.fields(kind)]
     assert len(names) == len(set(names))
 
 
