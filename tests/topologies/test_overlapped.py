@@ -1,17 +1,23 @@
 """The overlapped topology: in lock step it is the fused one, and what fails or overlaps teaches nothing wrong."""
 
+import dataclasses
 import functools
+import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
 
-from qfleet.config import AgentConfig, FusedConfig, OverlappedConfig, TrainConfig
-from qfleet.envs.host import HostEnv, HostStep
+from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfig, RunFailed, TrainConfig
+from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, make_replay
+from qfleet.envs.host import EnvSpec, HostEnv, HostStep
 from qfleet.envs.in_graph import draw, init_lanes, step_lanes
+from qfleet.runtime.evaluation import host_greedy_returns
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
+from qfleet.topologies.overlapped_program import HostRow, _sealed
 from qfleet.topologies.plan import rows_per_iteration
 
 NUM_ENVS = 4
@@ -109,3 +115,162 @@ def test_lock_step_is_deterministic(kind):
     for each in (first, second):
         advance(each, 400)
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+class ScriptedLanes:
+    """Lanes that follow a script: `[time, lane]` of ("go" | "end" | "cut" | "fail"); observations number the rows."""
+
+    def __init__(self, script, step_seconds=0.0):
+        self._script, self._step_seconds, self._time, self.actions = script, step_seconds, 0, []
+        self._is_final = np.zeros(len(script[0]), bool)
+        self.is_closed = False
+
+    def reset(self, seed):
+        self.seed = seed
+        return self._observation()
+
+    def send(self, action):
+        self._sent = time.perf_counter()
+        self.actions.append(np.array(action))
+
+    def recv(self):
+        time.sleep(max(0.0, self._step_seconds - (time.perf_counter() - self._sent)))
+        events = np.array(self._script[self._time % len(self._script)])
+        self._time += 1
+        live = ~self._is_final
+        terminated, truncated, failed = (live & (events == name) for name in ("end", "cut", "fail"))
+        self._is_final = terminated | truncated
+        reward = np.where(live & ~failed, 1.0, 0.0).astype(np.float32)
+        return HostStep(self._observation(), reward, terminated, truncated, failed)
+
+    def _observation(self):
+        number = self._time * len(self._script[0]) + np.arange(len(self._script[0]))
+        return number[:, None].astype(np.float32)
+
+    def close(self):
+        self.is_closed = True
+
+
+def scripted(script, agent, lock_step=False, network=None, step_seconds=0.0, **settings):
+    spec = EnvSpec(
+        name="script", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2, frame_stack=1
+    )
+    lanes = ScriptedLanes(script, step_seconds)
+    config = TrainConfig(
+        env="script", agent=agent, topology=OverlappedConfig(num_envs=len(script[0]), lock_step=lock_step), **settings
+    )
+    env = HostEnv(spec, lambda num_lanes, options: lanes, lambda num_lanes, options: ScriptedLanes(script))
+    overlapped = Overlapped(config, env, network or probes.linear_network(spec))
+    overlapped.start()
+    return overlapped, lanes
+
+
+def random_script(seed, num_rows, num_lanes):
+    rng = np.random.default_rng(seed)
+    return rng.choice(["go", "end", "cut", "fail"], (num_rows, num_lanes), p=[0.7, 0.1, 0.1, 0.1]).tolist()
+
+
+@pytest.mark.parametrize("lock_step", [True, False])
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_nothing_is_stitched_where_environments_fail(lock_step, n_step):
+    """Every transition in the replay starts and ends in one life of one environment, and sums its rewards only."""
+    num_lanes, num_rows, discount = 3, 160, 0.5
+    script = random_script(0, num_rows, num_lanes)
+    agent = AgentConfig(
+        n_step=n_step, discount=discount, replay_capacity=10_000, warmup_env_steps=9_000, batch_size=512
+    )
+    overlapped, _ = scripted(script, agent, lock_step)
+    while overlapped.env_steps < num_rows * num_lanes:
+        assert overlapped.advance(num_rows * num_lanes).num_env_failures > 0
+    replay = make_replay(EnvSpec(
+        name="script", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2
+    ), agent, num_lanes)  # fmt: skip
+    batch = jax.device_get(replay.sample(overlapped.state["replay"], jax.random.key(0), jnp.float32(0)).transition)
+    seen = set()
+    for obs, reward, value, next_obs in zip(batch.obs, batch.reward, batch.discount, batch.next_obs, strict=True):
+        start, lane = divmod(int(obs[0]), num_lanes)
+        steps, end, sums = 0, "go", 0.0
+        while steps < n_step and end == "go" and script[start + steps][lane] != "fail":
+            end = script[start + steps][lane]
+            sums += discount**steps
+            steps += 1
+        assert steps > 0, "it starts with the step that failed"
+        assert int(next_obs[0]) == (start + steps) * num_lanes + lane
+        assert reward == pytest.approx(sums)
+        assert value == (0 if end == "end" else discount**steps)
+        seen.add(script[start + steps - 1][lane] if steps < n_step else "full")
+    assert seen >= ({"full"} if n_step == 1 else {"full", "go", "end", "cut"})
+
+
+def test_a_failed_environment_cuts_a_rollouts_returns_short():
+    """Row 3 fails: row 2 bootstraps from row 3's observation, and nothing is learned from row 3 itself."""
+    events = ["go", "go", "go", "fail", "go", "end", "go", "go"]
+    rows = HostRow(
+        obs=(),
+        action=np.zeros((8, 1), np.int32),
+        reward=np.array([[float(event != "fail")] for event in events], np.float32),
+        terminated=np.array([[event == "end"] for event in events]),
+        truncated=np.zeros((8, 1), bool),
+        no_step=np.array([[event == "fail" or i == 6] for i, event in enumerate(events)]),
+    )
+    sealed = _sealed(rows.stored())
+    np.testing.assert_array_equal(
+        sealed.outcome[:, 0], [CONTINUED, CONTINUED, TRUNCATED, NO_STEP, CONTINUED, TERMINATED, NO_STEP, CONTINUED]
+    )
+
+
+@pytest.mark.parametrize("kind", ["uniform", "pqn"])
+def test_learning_goes_on_while_environments_step(kind):
+    """Not a time, but an order: the learner gets a row while the environments take the next; staleness says so."""
+    overlapped, lanes = scripted([["go"] * 2] * 7 + [["cut"] * 2], AGENTS[kind])
+    order = []
+    learn, recv = overlapped._learn, lanes.recv
+    overlapped._learn = lambda *arguments: order.append("learn") or learn(*arguments)
+    lanes.recv = lambda: order.append("recv") or recv()
+    records = [overlapped.advance(640)]
+    if kind == "uniform":
+        assert order[:5] == ["recv", "learn", "recv", "learn", "recv"]
+        assert records[0].staleness == pytest.approx(overlapped.learner_steps / 320, rel=0.05)  # of 320 rows
+    else:
+        assert order[:18] == ["recv"] * 16 + ["learn", "recv"]
+        assert records[0].staleness == pytest.approx(8 * 19 / 20)  # 8 steps a rollout; the first acts on none
+
+
+def test_a_run_goes_on_from_a_checkpoint_with_new_episodes_and_seals_the_old_ones():
+    script = [["go"] * 2] * 1000
+    agent = AgentConfig(replay_capacity=5000, warmup_env_steps=4000, batch_size=512, n_step=2, discount=0.5)
+    overlapped, lanes = scripted(script, agent)
+    advance(overlapped, 64)
+    state = jax.tree.map(jnp.copy, overlapped.state)
+    resumed, new_lanes = scripted(script, agent)
+    resumed.restore(state, overlapped.counters)
+    assert new_lanes.seed != lanes.seed
+    advance(resumed, 128)
+    assert (resumed.env_steps, resumed.learner_steps) == (128, 0)
+    rows = jax.device_get(resumed.state["replay"].ring.rows)
+    outcome = rows.outcome[:, 0].tolist()
+    assert outcome[:34] == [CONTINUED] * 31 + [TRUNCATED, NO_STEP, CONTINUED]
+    assert rows.obs[:34, 0, 0].tolist() == [2.0 * i for i in range(33)] + [0.0]
+
+
+def test_greedy_evaluation_plays_each_lanes_share_and_replays_what_fails():
+    """Lane 0's episodes pay 3, lane 1's first fails after one step and then pays 2; short ones aren't favoured."""
+    script = [["go", "fail"], ["go", "go"], ["end", "end"], ["go", "go"]]
+    spec = EnvSpec(name="s", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2)
+    act = jax.jit(lambda view: jnp.zeros(len(view), jnp.int32))
+    np.testing.assert_array_equal(host_greedy_returns(ScriptedLanes(script), spec, act, 3, seed=0), [3, 3, 2])
+
+
+def test_many_seeds_are_refused():
+    with pytest.raises(ConfigError, match="num_seeds must be 1.*got num_seeds=2"):
+        scripted([["go"]], AGENTS["pqn"], num_seeds=2)
+
+
+def test_values_that_diverge_stop_the_run():
+    overlapped, lanes = scripted(
+        [["go"] * 4] * 5, dataclasses.replace(AGENTS["uniform"], loss="squared", learning_rate=1e38)
+    )
+    with pytest.raises(RunFailed, match="loss must be finite.*learning_rate"):
+        advance(overlapped, 10_000)
+    overlapped.close()
+    assert lanes.is_closed

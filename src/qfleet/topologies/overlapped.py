@@ -24,6 +24,7 @@ from qfleet.core.learning import Losses
 from qfleet.core.replay import make_replay
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
+from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.evaluation import host_greedy_returns
 from qfleet.runtime.records import Progress
 from qfleet.topologies.overlapped_program import Draws, HostRow, make_programs
@@ -82,6 +83,8 @@ class Overlapped:
     def start(self) -> float:
         """Starts the environments, compiles the programs, and returns the wall time that took, in seconds."""
         started = time.perf_counter()
+        if jax.default_backend() == "cpu":
+            reuse_freed_memory()
         programs, donated = self._programs, (0, 1) if self._has_replay else 0
         self._learner, self._replay, self._key = jax.jit(programs.init)(np.uint32(self._config.seed))
         self._lanes = self._env.make_lanes(self._topology.num_envs, self._options)
