@@ -69,7 +69,7 @@ class LaneOptions:
     step_timeout_seconds: float = 60.0
     """A worker that takes longer over a step or a reset counts as hung, and is replaced."""
     max_failures: int = 10
-    """Failed environments that a run survives."""
+    """Failures that a run survives; a worker that hangs or dies is one, though it takes all its lanes with it."""
 
 
 class HostEnv(NamedTuple):
