@@ -65,7 +65,7 @@ def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space
         name=f"ale:{name}",
         observation_shape=SCREEN,
         observation_dtype=np.dtype(np.uint8),
-        num_actions=int(probe.single_action_space.n),
+        num_actions=len(probe.ale.get_action_set()),
         frame_stack=4,
         time_limit=TIME_LIMIT_FRAMES // FRAME_SKIP,
     )

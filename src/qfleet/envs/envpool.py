@@ -1,5 +1,6 @@
 """Environments of EnvPool (Weng et al. 2022, arXiv 2206.10558), stepped by its own threads: extra `envpool`."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -122,28 +123,29 @@ def _describe(name: str, is_atari: bool, make_pool: Callable[..., Any]) -> tuple
         warnings.simplefilter("ignore")  # Gymnasium's, on the precision of bounds that EnvPool gives
         observations, actions = pool.observation_space, pool.action_space
     config = pool.config
-    pool.close()
     if config["max_num_players"] > 1:
         raise ConfigError(f"environment envpool:{name} must have one player, it has {config['max_num_players']}")
-    encode: _Encode
-    if is_atari:
-        encode, shape, dtype = _single_frame, SCREEN, np.dtype(np.uint8)
-    elif isinstance(observations, gymnasium.spaces.Dict) and set(observations) == {"direction", "image", "mission"}:
-        encode, dtype = _one_hot_grid, np.dtype(bool)
-        shape = (*observations["image"].shape[:2], sum(_GRID_LEVELS))
-    else:
-        encode = encoder = make_encoder(observations, f"envpool:{name}")
-        shape, dtype = encoder.shape, encoder.dtype
+    encode = _make_encode(observations, name, is_atari)
+    with contextlib.closing(pool):
+        first = encode(pool.reset()[0], 1)[0]
     limit = config["max_episode_steps"]
     spec = EnvSpec(
         name=f"envpool:{name}",
-        observation_shape=shape,
-        observation_dtype=dtype,
+        observation_shape=first.shape,
+        observation_dtype=first.dtype,
         num_actions=int(discrete_actions(actions, f"envpool:{name}").n),
         frame_stack=4 if is_atari else 1,
         time_limit=None if limit >= _NO_LIMIT else limit,
     )
     return spec, encode
+
+
+def _make_encode(observations: gymnasium.Space, name: str, is_atari: bool) -> _Encode:
+    if is_atari:
+        return _single_frame
+    if isinstance(observations, gymnasium.spaces.Dict) and set(observations) == {"direction", "image", "mission"}:
+        return _one_hot_grid
+    return make_encoder(observations, f"envpool:{name}")
 
 
 def _single_frame(observation: np.ndarray, num_lanes: int) -> np.ndarray:

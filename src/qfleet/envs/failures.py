@@ -45,7 +45,7 @@ class FailureBudget:
         if self.count > self._max_failures:
             raise RunFailed(
                 f"environments may fail at most max_failures={self._max_failures} times, {self._name} failed "
-                f"{self.count} times, last {failure}. Mend the environment, or raise max_failures if it is known to fail"
+                f"{self.count} times, last {failure}. Mend the environment, or raise max_failures"
             )
         logger.warning(
             "environment %s failed %s; replaced (failure %d of %d that the run survives)",

@@ -1,4 +1,4 @@
-"""Environments of Gymnasium, and whatever else is registered with it: one by one, in workers, or its own vector ones."""
+"""Environments of Gymnasium, and whatever else is registered with it."""
 
 import functools
 import importlib
@@ -76,7 +76,7 @@ def find(name: str) -> GymnasiumSpec:
         return gymnasium.spec(local_name)
     except gymnasium.error.Error as error:
         near = suggest(local_name, gymnasium.registry)
-        raise ConfigError(f"Gymnasium must have an environment {local_name!r} registered, it has none.{near}") from error
+        raise ConfigError(f"Gymnasium has no environment {local_name!r}.{near}") from error
 
 
 def _make_one(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> Any:

@@ -36,7 +36,7 @@ class HostLanes(Protocol):
     """Environments under way, one per lane. Not safe to use from several threads at once."""
 
     def reset(self, seed: int) -> np.ndarray:
-        """Starts an episode in every lane, from seeds that only `seed` and the lane decide.
+        """Starts an episode in every lane, from seeds that only `seed` and the lane decide. Not with a step under way.
 
         Returns:
           `[lanes, *observation_shape]`.

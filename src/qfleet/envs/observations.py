@@ -36,7 +36,8 @@ class Encoder:
             raise ValueError(f"the observation must have shape {(*batch, *self.shape)}, got {encoded.shape}")
         if encoded.dtype.kind == "f" and not np.isfinite(encoded).all():
             where = "" if num_lanes is None else f" in lane {first_not_finite(encoded)}"
-            raise ValueError(f"the observation must be finite, got {np.extract(~np.isfinite(encoded), encoded)[0]}{where}")
+            value = encoded[~np.isfinite(encoded)][0]
+            raise ValueError(f"the observation must be finite, got {value}{where}")
         return encoded
 
 
@@ -54,9 +55,10 @@ def make_encoder(space: gymnasium.Space, name: str) -> Encoder:
     if isinstance(space, gymnasium.spaces.Discrete):
         return Encoder((int(space.n),), np.dtype(bool), int(space.start))
     if isinstance(space, gymnasium.spaces.Box) and space.shape:
-        narrow = space.dtype.kind in "biu" and space.dtype.itemsize <= 4
-        # Networks compute in float32: what is wider, or float16, would only be converted later, or not be exact.
-        return Encoder(space.shape, space.dtype if narrow else np.dtype(np.float32))
+        dtype = np.dtype(space.dtype)
+        # Networks compute in float32; what is narrower is kept, to spare the replay's memory.
+        is_kept = dtype.kind in "biu" and dtype.itemsize <= 4
+        return Encoder(space.shape, dtype if is_kept else np.dtype(np.float32))
     remedy = "wrap it in gymnasium.wrappers.FlattenObservation and register that under an id of your own"
     raise ConfigError(f"environment {name}: observations must be a Box with axes or Discrete, got {space}; {remedy}")
 

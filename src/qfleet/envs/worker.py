@@ -20,8 +20,8 @@ class Share(NamedTuple):
     first_action: int
     num_lanes: int
     """Of all workers together, which share one buffer."""
-    lanes: range
     max_failures: int
+    lanes: range
 
 
 def work(connection: Connection, buffer: Any, share: Share) -> None:
@@ -40,7 +40,10 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
     connection.send(None)
     try:
         while True:
-            command, *arguments = connection.recv()
-            connection.send((group.reset if command == "reset" else group.step)(*arguments, out))
+            match connection.recv():
+                case "reset", seed, rebuilds:
+                    connection.send(group.reset(seed, rebuilds, out))
+                case "step", actions:
+                    connection.send(group.step(actions, out))
     except (EOFError, OSError):  # the parent has closed its end, or is gone
         group.close()

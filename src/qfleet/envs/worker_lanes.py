@@ -4,6 +4,7 @@ Actions and failures go through pipes, all arrays through memory that the proces
 forked copy of a process in which JAX has threads may hang.
 """
 
+import functools
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -44,15 +45,9 @@ class WorkerLanes:
         self._arrays = make_arrays(num_lanes, encoder, buffer)
         shares = np.array_split(np.arange(num_lanes), min(options.num_workers, num_lanes))
         make_env = CloudpickleWrapper(make_env)  # environments of notebooks and closures travel as well
+        share = functools.partial(Share, make_env, encoder, first_action, num_lanes, options.max_failures)
         self._workers = [
-            _Worker(
-                context,
-                buffer,
-                Share(
-                    make_env, encoder, first_action, num_lanes, range(int(lanes[0]), int(lanes[-1]) + 1), options.max_failures
-                ),
-            )
-            for lanes in shares
+            _Worker(context, buffer, share(lanes=range(int(lanes[0]), int(lanes[-1]) + 1))) for lanes in shares
         ]
         try:
             for worker in self._workers:
