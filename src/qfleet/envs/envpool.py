@@ -43,10 +43,17 @@ def make(name: str, **options: Any) -> HostEnv:
     if name not in registry.specs:
         raise ConfigError(f"EnvPool has no environment {name!r}.{suggest(name, registry.specs)}")
     is_atari = registry.specs[name][0] == "envpool.atari"
-    settings = {**(_atari() if is_atari else {}), **options}
+    protocol = _atari() if is_atari else {}
+    if fixed := sorted(protocol.keys() & options.keys()):
+        raise ConfigError(f"envpool:{name}: {', '.join(fixed)} must be left as the protocol for Atari has it")
+    settings = {**protocol, **options}
 
     def make_pool(seeds: Sequence[int], **further: Any) -> Any:
-        return envpool.make_gymnasium(name, num_envs=len(seeds), seed=list(seeds), **{**settings, **further})
+        pool = envpool.make_gymnasium(name, num_envs=len(seeds), seed=list(seeds), **{**settings, **further})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Gymnasium's, on the precision of bounds that EnvPool gives
+            _ = pool.observation_space, pool.action_space  # made once, and kept by the pool
+        return pool
 
     spec, encode = _describe(name, is_atari, make_pool)
 
@@ -119,10 +126,7 @@ def _describe(name: str, is_atari: bool, make_pool: Callable[..., Any]) -> tuple
         raise ConfigError(
             f"envpool:{name} must be one that envpool.make can make, got {type(error).__name__}: {error}"
         ) from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Gymnasium's, on the precision of bounds that EnvPool gives
-        observations, actions = pool.observation_space, pool.action_space
-    config = pool.config
+    observations, config = pool.observation_space, pool.config
     if config["max_num_players"] > 1:
         raise ConfigError(f"environment envpool:{name} must have one player, it has {config['max_num_players']}")
     encode = _make_encode(observations, name, is_atari)
@@ -133,7 +137,7 @@ def _describe(name: str, is_atari: bool, make_pool: Callable[..., Any]) -> tuple
         name=f"envpool:{name}",
         observation_shape=first.shape,
         observation_dtype=first.dtype,
-        num_actions=int(discrete_actions(actions, f"envpool:{name}").n),
+        num_actions=int(discrete_actions(pool.action_space, f"envpool:{name}").n),
         frame_stack=4 if is_atari else 1,
         time_limit=None if limit >= _NO_LIMIT else limit,
     )

@@ -77,8 +77,9 @@ class WorkerLanes:
     def close(self) -> None:
         for worker in self._workers:
             worker.hang_up()
+        deadline = time.monotonic() + _CLOSE_SECONDS
         for worker in self._workers:
-            worker.end(_CLOSE_SECONDS)
+            worker.end(deadline)
 
     def _gather(self) -> None:
         """Waits for every worker; those that are lost are replaced, with all their lanes."""
@@ -154,7 +155,7 @@ class _Worker:
     def restart(self, rebuilds: int) -> None:
         """Starts another process in its place, and an episode in each of its lanes."""
         self.hang_up()
-        self.end(0.0)
+        self.end(time.monotonic())
         self._start()
         self.wait_until_ready()
         self._rebuilds = rebuilds
@@ -163,9 +164,9 @@ class _Worker:
     def hang_up(self) -> None:
         self._connection.close()
 
-    def end(self, patience_seconds: float) -> None:
-        """Sees the process to its end, by killing it if need be; may be called twice."""
-        self._process.join(patience_seconds)
+    def end(self, deadline: float) -> None:
+        """Sees the process to its end, by killing it at that time of the monotonic clock; may be called twice."""
+        self._process.join(max(0.0, deadline - time.monotonic()))
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
