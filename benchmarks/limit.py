@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qfleet import TrainConfig, make_config, make_env
+from qfleet import InGraphEnv, TrainConfig, make_config, make_env
 from qfleet.core.agent import Agent, make_agent
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
 from qfleet.networks import check_network, make_network
@@ -66,6 +66,7 @@ def main() -> None:
 def measure(config: TrainConfig, repeats: int) -> dict[str, float]:
     """Returns microseconds per iteration of both programs, and environment steps/s of the whole one."""
     env = make_env(config.env)
+    assert isinstance(env, InGraphEnv)
     network = make_network(env.spec, config.agent)
     limit_cpu_threads(check_network(network, env.spec))
     fused = Fused(config, env, network)

@@ -40,6 +40,7 @@ def steps_per_second(lowering: str) -> float:
     settings: dict[str, Any] = {"torso": "minatar", "hidden_sizes": (128,), "convolution": lowering}
     config = qfleet.make_config(ENV, "pqn", **settings)
     env = qfleet.make_env(ENV)
+    assert isinstance(env, qfleet.InGraphEnv)
     fused = Fused(config, env, make_network(env.spec, config.agent))
     fused.start()
     speeds = []

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qfleet.api import Run, iterate, load, resume, train
     from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfig, RunFailed, TrainConfig
     from qfleet.core.types import EnvSpec, Network
+    from qfleet.envs.host import HostEnv, HostLanes, HostStep, LaneOptions
     from qfleet.envs.registry import list_envs, make_env, register_env
     from qfleet.envs.spec import InGraphEnv, StepResult
     from qfleet.networks import from_nnx
@@ -25,6 +26,7 @@ _HOMES = {
     "qfleet.api": ("Run", "iterate", "load", "resume", "train"),
     "qfleet.config": ("AgentConfig", "ConfigError", "FusedConfig", "OverlappedConfig", "RunFailed", "TrainConfig"),
     "qfleet.core.types": ("EnvSpec", "Network"),
+    "qfleet.envs.host": ("HostEnv", "HostLanes", "HostStep", "LaneOptions"),
     "qfleet.envs.registry": ("list_envs", "make_env", "register_env"),
     "qfleet.envs.spec": ("InGraphEnv", "StepResult"),
     "qfleet.networks": ("from_nnx",),
@@ -40,7 +42,11 @@ __all__ = [
     "ConfigError",
     "EnvSpec",
     "FusedConfig",
+    "HostEnv",
+    "HostLanes",
+    "HostStep",
     "InGraphEnv",
+    "LaneOptions",
     "Network",
     "OverlappedConfig",
     "Policy",

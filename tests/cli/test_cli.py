@@ -54,6 +54,9 @@ def exit_code(arguments: list[str]) -> int:
         (["eval", "no-such-run"], "a run is a folder with a config.json"),
         (["eval", "no-such-run", "--episodes", "0"], "episodes must be"),
         (["resume", "no-such-run"], "a run is a folder with a config.json"),
+        (["check-env", "CartPol-v1"], "Did you mean CartPole-v1"),
+        (["check-env", "CartPole-v1", "--steps", "0"], "steps must be at least 1"),
+        (["check-env", "CartPole-v1", "--num-workers", "-1"], "num_workers must be at least 0"),
     ],
     ids=" ".join,
 )
@@ -181,3 +184,15 @@ def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_goes_on(tmp_path:
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["env_steps"] > summary["env_steps"]
+
+
+def test_check_env_prints_a_line_for_each_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-env", "gym:FrozenLake-v1", "--steps", "50"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10 and all(line.startswith("ok ") for line in lines)
+
+
+def test_check_env_ends_with_1_if_something_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    qfleet.register_env("NaN-v1", lambda: probes.nan_reward(at_step=20))
+    assert main(["check-env", "NaN-v1", "--steps", "50"]) == 1
+    assert "FAIL training: numbers are finite" in capsys.readouterr().out

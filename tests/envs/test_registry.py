@@ -1,5 +1,6 @@
 """Names, user registrations and what is said when they are wrong."""
 
+import dataclasses
 import pathlib
 import re
 import subprocess
@@ -13,7 +14,8 @@ import probes
 import pytest
 
 from qfleet.config import ConfigError
-from qfleet.envs import cartpole, registry
+from qfleet.envs import cartpole, gymnasium, registry
+from qfleet.envs.host import HostEnv
 from qfleet.envs.registry import check_env, list_envs, make_env, register_env
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
@@ -70,6 +72,9 @@ def test_names_that_would_hide_others_are_refused(name: str) -> None:
         ("Maze-7", r"`qfleet envs` lists them all"),
         ("gymnaxx:Breakout-MinAtar", r"got 'gymnaxx' \(ModuleNotFoundError.*Did you mean gymnax\?"),
         (":CartPole-v1", r"got ''"),
+        ("LunarLandr-v3", r"no environment is named 'LunarLandr-v3'\. Did you mean LunarLander-v3"),
+        ("gym:FrozenLak-v1", r"Gymnasium has no environment 'FrozenLak-v1'\. Did you mean FrozenLake-v1"),
+        ("counters:Count-v0", r"module counters must register 'Count-v0'.*Did you mean Counter-v0"),
     ],
 )
 def test_an_unknown_name_says_what_is_near(name: str, message: str) -> None:
@@ -145,5 +150,52 @@ def test_a_breach_of_the_contract_is_one_clear_error(changes: dict[str, Any], me
 
 def test_a_make_that_returns_something_else_is_refused() -> None:
     register_env("Mine", lambda: None)  # type: ignore[arg-type, return-value]
-    with pytest.raises(ConfigError, match=r"what its make\(\) returns must be an InGraphEnv, got NoneType"):
+    with pytest.raises(
+        ConfigError, match=r"what its make\(\) returns must be an InGraphEnv or a HostEnv, got NoneType"
+    ):
+        make_env("Mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "spec_name"),
+    [
+        ("gym:CartPole-v1", "gym:CartPole-v1"),
+        ("FrozenLake-v1", "gym:FrozenLake-v1"),
+        ("gym:counters:Counter-v0", "gym:counters:Counter-v0"),
+        ("counters:Counter-v0", "gym:counters:Counter-v0"),
+    ],
+)
+def test_gymnasium_is_found_with_its_prefix_and_without(name: str, spec_name: str) -> None:
+    env = make_env(name)
+    assert isinstance(env, HostEnv) and env.spec.name == spec_name
+    check_env(env, name)
+
+
+def test_our_own_version_comes_before_gymnasiums() -> None:
+    assert isinstance(make_env("CartPole-v1"), InGraphEnv)
+    register_env("FrozenLake-v1", probes.time_limit)
+    assert make_env("FrozenLake-v1").spec.name == "time-limit"
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "message"),
+    [
+        ("ale:Pong", "ale_py", r"ale:Pong needs ALE .*; pip install 'qfleet\[atari\]'"),
+        ("envpool:Pong-v5", "envpool", r"envpool:Pong-v5 needs EnvPool .*; pip install 'qfleet\[envpool\]'"),
+        ("gymnax:Breakout-MinAtar", "gymnax", r"needs gymnax .*; pip install 'qfleet\[gymnax\]'"),
+        ("LunarLander-v3", "Box2D", r"gym:LunarLander-v3 needs .*; pip install 'qfleet\[box2d\]'"),
+    ],
+)
+def test_a_missing_extra_is_named(name: str, package: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=message):
+        make_env(name)
+
+
+def test_a_registered_environment_may_live_outside_the_program() -> None:
+    env = gymnasium.make("FrozenLake-v1")
+    register_env("Mine", lambda: env)
+    assert make_env("Mine") is env
+    register_env("Mine", lambda: env._replace(spec=dataclasses.replace(env.spec, num_actions=0)))
+    with pytest.raises(ConfigError, match="environment Mine: num_actions must be a whole number, at least 1, got 0"):
         make_env("Mine")

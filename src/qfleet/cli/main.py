@@ -1,6 +1,6 @@
 """`qfleet`: finds the command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 1 the run failed; 2 bad input; 130 interrupted before training began.
+Exit codes: 0 done; 1 the run or the check failed; 2 bad input; 130 interrupted before training began.
 """
 
 import importlib
@@ -17,6 +17,7 @@ _COMMANDS = {
     "eval": "evaluate what a run has learned",
     "resume": "go on with a run from its newest checkpoint",
     "envs": "list the environments",
+    "check-env": "check that an environment keeps the contract",
     "presets": "list the presets",
 }
 
@@ -78,6 +79,6 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError(
             f"the command must be one of {', '.join(_COMMANDS)}, got {command!r}.{suggest(command, _COMMANDS)}"
         )
-    module = importlib.import_module(f"qfleet.cli.{command}_command")
+    module = importlib.import_module(f"qfleet.cli.{command.replace('-', '_')}_command")
     code: int = module.run(rest)
     return code

@@ -1,1 +1,1 @@
-"""Environments: their contract (`spec`), many at once in a compiled loop (`in_graph`), and their names (`registry`)."""
+"""Environments: two contracts (`spec` in JAX, `host` outside), what fulfils them, and their names (`registry`)."""

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from qfleet.config import ConfigError
 from qfleet.core.types import EnvSpec
 
 __all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions"]
@@ -36,7 +37,7 @@ class HostLanes(Protocol):
     """Environments under way, one per lane. Not safe to use from several threads at once."""
 
     def reset(self, seed: int) -> np.ndarray:
-        """Starts an episode in every lane, from seeds that only `seed` and the lane decide.
+        """Starts an episode in every lane, from seeds that only `seed` and the lane decide. Not with a step under way.
 
         Returns:
           `[lanes, *observation_shape]`.
@@ -69,7 +70,14 @@ class LaneOptions:
     step_timeout_seconds: float = 60.0
     """A worker that takes longer over a step or a reset counts as hung, and is replaced."""
     max_failures: int = 10
-    """Failed environments that a run survives."""
+    """Failures that a run survives; a worker that hangs or dies is one, though it takes all its lanes with it."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_workers", "max_failures"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.step_timeout_seconds > 0:
+            raise ConfigError(f"step_timeout_seconds must be above 0, got {self.step_timeout_seconds}")
 
 
 class HostEnv(NamedTuple):

@@ -1,4 +1,4 @@
-"""Names of environments: ours, gymnax's, and those that users register.
+"""Names of environments: ours, those of gymnax, Gymnasium, ALE and EnvPool, and those that users register.
 
 Nothing here imports JAX until an environment is made, so that the command line can list names at once.
 """
@@ -12,6 +12,7 @@ import numpy as np
 from qfleet.config import ConfigError, suggest
 
 if TYPE_CHECKING:
+    from qfleet.envs.host import HostEnv
     from qfleet.envs.spec import InGraphEnv
 
 _OURS = {
@@ -20,14 +21,18 @@ _OURS = {
     "MountainCar-v0": "qfleet.envs.mountain_car",
 }
 _MINATAR = ("Asterix-MinAtar", "Breakout-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar")
+_BACKENDS = {
+    "gymnax": "qfleet.envs.gymnax",
+    "gym": "qfleet.envs.gymnasium",
+    "ale": "qfleet.envs.ale",
+    "envpool": "qfleet.envs.envpool",
+}
+"""What may stand before the colon, and the module whose `make` takes what stands after it."""
 
-_PREFIXES = ("gymnax", "gym", "ale", "envpool")
-"""What may stand before a colon beside a module's name: where the environment comes from."""
-
-_registered: dict[str, Callable[[], "InGraphEnv"]] = {}
+_registered: dict[str, Callable[[], "InGraphEnv | HostEnv"]] = {}
 
 
-def register_env(name: str, make: Callable[[], "InGraphEnv"]) -> None:
+def register_env(name: str, make: Callable[[], "InGraphEnv | HostEnv"]) -> None:
     """Gives an environment a name; `make_env(name)` calls `make` and checks what it returns.
 
     Registering a name again replaces it, so that a notebook cell may run twice.
@@ -48,31 +53,32 @@ def list_envs() -> list[tuple[str, str]]:
         *((name, "registered by this program") for name in _registered),
         *((f"gymnax:{name}", "gymnax, in JAX (extra 'gymnax')") for name in _MINATAR),
         ("gymnax:NAME", "any other environment of gymnax with discrete actions"),
-        ("MODULE:NAME", "yours: the Python module MODULE calls qfleet.register_env(NAME, make) when imported"),
+        ("gym:NAME", "Gymnasium's with discrete actions, such as gym:LunarLander-v3 (extra 'box2d')"),
+        ("NAME", "the same, if none of those above has that name"),
+        ("ale:GAME", "Atari on ALE's threads, such as ale:Pong (extra 'atari')"),
+        ("envpool:NAME", "EnvPool's, such as envpool:Pong-v5 (extra 'envpool')"),
+        ("MODULE:NAME", "yours: the Python module MODULE registers NAME with qfleet or Gymnasium when imported"),
     ]
 
 
-def make_env(name: str) -> "InGraphEnv":
+def make_env(name: str) -> "InGraphEnv | HostEnv":
     """Returns the environment of that name, in any of the forms that `list_envs` gives.
+
+    A bare name is one of ours, else one that this program registered, else one of Gymnasium's.
 
     Raises:
       ConfigError: if there is none, its module can't be imported, or a registered one breaks the contract.
     """
     if name in _OURS:
         return importlib.import_module(_OURS[name]).make()
-    prefix, separator, local_name = name.rpartition(":")
-    if prefix == "gymnax":
-        from qfleet.envs import gymnax
-
-        return gymnax.make(local_name)
+    backend, separator, rest = name.partition(":")
+    if separator and backend in _BACKENDS:
+        return importlib.import_module(_BACKENDS[backend]).make(rest)
+    module, separator, local_name = name.rpartition(":")
     if separator:
-        _import(prefix)
+        _import(module)
     if local_name not in _registered:
-        if prefix:
-            rule = f"module {prefix} must register {local_name!r} with qfleet.register_env when imported"
-            raise ConfigError(f"{rule}, it registered no such name.{suggest(local_name, _registered)}")
-        known = [*_OURS, *_registered, *(f"gymnax:{minatar}" for minatar in _MINATAR)]
-        raise ConfigError(f"no environment is named {name!r}.{suggest(name, known)} `qfleet envs` lists them all.")
+        return _make_of_gymnasium(name, module, local_name)
     env = _registered[local_name]()
     check_env(env, name)
     return env
@@ -83,24 +89,79 @@ def default_topology(name: str) -> str:
 
     It makes registered environments, to see what they are; others are known by their names.
     """
-    prefix, separator, local_name = name.rpartition(":")
-    if separator and prefix not in _PREFIXES:
-        _import(prefix)
-    is_registered = local_name in _registered and prefix not in _PREFIXES
-    if name in _OURS or prefix == "gymnax" or (is_registered and _is_in_graph(_registered[local_name]())):
+    backend, separator, _ = name.partition(":")
+    if name in _OURS or backend == "gymnax":
         return "fused"
-    return "overlapped"
+    module, _, local_name = name.rpartition(":")
+    if separator and backend not in _BACKENDS:
+        _import(module)
+    if backend in _BACKENDS or local_name not in _registered:
+        return "overlapped"
+
+    from qfleet.envs.host import HostEnv
+
+    return "overlapped" if isinstance(_registered[local_name](), HostEnv) else "fused"
 
 
-def check_env(env: "InGraphEnv", name: str) -> None:
-    """Raises ConfigError if an environment breaks the contract of `InGraphEnv`; traces it, runs nothing."""
+def check_env(env: "InGraphEnv | HostEnv", name: str) -> None:
+    """Raises ConfigError if an environment breaks the contract of its kind; traces one in JAX, runs nothing.
+
+    `qfleet.envs.conformance.check` runs it, and finds more.
+    """
+    from qfleet.envs.host import HostEnv
+    from qfleet.envs.spec import InGraphEnv
+
+    is_env = isinstance(env, InGraphEnv | HostEnv)
+    _check(is_env, name, "what its make() returns", "an InGraphEnv or a HostEnv", type(env).__name__)
+    _check_spec(env.spec, name)
+    if isinstance(env, InGraphEnv):
+        _check_in_graph(env, name)
+
+
+def _make_of_gymnasium(name: str, module: str, local_name: str) -> "HostEnv":
+    import gymnasium
+
+    if local_name in gymnasium.registry:
+        from qfleet.envs import gymnasium as backend
+
+        return backend.make(name)
+    if module:
+        rule = f"module {module} must register {local_name!r} with qfleet.register_env or Gymnasium when imported"
+        near = suggest(local_name, [*_registered, *gymnasium.registry])
+        raise ConfigError(f"{rule}, it registered no such name.{near}")
+    ours = [*_OURS, *_registered, *(f"gymnax:{minatar}" for minatar in _MINATAR)]
+    near = suggest(name, ours) or suggest(name, gymnasium.registry)
+    raise ConfigError(f"no environment is named {name!r}.{near} `qfleet envs` lists them all.")
+
+
+def _check(holds: bool, name: str, what: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ConfigError(f"environment {name}: {what} must be {rule}, got {value}")
+
+
+def _check_spec(spec: Any, name: str) -> None:
+    """Checks what both kinds of environment have."""
+    from qfleet.core.types import EnvSpec
+
+    _check(isinstance(spec, EnvSpec), name, "its spec", "an EnvSpec", type(spec).__name__)
+    shape, dtype = spec.observation_shape, spec.observation_dtype
+    is_shape = isinstance(shape, tuple) and all(map(_is_count, shape))
+    _check(is_shape, name, "observation_shape", "a tuple of whole numbers", shape)
+    is_dtype = isinstance(dtype, np.dtype) and dtype.kind in "biuf"
+    rule = "a NumPy dtype of numbers or bool, such as np.dtype('float32')"
+    _check(is_dtype, name, "observation_dtype", rule, repr(dtype))
+    for name_of_count in ("num_actions", "frame_stack"):
+        count = getattr(spec, name_of_count)
+        _check(_is_count(count), name, name_of_count, "a whole number, at least 1", count)
+    limit = spec.time_limit
+    _check(limit is None or _is_count(limit), name, "time_limit", "a whole number, at least 1, or None", limit)
+
+
+def _check_in_graph(env: "InGraphEnv", name: str) -> None:
+    """Checks what the functions of an environment in JAX return."""
     import jax
 
-    from qfleet.envs.spec import InGraphEnv, StepResult
-
-    def check(holds: bool, what: str, rule: str, value: Any) -> None:
-        if not holds:
-            raise ConfigError(f"environment {name}: {what} must be {rule}, got {value}")
+    from qfleet.envs.spec import StepResult
 
     def trace(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
@@ -111,41 +172,23 @@ def check_env(env: "InGraphEnv", name: str) -> None:
             ) from error
 
     def check_like(what: str, tree: Any, expected: str) -> None:
-        check(_describe(tree) == expected, what, expected, _describe(tree))
+        _check(_describe(tree) == expected, name, what, expected, _describe(tree))
 
-    check(isinstance(env, InGraphEnv), "what its make() returns", "an InGraphEnv", type(env).__name__)
-    spec = env.spec
-    shape, dtype = spec.observation_shape, spec.observation_dtype
-    is_shape = isinstance(shape, tuple) and all(map(_is_count, shape))
-    check(is_shape, "observation_shape", "a tuple of whole numbers", shape)
-    is_dtype = isinstance(dtype, np.dtype) and dtype.kind in "biuf"
-    check(is_dtype, "observation_dtype", "a NumPy dtype of numbers or bool, such as np.dtype('float32')", repr(dtype))
-    for name_of_count in ("num_actions", "frame_stack"):
-        count = getattr(spec, name_of_count)
-        check(_is_count(count), name_of_count, "a whole number, at least 1", count)
-    limit = spec.time_limit
-    check(limit is None or _is_count(limit), "time_limit", "a whole number, at least 1, or None", limit)
-
+    shape, dtype = env.spec.observation_shape, env.spec.observation_dtype
     key = jax.eval_shape(jax.random.key, 0)
     action = jax.ShapeDtypeStruct((), np.int32)
     observation = f"{dtype}{list(shape)}"
     begun = trace("reset(key)", env.reset, key)
     is_pair = isinstance(begun, tuple) and len(begun) == 2
-    check(is_pair, "what reset returns", "(state, observation)", _describe(begun))
+    _check(is_pair, name, "what reset returns", "(state, observation)", _describe(begun))
     check_like("the observation of reset", begun[1], observation)
     result = trace("step(state, action, key)", env.step, begun[0], action, key)
-    check(isinstance(result, StepResult), "what step returns", "a StepResult", _describe(result))
+    _check(isinstance(result, StepResult), name, "what step returns", "a StepResult", _describe(result))
     check_like("the observation of step", result.observation, observation)
     check_like("the reward", result.reward, "float32[]")
     check_like("terminated", result.terminated, "bool[]")
     check_like("truncated", result.truncated, "bool[]")
     check_like("the state after step", result.state, _describe(begun[0]))
-
-
-def _is_in_graph(env: Any) -> bool:
-    from qfleet.envs.host import HostEnv
-
-    return not isinstance(env, HostEnv)
 
 
 def _is_count(value: Any) -> bool:
@@ -164,6 +207,6 @@ def _import(module: str) -> None:
         importlib.import_module(module)
     except Exception as error:  # whatever the user's module raises is what is wrong with it
         raise ConfigError(
-            f"what stands before the colon must be 'gymnax' or a Python module that can be imported, got {module!r} "
-            f"({type(error).__name__}: {error}).{suggest(module, ['gymnax'])}"
+            f"what stands before the colon must be {', '.join(_BACKENDS)} or a Python module that can be imported, got "
+            f"{module!r} ({type(error).__name__}: {error}).{suggest(module, _BACKENDS)}"
         ) from error

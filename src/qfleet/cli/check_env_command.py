@@ -1,0 +1,39 @@
+"""`qfleet check-env NAME`."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import tyro
+
+from qfleet.config import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _CheckFlags:
+    """Checks that an environment keeps the contract that learning relies on; exit code 1 if it doesn't."""
+
+    env: tyro.conf.Positional[str]
+    """The environment, as `qfleet envs` lists them."""
+    steps: int = 500
+    """Steps of each of the four lanes."""
+    num_workers: int = 0
+    """Processes to step it in, for Gymnasium's environments."""
+    seed: int = 0
+    """Of the environment and the random actions."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Checks the environment that the flags name."""
+    flags = tyro.cli(_CheckFlags, prog="qfleet check-env", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
+    for name, least in (("steps", 1), ("num_workers", 0), ("seed", 0)):
+        if getattr(flags, name) < least:
+            raise ConfigError(f"{name} must be at least {least}, got {getattr(flags, name)}")
+    from qfleet.envs import conformance
+    from qfleet.envs.registry import make_env
+
+    checks = conformance.check(
+        make_env(flags.env), num_steps=flags.steps, seed=flags.seed, num_workers=flags.num_workers
+    )
+    for found in checks:
+        print(f"{'ok  ' if found.is_ok else 'FAIL'} {found.what}{': ' if found.detail else ''}{found.detail}")
+    return 0 if all(found.is_ok for found in checks) else 1

@@ -1,0 +1,149 @@
+"""Atari games on ALE's native vector environment (Farama 2025): extra `atari`.
+
+The protocol is that of Mnih et al. 2015 with the recommendations of Machado et al. 2018 (arXiv 1709.06009) as options.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qfleet.config import ConfigError, suggest
+from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions
+from qfleet.envs.vector_lanes import VectorLanes, VectorStep
+
+FRAME_SKIP = 4
+TIME_LIMIT_FRAMES = 108_000  # half an hour of play at 60 Hz
+NOOP_MAX = 30
+SCREEN = (84, 84)
+NOOP = 0  # in the minimal and in the full set of actions
+
+
+def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space: bool = False) -> HostEnv:
+    """Returns an Atari game: each step four frames, the last two max-pooled, 84x84 grey, and stacked by the agent.
+
+    Episodes begin with up to 30 no-ops, and are truncated after 108,000 frames. In training, rewards are clipped to
+    [-1, 1] and a lost life terminates; the game itself goes on then, after one no-op. In evaluation neither is so.
+
+    Args:
+      name: the game, such as `MsPacman` or `ms_pacman`.
+      repeat_action_probability: that the emulator repeats the last action; Machado et al. recommend 0.25.
+      full_action_space: all 18 actions rather than those that the game knows.
+
+    Raises:
+      ConfigError: if ALE is missing, there is no such game, or an option is out of range.
+    """
+    try:
+        import ale_py
+        from ale_py import roms
+        from ale_py.vector_env import AtariVectorEnv
+    except ImportError as error:
+        raise ConfigError(f"ale:{name} needs ALE ({error}); pip install 'qfleet[atari]'") from error
+    if not 0.0 <= repeat_action_probability <= 1.0:
+        raise ConfigError(f"repeat_action_probability must be in [0, 1], got {repeat_action_probability}")
+    game = _find_game(name, roms.get_all_rom_ids())
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # or it prints its version for every environment
+
+    def make_vector(num_lanes: int, *, reward_clipping: bool) -> AtariVectorEnv:
+        return AtariVectorEnv(
+            game,
+            num_lanes,
+            max_num_frames_per_episode=TIME_LIMIT_FRAMES,
+            repeat_action_probability=repeat_action_probability,
+            full_action_space=full_action_space,
+            img_height=SCREEN[0],
+            img_width=SCREEN[1],
+            stack_num=1,
+            frameskip=FRAME_SKIP,
+            noop_max=NOOP_MAX,
+            use_fire_reset=False,
+            reward_clipping=reward_clipping,
+        )
+
+    probe = make_vector(1, reward_clipping=False)
+    spec = EnvSpec(
+        name=f"ale:{name}",
+        observation_shape=SCREEN,
+        observation_dtype=np.dtype(np.uint8),
+        num_actions=len(probe.ale.get_action_set()),
+        frame_stack=4,
+        time_limit=TIME_LIMIT_FRAMES // FRAME_SKIP,
+    )
+    probe.close()
+
+    def make_lanes(num_lanes: int, options: LaneOptions) -> HostLanes:
+        def backend(num_lanes: int) -> AleVector:
+            return AleVector(make_vector(num_lanes, reward_clipping=True), lives_end_episodes=True)
+
+        return VectorLanes(spec.name, backend, num_lanes, _without_workers(spec.name, options))
+
+    def make_eval_lanes(num_lanes: int, options: LaneOptions) -> HostLanes:
+        def backend(num_lanes: int) -> AleVector:
+            return AleVector(make_vector(num_lanes, reward_clipping=False), lives_end_episodes=False)
+
+        return VectorLanes(spec.name, backend, num_lanes, _without_workers(spec.name, options))
+
+    return HostEnv(spec, make_lanes, make_eval_lanes)
+
+
+class AleVector:
+    """ALE's vector environment as a backend: its own threads step the lanes between `send` and `recv`.
+
+    Its `episodic_life` isn't used: that starts a new game at every lost life, so that later lives are never seen. Here
+    the game goes on, as in Mnih et al. 2015: the row after a lost life is a no-op whose reward is dropped, as in OpenAI
+    Baselines' EpisodicLifeEnv.
+    """
+
+    def __init__(self, env: Any, *, lives_end_episodes: bool) -> None:
+        self._env, self._lives_end_episodes = env, lives_end_episodes
+        num_lanes = env.num_envs
+        self._lives = np.zeros(num_lanes, np.int32)
+        self._resumes = np.zeros(num_lanes, bool)  # a life was lost in the last row: the game goes on with a no-op
+        self._over = np.zeros(num_lanes, bool)  # the game ended in that no-op, which can't be told in that row
+        self._last: VectorStep | None = None
+
+    def begin(self, seeds: Sequence[int]) -> np.ndarray:
+        observation, info = self._env.reset(seed=np.asarray(seeds))
+        self._lives = info["lives"]
+        self._resumes[:], self._over[:], self._last = False, False, None
+        return observation[:, 0]
+
+    def send(self, action: np.ndarray) -> None:
+        self._env.send(np.where(self._resumes, NOOP, action).astype(np.int32))
+
+    def recv(self) -> VectorStep:
+        observation, reward, terminated, truncated, info = self._env.recv()
+        step = VectorStep(observation[:, 0], reward, terminated, truncated)
+        return self._end_with_lives(step, info["lives"]) if self._lives_end_episodes else step
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _end_with_lives(self, step: VectorStep, lives: np.ndarray) -> VectorStep:
+        resumed, was_over, last = self._resumes, self._over, self._last
+        ended = step.terminated | step.truncated
+        # 0 lives: the game is about to end by itself, in some games only frames later. Its end is reported then.
+        lost = (lives < self._lives) & (lives > 0) & ~ended & ~resumed
+        self._over = resumed & ended
+        if last is not None and was_over.any():
+            # ALE has used this row to start a new game. Tell the old one's end instead, and resume the new one.
+            step.observation[was_over] = last.observation[was_over]
+            lost |= was_over & last.terminated
+            step.truncated[was_over] = last.truncated[was_over]
+        self._lives, self._resumes, self._last = lives, lost | was_over, step
+        return step._replace(terminated=step.terminated | lost)
+
+
+def _find_game(name: str, known: Sequence[str]) -> str:
+    games = {game.replace("_", ""): game for game in known}
+    key = name.replace("_", "").lower()
+    if key not in games:
+        nice = {game.title().replace("_", ""): game for game in known}
+        raise ConfigError(f"ALE has no game {name!r}.{suggest(name, nice)}")
+    return games[key]
+
+
+def _without_workers(name: str, options: LaneOptions) -> LaneOptions:
+    if options.num_workers:
+        raise ConfigError(f"num_workers must be 0 for {name}, which has threads of its own, got {options.num_workers}")
+    return options

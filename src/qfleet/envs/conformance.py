@@ -1,0 +1,233 @@
+"""One suite of checks for every environment, whatever runs it: are its rows what the replay takes them for?"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from qfleet.envs import in_graph
+from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, HostStep, LaneOptions
+from qfleet.envs.spec import InGraphEnv
+
+NUM_LANES = 4
+
+
+class Check(NamedTuple):
+    """What one check found."""
+
+    what: str
+    is_ok: bool
+    detail: str
+
+
+class Recording(NamedTuple):
+    """Some rows as lanes returned them, `[rows, lanes]` everywhere. Row t is acted on with `action[t]`."""
+
+    observation: np.ndarray
+    """`[rows + 1, lanes, *observation_shape]`."""
+    action: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    failed: np.ndarray
+    is_overwritten: bool
+    """An array that was returned earlier had changed by the end."""
+
+    @property
+    def ended(self) -> np.ndarray:
+        """`[rows, lanes]`, the episode ended in this step."""
+        return self.terminated | self.truncated
+
+    @property
+    def begins(self) -> np.ndarray:
+        """`[rows, lanes]`, the action was for a final observation: this step is the start of a new episode."""
+        return np.concatenate([np.zeros_like(self.ended[:1]), self.ended[:-1]])
+
+
+def check(env: InGraphEnv | HostEnv, *, num_steps: int = 500, seed: int = 0, num_workers: int = 0) -> list[Check]:
+    """Plays random actions in a few lanes, several times over, and returns what each check found.
+
+    Args:
+      env: the environment, in JAX or not.
+      num_steps: steps of each lane.
+      seed: of the lanes and the actions.
+      num_workers: processes for environments that can be stepped by them.
+
+    Raises:
+      RunFailed: if the environment fails too often.
+      ConfigError: if lanes of it can't be made.
+    """
+    options = LaneOptions(num_workers=num_workers)
+    host = env if isinstance(env, HostEnv) else as_host(env)
+    actions = np.random.default_rng(seed).integers(env.spec.num_actions, size=(num_steps, NUM_LANES), dtype=np.int32)
+    lanes = host.make_lanes(NUM_LANES, options)
+    try:
+        shapes = _check_types(lanes, env.spec, seed)
+        if not shapes.is_ok:
+            return [shapes]
+        first = record(lanes, seed, actions)
+        again = record(lanes, seed, actions)
+        other = record(lanes, seed + 1, actions)
+    finally:
+        lanes.close()
+    # Elsewhere than for final observations, the actions are the same.
+    ignored = np.where(first.begins, (actions + 1) % env.spec.num_actions, actions)
+    fresh = _record_once(host.make_lanes, options, seed, ignored)
+    evaluated = _record_once(host.make_eval_lanes, options, seed, actions)
+    return [
+        shapes,
+        *_check_rows(first, env.spec, "training"),
+        *_check_rows(evaluated, env.spec, "evaluation"),
+        *_check_seeds(first, again, other),
+        _check_ignored_actions(first, fresh),
+    ]
+
+
+def record(lanes: HostLanes, seed: int, actions: np.ndarray) -> Recording:
+    """Returns what `[rows, lanes]` actions lead to after a reset."""
+    first = lanes.reset(seed)
+    returned: list[HostStep] = []
+    copies = [first.copy()]
+    for action in actions:
+        lanes.send(action)
+        returned.append(lanes.recv())
+        copies.append(returned[-1].observation.copy())
+    later = [first, *(step.observation for step in returned)]
+    reward, terminated, truncated, failed = map(np.stack, list(zip(*returned, strict=True))[1:])
+    # Bytes, for NaN differs from itself.
+    is_overwritten = any(a.tobytes() != b.tobytes() for a, b in zip(copies, later, strict=True))
+    return Recording(np.stack(copies), actions, reward, terminated, truncated, failed, is_overwritten)
+
+
+def as_host(env: InGraphEnv) -> HostEnv:
+    """Returns an environment in JAX as lanes that step one row at a time."""
+
+    def make_lanes(num_lanes: int, options: LaneOptions) -> HostLanes:
+        return InGraphLanes(env, num_lanes)
+
+    return HostEnv(env.spec, make_lanes, make_lanes)
+
+
+class InGraphLanes:
+    """`HostLanes` of an environment in JAX: slow, one compiled row at a time."""
+
+    def __init__(self, env: InGraphEnv, num_lanes: int) -> None:
+        self._num_lanes = num_lanes
+        self._init = jax.jit(functools.partial(in_graph.init_lanes, env, num_lanes=num_lanes))
+
+        @jax.jit
+        def step(lanes: in_graph.Lanes, action: jax.Array, key: jax.Array) -> tuple[in_graph.Lanes, in_graph.LaneStep]:
+            draws = in_graph.draw(env, key, 1, num_lanes)
+            return in_graph.step_lanes(env, lanes, action, jax.tree.map(lambda x: x[0], draws))
+
+        self._step = step
+
+    def reset(self, seed: int) -> np.ndarray:
+        self._key, key = jax.random.split(jax.random.key(seed))
+        self._lanes = self._init(key)
+        return np.array(self._lanes.observation)
+
+    def send(self, action: np.ndarray) -> None:
+        self._key, key = jax.random.split(self._key)
+        self._lanes, self._row = self._step(self._lanes, action, key)
+
+    def recv(self) -> HostStep:
+        reward, terminated, truncated = map(np.array, self._row)
+        observation = np.array(self._lanes.observation)
+        return HostStep(observation, reward, terminated, truncated, np.zeros(self._num_lanes, bool))
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+def _record_once(
+    make_lanes: Callable[[int, LaneOptions], HostLanes], options: LaneOptions, seed: int, actions: np.ndarray
+) -> Recording:
+    lanes = make_lanes(NUM_LANES, options)
+    try:
+        return record(lanes, seed, actions)
+    finally:
+        lanes.close()
+
+
+def _check_types(lanes: HostLanes, spec: EnvSpec, seed: int) -> Check:
+    """Checks shapes and dtypes in one step, for the other checks rely on them."""
+    first = lanes.reset(seed)
+    lanes.send(np.zeros(NUM_LANES, np.int32))
+    step = lanes.recv()
+    observation = f"{spec.observation_dtype}{[NUM_LANES, *spec.observation_shape]}"
+    expected = [observation, observation, f"float32[{NUM_LANES}]", *[f"bool[{NUM_LANES}]"] * 3]
+    names = ["the observation of reset", *HostStep._fields]
+    got = [f"{array.dtype}{list(array.shape)}" for array in (first, *step)]
+    wrong = [
+        f"{name} must be {right}, got {is_now}"
+        for name, right, is_now in zip(names, expected, got, strict=True)
+        if right != is_now
+    ]
+    return Check("shapes and dtypes", not wrong, "; ".join(wrong) or f"observations are {observation}")
+
+
+def _check_rows(recording: Recording, spec: EnvSpec, where: str) -> Iterator[Check]:
+    """Checks what must hold in every row; `where` is training or evaluation."""
+    numbers = (recording.observation, recording.reward)
+    is_finite = all(np.isfinite(array).all() for array in numbers if array.dtype.kind == "f")
+    yield Check(f"{where}: numbers are finite", is_finite, "" if is_finite else "NaN or infinity came back")
+    failures = int(recording.failed.sum())
+    yield Check(f"{where}: no failures", not failures, f"{failures} steps of a lane failed" if failures else "")
+    detail = "recv returned an array that a later step wrote to" if recording.is_overwritten else ""
+    yield Check(f"{where}: arrays are left alone", not recording.is_overwritten, detail)
+
+    begins = recording.begins
+    pays = bool((recording.reward[begins] != 0).any() or recording.ended[begins].any())
+    num_ends = int(begins.sum())
+    detail = "a row that starts an episode has a reward or ends" if pays else f"{num_ends} of them"
+    yield Check(f"{where}: rows after an end pay nothing", not pays, detail)
+    # Where t ends, row t + 1 holds the final observation and row t + 2 the new episode's first.
+    same = [
+        bool((recording.observation[t, i] == recording.observation[t + 1, i]).all()) for t, i in np.argwhere(begins)
+    ]
+    only_one = bool((recording.observation == recording.observation[0, 0]).all())
+    is_kept = only_one or not same or not all(same)
+    detail = f"{sum(same)} of {len(same)} are equal to the next episode's first"
+    yield Check(f"{where}: final observations are kept", is_kept, detail)
+    yield _check_time_limit(recording, spec, where)
+
+
+def _check_time_limit(recording: Recording, spec: EnvSpec, where: str) -> Check:
+    what = f"{where}: the time limit truncates"
+    if spec.time_limit is None:
+        return Check(what, True, "there is none")
+    age = np.zeros(NUM_LANES, int)
+    reached = 0
+    for begins, ended, failed in zip(recording.begins, recording.ended, recording.failed, strict=True):
+        age = np.where(begins | failed, 0, age + 1)
+        if (age > spec.time_limit).any() or (age[~ended] == spec.time_limit).any():
+            return Check(what, False, f"an episode went on after {spec.time_limit} steps")
+        reached += int((age == spec.time_limit).sum())
+    return Check(what, True, f"after {spec.time_limit} steps, reached by {reached} episodes")
+
+
+def _check_seeds(first: Recording, again: Recording, other: Recording) -> Iterator[Check]:
+    difference = _first_difference(first, again)
+    yield Check("the same seed gives the same rows", difference is None, difference or "")
+    is_random = _first_difference(first, other) is not None
+    detail = "it does" if is_random else "it doesn't: nothing in this environment seems to be random"
+    yield Check("another seed gives other rows", True, detail)
+
+
+def _check_ignored_actions(first: Recording, changed: Recording) -> Check:
+    difference = _first_difference(first, changed)
+    what = "actions for final observations are ignored"
+    return Check(what, difference is None, difference or f"{int(first.begins.sum())} of them changed, in new lanes")
+
+
+def _first_difference(a: Recording, b: Recording) -> str | None:
+    for name in ("observation", "reward", "terminated", "truncated"):
+        left, right = getattr(a, name), getattr(b, name)
+        differs = (left != right) & ((left == left) | (right == right))  # NaN, which another check finds, isn't itself
+        differs = np.argwhere(differs.reshape(*left.shape[:2], -1).any(-1))
+        if len(differs):
+            return f"{name} differs, first in row {differs[0][0]}, lane {differs[0][1]}"
+    return None

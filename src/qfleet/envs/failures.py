@@ -1,0 +1,68 @@
+"""Environments that fail: seeds for what replaces them, what is told of them, and how many a run survives.
+
+Workers import this: no JAX.
+"""
+
+import logging
+import traceback
+from typing import NamedTuple
+
+import numpy as np
+
+from qfleet.config import RunFailed
+
+logger = logging.getLogger("qfleet")
+
+
+class Failure(NamedTuple):
+    """One environment that failed, or one group of them that failed together."""
+
+    lanes: tuple[int, ...]
+    seed: int
+    """What the (first) environment was last seeded with; later episodes go on from there."""
+    error: str
+
+    def __str__(self) -> str:
+        lanes = f"lane {self.lanes[0]}" if len(self.lanes) == 1 else f"lanes {self.lanes[0]} to {self.lanes[-1]}"
+        return f"in {lanes} (seed {self.seed}): {self.error}"
+
+
+class FailureBudget:
+    """Counts failures and logs each; one more than allowed ends the run."""
+
+    def __init__(self, name: str, max_failures: int) -> None:
+        self._name = name
+        self._max_failures = max_failures
+        self.count = 0
+
+    def spend(self, failure: Failure) -> None:
+        """Counts a failure.
+
+        Raises:
+          RunFailed: if it is one too many.
+        """
+        self.count += 1
+        if self.count > self._max_failures:
+            raise RunFailed(
+                f"environments may fail at most max_failures={self._max_failures} times, {self._name} failed "
+                f"{self.count} times, last {failure}. Mend the environment, or raise max_failures"
+            )
+        logger.warning(
+            "environment %s failed %s; replaced (failure %d of %d that the run survives)",
+            self._name,
+            failure,
+            self.count,
+            self._max_failures,
+        )
+
+
+def lane_seed(seed: int, lane: int, rebuilds: int = 0) -> int:
+    """Returns the seed of a lane's environment, after it was rebuilt so many times; below 2**31."""
+    return int(np.random.SeedSequence((seed, lane, rebuilds)).generate_state(1)[0] >> 1)
+
+
+def describe(error: BaseException) -> str:
+    """Returns an exception as one line: its type, its words, and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"

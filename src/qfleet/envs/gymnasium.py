@@ -1,0 +1,154 @@
+"""Environments of Gymnasium, and whatever else is registered with it."""
+
+import functools
+import importlib
+from typing import Any
+
+import gymnasium
+from gymnasium.envs.registration import EnvSpec as GymnasiumSpec
+from gymnasium.vector import AutoresetMode
+
+from qfleet.config import ConfigError, suggest
+from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions
+from qfleet.envs.observations import Encoder, discrete_actions, make_encoder
+from qfleet.envs.single_lanes import SingleLanes
+from qfleet.envs.vector_lanes import GymnasiumVector, VectorLanes
+from qfleet.envs.worker_lanes import WorkerLanes
+
+
+def make(name: str, **options: Any) -> HostEnv:
+    """Returns the environment that is registered with Gymnasium under that id.
+
+    Observations must be a Box (64-bit numbers become float32, all others stay) or Discrete (one-hot), actions
+    Discrete. An action mask in `info` isn't looked at. The time limit is Gymnasium's `max_episode_steps`.
+
+    Lanes are the environment's own vector version where it has one that can make the rows of `HostStep` exactly, else
+    single environments in this process; with `LaneOptions.num_workers`, single environments in worker processes.
+
+    Args:
+      name: the id, such as `LunarLander-v3`; with `MODULE:` before it, once that module is imported.
+      options: arguments of the environment's constructor.
+
+    Raises:
+      ConfigError: if there is no such id, it can't be made, or its spaces are others.
+    """
+    registered = find(name)
+    env = _make_one(name, registered, options)
+    try:
+        encoder = make_encoder(env.single_observation_space if _is_vector(env) else env.observation_space, name)
+        actions = discrete_actions(env.single_action_space if _is_vector(env) else env.action_space, name)
+    finally:
+        env.close()
+    spec = EnvSpec(
+        name=f"gym:{name}",
+        observation_shape=encoder.shape,
+        observation_dtype=encoder.dtype,
+        num_actions=int(actions.n),
+        time_limit=options.get("max_episode_steps", registered.max_episode_steps),
+    )
+    lanes = functools.partial(
+        _make_lanes,
+        spec=spec,
+        registered=registered,
+        options=options,
+        encoder=encoder,
+        first_action=int(actions.start),
+        use_vector=_use_vector(name, registered, options),
+    )
+    return HostEnv(spec, lanes, lanes)
+
+
+def find(name: str) -> GymnasiumSpec:
+    """Returns what Gymnasium has registered under an id, after importing the module before a colon.
+
+    Raises:
+      ConfigError: if there is none, or the module can't be imported.
+    """
+    module, _, local_name = name.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever the user's module raises is what is wrong with it
+            raise ConfigError(
+                f"gym:{name}: {module!r} must be a Python module that can be imported ({type(error).__name__}: {error})"
+            ) from error
+    try:
+        return gymnasium.spec(local_name)
+    except gymnasium.error.Error as error:
+        near = suggest(local_name, gymnasium.registry)
+        raise ConfigError(f"Gymnasium has no environment {local_name!r}.{near}") from error
+
+
+def _make_one(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> Any:
+    """Returns one environment to ask for its spaces, single if there is such a version."""
+    try:
+        if registered.entry_point is None:
+            return _make_vector(registered, options, 1)
+        return _make_single(registered, options)
+    except gymnasium.error.DependencyNotInstalled as error:
+        box2d = "pip install 'qfleet[box2d]'" if "box2d" in str(error).lower() else "install that"
+        raise ConfigError(f"gym:{name} needs a package that is missing ({error}); {box2d}") from error
+    except Exception as error:  # whatever its constructor raises is what is wrong with it
+        raise ConfigError(
+            f"gym:{name} must be one that gymnasium.make can make, got {type(error).__name__}: {error}"
+        ) from error
+
+
+def _make_single(registered: GymnasiumSpec, options: dict[str, Any]) -> gymnasium.Env:
+    # Gymnasium's checker costs time in every step; `qfleet check-env` checks more.
+    return gymnasium.make(registered, disable_env_checker=True, **options)
+
+
+def _make_vector(registered: GymnasiumSpec, options: dict[str, Any], num_lanes: int) -> gymnasium.vector.VectorEnv:
+    return gymnasium.make_vec(registered, num_lanes, vectorization_mode="vector_entry_point", **options)
+
+
+def _is_vector(env: Any) -> bool:
+    return isinstance(env, gymnasium.vector.VectorEnv)
+
+
+def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> bool:
+    """Returns whether the environment's own vector version is the one to use.
+
+    Raises:
+      ConfigError: if it is the only one, and doesn't tell its autoreset mode.
+    """
+    if registered.vector_entry_point is None or registered.additional_wrappers:
+        return False
+    must = registered.entry_point is None
+    try:
+        env = _make_vector(registered, options, 1)
+    except Exception as error:
+        if must:
+            raise ConfigError(f"gym:{name} has no version that can be made: {type(error).__name__}: {error}") from error
+        return False  # it takes other arguments than the single version, which works
+    env.close()
+    mode = env.metadata.get("autoreset_mode")
+    if must and not isinstance(mode, AutoresetMode):
+        rule = "a vector environment's metadata['autoreset_mode'] must be a gymnasium.vector.AutoresetMode"
+        raise ConfigError(f"gym:{name}: {rule}, got {mode!r}")
+    return must or mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED)
+
+
+def _make_lanes(
+    num_lanes: int,
+    lane_options: LaneOptions,
+    *,
+    spec: EnvSpec,
+    registered: GymnasiumSpec,
+    options: dict[str, Any],
+    encoder: Encoder,
+    first_action: int,
+    use_vector: bool,
+) -> HostLanes:
+    if lane_options.num_workers and registered.entry_point is None:
+        raise ConfigError(f"num_workers must be 0 for {spec.name}, of which there are no single environments")
+    if use_vector and not lane_options.num_workers:
+
+        def make_backend(num_lanes: int) -> GymnasiumVector:
+            return GymnasiumVector(_make_vector(registered, options, num_lanes), encoder, first_action)
+
+        return VectorLanes(spec.name, make_backend, num_lanes, lane_options)
+    lanes = WorkerLanes if lane_options.num_workers else SingleLanes
+    make_env = functools.partial(_make_single, registered, options)
+    return lanes(spec.name, make_env, encoder, first_action, num_lanes, lane_options)

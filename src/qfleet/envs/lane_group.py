@@ -1,0 +1,165 @@
+"""Single Gymnasium environments stepped one after the other, in this process or in a worker: no JAX."""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+
+from qfleet.envs.failures import Failure, describe, lane_seed
+from qfleet.envs.observations import Encoder
+
+_ALIGNMENT = 64  # bytes: no two arrays share a cache line
+
+
+class StepArrays(NamedTuple):
+    """What one step of some lanes returns, as `HostStep`: `[lanes]` everywhere."""
+
+    observation: np.ndarray
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+    failed: np.ndarray
+
+    def of(self, lanes: slice) -> "StepArrays":
+        """Returns views of some lanes."""
+        return StepArrays(*(array[lanes] for array in self))
+
+
+def make_arrays(num_lanes: int, encoder: Encoder, buffer: Any = None) -> StepArrays:
+    """Returns arrays in a buffer of `num_bytes`, or in a new one."""
+    buffer = np.zeros(num_bytes(num_lanes, encoder), np.uint8) if buffer is None else buffer
+    arrays, offset = [], 0
+    for shape, dtype in _layout(num_lanes, encoder):
+        arrays.append(np.frombuffer(buffer, dtype, math.prod(shape), offset).reshape(shape))
+        offset += _padded(shape, dtype)
+    return StepArrays(*arrays)
+
+
+def num_bytes(num_lanes: int, encoder: Encoder) -> int:
+    """Returns the size of the buffer that `make_arrays` fills."""
+    return sum(_padded(shape, dtype) for shape, dtype in _layout(num_lanes, encoder))
+
+
+def _layout(num_lanes: int, encoder: Encoder) -> list[tuple[tuple[int, ...], np.dtype]]:
+    flag = ((num_lanes,), np.dtype(bool))
+    return [((num_lanes, *encoder.shape), encoder.dtype), ((num_lanes,), np.dtype(np.float32)), flag, flag, flag]
+
+
+def _padded(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+class LaneGroup:
+    """Environments of some lanes, each replaced when it fails."""
+
+    def __init__(
+        self,
+        make_env: Callable[[], gymnasium.Env],
+        encoder: Encoder,
+        first_action: int,
+        lanes: Sequence[int],
+        max_failures: int,
+    ) -> None:
+        self._lanes = [_LaneEnv(make_env, encoder, first_action, lane, max_failures) for lane in lanes]
+
+    def reset(self, seed: int, rebuilds: int, out: StepArrays) -> list[Failure]:
+        """Starts an episode in every lane and writes its first observation into `out`."""
+        failures = []
+        for i, lane in enumerate(self._lanes):
+            out.observation[i] = lane.reset(seed, rebuilds)
+            failures += lane.take_failures()
+        return failures
+
+    def step(self, actions: Sequence[int], out: StepArrays) -> list[Failure]:
+        """Steps every lane and writes what comes of it into `out`."""
+        failures = []
+        for i, (lane, action) in enumerate(zip(self._lanes, actions, strict=True)):
+            out.observation[i], out.reward[i], out.terminated[i], out.truncated[i] = lane.step(action)
+            lane_failures = lane.take_failures()
+            out.failed[i] = bool(lane_failures)
+            failures += lane_failures
+        return failures
+
+    def close(self) -> None:
+        """Closes every environment."""
+        for lane in self._lanes:
+            lane.close()
+
+
+class _LaneEnv:
+    """One environment with NEXT_STEP autoreset, and its replacements."""
+
+    def __init__(
+        self,
+        make_env: Callable[[], gymnasium.Env],
+        encoder: Encoder,
+        first_action: int,
+        lane: int,
+        max_failures: int,
+    ) -> None:
+        self._make_env = make_env
+        self._encoder = encoder
+        self._first_action = first_action
+        self._lane = lane
+        self._max_failures = max_failures
+        self._env = make_env()
+        self._ended = False
+        self._seed = self._rebuilds = self._env_seed = 0
+        self._failures: list[Failure] = []
+
+    def reset(self, seed: int, rebuilds: int) -> np.ndarray:
+        self._seed, self._rebuilds = seed, rebuilds
+        try:
+            return self._begin_seeded()
+        except Exception as error:  # whatever a user's environment raises is a failure of that environment
+            return self._replace(error)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
+        try:
+            if self._ended:
+                # Without a seed: the environment's own random numbers go on.
+                return self._begin(None), 0.0, False, False
+            raw, reward, terminated, truncated, _ = self._env.step(self._first_action + int(action))
+            observation, reward = self._encoder(raw), float(reward)
+            if not math.isfinite(reward):
+                raise ValueError(f"the reward must be finite, got {reward}")
+            self._ended = bool(terminated or truncated)
+            return observation, reward, bool(terminated), bool(truncated)
+        except Exception as error:
+            return self._replace(error), 0.0, False, False
+
+    def take_failures(self) -> list[Failure]:
+        failures, self._failures = self._failures, []
+        return failures
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # that a broken environment can't be closed either is no news
+            self._env.close()
+
+    def _begin_seeded(self) -> np.ndarray:
+        self._env_seed = lane_seed(self._seed, self._lane, self._rebuilds)
+        return self._begin(self._env_seed)
+
+    def _begin(self, seed: int | None) -> np.ndarray:
+        raw, _ = self._env.reset(seed=seed)
+        self._ended = False
+        return self._encoder(raw)
+
+    def _replace(self, error: Exception) -> np.ndarray:
+        """Returns the first observation of a new environment; each one that fails at once counts as well."""
+        self._fail(error)
+        while len(self._failures) <= self._max_failures:
+            self.close()
+            self._rebuilds += 1
+            try:
+                self._env = self._make_env()
+                return self._begin_seeded()
+            except Exception as another:
+                self._fail(another)
+        return np.zeros(self._encoder.shape, self._encoder.dtype)  # never seen: the run fails of so many failures
+
+    def _fail(self, error: Exception) -> None:
+        self._failures.append(Failure((self._lane,), self._env_seed, describe(error)))

@@ -1,0 +1,50 @@
+"""Lanes of single Gymnasium environments in this process."""
+
+from collections.abc import Callable
+
+import gymnasium
+import numpy as np
+
+from qfleet.envs.failures import FailureBudget
+from qfleet.envs.host import HostStep, LaneOptions
+from qfleet.envs.lane_group import LaneGroup, make_arrays
+from qfleet.envs.observations import Encoder
+
+
+class SingleLanes:
+    """`HostLanes` that steps one environment after the other; `recv` does the work.
+
+    An environment that hangs can't be replaced here, for nobody is left to notice: use workers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make_env: Callable[[], gymnasium.Env],
+        encoder: Encoder,
+        first_action: int,
+        num_lanes: int,
+        options: LaneOptions,
+    ) -> None:
+        self._num_lanes, self._encoder = num_lanes, encoder
+        self._group = LaneGroup(make_env, encoder, first_action, range(num_lanes), options.max_failures)
+        self._budget = FailureBudget(name, options.max_failures)
+        self._action = np.zeros(num_lanes, np.int32)
+
+    def reset(self, seed: int) -> np.ndarray:
+        out = make_arrays(self._num_lanes, self._encoder)
+        for failure in self._group.reset(seed, 0, out):
+            self._budget.spend(failure)
+        return out.observation
+
+    def send(self, action: np.ndarray) -> None:
+        self._action = action
+
+    def recv(self) -> HostStep:
+        out = make_arrays(self._num_lanes, self._encoder)
+        for failure in self._group.step(self._action.tolist(), out):
+            self._budget.spend(failure)
+        return HostStep(*out)
+
+    def close(self) -> None:
+        self._group.close()

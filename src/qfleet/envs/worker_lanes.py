@@ -1,0 +1,191 @@
+"""Lanes of single Gymnasium environments in worker processes, each of which can be replaced.
+
+Actions and failures go through pipes, all arrays through memory that the processes share. Workers are spawned: a
+forked copy of a process in which JAX has threads may hang.
+"""
+
+import functools
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector.utils import CloudpickleWrapper
+
+from qfleet.config import ConfigError
+from qfleet.envs.failures import Failure, FailureBudget, lane_seed
+from qfleet.envs.host import HostStep, LaneOptions
+from qfleet.envs.lane_group import make_arrays, num_bytes
+from qfleet.envs.observations import Encoder
+from qfleet.envs.worker import Share, work
+
+_START_SECONDS = 120.0  # to start Python, import what the environments need, and make them
+_CLOSE_SECONDS = 2.0  # to close them, before the worker is killed
+
+
+class WorkerLanes:
+    """`HostLanes` in `options.num_workers` processes, or as many as there are lanes."""
+
+    def __init__(
+        self,
+        name: str,
+        make_env: Callable[[], gymnasium.Env],
+        encoder: Encoder,
+        first_action: int,
+        num_lanes: int,
+        options: LaneOptions,
+    ) -> None:
+        self._options = options
+        self._budget = FailureBudget(name, options.max_failures)
+        context = multiprocessing.get_context("spawn")
+        buffer = context.RawArray("B", num_bytes(num_lanes, encoder))
+        self._arrays = make_arrays(num_lanes, encoder, buffer)
+        shares = np.array_split(np.arange(num_lanes), min(options.num_workers, num_lanes))
+        make_env = CloudpickleWrapper(make_env)  # environments of notebooks and closures travel as well
+        share = functools.partial(Share, make_env, encoder, first_action, num_lanes, options.max_failures)
+        self._workers = [
+            _Worker(context, buffer, share(lanes=range(int(lanes[0]), int(lanes[-1]) + 1))) for lanes in shares
+        ]
+        try:
+            for worker in self._workers:
+                worker.wait_until_ready()
+        except _WorkerLost as lost:
+            self.close()
+            raise ConfigError(
+                f"environment {name} must be one that a worker process can make, got: {lost}. If your script trains at "
+                "its top level, put that under `if __name__ == '__main__':`"
+            ) from lost
+
+    def reset(self, seed: int) -> np.ndarray:
+        for worker in self._workers:
+            worker.reset(seed)
+        self._gather()
+        return self._arrays.observation.copy()
+
+    def send(self, action: np.ndarray) -> None:
+        actions = action.tolist()
+        for worker in self._workers:
+            worker.send("step", actions[worker.lanes.start : worker.lanes.stop])
+
+    def recv(self) -> HostStep:
+        self._gather()
+        return HostStep(*(array.copy() for array in self._arrays))
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.hang_up()
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for worker in self._workers:
+            worker.end(deadline)
+
+    def _gather(self) -> None:
+        """Waits for every worker; those that are lost are replaced, with all their lanes."""
+        for worker in self._workers:
+            try:
+                self._spend(worker.failures(self._options.step_timeout_seconds))
+            except _WorkerLost as lost:
+                self._replace(worker, lost)
+
+    def _replace(self, worker: "_Worker", lost: Exception) -> None:
+        lanes = slice(worker.lanes.start, worker.lanes.stop)
+        while True:
+            # Before replacing it: one failure too many must not wait for another worker.
+            self._spend([Failure(tuple(worker.lanes), worker.first_seed, str(lost))])
+            try:
+                worker.restart(rebuilds=self._budget.count)  # more than any lane of its has seen: seeds are fresh
+                self._spend(worker.failures(self._options.step_timeout_seconds))
+                break
+            except _WorkerLost as again:
+                lost = again
+        out = self._arrays.of(lanes)
+        out.reward[:], out.terminated[:], out.truncated[:], out.failed[:] = 0.0, False, False, True
+
+    def _spend(self, failures: Sequence[Failure]) -> None:
+        for failure in failures:
+            self._budget.spend(failure)
+
+
+class _WorkerLost(Exception):
+    """A worker died or hangs; its message says which."""
+
+
+class _Worker:
+    """One process, its pipe, and what it takes to start it again."""
+
+    def __init__(self, context: Any, buffer: Any, share: Share) -> None:
+        self._context, self._buffer, self._share = context, buffer, share
+        self.lanes = share.lanes
+        self._seed = self._rebuilds = 0
+        self._sent_at = 0.0
+        self._start()
+
+    @property
+    def first_seed(self) -> int:
+        return lane_seed(self._seed, self.lanes.start, self._rebuilds)
+
+    def wait_until_ready(self) -> None:
+        self._sent_at = time.monotonic()
+        reason = self._answer(_START_SECONDS)
+        if reason is not None:
+            raise _WorkerLost(reason)
+
+    def reset(self, seed: int) -> None:
+        self._seed, self._rebuilds = seed, 0
+        self.send("reset", seed, 0)
+
+    def send(self, *message: Any) -> None:
+        self._sent_at = time.monotonic()
+        try:
+            self._connection.send(message)
+        except OSError:
+            self._is_gone = True  # `failures` tells; whoever sends can't wait for a replacement
+
+    def failures(self, timeout_seconds: float) -> list[Failure]:
+        """Returns the failures of the command that was sent, once it is done.
+
+        Raises:
+          _WorkerLost: if the worker died or takes too long.
+        """
+        answer: list[Failure] = self._answer(timeout_seconds)
+        return answer
+
+    def restart(self, rebuilds: int) -> None:
+        """Starts another process in its place, and an episode in each of its lanes."""
+        self.hang_up()
+        self.end(time.monotonic())
+        self._start()
+        self.wait_until_ready()
+        self._rebuilds = rebuilds
+        self.send("reset", self._seed, rebuilds)
+
+    def hang_up(self) -> None:
+        self._connection.close()
+
+    def end(self, deadline: float) -> None:
+        """Sees the process to its end, by killing it at that time of the monotonic clock; may be called twice."""
+        self._process.join(max(0.0, deadline - time.monotonic()))
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _start(self) -> None:
+        self._connection, theirs = self._context.Pipe()
+        self._is_gone = False
+        self._process = self._context.Process(
+            target=work, args=(theirs, self._buffer, self._share), name=f"qfleet-envs-{self.lanes.start}", daemon=True
+        )
+        self._process.start()
+        theirs.close()  # or its end would never be seen
+
+    def _answer(self, timeout_seconds: float) -> Any:
+        connection: Connection = self._connection
+        try:
+            if not self._is_gone and not connection.poll(max(0.0, self._sent_at + timeout_seconds - time.monotonic())):
+                raise _WorkerLost(f"its worker process gave no answer for {timeout_seconds:g} s")
+            return connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join(_CLOSE_SECONDS)
+            raise _WorkerLost(f"its worker process died (exit code {self._process.exitcode})") from error

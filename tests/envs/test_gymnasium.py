@@ -1,0 +1,166 @@
+"""Gymnasium's environments as lanes: in this process, in workers, and in their own vector versions."""
+
+import multiprocessing
+import sys
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+
+from qfleet.config import ConfigError
+from qfleet.envs import gymnasium as backend
+from qfleet.envs.conformance import Recording, check, record
+from qfleet.envs.failures import lane_seed
+from qfleet.envs.host import HostEnv, LaneOptions
+
+NUM_LANES = 3
+
+
+def play(env: HostEnv, rows: int, num_workers: int = 0, seed: int = 0, num_lanes: int = NUM_LANES) -> Recording:
+    actions = np.random.default_rng(1).integers(env.spec.num_actions, size=(rows, num_lanes), dtype=np.int32)
+    lanes = env.make_lanes(num_lanes, LaneOptions(num_workers=num_workers))
+    try:
+        return record(lanes, seed, actions)
+    finally:
+        lanes.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "num_workers"),
+    [("CartPole-v1", 0), ("CartPole-v1", 2), ("FrozenLake-v1", 0), ("counters:LimitedCounter-v0", 2)],
+)
+def test_conformance(name: str, num_workers: int) -> None:
+    assert [c for c in check(backend.make(name), num_steps=200, num_workers=num_workers) if not c.is_ok] == []
+
+
+def plain_loop(name: str, lane: int, recorded: Recording) -> tuple[list[np.ndarray], list[float], list[bool]]:
+    """What a loop over one environment sees, written as anyone would."""
+    env = gymnasium.make(name)
+    observation, _ = env.reset(seed=lane_seed(0, lane))
+    observations, rewards, ends = [observation], [], []
+    for action in recorded.action[:, lane]:
+        if ends and ends[-1]:
+            observation, reward, ended = env.reset()[0], 0.0, False
+        else:
+            observation, reward, terminated, truncated, _ = env.step(action)
+            ended = terminated or truncated
+        observations.append(observation)
+        rewards.append(float(reward))
+        ends.append(bool(ended))
+    env.close()
+    return observations, rewards, ends
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rows_are_those_of_a_plain_loop_over_one_environment(num_workers: int) -> None:
+    recorded = play(backend.make("MountainCar-v0"), 250, num_workers)
+    assert recorded.ended.any()
+    for lane in range(NUM_LANES):
+        observations, rewards, ends = plain_loop("MountainCar-v0", lane, recorded)
+        np.testing.assert_array_equal(recorded.observation[:, lane], observations)
+        np.testing.assert_array_equal(recorded.reward[:, lane], rewards)
+        np.testing.assert_array_equal(recorded.ended[:, lane], ends)
+
+
+def test_a_lane_does_not_depend_on_how_many_there_are_nor_on_workers() -> None:
+    env = backend.make("MountainCar-v0")
+    few, many = play(env, 50, num_lanes=1), play(env, 50, num_workers=3, num_lanes=4)
+    np.testing.assert_array_equal(few.observation[0, 0], many.observation[0, 0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_time_limit_truncates_and_the_final_observation_is_kept(num_workers: int) -> None:
+    recorded = play(backend.make("counters:LimitedCounter-v0"), 8, num_workers)
+    assert not recorded.terminated.any()
+    np.testing.assert_array_equal(np.argwhere(recorded.truncated[:, 0]).ravel(), [2, 6])
+    np.testing.assert_array_equal(recorded.observation[:, 0, 1], [0, 1, 2, 3, 0, 1, 2, 3, 0])
+
+
+def test_wide_numbers_become_float32_and_what_is_narrow_is_kept() -> None:
+    assert backend.make("counters:Counter-v0").spec.observation_dtype == np.float32
+    assert backend.make("CartPole-v1").spec.time_limit == 500
+
+
+def test_discrete_spaces_may_start_anywhere() -> None:
+    env = backend.make("counters:Offset-v0")
+    lanes = env.make_lanes(1, LaneOptions())
+    np.testing.assert_array_equal(lanes.reset(0), [[True, False, False]])
+    lanes.send(np.array([1], np.int32))
+    np.testing.assert_array_equal(lanes.recv().observation, [[False, True, False]])
+    lanes.send(np.array([2], np.int32))
+    assert lanes.recv().terminated.all()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CartPol-v1", r"no environment 'CartPol-v1'\. Did you mean CartPole-v1"),
+        ("no_such_module:X-v0", "'no_such_module' must be a Python module"),
+        ("Pendulum-v1", r"actions must be Discrete, got Box"),
+        ("Blackjack-v1", r"observations must be a Box with axes or Discrete, got Tuple.*FlattenObservation"),
+    ],
+)
+def test_what_cannot_be_learned_is_one_clear_error(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        backend.make(name)
+
+
+def test_an_unknown_option_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match=r"counters:Counter-v0 must be one that gymnasium\.make can make.*'size'"):
+        backend.make("counters:Counter-v0", size=3)
+
+
+def test_an_environment_that_workers_cannot_make_is_one_clear_error(tmp_path: Path) -> None:
+    # Its entry point can be imported here, but a worker doesn't find the module.
+    (tmp_path / "only_here.py").write_text("from counters import Counter\n")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        gymnasium.register("OnlyHere-v0", entry_point="only_here:Counter")
+        env = backend.make("OnlyHere-v0")
+    finally:
+        sys.path.remove(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"a worker process can make, got: ModuleNotFoundError: .*'only_here'"):
+        env.make_lanes(2, LaneOptions(num_workers=1))
+    assert multiprocessing.active_children() == []
+
+
+def test_an_environment_without_a_name_elsewhere_travels_to_workers() -> None:
+    from counters import Counter
+
+    gymnasium.register("Closure-v0", entry_point=lambda **options: Counter(length=2, **options))
+    recorded = play(backend.make("Closure-v0"), 4, num_workers=1)
+    np.testing.assert_array_equal(recorded.terminated[:, 0], [False, True, False, False])
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+def test_a_vector_version_gives_the_rows_of_single_environments(mode: str) -> None:
+    single, vector = (
+        play(env, 40)
+        for env in (backend.make("counters:Counter-v0"), backend.make("counters:VectorCounter-v0", mode=mode))
+    )
+    np.testing.assert_array_equal(single.observation[..., 1], vector.observation[..., 1])
+    for name in ("reward", "terminated", "truncated"):
+        np.testing.assert_array_equal(getattr(single, name), getattr(vector, name))
+    assert not vector.is_overwritten
+
+
+def test_same_step_autoreset_keeps_final_observations_and_starts_episodes_a_step_late() -> None:
+    recorded = play(backend.make("counters:VectorCounter-v0", mode="SameStep"), 12)
+    np.testing.assert_array_equal(recorded.observation[:, 0, 1], [0, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2])
+    np.testing.assert_array_equal(recorded.reward[:, 0] // 1, [1, 2, 3, 4, 5, 0, 2, 3, 4, 5, 0, 2])
+    np.testing.assert_array_equal(np.argwhere(recorded.terminated[:, 0]).ravel(), [4, 9])
+
+
+def test_a_same_step_vector_version_gives_way_to_single_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert play(backend.make("counters:BothCounter-v0"), 6).observation[-1, 0, 1] == 0
+    import counters
+
+    make_vector = counters.counter_vector
+    monkeypatch.setattr(counters, "counter_vector", lambda **options: make_vector(mode="SameStep", **options))
+    assert play(backend.make("counters:BothCounter-v0"), 6).observation[-1, 0, 1] == 0  # 1 if it didn't
+
+
+def test_workers_need_single_environments() -> None:
+    with pytest.raises(ConfigError, match="num_workers must be 0 for gym:counters:VectorCounter-v0"):
+        backend.make("counters:VectorCounter-v0").make_lanes(2, LaneOptions(num_workers=1))
