@@ -1,0 +1,107 @@
+"""Agent steps/s on Pong with the standard schedule: the Nature network, eight lanes, one update of 32 per four steps.
+
+    python benchmarks/pong.py [--peers-python PATH] [--repeats N]
+
+Both sides keep 20,000 steps, are timed once they learn, and alternate. Beside them, the learner step alone:
+milliseconds of one dispatched update on a ready batch, over those that its arithmetic takes at the speed of a large
+matrix product.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qfleet
+from qfleet.core.agent import make_agent
+from qfleet.core.learner import make_learner, update
+from qfleet.core.types import Transition
+from qfleet.networks import make_network
+
+BATCH_SIZE, NUM_ENVS = 32, 8
+UPDATE_GFLOP = 2.19  # two passes of the online network (forward; backward takes twice that), one of the target's
+WARMUP, TIMED = 2_400, 4_000  # environment steps
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers-python", default=str(common.HERE / ".peers" / "bin" / "python"))
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    ours, theirs = [], []
+    for _ in range(arguments.repeats):
+        ours.append(env_steps_per_second())
+        theirs.append(float(common.peer(arguments.peers_python, "sb3_pong.py")["env_steps_per_second"]))
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    result = {"sb3": statistics.median(theirs), "qfleet": statistics.median(ours), "ratio": ratio}
+    common.report("pong", [result])
+    common.report("pong update", [time_update()])
+
+
+def config(**settings: Any) -> qfleet.TrainConfig:
+    """Returns the schedule."""
+    return qfleet.make_config(
+        "ale:Pong",
+        "atari_dqn",
+        num_envs=NUM_ENVS,
+        replay_capacity=20_000,
+        warmup_env_steps=2_000,
+        env_steps=WARMUP + TIMED,
+        eval_period_env_steps=1_000_000,
+        **settings,
+    )
+
+
+def env_steps_per_second() -> float:
+    """Trains for a few seconds and returns our speed once the learner is at work."""
+    with common.scratch() as folder:
+        steps, seconds = 0, 0.0
+        for progress in qfleet.iterate(config(run_dir=str(Path(folder) / "run"))):
+            if progress.env_steps > WARMUP:
+                steps, seconds = steps + progress.new_env_steps, seconds + progress.train_seconds
+        return steps / seconds
+
+
+def time_update() -> dict[str, float]:
+    """Returns milliseconds of a learner step, of its arithmetic at peak speed, and their ratio."""
+    agent_config = config().agent
+    env = qfleet.make_env("ale:Pong")
+    agent = make_agent(make_network(env.spec, agent_config), agent_config)
+    learner = make_learner(agent, agent_config)
+    state = jax.jit(lambda key: learner.init(agent.init(key)))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    obs, next_obs = (jnp.asarray(rng.integers(0, 255, (BATCH_SIZE, 84, 84, 4)), jnp.uint8) for _ in range(2))
+    zeros, ones = jnp.zeros(BATCH_SIZE), jnp.ones(BATCH_SIZE)
+    batch = Transition(obs, jnp.zeros(BATCH_SIZE, jnp.int32), zeros, ones, next_obs, ones)
+    step = jax.jit(lambda state: update(learner, state, batch)[0], donate_argnums=0)
+    square = jnp.ones((1024, 1024))
+    product = jax.jit(lambda x: x @ x)
+    update_ms, product_ms = [], []
+    for i in range(40):
+        state, milliseconds = timed(lambda: step(state))  # noqa: B023 called at once
+        _, product_milliseconds = timed(lambda: product(square))
+        if i >= 5:
+            update_ms.append(milliseconds)
+            product_ms.append(product_milliseconds)
+    gflop_per_ms = 2 * 1024**3 / 1e9 / statistics.median(product_ms)
+    limit = UPDATE_GFLOP / gflop_per_ms
+    median = statistics.median(update_ms)
+    return {"update_ms": median, "arithmetic_ms": limit, "ratio": median / limit}
+
+
+def timed(call: Any) -> tuple[Any, float]:
+    """Returns what a call returns, and the milliseconds it took."""
+    started = time.perf_counter()
+    result = jax.block_until_ready(call())
+    return result, 1e3 * (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
