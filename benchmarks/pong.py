@@ -8,6 +8,7 @@ matrix product.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -21,8 +22,11 @@ import numpy as np
 import qfleet
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import make_learner, update
+from qfleet.core.replay import make_replay
 from qfleet.core.types import Transition
 from qfleet.networks import make_network
+from qfleet.runtime.devices import reuse_freed_memory
+from qfleet.runtime.process import peak_rss_bytes
 
 BATCH_SIZE, NUM_ENVS = 32, 8
 UPDATE_GFLOP = 2.19  # two passes of the online network (forward; backward takes twice that), one of the target's
@@ -43,6 +47,7 @@ def main() -> None:
     result = {"sb3": statistics.median(theirs), "qfleet": statistics.median(ours), "ratio": ratio}
     common.report("pong", [result])
     common.report("pong update", [time_update()])
+    common.report("pong replay", [measure_replay()])
 
 
 def config(**settings: Any) -> qfleet.TrainConfig:
@@ -71,6 +76,7 @@ def env_steps_per_second() -> float:
 
 def time_update() -> dict[str, float]:
     """Returns milliseconds of a learner step, of its arithmetic at peak speed, and their ratio."""
+    reuse_freed_memory()  # as the topology does
     agent_config = config().agent
     env = qfleet.make_env("ale:Pong")
     agent = make_agent(make_network(env.spec, agent_config), agent_config)
@@ -94,6 +100,32 @@ def time_update() -> dict[str, float]:
     limit = UPDATE_GFLOP / gflop_per_ms
     median = statistics.median(update_ms)
     return {"update_ms": median, "arithmetic_ms": limit, "ratio": median / limit}
+
+
+def measure_replay() -> dict[str, float]:
+    """Returns gigabytes of a replay of a million frames, and milliseconds to draw a batch of stacks from it."""
+    agent_config, spec = (
+        dataclasses.replace(config().agent, replay_capacity=1_000_000),
+        qfleet.make_env("ale:Pong").spec,
+    )
+    replay = make_replay(spec, agent_config, NUM_ENVS)
+    before = peak_rss_bytes()
+    state = jax.block_until_ready(jax.jit(replay.init)())
+    num_rows = state.ring.num_rows
+    # As if full: which rows are read is what costs, not what they hold.
+    ring = state.ring._replace(
+        size=jnp.int32(num_rows), rows=state.ring.rows._replace(outcome=jnp.zeros((num_rows, NUM_ENVS), jnp.uint8))
+    )
+    state = state._replace(ring=ring)
+    sample = jax.jit(replay.sample)
+    seconds = [timed(lambda: sample(state, jax.random.key(i), jnp.float32(0)))[1] for i in range(40)]  # noqa: B023
+    array_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    return {
+        "frames": 1e6,
+        "replay_gb": array_bytes / 1e9,
+        "resident_gb": (peak_rss_bytes() - before) / 1e9,
+        "sample_ms": statistics.median(seconds[5:]),
+    }
 
 
 def timed(call: Any) -> tuple[Any, float]:
