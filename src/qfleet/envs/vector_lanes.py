@@ -59,7 +59,7 @@ class VectorLanes:
         self._ended = np.zeros(num_lanes, bool)
 
     def reset(self, seed: int) -> np.ndarray:
-        self._seed = seed
+        self._seed, self._error = seed, None
         self._ended = np.zeros(self._num_lanes, bool)
         try:
             return self._backend.begin(self._seeds(0))
