@@ -40,47 +40,49 @@ def test_bad_input_is_one_clear_error() -> None:
         ale.make("Pong").make_lanes(1, LaneOptions(num_workers=1))
 
 
-def shrink(screen: np.ndarray) -> np.ndarray:
-    """Averages areas, as the usual preprocessing does."""
-    for axis in (0, 1):
-        size = screen.shape[axis]
-        edges = np.arange(85) * size / 84
-        pixels = np.arange(size)
-        covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
-        weights = np.clip(covered, 0, None) * 84 / size
-        screen = np.moveaxis(np.tensordot(weights, screen, (1, axis)), 0, axis)
-    return screen
+def area_weights(size: int) -> np.ndarray:
+    """`[84, size]`: how much of each of the 84 averages comes from which pixel."""
+    edges, pixels = np.arange(85) * size / 84, np.arange(size)
+    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.clip(covered, 0, None) * 84 / size
 
 
-def test_evaluation_is_a_plain_loop_over_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frame skip, max-pooling, reward, game over and restart; without no-ops, whose number only ALE knows."""
+ROWS, COLUMNS = area_weights(210), area_weights(160)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_rows_are_those_of_a_plain_loop_over_the_emulator(is_training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frame skip, max-pooling, rewards, lives, game over and restart; without no-ops, whose number only ALE knows."""
     monkeypatch.setattr(ale, "NOOP_MAX", 0)
     env = ale.make("Breakout")
-    actions = np.random.default_rng(0).integers(4, size=(200, 1), dtype=np.int32)
-    lanes = env.make_eval_lanes(1, LaneOptions())
+    actions = np.random.default_rng(0).integers(4, size=(260, 1), dtype=np.int32)
+    lanes = (env.make_lanes if is_training else env.make_eval_lanes)(1, LaneOptions())
     recorded = record(lanes, 0, actions)
     lanes.close()
 
     emulator = ale_py.ALEInterface()
     emulator.setFloat("repeat_action_probability", 0.0)
     emulator.loadROM(ale_py.roms.get_rom_path("breakout"))
-    meaning = emulator.getMinimalActionSet()
     emulator.reset_game()
+    ended = False
     for t, action in enumerate(actions[:, 0]):
-        screens, reward = [emulator.getScreenGrayscale()], 0
+        starts, lives, reward = ended, emulator.lives(), 0
         if emulator.game_over():
             emulator.reset_game()
             screens = [emulator.getScreenGrayscale()]
         else:
-            for _ in range(4):
+            screens = []
+            for _ in range(4):  # of no-ops, after a lost life
                 if not emulator.game_over():
-                    reward += emulator.act(meaning[action])
+                    reward += emulator.act(emulator.getMinimalActionSet()[ale.NOOP if starts else action])
                     screens.append(emulator.getScreenGrayscale())
-        assert (recorded.reward[t, 0], recorded.terminated[t, 0]) == (reward, emulator.game_over())
-        if not emulator.game_over():  # ALE doesn't draw an episode's last screen; a terminal state has no value
-            seen = recorded.observation[t + 1, 0]
-            np.testing.assert_allclose(seen, shrink(np.max(screens[-2:], axis=0)), atol=1)
-    assert recorded.terminated.any() and recorded.reward.any()
+        is_over = emulator.game_over()
+        ended = not starts and (is_over or (is_training and emulator.lives() < lives))
+        assert (recorded.reward[t, 0], recorded.terminated[t, 0]) == (0 if starts else reward, ended), t
+        if t % 5 == 0 and not is_over:  # ALE doesn't draw a game's last screen; a terminal state has no value
+            expected = ROWS @ np.max(screens[-2:], axis=0) @ COLUMNS.T
+            np.testing.assert_allclose(recorded.observation[t + 1, 0], expected, atol=1)
+    assert recorded.terminated.sum() > (5 if is_training else 0) and recorded.reward.any()  # more than one game
 
 
 def test_training_clips_rewards_and_ends_at_lives_where_evaluation_does_not() -> None:

@@ -28,9 +28,17 @@ def play(env: HostEnv, rows: int, num_workers: int = 0, seed: int = 0, num_lanes
 
 @pytest.mark.parametrize(
     ("name", "num_workers"),
-    [("CartPole-v1", 0), ("CartPole-v1", 2), ("FrozenLake-v1", 0), ("counters:LimitedCounter-v0", 2)],
+    [
+        ("CartPole-v1", 0),
+        ("CartPole-v1", 2),
+        ("FrozenLake-v1", 0),
+        ("LunarLander-v3", 0),
+        ("counters:LimitedCounter-v0", 2),
+    ],
 )
 def test_conformance(name: str, num_workers: int) -> None:
+    if name == "LunarLander-v3":
+        pytest.importorskip("Box2D")
     assert [c for c in check(backend.make(name), num_steps=200, num_workers=num_workers) if not c.is_ok] == []
 
 
@@ -79,7 +87,13 @@ def test_a_time_limit_truncates_and_the_final_observation_is_kept(num_workers: i
 
 def test_wide_numbers_become_float32_and_what_is_narrow_is_kept() -> None:
     assert backend.make("counters:Counter-v0").spec.observation_dtype == np.float32
+
+
+def test_the_time_limit_is_what_gymnasium_makes_of_it() -> None:
     assert backend.make("CartPole-v1").spec.time_limit == 500
+    assert backend.make("CartPole-v1", max_episode_steps=9).spec.time_limit == 9
+    assert backend.make("counters:LimitedCounter-v0", max_episode_steps=-1).spec.time_limit is None
+    assert backend.make("counters:Counter-v0").spec.time_limit is None
 
 
 def test_discrete_spaces_may_start_anywhere() -> None:
@@ -125,10 +139,15 @@ def test_an_environment_that_workers_cannot_make_is_one_clear_error(tmp_path: Pa
     assert multiprocessing.active_children() == []
 
 
-def test_an_environment_without_a_name_elsewhere_travels_to_workers() -> None:
+def test_an_environment_without_a_name_elsewhere_travels_to_workers_which_do_without_jax() -> None:
     from counters import Counter
 
-    gymnasium.register("Closure-v0", entry_point=lambda **options: Counter(length=2, **options))
+    def make_where_jax_is_missing() -> Counter:
+        is_worker = multiprocessing.parent_process() is not None
+        assert not (is_worker and "jax" in sys.modules)  # a worker has no use for the time and memory that takes
+        return Counter(length=2)
+
+    gymnasium.register("Closure-v0", entry_point=make_where_jax_is_missing)
     recorded = play(backend.make("Closure-v0"), 4, num_workers=1)
     np.testing.assert_array_equal(recorded.terminated[:, 0], [False, True, False, False])
 

@@ -10,6 +10,7 @@ from gymnasium.vector import AutoresetMode
 
 from qfleet.config import ConfigError, suggest
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions
+from qfleet.envs.lane_group import make_single
 from qfleet.envs.observations import Encoder, discrete_actions, make_encoder
 from qfleet.envs.single_lanes import SingleLanes
 from qfleet.envs.vector_lanes import GymnasiumVector, VectorLanes
@@ -44,7 +45,7 @@ def make(name: str, **options: Any) -> HostEnv:
         observation_shape=encoder.shape,
         observation_dtype=encoder.dtype,
         num_actions=int(actions.n),
-        time_limit=options.get("max_episode_steps", registered.max_episode_steps),
+        time_limit=_time_limit(registered, options),
     )
     lanes = functools.partial(
         _make_lanes,
@@ -84,7 +85,7 @@ def _make_one(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> 
     try:
         if registered.entry_point is None:
             return _make_vector(registered, options, 1)
-        return _make_single(registered, options)
+        return make_single(registered, options)
     except gymnasium.error.DependencyNotInstalled as error:
         box2d = "pip install 'qfleet[box2d]'" if "box2d" in str(error).lower() else "install that"
         raise ConfigError(f"gym:{name} needs a package that is missing ({error}); {box2d}") from error
@@ -94,13 +95,14 @@ def _make_one(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> 
         ) from error
 
 
-def _make_single(registered: GymnasiumSpec, options: dict[str, Any]) -> gymnasium.Env:
-    # Gymnasium's checker costs time in every step; `qfleet check-env` checks more.
-    return gymnasium.make(registered, disable_env_checker=True, **options)
-
-
 def _make_vector(registered: GymnasiumSpec, options: dict[str, Any], num_lanes: int) -> gymnasium.vector.VectorEnv:
     return gymnasium.make_vec(registered, num_lanes, vectorization_mode="vector_entry_point", **options)
+
+
+def _time_limit(registered: GymnasiumSpec, options: dict[str, Any]) -> int | None:
+    given: int | None = options.get("max_episode_steps")
+    limit = registered.max_episode_steps if given is None else given
+    return None if limit == -1 else limit  # as gymnasium.make takes it
 
 
 def _is_vector(env: Any) -> bool:
@@ -150,5 +152,5 @@ def _make_lanes(
 
         return VectorLanes(spec.name, make_backend, num_lanes, lane_options)
     lanes = WorkerLanes if lane_options.num_workers else SingleLanes
-    make_env = functools.partial(_make_single, registered, options)
+    make_env = functools.partial(make_single, registered, options)
     return lanes(spec.name, make_env, encoder, first_action, num_lanes, lane_options)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from qfleet.envs.failures import Failure, describe, lane_seed
 from qfleet.envs.observations import Encoder
@@ -50,6 +51,15 @@ def _layout(num_lanes: int, encoder: Encoder) -> list[tuple[tuple[int, ...], np.
 
 def _padded(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def make_single(registered: EnvSpec, options: dict[str, Any]) -> gymnasium.Env:
+    """Returns one environment as Gymnasium makes it.
+
+    It stands here because a worker imports the module that it stands in.
+    """
+    # Gymnasium's checker costs time in every step; `qfleet check-env` checks more.
+    return gymnasium.make(registered, disable_env_checker=True, **options)
 
 
 class LaneGroup:

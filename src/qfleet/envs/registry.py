@@ -129,8 +129,8 @@ def _make_of_gymnasium(name: str, module: str, local_name: str) -> "HostEnv":
         rule = f"module {module} must register {local_name!r} with qfleet.register_env or Gymnasium when imported"
         near = suggest(local_name, [*_registered, *gymnasium.registry])
         raise ConfigError(f"{rule}, it registered no such name.{near}")
-    ours = [*_OURS, *_registered, *(f"gymnax:{minatar}" for minatar in _MINATAR)]
-    near = suggest(name, ours) or suggest(name, gymnasium.registry)
+    known = dict.fromkeys([*_OURS, *_registered, *(f"gymnax:{minatar}" for minatar in _MINATAR), *gymnasium.registry])
+    near = suggest(name, known)
     raise ConfigError(f"no environment is named {name!r}.{near} `qfleet envs` lists them all.")
 
 

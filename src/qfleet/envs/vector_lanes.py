@@ -56,13 +56,13 @@ class VectorLanes:
         self._backend = make_backend(num_lanes)
         self._error: Exception | None = None
         self._seed = 0
+        self._env_seeds = [0] * num_lanes  # what the backend was begun with
         self._ended = np.zeros(num_lanes, bool)
 
     def reset(self, seed: int) -> np.ndarray:
-        self._seed = seed
-        self._ended = np.zeros(self._num_lanes, bool)
+        self._seed, self._error = seed, None
         try:
-            return self._backend.begin(self._seeds(0))
+            return self._begin(rebuilds=0)
         except Exception as error:
             return self._replace(error)
 
@@ -93,21 +93,21 @@ class VectorLanes:
     def close(self) -> None:
         self._backend.close()
 
-    def _seeds(self, rebuilds: int) -> list[int]:
-        return [lane_seed(self._seed, lane, rebuilds) for lane in range(self._num_lanes)]
+    def _begin(self, rebuilds: int) -> np.ndarray:
+        self._ended = np.zeros(self._num_lanes, bool)
+        self._env_seeds = [lane_seed(self._seed, lane, rebuilds) for lane in range(self._num_lanes)]
+        return self._backend.begin(self._env_seeds)
 
     def _replace(self, error: Exception) -> np.ndarray:
         """Returns the first observations of new environments."""
         self._error = None
         while True:
-            seeds = self._seeds(self._budget.count)
-            self._budget.spend(Failure(tuple(range(self._num_lanes)), seeds[0], describe(error)))
+            self._budget.spend(Failure(tuple(range(self._num_lanes)), self._env_seeds[0], describe(error)))
             with contextlib.suppress(Exception):  # that a broken environment can't be closed either is no news
                 self._backend.close()
             try:
                 self._backend = self._make_backend(self._num_lanes)
-                self._ended = np.zeros(self._num_lanes, bool)
-                return self._backend.begin(self._seeds(self._budget.count))
+                return self._begin(rebuilds=self._budget.count)
             except Exception as another:
                 error = another
 
