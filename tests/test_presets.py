@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import gymnasium
 import pytest
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, FusedConfig, TrainConfig, topology_name
@@ -36,7 +37,7 @@ def test_every_preset_can_be_made_for_every_environment(preset: str, env: str) -
 
 def test_tuned_settings_are_for_presets_and_environments_that_exist() -> None:
     assert {preset for preset, _ in TUNED} <= set(PRESETS)
-    assert {env for _, env in TUNED} <= {name for name, _ in list_envs()}
+    assert {env for _, env in TUNED} <= {name for name, _ in list_envs()} | set(gymnasium.registry)
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_names() -> None:

@@ -118,7 +118,7 @@ def load(
     if not 0 <= index < config.num_seeds:
         last = config.seed + config.num_seeds - 1
         raise ConfigError(f"seed must be one that the run trained, {config.seed} to {last}, got {seed}")
-    env = make_env(config.env)
+    env = make_env(config.env, **config.env_options)
     network_in_use = network or make_network(env.spec, config.agent)
     limit_cpu_threads(check_network(network_in_use, env.spec))
     enable_compilation_cache()
@@ -146,7 +146,7 @@ class Run:
         # Everything that can be wrong is found before the folder is touched and before anything is compiled.
         if config.num_seeds > 1:
             split_cpu(config.num_seeds)
-        env = make_env(config.env)
+        env = make_env(config.env, **config.env_options)
         self._has_own_network = network is not None
         network = network or make_network(env.spec, config.agent)
         limit_cpu_threads(check_network(network, env.spec))

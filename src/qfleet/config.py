@@ -189,6 +189,8 @@ class TrainConfig:
 
     env: str
     """Name, as `qfleet envs` lists them."""
+    env_options: Mapping[str, float | bool | str] = dataclasses.field(default_factory=dict)
+    """Arguments of the environment's maker, such as ALE's `repeat_action_probability`."""
     preset: str = "custom"
     """The preset that the agent's settings started from; a record, not a setting."""
     agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)

@@ -29,11 +29,11 @@ _BACKENDS = {
 }
 """What may stand before the colon, and the module whose `make` takes what stands after it."""
 
-_registered: dict[str, Callable[[], "InGraphEnv | HostEnv"]] = {}
+_registered: dict[str, Callable[..., "InGraphEnv | HostEnv"]] = {}
 
 
-def register_env(name: str, make: Callable[[], "InGraphEnv | HostEnv"]) -> None:
-    """Gives an environment a name; `make_env(name)` calls `make` and checks what it returns.
+def register_env(name: str, make: Callable[..., "InGraphEnv | HostEnv"]) -> None:
+    """Gives an environment a name; `make_env(name, **options)` calls `make(**options)` and checks what it returns.
 
     Registering a name again replaces it, so that a notebook cell may run twice.
 
@@ -61,25 +61,41 @@ def list_envs() -> list[tuple[str, str]]:
     ]
 
 
-def make_env(name: str) -> "InGraphEnv | HostEnv":
+def make_env(name: str, **options: Any) -> "InGraphEnv | HostEnv":
     """Returns the environment of that name, in any of the forms that `list_envs` gives.
 
     A bare name is one of ours, else one that this program registered, else one of Gymnasium's.
 
+    Args:
+      name: of the environment.
+      **options: what its maker takes, such as `repeat_action_probability` of `ale:` games.
+
     Raises:
-      ConfigError: if there is none, its module can't be imported, or a registered one breaks the contract.
+      ConfigError: if there is none, its module can't be imported, its maker doesn't take these options, or a registered
+        one breaks the contract.
     """
+    try:
+        return _make_env(name, options)
+    except TypeError as error:  # what Python says of an argument that a function doesn't have
+        if options:
+            raise ConfigError(f"env_options must be what {name} takes, got {options} ({error})") from error
+        raise
+
+
+def _make_env(name: str, options: dict[str, Any]) -> "InGraphEnv | HostEnv":
     if name in _OURS:
-        return importlib.import_module(_OURS[name]).make()
+        ours: InGraphEnv = importlib.import_module(_OURS[name]).make(**options)
+        return ours
     backend, separator, rest = name.partition(":")
     if separator and backend in _BACKENDS:
-        return importlib.import_module(_BACKENDS[backend]).make(rest)
+        made: InGraphEnv | HostEnv = importlib.import_module(_BACKENDS[backend]).make(rest, **options)
+        return made
     module, separator, local_name = name.rpartition(":")
     if separator:
         _import(module)
     if local_name not in _registered:
-        return _make_of_gymnasium(name, module, local_name)
-    env = _registered[local_name]()
+        return _make_of_gymnasium(name, module, local_name, options)
+    env = _registered[local_name](**options)
     check_env(env, name)
     return env
 
@@ -118,13 +134,13 @@ def check_env(env: "InGraphEnv | HostEnv", name: str) -> None:
         _check_in_graph(env, name)
 
 
-def _make_of_gymnasium(name: str, module: str, local_name: str) -> "HostEnv":
+def _make_of_gymnasium(name: str, module: str, local_name: str, options: dict[str, Any]) -> "HostEnv":
     import gymnasium
 
     if local_name in gymnasium.registry:
         from qfleet.envs import gymnasium as backend
 
-        return backend.make(name)
+        return backend.make(name, **options)
     if module:
         rule = f"module {module} must register {local_name!r} with qfleet.register_env or Gymnasium when imported"
         near = suggest(local_name, [*_registered, *gymnasium.registry])

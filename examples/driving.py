@@ -1,0 +1,49 @@
+"""Drives on a motorway: overtake, keep right, don't crash. highway-env's five manoeuvres as actions.
+
+    pip install 'qfleet[driving]'
+    python examples/driving.py [--num-workers N] [--env-steps N] [--run-dir DIR]
+
+highway-env is slow (some 80 steps/s on a core), so that worker processes pay. EnvPool has the same road a hundred times
+faster: `pip install 'qfleet[envpool]'` and `--env envpool:highway-fast-v0`.
+"""
+
+import argparse
+
+import qfleet
+
+
+def main() -> None:
+    """Trains, and prints how far it drives; a perfect drive of 30 s returns 30."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", default="highway_env:highway-fast-v0")
+    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--env-steps", type=int, default=60_000)
+    parser.add_argument("--run-dir")
+    arguments = parser.parse_args()
+
+    config = qfleet.make_config(
+        arguments.env,
+        "double_dqn",
+        num_envs=8,
+        num_workers=0 if arguments.env.startswith("envpool:") else arguments.num_workers,
+        n_step=3,
+        discount=0.9,
+        layer_norm=True,
+        learning_rate=5e-4,
+        replay_capacity=20_000,
+        warmup_env_steps=min(1_000, arguments.env_steps // 2),
+        env_steps_per_learner_step=2.0,
+        exploration_env_steps=15_000,
+        target_update_period=100,
+        env_steps=arguments.env_steps,
+        eval_period_env_steps=min(5_000, arguments.env_steps),
+        eval_episodes=8,
+        run_dir=arguments.run_dir,
+    )
+    for progress in qfleet.iterate(config):
+        if progress.eval_return_mean is not None:
+            print(f"{progress.env_steps:>7,} steps: mean greedy return {progress.eval_return_mean:.1f}")
+
+
+if __name__ == "__main__":  # workers import this file anew: without this line they would train as well
+    main()
