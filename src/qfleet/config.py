@@ -167,7 +167,8 @@ class OverlappedConfig:
     num_envs: int = 8
     """Lanes: environments stepped at once."""
     lock_step: bool = False
-    """Wait for each row's learning before the next action: deterministic where the environments are, and slower."""
+    """Wait for each row's learning before the next action: deterministic where the environments are, and slower.
+    Without replay it is always so."""
     num_workers: int = 0
     """Processes that step environments which have no threads of their own; 0 steps them in this process."""
     step_timeout_seconds: float = 60.0

@@ -1,7 +1,8 @@
 """The overlapped topology: environments outside the compiled program step while the learner learns.
 
-Each row goes: act, let the environments step, store, learn. Overlapped, what a row brought is stored and learned from
+Each row goes: act, let the environments step, store, learn. With replay, what a row brought is stored and learned from
 while the environments take the next step; `lock_step` waits instead, and is deterministic if the environments are.
+Without replay a rollout and learning from it take turns.
 """
 
 import dataclasses
@@ -118,7 +119,6 @@ class Overlapped:
         self._obs = jax.device_put(self._lanes.reset(_seed_of(self._config.seed, _TRAINING, self.env_steps)))
         self._view = jnp.zeros((num_lanes, *spec.agent_observation_shape), spec.observation_dtype)
         self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
-        self._acting_params, self._acting_staleness = jax.tree.map(jnp.copy, self._learner.params), 0
         self._episodes = _Episodes(np.zeros(num_lanes), np.zeros(num_lanes, np.int64))
 
     @property
@@ -185,22 +185,21 @@ class Overlapped:
         uniforms, learn_keys = jax.device_get(draws.uniforms), list(draws.learn_keys)
         for i in range(len(uniforms)):
             tally.staleness.append(self._pending.num_updates if self._pending else 0)
-            row, has_failed = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
+            row, _, has_failed = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
             num_updates, exponent = int(plan.num_updates[0, i]), plan.importance_exponent[0, i]
             self._pending = _Pending(row, has_failed, learn_keys[i], exponent, num_updates)
             if self._topology.lock_step:
                 self._learn_pending()
 
-    def _row(self, params: Params, exploration: Any, uniform: Any, tally: "_Tally") -> tuple[HostRow, bool]:
+    def _row(self, params: Params, exploration: Any, uniform: Any, tally: "_Tally") -> tuple[HostRow, jax.Array, bool]:
         """Takes a step of all lanes; meanwhile the learner gets the row before, if that is still to be learned from.
 
         Returns:
-          The row, and whether an environment failed in it.
+          The row, the greatest value of each lane's observation, and whether an environment failed.
         """
         obs = self._obs
         self._view, action, q_max = self._act(params, self._view, obs, self._is_first, exploration, uniform)
-        self._q_max = q_max
-        action, q_max = jax.device_get((action, q_max))  # waits for the learner steps under way, whose result acts
+        action = jax.device_get(action)  # waits for the learner steps under way, if it is their result that acts
         self._lanes.send(action)
         self._learn_pending()
         step = self._lanes.recv()
@@ -209,7 +208,7 @@ class Overlapped:
         row = HostRow(obs, action, step.reward, step.terminated, step.truncated, no_step)
         self._is_first, self._is_final = no_step, (step.terminated | step.truncated) & ~no_step
         tally.add(row, q_max, self._is_final, step.failed)
-        return row, bool(np.any(step.failed))
+        return row, q_max, bool(np.any(step.failed))
 
     def _learn_pending(self) -> None:
         """Has the learner store the pending row and learn, which goes on after this returns."""
@@ -225,26 +224,23 @@ class Overlapped:
         self._losses.append((losses, num_updates))
 
     def _rollout(self, plan: Plan, draws: Draws, tally: "_Tally") -> None:
-        """Takes a rollout and has the learner learn from it, which, overlapped, goes on while the next one is taken."""
+        """Takes a rollout and has the learner learn from it.
+
+        Nothing overlaps: the next action waits for what was learned, behind which it would have to queue anyway.
+        """
         uniforms = jax.device_get(draws.uniforms)
-        num_updates = planned_learner_steps(self._config.agent, plan, 1)
-        params = self._learner.params if self._topology.lock_step else self._acting_params
         rows, views, q_max = [], [], []
         for i in range(len(uniforms)):
-            tally.staleness.append(self._acting_staleness)
-            row, _ = self._row(params, plan.exploration[0, i], uniforms[i], tally)
+            tally.staleness.append(0)
+            row, row_q_max, _ = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
             rows.append(row._replace(obs=()))
             views.append(self._view)
-            q_max.append(self._q_max)
-        if not self._topology.lock_step:
-            # A copy, for the learner's own are overwritten; it holds what the round before this one has learned.
-            self._acting_params = jax.tree.map(jnp.copy, self._learner.params)
-            self._acting_staleness = num_updates
+            q_max.append(row_q_max)
         stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
         self._learner, losses = self._learn(
             self._learner, stacked, tuple(views), tuple(q_max), self._obs, self._is_first, draws.learn_keys
         )
-        self._losses.append((losses, num_updates))
+        self._losses.append((losses, planned_learner_steps(self._config.agent, plan, 1)))
 
     def _mean_losses(self) -> tuple[float | None, float | None]:
         """Returns the mean loss and TD error of the learner steps since the last call, None if there were none."""
@@ -304,7 +300,7 @@ class Overlapped:
             nothing, reward = np.zeros(num_lanes, np.int32), np.zeros(num_lanes, np.float32)
             row = HostRow(state["observation"], nothing, reward, nobody, nobody, everybody)
             self._replay = state["replay"]
-            self._pending = _Pending(row, True, jax.random.split(self._key)[0], np.float32(1), 0)
+            self._pending = _Pending(row, True, self._key, np.float32(1), 0)  # no learner step, so no use of the key
             self._learn_pending()
         self._begin_episodes()
 
@@ -348,14 +344,14 @@ class _Tally:
         self.staleness: list[int] = []
         self.num_failures = 0
 
-    def add(self, row: HostRow, q_max: np.ndarray, has_ended: np.ndarray, failed: np.ndarray) -> None:
+    def add(self, row: HostRow, q_max: jax.Array, has_ended: np.ndarray, failed: np.ndarray) -> None:
         """Adds a row; its no-step lanes begin a new episode after it."""
         episodes = self._episodes
         episodes.returns = np.where(row.no_step, 0.0, episodes.returns + row.reward)
         episodes.steps = np.where(row.no_step, 0, episodes.steps + 1)
         self.returns += episodes.returns[has_ended].tolist()
         self.lengths += episodes.steps[has_ended].tolist()
-        self.q_max.append(float(np.mean(q_max)))
+        self.q_max.append(float(np.mean(np.asarray(q_max))))
         self.num_failures += int(np.sum(failed))
 
 
