@@ -15,6 +15,7 @@ from qfleet.config import ConfigError, RunFailed, suggest
 _COMMANDS = {
     "train": "train an agent in an environment",
     "eval": "evaluate what a run has learned",
+    "watch": "write videos of what a run has learned",
     "resume": "go on with a run from its newest checkpoint",
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract",
