@@ -84,7 +84,12 @@ class Policy:
         for i, moments in enumerate(
             play(self._env, lambda view: self._q_values(self.params, view), num_episodes, seed)
         ):
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"videos need a folder that can be made, got {folder} ({error.strerror}); give another"
+                ) from error
             yield film(moments, folder / f"{self.label}-seed{seed}-episode{i}", frames_per_second)
 
     def _greedy(self, obs: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Environments of Gymnasium, and whatever else is registered with it."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -174,13 +175,13 @@ def _make_rendered_lanes(
     first_action: int,
 ) -> RenderedLanes:
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # or pygame greets on stdout
+    make_env = functools.partial(_make_single, registered, {**options, "render_mode": "rgb_array"})
     try:
-        make_env = functools.partial(_make_single, registered, {**options, "render_mode": "rgb_array"})
-        lanes = SingleLanes(spec.name, make_env, encoder, first_action, 1, lane_options)
-        lanes.reset(0)
-        lanes.render()  # some import what they draw with only now
+        with contextlib.closing(make_env()) as env:
+            env.reset(seed=0)
+            env.render()  # only now do some import what they draw with
     except Exception as error:  # whatever it raises is why it can't be watched
         raise ConfigError(
             f"{spec.name} must render to be watched, got {type(error).__name__}: {error}; install what it names"
         ) from error
-    return lanes
+    return SingleLanes(spec.name, make_env, encoder, first_action, 1, lane_options)

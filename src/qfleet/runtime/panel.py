@@ -12,9 +12,9 @@ PICTURE_SIDE = 480  # pixels: the longer side of a small picture grows to as muc
 MAX_PICTURE_SIDE = 1280
 MIN_WIDTH = 400  # of a frame, for the words to fit
 MAX_ACTIONS = 18  # of one moment shown; all of Atari's
-ROWS = 6  # of Q-values in one column
+MAX_ACTIONS_IN_ONE_COLUMN = 6  # more share two
 ROW_HEIGHT, MARGIN = 18, 8
-LABEL_WIDTH, VALUE_WIDTH = 26, 62
+LABEL_WIDTH, VALUE_WIDTH = 26, 60
 
 BACKGROUND = (24, 26, 31)
 INK = (225, 228, 234)
@@ -27,7 +27,7 @@ class Panel:
     """Draws the frames of one episode, all of one size."""
 
     def __init__(self, num_actions: int) -> None:
-        self._columns = math.ceil(min(num_actions, MAX_ACTIONS) / ROWS)
+        self._columns = 1 if num_actions <= MAX_ACTIONS_IN_ONE_COLUMN else 2
         self._rows = math.ceil(min(num_actions, MAX_ACTIONS) / self._columns)
         self._font = ImageFont.load_default(size=13)
         # Bars are drawn to one scale, which only grows: 0 and every Q-value of the episode so far.
@@ -50,13 +50,13 @@ class Panel:
         draw = ImageDraw.Draw(frame)
         words = f"step {moment.episode_steps:,}      return {moment.episode_return:,.2f}"
         draw.text((MARGIN, top), words, fill=INK, font=self._font)
-        if moment.action is None:
-            draw.text((width - MARGIN, top), "episode over", fill=DIM, font=self._font, anchor="ra")
+        note = "Q-values" if moment.action is not None else "episode over"
+        draw.text((width - MARGIN, top), note, fill=DIM, font=self._font, anchor="ra")
         self._draw_values(draw, moment, width, top + ROW_HEIGHT)
         return frame
 
     def _draw_values(self, draw: ImageDraw.ImageDraw, moment: Moment, width: int, top: int) -> None:
-        q = np.nan_to_num(moment.q.astype(np.float64))
+        q = np.where(np.isfinite(moment.q), moment.q, 0.0)
         self._low, self._high = min(self._low, q.min()), max(self._high, q.max())
         # With more actions than there is room for, those of greatest value, in their own order.
         shown = np.sort(np.argsort(-q, kind="stable")[:MAX_ACTIONS])
