@@ -1,5 +1,6 @@
 """What a run has learned, ready to act."""
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,25 +73,29 @@ class Policy:
           ConfigError: if PyAV or Pillow is missing, there is no way to draw the environment, or an argument is wrong.
           RunFailed: if the environment fails.
         """
-        for name, value, least in (
-            ("num_episodes", num_episodes, 1),
-            ("seed", seed, 0),
-            ("frames_per_second", frames_per_second, 1),
-        ):
-            if value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        _check_at_least(1, num_episodes=num_episodes, frames_per_second=frames_per_second)
+        _check_at_least(0, seed=seed)
         check_extra()
-        folder = Path(out_dir)
-        for i, moments in enumerate(
-            play(self._env, lambda view: self._q_values(self.params, view), num_episodes, seed)
-        ):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(
-                    f"videos need a folder that can be made, got {folder} ({error.strerror}); give another"
-                ) from error
-            yield film(moments, folder / f"{self.label}-seed{seed}-episode{i}", frames_per_second)
+        episodes = play(self._env, functools.partial(self._q_values, self.params), num_episodes, seed)
+        for i, moments in enumerate(episodes):
+            name = f"{self.label}-seed{seed}-episode{i}"
+            yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
 
     def _greedy(self, obs: jax.Array) -> jax.Array:
         return greedy(self._q_values(self.params, obs))
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def _make_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"videos need a folder that can be made, got {path} ({error.strerror}); give another"
+        ) from error
+    return path

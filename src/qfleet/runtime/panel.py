@@ -13,7 +13,7 @@ MAX_PICTURE_SIDE = 1280
 MIN_WIDTH = 400  # of a frame, for the words to fit
 MAX_ACTIONS = 18  # of one moment shown; all of Atari's
 MAX_ACTIONS_IN_ONE_COLUMN = 6  # more share two
-ROW_HEIGHT, MARGIN = 18, 8
+ROW_HEIGHT, MARGIN, COLUMN_GAP = 18, 8, 24
 LABEL_WIDTH, VALUE_WIDTH = 26, 60
 
 BACKGROUND = (24, 26, 31)
@@ -60,11 +60,11 @@ class Panel:
         self._low, self._high = min(self._low, q.min()), max(self._high, q.max())
         # With more actions than there is room for, those of greatest value, in their own order.
         shown = np.sort(np.argsort(-q, kind="stable")[:MAX_ACTIONS])
-        column_width = (width - MARGIN) // self._columns
+        column_width = (width - 2 * MARGIN + COLUMN_GAP) // self._columns
         for place, action in enumerate(shown.tolist()):
             column, row = divmod(place, self._rows)
             left, y = MARGIN + column * column_width, top + row * ROW_HEIGHT
-            self._draw_value(draw, action, moment, (left, y, left + column_width - MARGIN))
+            self._draw_value(draw, action, moment, (left, y, left + column_width - COLUMN_GAP))
 
     def _draw_value(self, draw: ImageDraw.ImageDraw, action: int, moment: Moment, place: tuple[int, int, int]) -> None:
         """Draws one action's number, bar and value into `place`: left, top, right."""
