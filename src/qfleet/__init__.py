@@ -11,28 +11,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qfleet.api import Run, iterate, load, resume, train
+    from qfleet.api import Run, iterate, load, resume, train, watch
     from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfig, RunFailed, TrainConfig
     from qfleet.core.types import EnvSpec, Network
-    from qfleet.envs.host import HostEnv, HostLanes, HostStep, LaneOptions
+    from qfleet.envs.host import HostEnv, HostLanes, HostStep, LaneOptions, RenderedLanes
     from qfleet.envs.registry import list_envs, make_env, register_env
     from qfleet.envs.spec import InGraphEnv, StepResult
     from qfleet.networks import from_nnx
     from qfleet.policy import Policy
     from qfleet.presets import PRESETS, make_config
     from qfleet.runtime.records import Progress
+    from qfleet.runtime.video import Video
 
 _HOMES = {
-    "qfleet.api": ("Run", "iterate", "load", "resume", "train"),
+    "qfleet.api": ("Run", "iterate", "load", "resume", "train", "watch"),
     "qfleet.config": ("AgentConfig", "ConfigError", "FusedConfig", "OverlappedConfig", "RunFailed", "TrainConfig"),
     "qfleet.core.types": ("EnvSpec", "Network"),
-    "qfleet.envs.host": ("HostEnv", "HostLanes", "HostStep", "LaneOptions"),
+    "qfleet.envs.host": ("HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes"),
     "qfleet.envs.registry": ("list_envs", "make_env", "register_env"),
     "qfleet.envs.spec": ("InGraphEnv", "StepResult"),
     "qfleet.networks": ("from_nnx",),
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
     "qfleet.runtime.records": ("Progress",),
+    "qfleet.runtime.video": ("Video",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -51,10 +53,12 @@ __all__ = [
     "OverlappedConfig",
     "Policy",
     "Progress",
+    "RenderedLanes",
     "Run",
     "RunFailed",
     "StepResult",
     "TrainConfig",
+    "Video",
     "from_nnx",
     "iterate",
     "list_envs",
@@ -64,6 +68,7 @@ __all__ = [
     "register_env",
     "resume",
     "train",
+    "watch",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Training runs and what they leave: `train`, `iterate`, `resume`, `load`."""
+"""Training runs and what they leave: `train`, `iterate`, `resume`, `load`, `watch`."""
 
 import dataclasses
 import functools
@@ -25,6 +25,7 @@ from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
+from qfleet.runtime.video import Video
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
 
@@ -123,11 +124,41 @@ def load(
     limit_cpu_threads(check_network(network_in_use, env.spec))
     enable_compilation_cache()
     with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept) as checkpoints:
+        checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
         _check_network_is_given(network is not None, checkpoints.read_metadata(checkpoint)["has_own_network"])
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
+    label = f"step{checkpoint}"
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
-    return Policy(env, network_in_use, _params_of(network_in_use, params))
+        label += f"-trained{config.seed + index}"
+    return Policy(env, network_in_use, _params_of(network_in_use, params), label)
+
+
+def watch(
+    run_dir: str | os.PathLike[str],
+    *,
+    num_episodes: int = 1,
+    checkpoint: int | None = None,
+    train_seed: int | None = None,
+    seed: int = 0,
+    out_dir: str | os.PathLike[str] | None = None,
+    frames_per_second: int = 30,
+    network: Network | None = None,
+) -> list[Video]:
+    """Writes videos of what a run has learned, and returns their files with the episodes' returns.
+
+    Args:
+      run_dir, checkpoint, network: as for `load`.
+      train_seed: of a run with many seeds, which one; the first by default.
+      out_dir: instead of the run's folder `videos`.
+      num_episodes, seed, frames_per_second: as for `Policy.film`.
+
+    Raises:
+      ConfigError, RunFailed: as `load` and `Policy.film` do.
+    """
+    policy = load(run_dir, checkpoint=checkpoint, seed=train_seed, network=network)
+    out_dir = RunDirectory.open(run_dir).videos_path if out_dir is None else out_dir
+    return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
 
 
 class Run:

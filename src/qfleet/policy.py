@@ -1,13 +1,21 @@
 """What a run has learned, ready to act."""
 
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
 import jax
 import numpy as np
 
+from qfleet.config import ConfigError
 from qfleet.core.exploration import greedy
 from qfleet.core.types import EnvSpec, Network, Params
 from qfleet.envs.host import HostEnv, LaneOptions
 from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime.episodes import play
 from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
+from qfleet.runtime.video import Video, check_extra, film
 
 EVAL_LANES = 8
 """Lanes that environments outside the compiled program are evaluated in."""
@@ -16,11 +24,13 @@ EVAL_LANES = 8
 class Policy:
     """Greedy actions of one Q-network: `policy(obs)`."""
 
-    def __init__(self, env: InGraphEnv | HostEnv, network: Network, params: Params) -> None:
+    def __init__(self, env: InGraphEnv | HostEnv, network: Network, params: Params, label: str) -> None:
         self.params = params
         """The network's parameters, a tree of arrays."""
         self.spec: EnvSpec = env.spec
         """Of the environment it was trained in."""
+        self.label = label
+        """Tells it from other policies of its run: the checkpoint, and the seed if the run trained many."""
         self._env = env
         self._network = network
         self._q_values = jax.jit(network.apply)
@@ -45,5 +55,47 @@ class Policy:
         run = jax.jit(lambda params, key: greedy_returns(env, self._network.apply, params, key, num_episodes))
         return np.asarray(run(self.params, jax.random.key(seed)))
 
+    def film(
+        self, out_dir: str | os.PathLike[str], num_episodes: int = 1, seed: int = 0, frames_per_second: int = 30
+    ) -> Iterator[Video]:
+        """Yields the videos of greedy episodes in its environment, each as soon as it is written.
+
+        Under the picture stand the step, the return so far, and every action's Q-value, the greedy one marked. Episodes
+        of environments written in JAX begin as those of `evaluate` with the same arguments.
+
+        Args:
+          out_dir: the folder for `<label>-seed<seed>-episode<i>.mp4` and `.gif`, made if absent.
+          num_episodes: to play; each at most 27,000 steps long.
+          seed: of these episodes.
+          frames_per_second: of the mp4, where each step is one frame.
+
+        Raises:
+          ConfigError: if PyAV or Pillow is missing, there is no way to draw the environment, or an argument is wrong.
+          RunFailed: if the environment fails.
+        """
+        _check_at_least(1, num_episodes=num_episodes, frames_per_second=frames_per_second)
+        _check_at_least(0, seed=seed)
+        check_extra()
+        episodes = play(self._env, functools.partial(self._q_values, self.params), num_episodes, seed)
+        for i, moments in enumerate(episodes):
+            name = f"{self.label}-seed{seed}-episode{i}"
+            yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
+
     def _greedy(self, obs: jax.Array) -> jax.Array:
         return greedy(self._q_values(self.params, obs))
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{name} must be at least {least}, got {value}")
+
+
+def _make_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"videos need a folder that can be made, got {path} ({error.strerror}); give another"
+        ) from error
+    return path

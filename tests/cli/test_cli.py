@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import probes
 import pytest
 
@@ -53,6 +54,7 @@ def exit_code(arguments: list[str]) -> int:
         (["train", "no_such_module:X"], "can be imported"),
         (["eval", "no-such-run"], "a run is a folder with a config.json"),
         (["eval", "no-such-run", "--episodes", "0"], "episodes must be"),
+        (["watch", "no-such-run"], "a run is a folder with a config.json"),
         (["resume", "no-such-run"], "a run is a folder with a config.json"),
         (["check-env", "CartPol-v1"], "Did you mean CartPole-v1"),
         (["check-env", "CartPole-v1", "--steps", "0"], "steps must be at least 1"),
@@ -70,6 +72,8 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     if arguments == ["train", "gymnax:Pendulum-v1"]:
         pytest.importorskip("gymnax")
+    if arguments[0] == "watch":
+        pytest.importorskip("av")
     assert exit_code(arguments) == 2
     captured = capsys.readouterr()
     words = " ".join((captured.err + captured.out).replace("│", " ").split())
@@ -95,6 +99,72 @@ def test_eval_prints_json_that_any_parser_reads(run_dir: Path, capsys: pytest.Ca
     result = json.loads(capsys.readouterr().out)
     assert (result["env"], result["episodes"], len(result["returns"])) == ("CartPole-v1", 7, 7)
     assert result["return_min"] <= result["return_mean"] <= result["return_max"]
+
+
+def test_watch_writes_the_episodes_that_eval_counts(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    av = pytest.importorskip("av")
+    assert main(["eval", str(run_dir), "--episodes", "2", "--seed", "3", "--json"]) == 0
+    returns = json.loads(capsys.readouterr().out)["returns"]
+    assert main(["watch", str(run_dir), "--episodes", "2", "--seed", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for i, expected in enumerate(returns):
+        title, mp4, gif = (line.strip() for line in lines[3 * i : 3 * i + 3])
+        assert title == f"episode {i}: return {expected:.1f} in {expected:.0f} steps"
+        stem = run_dir / "videos" / f"step256-seed3-episode{i}"
+        assert (mp4, gif) == (f"{stem}.mp4", f"{stem}.gif") and Path(gif).stat().st_size > 0
+        with av.open(mp4) as container:
+            assert sum(1 for _ in container.decode(video=0)) == expected + 1
+    assert len(lines) == 6
+
+
+def test_watch_in_python_plays_a_plain_greedy_loop(run_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    (video,) = qfleet.watch(run_dir, checkpoint=256, seed=4, out_dir=tmp_path / "out")
+    policy, env = qfleet.load(run_dir), qfleet.make_env("CartPole-v1")
+    reset_key, step_key = jax.random.split(jax.random.key(4))
+    state, obs = env.reset(jax.random.split(reset_key, 1)[0])
+    total, terminated = 0.0, False
+    while not terminated and total < env.spec.time_limit:
+        result = env.step(state, policy(obs[None])[0], step_key)
+        state, obs, terminated = result.state, result.observation, bool(result.terminated)
+        total += float(result.reward)
+    assert (video.episode_return, video.episode_steps) == (total, total)
+    assert video.mp4 == tmp_path / "out" / "step256-seed4-episode0.mp4"
+
+
+@pytest.mark.parametrize("module", ["av", "PIL"])
+def test_a_missing_extra_names_the_command_that_adds_it(
+    module: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main(["watch", str(run_dir)]) == 2
+    assert "pip install 'qfleet[video]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--episodes", "0", "num_episodes must be at least 1, got 0"),
+        ("--seed", "-1", "seed must be at least 0, got -1"),
+        ("--frames-per-second", "0", "frames_per_second must be at least 1, got 0"),
+        ("--checkpoint", "7", "256"),
+        ("--out", "config.json/videos", "videos need a folder that can be made"),
+        ("--train-seed", "9", "seed must be one that the run trained"),
+    ],
+)
+def test_watch_refuses_bad_flags(
+    flag: str,
+    value: str,
+    message: str,
+    run_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("av")
+    monkeypatch.chdir(run_dir)
+    assert main(["watch", str(run_dir), flag, value]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_truncated_checkpoint_is_named_and_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """`qfleet`: finds the command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 1 the run or the check failed; 2 bad input; 130 interrupted before training began.
+Exit codes: 0 done; 1 the run or the check failed; 2 bad input; 130 interrupted, but for
+training that has begun: that ends cleanly, with 0.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from qfleet.config import ConfigError, RunFailed, suggest
 _COMMANDS = {
     "train": "train an agent in an environment",
     "eval": "evaluate what a run has learned",
+    "watch": "write videos of what a run has learned",
     "resume": "go on with a run from its newest checkpoint",
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract",
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        print("qfleet: interrupted before training began", file=sys.stderr)
+        print("qfleet: interrupted", file=sys.stderr)
         return 130
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qfleet.envs import rendering
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 GRAVITY = 9.8
@@ -34,7 +35,7 @@ def make() -> InGraphEnv:
         num_actions=3,
         time_limit=500,
     )
-    return InGraphEnv(spec, reset, step)
+    return InGraphEnv(spec, reset, step, render)
 
 
 def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -61,6 +62,20 @@ def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
         terminated=terminated,
         truncated=jnp.bool_(False),
     )
+
+
+def render(state: np.ndarray, observation: np.ndarray) -> np.ndarray:
+    """Draws both links to scale, and the line to be crossed."""
+    inner, outer = float(state[0]), float(state[1])
+    joint = LINK_LENGTH * math.sin(inner), -LINK_LENGTH * math.cos(inner)
+    end = joint[0] + LINK_LENGTH * math.sin(inner + outer), joint[1] - LINK_LENGTH * math.cos(inner + outer)
+    canvas = rendering.Canvas(360, 360, left=-2.25, bottom=-2.25, pixels_per_unit=80)
+    canvas.line([(-2.25, LINK_LENGTH), (2.25, LINK_LENGTH)], 0.02, rendering.GREY)
+    canvas.line([(0.0, 0.0), joint], 0.16, rendering.BLUE)
+    canvas.line([joint, end], 0.16, rendering.ORANGE)
+    for point in ((0.0, 0.0), joint, end):
+        canvas.disc(point, 0.08, rendering.INK)
+    return canvas.picture()
 
 
 def _observe(inner: jax.Array, outer: jax.Array, inner_velocity: jax.Array, outer_velocity: jax.Array) -> jax.Array:

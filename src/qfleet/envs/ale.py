@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from qfleet.config import ConfigError, suggest
-from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions
+from qfleet.config import ConfigError, RunFailed, suggest
+from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, HostStep, LaneOptions, RenderedLanes
 from qfleet.envs.vector_lanes import VectorLanes, VectorStep
 
 FRAME_SKIP = 4
 TIME_LIMIT_FRAMES = 108_000  # half an hour of play at 60 Hz
 NOOP_MAX = 30
 SCREEN = (84, 84)
+PICTURE = (210, 160)  # what the games draw, but for a few that draw 250 lines
 NOOP = 0  # in the minimal and in the full set of actions
 
 
@@ -44,15 +45,18 @@ def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space
     game = _find_game(name, roms.get_all_rom_ids())
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # or it prints its version for every environment
 
-    def make_vector(num_lanes: int, *, reward_clipping: bool) -> AtariVectorEnv:
+    def make_vector(
+        num_lanes: int, *, reward_clipping: bool, screen: tuple[int, int] = SCREEN, grayscale: bool = True
+    ) -> AtariVectorEnv:
         return AtariVectorEnv(
             game,
             num_lanes,
             max_num_frames_per_episode=TIME_LIMIT_FRAMES,
             repeat_action_probability=repeat_action_probability,
             full_action_space=full_action_space,
-            img_height=SCREEN[0],
-            img_width=SCREEN[1],
+            img_height=screen[0],
+            img_width=screen[1],
+            grayscale=grayscale,
             stack_num=1,
             frameskip=FRAME_SKIP,
             noop_max=NOOP_MAX,
@@ -83,7 +87,14 @@ def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space
 
         return VectorLanes(spec.name, backend, num_lanes, _without_workers(spec.name, options))
 
-    return HostEnv(spec, make_lanes, make_eval_lanes)
+    def make_rendered_lanes(options: LaneOptions) -> RenderedLanes:
+        def backend(num_lanes: int) -> AleVector:
+            vector = make_vector(num_lanes, reward_clipping=False, screen=PICTURE, grayscale=False)
+            return AleVector(vector, lives_end_episodes=False)
+
+        return AleWithPictures(make_eval_lanes(1, options), VectorLanes(spec.name, backend, 1, options))
+
+    return HostEnv(spec, make_lanes, make_eval_lanes, make_rendered_lanes)
 
 
 class AleVector:
@@ -132,6 +143,38 @@ class AleVector:
             step.truncated[was_over] = last.truncated[was_over]
         self._lives, self._resumes, self._last = lives, lost | was_over, step
         return step._replace(terminated=step.terminated | lost)
+
+
+class AleWithPictures:
+    """A game twice, from the same seed and with the same actions: as the agent sees it, and in colour."""
+
+    def __init__(self, seen: HostLanes, coloured: HostLanes) -> None:
+        self._seen, self._coloured = seen, coloured
+        self._picture = np.zeros((*PICTURE, 3), np.uint8)
+
+    def reset(self, seed: int) -> np.ndarray:
+        self._picture = self._coloured.reset(seed)[0]
+        return self._seen.reset(seed)
+
+    def send(self, action: np.ndarray) -> None:
+        self._seen.send(action)
+        self._coloured.send(action)
+
+    def recv(self) -> HostStep:
+        step, coloured = self._seen.recv(), self._coloured.recv()
+        if any(np.any(ours != theirs) for ours, theirs in zip(step[1:], coloured[1:], strict=True)):
+            raise RunFailed(
+                "two emulators must play alike from one seed, these came apart; the video would show neither"
+            )
+        self._picture = coloured.observation[0]
+        return step
+
+    def render(self) -> np.ndarray:
+        return self._picture
+
+    def close(self) -> None:
+        self._seen.close()
+        self._coloured.close()
 
 
 def _find_game(name: str, known: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qfleet.envs import rendering
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 GRAVITY = 9.8
@@ -32,7 +33,7 @@ def make() -> InGraphEnv:
         num_actions=2,
         time_limit=500,
     )
-    return InGraphEnv(spec, reset, step)
+    return InGraphEnv(spec, reset, step, render)
 
 
 def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -62,3 +63,18 @@ def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
     state = jnp.stack([position, velocity, angle, angular_velocity])
     terminated = (jnp.abs(position) > POSITION_LIMIT) | (jnp.abs(angle) > ANGLE_LIMIT)
     return StepResult(state, state, jnp.float32(1.0), terminated, jnp.bool_(False))
+
+
+def render(state: np.ndarray, observation: np.ndarray) -> np.ndarray:
+    """Draws cart and pole to scale, and where the track ends."""
+    position, _, angle, _ = map(float, state)
+    canvas = rendering.Canvas(480, 200, left=-2.7, bottom=-0.6, pixels_per_unit=480 / 5.4)
+    canvas.line([(-2.7, -0.15), (2.7, -0.15)], 0.02, rendering.INK)
+    for end in (-POSITION_LIMIT, POSITION_LIMIT):
+        canvas.line([(end, -0.3), (end, 0.0)], 0.03, rendering.ORANGE)
+    left, right = position - 0.25, position + 0.25
+    canvas.polygon([(left, -0.15), (left, 0.12), (right, 0.12), (right, -0.15)], rendering.INK)
+    tip = position + 2 * POLE_HALF_LENGTH * math.sin(angle), 2 * POLE_HALF_LENGTH * math.cos(angle)
+    canvas.line([(position, 0.0), tip], 0.09, rendering.ORANGE)
+    canvas.disc((position, 0.0), 0.06, rendering.BLUE)
+    return canvas.picture()

@@ -10,8 +10,9 @@ import numpy as np
 
 from qfleet.config import ConfigError, suggest
 from qfleet.envs.ale import FRAME_SKIP, NOOP_MAX, SCREEN, TIME_LIMIT_FRAMES
-from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions
+from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
 from qfleet.envs.observations import discrete_actions, make_encoder
+from qfleet.envs.rendering import is_picture
 from qfleet.envs.vector_lanes import VectorLanes, VectorStep
 
 _NO_LIMIT = 2**31 - 1  # what EnvPool gives as `max_episode_steps` of environments without one
@@ -73,7 +74,15 @@ def make(name: str, **options: Any) -> HostEnv:
         return make_lanes
 
     training = {"episodic_life": True, "reward_clip": True} if is_atari else {}
-    return HostEnv(spec, make_lanes_with(**training), make_lanes_with())
+
+    def refuse_to_render(lane_options: LaneOptions) -> RenderedLanes:
+        raise ConfigError(
+            f"{spec.name} must show the agent a picture to be watched, for EnvPool draws none, and it shows "
+            f"{spec.observation_dtype} {list(spec.observation_shape)}; train in its equivalent gym:{name} to watch that"
+        )
+
+    # Where observations are pictures, these are drawn.
+    return HostEnv(spec, make_lanes_with(**training), make_lanes_with(), None if is_picture(spec) else refuse_to_render)
 
 
 class EnvPoolVector:

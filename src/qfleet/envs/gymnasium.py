@@ -1,7 +1,9 @@
 """Environments of Gymnasium, and whatever else is registered with it."""
 
+import contextlib
 import functools
 import importlib
+import os
 from typing import Any
 
 import gymnasium
@@ -9,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec as GymnasiumSpec
 from gymnasium.vector import AutoresetMode
 
 from qfleet.config import ConfigError, suggest
-from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions
+from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
 from qfleet.envs.lane_group import make_single
 from qfleet.envs.observations import Encoder, discrete_actions, make_encoder
 from qfleet.envs.single_lanes import SingleLanes
@@ -56,7 +58,16 @@ def make(name: str, **options: Any) -> HostEnv:
         first_action=int(actions.start),
         use_vector=_use_vector(name, registered, options),
     )
-    return HostEnv(spec, lanes, lanes)
+    can_render = not _is_vector(env) and "rgb_array" in env.metadata.get("render_modes", ())
+    rendered = functools.partial(
+        _make_rendered_lanes,
+        spec=spec,
+        registered=registered,
+        options=options,
+        encoder=encoder,
+        first_action=int(actions.start),
+    )
+    return HostEnv(spec, lanes, lanes, rendered if can_render else None)
 
 
 def find(name: str) -> GymnasiumSpec:
@@ -154,3 +165,25 @@ def _make_lanes(
     lanes = WorkerLanes if lane_options.num_workers else SingleLanes
     make_env = functools.partial(make_single, registered, options)
     return lanes(spec.name, make_env, encoder, first_action, num_lanes, lane_options)
+
+
+def _make_rendered_lanes(
+    lane_options: LaneOptions,
+    *,
+    spec: EnvSpec,
+    registered: GymnasiumSpec,
+    options: dict[str, Any],
+    encoder: Encoder,
+    first_action: int,
+) -> RenderedLanes:
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # or pygame greets on stdout
+    make_env = functools.partial(_make_single, registered, {**options, "render_mode": "rgb_array"})
+    try:
+        with contextlib.closing(make_env()) as env:
+            env.reset(seed=0)
+            env.render()  # only now do some import what they draw with
+    except Exception as error:  # whatever it raises is why it can't be watched
+        raise ConfigError(
+            f"{spec.name} must render to be watched, got {type(error).__name__}: {error}; install what it names"
+        ) from error
+    return SingleLanes(spec.name, make_env, encoder, first_action, 1, lane_options)

@@ -13,7 +13,7 @@ import numpy as np
 from qfleet.config import ConfigError
 from qfleet.core.types import EnvSpec
 
-__all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions"]
+__all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes"]
 
 
 class HostStep(NamedTuple):
@@ -61,6 +61,14 @@ class HostLanes(Protocol):
         ...
 
 
+class RenderedLanes(HostLanes, Protocol):
+    """One lane that can be looked at."""
+
+    def render(self) -> np.ndarray:
+        """Returns a picture of where the lane stands, `[height, width, 3]` uint8, RGB. Not with a step under way."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaneOptions:
     """How lanes run and what they may suffer."""
@@ -88,3 +96,6 @@ class HostEnv(NamedTuple):
     """`make_lanes(num_lanes, options)`: lanes to train in."""
     make_eval_lanes: Callable[[int, LaneOptions], HostLanes]
     """The same for evaluation: whole episodes and true rewards, where training clips or cuts them."""
+    make_rendered_lanes: Callable[[LaneOptions], RenderedLanes] | None = None
+    """One lane of evaluation with pictures, for `qfleet watch`. None: observations are drawn where they are pictures
+    themselves."""

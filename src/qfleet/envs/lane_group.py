@@ -93,6 +93,10 @@ class LaneGroup:
             failures += lane_failures
         return failures
 
+    def render(self) -> Any:
+        """Returns what the first lane's environment renders."""
+        return self._lanes[0].render()
+
     def close(self) -> None:
         """Closes every environment."""
         for lane in self._lanes:
@@ -140,6 +144,9 @@ class _LaneEnv:
             return observation, reward, bool(terminated), bool(truncated)
         except Exception as error:
             return self._replace(error), 0.0, False, False
+
+    def render(self) -> Any:
+        return self._env.render()
 
     def take_failures(self) -> list[Failure]:
         failures, self._failures = self._failures, []

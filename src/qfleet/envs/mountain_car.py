@@ -3,10 +3,13 @@
 The dynamics are Gymnasium's (`gymnasium.envs.classic_control.mountain_car`, after Moore 1990), in float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qfleet.envs import rendering
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 FORCE = 0.001
@@ -26,7 +29,7 @@ def make() -> InGraphEnv:
         num_actions=3,
         time_limit=200,
     )
-    return InGraphEnv(spec, reset, step)
+    return InGraphEnv(spec, reset, step, render)
 
 
 def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -48,3 +51,28 @@ def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
     state = jnp.stack([position, velocity])
     terminated = (position >= GOAL) & (velocity >= 0)
     return StepResult(state, state, jnp.float32(-1.0), terminated, jnp.bool_(False))
+
+
+def render(state: np.ndarray, observation: np.ndarray) -> np.ndarray:
+    """Draws the hills as Gymnasium does, the car on them and the flag at the goal."""
+    position = float(state[0])
+    canvas = rendering.Canvas(480, 320, left=LEFT_WALL, bottom=0.0, pixels_per_unit=480 / (RIGHT_END - LEFT_WALL))
+    slope = [(x, _height(x)) for x in np.linspace(LEFT_WALL, RIGHT_END, 97).tolist()]
+    canvas.polygon([(LEFT_WALL, 0.0), *slope, (RIGHT_END, 0.0)], rendering.GREEN)
+    foot = _height(GOAL)
+    canvas.line([(GOAL, foot), (GOAL, foot + 0.16)], 0.008, rendering.INK)
+    canvas.polygon([(GOAL, foot + 0.16), (GOAL, foot + 0.1), (GOAL + 0.07, foot + 0.13)], rendering.ORANGE)
+    angle = math.atan(1.35 * math.cos(3 * position))  # of the hill, by the derivative of `_height`
+
+    def of_car(along: float, above: float) -> tuple[float, float]:
+        x = position + along * math.cos(angle) - above * math.sin(angle)
+        return x, _height(position) + along * math.sin(angle) + above * math.cos(angle)
+
+    canvas.polygon([of_car(-0.07, 0.02), of_car(-0.07, 0.07), of_car(0.07, 0.07), of_car(0.07, 0.02)], rendering.BLUE)
+    for along in (-0.04, 0.04):
+        canvas.disc(of_car(along, 0.02), 0.02, rendering.INK)
+    return canvas.picture()
+
+
+def _height(position: float) -> float:
+    return 0.45 * math.sin(3 * position) + 0.55

@@ -46,5 +46,9 @@ class SingleLanes:
             self._budget.spend(failure)
         return HostStep(*out)
 
+    def render(self) -> np.ndarray:
+        """Returns a picture of the first lane, if its environment was made with `render_mode="rgb_array"`."""
+        return np.asarray(self._group.render())
+
     def close(self) -> None:
         self._group.close()

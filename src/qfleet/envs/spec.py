@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from qfleet.core.types import EnvSpec
 
@@ -36,3 +37,6 @@ class InGraphEnv(NamedTuple):
     spec: EnvSpec
     reset: Callable[[jax.Array], tuple[EnvState, jax.Array]]
     step: Callable[[EnvState, jax.Array, jax.Array], StepResult]
+    render: Callable[[EnvState, np.ndarray], np.ndarray] | None = None
+    """`render(state, observation) -> [height, width, 3]` uint8, an RGB picture for `qfleet watch`: NumPy in and out,
+    never compiled. None: observations are drawn where they are pictures themselves."""

@@ -6,6 +6,7 @@ runs/<name>/
   events.out.*     the same for TensorBoard: `tensorboard --logdir runs` compares runs
   checkpoints/     the newest few, by environment steps
   summary.json     the outcome, replaced as a whole
+  videos/          what `qfleet watch` has written
   .lock            held by the process that trains it
 """
 
@@ -114,6 +115,10 @@ class RunDirectory:
     @property
     def checkpoints_path(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def videos_path(self) -> Path:
+        return self.path / "videos"
 
     def lock(self) -> filelock.BaseFileLock:
         """Returns a lock that no other process can take while this one holds it; it ends with the process.

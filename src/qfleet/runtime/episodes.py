@@ -1,0 +1,154 @@
+"""Greedy episodes played one at a time, moment by moment, to be looked at; `evaluation` plays many at once."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qfleet.config import ConfigError
+from qfleet.core.actor import init_view, push_frame
+from qfleet.core.types import EnvSpec
+from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes
+from qfleet.envs.rendering import draw_observation, is_picture
+from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime.evaluation import MAX_EPISODE_STEPS
+
+QValues = Callable[[Any], Any]
+"""`q_values(view) -> q`: `[1, *agent_observation_shape]` to `[1, num_actions]`."""
+
+
+class Moment(NamedTuple):
+    """What the agent stands before, and what it makes of it."""
+
+    picture: np.ndarray
+    """`[height, width, 3]` uint8, RGB."""
+    q: np.ndarray
+    """`[num_actions]` float32, in units of discounted reward."""
+    action: int | None
+    """The greedy one, taken here; None in an episode's last moment."""
+    episode_return: float
+    """Undiscounted, so far."""
+    episode_steps: int
+    """Taken so far."""
+
+
+def play(env: InGraphEnv | HostEnv, q_values: QValues, num_episodes: int, seed: int) -> Iterator[Iterator[Moment]]:
+    """Yields greedy episodes, each an iterator over its moments, which is to be used up before the next is taken.
+
+    An episode of n steps has n + 1 moments. In an environment written in JAX they begin as those of `greedy_returns`
+    do with `jax.random.key(seed)`; in others, episode i begins as lane 0 does with seed + i.
+
+    Raises:
+      ConfigError: if there is no way to draw the environment, or it draws what isn't a picture.
+      RunFailed: if the environment fails.
+    """
+    if isinstance(env, InGraphEnv):
+        yield from _play_in_graph(env, q_values, num_episodes, seed)
+        return
+    if env.make_rendered_lanes is None:
+        _check_is_picture(env.spec, "HostEnv `make_rendered_lanes`")
+    # No failure is survived: an episode that is half another's would be a lie.
+    options = LaneOptions(max_failures=0)
+    lanes = env.make_rendered_lanes(options) if env.make_rendered_lanes else _Observed(env, options)
+    try:
+        for episode in range(num_episodes):
+            yield _play_host(lanes, env.spec, q_values, seed + episode)
+    finally:
+        lanes.close()
+
+
+def _play_in_graph(env: InGraphEnv, q_values: QValues, num_episodes: int, seed: int) -> Iterator[Iterator[Moment]]:
+    render = env.render
+    if render is None:
+        _check_is_picture(env.spec, "InGraphEnv a `render`")
+    reset_key, step_key = jax.random.split(jax.random.key(seed))
+
+    @jax.jit
+    def begin(episode: jax.Array) -> tuple:
+        env_state, obs = env.reset(jax.random.split(reset_key, num_episodes)[episode])
+        return env_state, obs, init_view(obs[None], env.spec.frame_stack)
+
+    @jax.jit
+    def step(env_state: Any, view: jax.Array, action: jax.Array, time: jax.Array, episode: jax.Array) -> tuple:
+        key = jax.random.split(jax.random.fold_in(step_key, time), num_episodes)[episode]
+        result = env.step(env_state, action, key)
+        return result, push_frame(view, result.observation[None], jnp.zeros(1, bool), env.spec.frame_stack)
+
+    def episode_of(episode: int) -> Iterator[Moment]:
+        env_state, obs, view = begin(episode)
+        total, ended = 0.0, False
+        for time in range(_limit(env.spec) + 1):
+            seen = np.asarray(obs)
+            picture = render(jax.device_get(env_state), seen) if render else draw_observation(seen)
+            moment = _moment(env.spec, picture, q_values(view), ended, total, time)
+            yield moment
+            if moment.action is None:
+                return
+            result, view = step(env_state, view, moment.action, time, episode)
+            env_state, obs = result.state, result.observation
+            total, ended = total + float(result.reward), bool(result.terminated | result.truncated)
+
+    yield from map(episode_of, range(num_episodes))
+
+
+def _play_host(lanes: RenderedLanes, spec: EnvSpec, q_values: QValues, seed: int) -> Iterator[Moment]:
+    push = functools.partial(push_frame, is_first=jnp.zeros(1, bool), frame_stack=spec.frame_stack)
+    view = init_view(jnp.asarray(lanes.reset(seed)), spec.frame_stack)
+    total, ended = 0.0, False
+    for time in range(_limit(spec) + 1):
+        moment = _moment(spec, lanes.render(), q_values(view), ended, total, time)
+        yield moment
+        if moment.action is None:
+            return
+        lanes.send(np.array([moment.action], np.int32))
+        step = lanes.recv()
+        view = push(view, jnp.asarray(step.observation))
+        total, ended = total + float(step.reward[0]), bool(step.terminated[0] | step.truncated[0])
+
+
+class _Observed:
+    """One lane of evaluation, the observations of which are pictures."""
+
+    def __init__(self, env: HostEnv, options: LaneOptions) -> None:
+        self._lanes = env.make_eval_lanes(1, options)
+        self.send, self.close = self._lanes.send, self._lanes.close
+        self._observation = np.zeros(0)
+
+    def reset(self, seed: int) -> np.ndarray:
+        self._observation = self._lanes.reset(seed)
+        return self._observation
+
+    def recv(self) -> Any:
+        step = self._lanes.recv()
+        self._observation = step.observation
+        return step
+
+    def render(self) -> np.ndarray:
+        return draw_observation(self._observation[0])
+
+
+def _limit(spec: EnvSpec) -> int:
+    return min(spec.time_limit or MAX_EPISODE_STEPS, MAX_EPISODE_STEPS)
+
+
+def _moment(spec: EnvSpec, picture: Any, q: Any, ended: bool, total: float, time: int) -> Moment:
+    picture = np.asarray(picture)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape:
+        raise ConfigError(
+            f"a picture of {spec.name} must be a uint8 array [height, width, 3], got {picture.dtype} "
+            f"{list(picture.shape)}; mend what renders it"
+        )
+    values = np.asarray(q)[0]
+    action = None if ended or time == _limit(spec) else int(np.argmax(values))
+    return Moment(picture, values, action, total, time)
+
+
+def _check_is_picture(spec: EnvSpec, remedy: str) -> None:
+    if not is_picture(spec):
+        raise ConfigError(
+            f"{spec.name} must have something to draw to be watched, got no renderer, and observations "
+            f"{spec.observation_dtype} {list(spec.observation_shape)}, which are no picture; give the {remedy}"
+        )
