@@ -177,7 +177,7 @@ def _make_rendered_lanes(
     first_action: int,
 ) -> RenderedLanes:
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # or pygame greets on stdout
-    make_env = functools.partial(_make_single, registered, {**options, "render_mode": "rgb_array"})
+    make_env = functools.partial(make_single, registered, {**options, "render_mode": "rgb_array"})
     try:
         with contextlib.closing(make_env()) as env:
             env.reset(seed=0)
