@@ -51,7 +51,7 @@ $(VENV)/.installed-core: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	@echo "Installing qfleet and its development tools into $(VENV): about 1.2 GB, a minute or two ..."
+	@echo "Installing qfleet and its development tools into $(VENV): about 1.5 GB, a minute or two ..."
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@touch $(VENV)/.installed-core $@
 
