@@ -12,7 +12,7 @@ import probes
 import pytest
 
 import qfleet
-from qfleet.config import ConfigError, TrainConfig
+from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.topologies.fused import Fused
 
 SUMMARY_FIELDS = {
@@ -22,6 +22,38 @@ SUMMARY_FIELDS = {
 
 qfleet.register_env("Corner-v0", probes.observation_action_reward)
 qfleet.register_env("NaN-v0", lambda: probes.nan_reward(at_step=100))
+
+
+class FailingLanes:
+    """Lanes whose environments have failed too often by the tenth row."""
+
+    def __init__(self, num_lanes: int) -> None:
+        self._num_lanes, self._rows = num_lanes, 0
+
+    def reset(self, seed: int) -> np.ndarray:
+        return np.zeros((self._num_lanes, 1), np.float32)
+
+    def send(self, action: np.ndarray) -> None:
+        self._rows += 1
+
+    def recv(self) -> qfleet.HostStep:
+        if self._rows > 40:
+            raise RunFailed("environments may fail at most", learner_is_sound=True)
+        nobody = np.zeros(self._num_lanes, bool)
+        return qfleet.HostStep(self.reset(0), np.ones(self._num_lanes, np.float32), nobody, nobody, nobody)
+
+    def close(self) -> None:
+        pass
+
+
+def failing() -> qfleet.HostEnv:
+    spec = qfleet.EnvSpec(
+        name="failing", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2, time_limit=20
+    )
+    return qfleet.HostEnv(spec, lambda n, options: FailingLanes(n), lambda n, options: FailingLanes(n))
+
+
+qfleet.register_env("Failing-v0", failing)
 
 
 def tiny(run_dir: Path, preset: str = "pqn", env: str = "Corner-v0", **settings: Any) -> TrainConfig:
@@ -261,3 +293,13 @@ def test_without_the_replay_a_resumed_run_warms_up_anew(tmp_path: Path) -> None:
     resumed = follow(qfleet.resume(tmp_path / "run", env_steps=512))
     assert first["learner_steps"] == 256 - 32
     assert resumed["learner_steps"] == 2 * (256 - 32)
+
+
+def test_a_run_that_fails_for_its_environments_keeps_what_it_has_learned(tmp_path: Path) -> None:
+    config = tiny(tmp_path / "run", "dqn", env="Failing-v0", env_steps=1024, eval_period_env_steps=1024)
+    with pytest.raises(RunFailed, match="environments may fail at most"):
+        qfleet.train(config)
+    (kept,) = checkpoints(tmp_path / "run")
+    assert kept == 2 * 16 * 4  # two iterations of sixteen rows of four lanes
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped"] == "failed"
+    assert qfleet.load(tmp_path / "run").q_values(np.zeros((1, 1), np.float32)).shape == (1, 2)

@@ -253,6 +253,8 @@ class Run:
             self._finish(stopped or "interrupted")
             raise
         except RunFailed as error:
+            if error.learner_is_sound:
+                self._save()
             self._write_summary("failed", error=str(error))
             raise
         finally:

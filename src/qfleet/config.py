@@ -20,6 +20,11 @@ class ConfigError(ValueError):
 class RunFailed(RuntimeError):
     """The run can't go on: the message says what happened where. Checkpoints written before are sound."""
 
+    def __init__(self, message: str, *, learner_is_sound: bool = False) -> None:
+        super().__init__(message)
+        self.learner_is_sound = learner_is_sound
+        """Whether what was learned until then is worth a checkpoint, for the failure was not its own."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentConfig:

@@ -248,12 +248,12 @@ def test_a_run_goes_on_from_a_checkpoint_with_new_episodes_and_seals_the_old_one
     assert rows.obs[:34, 0, 0].tolist() == [2.0 * i for i in range(33)] + [0.0]
 
 
-def test_greedy_evaluation_plays_each_lanes_share_and_replays_what_fails():
-    """Lane 0's episodes pay 3, lane 1's first fails after one step and then pays 2; short ones aren't favoured."""
-    script = [["go", "fail"], ["go", "go"], ["end", "end"], ["go", "go"]]
+def test_greedy_evaluation_plays_each_lanes_share_and_hands_on_what_fails():
+    """Of three episodes lane 0 plays two, and the one of lane 1, which fails. Each pays 3."""
+    script = [["go", "go"], ["go", "fail"], ["end", "go"], ["go", "go"]]
     spec = EnvSpec(name="s", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2)
     act = jax.jit(lambda view: jnp.zeros(len(view), jnp.int32))
-    np.testing.assert_array_equal(host_greedy_returns(ScriptedLanes(script), spec, act, 3, seed=0), [3, 3, 2])
+    np.testing.assert_array_equal(host_greedy_returns(ScriptedLanes(script), spec, act, 3, seed=0), [3, 3, 3])
 
 
 def test_many_seeds_are_refused():

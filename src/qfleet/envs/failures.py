@@ -45,7 +45,8 @@ class FailureBudget:
         if self.count > self._max_failures:
             raise RunFailed(
                 f"environments may fail at most max_failures={self._max_failures} times, {self._name} failed "
-                f"{self.count} times, last {failure}. Mend the environment, or raise max_failures"
+                f"{self.count} times, last {failure}. Mend the environment, or raise max_failures",
+                learner_is_sound=True,
             )
         logger.warning(
             "environment %s failed %s; replaced (failure %d of %d that the run survives)",

@@ -56,7 +56,7 @@ def host_greedy_returns(
     """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32.
 
     Every lane plays its share of them, the first ones from its seed: to take whichever end first would favour the
-    short. An episode whose environment fails is played anew.
+    short. An episode whose environment fails is played anew by the next lane, for what fails here may always fail here.
 
     Args:
       lanes: at least one; they are reset.
@@ -79,6 +79,9 @@ def host_greedy_returns(
         is_new = is_final | step.failed
         total, steps = np.where(is_new, 0.0, total + step.reward), np.where(is_new, 0, steps + 1)
         is_final = (step.terminated | step.truncated) & ~is_new
+        for i in np.flatnonzero(step.failed):
+            if len(returns[i]) < quota[i]:
+                quota[i], quota[(i + 1) % num_lanes] = quota[i] - 1, quota[(i + 1) % num_lanes] + 1
         for i in np.flatnonzero(is_final | (steps == limit)):
             if len(returns[i]) < quota[i]:
                 returns[i].append(float(total[i]))
