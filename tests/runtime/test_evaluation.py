@@ -1,13 +1,18 @@
 """Greedy episodes: their returns are those of whole episodes, each counted once."""
 
+import itertools
+from collections.abc import Callable, Iterator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import probes
+import pytest
 
-from qfleet.core.types import Params
+from qfleet.core.types import EnvSpec, Params
+from qfleet.envs.host import HostStep
 from qfleet.envs.registry import make_env
-from qfleet.runtime.evaluation import greedy_returns
+from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
 
 
 def constant_q(params: Params, obs: jax.Array) -> jax.Array:
@@ -47,3 +52,78 @@ def test_the_key_decides_the_episodes() -> None:
     )
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
+
+
+class CountedLanes:
+    """Host lanes whose episodes pay 1 a step and are as long as `lengths` says; some fail in some rows."""
+
+    def __init__(
+        self, num_lanes: int, lengths: Iterator[int], fails: Callable[[int, int], bool] = lambda row, lane: False
+    ) -> None:
+        self._lengths, self._fails, self.row = lengths, fails, 0
+        self._left = [next(lengths) for _ in range(num_lanes)]
+
+    def reset(self, seed: int) -> np.ndarray:
+        return np.zeros((len(self._left), 1), np.float32)
+
+    def send(self, action: np.ndarray) -> None:
+        assert action.shape == (len(self._left),)
+
+    def recv(self) -> HostStep:
+        reward, terminated, failed = (np.zeros(len(self._left), kind) for kind in (np.float32, bool, bool))
+        for lane in range(len(self._left)):
+            failed[lane] = self._fails(self.row, lane)
+            if failed[lane] or self._left[lane] == 0:
+                self._left[lane] = next(self._lengths)
+            else:
+                self._left[lane] -= 1
+                reward[lane], terminated[lane] = 1, self._left[lane] == 0
+        self.row += 1
+        assert self.row < 50_000, "the evaluation never ends"
+        return HostStep(self.reset(0), reward, terminated, np.zeros_like(terminated), failed)
+
+    def close(self) -> None:
+        pass
+
+
+def host_returns(lanes: CountedLanes, num_episodes: int, time_limit: int | None = None) -> list[float]:
+    spec = EnvSpec(
+        name="counted", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=1,
+        time_limit=time_limit,
+    )  # fmt: skip
+    return host_greedy_returns(lanes, spec, lambda view: jnp.zeros(len(view), int), num_episodes, seed=0).tolist()
+
+
+def test_the_host_counts_the_episodes_that_start_first_not_those_that_end_first() -> None:
+    lanes = CountedLanes(2, iter([9, 2, 3, 4, 5, 6, 7]))
+    # The second lane plays 2, 3 and 4 steps while the first plays its 9: the fourth episode to start is that of 4.
+    assert host_returns(lanes, 4) == [9, 2, 3, 4]
+    assert host_returns(CountedLanes(3, iter([5, 6, 7, 8, 9, 9])), 2) == [5, 6]
+
+
+def test_the_mean_of_the_episodes_that_the_host_counts_favours_neither_long_nor_short() -> None:
+    rng = np.random.default_rng(0)
+    lengths = iter(lambda: int(rng.choice([1, 30])), None)
+    means = [np.mean(host_returns(CountedLanes(8, lengths), 20)) for _ in range(400)]
+    assert np.mean(means) == pytest.approx(15.5, abs=4 * 14.5 / np.sqrt(20 * 400))
+
+
+def test_an_episode_that_fails_does_not_count_and_the_next_to_start_does() -> None:
+    lanes = CountedLanes(2, iter([5, 5, 1, 2, 3]), fails=lambda row, lane: (row, lane) == (2, 1))
+    assert host_returns(lanes, 3) == [5, 1, 2]
+
+
+@pytest.mark.parametrize("length", [100, 600, 990])
+@pytest.mark.parametrize("moves", [0, 1, 3])
+def test_evaluation_ends_however_failures_and_episodes_fall_together(length: int, moves: int) -> None:
+    """Two workers of 8 lanes: in each, one lane fails every 125 rows, always the same one or each in its turn."""
+
+    def fails(row: int, lane: int) -> bool:
+        return row % 125 == 124 and lane % 8 == (row // 125) * moves % 8
+
+    assert host_returns(CountedLanes(16, itertools.repeat(length), fails), 20) == [length] * 20
+
+
+def test_an_endless_episode_is_cut_and_its_rest_counts_as_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qfleet.runtime.evaluation.MAX_EPISODE_STEPS", 10)
+    assert host_returns(CountedLanes(2, itertools.repeat(1000)), 5) == [10] * 5

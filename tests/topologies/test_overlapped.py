@@ -14,7 +14,6 @@ from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfi
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, make_replay
 from qfleet.envs.host import EnvSpec, HostEnv, HostStep
 from qfleet.envs.in_graph import draw, init_lanes, step_lanes
-from qfleet.runtime.evaluation import host_greedy_returns
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
 from qfleet.topologies.overlapped_program import HostRow, _sealed
@@ -246,14 +245,6 @@ def test_a_run_goes_on_from_a_checkpoint_with_new_episodes_and_seals_the_old_one
     outcome = rows.outcome[:, 0].tolist()
     assert outcome[:34] == [CONTINUED] * 31 + [TRUNCATED, NO_STEP, CONTINUED]
     assert rows.obs[:34, 0, 0].tolist() == [2.0 * i for i in range(33)] + [0.0]
-
-
-def test_greedy_evaluation_plays_each_lanes_share_and_hands_on_what_fails():
-    """Of three episodes lane 0 plays two, and the one of lane 1, which fails. Each pays 3."""
-    script = [["go", "go"], ["go", "fail"], ["end", "go"], ["go", "go"]]
-    spec = EnvSpec(name="s", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2)
-    act = jax.jit(lambda view: jnp.zeros(len(view), jnp.int32))
-    np.testing.assert_array_equal(host_greedy_returns(ScriptedLanes(script), spec, act, 3, seed=0), [3, 3, 3])
 
 
 def test_many_seeds_are_refused():

@@ -55,8 +55,8 @@ def host_greedy_returns(
 ) -> np.ndarray:
     """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32.
 
-    Every lane plays its share of them, the first ones from its seed: to take whichever end first would favour the
-    short. An episode whose environment fails is played anew by the next lane, for what fails here may always fail here.
+    They are the first ones to start whose environment doesn't fail. To take the first ones to end would favour the
+    short, and to have a lane play anew what failed in it might never end, where it always fails at the same place.
 
     Args:
       lanes: at least one; they are reset.
@@ -69,21 +69,20 @@ def host_greedy_returns(
     push = jax.jit(functools.partial(push_frame, frame_stack=spec.frame_stack))
     obs = lanes.reset(seed)
     num_lanes = len(obs)
-    quota = np.array([len(range(i, num_episodes, num_lanes)) for i in range(num_lanes)])
     view = init_view(jnp.asarray(obs), spec.frame_stack)
     is_final, total, steps = np.zeros(num_lanes, bool), np.zeros(num_lanes), np.zeros(num_lanes, np.int64)
-    returns: list[list[float]] = [[] for _ in range(num_lanes)]
-    while any(len(each) < share for each, share in zip(returns, quota, strict=True)):
+    under_way = np.arange(num_lanes)  # the episode of each lane, numbered in the order in which they start
+    returns: dict[int, float] = {}
+    while len(returns) < num_episodes or sorted(returns)[num_episodes - 1] > np.min(under_way):
         lanes.send(np.asarray(act(view), np.int32))
         step = lanes.recv()
         is_new = is_final | step.failed
         total, steps = np.where(is_new, 0.0, total + step.reward), np.where(is_new, 0, steps + 1)
         is_final = (step.terminated | step.truncated) & ~is_new
-        for i in np.flatnonzero(step.failed):
-            if len(returns[i]) < quota[i]:
-                quota[i], quota[(i + 1) % num_lanes] = quota[i] - 1, quota[(i + 1) % num_lanes] + 1
-        for i in np.flatnonzero(is_final | (steps == limit)):
-            if len(returns[i]) < quota[i]:
-                returns[i].append(float(total[i]))
+        has_ended = is_final | (steps == limit)  # one without an end is cut, and what follows counts as another
+        returns |= zip(under_way[has_ended].tolist(), total[has_ended].tolist(), strict=True)
+        total[has_ended], steps[has_ended] = 0.0, 0
+        is_next = has_ended | step.failed
+        under_way[is_next] = np.max(under_way) + 1 + np.arange(np.sum(is_next))
         view = push(view, step.observation, is_new)
-    return np.array([value for each in returns for value in each], np.float32)
+    return np.array([returns[number] for number in sorted(returns)[:num_episodes]], np.float32)
