@@ -270,24 +270,32 @@ class Run:
         progress = self._topology.advance(goal)
         self._speed.add(progress)
         self._num_env_failures += progress.num_env_failures
-        if progress.env_steps >= goal:
-            progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, self._evaluate().tolist())))
+        if progress.env_steps >= goal and (returns := self._evaluate()).size:
+            progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, returns.tolist())))
         self._metrics.write(progress.env_steps, progress.metrics())
         return progress
 
     def _evaluate(self) -> np.ndarray:
-        """Returns greedy returns, `[num_seeds, episodes]`, and notes which seeds they and fresh ones declare solved."""
-        env_steps, required = self._topology.env_steps, self.config.stop_return
-        self._eval_returns = returns = self._topology.evaluate(self.config.eval_episodes)
-        if required is not None:
-            is_new = (returns.mean(axis=1) >= required) & [solved is None for solved in self._solved_at]
-            if np.any(is_new):
-                self._eval_returns = self._topology.evaluate(CONFIRMING_EPISODES, batch=1)
-                is_new &= self._eval_returns.mean(axis=1) >= required
-            for i in np.flatnonzero(is_new):
-                self._solved_at[i] = env_steps
-                self._topology.keep(int(i))
+        """Returns greedy returns, `[num_seeds, episodes]`, and notes which seeds they and fresh ones declare solved.
+
+        Fewer episodes than are due, where environments fail, declare nothing.
+        """
+        returns, reach_it = self._play(self.config.eval_episodes, batch=0)
+        is_new = reach_it & [solved is None for solved in self._solved_at]
+        if np.any(is_new):
+            is_new &= self._play(CONFIRMING_EPISODES, batch=1)[1]
+        for i in np.flatnonzero(is_new):
+            self._solved_at[i] = self._topology.env_steps
+            self._topology.keep(int(i))
         return returns
+
+    def _play(self, num_episodes: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns greedy returns, `[num_seeds, episodes]`, and which seeds reach the return to stop at, `[num_seeds]`."""
+        self._eval_returns = returns = self._topology.evaluate(num_episodes, batch)
+        required = self.config.stop_return
+        if required is None or returns.shape[1] < num_episodes:
+            return returns, np.zeros(len(returns), bool)
+        return returns, returns.mean(axis=1) >= required
 
     def _reason_to_stop(self) -> str | None:
         if self.config.stop_return is not None and None not in self._solved_at:
@@ -322,7 +330,7 @@ class Run:
             "compile_seconds": self._compile_seconds,
             "env_steps_per_second": self._speed.per_second(self._speed.env_steps),
             "learner_steps_per_second": self._speed.per_second(self._speed.learner_steps),
-            "eval_return_mean": None if returns is None else float(returns.mean()),
+            "eval_return_mean": None if returns is None or not returns.size else float(returns.mean()),
             "eval_returns": None if returns is None else returns.tolist(),
             "num_env_failures": self._num_env_failures,
             "peak_rss_bytes": peak_rss_bytes(),

@@ -14,7 +14,7 @@ from qfleet.core.types import EnvSpec, Network, Params
 from qfleet.envs.host import HostEnv, LaneOptions
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.episodes import play
-from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
+from qfleet.runtime.evaluation import MAX_LOST, greedy_returns, host_greedy_returns
 from qfleet.runtime.video import Video, check_extra, film
 
 EVAL_LANES = 8
@@ -44,10 +44,16 @@ class Policy:
         return np.asarray(self._q_values(self.params, obs))
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
-        """Returns the undiscounted returns of greedy episodes in its environment, `[num_episodes]` float32."""
+        """Returns the undiscounted returns of greedy episodes in its environment, `[num_episodes]` float32.
+
+        Raises:
+          RunFailed: if the environment fails in so many that no such number of whole ones can be had.
+        """
         env = self._env
         if isinstance(env, HostEnv):
-            lanes = env.make_eval_lanes(min(num_episodes, EVAL_LANES), LaneOptions())
+            lanes = env.make_eval_lanes(
+                min(num_episodes, EVAL_LANES), LaneOptions(max_failures=MAX_LOST * num_episodes)
+            )
             try:
                 return host_greedy_returns(lanes, env.spec, self._greedy, num_episodes, seed)
             finally:

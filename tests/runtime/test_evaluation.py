@@ -127,3 +127,10 @@ def test_evaluation_ends_however_failures_and_episodes_fall_together(length: int
 def test_an_endless_episode_is_cut_and_its_rest_counts_as_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qfleet.runtime.evaluation.MAX_EPISODE_STEPS", 10)
     assert host_returns(CountedLanes(2, itertools.repeat(1000)), 5) == [10] * 5
+
+
+def test_an_evaluation_that_gets_too_few_whole_episodes_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    """Of three episodes of 10 steps, one ends before failures every third row take ten."""
+    lanes = CountedLanes(2, itertools.repeat(10), fails=lambda row, lane: row % 3 == 2 and (lane == 1 or row > 12))
+    assert host_returns(lanes, 3) == [10]
+    assert "lost 10 episodes to environments that failed, and was given up with 1 whole ones of 3" in caplog.text

@@ -1,6 +1,7 @@
 """Greedy evaluation: whole episodes, apart from training."""
 
 import functools
+import logging
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,11 @@ from qfleet.core.actor import init_view, push_frame
 from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.host import HostLanes
 from qfleet.envs.spec import InGraphEnv
+
+logger = logging.getLogger("qfleet")
+
+MAX_LOST = 3
+"""Episodes that failures may take for each one that an evaluation asks for."""
 
 MAX_EPISODE_STEPS = 27_000
 """Where an episode of an environment without a time limit is cut: half an hour of Atari at 60 frames/s."""
@@ -58,6 +64,9 @@ def host_greedy_returns(
     They are the first ones to start whose environment doesn't fail. To take the first ones to end would favour the
     short, and to have a lane play anew what failed in it might never end, where it always fails at the same place.
 
+    Where failures take more than `MAX_LOST` times as many episodes as are asked for, the evaluation warns and returns
+    the whole ones that it got, maybe none: in an environment that fails every 1,000 steps, none of 1,000 can be had.
+
     Args:
       lanes: at least one; they are reset.
       spec: of their environment.
@@ -73,6 +82,7 @@ def host_greedy_returns(
     is_final, total, steps = np.zeros(num_lanes, bool), np.zeros(num_lanes), np.zeros(num_lanes, np.int64)
     under_way = np.arange(num_lanes)  # the episode of each lane, numbered in the order in which they start
     returns: dict[int, float] = {}
+    num_lost = 0
     while len(returns) < num_episodes or sorted(returns)[num_episodes - 1] > np.min(under_way):
         lanes.send(np.asarray(act(view), np.int32))
         step = lanes.recv()
@@ -85,4 +95,13 @@ def host_greedy_returns(
         is_next = has_ended | step.failed
         under_way[is_next] = np.max(under_way) + 1 + np.arange(np.sum(is_next))
         view = push(view, step.observation, is_new)
+        num_lost += int(np.sum(step.failed))
+        if num_lost > MAX_LOST * num_episodes:
+            logger.warning(
+                "an evaluation lost %d episodes to environments that failed, and was given up with %d whole ones of %d",
+                num_lost,
+                min(len(returns), num_episodes),
+                num_episodes,
+            )
+            break
     return np.array([returns[number] for number in sorted(returns)[:num_episodes]], np.float32)
