@@ -290,7 +290,7 @@ class Run:
         return returns
 
     def _play(self, num_episodes: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns greedy returns, `[num_seeds, episodes]`, and which seeds reach the return to stop at, `[num_seeds]`."""
+        """Returns greedy returns, `[num_seeds, episodes]`, and whether each seed reaches the return to stop at."""
         self._eval_returns = returns = self._topology.evaluate(num_episodes, batch)
         required = self.config.stop_return
         if required is None or returns.shape[1] < num_episodes:
