@@ -155,11 +155,27 @@ class AgentConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The devices of a run, arranged as `data` times `model`. The same program runs on 1 x 1 as on any other."""
+
+    data: int = 1
+    """Devices over which lanes, replay and each batch are divided; gradients are averaged over them."""
+    model: int = 1
+    """Devices over which the network, its target and the optimiser's moments are divided."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "model"):
+            _check_count(f"mesh.{name}", getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FusedConfig:
-    """Where it runs: acting and learning in one compiled program on one device."""
+    """Where it runs: acting and learning in one compiled program."""
 
     num_envs: int = 32
-    """Lanes: environments stepped at once."""
+    """Lanes: environments stepped at once, over all devices."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The devices that share the work."""
 
     def __post_init__(self) -> None:
         _check_count("num_envs", self.num_envs)
@@ -170,7 +186,9 @@ class OverlappedConfig:
     """Where it runs: environments of other libraries step in threads or processes while the learner learns."""
 
     num_envs: int = 8
-    """Lanes: environments stepped at once."""
+    """Lanes: environments stepped at once, over all devices."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The devices that share the work."""
     lock_step: bool = False
     """Wait for each row's learning before the next action: deterministic where the environments are, and slower.
     Without replay it is always so."""
@@ -230,6 +248,11 @@ class TrainConfig:
         _check(
             self.checkpoint_period_seconds > 0, "checkpoint_period_seconds", "positive", self.checkpoint_period_seconds
         )
+        mesh = self.topology.mesh
+        _check(
+            self.num_seeds == 1 or mesh == MeshConfig(),
+            "num_seeds", "1 on a mesh: many seeds are spread over the devices by themselves", self.num_seeds,
+        )  # fmt: skip
         _check_sizes(self.agent, self.topology)
 
 
@@ -271,24 +294,32 @@ def _check_count(name: str, value: int, minimum: int = 1) -> None:
 
 def _check_sizes(agent: AgentConfig, topology: FusedConfig | OverlappedConfig) -> None:
     """Sizes that must fit each other across agent and topology, and the 32 bits that index arrays."""
+    num_lanes, num_replicas = topology.num_envs, topology.mesh.data
+    _check_divides("num_envs", num_lanes, "mesh.data", num_replicas)
     if agent.replay == "none":
-        samples = topology.num_envs * agent.rollout_length
+        samples = num_lanes * agent.rollout_length
         _check(samples < 2**31, "num_envs x rollout_length", "below 2**31", samples)
-        if samples % agent.num_minibatches:
-            fitting = (
-                next(n for n in range(agent.num_minibatches, samples + 1) if samples % n == 0)
-                if (agent.num_minibatches <= samples)
-                else samples
-            )
+        if samples // num_replicas % agent.num_minibatches:
+            fitting = max(n for n in range(1, agent.num_minibatches) if samples // num_replicas % n == 0)
             raise ConfigError(
-                f"num_minibatches must divide num_envs x rollout_length, got num_minibatches={agent.num_minibatches}, "
-                f"{topology.num_envs} x {agent.rollout_length} = {samples}; try {fitting}"
+                f"num_minibatches must divide num_envs x rollout_length (over mesh.data), got num_minibatches="
+                f"{agent.num_minibatches}, {num_lanes} x {agent.rollout_length} / {num_replicas} = "
+                f"{samples // num_replicas}; try {fitting}"
             )
         return
+    _check_divides("batch_size", agent.batch_size, "mesh.data", num_replicas)
     _check(agent.replay_capacity < 2**31, "replay_capacity", "below 2**31", agent.replay_capacity)
-    fewest = topology.num_envs * (agent.n_step + 2)
+    fewest = num_lanes * (agent.n_step + 2)
     if agent.replay_capacity < fewest:
         raise ConfigError(
             f"replay_capacity must hold at least n_step + 2 steps of each lane, got replay_capacity="
-            f"{agent.replay_capacity}, num_envs={topology.num_envs}, n_step={agent.n_step}; try {fewest}"
+            f"{agent.replay_capacity}, num_envs={num_lanes}, n_step={agent.n_step}; try {fewest}"
+        )
+
+
+def _check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
+    if value % divisor:
+        raise ConfigError(
+            f"{name} must divide over {divisor_name}, got {name}={value}, {divisor_name}={divisor}; "
+            f"try {math.ceil(value / divisor) * divisor}"
         )

@@ -146,8 +146,8 @@ def test_the_time_limit_truncates_in_gymnasiums_step(case: Case) -> None:
         after, step = step_lanes(env, lanes, action, draws)
         return after, (lanes.env_state, action[0], at_first_lane(step), after.final[0])
 
-    lanes = init_lanes(env, jax.random.key(5), 1)
-    draws = draw(env, jax.random.key(6), limit + 2, 1)
+    lanes = init_lanes(env, jax.random.key(5), jnp.arange(1))
+    draws = draw(env, jax.random.key(6), limit + 2, jnp.arange(1))
     _, (states, actions, ours, final) = jax.jit(lambda lanes: jax.lax.scan(row, lanes, draws))(lanes)
     states, actions, ours = jax.tree.map(np.asarray, (states[:, 0], actions, ours))
 

@@ -54,7 +54,9 @@ def test_the_time_limit_shows_as_truncation() -> None:
     def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, LaneStep]:
         return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
 
-    _, rows = jax.lax.scan(row, init_lanes(env, jax.random.key(0), 1), draw(env, jax.random.key(1), 210, 1))
+    _, rows = jax.lax.scan(
+        row, init_lanes(env, jax.random.key(0), jnp.arange(1)), draw(env, jax.random.key(1), 210, jnp.arange(1))
+    )
     assert not rows.terminated.any()
     assert np.flatnonzero(rows.truncated[:, 0]).tolist() == [199]
 
@@ -66,7 +68,9 @@ def test_termination_is_not_truncation() -> None:
     def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, LaneStep]:
         return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
 
-    _, rows = jax.lax.scan(row, init_lanes(env, jax.random.key(0), 1), draw(env, jax.random.key(1), 12, 1))
+    _, rows = jax.lax.scan(
+        row, init_lanes(env, jax.random.key(0), jnp.arange(1)), draw(env, jax.random.key(1), 12, jnp.arange(1))
+    )
     assert np.flatnonzero(rows.terminated[:, 0]).tolist() == [8]
     assert not rows.truncated.any()
     assert abs(rows.reward[8, 0]) == 1

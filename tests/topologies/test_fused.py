@@ -304,19 +304,30 @@ def test_an_observation_that_is_not_a_number_is_reported_with_the_step_that_led_
         make("pqn", env=env).advance(CHUNK)
 
 
-@pytest.mark.parametrize(("num_samples", "num_minibatches"), [(2, 2), (12, 3), (64, 4), (210, 7), (2**17, 8)])
-def test_each_epoch_visits_every_sample_once_in_an_order_of_its_own(num_samples, num_minibatches):
-    samples = jnp.arange(num_samples)
+@pytest.mark.parametrize(
+    ("num_rows", "num_lanes", "num_minibatches"),
+    [(2, 1, 2), (1, 2, 2), (4, 3, 3), (16, 4, 4), (6, 35, 7), (4, 6, 8), (16, 2**13, 8)],
+)
+def test_each_epoch_visits_every_sample_once_in_an_order_of_its_own(num_rows, num_lanes, num_minibatches):
+    samples = jnp.arange(num_rows * num_lanes).reshape(num_rows, num_lanes)
     batch = Regression(samples, samples, samples.astype(jnp.float32), samples)
     cut = jax.jit(lambda key: learning.minibatches(batch, key, num_minibatches))
+    group = learning.lanes_per_group(num_rows, num_minibatches)
     orders = []
     for seed in range(3):
         minibatches = cut(jax.random.key(seed))
-        assert minibatches.action.shape == (num_minibatches, num_samples // num_minibatches)
-        np.testing.assert_array_equal(np.sort(minibatches.action.reshape(-1)), samples)
+        assert minibatches.action.shape == (num_minibatches, samples.size // num_minibatches)
+        np.testing.assert_array_equal(np.sort(minibatches.action.reshape(-1)), np.arange(samples.size))
         np.testing.assert_array_equal(minibatches.target, minibatches.action)
+        groups = np.sort(minibatches.action % num_lanes // group, axis=1).reshape(num_minibatches, -1)
+        np.testing.assert_array_equal(
+            groups,
+            np.repeat(np.arange(num_lanes // group), num_rows * group // num_minibatches)[None].repeat(
+                num_minibatches, 0
+            ),
+        )
         orders.append(minibatches.action)
-    if num_samples > 2:
+    if samples.size > 2:
         assert not np.array_equal(orders[0], orders[1]) or not np.array_equal(orders[0], orders[2])
 
 

@@ -43,8 +43,8 @@ class InGraphLanes:
     def __init__(self, env, num_lanes, num_rows, seed):
         self._env, self._num_lanes, self._num_rows = env, num_lanes, num_rows
         _, lanes_key, self._key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
-        self._lanes = jax.jit(lambda key: init_lanes(env, key, num_lanes))(lanes_key)
-        self._draw = jax.jit(lambda key: draw(env, key, num_rows, num_lanes))
+        self._lanes = jax.jit(lambda key: init_lanes(env, key, jnp.arange(num_lanes)))(lanes_key)
+        self._draw = jax.jit(lambda key: draw(env, key, num_rows, jnp.arange(num_lanes)))
         self._step = jax.jit(functools.partial(step_lanes, env))
         self._row = 0
 

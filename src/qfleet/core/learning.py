@@ -11,6 +11,7 @@ from qfleet.config import AgentConfig
 from qfleet.core import targets
 from qfleet.core.learner import Learner, LearnerState, UpdateInfo, update
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, Replay, ReplayState, Row
+from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Regression
 
 
@@ -34,6 +35,7 @@ def learn_from_replay(
     key: Array,
     importance_exponent: Array,
     num_updates: Array,
+    replicas: Replicas = ALONE,
 ) -> tuple[LearnerState, ReplayState, Losses]:
     """Takes `num_updates` learner steps, each on a batch of its own, and gives the replay their TD errors.
 
@@ -44,39 +46,53 @@ def learn_from_replay(
       key: of this round.
       importance_exponent: `[]` float32, beta of prioritised replay.
       num_updates: `[]` int32.
+      replicas: who each learn from their share of every batch. The losses are then of this replica's shares.
     """
 
     def learn(i: Array, carry: tuple) -> tuple:
         learner_state, replay_state, losses = carry
         sample = replay.sample(replay_state, jax.random.fold_in(key, i), importance_exponent)
-        learner_state, info = update(learner, learner_state, sample.transition)
+        learner_state, info = update(learner, learner_state, sample.transition, replicas.mean)
         return learner_state, replay.set_priorities(replay_state, sample, info.td_error), _add_losses(losses, info)
 
     return jax.lax.fori_loop(0, num_updates, learn, state)
 
 
 def learn_from_rollout(
-    learner: Learner, state: LearnerState, batch: Regression, key: Array, config: AgentConfig
+    learner: Learner,
+    state: LearnerState,
+    batch: Regression,
+    key: Array,
+    config: AgentConfig,
+    replicas: Replicas = ALONE,
 ) -> tuple[LearnerState, Losses]:
     """Regresses on a rollout for some epochs, each over minibatches shuffled anew.
+
+    Args:
+      learner: what learns.
+      state: of it.
+      batch: `[rows, lanes, ...]`, this replica's lanes.
+      key: of this round.
+      config: the number of epochs and minibatches.
+      replicas: who each learn from their share of every minibatch. The losses are then of this replica's shares.
 
     Source: Gallici et al. 2024, arXiv 2407.04811, algorithm 1.
     """
 
     def step(carry: tuple, minibatch: Regression) -> tuple:
         learner_state, losses = carry
-        learner_state, info = update(learner, learner_state, minibatch)
+        learner_state, info = update(learner, learner_state, minibatch, replicas.mean)
         return (learner_state, _add_losses(losses, info)), None
 
     def epoch(carry: tuple, key: Array) -> tuple:
-        return jax.lax.scan(step, carry, minibatches(batch, key, config.num_minibatches))
+        return jax.lax.scan(step, carry, minibatches(batch, key, config.num_minibatches, replicas))
 
     (state, losses), _ = jax.lax.scan(epoch, (state, no_losses()), jax.random.split(key, config.num_epochs))
     return state, losses
 
 
 def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig) -> Regression:
-    """Returns a rollout as one batch with its lambda-returns.
+    """Returns a rollout with its lambda-returns, `[rows, lanes, ...]`.
 
     Args:
       rows: `[rows, lanes, ...]`, with what the agent saw as `obs`.
@@ -91,26 +107,40 @@ def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig) 
         # The row after a truncated step holds its final observation: bootstrap there, and look no further.
         lambda_t=jnp.where(rows.outcome == CONTINUED, config.trace_decay, 0.0),
     )
-    batch = Regression(rows.obs, rows.action, returns, weight=(rows.outcome != NO_STEP).astype(jnp.float32))
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    return Regression(rows.obs, rows.action, returns, weight=(rows.outcome != NO_STEP).astype(jnp.float32))
 
 
-def minibatches(batch: Regression, key: Array, num_minibatches: int) -> Regression:
-    """Returns the batch shuffled and cut, `[minibatches, samples, ...]`.
+def lanes_per_group(rollout_length: int, num_minibatches: int) -> int:
+    """Returns how many lanes it takes for a rollout's samples to divide over the minibatches."""
+    return num_minibatches // math.gcd(rollout_length, num_minibatches)
 
-    The shuffle is i -> a * i + b modulo the number of samples, with random b and random a prime to it: a permutation
-    that costs nothing, where sorting random keys takes a fifth of a small network's iteration on CPU.
+
+def minibatches(batch: Regression, key: Array, num_minibatches: int, replicas: Replicas = ALONE) -> Regression:
+    """Returns a rollout, `[rows, lanes, ...]`, shuffled and cut, `[minibatches, samples, ...]`.
+
+    Each minibatch takes as many samples from one lane as from another (from one group of lanes, where they don't
+    divide), so that replicas find the same minibatches, each its part of them, that one learner would.
+
+    Within a group of n samples the shuffle is i -> a * i + b modulo n, with a random number a prime to n and another b
+    for each group: a permutation that costs nothing, where sorting random keys takes a fifth of a small network's
+    iteration on CPU.
     """
-    num_samples = batch.action.shape[0]
+    num_rows, num_lanes = batch.action.shape
     if num_minibatches == 1:
-        return jax.tree.map(lambda x: x[None], batch)
+        return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
+    group = lanes_per_group(num_rows, num_minibatches)
+    num_groups, num_samples = num_lanes // group, num_rows * group
     # Factors stay below 2**32 / num_samples, so that a * i can't wrap.
     factors = [a for a in range(1, min(num_samples, 2**32 // num_samples, 4096)) if math.gcd(a, num_samples) == 1]
-    bits = jax.random.bits(key, (2,), jnp.uint32)
-    factor, shift = jnp.array(factors, jnp.uint32)[bits[0] % len(factors)], bits[1] % num_samples
-    order = (jnp.arange(num_samples, dtype=jnp.uint32) * factor % num_samples + shift) % num_samples
-    shuffled = jax.tree.map(lambda x: x.at[order].get(mode="promise_in_bounds"), batch)
-    return jax.tree.map(lambda x: x.reshape(num_minibatches, -1, *x.shape[1:]), shuffled)
+    bits = jax.random.bits(key, (3,), jnp.uint32)
+    groups = jnp.arange(num_groups, dtype=jnp.uint32)
+    shifts = (bits[1] + bits[2] * (groups + replicas.rank() * jnp.uint32(num_groups))) % num_samples
+    factor = jnp.array(factors, jnp.uint32)[bits[0] % len(factors)]
+    order = jnp.arange(num_samples, dtype=jnp.uint32).reshape(num_minibatches, 1, -1) * factor % num_samples
+    place = (order + shifts[:, None]) % num_samples  # [minibatches, groups, samples of one group]
+    sample = place // group * num_lanes + groups[:, None] * group + place % group
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
+    return jax.tree.map(lambda x: x.at[sample.reshape(num_minibatches, -1)].get(mode="promise_in_bounds"), flat)
 
 
 def _add_losses(losses: Losses, info: UpdateInfo) -> Losses:

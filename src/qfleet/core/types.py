@@ -1,7 +1,7 @@
 """The records that pass between the parts of an agent."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,9 @@ class Network(NamedTuple):
     """`init(key) -> params`."""
     apply: Callable[[Params, jax.Array], jax.Array]
     """`apply(params, observations) -> q_values`: `[batch, ...]` to `[batch, num_actions]` float32."""
+    partition: Mapping[tuple[str, ...], tuple[str | None, ...]] = {}
+    """How parameters are to be divided over a mesh, where a module says so: by path, the mesh axis of each of their
+    axes."""
 
 
 class Transition(NamedTuple):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qfleet.envs import in_graph
@@ -115,11 +116,11 @@ class InGraphLanes:
 
     def __init__(self, env: InGraphEnv, num_lanes: int) -> None:
         self._num_lanes = num_lanes
-        self._init = jax.jit(functools.partial(in_graph.init_lanes, env, num_lanes=num_lanes))
+        self._init = jax.jit(functools.partial(in_graph.init_lanes, env, numbers=jnp.arange(num_lanes)))
 
         @jax.jit
         def step(lanes: in_graph.Lanes, action: jax.Array, key: jax.Array) -> tuple[in_graph.Lanes, in_graph.LaneStep]:
-            draws = in_graph.draw(env, key, 1, num_lanes)
+            draws = in_graph.draw(env, key, 1, jnp.arange(num_lanes))
             return in_graph.step_lanes(env, lanes, action, jax.tree.map(lambda x: x[0], draws))
 
         self._step = step

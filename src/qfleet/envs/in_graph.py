@@ -45,21 +45,23 @@ class LaneStep(NamedTuple):
     """bool; where `terminated` is True as well, the episode has no future to value."""
 
 
-def init_lanes(env: InGraphEnv, key: jax.Array, num_lanes: int) -> Lanes:
-    """Returns lanes at the start of an episode each."""
-    env_state, observation = jax.vmap(env.reset)(_lane_keys(key, num_lanes))
+def init_lanes(env: InGraphEnv, key: jax.Array, numbers: jax.Array) -> Lanes:
+    """Returns the lanes of these numbers, `[lanes]` integers, at the start of an episode each."""
+    num_lanes = len(numbers)
+    env_state, observation = jax.vmap(env.reset)(_lane_keys(key, numbers))
     return Lanes(env_state, observation, jnp.zeros(num_lanes, bool), jnp.zeros(num_lanes, jnp.int32))
 
 
-def draw(env: InGraphEnv, key: jax.Array, num_rows: int, num_lanes: int) -> Draws:
+def draw(env: InGraphEnv, key: jax.Array, num_rows: int, numbers: jax.Array) -> Draws:
     """Returns the draws for `num_rows` rows, to be scanned over together with `step_lanes`.
 
     They are made in bulk because random bits come from a loop of their own on CPU: inside the loop over rows that
-    costs more than stepping a classic environment does. A lane's draws don't depend on how many lanes there are.
+    costs more than stepping a classic environment does. A lane's draws depend on its number, and on nothing else of
+    the lanes, `[lanes]` integers.
     """
     split = jax.vmap(lambda lane_key: jax.random.split(lane_key, num_rows), out_axes=1)
     # One key for both: a lane either steps or starts anew.
-    keys = split(_lane_keys(key, num_lanes))
+    keys = split(_lane_keys(key, numbers))
     return Draws(keys, jax.vmap(jax.vmap(env.reset))(keys))
 
 
@@ -91,5 +93,5 @@ def step_lanes(env: InGraphEnv, lanes: Lanes, action: jax.Array, draws: Draws) -
     return Lanes(env_state, observation, row.terminated | row.truncated, jnp.where(live, episode_steps, 0)), row
 
 
-def _lane_keys(key: jax.Array, num_lanes: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_lanes))
+def _lane_keys(key: jax.Array, numbers: jax.Array) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)

@@ -34,7 +34,8 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     Raises:
       ConfigError: if the module holds state that a pure function of parameters has no place for.
     """
-    abstract_module = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
+    with nnx.use_eager_sharding(False):  # arrays are placed where a run's mesh has them
+        abstract_module = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
     graphdef, abstract_params, rest = nnx.split(abstract_module, nnx.Param, ...)  # type: ignore[misc]
     others = [f"{'.'.join(map(str, path))} ({type(leaf).__name__})" for path, leaf in nnx.to_flat_state(rest)]
     if others:
@@ -43,10 +44,16 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
             "random numbers while they run (batch normalisation, dropout), for example by layer normalisation, "
             "make arrays that should be learned nnx.Param, and compute constants in __call__"
         )
+    partition = {
+        tuple(map(str, path)): tuple(axes)
+        for path, variable in nnx.to_flat_state(abstract_params)
+        if (axes := variable.get_metadata().get("out_sharding")) is not None
+    }
     paths = {tuple(map(str, path)): path for path, _ in nnx.to_flat_state(abstract_params)}
 
     def init(key: jax.Array) -> Params:
-        params = nnx.state(make_module(nnx.Rngs(key)), nnx.Param)
+        with nnx.use_eager_sharding(False):
+            params = nnx.state(make_module(nnx.Rngs(key)), nnx.Param)
         return unflatten_dict(
             {tuple(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(params)}
         )
@@ -56,7 +63,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         module = nnx.merge(graphdef, nnx.from_flat_state(leaves))
         return module(observations)
 
-    return Network(init, apply)
+    return Network(init, apply, partition)
 
 
 def check_network(network: Network, spec: EnvSpec) -> int:

@@ -68,12 +68,12 @@ def _play_in_graph(env: InGraphEnv, q_values: QValues, num_episodes: int, seed: 
 
     @jax.jit
     def begin(episode: jax.Array) -> tuple:
-        env_state, obs = env.reset(jax.random.split(reset_key, num_episodes)[episode])
+        env_state, obs = env.reset(jax.random.fold_in(reset_key, episode))
         return env_state, obs, init_view(obs[None], env.spec.frame_stack)
 
     @jax.jit
     def step(env_state: Any, view: jax.Array, action: jax.Array, time: jax.Array, episode: jax.Array) -> tuple:
-        key = jax.random.split(jax.random.fold_in(step_key, time), num_episodes)[episode]
+        key = jax.random.fold_in(jax.random.fold_in(step_key, time), episode)
         result = env.step(env_state, action, key)
         return result, push_frame(view, result.observation[None], jnp.zeros(1, bool), env.spec.frame_stack)
 

@@ -11,6 +11,7 @@ from jax import Array
 
 from qfleet.core import exploration
 from qfleet.core.actor import init_view, push_frame
+from qfleet.core.replicas import ALONE, Replicas, own_numbers
 from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.host import HostLanes
 from qfleet.envs.spec import InGraphEnv
@@ -25,25 +26,36 @@ MAX_EPISODE_STEPS = 27_000
 
 
 def greedy_returns(
-    env: InGraphEnv, q_values: Callable[[Params, Array], Array], params: Params, key: Array, num_episodes: int
+    env: InGraphEnv,
+    q_values: Callable[[Params, Array], Array],
+    params: Params,
+    key: Array,
+    num_episodes: int,
+    replicas: Replicas = ALONE,
 ) -> Array:
     """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32, all stepped at once.
 
     Args:
       q_values: `q_values(params, obs) -> q`, over a batch.
       key: of these episodes; never one that training has used.
+      replicas: who each play their share of them.
     """
     limit = env.spec.time_limit or MAX_EPISODE_STEPS
     frame_stack = env.spec.frame_stack
+    num_own = -(-num_episodes // replicas.size)
+    numbers = own_numbers(replicas, num_own)
+
+    def keys_of(key: Array) -> Array:
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+
     reset_key, step_key = jax.random.split(key)
-    env_state, obs = jax.vmap(env.reset)(jax.random.split(reset_key, num_episodes))
-    nobody = jnp.zeros(num_episodes, bool)
+    env_state, obs = jax.vmap(env.reset)(keys_of(reset_key))
+    nobody = jnp.zeros(num_own, bool)
 
     def step(carry: tuple) -> tuple:
         time, env_state, view, has_ended, returns = carry
         action = exploration.greedy(q_values(params, view))
-        keys = jax.random.split(jax.random.fold_in(step_key, time), num_episodes)
-        result = jax.vmap(env.step)(env_state, action, keys)
+        result = jax.vmap(env.step)(env_state, action, keys_of(jax.random.fold_in(step_key, time)))
         returns += jnp.where(has_ended, 0.0, result.reward)
         has_ended |= result.terminated | result.truncated
         return time + 1, result.state, push_frame(view, result.observation, nobody, frame_stack), has_ended, returns
@@ -52,8 +64,9 @@ def greedy_returns(
         time, _, _, has_ended, _ = carry
         return (time < limit) & ~jnp.all(has_ended)
 
-    start = (jnp.int32(0), env_state, init_view(obs, frame_stack), nobody, jnp.zeros(num_episodes))
-    return jax.lax.while_loop(is_running, step, start)[-1]
+    start = (jnp.int32(0), env_state, init_view(obs, frame_stack), nobody, jnp.zeros(num_own))
+    returns = jax.lax.while_loop(is_running, step, start)[-1]
+    return replicas.gather(returns).reshape(-1)[:num_episodes]
 
 
 def host_greedy_returns(

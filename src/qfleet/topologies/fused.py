@@ -4,6 +4,7 @@ The host plans each chunk (how many learner steps after each row, how much to ex
 the program obeys. One program serves chunks of any length up to `MAX_ITERATIONS`, so nothing is compiled twice.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -19,11 +20,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from qfleet.config import RunFailed, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, make_learner
+from qfleet.core.replay import SavedReplay, partition_saved
+from qfleet.core.replicas import ALONE
 from qfleet.core.types import Network, Params
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.devices import num_shards
 from qfleet.runtime.records import Progress
-from qfleet.topologies.fused_program import FusedState, Program, Tally, make_program
+from qfleet.topologies.fused_program import NO_BAD_STEP, FusedState, Program, Tally, make_program, partition_state
+from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, learner_steps, make_plan, rows_per_iteration
 
 MAX_ITERATIONS = 256
@@ -49,7 +53,11 @@ class Fused:
           ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
         """
         agent = make_agent(network, config.agent)
-        self._program = make_program(config, env, agent, make_learner(agent, config.agent, optimiser))
+        self._placement = Placement(config.topology.mesh, network)
+        self._make_program = functools.partial(
+            make_program, config, env, agent, make_learner(agent, config.agent, optimiser)
+        )
+        self._program = self._make_program(self._placement.replicas)
         self._config = config
         self._env_name = env.spec.name
         self.env_steps = 0
@@ -63,7 +71,8 @@ class Fused:
     def start(self) -> float:
         """Compiles the program, starts `num_seeds` learners, and returns the wall time that took, in seconds."""
         started = time.perf_counter()
-        init, run, evaluate, self._seeds = self._placed(self._program)
+        program = self._over_seeds() if self._config.num_seeds > 1 else self._on_mesh()
+        init, run, evaluate, self._leaves, self._restore = program
         state = jax.eval_shape(init, self._seeds)
         with ThreadPoolExecutor() as pool:  # XLA compiles one program, the largest first, while Python traces the next
             compiled_run = pool.submit(run.lower(state, self._plan(), np.int32(0)).compile)
@@ -76,28 +85,45 @@ class Fused:
             self._run, self._evaluate = compiled_run.result(), compiled_evaluate.result()
         return time.perf_counter() - started
 
-    def _placed(self, program: Program) -> tuple[Any, Any, Any, Any]:
-        """Returns `init`, `run` and `evaluate`, ready to be lowered, and the seeds that they start from.
+    def _on_mesh(self) -> Any:
+        """Returns the program, jitted, of one seed: each device of the mesh has its share of it."""
+        self._seeds: Any = np.uint32(self._config.seed)
+        placement = self._placement
+        first = ALONE._replace(size=placement.replicas.size)  # the first replica's share, outside of the mesh
+        shapes = jax.eval_shape(self._make_program(first).init, self._seeds)
+        learner = placement.partition_learner(shapes.learner)
+        state = partition_state(shapes, DATA_AXIS)._replace(learner=learner)
+        saved = shapes.replay and partition_saved(shapes.replay, DATA_AXIS)
+        program, whole = self._program, EVERYBODYS
+        return Program(
+            init=placement.jit(program.init, (whole,), state),
+            run=placement.jit(program.run, (state, whole, whole), (state, whole), donate_argnums=(0,)),
+            evaluate=placement.jit(program.evaluate, (learner.params, whole, whole, whole), whole),
+            leaves=placement.jit(program.leaves, (state.replay,), saved and saved.leaves),
+            restore=placement.jit(program.restore, (saved,), state.replay),
+        )
 
-        Many seeds are spread over the devices; each device trains its share of them in one batch.
-        """
+    def _over_seeds(self) -> Any:
+        """Returns the program, jitted, of many seeds: spread over the devices, each trains its share in one batch."""
         num_seeds, first = self._config.num_seeds, self._config.seed
-        if num_seeds == 1:  # without the leading axis, whose batched products would be slower
-            run = jax.jit(program.run, donate_argnums=0)
-            return jax.jit(program.init), run, jax.jit(program.evaluate), np.uint32(first)
         devices = jax.local_devices()[: num_shards(num_seeds, jax.local_device_count())]
         mesh = jax.make_mesh((len(devices),), ("seeds",), axis_types=(AxisType.Auto,), devices=devices)
         split, whole = PartitionSpec("seeds"), PartitionSpec()
+        self._seeds = jax.device_put(np.uint32(first + np.arange(num_seeds)), NamedSharding(mesh, split))
 
-        def over_seeds(function: Callable, in_specs: tuple[PartitionSpec, ...]) -> Callable:
+        def over_seeds(function: Callable, *in_specs: PartitionSpec, donate_argnums: tuple[int, ...] = ()) -> Any:
             batched = jax.vmap(function, in_axes=tuple(0 if spec == split else None for spec in in_specs))
-            return jax.shard_map(batched, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)
+            mapped = jax.shard_map(batched, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)
+            return jax.jit(mapped, donate_argnums=donate_argnums)
 
-        init = jax.jit(over_seeds(program.init, (split,)))
-        run = jax.jit(over_seeds(program.run, (split, whole, whole)), donate_argnums=0)
-        evaluate = jax.jit(over_seeds(program.evaluate, (split, split, whole, whole)))
-        seeds = np.uint32(first + np.arange(num_seeds))
-        return init, run, evaluate, jax.device_put(seeds, NamedSharding(mesh, split))
+        program = self._program
+        return Program(
+            init=over_seeds(program.init, split),
+            run=over_seeds(program.run, split, whole, whole, donate_argnums=(0,)),
+            evaluate=over_seeds(program.evaluate, split, split, whole, whole),
+            leaves=over_seeds(program.leaves, split),
+            restore=over_seeds(program.restore, split),
+        )
 
     @property
     def env_steps_per_iteration(self) -> int:
@@ -125,6 +151,9 @@ class Fused:
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out."""
         state = {**self._state._asdict(), "learner": self._learner}
+        if self._state.replay:
+            replay = self._state.replay
+            state["replay"] = SavedReplay(replay.ring, self._leaves(replay), replay.max_priority)
         if not self._config.checkpoint_replay:
             state.pop("replay")
         return state
@@ -198,6 +227,8 @@ class Fused:
 
     def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
         """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up."""
+        if state.get("replay"):
+            state = {**state, "replay": self._restore(state["replay"])}
         self._state = self._state._replace(**state)
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
         self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
@@ -215,9 +246,10 @@ class Fused:
         )
 
     def _check(self, tally: Tally, env_steps_before: int) -> None:
-        if np.any(tally.bad_step >= 0):
-            seed = int(np.argmax(np.atleast_1d(tally.bad_step) >= 0))
-            bad_step = int(np.atleast_1d(tally.bad_step)[seed])
+        bad_steps = np.atleast_1d(tally.bad_step)
+        if np.any(bad_steps != NO_BAD_STEP):
+            seed = int(np.argmax(bad_steps != NO_BAD_STEP))
+            bad_step = int(bad_steps[seed])
             raise RunFailed(
                 f"rewards and observations must be finite, but {self._env_name} returned one that isn't at environment "
                 f"step {env_steps_before + bad_step} in lane {bad_step % self._config.topology.num_envs} of seed "

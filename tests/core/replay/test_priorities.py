@@ -102,7 +102,7 @@ def test_a_single_leaf_above_zero_is_found_wherever_it_stands():
     """Its neighbours and all padding are 0; a draw of 1 - 2**-24 scales to the total itself."""
     for index in [0, 1, 7, 8, 63, 64, 511, 512, 998, 999]:
         tree = put(init_tree(1000), jnp.array([index]), jnp.array([0.1]))
-        indices, probabilities = sample(tree, jnp.full(64, 1 - 2.0**-24))
+        indices, _, probabilities = sample(tree, jnp.full(64, 1 - 2.0**-24))
         assert np.all(indices == index)
         assert np.all(probabilities == 1.0)
 
@@ -127,7 +127,7 @@ def test_sampled_frequencies_follow_the_priorities():
     leaves[[0, 8, 9, 20, 39]] = 0.0
     tree = put(init_tree(40), jnp.arange(40), jnp.asarray(leaves))
     draws = jax.vmap(lambda key: sample_leaves(tree, jax.random.uniform(key, (1,))))
-    indices, probabilities = jax.jit(draws)(jax.random.split(jax.random.key(0), 40_000))
+    indices, _, probabilities = jax.jit(draws)(jax.random.split(jax.random.key(0), 40_000))
     shares = leaves.astype(np.float64) / leaves.sum(dtype=np.float64)
     np.testing.assert_allclose(probabilities[:, 0], shares[indices[:, 0]], rtol=1e-6)
     expected = 40_000 * shares
@@ -141,7 +141,7 @@ def test_sampled_frequencies_follow_the_priorities():
 def test_a_batch_draws_once_from_each_equal_slice_of_the_total():
     """Stratified: with `k` equal leaves and `k` draws, each leaf is drawn exactly once, in order."""
     tree = put(init_tree(512), jnp.arange(512), jnp.ones(512))
-    indices, probabilities = sample(tree, jax.random.uniform(jax.random.key(0), (512,)))
+    indices, _, probabilities = sample(tree, jax.random.uniform(jax.random.key(0), (512,)))
     np.testing.assert_array_equal(indices, np.arange(512))
     np.testing.assert_allclose(probabilities, 1 / 512)
 
@@ -157,9 +157,9 @@ def test_trees_side_by_side_equal_separate_ones():
         return jax.lax.scan(step, init_tree(700), jax.random.split(key, 10))
 
     keys = jax.random.split(jax.random.key(0), 3)
-    together_tree, (together_indices, _) = jax.jit(jax.vmap(run))(keys)
+    together_tree, (together_indices, _, _) = jax.jit(jax.vmap(run))(keys)
     for i, key in enumerate(keys):
-        alone_tree, (alone_indices, _) = jax.jit(run)(key)
+        alone_tree, (alone_indices, _, _) = jax.jit(run)(key)
         for together, alone in zip(together_tree.levels, alone_tree.levels, strict=True):
             np.testing.assert_allclose(together[i], alone, rtol=1e-6)
         np.testing.assert_array_equal(together_indices[i], alone_indices)

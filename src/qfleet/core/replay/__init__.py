@@ -1,6 +1,6 @@
 """Replay: a ring of rows, priorities beside it, and transitions put together when sampled."""
 
-from qfleet.core.replay.replay import Replay, ReplayState, Sample, make_replay
+from qfleet.core.replay.replay import Replay, ReplayState, Sample, SavedReplay, make_replay, partition, partition_saved
 from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Row, outcome_of
 
 __all__ = [
@@ -12,6 +12,9 @@ __all__ = [
     "ReplayState",
     "Row",
     "Sample",
+    "SavedReplay",
     "make_replay",
     "outcome_of",
+    "partition",
+    "partition_saved",
 ]

@@ -12,6 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from qfleet.core.replicas import ALONE, Replicas
+
 FAN_OUT = 8  # the fastest on CPU of 4, 8, 16, 32, 64 and 128, for batches of 512 from 1M leaves
 
 
@@ -35,6 +37,16 @@ def init_tree(num_leaves: int) -> SumTree:
     while groups[-1] > 1:
         groups.append(-(-groups[-1] // FAN_OUT))
     return SumTree(tuple(jnp.zeros(n * FAN_OUT, jnp.float32) for n in groups), num_leaves)
+
+
+def tree_of(leaves: jax.Array) -> SumTree:
+    """Returns the tree over these leaves, `[n]` float32, the same as if each had been set."""
+    empty = init_tree(len(leaves))
+    levels = [jnp.pad(leaves, (0, empty.levels[0].size - len(leaves)))]
+    for level in empty.levels[1:]:
+        sums = _row_sums(levels[-1].reshape(-1, FAN_OUT))
+        levels.append(jnp.pad(sums, (0, level.size - len(sums))))
+    return SumTree(tuple(levels), len(leaves))
 
 
 def set_leaves(tree: SumTree, indices: jax.Array, values: jax.Array) -> SumTree:
@@ -94,20 +106,31 @@ def find_leaves(tree: SumTree, targets: jax.Array) -> jax.Array:
     return nodes
 
 
-def sample_leaves(tree: SumTree, uniforms: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sample_leaves(
+    tree: SumTree, uniforms: jax.Array, replicas: Replicas = ALONE
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns leaves drawn in proportion to their values, one from each equal slice of the total (stratified).
+
+    With replicas, they are drawn from all of their trees as if these were one, laid end to end.
 
     Args:
       tree: the tree, with a total above 0.
-      uniforms: `[n]` float32 in [0, 1), where in its slice each draw falls.
+      uniforms: `[n]` float32 in [0, 1), where in its slice each draw falls; the same for all replicas.
+      replicas: who each have a tree.
 
     Returns:
-      `[n]` uint32 indices, ascending, and `[n]` float32 probabilities, each leaf's share of the total.
+      `[n]` uint32 indices, ascending; `[n]` bool, whether each is in this replica's tree, where it is meaningless
+      otherwise; and `[n]` float32 probabilities, each leaf's share of the total over all trees.
     """
-    whole = total(tree)
+    ends = jnp.cumsum(replicas.gather(total(tree)))
+    whole = ends[-1]
     slices = jnp.arange(len(uniforms), dtype=jnp.float32)
-    indices = find_leaves(tree, (slices + uniforms) * (whole / len(uniforms)))
-    return indices, get_leaves(tree, indices) / whole
+    # Rounding must not lead beyond the end: the trees there may be empty.
+    targets = jnp.minimum((slices + uniforms) * (whole / len(uniforms)), jnp.nextafter(whole, 0.0))
+    owners = jnp.sum(ends[:-1] <= targets[:, None], axis=1, dtype=jnp.uint32)
+    starts = jnp.concatenate([jnp.zeros(1), ends[:-1]])
+    indices = find_leaves(tree, targets - starts[owners])
+    return indices, owners == replicas.rank(), get_leaves(tree, indices) / whole
 
 
 def _take(array: jax.Array, indices: jax.Array) -> jax.Array:

@@ -1,17 +1,19 @@
 """The replay: pure functions over one ring, uniform or with a sum tree of priorities beside it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 import qfleet.core.replay.priorities as priorities
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.replay import sampling
 from qfleet.core.replay.ring import NO_STEP, Ring, Row, init_ring, insert_row, is_overwritten, later_slot, take
 from qfleet.core.replay.ring import seal as seal_ring
+from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import EnvSpec, Transition
 
 MIN_PRIORITY = 1e-6
@@ -28,18 +30,30 @@ class ReplayState(NamedTuple):
     max_priority: Array
     """`[]` float32, the greatest leaf ever set: what new transitions enter with."""
     num_transitions: Array
-    """`[]` int32, leaves above 0: transitions that may be drawn by priority."""
+    """`[1]` int32, leaves above 0: transitions that may be drawn by priority."""
     num_expiring: Array
-    """`[]` int32, those of them that the next row will make undrawable. Counted a row ahead: to read leaves that are
+    """`[1]` int32, those of them that the next row will make undrawable. Counted a row ahead: to read leaves that are
     about to change, XLA would copy all of them."""
+
+
+class SavedReplay(NamedTuple):
+    """What a replay must keep to go on as if never stopped, in a form that any number of replicas can share anew."""
+
+    ring: Ring
+    leaves: Array | tuple[()]
+    """`[rows, lanes]` float32, those of the tree."""
+    max_priority: Array
 
 
 class Sample(NamedTuple):
     """A batch, and where it came from."""
 
     transition: Transition
+    """This replica's share of the batch."""
     slot: Array
-    """`[batch]` uint32, where each transition starts: `row * lanes + lane`."""
+    """`[batch]` uint32, where each transition of the whole batch starts: `row * lanes + lane`."""
+    is_mine: Array
+    """`[batch]` bool, whether that is in this replica's ring."""
     insertions: Array
     """`[]` uint32, `Ring.insertions` when it was drawn."""
 
@@ -57,11 +71,43 @@ class Replay(NamedTuple):
     """`sample(state, key, importance_exponent) -> sample`, once n_step + 1 rows are in. Uniform sampling ignores the
     exponent: its weights are 1."""
     set_priorities: Callable[[ReplayState, Sample, Array], ReplayState]
-    """`set_priorities(state, sample, td_error [batch]) -> state`; errors of overwritten rows change nothing."""
+    """`set_priorities(state, sample, td_error) -> state`, with the errors of `sample.transition`; those of overwritten
+    rows change nothing."""
+    leaves: Callable[[ReplayState], Array | tuple[()]]
+    """`leaves(state)`, what `SavedReplay` holds of the tree; the rest of it is the state's own."""
+    restore: Callable[[SavedReplay], ReplayState]
+    """`restore(saved) -> state`."""
 
 
-def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
+def partition(state: ReplayState, axis: str) -> Any:
+    """Returns how the state's arrays are spread over the replicas along a mesh axis, as `PartitionSpec`s."""
+    mine, everybodys = cast(Any, PartitionSpec(axis)), cast(Any, PartitionSpec())
+    return ReplayState(
+        ring=_partition_ring(axis),
+        tree=jax.tree.map(lambda level: mine, state.tree),
+        max_priority=everybodys,
+        num_transitions=mine,
+        num_expiring=mine,
+    )
+
+
+def partition_saved(state: ReplayState, axis: str) -> Any:
+    """Returns the same of what is saved of it."""
+    leaves = cast(Any, PartitionSpec(None, axis)) if state.tree else ()
+    return SavedReplay(_partition_ring(axis), leaves, cast(Any, PartitionSpec()))
+
+
+def _partition_ring(axis: str) -> Any:
+    lanes, everybodys = cast(Any, PartitionSpec(None, axis)), cast(Any, PartitionSpec())
+    return Ring(Row(lanes, lanes, lanes, lanes), everybodys, everybodys, everybodys)
+
+
+def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, replicas: Replicas = ALONE) -> Replay:
     """Returns the replay that `config` describes, for `num_lanes` lanes of `spec`'s environment.
+
+    With replicas, each has an equal share of the lanes and keeps what they produce, and its functions are to be called
+    by all of them together. They draw from all of it as if it were one: each transition with the probability and the
+    weight that it would have there.
 
     Raises:
       ConfigError: if the capacity is too small for one window of each lane.
@@ -74,6 +120,7 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
             f"{config.replay_capacity} for {num_lanes} lanes, n_step={config.n_step} and frame_stack="
             f"{spec.frame_stack}; try {fewest_rows * num_lanes}"
         )
+    num_lanes //= replicas.size  # from here on this replica's
     is_prioritised = config.replay == "prioritised"
     num_slots = num_rows * num_lanes
 
@@ -82,8 +129,8 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
             ring=init_ring(num_rows, num_lanes, spec.observation_shape, spec.observation_dtype),
             tree=priorities.init_tree(num_slots) if is_prioritised else (),
             max_priority=jnp.float32(1.0),
-            num_transitions=jnp.int32(0),
-            num_expiring=jnp.int32(0),
+            num_transitions=jnp.zeros(1, jnp.int32),
+            num_expiring=jnp.zeros(1, jnp.int32),
         )
 
     def insert(state: ReplayState, row: Row) -> ReplayState:
@@ -107,7 +154,7 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
             ring=ring,
             tree=tree,
             num_transitions=state.num_transitions - state.num_expiring + jnp.sum(can_start, dtype=jnp.int32),
-            num_expiring=jnp.sum(expiring, dtype=jnp.int32),
+            num_expiring=jnp.sum(expiring, dtype=jnp.int32)[None],
         )
 
     def seal(state: ReplayState, lanes: Array) -> ReplayState:
@@ -116,9 +163,11 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
     def sample(state: ReplayState, key: Array, importance_exponent: Array) -> Sample:
         ring = state.ring
         if isinstance(state.tree, priorities.SumTree):
-            slot, weight = draw_by_priority(state.tree, state.num_transitions, key, importance_exponent)
+            slot, is_mine, weight = draw_by_priority(state, state.tree, key, importance_exponent)
         else:
-            slot, weight = sampling.draw_uniformly(ring, key, config.batch_size, config.n_step, spec.frame_stack)
+            slot, is_mine, weight = sampling.draw_uniformly(
+                ring, key, config.batch_size, config.n_step, spec.frame_stack, replicas
+            )
         n_step_return, discount, num_steps = sampling.n_step_returns(ring, slot, config.n_step, config.discount)
         transition = Transition(
             obs=sampling.stacked_observations(ring, slot, spec.frame_stack),
@@ -128,27 +177,45 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int) -> Replay:
             next_obs=sampling.stacked_observations(ring, later_slot(ring, slot, num_steps), spec.frame_stack),
             weight=weight,
         )
-        return Sample(transition, slot, ring.insertions)
+        return Sample(replicas.deal(transition, is_mine), slot, is_mine, ring.insertions)
 
     def draw_by_priority(
-        tree: priorities.SumTree, num_transitions: Array, key: Array, importance_exponent: Array
-    ) -> tuple[Array, Array]:
-        slot, probability = priorities.sample_leaves(tree, jax.random.uniform(key, (config.batch_size,)))
+        state: ReplayState, tree: priorities.SumTree, key: Array, importance_exponent: Array
+    ) -> tuple[Array, Array, Array]:
+        uniforms = jax.random.uniform(key, (config.batch_size,))
+        slot, is_mine, probability = priorities.sample_leaves(tree, uniforms, replicas)
+        num_transitions = replicas.sum(state.num_transitions)
         # Not divided by the batch's greatest weight, as is often done: that would make a transition's weight
         # depend on its companions, and two half batches differ from the whole.
-        return slot, (num_transitions * probability) ** -importance_exponent
+        return slot, is_mine, (num_transitions * probability) ** -importance_exponent
 
     def set_priorities(state: ReplayState, sample: Sample, td_error: Array) -> ReplayState:
         if not isinstance(state.tree, priorities.SumTree):
             return state
-        priority = (jnp.abs(td_error) + MIN_PRIORITY) ** config.priority_exponent
+        priority = (jnp.abs(replicas.gather(td_error).reshape(-1)) + MIN_PRIORITY) ** config.priority_exponent
         # Also late: a slot whose oldest stacked frame is gone, for it can't be drawn any more.
         oldest = later_slot(state.ring, sample.slot, num_rows - spec.frame_stack + 1)
         is_late = is_overwritten(state.ring, oldest // jnp.uint32(num_lanes), sample.insertions)
-        leaf = jnp.where(is_late, jnp.uint32(num_slots), sample.slot)
+        leaf = jnp.where(is_late | ~sample.is_mine, jnp.uint32(num_slots), sample.slot)
         return state._replace(
             tree=priorities.set_leaves(state.tree, leaf, priority),
             max_priority=jnp.maximum(state.max_priority, jnp.max(priority)),
         )
 
-    return Replay(init, insert, seal, sample, set_priorities)
+    def leaves(state: ReplayState) -> Array | tuple[()]:
+        if not isinstance(state.tree, priorities.SumTree):
+            return ()
+        return state.tree.levels[0][:num_slots].reshape(num_rows, num_lanes)
+
+    def restore(saved: SavedReplay) -> ReplayState:
+        state = init()._replace(ring=saved.ring, max_priority=saved.max_priority)
+        if isinstance(saved.leaves, tuple):
+            return state
+        expiring = saved.leaves[(saved.ring.cursor + spec.frame_stack - 1) % num_rows] > 0
+        return state._replace(
+            tree=priorities.tree_of(saved.leaves.reshape(-1)),
+            num_transitions=jnp.sum(saved.leaves > 0, dtype=jnp.int32)[None],
+            num_expiring=jnp.sum(expiring, dtype=jnp.int32)[None],
+        )
+
+    return Replay(init, insert, seal, sample, set_priorities, leaves, restore)

@@ -6,6 +6,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.core.replay.ring import NO_STEP, TERMINATED, Ring, later_slot, take
+from qfleet.core.replicas import Replicas
 
 MAX_DRAWS = 64
 """Rounds of rejection before a draw is given up (weight 0). At most every second row holds no step: 2**-64."""
@@ -26,33 +27,41 @@ def num_first_rows(ring: Ring, n_step: int, frame_stack: int) -> Array:
     return jnp.maximum(ring.size - n_step - missing, 0)
 
 
-def draw_uniformly(ring: Ring, key: Array, batch_size: int, n_step: int, frame_stack: int) -> tuple[Array, Array]:
-    """Returns slots at which a transition starts, each as likely as any other, and weights of 1.
+def draw_uniformly(
+    ring: Ring, key: Array, batch_size: int, n_step: int, frame_stack: int, replicas: Replicas
+) -> tuple[Array, Array, Array]:
+    """Returns slots at which a transition starts, each of any replica's as likely as any other, and weights of 1.
 
     Slots that hold no step are drawn again.
 
     Returns:
-      Slot, `[batch]` uint32; weight, `[batch]` float32, 0 where `MAX_DRAWS` found no step.
+      Slot, `[batch]` uint32; whether it is in this replica's ring, where it isn't meaningless otherwise, `[batch]`
+      bool; weight, `[batch]` float32, 0 where `MAX_DRAWS` found no step.
     """
     num_lanes, num_slots = jnp.uint32(ring.num_lanes), jnp.uint32(ring.num_slots)
     first = first_row(ring, frame_stack).astype(jnp.uint32) * num_lanes
     num_first = jnp.maximum(num_first_rows(ring, n_step, frame_stack), 1).astype(jnp.uint32) * num_lanes
 
-    def draw(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        attempt, slot, is_step = carry
+    def draw(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        attempt, slot, is_mine, is_step = carry
         # The remainder favours some slots by num_slots / 2**32; a float would have too few bits for 1M of them.
         bits = jax.random.bits(jax.random.fold_in(key, attempt), (batch_size,), jnp.uint32)
-        drawn = first + bits % num_first
+        place = bits % (num_first * jnp.uint32(replicas.size))
+        drawn = first + place % num_first
         slot = jnp.where(is_step, slot, jnp.where(drawn >= num_slots, drawn - num_slots, drawn))
-        return attempt + 1, slot, take(ring.rows.outcome, slot) != NO_STEP
+        is_mine = jnp.where(is_step, is_mine, place // num_first == replicas.rank())
+        holds_step = is_mine & (take(ring.rows.outcome, slot) != NO_STEP)
+        return attempt + 1, slot, is_mine, replicas.sum(holds_step.astype(jnp.uint8)) > 0
 
-    def has_rejected(carry: tuple[Array, Array, Array]) -> Array:
-        attempt, _, is_step = carry
+    def has_rejected(carry: tuple[Array, Array, Array, Array]) -> Array:
+        attempt, _, _, is_step = carry
         return (attempt < MAX_DRAWS) & ~jnp.all(is_step)
 
-    nowhere = (jnp.int32(0), jnp.zeros(batch_size, jnp.uint32), jnp.zeros(batch_size, bool))
-    _, slot, is_step = jax.lax.while_loop(has_rejected, draw, nowhere)
-    return slot, is_step.astype(jnp.float32)
+    nobody = jnp.zeros(batch_size, bool)
+    _, slot, is_mine, is_step = jax.lax.while_loop(
+        has_rejected, draw, (jnp.int32(0), jnp.zeros(batch_size, jnp.uint32), nobody, nobody)
+    )
+    return slot, is_mine, is_step.astype(jnp.float32)
 
 
 def n_step_returns(ring: Ring, slot: Array, n_step: int, discount: float) -> tuple[Array, Array, Array]:

@@ -1,0 +1,95 @@
+"""Which devices a program runs on, and where its arrays lie: the mesh of one run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from qfleet.config import ConfigError, MeshConfig
+from qfleet.core.learner import LearnerState
+from qfleet.core.replicas import Replicas, over_axis
+from qfleet.core.types import Network
+from qfleet.networks.partition import MODEL_AXIS, partition_like, partition_params
+
+DATA_AXIS = "data"
+"""Over which lanes, replay and batches are divided; each device along it is a replica of the learner."""
+
+EVERYBODYS = PartitionSpec()
+
+
+class Placement:
+    """The devices of a run, as a mesh of `data` times `model`."""
+
+    def __init__(self, config: MeshConfig, network: Network) -> None:
+        """Takes the first devices of the kind that JAX prefers.
+
+        Raises:
+          ConfigError: if there are too few, or the network's own partitioning doesn't fit them.
+        """
+        num_devices = config.data * config.model
+        devices = jax.devices()
+        if num_devices > len(devices):
+            raise ConfigError(
+                f"mesh.data x mesh.model must be at most the number of devices, got {config.data} x {config.model} = "
+                f"{num_devices} for {len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}; "
+                f"try a smaller mesh"
+            )
+        self.replicas: Replicas = over_axis(DATA_AXIS, config.data)
+        self.is_one_device = num_devices == 1
+        """Then all of this is plain `jax.jit`."""
+        self._network, self._num_model = network, config.model
+        axes = (DATA_AXIS, MODEL_AXIS)
+        self.mesh = jax.make_mesh(
+            (config.data, config.model), axes, axis_types=(AxisType.Auto,) * 2, devices=devices[:num_devices]
+        )
+
+    def partition_learner(self, state: LearnerState) -> Any:
+        """Returns how a learner's arrays are spread, as `PartitionSpec`s: over the model axis only."""
+        params = partition_params(self._network, self._num_model)
+        return LearnerState(
+            params=params,
+            target_params=params if state.target_params else (),
+            optimiser_state=partition_like(state.optimiser_state, state.params, params),
+            target_age=EVERYBODYS,  # type: ignore[arg-type]
+        )
+
+    def jit(self, function: Callable, in_specs: Any, out_specs: Any, donate_argnums: tuple[int, ...] = ()) -> Any:
+        """Returns `function`, which sees the share of one replica, as a jitted function of whole arrays.
+
+        Args:
+          function: may use `replicas`.
+          in_specs: of each argument, a tree of `PartitionSpec`s or the beginning of one.
+          out_specs: of the result.
+          donate_argnums: as for `jax.jit`.
+        """
+        if self.is_one_device:
+            return jax.jit(function, donate_argnums=donate_argnums)
+        if self.replicas.size > 1:
+            function = jax.shard_map(
+                function,
+                mesh=self.mesh,
+                in_specs=_over_data(in_specs),
+                out_specs=_over_data(out_specs),
+                axis_names={DATA_AXIS},
+                check_vma=False,
+            )
+        return jax.jit(
+            function,
+            in_shardings=self.shardings(in_specs),
+            out_shardings=self.shardings(out_specs),
+            donate_argnums=donate_argnums,
+        )
+
+    def shardings(self, specs: Any) -> Any:
+        """Returns the specs as shardings on this mesh."""
+        return _map_specs(lambda spec: NamedSharding(self.mesh, spec), specs)
+
+
+def _over_data(specs: Any) -> Any:
+    """Returns the specs without the model axis, which XLA deals with by itself."""
+    return _map_specs(lambda spec: PartitionSpec(*(name if name == DATA_AXIS else None for name in spec)), specs)
+
+
+def _map_specs(function: Callable[[PartitionSpec], Any], specs: Any) -> Any:
+    return jax.tree.map(function, specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
