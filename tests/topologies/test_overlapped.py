@@ -213,7 +213,7 @@ def test_a_failed_environment_cuts_a_rollouts_returns_short():
         truncated=np.zeros((8, 1), bool),
         no_step=np.array([[event == "fail" or i == 6] for i, event in enumerate(events)]),
     )
-    sealed = _sealed(rows.stored())
+    sealed = _sealed(rows.with_obs(rows.obs))
     np.testing.assert_array_equal(
         sealed.outcome[:, 0], [CONTINUED, CONTINUED, TRUNCATED, NO_STEP, CONTINUED, TERMINATED, NO_STEP, CONTINUED]
     )
