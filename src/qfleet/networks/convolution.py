@@ -85,20 +85,16 @@ def _native(x: jax.Array, kernel: jax.Array, bias: jax.Array, strides: tuple[int
 
 
 def _patches_times_matrix(x: jax.Array, kernel: jax.Array, bias: jax.Array, strides: tuple[int, int]) -> jax.Array:
+    if strides == (1, 1):
+        return _features_by_pixels(x, kernel, bias)
     batch, image_height, image_width, channels = x.shape
     height, width, _, features = kernel.shape
     down, across = strides
-    if down == across > 1 and all(size % down == 0 for size in (height, width, image_height, image_width)):
-        return _patches_times_matrix(to_blocks(x, down), kernel_of_blocks(kernel, down), bias, (1, 1))
-    if strides == (1, 1):
-        return _features_by_pixels(x, kernel, bias)
     rows = (image_height - height) // down + 1
     columns = (image_width - width) // across + 1
-    if width % across == 0:
-        # Groups of `across` neighbouring columns become channels of a convolution that strides by 1. In memory this
-        # is no change, and it saves strided slices of few channels, which are slow, their gradients most of all.
-        x = x[:, :, : (columns - 1) * across + width].reshape(batch, image_height, -1, across * channels)
-        width, across = width // across, 1
+    if down == across and height % down == 0 and width % down == 0:
+        x = x[:, : (rows - 1) * down + height, : (columns - 1) * down + width]  # what no patch reaches may not divide
+        return _features_by_pixels(to_blocks(x, down), kernel_of_blocks(kernel, down), bias)
     shifted = [
         x[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * across + 1 : across]
         for i in range(height)
