@@ -87,7 +87,7 @@ def _native(x: jax.Array, kernel: jax.Array, bias: jax.Array, strides: tuple[int
 def _patches_times_matrix(x: jax.Array, kernel: jax.Array, bias: jax.Array, strides: tuple[int, int]) -> jax.Array:
     if strides == (1, 1):
         return _features_by_pixels(x, kernel, bias)
-    batch, image_height, image_width, channels = x.shape
+    batch, image_height, image_width, _ = x.shape
     height, width, _, features = kernel.shape
     down, across = strides
     rows = (image_height - height) // down + 1
