@@ -23,7 +23,7 @@ import qfleet
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import make_learner, update
 from qfleet.core.replay import make_replay
-from qfleet.core.types import Transition
+from qfleet.core.types import Transition, stored_spec
 from qfleet.networks import make_network
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.process import peak_rss_bytes
@@ -79,11 +79,13 @@ def time_update() -> dict[str, float]:
     reuse_freed_memory()  # as the topology does
     agent_config = config().agent
     env = qfleet.make_env("ale:Pong")
-    agent = make_agent(make_network(env.spec, agent_config), agent_config)
+    network = make_network(env.spec, agent_config)
+    agent = make_agent(network, agent_config)
     learner = make_learner(agent, agent_config)
     state = jax.jit(lambda key: learner.init(agent.init(key)))(jax.random.key(0))
     rng = np.random.default_rng(0)
-    obs, next_obs = (jnp.asarray(rng.integers(0, 255, (BATCH_SIZE, 84, 84, 4)), jnp.uint8) for _ in range(2))
+    shape = stored_spec(env.spec, network.store).agent_observation_shape
+    obs, next_obs = (jnp.asarray(rng.integers(0, 255, (BATCH_SIZE, *shape)), jnp.uint8) for _ in range(2))
     zeros, ones = jnp.zeros(BATCH_SIZE), jnp.ones(BATCH_SIZE)
     batch = Transition(obs, jnp.zeros(BATCH_SIZE, jnp.int32), zeros, ones, next_obs, ones)
     step = jax.jit(lambda state: update(learner, state, batch)[0], donate_argnums=0)
@@ -108,7 +110,7 @@ def measure_replay() -> dict[str, float]:
         dataclasses.replace(config().agent, replay_capacity=1_000_000),
         qfleet.make_env("ale:Pong").spec,
     )
-    replay = make_replay(spec, agent_config, NUM_ENVS)
+    replay = make_replay(stored_spec(spec, make_network(spec, agent_config).store), agent_config, NUM_ENVS)
     before = peak_rss_bytes()
     state = jax.block_until_ready(jax.jit(replay.init)())
     num_rows = state.ring.num_rows

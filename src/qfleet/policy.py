@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from qfleet.config import ConfigError
+from qfleet.core.actor import store_stack
 from qfleet.core.exploration import greedy
 from qfleet.core.types import EnvSpec, Network, Params
 from qfleet.envs.host import HostEnv, LaneOptions
@@ -34,14 +35,15 @@ class Policy:
         self._env = env
         self._network = network
         self._q_values = jax.jit(network.apply)
+        self._stored = jax.jit(lambda obs: store_stack(network.store, obs, env.spec.frame_stack))
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Returns greedy actions, `[batch]` int32, for observations `[batch, *agent_observation_shape]`."""
-        return np.asarray(self._greedy(jax.numpy.asarray(obs)))
+        return np.asarray(self._greedy(self._stored(obs)))
 
     def q_values(self, obs: np.ndarray) -> np.ndarray:
         """Returns `[batch, num_actions]` float32 in units of discounted reward, for a batch of observations."""
-        return np.asarray(self._q_values(self.params, obs))
+        return np.asarray(self._q_values(self.params, self._stored(obs)))
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
         """Returns the undiscounted returns of greedy episodes in its environment, `[num_episodes]` float32.
@@ -55,10 +57,11 @@ class Policy:
                 min(num_episodes, EVAL_LANES), LaneOptions(max_failures=MAX_LOST * num_episodes)
             )
             try:
-                return host_greedy_returns(lanes, env.spec, self._greedy, num_episodes, seed)
+                return host_greedy_returns(lanes, env.spec, self._greedy, num_episodes, seed, self._network.store)
             finally:
                 lanes.close()
-        run = jax.jit(lambda params, key: greedy_returns(env, self._network.apply, params, key, num_episodes))
+        apply, store = self._network.apply, self._network.store
+        run = jax.jit(lambda params, key: greedy_returns(env, apply, params, key, num_episodes, store))
         return np.asarray(run(self.params, jax.random.key(seed)))
 
     def film(
@@ -82,13 +85,14 @@ class Policy:
         _check_at_least(1, num_episodes=num_episodes, frames_per_second=frames_per_second)
         _check_at_least(0, seed=seed)
         check_extra()
-        episodes = play(self._env, functools.partial(self._q_values, self.params), num_episodes, seed)
+        q_values = functools.partial(self._q_values, self.params)
+        episodes = play(self._env, q_values, num_episodes, seed, self._network.store)
         for i, moments in enumerate(episodes):
             name = f"{self.label}-seed{seed}-episode{i}"
             yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
 
-    def _greedy(self, obs: jax.Array) -> jax.Array:
-        return greedy(self._q_values(self.params, obs))
+    def _greedy(self, view: jax.Array) -> jax.Array:
+        return greedy(self._q_values(self.params, view))
 
 
 def _check_at_least(least: int, **values: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from qfleet.core.actor import init_view, push_frame
+from qfleet.core.actor import init_view, push_frame, store_stack
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -39,3 +39,17 @@ def test_one_frame_adds_no_axis():
 def test_scalar_observations_stack_too():
     view = push_frame(init_view(jnp.array([1.0, 2.0]), 3), jnp.array([3.0, 4.0]), jnp.array([False, True]), 3)
     np.testing.assert_array_equal(view, [[0, 1, 3], [0, 0, 4]])
+
+
+@pytest.mark.parametrize("frame_stack", [1, 3])
+def test_a_stack_stored_is_a_stack_of_stored_frames(frame_stack):
+    frames = jnp.arange(3 * 2 * 4.0).reshape(3, 2, 4)
+
+    def store(obs):
+        return jnp.swapaxes(obs.reshape(*obs.shape[:-1], 2, 2), -1, -2)
+
+    raw, stored = init_view(frames[0], frame_stack), init_view(store(frames[0]), frame_stack)
+    for frame in frames[1:]:
+        raw = push_frame(raw, frame, jnp.zeros(2, bool), frame_stack)
+        stored = push_frame(stored, store(frame), jnp.zeros(2, bool), frame_stack)
+    np.testing.assert_array_equal(store_stack(store, raw, frame_stack), stored)

@@ -7,6 +7,7 @@ import pytest
 
 from qfleet.config import ConfigError
 from qfleet.networks import convolve
+from qfleet.networks.convolution import to_blocks
 
 CASES = {  # image height, width, channels; kernel height, width, features; strides
     "minatar": ((10, 10, 4), (3, 3, 16), (1, 1)),
@@ -75,3 +76,9 @@ def test_auto_compiles_to_the_wanted_lowering_alone():
 def test_a_kernel_that_does_not_fit_the_image_is_an_error(kernel, lowering):
     with pytest.raises(ConfigError, match="kernel must fit"):
         convolve(jnp.ones((1, 4, 4, 2)), jnp.ones(kernel), (1, 1), lowering)
+
+
+def test_blocks_worked_by_hand():
+    """Pixel numbers of a 2 x 4 image with two channels: the left block, then the right one."""
+    x = jnp.arange(16).reshape(2, 4, 2)
+    np.testing.assert_array_equal(to_blocks(x, 2), [[[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]])

@@ -7,6 +7,8 @@ import pytest
 from flax import nnx
 
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.actor import store_stack
+from qfleet.core.types import as_it_comes
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import QNetwork, make_network
 from qfleet.networks.torsos import LayerNorm, choose_torso
@@ -179,3 +181,54 @@ def test_the_lowering_of_convolutions_changes_no_q_value():
     params = random_params(patches)
     x = np.random.default_rng(0).integers(0, 256, (3, 36, 36, 4)).astype(np.uint8)
     np.testing.assert_allclose(patches.apply(params, x), native.apply(params, x), rtol=1e-4, atol=1e-4)
+
+
+def nature_by_pixels(params, x):
+    """The Nature network as published: strided convolutions of raw images, stacked frames as channels."""
+    x = x.astype(jnp.float32).reshape(*x.shape[:3], -1) / 255
+    for i, stride in enumerate((4, 2, 1)):
+        layer = params["torso"]["convolutions"][str(i)]["linear"]
+        x = jax.lax.conv_general_dilated(
+            x, layer["kernel"], (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x + layer["bias"])
+    dense = params["hidden"]["layers"]["0"]["linear"]
+    x = jax.nn.relu(x.reshape(len(x), -1) @ dense["kernel"] + dense["bias"])
+    return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+
+IMAGES = {"grey": ((40, 36), 3), "colour": ((36, 44, 3), 1), "colour_stack": ((36, 44, 3), 2)}
+
+
+@pytest.mark.parametrize("lowering", ["patches", "native"])
+@pytest.mark.parametrize("case", IMAGES)
+def test_stored_frames_give_the_q_values_and_gradients_of_raw_ones(case, lowering):
+    shape, frame_stack = IMAGES[case]
+    spec = make_spec(shape, np.uint8, frame_stack)
+    network = make_network(spec, AgentConfig(convolution=lowering, hidden_sizes=(16,)))
+    params = jax.tree.map(lambda leaf: leaf / 4, random_params(network))
+    raw = np.random.default_rng(0).integers(0, 256, (3, *spec.agent_observation_shape)).astype(np.uint8)
+    stored = store_stack(network.store, jnp.asarray(raw), frame_stack)
+    channels = 16 * (3 if len(shape) == 3 else 1)
+    assert stored.shape[1:4] == (channels, shape[0] // 4, shape[1] // 4) and stored.dtype == np.uint8
+
+    def value_and_gradients(apply, x):
+        def loss(params):
+            q = apply(params, x)
+            return jnp.sin(q).sum(), q
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    expected = value_and_gradients(nature_by_pixels, raw)
+    for x in (raw, stored):
+        jax.tree.map(
+            lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max()),
+            value_and_gradients(network.apply, x),
+            expected,
+        )
+
+
+@pytest.mark.parametrize("case", ["vector", "minatar", "largest_minatar", "odd_sides"])
+def test_other_observations_are_stored_as_they_come(case):
+    spec = make_spec((42, 84), np.uint8) if case == "odd_sides" else SPECS[case][0]
+    assert make_network(spec, AgentConfig()).store is as_it_comes

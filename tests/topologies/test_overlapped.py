@@ -12,8 +12,11 @@ import pytest
 
 from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfig, RunFailed, TrainConfig
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, make_replay
+from qfleet.core.types import Network
 from qfleet.envs.host import EnvSpec, HostEnv, HostStep
 from qfleet.envs.in_graph import draw, init_lanes, step_lanes
+from qfleet.policy import Policy
+from qfleet.runtime.episodes import play
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
 from qfleet.topologies.overlapped_program import HostRow, _sealed
@@ -71,13 +74,15 @@ def config_of(kind, topology, seed=3, **settings):
     return TrainConfig(env="test", agent=AGENTS[kind], topology=topology, seed=seed, eval_episodes=5, **settings)
 
 
-def make_overlapped(kind, env, lock_step=True, seed=3):
+def make_overlapped(kind, env, lock_step=True, seed=3, network=None):
     config = config_of(kind, OverlappedConfig(num_envs=NUM_ENVS, lock_step=lock_step), seed)
 
     def make_lanes(num_lanes, options):
         return InGraphLanes(env, num_lanes, rows_per_iteration(config.agent), seed)
 
-    overlapped = Overlapped(config, HostEnv(env.spec, make_lanes, make_lanes), probes.linear_network(env.spec))
+    overlapped = Overlapped(
+        config, HostEnv(env.spec, make_lanes, make_lanes), network or probes.linear_network(env.spec)
+    )
     overlapped.start()
     return overlapped
 
@@ -106,6 +111,41 @@ def test_in_lock_step_it_takes_the_steps_of_the_fused_topology(kind):
             jax.tree.leaves(fused.state["replay"]), jax.tree.leaves(overlapped.state["replay"]), strict=True
         ):
             np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["pqn", "uniform"])
+def test_how_frames_are_stored_changes_nothing_that_is_learned(kind):
+    """A network that wants its frames with an axis more, and doubled, sees exactly these in both topologies."""
+    env = probes.random_walk(frame_stack=2)
+    plain = probes.linear_network(env.spec)
+
+    def apply(params, view):
+        assert view.shape[1:] == (1, *env.spec.agent_observation_shape)
+        return plain.apply(params, view[:, 0] / 2)
+
+    picky = Network(plain.init, apply, store=lambda obs: jnp.expand_dims(2 * obs, -1 - len(env.spec.observation_shape)))
+    for make in (
+        lambda network: Fused(config_of(kind, FusedConfig(num_envs=NUM_ENVS)), env, network),
+        lambda network: make_overlapped(kind, env, network=network),
+    ):
+        learned = []
+        for network in (plain, picky):
+            topology = make(network)
+            topology.start()
+            advance(topology, 400)
+            learned.append((topology.params, topology.evaluate(5)))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *learned)
+        policies = [Policy(env, network, learned[0][0], "") for network in (plain, picky)]
+        seen = np.random.default_rng(0).normal(size=(3, *env.spec.agent_observation_shape)).astype(np.float32)
+        np.testing.assert_allclose(*(policy.q_values(seen) for policy in policies), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(*(policy.evaluate(5) for policy in policies))
+        episodes = (
+            play(env._replace(render=lambda *_: np.zeros((2, 2, 3), np.uint8)), q_values, 1, 0, network.store)
+            for network in (plain, picky)
+            for q_values in [functools.partial(network.apply, learned[0][0])]
+        )
+        returns = [[moment.episode_return for moment in next(each)] for each in episodes]
+        assert returns[0] == returns[1]
 
 
 @pytest.mark.parametrize("kind", AGENTS)
@@ -212,7 +252,7 @@ def test_a_failed_environment_cuts_a_rollouts_returns_short():
         truncated=np.zeros((8, 1), bool),
         no_step=np.array([[event == "fail" or i == 6] for i, event in enumerate(events)]),
     )
-    sealed = _sealed(rows.stored())
+    sealed = _sealed(rows.with_obs(rows.obs))
     np.testing.assert_array_equal(
         sealed.outcome[:, 0], [CONTINUED, CONTINUED, TRUNCATED, NO_STEP, CONTINUED, TERMINATED, NO_STEP, CONTINUED]
     )

@@ -7,8 +7,9 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qfleet.config import AgentConfig, ConfigError
-from qfleet.core.types import EnvSpec, Network, Params
+from qfleet.core.types import EnvSpec, Network, Params, stored_spec
 from qfleet.networks.heads import QNetwork
+from qfleet.networks.torsos import make_store
 
 
 def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
@@ -17,7 +18,7 @@ def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
     Raises:
       ConfigError: if the torso doesn't fit the observations.
     """
-    return from_nnx(lambda rngs: QNetwork(spec, config, rngs))
+    return from_nnx(lambda rngs: QNetwork(spec, config, rngs))._replace(store=make_store(spec, config))
 
 
 def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
@@ -63,7 +64,7 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         module = nnx.merge(graphdef, nnx.from_flat_state(leaves))
         return module(observations)
 
-    return Network(init, apply, partition)
+    return Network(init, apply, partition=partition)
 
 
 def check_network(network: Network, spec: EnvSpec) -> int:
@@ -76,7 +77,8 @@ def check_network(network: Network, spec: EnvSpec) -> int:
       ConfigError: if it can't be traced with such observations, or returns another shape or type.
     """
     batch = 3  # unlikely to be a size of the network's own
-    observations = jax.ShapeDtypeStruct((batch, *spec.agent_observation_shape), spec.observation_dtype)
+    stored = stored_spec(spec, network.store)
+    observations = jax.ShapeDtypeStruct((batch, *stored.agent_observation_shape), stored.observation_dtype)
     seen = f"observations {observations.dtype}{list(observations.shape)} of {spec.name}"
     wanted = f"float32{[batch, spec.num_actions]}"
     try:

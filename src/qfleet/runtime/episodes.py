@@ -10,14 +10,16 @@ import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.core.actor import init_view, push_frame
-from qfleet.core.types import EnvSpec
+from qfleet.core.types import EnvSpec, as_it_comes
 from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes
 from qfleet.envs.rendering import draw_observation, is_picture
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import MAX_EPISODE_STEPS
 
 QValues = Callable[[Any], Any]
-"""`q_values(view) -> q`: `[1, *agent_observation_shape]` to `[1, num_actions]`."""
+"""`q_values(view) -> q`: `[1, ...]` stored frames, stacked, to `[1, num_actions]`."""
+Store = Callable[[jax.Array], jax.Array]
+"""How `q_values` wants each observation: `Network.store`."""
 
 
 class Moment(NamedTuple):
@@ -35,7 +37,9 @@ class Moment(NamedTuple):
     """Taken so far."""
 
 
-def play(env: InGraphEnv | HostEnv, q_values: QValues, num_episodes: int, seed: int) -> Iterator[Iterator[Moment]]:
+def play(
+    env: InGraphEnv | HostEnv, q_values: QValues, num_episodes: int, seed: int, store: Store = as_it_comes
+) -> Iterator[Iterator[Moment]]:
     """Yields greedy episodes, each an iterator over its moments, which is to be used up before the next is taken.
 
     An episode of n steps has n + 1 moments. In an environment written in JAX they begin as those of `greedy_returns`
@@ -46,7 +50,7 @@ def play(env: InGraphEnv | HostEnv, q_values: QValues, num_episodes: int, seed: 
       RunFailed: if the environment fails.
     """
     if isinstance(env, InGraphEnv):
-        yield from _play_in_graph(env, q_values, num_episodes, seed)
+        yield from _play_in_graph(env, q_values, num_episodes, seed, store)
         return
     if env.make_rendered_lanes is None:
         _check_is_picture(env.spec, "HostEnv `make_rendered_lanes`")
@@ -55,12 +59,14 @@ def play(env: InGraphEnv | HostEnv, q_values: QValues, num_episodes: int, seed: 
     lanes = env.make_rendered_lanes(options) if env.make_rendered_lanes else _Observed(env, options)
     try:
         for episode in range(num_episodes):
-            yield _play_host(lanes, env.spec, q_values, seed + episode)
+            yield _play_host(lanes, env.spec, q_values, seed + episode, store)
     finally:
         lanes.close()
 
 
-def _play_in_graph(env: InGraphEnv, q_values: QValues, num_episodes: int, seed: int) -> Iterator[Iterator[Moment]]:
+def _play_in_graph(
+    env: InGraphEnv, q_values: QValues, num_episodes: int, seed: int, store: Store
+) -> Iterator[Iterator[Moment]]:
     render = env.render
     if render is None:
         _check_is_picture(env.spec, "InGraphEnv a `render`")
@@ -69,13 +75,13 @@ def _play_in_graph(env: InGraphEnv, q_values: QValues, num_episodes: int, seed: 
     @jax.jit
     def begin(episode: jax.Array) -> tuple:
         env_state, obs = env.reset(jax.random.fold_in(reset_key, episode))
-        return env_state, obs, init_view(obs[None], env.spec.frame_stack)
+        return env_state, obs, init_view(store(obs[None]), env.spec.frame_stack)
 
     @jax.jit
     def step(env_state: Any, view: jax.Array, action: jax.Array, time: jax.Array, episode: jax.Array) -> tuple:
         key = jax.random.fold_in(jax.random.fold_in(step_key, time), episode)
         result = env.step(env_state, action, key)
-        return result, push_frame(view, result.observation[None], jnp.zeros(1, bool), env.spec.frame_stack)
+        return result, push_frame(view, store(result.observation[None]), jnp.zeros(1, bool), env.spec.frame_stack)
 
     def episode_of(episode: int) -> Iterator[Moment]:
         env_state, obs, view = begin(episode)
@@ -94,9 +100,9 @@ def _play_in_graph(env: InGraphEnv, q_values: QValues, num_episodes: int, seed: 
     yield from map(episode_of, range(num_episodes))
 
 
-def _play_host(lanes: RenderedLanes, spec: EnvSpec, q_values: QValues, seed: int) -> Iterator[Moment]:
+def _play_host(lanes: RenderedLanes, spec: EnvSpec, q_values: QValues, seed: int, store: Store) -> Iterator[Moment]:
     push = functools.partial(push_frame, is_first=jnp.zeros(1, bool), frame_stack=spec.frame_stack)
-    view = init_view(jnp.asarray(lanes.reset(seed)), spec.frame_stack)
+    view = init_view(store(jnp.asarray(lanes.reset(seed))), spec.frame_stack)
     total, ended = 0.0, False
     for time in range(_limit(spec) + 1):
         moment = _moment(spec, lanes.render(), q_values(view), ended, total, time)
@@ -105,7 +111,7 @@ def _play_host(lanes: RenderedLanes, spec: EnvSpec, q_values: QValues, seed: int
             return
         lanes.send(np.array([moment.action], np.int32))
         step = lanes.recv()
-        view = push(view, jnp.asarray(step.observation))
+        view = push(view, store(jnp.asarray(step.observation)))
         total, ended = total + float(step.reward[0]), bool(step.terminated[0] | step.truncated[0])
 
 

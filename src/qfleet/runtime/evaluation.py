@@ -1,6 +1,5 @@
 """Greedy evaluation: whole episodes, apart from training."""
 
-import functools
 import logging
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ from jax import Array
 from qfleet.core import exploration
 from qfleet.core.actor import init_view, push_frame
 from qfleet.core.replicas import ALONE, Replicas, own_numbers
-from qfleet.core.types import EnvSpec, Params
+from qfleet.core.types import EnvSpec, Params, as_it_comes
 from qfleet.envs.host import HostLanes
 from qfleet.envs.spec import InGraphEnv
 
@@ -31,6 +30,7 @@ def greedy_returns(
     params: Params,
     key: Array,
     num_episodes: int,
+    store: Callable[[Array], Array] = as_it_comes,
     replicas: Replicas = ALONE,
 ) -> Array:
     """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32, all stepped at once.
@@ -38,6 +38,8 @@ def greedy_returns(
     Args:
       q_values: `q_values(params, obs) -> q`, over a batch.
       key: of these episodes; never one that training has used.
+      num_episodes: in total.
+      store: how `q_values` wants each observation, `Network.store`.
       replicas: who each play their share of them.
     """
     limit = env.spec.time_limit or MAX_EPISODE_STEPS
@@ -58,19 +60,25 @@ def greedy_returns(
         result = jax.vmap(env.step)(env_state, action, keys_of(jax.random.fold_in(step_key, time)))
         returns += jnp.where(has_ended, 0.0, result.reward)
         has_ended |= result.terminated | result.truncated
-        return time + 1, result.state, push_frame(view, result.observation, nobody, frame_stack), has_ended, returns
+        view = push_frame(view, store(result.observation), nobody, frame_stack)
+        return time + 1, result.state, view, has_ended, returns
 
     def is_running(carry: tuple) -> Array:
         time, _, _, has_ended, _ = carry
         return (time < limit) & ~jnp.all(has_ended)
 
-    start = (jnp.int32(0), env_state, init_view(obs, frame_stack), nobody, jnp.zeros(num_own))
+    start = (jnp.int32(0), env_state, init_view(store(obs), frame_stack), nobody, jnp.zeros(num_own))
     returns = jax.lax.while_loop(is_running, step, start)[-1]
     return replicas.gather(returns).reshape(-1)[:num_episodes]
 
 
 def host_greedy_returns(
-    lanes: HostLanes, spec: EnvSpec, act: Callable[[Array], Array], num_episodes: int, seed: int
+    lanes: HostLanes,
+    spec: EnvSpec,
+    act: Callable[[Array], Array],
+    num_episodes: int,
+    seed: int,
+    store: Callable[[Array], Array] = as_it_comes,
 ) -> np.ndarray:
     """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32.
 
@@ -83,15 +91,16 @@ def host_greedy_returns(
     Args:
       lanes: at least one; they are reset.
       spec: of their environment.
-      act: `act(view) -> action`, `[lanes, *agent_observation_shape]` to `[lanes]`.
+      act: `act(view) -> action`, `[lanes, ...]` stored frames, stacked, to `[lanes]`.
       num_episodes: in total.
       seed: of these episodes; never one that training has used.
+      store: how `act` wants each observation, `Network.store`.
     """
     limit = spec.time_limit or MAX_EPISODE_STEPS
-    push = jax.jit(functools.partial(push_frame, frame_stack=spec.frame_stack))
+    push = jax.jit(lambda view, obs, is_first: push_frame(view, store(obs), is_first, spec.frame_stack))
     obs = lanes.reset(seed)
     num_lanes = len(obs)
-    view = init_view(jnp.asarray(obs), spec.frame_stack)
+    view = init_view(store(jnp.asarray(obs)), spec.frame_stack)
     is_final, total, steps = np.zeros(num_lanes, bool), np.zeros(num_lanes), np.zeros(num_lanes, np.int64)
     under_way = np.arange(num_lanes)  # the episode of each lane, numbered in the order in which they start
     returns: dict[int, float] = {}

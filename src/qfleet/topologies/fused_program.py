@@ -16,7 +16,7 @@ from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.learning import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_replay, outcome_of, partition
 from qfleet.core.replicas import ALONE, Replicas, own_numbers
-from qfleet.core.types import Params
+from qfleet.core.types import Params, stored_spec
 from qfleet.envs.in_graph import Draws, Lanes, draw, init_lanes, step_lanes
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns
@@ -33,7 +33,7 @@ class ActorState(NamedTuple):
 
     lanes: Lanes
     view: Array
-    """`[lanes, *agent_observation_shape]`, what the agent sees of `lanes.observation`."""
+    """`[lanes, ...]`, what the agent sees of `lanes.observation`: stored frames, stacked."""
     episode_return: Array
     """`[lanes]` float32, undiscounted, of the episode under way."""
 
@@ -108,7 +108,8 @@ def make_program(
     """Returns the program that trains one learner in `config.topology.num_envs` lanes of `env`."""
     num_lanes = config.topology.num_envs // replicas.size
     has_replay = config.agent.replay != "none"
-    replay = make_replay(env.spec, config.agent, config.topology.num_envs, replicas) if has_replay else None
+    spec = stored_spec(env.spec, agent.store)
+    replay = make_replay(spec, config.agent, config.topology.num_envs, replicas) if has_replay else None
     iterate = (
         _replay_iteration(env, agent, learner, replay, num_lanes, replicas)
         if replay
@@ -119,7 +120,8 @@ def make_program(
     def init(seed: Array) -> FusedState:
         params_key, lanes_key, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _TRAINING), 3)
         lanes = init_lanes(env, lanes_key, own_numbers(replicas, num_lanes))
-        actor = ActorState(lanes, init_view(lanes.observation, env.spec.frame_stack), jnp.zeros(num_lanes))
+        view = init_view(agent.store(lanes.observation), env.spec.frame_stack)
+        actor = ActorState(lanes, view, jnp.zeros(num_lanes))
         return FusedState(learner.init(agent.init(params_key)), actor, replay.init() if replay else (), state_key)
 
     def run(state: FusedState, plan: Plan, num_iterations: Array) -> tuple[FusedState, Tally]:
@@ -135,7 +137,7 @@ def make_program(
         key = jax.random.key(seed)
         for number in (_EVALUATION, moment, batch):
             key = jax.random.fold_in(key, number)
-        return greedy_returns(env, agent.q_values, params, key, config.eval_episodes, replicas)
+        return greedy_returns(env, agent.q_values, params, key, config.eval_episodes, agent.store, replicas)
 
     def leaves(state: ReplayState) -> Array | tuple[()]:
         return replay.leaves(state) if replay else ()
@@ -218,7 +220,8 @@ def _act(
     q = agent.q_values(params, actor.view)
     action = agent.explore(q, exploration, uniform)
     lanes, step = step_lanes(env, lanes_tm1, action, draws)
-    row = Row(lanes_tm1.observation, action, step.reward, outcome_of(step.terminated, step.truncated, lanes_tm1.final))
+    outcome = outcome_of(step.terminated, step.truncated, lanes_tm1.final)
+    row = Row(agent.store(lanes_tm1.observation), action, step.reward, outcome)
     episode_return = jnp.where(lanes_tm1.final, 0.0, actor.episode_return + step.reward)
     report = RowReport(
         episode_ended=lanes.final,
@@ -227,7 +230,7 @@ def _act(
         q_max=jnp.max(q, axis=-1),
         is_bad=~(jnp.isfinite(step.reward) & _is_finite(lanes.observation)),
     )
-    view = push_frame(actor.view, lanes.observation, lanes_tm1.final, env.spec.frame_stack)
+    view = push_frame(actor.view, agent.store(lanes.observation), lanes_tm1.final, env.spec.frame_stack)
     return ActorState(lanes, view, episode_return), row, report
 
 

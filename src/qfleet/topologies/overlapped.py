@@ -23,7 +23,7 @@ from qfleet.core.exploration import greedy
 from qfleet.core.learner import make_learner
 from qfleet.core.learning import Losses
 from qfleet.core.replay import make_replay
-from qfleet.core.types import Network, Params
+from qfleet.core.types import Network, Params, stored_spec
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.evaluation import host_greedy_returns
@@ -64,7 +64,8 @@ class Overlapped:
         self._agent = make_agent(network, config.agent)
         learner = make_learner(self._agent, config.agent, optimiser)
         self._has_replay = config.agent.replay != "none"
-        replay = make_replay(env.spec, config.agent, self._topology.num_envs) if self._has_replay else None
+        self._stored_spec = stored_spec(env.spec, network.store)
+        replay = make_replay(self._stored_spec, config.agent, self._topology.num_envs) if self._has_replay else None
         self._programs = make_programs(config.agent, self._topology.num_envs, env.spec, self._agent, learner, replay)
         self._options = LaneOptions(
             num_workers=self._topology.num_workers,
@@ -115,7 +116,7 @@ class Overlapped:
         return self._learner, rows, views, q_max, self._obs, flag, self._key
 
     def _begin_episodes(self) -> None:
-        num_lanes, spec = self._topology.num_envs, self._env.spec
+        num_lanes, spec = self._topology.num_envs, self._stored_spec
         self._obs = jax.device_put(self._lanes.reset(_seed_of(self._config.seed, _TRAINING, self.env_steps)))
         self._view = jnp.zeros((num_lanes, *spec.agent_observation_shape), spec.observation_dtype)
         self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
@@ -269,7 +270,12 @@ class Overlapped:
         seed = _seed_of(self._config.seed, _EVALUATION, self.env_steps, batch)
         params = self.params
         return host_greedy_returns(
-            self._eval_lanes, self._env.spec, lambda view: self._greedy(params, view), num_episodes, seed
+            self._eval_lanes,
+            self._env.spec,
+            lambda view: self._greedy(params, view),
+            num_episodes,
+            seed,
+            self._agent.store,
         )[None]
 
     @property

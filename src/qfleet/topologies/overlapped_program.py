@@ -29,10 +29,9 @@ class HostRow(NamedTuple):
     no_step: Any
     """bool, the row holds a final observation, or its environment failed: its action led nowhere."""
 
-    def stored(self) -> Row:
-        """Returns the row as a replay stores it."""
-        outcome = outcome_of(self.terminated, self.truncated, self.no_step)
-        return Row(self.obs, self.action, self.reward, outcome)
+    def with_obs(self, obs: Array) -> Row:
+        """Returns the row as a replay stores it, with stored observations."""
+        return Row(obs, self.action, self.reward, outcome_of(self.terminated, self.truncated, self.no_step))
 
 
 class Draws(NamedTuple):
@@ -79,7 +78,7 @@ def make_programs(
     def act(
         params: Params, view: Array, obs: Array, is_first: Array, exploration: Array, uniform: Array
     ) -> tuple[Array, Array, Array]:
-        view = push_frame(view, obs, is_first, spec.frame_stack)
+        view = push_frame(view, agent.store(obs), is_first, spec.frame_stack)
         q = agent.q_values(params, view)
         return view, agent.explore(q, exploration, uniform), jnp.max(q, axis=-1)
 
@@ -92,7 +91,7 @@ def make_programs(
         num_updates: Array,
     ) -> tuple[LearnerState, ReplayState, Losses]:
         assert replay is not None
-        state = (learner_state, replay.insert(replay_state, row.stored()), no_losses())
+        state = (learner_state, replay.insert(replay_state, row.with_obs(agent.store(row.obs))), no_losses())
         return learn_from_replay(learner, replay, state, key, importance_exponent, num_updates)
 
     def learn_without_replay(
@@ -104,8 +103,8 @@ def make_programs(
         next_is_first: Array,
         key: Array,
     ) -> tuple[LearnerState, Losses]:
-        stored = rows.stored()._replace(obs=jnp.stack(views))
-        next_view = push_frame(views[-1], next_obs, next_is_first, spec.frame_stack)
+        stored = rows.with_obs(jnp.stack(views))
+        next_view = push_frame(views[-1], agent.store(next_obs), next_is_first, spec.frame_stack)
         next_value = jnp.max(agent.q_values(state.params, next_view), axis=-1)
         batch = regression(_sealed(stored), jnp.stack(q_max), next_value, config)
         return learn_from_rollout(learner, state, batch, key, config)
