@@ -28,6 +28,7 @@ from qfleet.runtime.signals import StopFlag
 from qfleet.runtime.video import Video
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
+from qfleet.topologies.topology import Topology
 
 if TYPE_CHECKING:
     import optax
@@ -334,7 +335,7 @@ class Run:
 
 def _make_topology(
     config: TrainConfig, env: InGraphEnv | HostEnv, network: Network, optimiser: "optax.GradientTransformation | None"
-) -> Fused | Overlapped:
+) -> Topology:
     wanted = topology_name(config.topology)
     if isinstance(env, InGraphEnv):
         if wanted == "fused":

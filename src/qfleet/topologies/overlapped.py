@@ -6,7 +6,6 @@ Without replay a rollout and learning from it take turns.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qfleet.config import ConfigError, OverlappedConfig, RunFailed, TrainConfig
+from qfleet.config import ConfigError, OverlappedConfig, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.exploration import greedy
 from qfleet.core.learner import make_learner
@@ -31,6 +30,7 @@ from qfleet.runtime.records import Progress
 from qfleet.topologies.overlapped_program import Draws, HostRow, make_programs
 from qfleet.topologies.plan import Plan, make_plan, rows_per_iteration
 from qfleet.topologies.plan import learner_steps as planned_learner_steps
+from qfleet.topologies.topology import Topology, check_loss
 
 CHUNK_SECONDS = 0.5
 """What a chunk should take at most, where one iteration is shorter: it is how long Ctrl-C waits."""
@@ -39,7 +39,7 @@ _TRAINING, _EVALUATION = 0, 1
 """What a seed's random numbers are for: evaluation must not see training's."""
 
 
-class Overlapped:
+class Overlapped(Topology):
     """One learner, and environments that step while it learns; `advance` trains a chunk further."""
 
     def __init__(
@@ -250,11 +250,7 @@ class Overlapped:
             return None, None
         sums = jax.device_get([each for each, _ in losses])
         loss, td_error = (float(np.sum(values)) / num_updates for values in zip(*sums, strict=True))
-        if not math.isfinite(loss):
-            raise RunFailed(
-                f"the loss must be finite, but it wasn't by learner step {self.learner_steps}: the values diverged; "
-                f"try a lower learning_rate than {self._config.agent.learning_rate}, or a smaller max_gradient_norm"
-            )
+        check_loss(loss, self.learner_steps, self._config.agent)
         return loss, td_error
 
     def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
@@ -303,9 +299,6 @@ class Overlapped:
             self._pending = _Pending(row, True, self._key, np.float32(1), 0)  # no learner step, so no use of the key
             self._learn_pending()
         self._begin_episodes()
-
-    def keep(self, index: int) -> None:
-        """Nothing to do: with one seed the run stops where it is solved."""
 
     def close(self) -> None:
         """Ends the environments; may be called twice, and before `start`."""
