@@ -50,7 +50,7 @@ def learn_from_replay(
         learner_state, replay_state, losses = carry
         sample = replay.sample(replay_state, jax.random.fold_in(key, i), importance_exponent)
         learner_state, info = update(learner, learner_state, sample.transition)
-        return learner_state, replay.set_priorities(replay_state, sample, info.td_error), _add_losses(losses, info)
+        return learner_state, replay.set_priorities(replay_state, sample, info.td_error), add_losses(losses, info)
 
     return jax.lax.fori_loop(0, num_updates, learn, state)
 
@@ -63,15 +63,26 @@ def learn_from_rollout(
     Source: Gallici et al. 2024, arXiv 2407.04811, algorithm 1.
     """
 
+    def epoch(carry: tuple, key: Array) -> tuple:
+        learner_state, losses = carry
+        batches = minibatches(batch, key, config.num_minibatches)
+        return learn_from_minibatches(learner, learner_state, losses, batches), None
+
+    (state, losses), _ = jax.lax.scan(epoch, (state, no_losses()), jax.random.split(key, config.num_epochs))
+    return state, losses
+
+
+def learn_from_minibatches(
+    learner: Learner, state: LearnerState, losses: Losses, batches: Regression
+) -> tuple[LearnerState, Losses]:
+    """Takes one learner step on each of the minibatches, `[minibatches, samples, ...]`."""
+
     def step(carry: tuple, minibatch: Regression) -> tuple:
         learner_state, losses = carry
         learner_state, info = update(learner, learner_state, minibatch)
-        return (learner_state, _add_losses(losses, info)), None
+        return (learner_state, add_losses(losses, info)), None
 
-    def epoch(carry: tuple, key: Array) -> tuple:
-        return jax.lax.scan(step, carry, minibatches(batch, key, config.num_minibatches))
-
-    (state, losses), _ = jax.lax.scan(epoch, (state, no_losses()), jax.random.split(key, config.num_epochs))
+    (state, losses), _ = jax.lax.scan(step, (state, losses), batches)
     return state, losses
 
 
@@ -113,5 +124,6 @@ def minibatches(batch: Regression, key: Array, num_minibatches: int) -> Regressi
     return jax.tree.map(lambda x: x.reshape(num_minibatches, -1, *x.shape[1:]), shuffled)
 
 
-def _add_losses(losses: Losses, info: UpdateInfo) -> Losses:
+def add_losses(losses: Losses, info: UpdateInfo) -> Losses:
+    """Returns the sums with one more learner step."""
     return Losses(losses.loss + info.loss, losses.td_error + jnp.mean(jnp.abs(info.td_error)))

@@ -2,12 +2,12 @@
 
 Each row goes: act, let the environments step, store, learn. With replay, what a row brought is stored and learned from
 while the environments take the next step; `lock_step` waits instead, and is deterministic if the environments are.
-Without replay a rollout and learning from it take turns.
+Without replay a rollout and learning from it take turns. `profile` is `lock_step` in parts, each of them timed.
 """
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.evaluation import host_greedy_returns
 from qfleet.runtime.records import Progress
+from qfleet.runtime.stopwatch import OTHER, Stopwatch
+from qfleet.topologies import overlapped_profile
 from qfleet.topologies.overlapped_program import Draws, HostRow, make_programs
 from qfleet.topologies.plan import Plan, make_plan, rows_per_iteration
 from qfleet.topologies.plan import learner_steps as planned_learner_steps
@@ -62,10 +64,16 @@ class Overlapped(Topology):
             )
         self._config, self._env, self._topology = config, env, config.topology
         self._agent = make_agent(network, config.agent)
-        learner = make_learner(self._agent, config.agent, optimiser)
+        self._learner_functions = make_learner(self._agent, config.agent, optimiser)
         self._has_replay = config.agent.replay != "none"
-        replay = make_replay(env.spec, config.agent, self._topology.num_envs) if self._has_replay else None
-        self._programs = make_programs(config.agent, self._topology.num_envs, env.spec, self._agent, learner, replay)
+        num_lanes = self._topology.num_envs
+        self._replay_functions = make_replay(env.spec, config.agent, num_lanes) if self._has_replay else None
+        self._programs = make_programs(
+            config.agent, num_lanes, env.spec, self._agent, self._learner_functions, self._replay_functions
+        )
+        self._stopwatch = Stopwatch(overlapped_profile.parts_of(config.agent))
+        self._to_host: Callable[[Any], Any] = jax.device_get
+        self._to_device: Callable[[Any], Any] = jax.device_put
         self._options = LaneOptions(
             num_workers=self._topology.num_workers,
             step_timeout_seconds=self._topology.step_timeout_seconds,
@@ -91,16 +99,41 @@ class Overlapped(Topology):
         self._lanes = self._env.make_lanes(self._topology.num_envs, self._options)
         self._begin_episodes()
         with ThreadPoolExecutor() as pool:  # XLA compiles one program while Python traces the next
-            learn = jax.jit(programs.learn, donate_argnums=donated).lower(*self._arguments_to_learn())
-            compiling = pool.submit(learn.compile)
+            if self._topology.profile:
+                compiling = pool.submit(self._compile_learn_in_parts)
+            else:
+                learn = jax.jit(programs.learn, donate_argnums=donated).lower(*self._arguments_to_learn())
+                compiling = pool.submit(learn.compile)
             zero, zeros = np.float32(0), np.zeros(self._topology.num_envs, np.float32)
             act = jax.jit(programs.act, donate_argnums=1 if self._has_replay else ())
-            self._act = act.lower(self.params, self._view, self._obs, self._is_first, zero, zeros).compile()
-            self._draw = jax.jit(programs.draw).lower(self._key).compile()
-            self._learn = compiling.result()
-        self._seal = jax.jit(programs.seal, donate_argnums=0)
+            self._act: Callable[..., Any] = act.lower(
+                self.params, self._view, self._obs, self._is_first, zero, zeros
+            ).compile()
+            self._draw: Callable[..., Any] = jax.jit(programs.draw).lower(self._key).compile()
+            self._learn: Callable[..., tuple] = compiling.result()
+        self._seal: Callable[..., Any] = jax.jit(programs.seal, donate_argnums=0)
         self._greedy = jax.jit(lambda params, view: greedy(self._agent.q_values(params, view)))
+        if self._topology.profile:
+            self._time_parts()
         return time.perf_counter() - started
+
+    def _compile_learn_in_parts(self) -> Callable[..., tuple]:
+        learner, replay, config = self._learner_functions, self._replay_functions, self._config.agent
+        if replay is None:
+            return overlapped_profile.timed_learn_without_replay(
+                learner, self._programs, config, self._stopwatch, self._arguments_to_learn()
+            )
+        return overlapped_profile.timed_learn_with_replay(
+            learner, replay, config, self._stopwatch, self._arguments_to_learn()
+        )
+
+    def _time_parts(self) -> None:
+        """Has the stopwatch time whatever isn't learning."""
+        timed = self._stopwatch.timed
+        self._lanes = overlapped_profile.timed_lanes(self._lanes, self._stopwatch)
+        self._act = overlapped_profile.timed_act(self._act, self._stopwatch)
+        self._draw, self._seal = timed(OTHER, self._draw), timed("replay", self._seal)
+        self._to_host, self._to_device = timed("transfer", jax.device_get), timed("transfer", jax.device_put)
 
     def _arguments_to_learn(self) -> tuple[Any, ...]:
         """Returns arguments of the shapes that the program for learning takes."""
@@ -147,6 +180,7 @@ class Overlapped(Topology):
           RunFailed: if the loss isn't finite, or too many environments have failed.
         """
         started = time.perf_counter()
+        self._stopwatch.start()
         env_steps, learner_steps = self.env_steps, self.learner_steps
         tally = _Tally(self._episodes)
         while True:
@@ -157,10 +191,11 @@ class Overlapped(Topology):
             if self.env_steps >= until_env_steps or time.perf_counter() - started > CHUNK_SECONDS:
                 break
         loss, td_error = self._mean_losses()
+        seconds = time.perf_counter() - started
         return Progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
-            train_seconds=time.perf_counter() - started,
+            train_seconds=seconds,
             new_env_steps=self.env_steps - env_steps,
             new_learner_steps=self.learner_steps - learner_steps,
             num_episodes=len(tally.returns),
@@ -172,6 +207,7 @@ class Overlapped(Topology):
             exploration=float(plan.exploration[-1, -1]),
             staleness=float(np.mean(tally.staleness)),
             num_env_failures=tally.num_failures,
+            part_seconds=self._stopwatch.split(seconds) if self._topology.profile else None,
         )
 
     def _iterate(self, plan: Plan, tally: "_Tally") -> None:
@@ -182,13 +218,13 @@ class Overlapped(Topology):
             self._rollout(plan, draws, tally)
 
     def _rows_with_replay(self, plan: Plan, draws: Draws, tally: "_Tally") -> None:
-        uniforms, learn_keys = jax.device_get(draws.uniforms), list(draws.learn_keys)
+        uniforms, learn_keys = self._to_host(draws.uniforms), list(draws.learn_keys)
         for i in range(len(uniforms)):
             tally.staleness.append(self._pending.num_updates if self._pending else 0)
             row, _, has_failed = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
             num_updates, exponent = int(plan.num_updates[0, i]), plan.importance_exponent[0, i]
             self._pending = _Pending(row, has_failed, learn_keys[i], exponent, num_updates)
-            if self._topology.lock_step:
+            if self._topology.is_in_lock_step:
                 self._learn_pending()
 
     def _row(self, params: Params, exploration: Any, uniform: Any, tally: "_Tally") -> tuple[HostRow, jax.Array, bool]:
@@ -199,15 +235,15 @@ class Overlapped(Topology):
         """
         obs = self._obs
         self._view, action, q_max = self._act(params, self._view, obs, self._is_first, exploration, uniform)
-        action = jax.device_get(action)  # waits for the learner steps under way, if it is their result that acts
+        action = self._to_host(action)  # waits for the learner steps under way, if it is their result that acts
         self._lanes.send(action)
         self._learn_pending()
         step = self._lanes.recv()
-        self._obs = jax.device_put(step.observation)
+        self._obs = self._to_device(step.observation)
         no_step = self._is_final | step.failed
         row = HostRow(obs, action, step.reward, step.terminated, step.truncated, no_step)
         self._is_first, self._is_final = no_step, (step.terminated | step.truncated) & ~no_step
-        tally.add(row, q_max, self._is_final, step.failed)
+        tally.add(row, self._to_host(q_max), self._is_final, step.failed)
         return row, q_max, bool(np.any(step.failed))
 
     def _learn_pending(self) -> None:
@@ -228,7 +264,7 @@ class Overlapped(Topology):
 
         Nothing overlaps: the next action waits for what was learned, behind which it would have to queue anyway.
         """
-        uniforms = jax.device_get(draws.uniforms)
+        uniforms = self._to_host(draws.uniforms)
         rows, views, q_max = [], [], []
         for i in range(len(uniforms)):
             tally.staleness.append(0)
@@ -248,7 +284,7 @@ class Overlapped(Topology):
         num_updates = sum(n for _, n in losses)
         if not num_updates:
             return None, None
-        sums = jax.device_get([each for each, _ in losses])
+        sums = self._to_host([each for each, _ in losses])
         loss, td_error = (float(np.sum(values)) / num_updates for values in zip(*sums, strict=True))
         check_loss(loss, self.learner_steps, self._config.agent)
         return loss, td_error
@@ -337,14 +373,14 @@ class _Tally:
         self.staleness: list[int] = []
         self.num_failures = 0
 
-    def add(self, row: HostRow, q_max: jax.Array, has_ended: np.ndarray, failed: np.ndarray) -> None:
+    def add(self, row: HostRow, q_max: np.ndarray, has_ended: np.ndarray, failed: np.ndarray) -> None:
         """Adds a row; its no-step lanes begin a new episode after it."""
         episodes = self._episodes
         episodes.returns = np.where(row.no_step, 0.0, episodes.returns + row.reward)
         episodes.steps = np.where(row.no_step, 0, episodes.steps + 1)
         self.returns += episodes.returns[has_ended].tolist()
         self.lengths += episodes.steps[has_ended].tolist()
-        self.q_max.append(float(np.mean(np.asarray(q_max))))
+        self.q_max.append(float(np.mean(q_max)))
         self.num_failures += int(np.sum(failed))
 
 

@@ -13,7 +13,7 @@ from qfleet.core.agent import Agent
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.learning import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
 from qfleet.core.replay import CONTINUED, NO_STEP, TRUNCATED, Replay, ReplayState, Row, outcome_of
-from qfleet.core.types import EnvSpec, Params
+from qfleet.core.types import EnvSpec, Params, Regression
 from qfleet.topologies.plan import rows_per_iteration
 
 
@@ -45,7 +45,7 @@ class Draws(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Pure functions, compiled once each."""
+    """Pure functions, compiled once each; `overlapped_profile` compiles `learn` in parts."""
 
     init: Callable[[Array], tuple[LearnerState, ReplayState | tuple[()], Array]]
     """`init(seed) -> learner, replay, key`."""
@@ -57,6 +57,8 @@ class Programs(NamedTuple):
     learn: Callable[..., tuple]
     """With replay: `learn(learner, replay, row, key, importance_exponent, num_updates) -> learner, replay, losses`.
     Without: `learn(learner, rows, views, q_max, next_obs, next_is_first, key) -> learner, losses`, of one rollout."""
+    rollout_batch: Callable[..., Regression]
+    """`rollout_batch(params, rows, views, q_max, next_obs, next_is_first) -> batch`, of one rollout."""
     seal: Callable[[ReplayState, Array], ReplayState]
     """`seal(replay, lanes) -> replay`."""
 
@@ -95,6 +97,19 @@ def make_programs(
         state = (learner_state, replay.insert(replay_state, row.stored()), no_losses())
         return learn_from_replay(learner, replay, state, key, importance_exponent, num_updates)
 
+    def rollout_batch(
+        params: Params,
+        rows: HostRow,
+        views: tuple[Array, ...],
+        q_max: tuple[Array, ...],
+        next_obs: Array,
+        next_is_first: Array,
+    ) -> Regression:
+        stored = rows.stored()._replace(obs=jnp.stack(views))
+        next_view = push_frame(views[-1], next_obs, next_is_first, spec.frame_stack)
+        next_value = jnp.max(agent.q_values(params, next_view), axis=-1)
+        return regression(_sealed(stored), jnp.stack(q_max), next_value, config)
+
     def learn_without_replay(
         state: LearnerState,
         rows: HostRow,
@@ -104,17 +119,15 @@ def make_programs(
         next_is_first: Array,
         key: Array,
     ) -> tuple[LearnerState, Losses]:
-        stored = rows.stored()._replace(obs=jnp.stack(views))
-        next_view = push_frame(views[-1], next_obs, next_is_first, spec.frame_stack)
-        next_value = jnp.max(agent.q_values(state.params, next_view), axis=-1)
-        batch = regression(_sealed(stored), jnp.stack(q_max), next_value, config)
+        batch = rollout_batch(state.params, rows, views, q_max, next_obs, next_is_first)
         return learn_from_rollout(learner, state, batch, key, config)
 
     def seal(replay_state: ReplayState, lanes: Array) -> ReplayState:
         assert replay is not None
         return replay.seal(replay_state, lanes)
 
-    return Programs(init, draw, act, learn_with_replay if replay else learn_without_replay, seal)
+    learn = learn_with_replay if replay else learn_without_replay
+    return Programs(init, draw, act, learn, rollout_batch, seal)
 
 
 def _sealed(rows: Row) -> Row:
