@@ -25,9 +25,11 @@ from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
+from qfleet.runtime.stopwatch import TimeShares
 from qfleet.runtime.video import Video
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
+from qfleet.topologies.topology import Topology
 
 if TYPE_CHECKING:
     import optax
@@ -194,6 +196,7 @@ class Run:
         self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], the newest
         self._num_env_failures = 0
         self._speed = _Speed()
+        self._time_shares = TimeShares(config.topology.num_envs)
         self._decided_at = 0.0  # seconds since the process's start
         enable_compilation_cache()
         self._compile_seconds = self._topology.start()
@@ -269,6 +272,7 @@ class Run:
         goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
         progress = self._topology.advance(goal)
         self._speed.add(progress)
+        self._time_shares.add(progress)
         self._num_env_failures += progress.num_env_failures
         if progress.env_steps >= goal and (returns := self._evaluate()).size:
             progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, returns.tolist())))
@@ -330,6 +334,7 @@ class Run:
             "compile_seconds": self._compile_seconds,
             "env_steps_per_second": self._speed.per_second(self._speed.env_steps),
             "learner_steps_per_second": self._speed.per_second(self._speed.learner_steps),
+            **self._time_shares.summary(),
             "eval_return_mean": None if returns is None or not returns.size else float(returns.mean()),
             "eval_returns": None if returns is None else returns.tolist(),
             "num_env_failures": self._num_env_failures,
@@ -342,7 +347,7 @@ class Run:
 
 def _make_topology(
     config: TrainConfig, env: InGraphEnv | HostEnv, network: Network, optimiser: "optax.GradientTransformation | None"
-) -> Fused | Overlapped:
+) -> Topology:
     wanted = topology_name(config.topology)
     if isinstance(env, InGraphEnv):
         if wanted == "fused":

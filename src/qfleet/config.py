@@ -192,6 +192,9 @@ class OverlappedConfig:
     lock_step: bool = False
     """Wait for each row's learning before the next action: deterministic where the environments are, and slower.
     Without replay it is always so."""
+    profile: bool = False
+    """Measure where the time goes: environment, transfer, inference, replay, update. In lock step, each part waited
+    for by itself, so that it can be timed: slower, and for measuring only. What is learned is the same."""
     num_workers: int = 0
     """Processes that step environments which have no threads of their own; 0 steps them in this process."""
     step_timeout_seconds: float = 60.0
@@ -205,6 +208,11 @@ class OverlappedConfig:
             _check_count(name, getattr(self, name), minimum=0)
         _check(self.num_workers <= self.num_envs, "num_workers", f"at most num_envs={self.num_envs}", self.num_workers)
         _check(self.step_timeout_seconds > 0, "step_timeout_seconds", "positive", self.step_timeout_seconds)
+
+    @property
+    def is_in_lock_step(self) -> bool:
+        """Whether each row's learning is waited for: as asked, or because it can't be timed otherwise."""
+        return self.lock_step or self.profile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,6 +274,22 @@ TOPOLOGIES: dict[str, type[FusedConfig] | type[OverlappedConfig]] = {
 def topology_name(topology: FusedConfig | OverlappedConfig) -> str:
     """Returns the name of the topology that a config describes."""
     return next(name for name, kind in TOPOLOGIES.items() if isinstance(topology, kind))
+
+
+def check_suits(setting: str, topology: str) -> None:
+    """Checks that a setting isn't another topology's.
+
+    Raises:
+      ConfigError: if it is.
+    """
+    fields = {name: {field.name for field in dataclasses.fields(kind)} for name, kind in TOPOLOGIES.items()}
+    homes = [name for name, known in fields.items() if setting in known]
+    if homes and topology not in homes:
+        remedy = {
+            "profile": "the host can't time the parts of one compiled program, so measure that with "
+            "jax.profiler.trace or benchmarks/limit.py, or train in an environment outside it, such as gym:CartPole-v1",
+        }.get(setting, f"leave it out, or train in an environment that suits {' or '.join(homes)}")
+        raise ConfigError(f"{setting} must come with topology {' or '.join(homes)}, got topology {topology}; {remedy}")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, check_suits, suggest
 from qfleet.envs.registry import default_topology
 
 
@@ -232,6 +232,7 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     names = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     known = set.union(*names.values()) - {"agent", "topology", "env", "preset"}
     for name in merged:
+        check_suits(name, topology)
         if name not in known:
             raise ConfigError(
                 f"settings must be fields of a config with topology {topology}, got {name!r}.{suggest(name, known)}"

@@ -47,6 +47,9 @@ def exit_code(arguments: list[str]) -> int:
         (["train", "CartPole-v1", "--num-envs", "0"], "num_envs must be"),
         (["train", "CartPole-v1", "--num-envs", "1000000000000"], "below 2**31"),
         (["train", "CartPole-v1", "--env-steps", "-1"], "env_steps must be"),
+        (["train", "CartPole-v1", "--profile"], "profile must come with topology overlapped, got topology fused"),
+        (["train", "--profile", "CartPole-v1"], "jax.profiler.trace"),
+        (["train", "CartPole-v1", "--max-failures=3"], "max_failures must come with topology overlapped"),
         (["train", "CartPole-v1", "--preset", "dqn", "--replay-capacity", "9"], "replay_capacity must hold"),
         (["train", "CartPole-v1", "--optimiser", "adamm"], "Did you mean adam"),
         (["train", "CartPole-v1", "--stop-return", "nan"], "must be finite"),
@@ -254,6 +257,19 @@ def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_goes_on(tmp_path:
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["env_steps"] > summary["env_steps"]
+
+
+def test_a_profiled_run_prints_where_its_time_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "gym:CartPole-v1", *TINY, "--env-steps", "256", "--run-dir", str(run), "--profile"]
+    assert main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    shares = json.loads((run / "summary.json").read_text())["time_shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    start = next(i for i, line in enumerate(lines) if line.split() == ["part", "ms/row", "share"])
+    rows = [line.split() for line in lines[start + 1 :]]
+    assert [(name, share) for name, _, share in rows] == [(name, f"{share:.1%}") for name, share in shares.items()]
+    assert list(shares) == ["environment", "transfer", "inference", "returns", "update", "other"]
 
 
 def test_check_env_prints_a_line_for_each_check(capsys: pytest.CaptureFixture[str]) -> None:

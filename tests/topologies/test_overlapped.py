@@ -17,6 +17,7 @@ from qfleet.envs.host import EnvSpec, HostEnv, HostStep
 from qfleet.envs.in_graph import draw, init_lanes, step_lanes
 from qfleet.policy import Policy
 from qfleet.runtime.episodes import play
+from qfleet.runtime.stopwatch import TimeShares
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
 from qfleet.topologies.overlapped_program import HostRow, _sealed
@@ -74,8 +75,8 @@ def config_of(kind, topology, seed=3, **settings):
     return TrainConfig(env="test", agent=AGENTS[kind], topology=topology, seed=seed, eval_episodes=5, **settings)
 
 
-def make_overlapped(kind, env, lock_step=True, seed=3, network=None):
-    config = config_of(kind, OverlappedConfig(num_envs=NUM_ENVS, lock_step=lock_step), seed)
+def make_overlapped(kind, env, lock_step=True, profile=False, seed=3, network=None):
+    config = config_of(kind, OverlappedConfig(num_envs=NUM_ENVS, lock_step=lock_step, profile=profile), seed)
 
     def make_lanes(num_lanes, options):
         return InGraphLanes(env, num_lanes, rows_per_iteration(config.agent), seed)
@@ -156,6 +157,55 @@ def test_lock_step_is_deterministic(kind):
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
 
 
+@pytest.mark.parametrize("kind", AGENTS)
+def test_a_profiled_run_learns_what_one_in_lock_step_does(kind):
+    env = probes.random_walk(frame_stack=2)
+    plain, profiled = make_overlapped(kind, env), make_overlapped(kind, env, lock_step=False, profile=True)
+    records, profiled_records = ([each.advance(0) for _ in range(10)] for each in (plain, profiled))
+    assert plain.learner_steps > 50 and plain.counters == profiled.counters
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+    jax.tree.map(assert_close, plain.params, profiled.params)
+    if kind != "pqn":
+        jax.tree.map(assert_close, plain.state["replay"], profiled.state["replay"])
+    for mine, other in zip(records, profiled_records, strict=True):
+        assert (mine.num_episodes, mine.staleness) == (other.num_episodes, other.staleness)
+        assert (mine.loss is None) == (other.loss is None)
+        assert mine.loss is None or mine.loss == pytest.approx(other.loss, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", AGENTS)
+def test_a_profiled_runs_time_splits_into_its_parts(kind):
+    profiled = make_overlapped(kind, probes.random_walk(), profile=True)
+    batches = "returns" if kind == "pqn" else "replay"
+    shares = TimeShares(NUM_ENVS)
+    for record in advance(profiled, 10 * NUM_ENVS * ROWS):
+        assert set(record.part_seconds) == {"environment", "transfer", "inference", batches, "update", "other"}
+        assert sum(record.part_seconds.values()) == pytest.approx(record.train_seconds)
+        assert all(seconds >= 0 for seconds in record.part_seconds.values())
+        assert record.metrics()["time_share_environment"] > 0
+        shares.add(record)
+    summary = shares.summary()
+    assert all(share > 0 for share in summary["time_shares"].values())
+    assert sum(summary["time_shares"].values()) == pytest.approx(1)
+    assert set(summary["row_milliseconds"]) == set(summary["time_shares"])
+
+
+def test_a_profiled_run_seals_what_environments_cut_short():
+    script = random_script(1, 160, 3)
+    states = []
+    for profile in (False, True):
+        overlapped, _ = scripted(script, AGENTS["prioritised"], lock_step=True, profile=profile)
+        assert sum(record.num_env_failures for record in advance(overlapped, 480)) > 0
+        states.append(overlapped.state["replay"].ring)
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_an_unprofiled_run_says_nothing_of_parts():
+    record = make_overlapped("uniform", probes.random_walk()).advance(0)
+    assert record.part_seconds is None
+    assert not any("time_share" in name for name in record.metrics())
+
+
 class ScriptedLanes:
     """Lanes that follow a script: `[time, lane]` of ("go" | "end" | "cut" | "fail"); observations number the rows."""
 
@@ -190,13 +240,16 @@ class ScriptedLanes:
         self.is_closed = True
 
 
-def scripted(script, agent, lock_step=False, network=None, step_seconds=0.0, **settings):
+def scripted(script, agent, lock_step=False, profile=False, network=None, step_seconds=0.0, **settings):
     spec = EnvSpec(
         name="script", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2, frame_stack=1
     )
     lanes = ScriptedLanes(script, step_seconds)
     config = TrainConfig(
-        env="script", agent=agent, topology=OverlappedConfig(num_envs=len(script[0]), lock_step=lock_step), **settings
+        env="script",
+        agent=agent,
+        topology=OverlappedConfig(num_envs=len(script[0]), lock_step=lock_step, profile=profile),
+        **settings,
     )
     env = HostEnv(spec, lambda num_lanes, options: lanes, lambda num_lanes, options: ScriptedLanes(script))
     overlapped = Overlapped(config, env, network or probes.linear_network(spec))
@@ -224,7 +277,9 @@ def test_nothing_is_stitched_where_environments_fail(lock_step, n_step):
     replay = make_replay(EnvSpec(
         name="script", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2
     ), agent, num_lanes)  # fmt: skip
-    batch = jax.device_get(replay.sample(overlapped.state["replay"], jax.random.key(0), jnp.float32(0)).transition)
+    batch = jax.device_get(
+        replay.sample(replay.restore(overlapped.state["replay"]), jax.random.key(0), jnp.float32(0)).transition
+    )
     seen = set()
     for obs, reward, value, next_obs in zip(batch.obs, batch.reward, batch.discount, batch.next_obs, strict=True):
         start, lane = divmod(int(obs[0]), num_lanes)

@@ -16,6 +16,8 @@ def follow(run: "Run", *, quiet: bool) -> int:
             view.update({"env_steps": progress.env_steps, **progress.metrics()})
     if not quiet:
         print(outcome(run.summary, str(run.directory.path)))
+        if run.summary["time_shares"] is not None:
+            print_time_shares(run.summary, run.config.topology.num_envs)
     return 0
 
 
@@ -39,3 +41,17 @@ def outcome(summary: dict[str, Any], path: str) -> str:
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
     lines.append(f"next: qfleet eval {path} | qfleet resume {path}{further}")
     return "\n".join(lines)
+
+
+def print_time_shares(summary: dict[str, Any], num_envs: int) -> None:
+    """Prints where the time of a profiled run went."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part", box=None, pad_edge=False)
+    for name in ("ms/row", "share"):
+        table.add_column(name, justify="right")
+    for part, share in summary["time_shares"].items():
+        table.add_row(part, f"{summary['row_milliseconds'][part]:.3f}", f"{share:.1%}")
+    print(f"\ntime of a row (one step of {num_envs} environments) in lock step, each part waited for:")
+    Console(highlight=False).print(table)

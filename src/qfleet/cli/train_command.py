@@ -7,7 +7,7 @@ from typing import Annotated, Literal, cast
 import tyro
 
 from qfleet.cli.show import follow
-from qfleet.config import FusedConfig, OverlappedConfig, TrainConfig, topology_name
+from qfleet.config import TOPOLOGIES, FusedConfig, OverlappedConfig, TrainConfig, check_suits, topology_name
 from qfleet.presets import make_config
 
 DEFAULT_PRESET = "pqn"
@@ -73,6 +73,10 @@ def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool)
         defaults["env"] = tyro.MISSING
     name = topology_name(config.topology)
     flags = _FLAGS[name]
+    for setting in (field.name for kind in TOPOLOGIES.values() for field in dataclasses.fields(kind)):
+        flag = f"--{setting.replace('_', '-')}"
+        if any(argument == flag or argument.startswith(f"{flag}=") for argument in arguments):
+            check_suits(setting, name)  # for tyro would only say that there is no such flag
     parsed = tyro.cli(
         flags,
         prog="qfleet train",

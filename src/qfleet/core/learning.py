@@ -53,7 +53,7 @@ def learn_from_replay(
         learner_state, replay_state, losses = carry
         sample = replay.sample(replay_state, jax.random.fold_in(key, i), importance_exponent)
         learner_state, info = update(learner, learner_state, sample.transition, replicas.mean)
-        return learner_state, replay.set_priorities(replay_state, sample, info.td_error), _add_losses(losses, info)
+        return learner_state, replay.set_priorities(replay_state, sample, info.td_error), add_losses(losses, info)
 
     return jax.lax.fori_loop(0, num_updates, learn, state)
 
@@ -79,15 +79,26 @@ def learn_from_rollout(
     Source: Gallici et al. 2024, arXiv 2407.04811, algorithm 1.
     """
 
+    def epoch(carry: tuple, key: Array) -> tuple:
+        learner_state, losses = carry
+        batches = minibatches(batch, key, config.num_minibatches, replicas)
+        return learn_from_minibatches(learner, learner_state, losses, batches, replicas), None
+
+    (state, losses), _ = jax.lax.scan(epoch, (state, no_losses()), jax.random.split(key, config.num_epochs))
+    return state, losses
+
+
+def learn_from_minibatches(
+    learner: Learner, state: LearnerState, losses: Losses, batches: Regression, replicas: Replicas = ALONE
+) -> tuple[LearnerState, Losses]:
+    """Takes one learner step on each of the minibatches, `[minibatches, samples, ...]`."""
+
     def step(carry: tuple, minibatch: Regression) -> tuple:
         learner_state, losses = carry
         learner_state, info = update(learner, learner_state, minibatch, replicas.mean)
-        return (learner_state, _add_losses(losses, info)), None
+        return (learner_state, add_losses(losses, info)), None
 
-    def epoch(carry: tuple, key: Array) -> tuple:
-        return jax.lax.scan(step, carry, minibatches(batch, key, config.num_minibatches, replicas))
-
-    (state, losses), _ = jax.lax.scan(epoch, (state, no_losses()), jax.random.split(key, config.num_epochs))
+    (state, losses), _ = jax.lax.scan(step, (state, losses), batches)
     return state, losses
 
 
@@ -143,5 +154,6 @@ def minibatches(batch: Regression, key: Array, num_minibatches: int, replicas: R
     return jax.tree.map(lambda x: x.at[sample.reshape(num_minibatches, -1)].get(mode="promise_in_bounds"), flat)
 
 
-def _add_losses(losses: Losses, info: UpdateInfo) -> Losses:
+def add_losses(losses: Losses, info: UpdateInfo) -> Losses:
+    """Returns the sums with one more learner step."""
     return Losses(losses.loss + info.loss, losses.td_error + jnp.mean(jnp.abs(info.td_error)))

@@ -1,6 +1,7 @@
 """What a topology tells of a run while it goes on."""
 
 import dataclasses
+from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class Progress:
     """Learner steps between the parameters that acted and the newest, mean over rows."""
     num_env_failures: int = 0
     """Environments that raised, hung or died, and were replaced."""
+    part_seconds: Mapping[str, float] | None = None
+    """`train_seconds` by the part that took them, if the run measures that."""
     eval_returns: tuple[tuple[float, ...], ...] | None = None
     """Of the greedy episodes after it, `[seeds][episodes]`, if there were any."""
 
@@ -46,9 +49,18 @@ class Progress:
     def metrics(self) -> dict[str, float | None]:
         """Returns what a log keeps of it: single numbers by name."""
         values = dataclasses.asdict(self)
-        for name in ("env_steps", "train_seconds", "new_env_steps", "new_learner_steps", "eval_returns"):
-            values.pop(name)
+        for name in (
+            "env_steps",
+            "train_seconds",
+            "new_env_steps",
+            "new_learner_steps",
+            "eval_returns",
+            "part_seconds",
+        ):
+            del values[name]
         values["env_steps_per_second"] = self.new_env_steps / self.train_seconds
         values["learner_steps_per_second"] = self.new_learner_steps / self.train_seconds
         values["eval_return_mean"] = self.eval_return_mean
+        for part, seconds in (self.part_seconds or {}).items():
+            values[f"time_share_{part}"] = seconds / self.train_seconds
         return values

@@ -29,6 +29,7 @@ from qfleet.runtime.records import Progress
 from qfleet.topologies.fused_program import NO_BAD_STEP, FusedState, Program, Tally, make_program, partition_state
 from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, learner_steps, make_plan, rows_per_iteration
+from qfleet.topologies.topology import Topology, check_loss
 
 MAX_ITERATIONS = 256
 """Iterations of one chunk at most."""
@@ -37,7 +38,7 @@ CHUNK_SECONDS = 0.25
 """What a chunk should take: short enough to answer Ctrl-C, long enough that its dispatch costs nothing."""
 
 
-class Fused:
+class Fused(Topology):
     """One or many independent learners in one program; `advance` trains them a chunk further."""
 
     def __init__(
@@ -233,9 +234,6 @@ class Fused:
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
         self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
 
-    def close(self) -> None:
-        """Nothing to end: all of it is in the program."""
-
     def _plan(self) -> Plan:
         return make_plan(
             self._config.agent,
@@ -255,8 +253,4 @@ class Fused:
                 f"step {env_steps_before + bad_step} in lane {bad_step % self._config.topology.num_envs} of seed "
                 f"{self._config.seed + seed}"
             )
-        if not np.all(np.isfinite(tally.losses.loss)):
-            raise RunFailed(
-                f"the loss must be finite, but it wasn't by learner step {self.learner_steps}: the values diverged; "
-                f"try a lower learning_rate than {self._config.agent.learning_rate}, or a smaller max_gradient_norm"
-            )
+        check_loss(tally.losses.loss, self.learner_steps, self._config.agent)

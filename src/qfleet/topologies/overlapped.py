@@ -2,35 +2,39 @@
 
 Each row goes: act, let the environments step, store, learn. With replay, what a row brought is stored and learned from
 while the environments take the next step; `lock_step` waits instead, and is deterministic if the environments are.
-Without replay a rollout and learning from it take turns.
+Without replay a rollout and learning from it take turns. `profile` is `lock_step` in parts, each of them timed.
 """
 
 import dataclasses
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
-from qfleet.config import ConfigError, OverlappedConfig, RunFailed, TrainConfig
+from qfleet.config import ConfigError, OverlappedConfig, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.exploration import greedy
 from qfleet.core.learner import make_learner
 from qfleet.core.learning import Losses
-from qfleet.core.replay import make_replay
+from qfleet.core.replay import Replay, SavedReplay, make_replay, partition, partition_saved
+from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Network, Params, stored_spec
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.evaluation import host_greedy_returns
 from qfleet.runtime.records import Progress
-from qfleet.topologies.overlapped_program import Draws, HostRow, make_programs
+from qfleet.runtime.stopwatch import OTHER, Stopwatch
+from qfleet.topologies import overlapped_profile
+from qfleet.topologies.overlapped_program import Draws, HostRow, Programs, make_programs
+from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, make_plan, rows_per_iteration
 from qfleet.topologies.plan import learner_steps as planned_learner_steps
+from qfleet.topologies.topology import Topology, check_loss
 
 CHUNK_SECONDS = 0.5
 """What a chunk should take at most, where one iteration is shorter: it is how long Ctrl-C waits."""
@@ -39,7 +43,7 @@ _TRAINING, _EVALUATION = 0, 1
 """What a seed's random numbers are for: evaluation must not see training's."""
 
 
-class Overlapped:
+class Overlapped(Topology):
     """One learner, and environments that step while it learns; `advance` trains a chunk further."""
 
     def __init__(
@@ -62,11 +66,17 @@ class Overlapped:
             )
         self._config, self._env, self._topology = config, env, config.topology
         self._agent = make_agent(network, config.agent)
-        learner = make_learner(self._agent, config.agent, optimiser)
+        self._learner_functions = make_learner(self._agent, config.agent, optimiser)
         self._has_replay = config.agent.replay != "none"
         self._stored_spec = stored_spec(env.spec, network.store)
-        replay = make_replay(self._stored_spec, config.agent, self._topology.num_envs) if self._has_replay else None
-        self._programs = make_programs(config.agent, self._topology.num_envs, env.spec, self._agent, learner, replay)
+        self._placement = Placement(self._topology.mesh, network)
+        self._num_lanes = self._topology.num_envs // jax.process_count()
+        """Of this process."""
+        self._replay_functions, self._programs = self._make_programs(self._placement.replicas)
+        self._stopwatch = Stopwatch(overlapped_profile.parts_of(config.agent))
+        self._to_host: Callable[[Any], Any] = self._placement.to_host
+        self._all_to_host: Callable[[Any], Any] = jax.device_get
+        self._to_device: Callable[[Any], Any] = self._copy_to_device
         self._options = LaneOptions(
             num_workers=self._topology.num_workers,
             step_timeout_seconds=self._topology.step_timeout_seconds,
@@ -87,38 +97,115 @@ class Overlapped:
         started = time.perf_counter()
         if jax.default_backend() == "cpu":
             reuse_freed_memory()
-        programs, donated = self._programs, (0, 1) if self._has_replay else 0
-        self._learner, self._replay, self._key = jax.jit(programs.init)(np.uint32(self._config.seed))
-        self._lanes = self._env.make_lanes(self._topology.num_envs, self._options)
+        programs = self._jitted()
+        self._learner, self._replay, self._key = programs.init(np.uint32(self._config.seed))
+        self._lanes = self._env.make_lanes(self._num_lanes, self._options)
         self._begin_episodes()
         with ThreadPoolExecutor() as pool:  # XLA compiles one program while Python traces the next
-            learn = jax.jit(programs.learn, donate_argnums=donated).lower(*self._arguments_to_learn())
-            compiling = pool.submit(learn.compile)
-            zero, zeros = np.float32(0), np.zeros(self._topology.num_envs, np.float32)
-            act = jax.jit(programs.act, donate_argnums=1 if self._has_replay else ())
-            self._act = act.lower(self.params, self._view, self._obs, self._is_first, zero, zeros).compile()
-            self._draw = jax.jit(programs.draw).lower(self._key).compile()
-            self._learn = compiling.result()
-        self._seal = jax.jit(programs.seal, donate_argnums=0)
+            if self._topology.profile:
+                compiling = pool.submit(self._compile_learn_in_parts)
+            else:
+                learn = programs.learn.lower(*self._arguments_to_learn())
+                compiling = pool.submit(learn.compile)
+            is_first, zeros = self._over_lanes((self._is_first, np.zeros(self._num_lanes, np.float32)))
+            act = programs.act.lower(self.params, self._view, self._obs, is_first, np.float32(0), zeros)
+            self._act: Callable[..., Any] = act.compile()
+            self._draw: Callable[..., Any] = programs.draw.lower(self._key).compile()
+            self._learn: Callable[..., tuple] = compiling.result()
+        self._leaves, self._restore = programs.leaves, programs.restore
         self._greedy = jax.jit(lambda params, view: greedy(self._agent.q_values(params, view)))
+        if self._topology.profile:
+            self._time_parts()
         return time.perf_counter() - started
+
+    def _make_programs(self, replicas: Replicas) -> tuple[Replay | None, Programs]:
+        config, num_lanes = self._config.agent, self._topology.num_envs
+        replay = make_replay(self._stored_spec, config, num_lanes, replicas) if self._has_replay else None
+        return replay, make_programs(
+            config, num_lanes, self._env.spec, self._agent, self._learner_functions, replay, replicas
+        )
+
+    def _jitted(self) -> Any:
+        """Returns the programs, jitted: each device of the mesh has its share of the lanes."""
+        placement, programs = self._placement, self._programs
+        first = ALONE._replace(size=placement.replicas.size)  # the first replica's share, outside of the mesh
+        shapes = jax.eval_shape(self._make_programs(first)[1].init, np.uint32(0))
+        learner, whole, lanes = placement.partition_learner(shapes[0]), EVERYBODYS, PartitionSpec(DATA_AXIS)
+        replay = shapes[1] and partition(shapes[1], DATA_AXIS)
+        saved = shapes[1] and partition_saved(shapes[1], DATA_AXIS)
+        if self._has_replay:
+            learn = placement.jit(
+                programs.learn, (learner, replay, lanes, whole, whole, whole), (learner, replay, whole), (0, 1)
+            )
+        else:
+            rows = PartitionSpec(None, DATA_AXIS)
+            learn = placement.jit(
+                programs.learn, (learner, rows, lanes, lanes, lanes, lanes, whole), (learner, whole), (0,)
+            )
+        is_view_donated = (1,) if self._has_replay else ()
+        return programs._replace(
+            init=placement.jit(programs.init, (whole,), (learner, replay, whole)),
+            draw=placement.jit(programs.draw, (whole,), whole),
+            act=placement.jit(
+                programs.act, (learner.params, lanes, lanes, lanes, whole, lanes), lanes, is_view_donated
+            ),
+            learn=learn,
+            leaves=placement.jit(programs.leaves, (replay,), saved and saved.leaves),
+            restore=placement.jit(programs.restore, (saved,), replay),
+        )
+
+    def _over_lanes(self, share: Any) -> Any:
+        return self._placement.to_devices(share, PartitionSpec(DATA_AXIS))
+
+    def _compile_learn_in_parts(self) -> Callable[..., tuple]:
+        learner, replay, config = self._learner_functions, self._replay_functions, self._config.agent
+        if replay is None:
+            return overlapped_profile.timed_learn_without_replay(
+                learner, self._programs, config, self._stopwatch, self._arguments_to_learn()
+            )
+        return overlapped_profile.timed_learn_with_replay(
+            learner, replay, self._programs, config, self._stopwatch, self._arguments_to_learn()
+        )
+
+    def _time_parts(self) -> None:
+        """Has the stopwatch time whatever isn't learning."""
+        timed = self._stopwatch.timed
+        self._lanes = overlapped_profile.timed_lanes(self._lanes, self._stopwatch)
+        number = np.zeros(self._num_lanes, np.float32)
+        self._act = overlapped_profile.timed_act(self._act, self._stopwatch, (self._is_first, np.float32(0), number))
+        self._draw = timed(OTHER, self._draw)
+        self._to_host, self._all_to_host, self._to_device = (
+            timed("transfer", function) for function in (self._to_host, self._all_to_host, self._to_device)
+        )
 
     def _arguments_to_learn(self) -> tuple[Any, ...]:
         """Returns arguments of the shapes that the program for learning takes."""
-        lanes = (self._topology.num_envs,)
-        flag, number = np.zeros(lanes, bool), np.zeros(lanes, np.float32)
-        row = HostRow(self._obs, np.zeros(lanes, np.int32), number, flag, flag, flag)
+        flag, number = np.zeros(self._num_lanes, bool), np.zeros(self._num_lanes, np.float32)
+        row = HostRow((), np.zeros(self._num_lanes, np.int32), number, flag, flag, flag)
         if self._has_replay:
+            row = self._over_lanes(row)._replace(obs=self._obs)
             return self._learner, self._replay, row, self._key, np.float32(0), np.int32(0)
         num_rows = rows_per_iteration(self._config.agent)
-        rows = jax.tree.map(lambda x: np.stack([x] * num_rows), row._replace(obs=()))
-        views, q_max = (self._view,) * num_rows, (jnp.asarray(number),) * num_rows
-        return self._learner, rows, views, q_max, self._obs, flag, self._key
+        rows = self._rows_over_lanes([row] * num_rows)
+        views, q_max = (self._view,) * num_rows, (self._to_device(number),) * num_rows
+        return self._learner, rows, views, q_max, self._obs, self._over_lanes(flag), self._key
+
+    def _rows_over_lanes(self, rows: list[HostRow]) -> HostRow:
+        stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
+        return self._placement.to_devices(stacked, PartitionSpec(None, DATA_AXIS))
+
+    def _copy_to_device(self, share: np.ndarray) -> jax.Array:
+        """Begins to copy this process's share of an array over lanes to the devices that want it."""
+        if jax.process_count() > 1:
+            return self._over_lanes(share)
+        sharding = None if self._placement.is_one_device else self._placement.shardings(PartitionSpec(DATA_AXIS))
+        return jax.device_put(share, sharding)
 
     def _begin_episodes(self) -> None:
-        num_lanes, spec = self._topology.num_envs, self._stored_spec
-        self._obs = jax.device_put(self._lanes.reset(_seed_of(self._config.seed, _TRAINING, self.env_steps)))
-        self._view = jnp.zeros((num_lanes, *spec.agent_observation_shape), spec.observation_dtype)
+        num_lanes, spec = self._num_lanes, self._stored_spec
+        seed = _seed_of(self._config.seed, _TRAINING, self.env_steps, jax.process_index())
+        self._obs = self._to_device(self._lanes.reset(seed))
+        self._view = self._to_device(np.zeros((num_lanes, *spec.agent_observation_shape), spec.observation_dtype))
         self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
         self._episodes = _Episodes(np.zeros(num_lanes), np.zeros(num_lanes, np.int64))
 
@@ -136,9 +223,10 @@ class Overlapped:
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out."""
         self._learn_pending()
-        state = {"learner": self._learner, "replay": self._replay, "key": self._key, "observation": self._obs}
-        if not self._config.checkpoint_replay:
-            state.pop("replay")
+        state = {"learner": self._learner, "key": self._key, "observation": self._obs}
+        if self._has_replay and self._config.checkpoint_replay:
+            replay = self._replay
+            state["replay"] = SavedReplay(replay.ring, self._leaves(replay), replay.max_priority)
         return state
 
     def advance(self, until_env_steps: int) -> Progress:
@@ -148,6 +236,7 @@ class Overlapped:
           RunFailed: if the loss isn't finite, or too many environments have failed.
         """
         started = time.perf_counter()
+        self._stopwatch.start()
         env_steps, learner_steps = self.env_steps, self.learner_steps
         tally = _Tally(self._episodes)
         while True:
@@ -158,10 +247,11 @@ class Overlapped:
             if self.env_steps >= until_env_steps or time.perf_counter() - started > CHUNK_SECONDS:
                 break
         loss, td_error = self._mean_losses()
+        seconds = time.perf_counter() - started
         return Progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
-            train_seconds=time.perf_counter() - started,
+            train_seconds=seconds,
             new_env_steps=self.env_steps - env_steps,
             new_learner_steps=self.learner_steps - learner_steps,
             num_episodes=len(tally.returns),
@@ -173,6 +263,7 @@ class Overlapped:
             exploration=float(plan.exploration[-1, -1]),
             staleness=float(np.mean(tally.staleness)),
             num_env_failures=tally.num_failures,
+            part_seconds=self._stopwatch.split(seconds) if self._topology.profile else None,
         )
 
     def _iterate(self, plan: Plan, tally: "_Tally") -> None:
@@ -183,42 +274,47 @@ class Overlapped:
             self._rollout(plan, draws, tally)
 
     def _rows_with_replay(self, plan: Plan, draws: Draws, tally: "_Tally") -> None:
-        uniforms, learn_keys = jax.device_get(draws.uniforms), list(draws.learn_keys)
+        uniforms, learn_keys = self._own_uniforms(draws), list(draws.learn_keys)
         for i in range(len(uniforms)):
             tally.staleness.append(self._pending.num_updates if self._pending else 0)
-            row, _, has_failed = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
+            row, _ = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
             num_updates, exponent = int(plan.num_updates[0, i]), plan.importance_exponent[0, i]
-            self._pending = _Pending(row, has_failed, learn_keys[i], exponent, num_updates)
-            if self._topology.lock_step:
+            self._pending = _Pending(row, learn_keys[i], exponent, num_updates)
+            if self._topology.is_in_lock_step:
                 self._learn_pending()
 
-    def _row(self, params: Params, exploration: Any, uniform: Any, tally: "_Tally") -> tuple[HostRow, jax.Array, bool]:
+    def _own_uniforms(self, draws: Draws) -> np.ndarray:
+        """Returns the random numbers of this process's lanes, `[rows, lanes]`."""
+        first = jax.process_index() * self._num_lanes
+        return self._to_host(draws.uniforms)[:, first : first + self._num_lanes]
+
+    def _row(self, params: Params, exploration: Any, uniform: Any, tally: "_Tally") -> tuple[HostRow, jax.Array]:
         """Takes a step of all lanes; meanwhile the learner gets the row before, if that is still to be learned from.
 
         Returns:
-          The row, the greatest value of each lane's observation, and whether an environment failed.
+          The row, and the greatest value of each lane's observation.
         """
         obs = self._obs
-        self._view, action, q_max = self._act(params, self._view, obs, self._is_first, exploration, uniform)
-        action = jax.device_get(action)  # waits for the learner steps under way, if it is their result that acts
+        is_first, uniform = self._over_lanes((self._is_first, uniform))
+        self._view, action, q_max = self._act(params, self._view, obs, is_first, exploration, uniform)
+        action = self._to_host(action)  # waits for the learner steps under way, if it is their result that acts
         self._lanes.send(action)
         self._learn_pending()
         step = self._lanes.recv()
-        self._obs = jax.device_put(step.observation)
+        self._obs = self._to_device(step.observation)
         no_step = self._is_final | step.failed
         row = HostRow(obs, action, step.reward, step.terminated, step.truncated, no_step)
         self._is_first, self._is_final = no_step, (step.terminated | step.truncated) & ~no_step
-        tally.add(row, q_max, self._is_final, step.failed)
-        return row, q_max, bool(np.any(step.failed))
+        tally.add(row, self._to_host(q_max), self._is_final, step.failed)
+        return row, q_max
 
     def _learn_pending(self) -> None:
         """Has the learner store the pending row and learn, which goes on after this returns."""
         if self._pending is None:
             return
-        row, has_failed, key, exponent, num_updates = self._pending
+        row, key, exponent, num_updates = self._pending
         self._pending = None
-        if has_failed:
-            self._replay = self._seal(self._replay, row.no_step)
+        row = self._over_lanes(row._replace(obs=()))._replace(obs=row.obs)
         self._learner, self._replay, losses = self._learn(
             self._learner, self._replay, row, key, exponent, np.int32(num_updates)
         )
@@ -229,17 +325,17 @@ class Overlapped:
 
         Nothing overlaps: the next action waits for what was learned, behind which it would have to queue anyway.
         """
-        uniforms = jax.device_get(draws.uniforms)
+        uniforms = self._own_uniforms(draws)
         rows, views, q_max = [], [], []
         for i in range(len(uniforms)):
             tally.staleness.append(0)
-            row, row_q_max, _ = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
+            row, row_q_max = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
             rows.append(row._replace(obs=()))
             views.append(self._view)
             q_max.append(row_q_max)
-        stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
+        stacked, is_first = self._rows_over_lanes(rows), self._over_lanes(self._is_first)
         self._learner, losses = self._learn(
-            self._learner, stacked, tuple(views), tuple(q_max), self._obs, self._is_first, draws.learn_keys
+            self._learner, stacked, tuple(views), tuple(q_max), self._obs, is_first, draws.learn_keys
         )
         self._losses.append((losses, planned_learner_steps(self._config.agent, plan, 1)))
 
@@ -249,13 +345,9 @@ class Overlapped:
         num_updates = sum(n for _, n in losses)
         if not num_updates:
             return None, None
-        sums = jax.device_get([each for each, _ in losses])
+        sums = self._all_to_host([each for each, _ in losses])
         loss, td_error = (float(np.sum(values)) / num_updates for values in zip(*sums, strict=True))
-        if not math.isfinite(loss):
-            raise RunFailed(
-                f"the loss must be finite, but it wasn't by learner step {self.learner_steps}: the values diverged; "
-                f"try a lower learning_rate than {self._config.agent.learning_rate}, or a smaller max_gradient_norm"
-            )
+        check_loss(loss, self.learner_steps, self._config.agent)
         return loss, td_error
 
     def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
@@ -301,17 +393,14 @@ class Overlapped:
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
         self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
         if self._has_replay and "replay" in state:
-            num_lanes = self._topology.num_envs
+            num_lanes = self._num_lanes
             nobody, everybody = np.zeros(num_lanes, bool), np.ones(num_lanes, bool)
             nothing, reward = np.zeros(num_lanes, np.int32), np.zeros(num_lanes, np.float32)
             row = HostRow(state["observation"], nothing, reward, nobody, nobody, everybody)
-            self._replay = state["replay"]
-            self._pending = _Pending(row, True, self._key, np.float32(1), 0)  # no learner step, so no use of the key
+            self._replay = self._restore(state["replay"])
+            self._pending = _Pending(row, self._key, np.float32(1), 0)  # no learner step, so no use of the key
             self._learn_pending()
         self._begin_episodes()
-
-    def keep(self, index: int) -> None:
-        """Nothing to do: with one seed the run stops where it is solved."""
 
     def close(self) -> None:
         """Ends the environments; may be called twice, and before `start`."""
@@ -324,7 +413,6 @@ class _Pending(NamedTuple):
     """A row that the learner is still to store, and the learner steps that are due then."""
 
     row: HostRow
-    has_failed: bool
     key: jax.Array
     importance_exponent: Any
     num_updates: int
@@ -350,14 +438,14 @@ class _Tally:
         self.staleness: list[int] = []
         self.num_failures = 0
 
-    def add(self, row: HostRow, q_max: jax.Array, has_ended: np.ndarray, failed: np.ndarray) -> None:
+    def add(self, row: HostRow, q_max: np.ndarray, has_ended: np.ndarray, failed: np.ndarray) -> None:
         """Adds a row; its no-step lanes begin a new episode after it."""
         episodes = self._episodes
         episodes.returns = np.where(row.no_step, 0.0, episodes.returns + row.reward)
         episodes.steps = np.where(row.no_step, 0, episodes.steps + 1)
         self.returns += episodes.returns[has_ended].tolist()
         self.lengths += episodes.steps[has_ended].tolist()
-        self.q_max.append(float(np.mean(np.asarray(q_max))))
+        self.q_max.append(float(np.mean(q_max)))
         self.num_failures += int(np.sum(failed))
 
 

@@ -12,8 +12,9 @@ from qfleet.core.actor import push_frame
 from qfleet.core.agent import Agent
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.learning import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
-from qfleet.core.replay import CONTINUED, NO_STEP, TRUNCATED, Replay, ReplayState, Row, outcome_of
-from qfleet.core.types import EnvSpec, Params
+from qfleet.core.replay import CONTINUED, NO_STEP, TRUNCATED, Replay, ReplayState, Row, SavedReplay, outcome_of
+from qfleet.core.replicas import ALONE, Replicas
+from qfleet.core.types import EnvSpec, Params, Regression
 from qfleet.topologies.plan import rows_per_iteration
 
 
@@ -44,7 +45,7 @@ class Draws(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Pure functions, compiled once each."""
+    """Pure functions, compiled once each; `overlapped_profile` compiles `learn` in parts."""
 
     init: Callable[[Array], tuple[LearnerState, ReplayState | tuple[()], Array]]
     """`init(seed) -> learner, replay, key`."""
@@ -56,14 +57,29 @@ class Programs(NamedTuple):
     learn: Callable[..., tuple]
     """With replay: `learn(learner, replay, row, key, importance_exponent, num_updates) -> learner, replay, losses`.
     Without: `learn(learner, rows, views, q_max, next_obs, next_is_first, key) -> learner, losses`, of one rollout."""
-    seal: Callable[[ReplayState, Array], ReplayState]
-    """`seal(replay, lanes) -> replay`."""
+    rollout_batch: Callable[..., Regression]
+    """`rollout_batch(params, rows, views, q_max, next_obs, next_is_first) -> batch`, of one rollout."""
+    insert: Callable[[ReplayState, HostRow], ReplayState]
+    """`insert(replay, row) -> replay`; where the row has no step, what led there is cut short."""
+    leaves: Callable[[ReplayState], Array | tuple[()]]
+    """`leaves(replay) -> priorities`, what `SavedReplay` holds of them."""
+    restore: Callable[[SavedReplay], ReplayState]
+    """`restore(saved) -> replay`."""
 
 
 def make_programs(
-    config: AgentConfig, num_lanes: int, spec: EnvSpec, agent: Agent, learner: Learner, replay: Replay | None
+    config: AgentConfig,
+    num_lanes: int,
+    spec: EnvSpec,
+    agent: Agent,
+    learner: Learner,
+    replay: Replay | None,
+    replicas: Replicas = ALONE,
 ) -> Programs:
-    """Returns the programs of one learner and `num_lanes` lanes of `spec`'s environment."""
+    """Returns the programs of one learner and `num_lanes` lanes of `spec`'s environment.
+
+    With replicas, each runs them with its share of the lanes; but `draw` is for all.
+    """
 
     def init(seed: Array) -> tuple[LearnerState, ReplayState | tuple[()], Array]:
         params_key, _, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
@@ -82,6 +98,10 @@ def make_programs(
         q = agent.q_values(params, view)
         return view, agent.explore(q, exploration, uniform), jnp.max(q, axis=-1)
 
+    def insert(replay_state: ReplayState, row: HostRow) -> ReplayState:
+        assert replay is not None
+        return replay.insert(replay.seal(replay_state, row.no_step), row.with_obs(agent.store(row.obs)))
+
     def learn_with_replay(
         learner_state: LearnerState,
         replay_state: ReplayState,
@@ -91,8 +111,24 @@ def make_programs(
         num_updates: Array,
     ) -> tuple[LearnerState, ReplayState, Losses]:
         assert replay is not None
-        state = (learner_state, replay.insert(replay_state, row.with_obs(agent.store(row.obs))), no_losses())
-        return learn_from_replay(learner, replay, state, key, importance_exponent, num_updates)
+        state = (learner_state, insert(replay_state, row), no_losses())
+        learner_state, replay_state, losses = learn_from_replay(
+            learner, replay, state, key, importance_exponent, num_updates, replicas
+        )
+        return learner_state, replay_state, replicas.mean(losses)
+
+    def rollout_batch(
+        params: Params,
+        rows: HostRow,
+        views: tuple[Array, ...],
+        q_max: tuple[Array, ...],
+        next_obs: Array,
+        next_is_first: Array,
+    ) -> Regression:
+        stored = rows.with_obs(jnp.stack(views))
+        next_view = push_frame(views[-1], agent.store(next_obs), next_is_first, spec.frame_stack)
+        next_value = jnp.max(agent.q_values(params, next_view), axis=-1)
+        return regression(_sealed(stored), jnp.stack(q_max), next_value, config)
 
     def learn_without_replay(
         state: LearnerState,
@@ -103,17 +139,19 @@ def make_programs(
         next_is_first: Array,
         key: Array,
     ) -> tuple[LearnerState, Losses]:
-        stored = rows.with_obs(jnp.stack(views))
-        next_view = push_frame(views[-1], agent.store(next_obs), next_is_first, spec.frame_stack)
-        next_value = jnp.max(agent.q_values(state.params, next_view), axis=-1)
-        batch = regression(_sealed(stored), jnp.stack(q_max), next_value, config)
-        return learn_from_rollout(learner, state, batch, key, config)
+        batch = rollout_batch(state.params, rows, views, q_max, next_obs, next_is_first)
+        state, losses = learn_from_rollout(learner, state, batch, key, config, replicas)
+        return state, replicas.mean(losses)
 
-    def seal(replay_state: ReplayState, lanes: Array) -> ReplayState:
+    def leaves(replay_state: ReplayState) -> Array | tuple[()]:
+        return replay.leaves(replay_state) if replay else ()
+
+    def restore(saved: SavedReplay) -> ReplayState:
         assert replay is not None
-        return replay.seal(replay_state, lanes)
+        return replay.restore(saved)
 
-    return Programs(init, draw, act, learn_with_replay if replay else learn_without_replay, seal)
+    learn = learn_with_replay if replay else learn_without_replay
+    return Programs(init, draw, act, learn, rollout_batch, insert, leaves, restore)
 
 
 def _sealed(rows: Row) -> Row:

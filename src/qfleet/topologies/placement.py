@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qfleet.config import ConfigError, MeshConfig
@@ -80,6 +81,23 @@ class Placement:
             out_shardings=self.shardings(out_specs),
             donate_argnums=donate_argnums,
         )
+
+    def to_devices(self, share: Any, spec: PartitionSpec) -> Any:
+        """Returns the arrays of a tree, of which this process has `share` on the host, where programs want them.
+
+        One process's NumPy arrays may stay what they are: a program takes them from the host itself.
+        """
+        if jax.process_count() == 1:
+            return share
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), share)
+
+    def to_host(self, array: jax.Array) -> np.ndarray:
+        """Returns this process's share of an array over lanes, `[lanes, ...]`, or all of one that everybody has."""
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        shares = {shard.index[0].start: shard.data for shard in array.addressable_shards}
+        return np.concatenate([shares[start] for start in sorted(shares)])
 
     def shardings(self, specs: Any) -> Any:
         """Returns the specs as shardings on this mesh."""
