@@ -213,6 +213,8 @@ class TrainConfig:
     """Environment steps between greedy evaluations."""
     eval_episodes: int = 20
     """Greedy episodes per evaluation."""
+    video_period_env_steps: int | None = None
+    """Environment steps between videos of a greedy episode, each at the next evaluation; None records none."""
     run_dir: str | None = None
     """Folder of the run; by default `runs/<env>-<preset>-<seed>-<time>`."""
     checkpoint_period_seconds: float = 60.0
@@ -225,6 +227,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_seeds", "env_steps", "eval_period_env_steps", "eval_episodes", "checkpoints_kept"):
             _check_count(name, getattr(self, name))
+        if self.video_period_env_steps is not None:
+            _check_count("video_period_env_steps", self.video_period_env_steps)
         _check_count("seed", self.seed, minimum=0)
         _check(self.seed + self.num_seeds <= 2**32, "seed + num_seeds", "at most 2**32", self.seed + self.num_seeds)
         _check(

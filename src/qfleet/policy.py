@@ -1,5 +1,6 @@
 """What a run has learned, ready to act."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from qfleet.envs.host import HostEnv, LaneOptions
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.episodes import play
 from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
-from qfleet.runtime.video import Video, check_extra, film
+from qfleet.runtime.video import Video, check_extra, film, video_name
 
 EVAL_LANES = 8
 """Lanes that environments outside the compiled program are evaluated in."""
@@ -77,9 +78,10 @@ class Policy:
         _check_at_least(0, seed=seed)
         check_extra()
         episodes = play(self._env, functools.partial(self._q_values, self.params), num_episodes, seed)
-        for i, moments in enumerate(episodes):
-            name = f"{self.label}-seed{seed}-episode{i}"
-            yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
+        with contextlib.closing(episodes):  # and with it what draws, wherever this ends
+            for i, moments in enumerate(episodes):
+                name = video_name(self.label, seed, i)
+                yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
 
     def _greedy(self, obs: jax.Array) -> jax.Array:
         return greedy(self._q_values(self.params, obs))
