@@ -13,7 +13,7 @@ import numpy as np
 from qfleet.config import ConfigError, RunFailed, TrainConfig, topology_name
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
-from qfleet.envs.registry import make_env
+from qfleet.envs.registry import backend_of, make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
@@ -185,6 +185,8 @@ class Run:
         self._topology = _make_topology(config, env, network, optimiser)
         self._recorder = None if config.video_period_env_steps is None else Recorder(config, env, network.apply)
         self.config = config
+        self.backend = backend_of(config.env)
+        """What makes the environments, as `backend_of` names it: a bare name takes the fastest there is."""
         self.directory = open_directory()
         """Where the run is written."""
         self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
@@ -322,6 +324,7 @@ class Run:
         config, returns = self.config, self._eval_returns
         self.summary = {
             "env": config.env,
+            "backend": self.backend,
             "preset": config.preset,
             "topology": topology_name(config.topology),
             "seed": config.seed,

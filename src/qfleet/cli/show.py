@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from qfleet.config import FusedConfig, OverlappedConfig
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
@@ -11,12 +12,29 @@ if TYPE_CHECKING:
 def follow(run: "Run", *, quiet: bool) -> int:
     """Sees a run through to its end, shows its progress, and returns the exit code."""
     with ProgressView(run.config.env_steps, quiet=quiet) as view:
-        view.message(f"{run.config.env} with {run.config.preset}, into {run.directory.path}")
+        place = environments(run.backend, run.config.topology)
+        view.message(f"{run.config.env} ({place}) with {run.config.preset}, into {run.directory.path}")
         for progress in run:
             view.update({"env_steps": progress.env_steps, **progress.metrics()})
     if not quiet:
         print(outcome(run.summary, str(run.directory.path)))
     return 0
+
+
+def environments(backend: str, topology: FusedConfig | OverlappedConfig) -> str:
+    """Returns what makes a run's environments and where they step, such as "gymnasium, 8 in this process"."""
+    if isinstance(topology, FusedConfig):
+        return backend if backend == "in-graph" else f"{backend}, in-graph"
+    num_workers = min(topology.num_workers, topology.num_envs)
+    if num_workers:
+        where = f"in {num_workers} worker process{'es' if num_workers > 1 else ''}"
+    elif backend in ("ale", "envpool"):
+        where = "on its own threads"
+    elif backend == "gymnasium":
+        where = "in this process"
+    else:
+        where = "at once"  # as their maker likes
+    return f"{backend}, {topology.num_envs} {where}"
 
 
 def outcome(summary: dict[str, Any], path: str) -> str:

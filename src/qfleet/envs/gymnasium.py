@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib
 import os
 from typing import Any
 
@@ -13,6 +12,7 @@ from gymnasium.vector import AutoresetMode
 from qfleet.config import ConfigError, suggest
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
 from qfleet.envs.lane_group import make_single
+from qfleet.envs.names import import_module_of
 from qfleet.envs.observations import Encoder, discrete_actions, make_encoder
 from qfleet.envs.single_lanes import SingleLanes
 from qfleet.envs.vector_lanes import GymnasiumVector, VectorLanes
@@ -76,14 +76,7 @@ def find(name: str) -> GymnasiumSpec:
     Raises:
       ConfigError: if there is none, or the module can't be imported.
     """
-    module, _, local_name = name.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # whatever the user's module raises is what is wrong with it
-            raise ConfigError(
-                f"gym:{name}: {module!r} must be a Python module that can be imported ({type(error).__name__}: {error})"
-            ) from error
+    _, local_name = import_module_of(name)
     try:
         return gymnasium.spec(local_name)
     except gymnasium.error.Error as error:
