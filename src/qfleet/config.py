@@ -183,10 +183,8 @@ class OverlappedConfig:
 
     def __post_init__(self) -> None:
         _check_count("num_envs", self.num_envs)
-        for name in ("num_workers", "max_failures"):
-            _check_count(name, getattr(self, name), minimum=0)
+        check_lane_options(self.num_workers, self.step_timeout_seconds, self.max_failures)
         _check(self.num_workers <= self.num_envs, "num_workers", f"at most num_envs={self.num_envs}", self.num_workers)
-        _check(self.step_timeout_seconds > 0, "step_timeout_seconds", "positive", self.step_timeout_seconds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,6 +245,13 @@ TOPOLOGIES: dict[str, type[FusedConfig] | type[OverlappedConfig]] = {
 def topology_name(topology: FusedConfig | OverlappedConfig) -> str:
     """Returns the name of the topology that a config describes."""
     return next(name for name, kind in TOPOLOGIES.items() if isinstance(topology, kind))
+
+
+def check_lane_options(num_workers: int, step_timeout_seconds: float, max_failures: int) -> None:
+    """Raises ConfigError if one of them is out of range; for `OverlappedConfig`, and for lanes without such a one."""
+    _check_count("num_workers", num_workers, minimum=0)
+    _check(step_timeout_seconds > 0, "step_timeout_seconds", "positive", step_timeout_seconds)
+    _check_count("max_failures", max_failures, minimum=0)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
