@@ -1,5 +1,6 @@
 """What the benchmarks share: runs in processes of their own, one table, one JSON line per result."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import qfleet
 
 HERE = Path(__file__).resolve().parent
 
@@ -23,6 +26,16 @@ def train(directory: Path, env: str, *flags: str, cache: Path | None = None) -> 
     subprocess.run(command, env=variables, check=True)
     summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
     return summary
+
+
+def env_steps_per_second(config: qfleet.TrainConfig, warmup_env_steps: int) -> float:
+    """Trains in this process, into a folder that nobody keeps, and returns our speed after the warm-up."""
+    with scratch() as folder:
+        steps, seconds = 0, 0.0
+        for progress in qfleet.iterate(dataclasses.replace(config, run_dir=str(Path(folder) / "run"))):
+            if progress.env_steps > warmup_env_steps:
+                steps, seconds = steps + progress.new_env_steps, seconds + progress.train_seconds
+        return steps / seconds
 
 
 def peer(python: str, script: str, *arguments: str) -> dict[str, Any]:

@@ -6,9 +6,7 @@ Two layers of 256, one update of 64 per two environment steps: rl-zoo's settings
 """
 
 import argparse
-import dataclasses
 import statistics
-from pathlib import Path
 
 import common
 
@@ -25,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     ours, theirs = [], []
     for _ in range(arguments.repeats):
-        ours.append(env_steps_per_second())
+        ours.append(common.env_steps_per_second(config(), WARMUP))
         theirs.append(float(common.peer(arguments.peers_python, "sb3_cartpole.py")["env_steps_per_second"]))
     ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     common.report(
@@ -33,9 +31,9 @@ def main() -> None:
     )
 
 
-def env_steps_per_second() -> float:
-    """Trains for a few seconds and returns our speed once the learner is at work."""
-    config = qfleet.make_config(
+def config() -> qfleet.TrainConfig:
+    """Returns the schedule, for a few seconds of it."""
+    return qfleet.make_config(
         "gym:CartPole-v1",
         "dqn",
         num_envs=8,
@@ -48,12 +46,6 @@ def env_steps_per_second() -> float:
         env_steps=WARMUP + TIMED,
         eval_period_env_steps=1_000_000,
     )
-    with common.scratch() as folder:
-        steps, seconds = 0, 0.0
-        for progress in qfleet.iterate(dataclasses.replace(config, run_dir=str(Path(folder) / "run"))):
-            if progress.env_steps > WARMUP:
-                steps, seconds = steps + progress.new_env_steps, seconds + progress.train_seconds
-        return steps / seconds
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""Agent steps/s on Pong with the standard schedule: the Nature network, eight lanes, one update of 32 per four steps.
+"""Agent steps/s on Pong with the standard schedule: the Nature network, one update of 32 per four steps.
 
-    python benchmarks/pong.py [--peers-python PATH] [--repeats N]
+    python benchmarks/pong.py [--peers-python PATH] [--cleanrl CHECKOUT] [--repeats N]
 
-Both sides keep 20,000 steps, are timed once they learn, and alternate. Beside them, the learner step alone:
-milliseconds of one dispatched update on a ready batch, over those that its arithmetic takes at the speed of a large
-matrix product.
+- Stable-Baselines3's DQN: eight environments.
+- CleanRL's dqn_atari.py: one environment. CleanRL isn't packaged; without a checkout of it this pair isn't measured.
+
+Both sides of a pair keep 20,000 steps, are timed once they learn, and alternate; medians are shown. Beside them, the
+learner step alone: milliseconds of one dispatched update on a ready batch, over those that its arithmetic takes at the
+speed of a large matrix product.
 """
 
 import argparse
 import dataclasses
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import common
@@ -37,47 +40,54 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers-python", default=str(common.HERE / ".peers" / "bin" / "python"))
+    parser.add_argument("--cleanrl", help="a checkout of CleanRL")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    ours, theirs = [], []
-    for _ in range(arguments.repeats):
-        ours.append(env_steps_per_second())
-        theirs.append(float(common.peer(arguments.peers_python, "sb3_pong.py")["env_steps_per_second"]))
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    result = {"sb3": statistics.median(theirs), "qfleet": statistics.median(ours), "ratio": ratio}
-    common.report("pong", [result])
+
+    def peer(script: str, *words: str) -> Callable[[], float]:
+        return lambda: float(common.peer(arguments.peers_python, script, *words)["env_steps_per_second"])
+
+    results = [compare("sb3", peer("sb3_pong.py"), NUM_ENVS, arguments.repeats)]
+    if arguments.cleanrl:
+        results.append(compare("cleanrl", peer("cleanrl_pong.py", arguments.cleanrl), 1, arguments.repeats))
+    common.report("pong", results)
     common.report("pong update", [time_update()])
     common.report("pong replay", [measure_replay()])
 
 
-def config(**settings: Any) -> qfleet.TrainConfig:
+def compare(name: str, peer: Callable[[], float], num_envs: int, repeats: int) -> dict[str, Any]:
+    """Returns the medians of both sides, and the median ratio of the pairs."""
+    ours, theirs = [], []
+    for _ in range(repeats):
+        ours.append(common.env_steps_per_second(config(num_envs), WARMUP))
+        theirs.append(peer())
+    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    return {
+        "peer": name,
+        "num_envs": num_envs,
+        "peer_env_steps_per_second": statistics.median(theirs),
+        "qfleet_env_steps_per_second": statistics.median(ours),
+        "ratio": ratio,
+    }
+
+
+def config(num_envs: int) -> qfleet.TrainConfig:
     """Returns the schedule."""
     return qfleet.make_config(
         "ale:Pong",
         "atari_dqn",
-        num_envs=NUM_ENVS,
+        num_envs=num_envs,
         replay_capacity=20_000,
         warmup_env_steps=2_000,
         env_steps=WARMUP + TIMED,
         eval_period_env_steps=1_000_000,
-        **settings,
     )
-
-
-def env_steps_per_second() -> float:
-    """Trains for a few seconds and returns our speed once the learner is at work."""
-    with common.scratch() as folder:
-        steps, seconds = 0, 0.0
-        for progress in qfleet.iterate(config(run_dir=str(Path(folder) / "run"))):
-            if progress.env_steps > WARMUP:
-                steps, seconds = steps + progress.new_env_steps, seconds + progress.train_seconds
-        return steps / seconds
 
 
 def time_update() -> dict[str, float]:
     """Returns milliseconds of a learner step, of its arithmetic at peak speed, and their ratio."""
     reuse_freed_memory()  # as the topology does
-    agent_config = config().agent
+    agent_config = config(NUM_ENVS).agent
     env = qfleet.make_env("ale:Pong")
     network = make_network(env.spec, agent_config)
     agent = make_agent(network, agent_config)
@@ -93,8 +103,8 @@ def time_update() -> dict[str, float]:
     product = jax.jit(lambda x: x @ x)
     update_ms, product_ms = [], []
     for i in range(40):
-        state, milliseconds = timed(lambda: step(state))  # noqa: B023 called at once
-        _, product_milliseconds = timed(lambda: product(square))
+        state, milliseconds = timed(step, state)
+        _, product_milliseconds = timed(product, square)
         if i >= 5:
             update_ms.append(milliseconds)
             product_ms.append(product_milliseconds)
@@ -106,10 +116,8 @@ def time_update() -> dict[str, float]:
 
 def measure_replay() -> dict[str, float]:
     """Returns gigabytes of a replay of a million frames, and milliseconds to draw a batch of stacks from it."""
-    agent_config, spec = (
-        dataclasses.replace(config().agent, replay_capacity=1_000_000),
-        qfleet.make_env("ale:Pong").spec,
-    )
+    agent_config = dataclasses.replace(config(NUM_ENVS).agent, replay_capacity=1_000_000)
+    spec = qfleet.make_env("ale:Pong").spec
     replay = make_replay(stored_spec(spec, make_network(spec, agent_config).store), agent_config, NUM_ENVS)
     before = peak_rss_bytes()
     state = jax.block_until_ready(jax.jit(replay.init)())
@@ -120,20 +128,20 @@ def measure_replay() -> dict[str, float]:
     )
     state = state._replace(ring=ring)
     sample = jax.jit(replay.sample)
-    seconds = [timed(lambda: sample(state, jax.random.key(i), jnp.float32(0)))[1] for i in range(40)]  # noqa: B023
+    milliseconds = [timed(sample, state, jax.random.key(i), jnp.float32(0))[1] for i in range(40)]
     array_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     return {
         "frames": 1e6,
         "replay_gb": array_bytes / 1e9,
         "resident_gb": (peak_rss_bytes() - before) / 1e9,
-        "sample_ms": statistics.median(seconds[5:]),
+        "sample_ms": statistics.median(milliseconds[5:]),
     }
 
 
-def timed(call: Any) -> tuple[Any, float]:
+def timed(call: Any, *arguments: Any) -> tuple[Any, float]:
     """Returns what a call returns, and the milliseconds it took."""
     started = time.perf_counter()
-    result = jax.block_until_ready(call())
+    result = jax.block_until_ready(call(*arguments))
     return result, 1e3 * (time.perf_counter() - started)
 
 

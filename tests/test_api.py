@@ -16,8 +16,9 @@ from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.topologies.fused import Fused
 
 SUMMARY_FIELDS = {
-    "env", "preset", "topology", "seed", "stopped", "env_steps", "learner_steps", "wall_seconds", "compile_seconds",
-    "env_steps_per_second", "learner_steps_per_second", "eval_return_mean", "eval_returns", "peak_rss_bytes", "version",
+    "env", "backend", "preset", "topology", "seed", "stopped", "env_steps", "learner_steps", "wall_seconds",
+    "compile_seconds", "env_steps_per_second", "learner_steps_per_second", "eval_return_mean", "eval_returns",
+    "peak_rss_bytes", "version",
 }  # fmt: skip
 
 qfleet.register_env("Corner-v0", probes.observation_action_reward)
@@ -91,6 +92,7 @@ def test_a_run_leaves_its_configuration_metrics_checkpoint_and_summary(tmp_path:
     summary = qfleet.train(tiny(tmp_path / "run", seed=3))
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
     assert set(summary) >= SUMMARY_FIELDS
+    assert summary["backend"] == "registered"
     assert (summary["env"], summary["preset"], summary["topology"], summary["seed"]) == ("Corner-v0", "pqn", "fused", 3)
     assert (summary["stopped"], summary["env_steps"], summary["learner_steps"]) == ("env steps", 256, 8)
     assert summary["wall_seconds"] > summary["compile_seconds"] > 0

@@ -13,7 +13,7 @@ import numpy as np
 from qfleet.config import ConfigError, RunFailed, TrainConfig, topology_name
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
-from qfleet.envs.registry import make_env
+from qfleet.envs.registry import backend_of, make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
@@ -22,11 +22,12 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import limit_cpu_threads, split_cpu
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
+from qfleet.runtime.recorder import Recorder
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.runtime.stopwatch import TimeShares
-from qfleet.runtime.video import Video
+from qfleet.runtime.video import Video, params_label
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
 from qfleet.topologies.topology import Topology
@@ -127,12 +128,12 @@ def load(
     enable_compilation_cache()
     with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept) as checkpoints:
         checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
-        _check_network_is_given(network is not None, checkpoints.read_metadata(checkpoint)["has_own_network"])
+        metadata = checkpoints.read_metadata(checkpoint)
+        _check_network_is_given(network is not None, metadata["has_own_network"])
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
-    label = f"step{checkpoint}"
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
-        label += f"-trained{config.seed + index}"
+    label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
     return Policy(env, network_in_use, _params_of(network_in_use, params), label)
 
 
@@ -184,7 +185,10 @@ class Run:
         network = network or make_network(env.spec, config.agent)
         limit_cpu_threads(check_network(network, env.spec))
         self._topology = _make_topology(config, env, network, optimiser)
+        self._recorder = None if config.video_period_env_steps is None else Recorder(config, env, network)
         self.config = config
+        self.backend = backend_of(config.env)
+        """What makes the environments, as `backend_of` names it: a bare name takes the fastest there is."""
         self.directory = open_directory()
         """Where the run is written."""
         self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
@@ -194,6 +198,7 @@ class Run:
         """What summary.json holds, once the run is over."""
         self._solved_at: list[int | None] = [None] * config.num_seeds
         self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], the newest
+        self._evaluated_at = 0  # environment steps
         self._num_env_failures = 0
         self._speed = _Speed()
         self._time_shares = TimeShares(config.topology.num_envs)
@@ -224,6 +229,8 @@ class Run:
         state, _ = self._checkpoints.restore(checkpoint, like=self._topology.state)
         self._topology.restore(state, metadata["counters"])
         self._checkpoints.set_aside_after(self._topology.env_steps)
+        period = self.config.eval_period_env_steps
+        self._evaluated_at = self._topology.env_steps // period * period
         self._solved_at = metadata["solved_at"]
         for i in range(self.config.num_seeds):
             if self._solved_at[i] is not None:
@@ -244,7 +251,7 @@ class Run:
             with StopFlag() as stop:
                 saved_at = time.monotonic()
                 while stopped is None:
-                    progress = self._advance()
+                    progress = self._advance(stop)
                     stopped = "interrupted" if stop.requested else self._reason_to_stop()
                     self._decided_at = seconds_since_process_start()
                     if stopped is None and time.monotonic() - saved_at > self.config.checkpoint_period_seconds:
@@ -266,16 +273,19 @@ class Run:
             self._checkpoints.close()
             self._lock.release()
 
-    def _advance(self) -> Progress:
-        """Trains one chunk, which ends at the next evaluation at the latest, and evaluates there."""
+    def _advance(self, stop: StopFlag) -> Progress:
+        """Trains one chunk, which ends at the next evaluation at the latest, and evaluates and films there."""
         period = self.config.eval_period_env_steps
         goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
         progress = self._topology.advance(goal)
         self._speed.add(progress)
         self._time_shares.add(progress)
         self._num_env_failures += progress.num_env_failures
-        if progress.env_steps >= goal and (returns := self._evaluate()).size:
-            progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, returns.tolist())))
+        if progress.env_steps >= goal:
+            if (returns := self._evaluate()).size:
+                progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, returns.tolist())))
+            self._film_if_due(stop)
+            self._evaluated_at = progress.env_steps
         self._metrics.write(progress.env_steps, progress.metrics())
         return progress
 
@@ -301,6 +311,11 @@ class Run:
             return returns, np.zeros(len(returns), bool)
         return returns, returns.mean(axis=1) >= required
 
+    def _film_if_due(self, stop: StopFlag) -> None:
+        recorder, env_steps = self._recorder, self._topology.env_steps
+        if recorder is not None and recorder.is_due(env_steps, self._evaluated_at):
+            recorder.record(self._topology.params, env_steps, self.directory.videos_path, lambda: stop.requested)
+
     def _reason_to_stop(self) -> str | None:
         if self.config.stop_return is not None and None not in self._solved_at:
             return "return reached"
@@ -322,6 +337,7 @@ class Run:
         config, returns = self.config, self._eval_returns
         self.summary = {
             "env": config.env,
+            "backend": self.backend,
             "preset": config.preset,
             "topology": topology_name(config.topology),
             "seed": config.seed,
@@ -338,6 +354,8 @@ class Run:
             "eval_return_mean": None if returns is None or not returns.size else float(returns.mean()),
             "eval_returns": None if returns is None else returns.tolist(),
             "num_env_failures": self._num_env_failures,
+            "num_videos": self._recorder.num_videos if self._recorder else 0,
+            "num_video_failures": self._recorder.num_failures if self._recorder else 0,
             "peak_rss_bytes": peak_rss_bytes(),
             "version": self.directory.version,
             **more,

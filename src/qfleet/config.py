@@ -204,10 +204,8 @@ class OverlappedConfig:
 
     def __post_init__(self) -> None:
         _check_count("num_envs", self.num_envs)
-        for name in ("num_workers", "max_failures"):
-            _check_count(name, getattr(self, name), minimum=0)
+        check_lane_options(self.num_workers, self.step_timeout_seconds, self.max_failures)
         _check(self.num_workers <= self.num_envs, "num_workers", f"at most num_envs={self.num_envs}", self.num_workers)
-        _check(self.step_timeout_seconds > 0, "step_timeout_seconds", "positive", self.step_timeout_seconds)
 
     @property
     def is_in_lock_step(self) -> bool:
@@ -239,6 +237,8 @@ class TrainConfig:
     """Environment steps between greedy evaluations."""
     eval_episodes: int = 20
     """Greedy episodes per evaluation."""
+    video_period_env_steps: int | None = None
+    """Environment steps between videos of a greedy episode, each at the next evaluation; None records none."""
     run_dir: str | None = None
     """Folder of the run; by default `runs/<env>-<preset>-<seed>-<time>`."""
     checkpoint_period_seconds: float = 60.0
@@ -251,6 +251,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("num_seeds", "env_steps", "eval_period_env_steps", "eval_episodes", "checkpoints_kept"):
             _check_count(name, getattr(self, name))
+        if self.video_period_env_steps is not None:
+            _check_count("video_period_env_steps", self.video_period_env_steps)
         _check_count("seed", self.seed, minimum=0)
         _check(self.seed + self.num_seeds <= 2**32, "seed + num_seeds", "at most 2**32", self.seed + self.num_seeds)
         _check(
@@ -290,6 +292,13 @@ def check_suits(setting: str, topology: str) -> None:
             "jax.profiler.trace or benchmarks/limit.py, or train in an environment outside it, such as gym:CartPole-v1",
         }.get(setting, f"leave it out, or train in an environment that suits {' or '.join(homes)}")
         raise ConfigError(f"{setting} must come with topology {' or '.join(homes)}, got topology {topology}; {remedy}")
+
+
+def check_lane_options(num_workers: int, step_timeout_seconds: float, max_failures: int) -> None:
+    """Raises ConfigError if one of them is out of range; for `OverlappedConfig`, and for lanes without such a one."""
+    _check_count("num_workers", num_workers, minimum=0)
+    _check(step_timeout_seconds > 0, "step_timeout_seconds", "positive", step_timeout_seconds)
+    _check_count("max_failures", max_failures, minimum=0)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """What a run has learned, ready to act."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from qfleet.envs.host import HostEnv, LaneOptions
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.episodes import play
 from qfleet.runtime.evaluation import MAX_LOST, greedy_returns, host_greedy_returns
-from qfleet.runtime.video import Video, check_extra, film
+from qfleet.runtime.video import Video, check_extra, film, video_name
 
 EVAL_LANES = 8
 """Lanes that environments outside the compiled program are evaluated in."""
@@ -87,9 +88,10 @@ class Policy:
         check_extra()
         q_values = functools.partial(self._q_values, self.params)
         episodes = play(self._env, q_values, num_episodes, seed, self._network.store)
-        for i, moments in enumerate(episodes):
-            name = f"{self.label}-seed{seed}-episode{i}"
-            yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
+        with contextlib.closing(episodes):  # and with it what draws, wherever this ends
+            for i, moments in enumerate(episodes):
+                name = video_name(self.label, seed, i)
+                yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
 
     def _greedy(self, view: jax.Array) -> jax.Array:
         return greedy(self._q_values(self.params, view))

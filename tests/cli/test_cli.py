@@ -13,7 +13,9 @@ import pytest
 
 import qfleet
 from qfleet.cli.main import main
+from qfleet.cli.show import environments
 from qfleet.cli.train_command import parse
+from qfleet.config import FusedConfig, OverlappedConfig
 from qfleet.presets import make_config
 from qfleet.topologies.fused import Fused
 
@@ -83,6 +85,36 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(
     assert message in words
     assert "Traceback" not in words
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["CartPole-v1"], "CartPole-v1 (in-graph) with pqn"),
+        (["FrozenLake-v1", "--num-workers", "1"], "FrozenLake-v1 (gymnasium, 4 in 1 worker process) with pqn"),
+    ],
+)
+def test_a_run_says_where_its_environments_step(
+    arguments: list[str], place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *arguments, *TINY, "--env-steps", "64", "--run-dir", str(tmp_path / "run")]) == 0
+    assert place in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["backend"] in place
+
+
+@pytest.mark.parametrize(
+    ("backend", "topology", "place"),
+    [
+        ("in-graph", FusedConfig(), "in-graph"),
+        ("gymnax", FusedConfig(), "gymnax, in-graph"),
+        ("gymnasium", OverlappedConfig(), "gymnasium, 8 in this process"),
+        ("gymnasium", OverlappedConfig(num_workers=2), "gymnasium, 8 in 2 worker processes"),
+        ("ale", OverlappedConfig(num_envs=4), "ale, 4 on its own threads"),
+        ("registered", OverlappedConfig(), "registered, 8 at once"),
+    ],
+)
+def test_each_backend_has_its_place(backend: str, topology: FusedConfig | OverlappedConfig, place: str) -> None:
+    assert environments(backend, topology) == place
 
 
 def test_a_run_directory_that_exists_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -274,7 +306,8 @@ def test_a_profiled_run_prints_where_its_time_went(tmp_path: Path, capsys: pytes
 
 def test_check_env_prints_a_line_for_each_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-env", "gym:FrozenLake-v1", "--steps", "50"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "gym:FrozenLake-v1 (gymnasium)"
     assert len(lines) > 10 and all(line.startswith("ok ") for line in lines)
 
 

@@ -12,10 +12,10 @@ from qfleet.envs.host import LaneOptions
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"max_failures": -1}, "max_failures must be at least 0, got -1"),
-        ({"step_timeout_seconds": 0.0}, "step_timeout_seconds must be above 0, got 0.0"),
-        ({"step_timeout_seconds": math.nan}, "step_timeout_seconds must be above 0, got nan"),
+        ({"num_workers": -1}, "num_workers must be a whole number, at least 0, got -1"),
+        ({"max_failures": -1}, "max_failures must be a whole number, at least 0, got -1"),
+        ({"step_timeout_seconds": 0.0}, "step_timeout_seconds must be positive, got 0.0"),
+        ({"step_timeout_seconds": math.nan}, "step_timeout_seconds must be positive, got nan"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

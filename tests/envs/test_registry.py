@@ -16,7 +16,7 @@ import pytest
 from qfleet.config import ConfigError
 from qfleet.envs import cartpole, gymnasium, registry
 from qfleet.envs.host import HostEnv
-from qfleet.envs.registry import check_env, list_envs, make_env, register_env
+from qfleet.envs.registry import backend_of, check_env, list_envs, make_env, register_env
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 
@@ -169,6 +169,24 @@ def test_gymnasium_is_found_with_its_prefix_and_without(name: str, spec_name: st
     env = make_env(name)
     assert isinstance(env, HostEnv) and env.spec.name == spec_name
     check_env(env, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "needs"),
+    [
+        ("CartPole-v1", "in-graph", "gymnasium"),
+        ("gym:CartPole-v1", "gymnasium", "gymnasium"),
+        ("FrozenLake8x8-v1", "gymnasium", "gymnasium"),
+        ("counters:Counter-v0", "gymnasium", "gymnasium"),
+        ("Registered-v0", "registered", "gymnasium"),
+        ("gymnax:Breakout-MinAtar", "gymnax", "gymnax"),
+        ("ale:Pong", "ale", "ale_py"),
+    ],
+)
+def test_the_backend_of_a_name_is_told(name: str, backend: str, needs: str) -> None:
+    pytest.importorskip(needs)
+    register_env("Registered-v0", probes.time_limit)
+    assert backend_of(name) == backend
 
 
 def test_our_own_version_comes_before_gymnasiums() -> None:

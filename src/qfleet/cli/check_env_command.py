@@ -29,11 +29,12 @@ def run(arguments: Sequence[str]) -> int:
         if getattr(flags, name) < least:
             raise ConfigError(f"{name} must be at least {least}, got {getattr(flags, name)}")
     from qfleet.envs import conformance
-    from qfleet.envs.registry import make_env
+    from qfleet.envs.registry import backend_of, make_env
 
     checks = conformance.check(
         make_env(flags.env), num_steps=flags.steps, seed=flags.seed, num_workers=flags.num_workers
     )
+    print(f"{flags.env} ({backend_of(flags.env)})")
     for found in checks:
         print(f"{'ok  ' if found.is_ok else 'FAIL'} {found.what}{': ' if found.detail else ''}{found.detail}")
     return 0 if all(found.is_ok for found in checks) else 1

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from qfleet.config import FusedConfig, OverlappedConfig
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 def follow(run: "Run", *, quiet: bool) -> int:
     """Sees a run through to its end, shows its progress, and returns the exit code."""
     with ProgressView(run.config.env_steps, quiet=quiet) as view:
-        view.message(f"{run.config.env} with {run.config.preset}, into {run.directory.path}")
+        place = environments(run.backend, run.config.topology)
+        view.message(f"{run.config.env} ({place}) with {run.config.preset}, into {run.directory.path}")
         for progress in run:
             view.update({"env_steps": progress.env_steps, **progress.metrics()})
     if not quiet:
@@ -19,6 +21,22 @@ def follow(run: "Run", *, quiet: bool) -> int:
         if run.summary["time_shares"] is not None:
             print_time_shares(run.summary, run.config.topology.num_envs)
     return 0
+
+
+def environments(backend: str, topology: FusedConfig | OverlappedConfig) -> str:
+    """Returns what makes a run's environments and where they step, such as "gymnasium, 8 in this process"."""
+    if isinstance(topology, FusedConfig):
+        return backend if backend == "in-graph" else f"{backend}, in-graph"
+    num_workers = min(topology.num_workers, topology.num_envs)
+    if num_workers:
+        where = f"in {num_workers} worker process{'es' if num_workers > 1 else ''}"
+    elif backend in ("ale", "envpool"):
+        where = "on its own threads"
+    elif backend == "gymnasium":
+        where = "in this process"
+    else:
+        where = "at once"  # as their maker likes
+    return f"{backend}, {topology.num_envs} {where}"
 
 
 def outcome(summary: dict[str, Any], path: str) -> str:
@@ -38,6 +56,9 @@ def outcome(summary: dict[str, Any], path: str) -> str:
             when = f", reached --stop-return after {steps:,} environment steps" if steps is not None else ""
             lines.append(f"  seed {summary['seed'] + i}: {sum(seed_returns) / len(seed_returns):.1f}{when}")
         lines.append(f"{len(solved)} of {summary['num_seeds']} seeds reached --stop-return") if solved else None
+    if summary["num_videos"] or summary["num_video_failures"]:
+        failed = f", {summary['num_video_failures']} failed" if summary["num_video_failures"] else ""
+        lines.append(f"videos: {summary['num_videos']} in {path}/videos{failed}")
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
     lines.append(f"next: qfleet eval {path} | qfleet resume {path}{further}")
     return "\n".join(lines)

@@ -3,8 +3,9 @@
 The protocol is that of Mnih et al. 2015 with the recommendations of Machado et al. 2018 (arXiv 1709.06009) as options.
 """
 
+import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,25 +36,63 @@ def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space
       ConfigError: if ALE is missing, there is no such game, or an option is out of range.
     """
     try:
-        import ale_py
+        import ale_py.vector_env
         from ale_py import roms
-        from ale_py.vector_env import AtariVectorEnv
     except ImportError as error:
         raise ConfigError(f"ale:{name} needs ALE ({error}); pip install 'qfleet[atari]'") from error
     if not 0.0 <= repeat_action_probability <= 1.0:
         raise ConfigError(f"repeat_action_probability must be in [0, 1], got {repeat_action_probability}")
     game = _find_game(name, roms.get_all_rom_ids())
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # or it prints its version for every environment
+    atari = _Atari(f"ale:{name}", game, repeat_action_probability, full_action_space)
+    with contextlib.closing(atari.vector(1)) as probe:
+        num_actions = len(probe.ale.get_action_set())
+    spec = EnvSpec(
+        name=atari.name,
+        observation_shape=SCREEN,
+        observation_dtype=np.dtype(np.uint8),
+        num_actions=num_actions,
+        frame_stack=4,
+        time_limit=TIME_LIMIT_FRAMES // FRAME_SKIP,
+    )
+    return HostEnv(spec, atari.lanes, atari.eval_lanes, atari.rendered_lanes)
 
-    def make_vector(
-        num_lanes: int, *, reward_clipping: bool, screen: tuple[int, int] = SCREEN, grayscale: bool = True
-    ) -> AtariVectorEnv:
+
+class _Atari(NamedTuple):
+    """One game with its options, as a maker of lanes."""
+
+    name: str
+    game: str
+    repeat_action_probability: float
+    full_action_space: bool
+
+    def lanes(self, num_lanes: int, options: LaneOptions) -> HostLanes:
+        return self._vector_lanes(num_lanes, options, lives_end_episodes=True, reward_clipping=True)
+
+    def eval_lanes(self, num_lanes: int, options: LaneOptions) -> HostLanes:
+        return self._vector_lanes(num_lanes, options)
+
+    def rendered_lanes(self, options: LaneOptions) -> RenderedLanes:
+        coloured = self._vector_lanes(1, options, screen=PICTURE, grayscale=False)
+        return AleWithPictures(self.eval_lanes(1, options), coloured)
+
+    def vector(
+        self,
+        num_lanes: int,
+        *,
+        reward_clipping: bool = False,
+        screen: tuple[int, int] = SCREEN,
+        grayscale: bool = True,
+    ) -> Any:
+        """Returns ALE's vector environment with our protocol."""
+        from ale_py.vector_env import AtariVectorEnv
+
         return AtariVectorEnv(
-            game,
+            self.game,
             num_lanes,
             max_num_frames_per_episode=TIME_LIMIT_FRAMES,
-            repeat_action_probability=repeat_action_probability,
-            full_action_space=full_action_space,
+            repeat_action_probability=self.repeat_action_probability,
+            full_action_space=self.full_action_space,
             img_height=screen[0],
             img_width=screen[1],
             grayscale=grayscale,
@@ -64,37 +103,18 @@ def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space
             reward_clipping=reward_clipping,
         )
 
-    probe = make_vector(1, reward_clipping=False)
-    spec = EnvSpec(
-        name=f"ale:{name}",
-        observation_shape=SCREEN,
-        observation_dtype=np.dtype(np.uint8),
-        num_actions=len(probe.ale.get_action_set()),
-        frame_stack=4,
-        time_limit=TIME_LIMIT_FRAMES // FRAME_SKIP,
-    )
-    probe.close()
+    def _vector_lanes(
+        self, num_lanes: int, options: LaneOptions, *, lives_end_episodes: bool = False, **settings: Any
+    ) -> HostLanes:
+        if options.num_workers:
+            raise ConfigError(
+                f"num_workers must be 0 for {self.name}, which has threads of its own, got {options.num_workers}"
+            )
 
-    def make_lanes(num_lanes: int, options: LaneOptions) -> HostLanes:
-        def backend(num_lanes: int) -> AleVector:
-            return AleVector(make_vector(num_lanes, reward_clipping=True), lives_end_episodes=True)
+        def make_backend(num_lanes: int) -> AleVector:
+            return AleVector(self.vector(num_lanes, **settings), lives_end_episodes=lives_end_episodes)
 
-        return VectorLanes(spec.name, backend, num_lanes, _without_workers(spec.name, options))
-
-    def make_eval_lanes(num_lanes: int, options: LaneOptions) -> HostLanes:
-        def backend(num_lanes: int) -> AleVector:
-            return AleVector(make_vector(num_lanes, reward_clipping=False), lives_end_episodes=False)
-
-        return VectorLanes(spec.name, backend, num_lanes, _without_workers(spec.name, options))
-
-    def make_rendered_lanes(options: LaneOptions) -> RenderedLanes:
-        def backend(num_lanes: int) -> AleVector:
-            vector = make_vector(num_lanes, reward_clipping=False, screen=PICTURE, grayscale=False)
-            return AleVector(vector, lives_end_episodes=False)
-
-        return AleWithPictures(make_eval_lanes(1, options), VectorLanes(spec.name, backend, 1, options))
-
-    return HostEnv(spec, make_lanes, make_eval_lanes, make_rendered_lanes)
+        return VectorLanes(self.name, make_backend, num_lanes, options)
 
 
 class AleVector:
@@ -184,9 +204,3 @@ def _find_game(name: str, known: Sequence[str]) -> str:
         nice = {game.title().replace("_", ""): game for game in known}
         raise ConfigError(f"ALE has no game {name!r}.{suggest(name, nice)}")
     return games[key]
-
-
-def _without_workers(name: str, options: LaneOptions) -> LaneOptions:
-    if options.num_workers:
-        raise ConfigError(f"num_workers must be 0 for {name}, which has threads of its own, got {options.num_workers}")
-    return options

@@ -2,9 +2,8 @@
 
 import contextlib
 import functools
-import importlib
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 from gymnasium.envs.registration import EnvSpec as GymnasiumSpec
@@ -12,11 +11,26 @@ from gymnasium.vector import AutoresetMode
 
 from qfleet.config import ConfigError, suggest
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
-from qfleet.envs.lane_group import make_single
+from qfleet.envs.lane_group import SingleEnv, make_single
+from qfleet.envs.names import import_module_of
 from qfleet.envs.observations import Encoder, discrete_actions, make_encoder
 from qfleet.envs.single_lanes import SingleLanes
 from qfleet.envs.vector_lanes import GymnasiumVector, VectorLanes
 from qfleet.envs.worker_lanes import WorkerLanes
+
+
+class _Kind(NamedTuple):
+    """What is registered, made with which options, and how the agent sees it."""
+
+    spec: EnvSpec
+    registered: GymnasiumSpec
+    options: dict[str, Any]
+    encoder: Encoder
+    first_action: int
+
+    def single(self, **further_options: Any) -> SingleEnv:
+        make = functools.partial(make_single, self.registered, {**self.options, **further_options})
+        return SingleEnv(self.spec.name, make, self.encoder, self.first_action)
 
 
 def make(name: str, **options: Any) -> HostEnv:
@@ -49,25 +63,10 @@ def make(name: str, **options: Any) -> HostEnv:
         num_actions=int(actions.n),
         time_limit=_time_limit(registered, options),
     )
-    lanes = functools.partial(
-        _make_lanes,
-        spec=spec,
-        registered=registered,
-        options=options,
-        encoder=encoder,
-        first_action=int(actions.start),
-        use_vector=_use_vector(name, registered, options),
-    )
+    kind = _Kind(spec, registered, options, encoder, int(actions.start))
+    lanes = functools.partial(_make_lanes, kind, _use_vector(name, registered, options))
     can_render = not _is_vector(env) and "rgb_array" in env.metadata.get("render_modes", ())
-    rendered = functools.partial(
-        _make_rendered_lanes,
-        spec=spec,
-        registered=registered,
-        options=options,
-        encoder=encoder,
-        first_action=int(actions.start),
-    )
-    return HostEnv(spec, lanes, lanes, rendered if can_render else None)
+    return HostEnv(spec, lanes, lanes, functools.partial(_make_rendered_lanes, kind) if can_render else None)
 
 
 def find(name: str) -> GymnasiumSpec:
@@ -76,14 +75,7 @@ def find(name: str) -> GymnasiumSpec:
     Raises:
       ConfigError: if there is none, or the module can't be imported.
     """
-    module, _, local_name = name.rpartition(":")
-    if module:
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # whatever the user's module raises is what is wrong with it
-            raise ConfigError(
-                f"gym:{name}: {module!r} must be a Python module that can be imported ({type(error).__name__}: {error})"
-            ) from error
+    _, local_name = import_module_of(name)
     try:
         return gymnasium.spec(local_name)
     except gymnasium.error.Error as error:
@@ -143,47 +135,29 @@ def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -
     return must or mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED)
 
 
-def _make_lanes(
-    num_lanes: int,
-    lane_options: LaneOptions,
-    *,
-    spec: EnvSpec,
-    registered: GymnasiumSpec,
-    options: dict[str, Any],
-    encoder: Encoder,
-    first_action: int,
-    use_vector: bool,
-) -> HostLanes:
-    if lane_options.num_workers and registered.entry_point is None:
-        raise ConfigError(f"num_workers must be 0 for {spec.name}, of which there are no single environments")
+def _make_lanes(kind: _Kind, use_vector: bool, num_lanes: int, lane_options: LaneOptions) -> HostLanes:
+    if lane_options.num_workers and kind.registered.entry_point is None:
+        raise ConfigError(f"num_workers must be 0 for {kind.spec.name}, of which there are no single environments")
     if use_vector and not lane_options.num_workers:
 
         def make_backend(num_lanes: int) -> GymnasiumVector:
-            return GymnasiumVector(_make_vector(registered, options, num_lanes), encoder, first_action)
+            env = _make_vector(kind.registered, kind.options, num_lanes)
+            return GymnasiumVector(env, kind.encoder, kind.first_action)
 
-        return VectorLanes(spec.name, make_backend, num_lanes, lane_options)
+        return VectorLanes(kind.spec.name, make_backend, num_lanes, lane_options)
     lanes = WorkerLanes if lane_options.num_workers else SingleLanes
-    make_env = functools.partial(make_single, registered, options)
-    return lanes(spec.name, make_env, encoder, first_action, num_lanes, lane_options)
+    return lanes(kind.single(), num_lanes, lane_options)
 
 
-def _make_rendered_lanes(
-    lane_options: LaneOptions,
-    *,
-    spec: EnvSpec,
-    registered: GymnasiumSpec,
-    options: dict[str, Any],
-    encoder: Encoder,
-    first_action: int,
-) -> RenderedLanes:
+def _make_rendered_lanes(kind: _Kind, lane_options: LaneOptions) -> RenderedLanes:
     os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # or pygame greets on stdout
-    make_env = functools.partial(make_single, registered, {**options, "render_mode": "rgb_array"})
+    single = kind.single(render_mode="rgb_array")
     try:
-        with contextlib.closing(make_env()) as env:
+        with contextlib.closing(single.make()) as env:
             env.reset(seed=0)
             env.render()  # only now do some import what they draw with
     except Exception as error:  # whatever it raises is why it can't be watched
         raise ConfigError(
-            f"{spec.name} must render to be watched, got {type(error).__name__}: {error}; install what it names"
+            f"{kind.spec.name} must render to be watched, got {type(error).__name__}: {error}; install what it names"
         ) from error
-    return SingleLanes(spec.name, make_env, encoder, first_action, 1, lane_options)
+    return SingleLanes(single, 1, lane_options)

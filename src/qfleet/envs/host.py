@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from qfleet.config import ConfigError
+from qfleet.config import check_lane_options
 from qfleet.core.types import EnvSpec
 
 __all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes"]
@@ -81,11 +81,7 @@ class LaneOptions:
     """Failures that a run survives; a worker that hangs or dies is one, though it takes all its lanes with it."""
 
     def __post_init__(self) -> None:
-        for name in ("num_workers", "max_failures"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not self.step_timeout_seconds > 0:
-            raise ConfigError(f"step_timeout_seconds must be above 0, got {self.step_timeout_seconds}")
+        check_lane_options(self.num_workers, self.step_timeout_seconds, self.max_failures)
 
 
 class HostEnv(NamedTuple):

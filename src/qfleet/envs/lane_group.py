@@ -62,18 +62,21 @@ def make_single(registered: EnvSpec, options: dict[str, Any]) -> gymnasium.Env:
     return gymnasium.make(registered, disable_env_checker=True, **options)
 
 
+class SingleEnv(NamedTuple):
+    """What lanes of single environments are made of."""
+
+    name: str
+    make: Callable[[], gymnasium.Env]
+    encoder: Encoder
+    first_action: int
+    """Its number for our action 0."""
+
+
 class LaneGroup:
     """Environments of some lanes, each replaced when it fails."""
 
-    def __init__(
-        self,
-        make_env: Callable[[], gymnasium.Env],
-        encoder: Encoder,
-        first_action: int,
-        lanes: Sequence[int],
-        max_failures: int,
-    ) -> None:
-        self._lanes = [_LaneEnv(make_env, encoder, first_action, lane, max_failures) for lane in lanes]
+    def __init__(self, env: SingleEnv, lanes: Sequence[int], max_failures: int) -> None:
+        self._lanes = [_LaneEnv(env, lane, max_failures) for lane in lanes]
 
     def reset(self, seed: int, rebuilds: int, out: StepArrays) -> list[Failure]:
         """Starts an episode in every lane and writes its first observation into `out`."""
@@ -106,20 +109,11 @@ class LaneGroup:
 class _LaneEnv:
     """One environment with NEXT_STEP autoreset, and its replacements."""
 
-    def __init__(
-        self,
-        make_env: Callable[[], gymnasium.Env],
-        encoder: Encoder,
-        first_action: int,
-        lane: int,
-        max_failures: int,
-    ) -> None:
-        self._make_env = make_env
-        self._encoder = encoder
-        self._first_action = first_action
+    def __init__(self, env: SingleEnv, lane: int, max_failures: int) -> None:
+        self._make_env, self._encoder, self._first_action = env.make, env.encoder, env.first_action
         self._lane = lane
         self._max_failures = max_failures
-        self._env = make_env()
+        self._env = env.make()
         self._ended = False
         self._seed = self._rebuilds = self._env_seed = 0
         self._failures: list[Failure] = []

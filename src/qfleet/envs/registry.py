@@ -3,6 +3,7 @@
 Nothing here imports JAX until an environment is made, so that the command line can list names at once.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qfleet.config import ConfigError, suggest
+from qfleet.envs.names import BACKENDS, import_module_of
 
 if TYPE_CHECKING:
     from qfleet.envs.host import HostEnv
@@ -21,18 +23,13 @@ _OURS = {
     "MountainCar-v0": "qfleet.envs.mountain_car",
 }
 _MINATAR = ("Asterix-MinAtar", "Breakout-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar")
-_BACKENDS = {
-    "gymnax": "qfleet.envs.gymnax",
-    "gym": "qfleet.envs.gymnasium",
-    "ale": "qfleet.envs.ale",
-    "envpool": "qfleet.envs.envpool",
-}
-"""What may stand before the colon, and the module whose `make` takes what stands after it."""
 
-_registered: dict[str, Callable[..., "InGraphEnv | HostEnv"]] = {}
+_Make = Callable[..., "InGraphEnv | HostEnv"]
+
+_registered: dict[str, _Make] = {}
 
 
-def register_env(name: str, make: Callable[..., "InGraphEnv | HostEnv"]) -> None:
+def register_env(name: str, make: _Make) -> None:
     """Gives an environment a name; `make_env(name, **options)` calls `make(**options)` and checks what it returns.
 
     Registering a name again replaces it, so that a notebook cell may run twice.
@@ -75,27 +72,41 @@ def make_env(name: str, **options: Any) -> "InGraphEnv | HostEnv":
         one breaks the contract.
     """
     try:
-        return _make_env(name, options)
+        _, make = _find(name)
+        return make(**options)
     except TypeError as error:  # what Python says of an argument that a function doesn't have
         if options:
             raise ConfigError(f"env_options must be what {name} takes, got {options} ({error})") from error
         raise
 
 
-def _make_env(name: str, options: dict[str, Any]) -> "InGraphEnv | HostEnv":
+def backend_of(name: str) -> str:
+    """Returns what makes the environment of that name: in-graph (ours), gymnax, registered, gymnasium, ale or envpool.
+
+    Raises:
+      ConfigError: if there is none of that name, or its module can't be imported.
+    """
+    backend, _ = _find(name)
+    return backend
+
+
+def _find(name: str) -> tuple[str, _Make]:
+    """Returns the backend that a name stands for, and what makes the environment from its options."""
     if name in _OURS:
-        ours: InGraphEnv = importlib.import_module(_OURS[name]).make(**options)
-        return ours
-    backend, separator, rest = name.partition(":")
-    if separator and backend in _BACKENDS:
-        made: InGraphEnv | HostEnv = importlib.import_module(_BACKENDS[backend]).make(rest, **options)
-        return made
-    module, separator, local_name = name.rpartition(":")
-    if separator:
-        _import(module)
-    if local_name not in _registered:
-        return _make_of_gymnasium(name, module, local_name, options)
-    env = _registered[local_name](**options)
+        return "in-graph", importlib.import_module(_OURS[name]).make
+    prefix, separator, rest = name.partition(":")
+    if separator and prefix in BACKENDS:
+        module_name = BACKENDS[prefix]
+        return module_name.rpartition(".")[2], functools.partial(importlib.import_module(module_name).make, rest)
+    module, local_name = import_module_of(name)
+    if local_name in _registered:
+        return "registered", functools.partial(_make_registered, name, _registered[local_name])
+    _check_in_gymnasium(name, module, local_name)
+    return "gymnasium", functools.partial(importlib.import_module(BACKENDS["gym"]).make, name)
+
+
+def _make_registered(name: str, make: _Make, **options: Any) -> "InGraphEnv | HostEnv":
+    env = make(**options)
     check_env(env, name)
     return env
 
@@ -108,10 +119,10 @@ def default_topology(name: str) -> str:
     backend, separator, _ = name.partition(":")
     if name in _OURS or backend == "gymnax":
         return "fused"
-    module, _, local_name = name.rpartition(":")
-    if separator and backend not in _BACKENDS:
-        _import(module)
-    if backend in _BACKENDS or local_name not in _registered:
+    if separator and backend in BACKENDS:
+        return "overlapped"
+    _, local_name = import_module_of(name)
+    if local_name not in _registered:
         return "overlapped"
 
     from qfleet.envs.host import HostEnv
@@ -134,13 +145,11 @@ def check_env(env: "InGraphEnv | HostEnv", name: str) -> None:
         _check_in_graph(env, name)
 
 
-def _make_of_gymnasium(name: str, module: str, local_name: str, options: dict[str, Any]) -> "HostEnv":
+def _check_in_gymnasium(name: str, module: str, local_name: str) -> None:
     import gymnasium
 
     if local_name in gymnasium.registry:
-        from qfleet.envs import gymnasium as backend
-
-        return backend.make(name, **options)
+        return
     if module:
         rule = f"module {module} must register {local_name!r} with qfleet.register_env or Gymnasium when imported"
         near = suggest(local_name, [*_registered, *gymnasium.registry])
@@ -216,13 +225,3 @@ def _describe(tree: Any) -> str:
     import jax
 
     return str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree))
-
-
-def _import(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # whatever the user's module raises is what is wrong with it
-        raise ConfigError(
-            f"what stands before the colon must be {', '.join(_BACKENDS)} or a Python module that can be imported, got "
-            f"{module!r} ({type(error).__name__}: {error}).{suggest(module, _BACKENDS)}"
-        ) from error

@@ -1,14 +1,10 @@
 """Lanes of single Gymnasium environments in this process."""
 
-from collections.abc import Callable
-
-import gymnasium
 import numpy as np
 
 from qfleet.envs.failures import FailureBudget
 from qfleet.envs.host import HostStep, LaneOptions
-from qfleet.envs.lane_group import LaneGroup, make_arrays
-from qfleet.envs.observations import Encoder
+from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
 
 
 class SingleLanes:
@@ -17,18 +13,10 @@ class SingleLanes:
     An environment that hangs can't be replaced here, for nobody is left to notice: use workers.
     """
 
-    def __init__(
-        self,
-        name: str,
-        make_env: Callable[[], gymnasium.Env],
-        encoder: Encoder,
-        first_action: int,
-        num_lanes: int,
-        options: LaneOptions,
-    ) -> None:
-        self._num_lanes, self._encoder = num_lanes, encoder
-        self._group = LaneGroup(make_env, encoder, first_action, range(num_lanes), options.max_failures)
-        self._budget = FailureBudget(name, options.max_failures)
+    def __init__(self, env: SingleEnv, num_lanes: int, options: LaneOptions) -> None:
+        self._num_lanes, self._encoder = num_lanes, env.encoder
+        self._group = LaneGroup(env, range(num_lanes), options.max_failures)
+        self._budget = FailureBudget(env.name, options.max_failures)
         self._action = np.zeros(num_lanes, np.int32)
 
     def reset(self, seed: int) -> np.ndarray:

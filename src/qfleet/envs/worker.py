@@ -1,23 +1,17 @@
 """What a worker process runs: it steps its share of the lanes whenever it is told to. No JAX."""
 
 import signal
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-import gymnasium
-
 from qfleet.envs.failures import describe
-from qfleet.envs.lane_group import LaneGroup, make_arrays
-from qfleet.envs.observations import Encoder
+from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
 
 
 class Share(NamedTuple):
     """What one worker needs to know."""
 
-    make_env: Callable[[], gymnasium.Env]
-    encoder: Encoder
-    first_action: int
+    env: SingleEnv
     num_lanes: int
     """Of all workers together, which share one buffer."""
     max_failures: int
@@ -31,9 +25,9 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us as well, but the parent decides when we end
     lanes = slice(share.lanes.start, share.lanes.stop)
-    out = make_arrays(share.num_lanes, share.encoder, buffer).of(lanes)
+    out = make_arrays(share.num_lanes, share.env.encoder, buffer).of(lanes)
     try:
-        group = LaneGroup(share.make_env, share.encoder, share.first_action, share.lanes, share.max_failures)
+        group = LaneGroup(share.env, share.lanes, share.max_failures)
     except Exception as error:
         connection.send(describe(error))
         return

@@ -4,22 +4,19 @@ Actions and failures go through pipes, all arrays through memory that the proces
 forked copy of a process in which JAX has threads may hang.
 """
 
-import functools
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-import gymnasium
 import numpy as np
 from gymnasium.vector.utils import CloudpickleWrapper
 
 from qfleet.config import ConfigError
 from qfleet.envs.failures import Failure, FailureBudget, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
-from qfleet.envs.lane_group import make_arrays, num_bytes
-from qfleet.envs.observations import Encoder
+from qfleet.envs.lane_group import SingleEnv, make_arrays, num_bytes
 from qfleet.envs.worker import Share, work
 
 _START_SECONDS = 120.0  # to start Python, import what the environments need, and make them
@@ -29,34 +26,26 @@ _CLOSE_SECONDS = 2.0  # to close them, before the worker is killed
 class WorkerLanes:
     """`HostLanes` in `options.num_workers` processes, or as many as there are lanes."""
 
-    def __init__(
-        self,
-        name: str,
-        make_env: Callable[[], gymnasium.Env],
-        encoder: Encoder,
-        first_action: int,
-        num_lanes: int,
-        options: LaneOptions,
-    ) -> None:
+    def __init__(self, env: SingleEnv, num_lanes: int, options: LaneOptions) -> None:
         self._options = options
-        self._budget = FailureBudget(name, options.max_failures)
+        self._budget = FailureBudget(env.name, options.max_failures)
         context = multiprocessing.get_context("spawn")
-        buffer = context.RawArray("B", num_bytes(num_lanes, encoder))
-        self._arrays = make_arrays(num_lanes, encoder, buffer)
+        buffer = context.RawArray("B", num_bytes(num_lanes, env.encoder))
+        self._arrays = make_arrays(num_lanes, env.encoder, buffer)
         shares = np.array_split(np.arange(num_lanes), min(options.num_workers, num_lanes))
-        make_env = CloudpickleWrapper(make_env)  # environments of notebooks and closures travel as well
-        share = functools.partial(Share, make_env, encoder, first_action, num_lanes, options.max_failures)
-        self._workers = [
-            _Worker(context, buffer, share(lanes=range(int(lanes[0]), int(lanes[-1]) + 1))) for lanes in shares
-        ]
+        env = env._replace(make=CloudpickleWrapper(env.make))  # environments of notebooks and closures travel as well
+        self._workers = []
+        for lanes in shares:
+            share = Share(env, num_lanes, options.max_failures, range(int(lanes[0]), int(lanes[-1]) + 1))
+            self._workers.append(_Worker(context, buffer, share))
         try:
             for worker in self._workers:
                 worker.wait_until_ready()
         except _WorkerLost as lost:
             self.close()
             raise ConfigError(
-                f"environment {name} must be one that a worker process can make, got: {lost}. If your script trains at "
-                "its top level, put that under `if __name__ == '__main__':`"
+                f"environment {env.name} must be one that a worker process can make, got: {lost}. If your script "
+                "trains at its top level, put that under `if __name__ == '__main__':`"
             ) from lost
 
     def reset(self, seed: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Greedy episodes played one at a time, moment by moment, to be looked at; `evaluation` plays many at once."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from qfleet.config import ConfigError
 from qfleet.core.actor import init_view, push_frame
 from qfleet.core.types import EnvSpec, as_it_comes
+from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes
 from qfleet.envs.rendering import draw_observation, is_picture
 from qfleet.envs.spec import InGraphEnv
@@ -39,8 +41,10 @@ class Moment(NamedTuple):
 
 def play(
     env: InGraphEnv | HostEnv, q_values: QValues, num_episodes: int, seed: int, store: Store = as_it_comes
-) -> Iterator[Iterator[Moment]]:
+) -> Generator[Iterator[Moment], None, None]:
     """Yields greedy episodes, each an iterator over its moments, which is to be used up before the next is taken.
+
+    What draws them is closed after the last one, or with the generator.
 
     An episode of n steps has n + 1 moments. In an environment written in JAX they begin as those of `greedy_returns`
     do with `jax.random.key(seed)`; in others, episode i begins as lane 0 does with seed + i.
@@ -62,6 +66,20 @@ def play(
             yield _play_host(lanes, env.spec, q_values, seed + episode, store)
     finally:
         lanes.close()
+
+
+def check_can_play(env: InGraphEnv | HostEnv) -> None:
+    """Raises ConfigError if `play` can't show an environment; draws the first picture of an episode to see."""
+    q = np.zeros((1, env.spec.num_actions), np.float32)
+    try:
+        with contextlib.closing(play(env, lambda view: q, 1, 0)) as episodes:
+            next(next(episodes))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever its renderer raises is what is wrong with it
+        raise ConfigError(
+            f"{env.spec.name} must render for videos, got {describe(error)}; mend what renders it, or do without videos"
+        ) from error
 
 
 def _play_in_graph(

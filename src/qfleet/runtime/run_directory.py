@@ -6,7 +6,7 @@ runs/<name>/
   events.out.*     the same for TensorBoard: `tensorboard --logdir runs` compares runs
   checkpoints/     the newest few, by environment steps
   summary.json     the outcome, replaced as a whole
-  videos/          what `qfleet watch` has written
+  videos/          what `qfleet watch` has written, and the run itself if asked to
   .lock            held by the process that trains it
 """
 

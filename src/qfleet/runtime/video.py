@@ -38,6 +38,16 @@ def check_extra() -> None:
     del av, PIL
 
 
+def params_label(env_steps: int, trained_seed: int | None) -> str:
+    """Returns what tells parameters from others of their run: when, and of many seeds, which one's."""
+    return f"step{env_steps}" + (f"-trained{trained_seed}" if trained_seed is not None else "")
+
+
+def video_name(label: str, seed: int, episode: int) -> str:
+    """Returns the name of the files that show an episode of a policy, without what follows the dot."""
+    return f"{label}-seed{seed}-episode{episode}"
+
+
 def film(moments: Iterator[Moment], path: Path, frames_per_second: int) -> Video:
     """Plays an episode into `path` with `.mp4` and `.gif` added; files of these names are replaced once it is over.
 

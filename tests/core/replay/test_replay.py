@@ -13,6 +13,7 @@ from scipy import stats
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.replay import Row, make_replay, outcome_of, priorities
 from qfleet.core.replay.replay import MIN_PRIORITY
+from qfleet.core.replicas import over_axis
 from qfleet.core.types import EnvSpec
 
 NUM_ROWS = 12
@@ -32,6 +33,12 @@ CASES = [
     ("prioritised", 5, 4, 3, np.uint8),
     ("prioritised", 1, 4, 1, np.float32),
     ("prioritised", 5, 1, 1, np.float32),
+    # The same over replicas, each with a share of the lanes and of every batch.
+    ("uniform", 3, 4, 4, np.uint8, 2),
+    ("uniform", 1, 1, 8, np.float32, 8),
+    ("prioritised", 3, 4, 4, np.uint8, 2),
+    ("prioritised", 5, 1, 4, np.float32, 4),
+    ("prioritised", 1, 1, 8, np.uint8, 8),
 ]
 
 
@@ -53,7 +60,7 @@ def rows_of(stream, dtype):
 class Subject:
     """One replay, its oracle, and the stream that both are fed."""
 
-    def __init__(self, kind, n_step, frame_stack, num_lanes, dtype, batch_size=512, seed=0):
+    def __init__(self, kind, n_step, frame_stack, num_lanes, dtype, num_replicas=1, batch_size=512, seed=0):
         self.is_prioritised = kind == "prioritised"
         self.dtype, self.num_lanes = np.dtype(dtype), num_lanes
         spec = EnvSpec(
@@ -71,7 +78,8 @@ class Subject:
             priority_exponent=EXPONENT,
             replay_capacity=NUM_ROWS * num_lanes + num_lanes - 1,
         )
-        self.replay = make_replay(spec, config, num_lanes)
+        self.num_replicas = num_replicas
+        self.replay = make_replay(spec, config, num_lanes, over_axis("data", num_replicas))
         self.stream = oracle.random_stream(seed, 5 * NUM_ROWS, num_lanes)
         self.rows = rows_of(self.stream, self.dtype)
         self.oracle = oracle.OracleReplay(NUM_ROWS, num_lanes, n_step, frame_stack, DISCOUNT)
@@ -114,7 +122,7 @@ def recorded(*case):
     def step(state, inputs):
         t, row, key = inputs
         state = replay.insert(state, row)
-        leaves = priorities.get_leaves(state.tree, jnp.arange(NUM_ROWS * subject.num_lanes)) if state.tree else ()
+        leaves = replay.leaves(state)
         sample = replay.sample(state, key, jnp.float32(BETA))
         obs = sample.transition.obs.astype(jnp.int32)
         number = obs[newest_byte] + 256 * obs[second_byte]
@@ -125,13 +133,23 @@ def recorded(*case):
             lambda state: state,
             state,
         )
-        return state, (sample, leaves)
+        return state, (sample._replace(slot=(), is_mine=(), insertions=()), leaves)
 
     num_rows = len(subject.stream)
     inputs = (jnp.arange(num_rows), subject.rows, jax.random.split(jax.random.key(1), num_rows))
-    run = jax.jit(lambda state: jax.lax.scan(step, state, inputs), donate_argnums=0)
-    _, (samples, leaves) = run(replay.init())
-    return subject, *jax.device_get((samples, leaves))
+
+    def run(inputs):
+        return jax.lax.scan(step, replay.init(), inputs)[1]
+
+    if subject.num_replicas > 1:
+        if subject.num_replicas > jax.device_count():
+            pytest.skip(f"needs {subject.num_replicas} devices")
+        mesh = jax.make_mesh((subject.num_replicas,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        lanes = jax.P(None, "data")
+        shares = (lanes, jax.P(None, None, "data"))  # of each row's batch, and of its leaves
+        run = jax.shard_map(run, mesh=mesh, in_specs=((jax.P(), lanes, jax.P()),), out_specs=shares, check_vma=False)
+    samples, leaves = jax.device_get(jax.jit(run)(inputs))
+    return subject, samples, leaves
 
 
 def replayed(subject, samples):
@@ -181,7 +199,7 @@ def test_draws_and_weights_follow_the_priorities_of_the_oracle(case):
     statistic, freedom = 0.0, 0
     for t, row in enumerate(subject.stream):
         known.insert(row)
-        np.testing.assert_allclose(leaves[t], known.leaves(), rtol=1e-5)
+        np.testing.assert_allclose(leaves[t].reshape(-1), known.leaves(), rtol=1e-5)
         drawable = sorted(known.of)
         if not drawable:
             continue
