@@ -19,7 +19,7 @@ from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.devices import limit_cpu_threads, split_cpu
+from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
 from qfleet.runtime.recorder import Recorder
@@ -178,8 +178,11 @@ class Run:
         checkpoint: int | None = None,
     ) -> None:
         # Everything that can be wrong is found before the folder is touched and before anything is compiled.
+        mesh = config.topology.mesh
         if config.num_seeds > 1:
             split_cpu(config.num_seeds)
+        elif mesh.num_devices > 1:
+            set_cpu_devices(mesh.num_devices)
         env = make_env(config.env, **config.env_options)
         self._has_own_network = network is not None
         network = network or make_network(env.spec, config.agent)

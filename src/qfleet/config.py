@@ -167,6 +167,11 @@ class MeshConfig:
         for name in ("data", "model"):
             _check_count(f"mesh.{name}", getattr(self, name))
 
+    @property
+    def num_devices(self) -> int:
+        """How many it takes."""
+        return self.data * self.model
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FusedConfig:
@@ -206,6 +211,10 @@ class OverlappedConfig:
         _check_count("num_envs", self.num_envs)
         check_lane_options(self.num_workers, self.step_timeout_seconds, self.max_failures)
         _check(self.num_workers <= self.num_envs, "num_workers", f"at most num_envs={self.num_envs}", self.num_workers)
+        _check(
+            not self.profile or self.mesh.num_devices == 1,
+            "mesh.data x mesh.model", "1 with profile, which times one device", self.mesh.num_devices,
+        )  # fmt: skip
 
     @property
     def is_in_lock_step(self) -> bool:

@@ -7,10 +7,20 @@ from typing import Annotated, Literal, cast
 import tyro
 
 from qfleet.cli.show import follow
-from qfleet.config import TOPOLOGIES, FusedConfig, OverlappedConfig, TrainConfig, check_suits, topology_name
+from qfleet.config import (
+    TOPOLOGIES,
+    AgentConfig,
+    FusedConfig,
+    OverlappedConfig,
+    TrainConfig,
+    check_suits,
+    topology_name,
+)
 from qfleet.presets import make_config
 
 DEFAULT_PRESET = "pqn"
+
+_FLAT = tyro.conf.arg(name="")  # its fields' flags have no prefix
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +34,7 @@ class _TrainFlags(TrainConfig):
     """What to learn, as `qfleet envs` lists them."""
     preset: str = DEFAULT_PRESET
     """Where the settings below start from, as `qfleet presets` lists them."""
+    agent: Annotated[AgentConfig, _FLAT] = dataclasses.field(default_factory=AgentConfig)
     topology_name: Annotated[Literal["fused", "overlapped"], tyro.conf.arg(name="topology")] = "fused"
     """Where it runs. fused: acting and learning in one compiled program, for environments written in JAX. overlapped:
     the others step in threads or processes while the learner learns."""
@@ -34,13 +45,13 @@ class _TrainFlags(TrainConfig):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _FusedFlags(_TrainFlags):
     __doc__ = _TrainFlags.__doc__
-    topology: FusedConfig = dataclasses.field(default_factory=FusedConfig)
+    topology: Annotated[FusedConfig, _FLAT] = dataclasses.field(default_factory=FusedConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _OverlappedFlags(_TrainFlags):
     __doc__ = _TrainFlags.__doc__
-    topology: OverlappedConfig = dataclasses.field(default_factory=OverlappedConfig)
+    topology: Annotated[OverlappedConfig, _FLAT] = dataclasses.field(default_factory=OverlappedConfig)
 
 
 _FLAGS = {"fused": _FusedFlags, "overlapped": _OverlappedFlags}  # or each topology's flags would be a subcommand
@@ -82,7 +93,7 @@ def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool)
         prog="qfleet train",
         args=list(arguments),
         default=flags(**defaults, topology_name=name),
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     return cast(_TrainFlags, parsed)
 

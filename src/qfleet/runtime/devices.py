@@ -24,8 +24,13 @@ def limit_cpu_threads(num_parameters: int) -> None:
 
 def split_cpu(num_seeds: int) -> None:
     """Makes one CPU device per core, as far as independent learners divide over them. To call before JAX is used."""
+    set_cpu_devices(num_shards(num_seeds, os.cpu_count() or 1))
+
+
+def set_cpu_devices(count: int) -> None:
+    """Makes so many devices of the CPU, as if each were one of its own. To call before JAX is used."""
     try:
-        jax.config.update("jax_num_cpu_devices", num_shards(num_seeds, os.cpu_count() or 1))
+        jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
         return  # JAX is in use already, in a notebook say: its devices stay as they are, and serve as well
 

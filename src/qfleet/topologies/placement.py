@@ -28,7 +28,7 @@ class Placement:
         Raises:
           ConfigError: if there are too few, or the network's own partitioning doesn't fit them.
         """
-        num_devices = config.data * config.model
+        num_devices = config.num_devices
         devices = jax.devices()
         if num_devices > len(devices):
             raise ConfigError(
