@@ -10,7 +10,7 @@ import numpy as np
 import probes
 import pytest
 
-from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfig, RunFailed, TrainConfig
+from qfleet.config import AgentConfig, ConfigError, FusedConfig, MeshConfig, OverlappedConfig, RunFailed, TrainConfig
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, make_replay
 from qfleet.core.types import Network
 from qfleet.envs.host import EnvSpec, HostEnv, HostStep
@@ -71,12 +71,16 @@ class InGraphLanes:
         pass
 
 
+ONE = MeshConfig()
+
+
 def config_of(kind, topology, seed=3, **settings):
     return TrainConfig(env="test", agent=AGENTS[kind], topology=topology, seed=seed, eval_episodes=5, **settings)
 
 
-def make_overlapped(kind, env, lock_step=True, profile=False, seed=3, network=None):
-    config = config_of(kind, OverlappedConfig(num_envs=NUM_ENVS, lock_step=lock_step, profile=profile), seed)
+def make_overlapped(kind, env, lock_step=True, profile=False, seed=3, network=None, mesh=ONE):
+    topology = OverlappedConfig(num_envs=NUM_ENVS, lock_step=lock_step, profile=profile, mesh=mesh)
+    config = config_of(kind, topology, seed)
 
     def make_lanes(num_lanes, options):
         return InGraphLanes(env, num_lanes, rows_per_iteration(config.agent), seed)
@@ -95,12 +99,15 @@ def advance(topology, env_steps):
     return records
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2), MeshConfig(data=2, model=2)], ids=str)
 @pytest.mark.parametrize("kind", AGENTS)
-def test_in_lock_step_it_takes_the_steps_of_the_fused_topology(kind):
+def test_in_lock_step_it_takes_the_steps_of_the_fused_topology(kind, mesh):
+    if mesh.num_devices > jax.device_count():
+        pytest.skip(f"needs {mesh.num_devices} devices")
     env = probes.random_walk(frame_stack=2)
-    fused = Fused(config_of(kind, FusedConfig(num_envs=NUM_ENVS)), env, probes.linear_network(env.spec))
+    fused = Fused(config_of(kind, FusedConfig(num_envs=NUM_ENVS, mesh=mesh)), env, probes.linear_network(env.spec))
     fused.start()
-    overlapped = make_overlapped(kind, env)
+    overlapped = make_overlapped(kind, env, mesh=mesh)
     steps = 10 * NUM_ENVS * ROWS
     records = {name: advance(each, steps) for name, each in {"fused": fused, "overlapped": overlapped}.items()}
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), fused.params, overlapped.params)
