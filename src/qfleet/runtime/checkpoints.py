@@ -304,20 +304,21 @@ def _read(path: Path, recorded: Mapping[_TreePath, Mapping[str, Any]], wanted: M
     if not recorded:
         return []
     ocp = _orbax()
-    arguments = {
-        name: ocp.RestoreArgs(restore_type=np.ndarray)
-        if not _is_jax(leaf) or _is_key(leaf)
-        else ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=leaf.shape, dtype=leaf.dtype)
-        for name, leaf in wanted.items()
-    }
+
+    def argument(name: _TreePath, leaf: Any) -> Any:
+        if not _is_jax(leaf):
+            return ocp.RestoreArgs(restore_type=np.ndarray)
+        data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf  # what _stored made of it
+        return ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=data.shape, dtype=data.dtype)
+
+    arguments = {name: argument(name, leaf) for name, leaf in wanted.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=_nest(arguments.items())))
     leaves = []
-    for name, leaf in wanted.items():
+    for name in wanted:
         value = functools.reduce(lambda node, key: node[key], name, tree)
         if "key_impl" in recorded[name]:
             value = jax.random.wrap_key_data(jnp.asarray(value), impl=recorded[name]["key_impl"])
-            value = value if leaf is None else jax.device_put(value, _sharding(leaf))
         leaves.append(value)
     return leaves
 

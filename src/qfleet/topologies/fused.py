@@ -24,6 +24,7 @@ from qfleet.core.replay import SavedReplay, partition_saved
 from qfleet.core.replicas import ALONE
 from qfleet.core.types import Network, Params
 from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime import peers
 from qfleet.runtime.devices import num_shards
 from qfleet.runtime.records import Progress
 from qfleet.topologies.fused_program import NO_BAD_STEP, FusedState, Program, Tally, make_program, partition_state
@@ -66,7 +67,7 @@ class Fused(Topology):
         self.learner_steps = 0
         """Taken so far, by each seed's learner."""
         self._replay_starts_at = 0  # environment steps when the replay was last empty
-        self._seconds_per_iteration: float | None = None
+        self._seconds_per_iteration = CHUNK_SECONDS  # not known yet: the first chunk is one iteration
         self._kept: dict[int, Any] = {}  # learners to keep as they are, by the seed's index
 
     def start(self) -> float:
@@ -166,9 +167,8 @@ class Fused(Topology):
           RunFailed: if a reward, an observation or the loss isn't finite.
         """
         num_iterations = math.ceil((until_env_steps - self.env_steps) / self.env_steps_per_iteration)
-        if self._seconds_per_iteration is not None:
-            num_iterations = min(num_iterations, math.ceil(CHUNK_SECONDS / self._seconds_per_iteration))
-        num_iterations = max(1, min(num_iterations, MAX_ITERATIONS))
+        wanted = peers.firsts(CHUNK_SECONDS / self._seconds_per_iteration)
+        num_iterations = max(1, min(num_iterations, math.ceil(wanted), MAX_ITERATIONS))
 
         started = time.perf_counter()
         plan = self._plan()

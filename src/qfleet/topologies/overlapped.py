@@ -6,6 +6,7 @@ Without replay a rollout and learning from it take turns. `profile` is `lock_ste
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from qfleet.core.replay import Replay, SavedReplay, make_replay, partition, part
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Network, Params, stored_spec
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
+from qfleet.runtime import peers
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.evaluation import host_greedy_returns
 from qfleet.runtime.records import Progress
@@ -87,6 +89,7 @@ class Overlapped(Topology):
         self.learner_steps = 0
         """Taken so far."""
         self._replay_starts_at = 0  # environment steps when the replay was last empty
+        self._seconds_per_iteration = CHUNK_SECONDS  # not known yet: the first chunk is one iteration
         self._lanes: Any = None
         self._eval_lanes: HostLanes | None = None
         self._pending: _Pending | None = None  # a row that is not stored and learned from yet
@@ -239,15 +242,17 @@ class Overlapped(Topology):
         self._stopwatch.start()
         env_steps, learner_steps = self.env_steps, self.learner_steps
         tally = _Tally(self._episodes)
-        while True:
+        num_iterations = math.ceil((until_env_steps - self.env_steps) / self.env_steps_per_iteration)
+        wanted = peers.firsts(CHUNK_SECONDS / self._seconds_per_iteration)
+        num_iterations = max(1, min(num_iterations, math.ceil(wanted)))
+        for _ in range(num_iterations):
             plan = make_plan(self._config.agent, self._topology.num_envs, 1, self.env_steps, self._replay_starts_at)
             self._iterate(plan, tally)
             self.env_steps += self.env_steps_per_iteration
             self.learner_steps += planned_learner_steps(self._config.agent, plan, 1)
-            if self.env_steps >= until_env_steps or time.perf_counter() - started > CHUNK_SECONDS:
-                break
         loss, td_error = self._mean_losses()
         seconds = time.perf_counter() - started
+        self._seconds_per_iteration = seconds / num_iterations
         return Progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,

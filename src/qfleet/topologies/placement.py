@@ -36,7 +36,8 @@ class Placement:
                 f"{num_devices} for {len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}; "
                 f"try a smaller mesh"
             )
-        self.replicas: Replicas = over_axis(DATA_AXIS, config.data)
+        is_cheap_to_join = devices[0].platform == "cpu" and config.model == 1
+        self.replicas: Replicas = over_axis(DATA_AXIS, config.data, as_vector=is_cheap_to_join)
         self.is_one_device = num_devices == 1
         """Then all of this is plain `jax.jit`."""
         self._network, self._num_model = network, config.model

@@ -15,7 +15,11 @@ SIZES = [1, 7, 8, 9, 100, 512, 513, 5000]  # either side of whole groups of `FAN
 
 find = jax.jit(find_leaves)
 put = jax.jit(set_leaves)
-sample = jax.jit(sample_leaves)
+
+
+@jax.jit
+def sample(tree, uniforms):
+    return sample_leaves(tree, uniforms, total(tree)[None], jnp.uint32(0))
 
 
 def assert_levels_agree(tree):
@@ -126,7 +130,7 @@ def test_sampled_frequencies_follow_the_priorities():
     leaves = rng.exponential(size=40).astype(np.float32)
     leaves[[0, 8, 9, 20, 39]] = 0.0
     tree = put(init_tree(40), jnp.arange(40), jnp.asarray(leaves))
-    draws = jax.vmap(lambda key: sample_leaves(tree, jax.random.uniform(key, (1,))))
+    draws = jax.vmap(lambda key: sample(tree, jax.random.uniform(key, (1,))))
     indices, _, probabilities = jax.jit(draws)(jax.random.split(jax.random.key(0), 40_000))
     shares = leaves.astype(np.float64) / leaves.sum(dtype=np.float64)
     np.testing.assert_allclose(probabilities[:, 0], shares[indices[:, 0]], rtol=1e-6)
@@ -152,7 +156,7 @@ def test_trees_side_by_side_equal_separate_ones():
             place_key, value_key, draw_key = jax.random.split(key, 3)
             indices = jax.random.randint(place_key, (64,), -10, 710)
             tree = set_leaves(tree, indices, jax.random.exponential(value_key, (64,)))
-            return tree, sample_leaves(tree, jax.random.uniform(draw_key, (16,)))
+            return tree, sample(tree, jax.random.uniform(draw_key, (16,)))
 
         return jax.lax.scan(step, init_tree(700), jax.random.split(key, 10))
 

@@ -12,8 +12,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from qfleet.core.replicas import ALONE, Replicas
-
 FAN_OUT = 8  # the fastest on CPU of 4, 8, 16, 32, 64 and 128, for batches of 512 from 1M leaves
 
 
@@ -107,22 +105,23 @@ def find_leaves(tree: SumTree, targets: jax.Array) -> jax.Array:
 
 
 def sample_leaves(
-    tree: SumTree, uniforms: jax.Array, replicas: Replicas = ALONE
+    tree: SumTree, uniforms: jax.Array, totals: jax.Array, rank: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns leaves drawn in proportion to their values, one from each equal slice of the total (stratified).
 
-    With replicas, they are drawn from all of their trees as if these were one, laid end to end.
+    They are drawn from several trees, of which this is one, as if they were one, laid end to end.
 
     Args:
-      tree: the tree, with a total above 0.
-      uniforms: `[n]` float32 in [0, 1), where in its slice each draw falls; the same for all replicas.
-      replicas: who each have a tree.
+      tree: the tree.
+      uniforms: `[n]` float32 in [0, 1), where in its slice each draw falls.
+      totals: `[trees]` float32, `total` of each tree; their sum is above 0.
+      rank: `[]` uint32, which of them this one is.
 
     Returns:
       `[n]` uint32 indices, ascending; `[n]` bool, whether each is in this replica's tree, where it is meaningless
       otherwise; and `[n]` float32 probabilities, each leaf's share of the total over all trees.
     """
-    ends = jnp.cumsum(replicas.gather(total(tree)))
+    ends = jnp.cumsum(totals)
     whole = ends[-1]
     slices = jnp.arange(len(uniforms), dtype=jnp.float32)
     # Rounding must not lead beyond the end: the trees there may be empty.
@@ -130,7 +129,7 @@ def sample_leaves(
     owners = jnp.sum(ends[:-1] <= targets[:, None], axis=1, dtype=jnp.uint32)
     starts = jnp.concatenate([jnp.zeros(1), ends[:-1]])
     indices = find_leaves(tree, targets - starts[owners])
-    return indices, owners == replicas.rank(), get_leaves(tree, indices) / whole
+    return indices, owners == rank, get_leaves(tree, indices) / whole
 
 
 def _take(array: jax.Array, indices: jax.Array) -> jax.Array:

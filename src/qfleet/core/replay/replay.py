@@ -183,8 +183,9 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, replicas: Re
         state: ReplayState, tree: priorities.SumTree, key: Array, importance_exponent: Array
     ) -> tuple[Array, Array, Array]:
         uniforms = jax.random.uniform(key, (config.batch_size,))
-        slot, is_mine, probability = priorities.sample_leaves(tree, uniforms, replicas)
-        num_transitions = replicas.sum(state.num_transitions)
+        shares = replicas.gather(jnp.stack([priorities.total(tree), state.num_transitions[0].astype(jnp.float32)]))
+        slot, is_mine, probability = priorities.sample_leaves(tree, uniforms, shares[:, 0], replicas.rank())
+        num_transitions = jnp.sum(shares[:, 1])
         # Not divided by the batch's greatest weight, as is often done: that would make a transition's weight
         # depend on its companions, and two half batches differ from the whole.
         return slot, is_mine, (num_transitions * probability) ** -importance_exponent
