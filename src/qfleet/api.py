@@ -3,20 +3,24 @@
 import dataclasses
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from qfleet.config import ConfigError, RunFailed, TrainConfig, topology_name
+from qfleet.config import ConfigError, DecentralisedConfig, RunFailed, TrainConfig, topology_name
+from qfleet.core.learner import make_optimiser
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
+from qfleet.runtime import peers
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu
@@ -28,6 +32,7 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.runtime.stopwatch import TimeShares
 from qfleet.runtime.video import Video, params_label
+from qfleet.topologies.decentralised import Launcher, Peer
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
 from qfleet.topologies.topology import Topology
@@ -62,11 +67,14 @@ def train(
 
 def iterate(
     config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
-) -> "Run":
+) -> "Run | LaunchedRun":
     """Returns a run to iterate over: each item is the `Progress` of one chunk. Leaving the loop stops the run cleanly.
 
     Args and Raises: as for `train`.
     """
+    if isinstance(config.topology, DecentralisedConfig):
+        _check_is_built_in(network, optimiser)
+        return LaunchedRun(config, lambda: _directory_of_all(config))
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
 
@@ -75,15 +83,17 @@ def resume(
     *,
     env_steps: int | None = None,
     checkpoint: int | None = None,
+    num_processes: int | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
-) -> "Run":
+) -> "Run | LaunchedRun":
     """Returns the run in `run_dir`, to iterate over from its newest checkpoint as if it had never stopped.
 
     Args:
       run_dir: a run's folder. If it has no checkpoint yet, the run starts from the beginning.
       env_steps: a new end of the run, instead of its config's.
       checkpoint: the environment step of another checkpoint than the newest. Newer ones are set aside, by renaming.
+      num_processes: of a decentralised run, how many it goes on with.
       network: what `train` was given, if anything.
       optimiser: what `train` was given, if anything.
 
@@ -95,6 +105,11 @@ def resume(
     config = directory.config
     if env_steps is not None:
         config = dataclasses.replace(config, env_steps=env_steps)
+    if num_processes is not None:
+        config = _with_processes(config, num_processes)
+    if isinstance(config.topology, DecentralisedConfig):
+        _check_is_built_in(network, optimiser)
+        return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 
 
@@ -181,7 +196,7 @@ class Run:
         mesh = config.topology.mesh
         if config.num_seeds > 1:
             split_cpu(config.num_seeds)
-        elif mesh.num_devices > 1:
+        elif mesh.num_devices > 1 and not isinstance(config.topology, DecentralisedConfig):
             set_cpu_devices(mesh.num_devices)
         env = make_env(config.env, **config.env_options)
         self._has_own_network = network is not None
@@ -194,9 +209,11 @@ class Run:
         """What makes the environments, as `backend_of` names it: a bare name takes the fastest there is."""
         self.directory = open_directory()
         """Where the run is written."""
-        self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
+        self._checkpoints = Checkpoints(
+            self.directory.checkpoints_path, keep=config.checkpoints_kept, is_keeper=peers.is_first()
+        )
         metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
-        self._lock = self.directory.lock()
+        self._lock = None if jax.process_count() > 1 else self.directory.lock()  # the launcher holds it otherwise
         self.summary: dict[str, Any] = {}
         """What summary.json holds, once the run is over."""
         self._solved_at: list[int | None] = [None] * config.num_seeds
@@ -208,11 +225,12 @@ class Run:
         self._decided_at = 0.0  # seconds since the process's start
         enable_compilation_cache()
         self._compile_seconds = self._topology.start()
-        self._metrics = MetricsWriter(self.directory)
+        self._writes = peers.is_first()  # what is the run's, and not each process's
+        self._metrics = MetricsWriter(self.directory) if self._writes else None
         self._is_new = True  # not iterated over yet
         if metadata is not None:
             self._restore(checkpoint, metadata)
-        if is_resumed:
+        if is_resumed and self._metrics:
             self._metrics.truncate_after(self._topology.env_steps)
 
     def _metadata_to_resume(self, checkpoint: int | None) -> dict[str, Any] | None:
@@ -221,11 +239,7 @@ class Run:
             return None
         metadata = self._checkpoints.read_metadata(checkpoint)
         _check_network_is_given(self._has_own_network, metadata["has_own_network"])
-        if metadata["counters"]["env_steps"] >= self.config.env_steps:
-            raise ConfigError(
-                f"a run ends after env_steps={self.config.env_steps}, and this one has taken "
-                f"{metadata['counters']['env_steps']}; give a larger --env-steps"
-            )
+        _check_goes_on(metadata, self.config)
         return metadata
 
     def _restore(self, checkpoint: int | None, metadata: dict[str, Any]) -> None:
@@ -255,9 +269,10 @@ class Run:
                 saved_at = time.monotonic()
                 while stopped is None:
                     progress = self._advance(stop)
-                    stopped = "interrupted" if stop.requested else self._reason_to_stop()
+                    stopped = "interrupted" if peers.any_of(stop.requested) else self._reason_to_stop()
                     self._decided_at = seconds_since_process_start()
-                    if stopped is None and time.monotonic() - saved_at > self.config.checkpoint_period_seconds:
+                    is_due = time.monotonic() - saved_at > self.config.checkpoint_period_seconds
+                    if peers.any_of(is_due) and stopped is None:
                         self._save()
                         saved_at = time.monotonic()
                     yield progress
@@ -266,15 +281,17 @@ class Run:
             self._finish(stopped or "interrupted")
             raise
         except RunFailed as error:
-            if error.learner_is_sound:
+            if error.learner_is_sound and jax.process_count() == 1:  # it takes all to save what they share
                 self._save()
             self._write_summary("failed", error=str(error))
             raise
         finally:
             self._topology.close()
-            self._metrics.close()
+            if self._metrics:
+                self._metrics.close()
             self._checkpoints.close()
-            self._lock.release()
+            if self._lock:
+                self._lock.release()
 
     def _advance(self, stop: StopFlag) -> Progress:
         """Trains one chunk, which ends at the next evaluation at the latest, and evaluates and films there."""
@@ -289,7 +306,8 @@ class Run:
                 progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, returns.tolist())))
             self._film_if_due(stop)
             self._evaluated_at = progress.env_steps
-        self._metrics.write(progress.env_steps, progress.metrics())
+        if self._metrics:
+            self._metrics.write(progress.env_steps, progress.metrics())
         return progress
 
     def _evaluate(self) -> np.ndarray:
@@ -316,8 +334,10 @@ class Run:
 
     def _film_if_due(self, stop: StopFlag) -> None:
         recorder, env_steps = self._recorder, self._topology.env_steps
-        if recorder is not None and recorder.is_due(env_steps, self._evaluated_at):
-            recorder.record(self._topology.params, env_steps, self.directory.videos_path, lambda: stop.requested)
+        if recorder is not None and recorder.is_due(env_steps, self._evaluated_at) and self._writes:
+            recorder.record(
+                jax.device_get(self._topology.params), env_steps, self.directory.videos_path, lambda: stop.requested
+            )
 
     def _reason_to_stop(self) -> str | None:
         if self.config.stop_return is not None and None not in self._solved_at:
@@ -363,7 +383,157 @@ class Run:
             "version": self.directory.version,
             **more,
         }
-        self.directory.write_summary(self.summary)
+        if self._writes:
+            self.directory.write_summary(self.summary)
+
+
+class LaunchedRun:
+    """A decentralised run under way, in processes of its own: iterate over it as over a `Run`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        open_directory: Callable[[], RunDirectory],
+        *,
+        is_resumed: bool = False,
+        checkpoint: int | None = None,
+    ) -> None:
+        assert isinstance(config.topology, DecentralisedConfig)
+        # What can be wrong is found here, once, before the folder is touched; this process uses no device.
+        env = make_env(config.env, **config.env_options)
+        check_network(make_network(env.spec, config.agent), env.spec)
+        make_optimiser(config.agent)
+        self.config = config
+        self.backend = backend_of(config.env)
+        """What makes the environments, as `backend_of` names it."""
+        self.directory = open_directory()
+        """Where the run is written, by all of its processes."""
+        self._topology = config.topology
+        self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
+        if is_resumed and self._checkpoints.latest() is not None:
+            metadata = self._checkpoints.read_metadata(checkpoint)
+            _check_goes_on(metadata, config)
+            if checkpoint is not None:
+                self._checkpoints.set_aside_after(checkpoint)
+        self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
+        self.summary: dict[str, Any] = {}
+        """What summary.json holds, once the run is over."""
+
+    def __iter__(self) -> Iterator[Progress]:
+        """Yields the progress of the first process, which is that of all; nothing where another host has it."""
+        launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
+        try:
+            for message in launcher.run(lambda: self._checkpoints.latest() or 0):
+                yield Progress(**{name: value for name, value in message.items() if name != "kind"})
+            self.summary = self.directory.read_summary() or {}
+            if self._lock:
+                self.summary |= {
+                    "num_restarts": launcher.num_restarts,
+                    "env_steps_repeated": launcher.env_steps_repeated,
+                }
+                self.directory.write_summary(self.summary)
+        finally:
+            if self._lock:
+                self._lock.release()
+
+    def _command(self, peer: Peer) -> list[str]:
+        arguments = {
+            "process-id": peer.number,
+            "num-processes": self._topology.num_processes,
+            "coordinator": peer.coordinator,
+            "report-descriptor": peer.report_descriptor,
+            "env-steps": self.config.env_steps,
+        }
+        flags = [f"--{name}={value}" for name, value in arguments.items()]
+        return [sys.executable, "-m", "qfleet.cli.peer", str(self.directory.path), *flags]
+
+
+def run_peer(
+    run_dir: str | os.PathLike[str],
+    *,
+    process_id: int,
+    num_processes: int,
+    coordinator: str,
+    env_steps: int | None,
+    reporter: "peers.Reporter",
+) -> None:
+    """Trains a decentralised run to its end, as one of its processes; for its launcher.
+
+    Args:
+      run_dir: the run's folder, the same for all.
+      process_id: of this process, from 0.
+      num_processes: in total, which may be others than the run began with.
+      coordinator: HOST:PORT of the first one.
+      env_steps: where the run ends.
+      reporter: to whom progress is told.
+
+    Raises:
+      ConfigError, RunFailed: as `train` does.
+    """
+    directory = RunDirectory.open(run_dir)
+    config = dataclasses.replace(directory.config, env_steps=env_steps or directory.config.env_steps)
+    config = _with_processes(config, num_processes)
+    topology = config.topology
+    assert isinstance(topology, DecentralisedConfig)
+    peers.join(coordinator, num_processes, process_id, topology.devices_per_process, topology.peer_timeout_seconds)
+    run = Run(config, lambda: directory, None, None, is_resumed=True)
+    for progress in run:
+        if process_id == 0:
+            reporter.tell("progress", **dataclasses.asdict(progress))
+
+
+def _with_processes(config: TrainConfig, num_processes: int) -> TrainConfig:
+    if not isinstance(config.topology, DecentralisedConfig):
+        raise ConfigError(
+            f"num_processes must come with topology decentralised, got {topology_name(config.topology)}; leave it out"
+        )
+    return dataclasses.replace(config, topology=dataclasses.replace(config.topology, num_processes=num_processes))
+
+
+def _check_is_built_in(network: Network | None, optimiser: Any) -> None:
+    if network is not None or optimiser is not None:
+        raise ConfigError(
+            "a decentralised run must build network and optimiser from its config, for functions can't go to other "
+            "processes, got some of its own; train it with topology fused or overlapped"
+        )
+
+
+def _directory_of_all(config: TrainConfig) -> RunDirectory:
+    """Makes the run's folder, or waits for the first process's launcher, on another host, to have made it."""
+    topology = config.topology
+    assert isinstance(topology, DecentralisedConfig)
+    if topology.coordinator is not None and config.run_dir is None:
+        raise ConfigError(
+            f"processes started by hand must share a folder, got none with coordinator {topology.coordinator}; "
+            f"give all the same --run-dir, on a file system that all of them see"
+        )
+    if topology.process_id in (None, 0):
+        return RunDirectory.create(config.run_dir, config)
+    assert config.run_dir is not None
+    deadline = time.monotonic() + topology.peer_timeout_seconds
+    while not (Path(config.run_dir) / "config.json").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"the first process must make the run's folder, and {config.run_dir} hasn't come for "
+                f"{topology.peer_timeout_seconds:g} s; start it with --process-id 0, and see that all share the folder"
+            )
+        time.sleep(0.1)
+    directory = RunDirectory.open(config.run_dir)
+    firsts = directory.config.topology
+    mine, wanted = (dataclasses.replace(each, run_dir=None, topology=topology) for each in (config, directory.config))
+    if mine != wanted or firsts != dataclasses.replace(topology, process_id=0):
+        raise ConfigError(
+            f"all processes must be started with the same settings, got {config} here and {directory.config} first"
+        )
+    return directory
+
+
+def _check_goes_on(metadata: dict[str, Any], config: TrainConfig) -> None:
+    if metadata["counters"]["env_steps"] >= config.env_steps:
+        raise ConfigError(
+            f"a run ends after env_steps={config.env_steps}, and this one has taken "
+            f"{metadata['counters']['env_steps']}; give a larger --env-steps"
+        )
 
 
 def _make_topology(
@@ -371,11 +541,11 @@ def _make_topology(
 ) -> Topology:
     wanted = topology_name(config.topology)
     if isinstance(env, InGraphEnv):
-        if wanted == "fused":
+        if wanted in ("fused", "decentralised"):
             return Fused(config, env, network, optimiser)
         kind, fitting = "written in JAX", "fused"
     else:
-        if wanted == "overlapped":
+        if wanted in ("overlapped", "decentralised"):
             return Overlapped(config, env, network, optimiser)
         kind, fitting = "not written in JAX", "overlapped"
     raise ConfigError(

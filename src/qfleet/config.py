@@ -187,19 +187,12 @@ class FusedConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OverlappedConfig:
-    """Where it runs: environments of other libraries step in threads or processes while the learner learns."""
+class _HostLanesConfig:
+    """How environments of other libraries step while the learner learns."""
 
-    num_envs: int = 8
-    """Lanes: environments stepped at once, over all devices."""
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    """The devices that share the work."""
     lock_step: bool = False
     """Wait for each row's learning before the next action: deterministic where the environments are, and slower.
     Without replay it is always so."""
-    profile: bool = False
-    """Measure where the time goes: environment, transfer, inference, replay, update. In lock step, each part waited
-    for by itself, so that it can be timed: slower, and for measuring only. What is learned is the same."""
     num_workers: int = 0
     """Processes that step environments which have no threads of their own; 0 steps them in this process."""
     step_timeout_seconds: float = 60.0
@@ -208,18 +201,87 @@ class OverlappedConfig:
     """Environments that may raise, hang or die before the run fails; each is replaced until then."""
 
     def __post_init__(self) -> None:
-        _check_count("num_envs", self.num_envs)
         check_lane_options(self.num_workers, self.step_timeout_seconds, self.max_failures)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OverlappedConfig(_HostLanesConfig):
+    """Where it runs: environments of other libraries step in threads or processes while the learner learns."""
+
+    num_envs: int = 8
+    """Lanes: environments stepped at once, over all devices."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The devices that share the work."""
+    profile: bool = False
+    """Measure where the time goes: environment, transfer, inference, replay, update. In lock step, each part waited
+    for by itself, so that it can be timed: slower, and for measuring only. What is learned is the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_count("num_envs", self.num_envs)
         _check(self.num_workers <= self.num_envs, "num_workers", f"at most num_envs={self.num_envs}", self.num_workers)
         _check(
             not self.profile or self.mesh.num_devices == 1,
             "mesh.data x mesh.model", "1 with profile, which times one device", self.mesh.num_devices,
         )  # fmt: skip
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecentralisedConfig(_HostLanesConfig):
+    """Where it runs: equal processes, each with its share of lanes and replay, in step by all-reduce; no server.
+
+    Each is a fused or an overlapped run, as suits the environment, on a mesh over the devices of all of them.
+    """
+
+    num_envs: int = 32
+    """Lanes: environments stepped at once, over all processes."""
+    num_processes: int = 2
+    """Equal processes, over all hosts."""
+    devices_per_process: int = 1
+    """Devices of each. On a CPU they are made of it."""
+    coordinator: str | None = None
+    """HOST:PORT of the first process, to start each by hand, on one host or several that share the run's folder. None
+    starts all of them on this one."""
+    process_id: int | None = None
+    """With `coordinator`: which of the processes to start here, from 0."""
+    peer_timeout_seconds: float = 60.0
+    """A process that says nothing for so long counts as lost, as one that died does. Then all stop, and start again
+    from the newest checkpoint."""
+    max_restarts: int = 3
+    """Times that all may start again before the run fails."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_envs", "num_processes", "devices_per_process"):
+            _check_count(name, getattr(self, name))
+        _check_count("max_restarts", self.max_restarts, minimum=0)
+        _check(self.peer_timeout_seconds >= 5, "peer_timeout_seconds", "at least 5", self.peer_timeout_seconds)
+        each = self.num_envs // self.num_processes
+        _check(self.num_workers <= each, "num_workers", f"at most num_envs / num_processes={each}", self.num_workers)
+        by_hand = self.coordinator is not None
+        _check(
+            by_hand == (self.process_id is not None),
+            "coordinator and process_id", "given together, or neither to start all processes here",
+            (self.coordinator, self.process_id),
+        )  # fmt: skip
+        if self.coordinator is not None and self.process_id is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            _check(bool(host) and port.isdecimal(), "coordinator", "HOST:PORT", self.coordinator)
+            known = f"0 to num_processes - 1 = {self.num_processes - 1}"
+            _check(0 <= self.process_id < self.num_processes, "process_id", known, self.process_id)
+
     @property
-    def is_in_lock_step(self) -> bool:
-        """Whether each row's learning is waited for: as asked, or because it can't be timed otherwise."""
-        return self.lock_step or self.profile
+    def mesh(self) -> MeshConfig:
+        """The devices of all processes."""
+        return MeshConfig(data=self.num_processes * self.devices_per_process)
+
+    @property
+    def profile(self) -> bool:
+        """Never: one process alone can't be timed in parts."""
+        return False
+
+
+TopologyConfig = FusedConfig | OverlappedConfig | DecentralisedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,7 +295,7 @@ class TrainConfig:
     preset: str = "custom"
     """The preset that the agent's settings started from; a record, not a setting."""
     agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)
-    topology: FusedConfig | OverlappedConfig = dataclasses.field(default_factory=FusedConfig)
+    topology: TopologyConfig = dataclasses.field(default_factory=FusedConfig)
     seed: int = 0
     """Same seed, same config, same kind of device: the same run."""
     num_seeds: int = 1
@@ -275,14 +337,15 @@ class TrainConfig:
         _check_sizes(self.agent, self.topology)
 
 
-TOPOLOGIES: dict[str, type[FusedConfig] | type[OverlappedConfig]] = {
+TOPOLOGIES: dict[str, type[FusedConfig] | type[OverlappedConfig] | type[DecentralisedConfig]] = {
     "fused": FusedConfig,
     "overlapped": OverlappedConfig,
+    "decentralised": DecentralisedConfig,
 }
 """Where a run can take place, by name."""
 
 
-def topology_name(topology: FusedConfig | OverlappedConfig) -> str:
+def topology_name(topology: TopologyConfig) -> str:
     """Returns the name of the topology that a config describes."""
     return next(name for name, kind in TOPOLOGIES.items() if isinstance(topology, kind))
 
@@ -334,22 +397,23 @@ def _check_count(name: str, value: int, minimum: int = 1) -> None:
     _check(isinstance(value, int) and value >= minimum, name, f"a whole number, at least {minimum}", value)
 
 
-def _check_sizes(agent: AgentConfig, topology: FusedConfig | OverlappedConfig) -> None:
+def _check_sizes(agent: AgentConfig, topology: TopologyConfig) -> None:
     """Sizes that must fit each other across agent and topology, and the 32 bits that index arrays."""
     num_lanes, num_replicas = topology.num_envs, topology.mesh.data
-    _check_divides("num_envs", num_lanes, "mesh.data", num_replicas)
+    over = "num_processes x devices_per_process" if isinstance(topology, DecentralisedConfig) else "mesh.data"
+    _check_divides("num_envs", num_lanes, over, num_replicas)
     if agent.replay == "none":
         samples = num_lanes * agent.rollout_length
         _check(samples < 2**31, "num_envs x rollout_length", "below 2**31", samples)
         if samples // num_replicas % agent.num_minibatches:
             fitting = max(n for n in range(1, agent.num_minibatches) if samples // num_replicas % n == 0)
             raise ConfigError(
-                f"num_minibatches must divide num_envs x rollout_length (over mesh.data), got num_minibatches="
+                f"num_minibatches must divide num_envs x rollout_length (over {over}), got num_minibatches="
                 f"{agent.num_minibatches}, {num_lanes} x {agent.rollout_length} / {num_replicas} = "
                 f"{samples // num_replicas}; try {fitting}"
             )
         return
-    _check_divides("batch_size", agent.batch_size, "mesh.data", num_replicas)
+    _check_divides("batch_size", agent.batch_size, over, num_replicas)
     _check(agent.replay_capacity < 2**31, "replay_capacity", "below 2**31", agent.replay_capacity)
     fewest = num_lanes * (agent.n_step + 2)
     if agent.replay_capacity < fewest:

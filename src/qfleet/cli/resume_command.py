@@ -18,6 +18,8 @@ class _ResumeFlags:
     """A new end of the run, in environment steps from its beginning."""
     checkpoint: int | None = None
     """The environment step of another checkpoint than the newest; newer ones are set aside."""
+    num_processes: int | None = None
+    """Of a decentralised run: how many it goes on with; their lanes and replay are divided anew."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -27,4 +29,5 @@ def run(arguments: Sequence[str]) -> int:
     flags = tyro.cli(_ResumeFlags, prog="qfleet resume", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
     from qfleet.api import resume
 
-    return follow(resume(flags.run, env_steps=flags.env_steps, checkpoint=flags.checkpoint), quiet=flags.quiet)
+    run = resume(flags.run, env_steps=flags.env_steps, checkpoint=flags.checkpoint, num_processes=flags.num_processes)
+    return follow(run, quiet=flags.quiet)

@@ -2,14 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from qfleet.config import FusedConfig, OverlappedConfig
+from qfleet.config import DecentralisedConfig, FusedConfig, TopologyConfig
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
-    from qfleet.api import Run
+    from qfleet.api import LaunchedRun, Run
 
 
-def follow(run: "Run", *, quiet: bool) -> int:
+def follow(run: "Run | LaunchedRun", *, quiet: bool) -> int:
     """Sees a run through to its end, shows its progress, and returns the exit code."""
     with ProgressView(run.config.env_steps, quiet=quiet) as view:
         place = environments(run.backend, run.config.topology)
@@ -23,8 +23,10 @@ def follow(run: "Run", *, quiet: bool) -> int:
     return 0
 
 
-def environments(backend: str, topology: FusedConfig | OverlappedConfig) -> str:
+def environments(backend: str, topology: TopologyConfig) -> str:
     """Returns what makes a run's environments and where they step, such as "gymnasium, 8 in this process"."""
+    if isinstance(topology, DecentralisedConfig):
+        return f"{backend}, {topology.num_envs} over {topology.num_processes} processes"
     if isinstance(topology, FusedConfig):
         return backend if backend == "in-graph" else f"{backend}, in-graph"
     num_workers = min(topology.num_workers, topology.num_envs)
@@ -49,6 +51,10 @@ def outcome(summary: dict[str, Any], path: str) -> str:
     if returns is not None:
         num_episodes = sum(map(len, summary["eval_returns"]))
         lines.append(f"mean greedy return: {returns:.1f} over {num_episodes} episodes")
+    if summary.get("num_restarts"):
+        lines.append(
+            f"restarts: {summary['num_restarts']}, {summary['env_steps_repeated']:,} environment steps taken again"
+        )
     if summary["num_seeds"] > 1:
         solved = [steps for steps in summary["solved_at_env_steps"] if steps is not None]
         for i, seed_returns in enumerate(summary["eval_returns"] or []):

@@ -10,6 +10,7 @@ from qfleet.cli.show import follow
 from qfleet.config import (
     TOPOLOGIES,
     AgentConfig,
+    DecentralisedConfig,
     FusedConfig,
     OverlappedConfig,
     TrainConfig,
@@ -35,9 +36,9 @@ class _TrainFlags(TrainConfig):
     preset: str = DEFAULT_PRESET
     """Where the settings below start from, as `qfleet presets` lists them."""
     agent: Annotated[AgentConfig, _FLAT] = dataclasses.field(default_factory=AgentConfig)
-    topology_name: Annotated[Literal["fused", "overlapped"], tyro.conf.arg(name="topology")] = "fused"
+    topology_name: Annotated[Literal["fused", "overlapped", "decentralised"], tyro.conf.arg(name="topology")] = "fused"
     """Where it runs. fused: acting and learning in one compiled program, for environments written in JAX. overlapped:
-    the others step in threads or processes while the learner learns."""
+    the others step in threads or processes while the learner learns. decentralised: either, in several processes."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -54,7 +55,14 @@ class _OverlappedFlags(_TrainFlags):
     topology: Annotated[OverlappedConfig, _FLAT] = dataclasses.field(default_factory=OverlappedConfig)
 
 
-_FLAGS = {"fused": _FusedFlags, "overlapped": _OverlappedFlags}  # or each topology's flags would be a subcommand
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _DecentralisedFlags(_TrainFlags):
+    __doc__ = _TrainFlags.__doc__
+    topology: Annotated[DecentralisedConfig, _FLAT] = dataclasses.field(default_factory=DecentralisedConfig)
+
+
+# Or each topology's flags would be a subcommand.
+_FLAGS = {"fused": _FusedFlags, "overlapped": _OverlappedFlags, "decentralised": _DecentralisedFlags}
 
 _CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 

@@ -44,17 +44,19 @@ class Checkpoints:
     Use it as a context manager, or `close` it: the last save may still be under way.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 3) -> None:
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 3, *, is_keeper: bool = True) -> None:
         """Neither reads nor writes anything yet.
 
         Args:
           directory: holds one folder per checkpoint; made by the first save.
           keep: number of newest checkpoints that a save leaves.
+          is_keeper: whether to delete and rename: of several processes that save together, one does.
         """
         self._directory = Path(directory).absolute()
         self._keep = keep
         self._writer: Any = None  # an orbax AsyncCheckpointer
         self._contents: dict[str, Any] = {}  # index.json of the save under way
+        self._is_keeper = is_keeper
 
     def all(self) -> list[int]:
         """Returns the environment steps of every complete checkpoint, ascending. Contents are not verified."""
@@ -98,7 +100,8 @@ class Checkpoints:
         trees = {item: _nest((path, _stored(leaf)) for path, leaf in named.items()) for item, named in leaves.items()}
         try:
             if self._writer is None:
-                self._prepare_directory()
+                if self._is_keeper:
+                    self._prepare_directory()
                 self._writer = _orbax().AsyncCheckpointer(_handler_classes()[0](lambda: self._contents))
             arguments = {item: _orbax().args.PyTreeSave(tree) for item, tree in trees.items() if tree}
             self._writer.save(self._directory / str(env_steps), args=_handler_classes()[1](**arguments))
@@ -107,6 +110,8 @@ class Checkpoints:
 
     def set_aside_after(self, env_steps: int) -> None:
         """Renames checkpoints newer than `env_steps`, to `<env_steps>.set-aside`: they belong to a future given up."""
+        if not self._is_keeper:
+            return
         for newer in self.all():
             if newer > env_steps:
                 path = self._directory / str(newer)
@@ -125,7 +130,8 @@ class Checkpoints:
             return
         try:
             self._writer.wait_until_finished()
-            self._delete_old()
+            if self._is_keeper:
+                self._delete_old()
         except Exception as error:
             raise self._write_error(error) from error
 

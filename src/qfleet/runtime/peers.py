@@ -4,6 +4,15 @@ All of them call each of these at the same place. What a clock says, or a signal
 that decided by its own would run another program than the rest, which would wait for it for ever.
 """
 
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
 import numpy as np
 
 
@@ -38,3 +47,76 @@ def firsts(number: float) -> float:
 def any_of(flag: bool) -> bool:
     """Returns whether any process's flag is set."""
     return bool(gather(np.array([flag])).any())
+
+
+# --- One of several processes: joining the others, and telling the launcher that it lives ---
+
+BEAT_SECONDS = 0.5
+"""Between two signs of life."""
+
+
+class Reporter:
+    """Tells a launcher, line by line of JSON, that this process lives and how far it has come."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Begins to give signs of life at once, in a thread of its own; the process ends where nobody reads them.
+
+        Args:
+          descriptor: of the pipe to the launcher.
+        """
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        _die_with_parent()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def tell(self, kind: str, **content: Any) -> None:
+        """Sends a message: its kind and its content."""
+        line = (json.dumps({"kind": kind, **content}) + "\n").encode()
+        try:
+            with self._lock:
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+        except OSError:  # the launcher is gone: nothing of this run may stay behind
+            os._exit(1)
+
+    def _beat(self) -> None:
+        while True:
+            self.tell("alive")
+            time.sleep(BEAT_SECONDS)
+
+
+def _die_with_parent() -> None:
+    """Has Linux kill this process when the launcher dies, even if it is stopped. Elsewhere its next beat ends it."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def join(coordinator: str, num_processes: int, index: int, num_devices: int, timeout_seconds: float) -> None:
+    """Joins the processes of a run, to be called before JAX is used for anything else.
+
+    Args:
+      coordinator: HOST:PORT of the first process.
+      num_processes: in total.
+      index: of this one.
+      num_devices: that this one brings; of a CPU, so many are made.
+      timeout_seconds: after which a silent process counts as lost.
+    """
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", num_devices)
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which asks for a checkpoint
+    jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        index,
+        initialization_timeout=max(60, round(2 * timeout_seconds)),
+        heartbeat_timeout_seconds=max(5, round(timeout_seconds)),
+        shutdown_timeout_seconds=max(5, round(timeout_seconds)),
+    )
+
+
+def leave() -> None:
+    """Leaves the processes of a run, once all have come to their end."""
+    import jax
+
+    jax.distributed.shutdown()

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from qfleet.config import ConfigError, OverlappedConfig, TrainConfig
+from qfleet.config import ConfigError, DecentralisedConfig, OverlappedConfig, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.exploration import greedy
 from qfleet.core.learner import make_learner
@@ -60,7 +60,7 @@ class Overlapped(Topology):
         Raises:
           ConfigError: if the sizes in `config` don't fit each other, its optimiser isn't known, or it has many seeds.
         """
-        assert isinstance(config.topology, OverlappedConfig)
+        assert isinstance(config.topology, OverlappedConfig | DecentralisedConfig)
         if config.num_seeds > 1:
             raise ConfigError(
                 f"num_seeds must be 1 with environments outside the compiled program, got num_seeds={config.num_seeds} "
@@ -285,7 +285,7 @@ class Overlapped(Topology):
             row, _ = self._row(self._learner.params, plan.exploration[0, i], uniforms[i], tally)
             num_updates, exponent = int(plan.num_updates[0, i]), plan.importance_exponent[0, i]
             self._pending = _Pending(row, learn_keys[i], exponent, num_updates)
-            if self._topology.is_in_lock_step:
+            if self._topology.lock_step or self._topology.profile:
                 self._learn_pending()
 
     def _own_uniforms(self, draws: Draws) -> np.ndarray:
@@ -364,20 +364,25 @@ class Overlapped(Topology):
         """
         if self._eval_lanes is None:
             self._eval_lanes = self._env.make_eval_lanes(self._num_eval_lanes, self._options)
-        seed = _seed_of(self._config.seed, _EVALUATION, self.env_steps, batch)
-        params = self.params
-        return host_greedy_returns(
+        seed = _seed_of(self._config.seed, _EVALUATION, self.env_steps, batch, jax.process_index())
+        params, num_processes = self._placement.own_copy(self.params), jax.process_count()
+        num_own = -(-num_episodes // num_processes)
+        returns = host_greedy_returns(
             self._eval_lanes,
             self._env.spec,
             lambda view: self._greedy(params, view),
-            num_episodes,
+            num_own,
             seed,
             self._agent.store,
-        )[None]
+        )
+        if num_processes > 1:
+            everybodys = peers.gather(np.pad(returns, (0, num_own - len(returns)), constant_values=np.nan))
+            returns = everybodys[np.isfinite(everybodys)][:num_episodes]
+        return returns[None]
 
     @property
     def _num_eval_lanes(self) -> int:
-        return min(self._topology.num_envs, self._config.eval_episodes)
+        return min(self._num_lanes, self._config.eval_episodes)
 
     @property
     def counters(self) -> dict[str, int]:

@@ -100,6 +100,12 @@ class Placement:
         shares = {shard.index[0].start: shard.data for shard in array.addressable_shards}
         return np.concatenate([shares[start] for start in sorted(shares)])
 
+    def own_copy(self, params: Any) -> Any:
+        """Returns parameters for programs of this process alone."""
+        if jax.process_count() == 1:
+            return params
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)  # whole, for there is no model axis
+
     def shardings(self, specs: Any) -> Any:
         """Returns the specs as shardings on this mesh."""
         return _map_specs(lambda spec: NamedSharding(self.mesh, spec), specs)

@@ -1,0 +1,46 @@
+"""One process of a decentralised run; its launcher starts it, as `python -m qfleet.cli.peer`."""
+
+import argparse
+import os
+import sys
+import traceback
+
+from qfleet.config import ConfigError, RunFailed
+
+
+def main() -> int:
+    """Trains as one of several processes, and tells the launcher of it."""
+    parser = argparse.ArgumentParser(prog="qfleet.cli.peer")
+    parser.add_argument("run")
+    parser.add_argument("--process-id", type=int, required=True)
+    parser.add_argument("--num-processes", type=int, required=True)
+    parser.add_argument("--coordinator", required=True)
+    parser.add_argument("--report-descriptor", type=int, required=True)
+    parser.add_argument("--env-steps", type=int)
+    arguments = parser.parse_args()
+    from qfleet.runtime import peers
+
+    reporter = peers.Reporter(arguments.report_descriptor)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that MODULE:NAME finds the user's module
+    try:
+        from qfleet.api import run_peer
+
+        run_peer(
+            arguments.run,
+            process_id=arguments.process_id,
+            num_processes=arguments.num_processes,
+            coordinator=arguments.coordinator,
+            env_steps=arguments.env_steps,
+            reporter=reporter,
+        )
+    except (ConfigError, RunFailed) as error:
+        traceback.print_exc()
+        reporter.tell("failed", error=str(error), is_config=isinstance(error, ConfigError))
+        os._exit(1)  # at once: to leave in order, one would have to wait for the others
+    peers.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
