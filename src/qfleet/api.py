@@ -28,6 +28,7 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.runtime.stopwatch import TimeShares
 from qfleet.runtime.video import Video, params_label
+from qfleet.topologies.footprint import Footprint, check_fits
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
 from qfleet.topologies.topology import Topology
@@ -164,6 +165,17 @@ def watch(
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
 
 
+def footprint(
+    config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
+) -> Footprint:
+    """Returns what a run of `config` would keep on which devices; nothing is allocated or compiled.
+
+    Args: as for `train`.
+    """
+    env, network = _make_env_and_network(config, network)
+    return _make_topology(config, env, network, optimiser).footprint()
+
+
 class Run:
     """A run under way: iterate over it for its progress, then read its `summary`."""
 
@@ -178,16 +190,12 @@ class Run:
         checkpoint: int | None = None,
     ) -> None:
         # Everything that can be wrong is found before the folder is touched and before anything is compiled.
-        mesh = config.topology.mesh
-        if config.num_seeds > 1:
-            split_cpu(config.num_seeds)
-        elif mesh.num_devices > 1:
-            set_cpu_devices(mesh.num_devices)
-        env = make_env(config.env, **config.env_options)
         self._has_own_network = network is not None
-        network = network or make_network(env.spec, config.agent)
-        limit_cpu_threads(check_network(network, env.spec))
+        env, network = _make_env_and_network(config, network)
         self._topology = _make_topology(config, env, network, optimiser)
+        footprint_of = functools.partial(footprint, network=network, optimiser=optimiser)
+        if not is_resumed:
+            check_fits(config, self._topology.footprint(), footprint_of)
         self._recorder = None if config.video_period_env_steps is None else Recorder(config, env, network)
         self.config = config
         self.backend = backend_of(config.env)
@@ -196,6 +204,8 @@ class Run:
         """Where the run is written."""
         self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
         metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
+        if is_resumed:  # not before the network is known to be the run's
+            check_fits(config, self._topology.footprint(), footprint_of)
         self._lock = self.directory.lock()
         self.summary: dict[str, Any] = {}
         """What summary.json holds, once the run is over."""
@@ -364,6 +374,19 @@ class Run:
             **more,
         }
         self.directory.write_summary(self.summary)
+
+
+def _make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
+    """Returns both, once the CPU is divided into the devices that the run wants: that is for before JAX is used."""
+    mesh = config.topology.mesh
+    if config.num_seeds > 1:
+        split_cpu(config.num_seeds)
+    elif mesh.num_devices > 1:
+        set_cpu_devices(mesh.num_devices)
+    env = make_env(config.env, **config.env_options)
+    network = network or make_network(env.spec, config.agent)
+    limit_cpu_threads(check_network(network, env.spec))
+    return env, network
 
 
 def _make_topology(
