@@ -3,7 +3,11 @@
 import re
 from pathlib import Path
 
+import jax
+import pytest
+
 import qfleet
+from qfleet.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,3 +37,21 @@ def test_every_python_block_compiles_and_every_name_of_qfleet_in_it_exists() -> 
 def test_every_public_name_can_be_imported() -> None:
     assert all(getattr(qfleet, name) is not None for name in qfleet.__all__)
     assert set(qfleet.__all__) == set(dir(qfleet))
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/topologies.md"])
+def test_every_link_to_a_file_of_ours_leads_somewhere(name: str) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]*)", (ROOT / name).read_text(encoding="utf-8"))
+    assert [target for target in targets if not ((ROOT / name).parent / target).exists()] == []
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices")
+def test_the_table_of_devices_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ale_py")
+    text = (ROOT / "docs/topologies.md").read_text(encoding="utf-8")
+    command, shown = re.findall(r"^    \$ qfleet (devices .*)\n((?:    .*\n|\n)+)", text, re.MULTILINE)[0]
+    assert main(command.split()) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines = [line.split() for line in shown.strip().splitlines()]
+    assert lines[0][:-1] == printed[0][:-1]  # the last word is the platform
+    assert lines[1:] == printed[1 : len(lines)]

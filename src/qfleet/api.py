@@ -3,21 +3,19 @@
 import dataclasses
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from qfleet.config import ConfigError, DecentralisedConfig, RunFailed, TrainConfig, topology_name
-from qfleet.core.learner import make_optimiser
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.envs.spec import InGraphEnv
+from qfleet.launched import LaunchedRun, check_goes_on, directory_of_all, with_processes
 from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
 from qfleet.runtime import peers
@@ -32,7 +30,7 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.runtime.stopwatch import TimeShares
 from qfleet.runtime.video import Video, params_label
-from qfleet.topologies.decentralised import Launcher, Peer
+from qfleet.topologies.footprint import Footprint, check_fits
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
 from qfleet.topologies.topology import Topology
@@ -74,7 +72,7 @@ def iterate(
     """
     if isinstance(config.topology, DecentralisedConfig):
         _check_is_built_in(network, optimiser)
-        return LaunchedRun(config, lambda: _directory_of_all(config))
+        return LaunchedRun(config, lambda: directory_of_all(config))
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
 
@@ -106,7 +104,7 @@ def resume(
     if env_steps is not None:
         config = dataclasses.replace(config, env_steps=env_steps)
     if num_processes is not None:
-        config = _with_processes(config, num_processes)
+        config = with_processes(config, num_processes)
     if isinstance(config.topology, DecentralisedConfig):
         _check_is_built_in(network, optimiser)
         return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
@@ -179,6 +177,19 @@ def watch(
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
 
 
+def footprint(
+    config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
+) -> Footprint:
+    """Returns what a run of `config` would keep on which devices; nothing is allocated or compiled.
+
+    Args: as for `train`.
+    """
+    if isinstance(config.topology, DecentralisedConfig):
+        set_cpu_devices(config.topology.mesh.num_devices)  # for all processes, which this one isn't
+    env, network = _make_env_and_network(config, network)
+    return _make_topology(config, env, network, optimiser).footprint()
+
+
 class Run:
     """A run under way: iterate over it for its progress, then read its `summary`."""
 
@@ -193,16 +204,12 @@ class Run:
         checkpoint: int | None = None,
     ) -> None:
         # Everything that can be wrong is found before the folder is touched and before anything is compiled.
-        mesh = config.topology.mesh
-        if config.num_seeds > 1:
-            split_cpu(config.num_seeds)
-        elif mesh.num_devices > 1 and not isinstance(config.topology, DecentralisedConfig):
-            set_cpu_devices(mesh.num_devices)
-        env = make_env(config.env, **config.env_options)
         self._has_own_network = network is not None
-        network = network or make_network(env.spec, config.agent)
-        limit_cpu_threads(check_network(network, env.spec))
+        env, network = _make_env_and_network(config, network)
         self._topology = _make_topology(config, env, network, optimiser)
+        footprint_of = functools.partial(footprint, network=network, optimiser=optimiser)
+        if not is_resumed:
+            check_fits(config, self._topology.footprint(), footprint_of)
         self._recorder = None if config.video_period_env_steps is None else Recorder(config, env, network)
         self.config = config
         self.backend = backend_of(config.env)
@@ -213,6 +220,8 @@ class Run:
             self.directory.checkpoints_path, keep=config.checkpoints_kept, is_keeper=peers.is_first()
         )
         metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
+        if is_resumed:  # not before the network is known to be the run's
+            check_fits(config, self._topology.footprint(), footprint_of)
         self._lock = None if jax.process_count() > 1 else self.directory.lock()  # the launcher holds it otherwise
         self.summary: dict[str, Any] = {}
         """What summary.json holds, once the run is over."""
@@ -239,7 +248,7 @@ class Run:
             return None
         metadata = self._checkpoints.read_metadata(checkpoint)
         _check_network_is_given(self._has_own_network, metadata["has_own_network"])
-        _check_goes_on(metadata, self.config)
+        check_goes_on(metadata, self.config)
         return metadata
 
     def _restore(self, checkpoint: int | None, metadata: dict[str, Any]) -> None:
@@ -387,67 +396,6 @@ class Run:
             self.directory.write_summary(self.summary)
 
 
-class LaunchedRun:
-    """A decentralised run under way, in processes of its own: iterate over it as over a `Run`."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        open_directory: Callable[[], RunDirectory],
-        *,
-        is_resumed: bool = False,
-        checkpoint: int | None = None,
-    ) -> None:
-        assert isinstance(config.topology, DecentralisedConfig)
-        # What can be wrong is found here, once, before the folder is touched; this process uses no device.
-        env = make_env(config.env, **config.env_options)
-        check_network(make_network(env.spec, config.agent), env.spec)
-        make_optimiser(config.agent)
-        self.config = config
-        self.backend = backend_of(config.env)
-        """What makes the environments, as `backend_of` names it."""
-        self.directory = open_directory()
-        """Where the run is written, by all of its processes."""
-        self._topology = config.topology
-        self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
-        if is_resumed and self._checkpoints.latest() is not None:
-            metadata = self._checkpoints.read_metadata(checkpoint)
-            _check_goes_on(metadata, config)
-            if checkpoint is not None:
-                self._checkpoints.set_aside_after(checkpoint)
-        self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
-        self.summary: dict[str, Any] = {}
-        """What summary.json holds, once the run is over."""
-
-    def __iter__(self) -> Iterator[Progress]:
-        """Yields the progress of the first process, which is that of all; nothing where another host has it."""
-        launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
-        try:
-            for message in launcher.run(lambda: self._checkpoints.latest() or 0):
-                yield Progress(**{name: value for name, value in message.items() if name != "kind"})
-            self.summary = self.directory.read_summary() or {}
-            if self._lock:
-                self.summary |= {
-                    "num_restarts": launcher.num_restarts,
-                    "env_steps_repeated": launcher.env_steps_repeated,
-                }
-                self.directory.write_summary(self.summary)
-        finally:
-            if self._lock:
-                self._lock.release()
-
-    def _command(self, peer: Peer) -> list[str]:
-        arguments = {
-            "process-id": peer.number,
-            "num-processes": self._topology.num_processes,
-            "coordinator": peer.coordinator,
-            "report-descriptor": peer.report_descriptor,
-            "env-steps": self.config.env_steps,
-        }
-        flags = [f"--{name}={value}" for name, value in arguments.items()]
-        return [sys.executable, "-m", "qfleet.cli.peer", str(self.directory.path), *flags]
-
-
 def run_peer(
     run_dir: str | os.PathLike[str],
     *,
@@ -472,22 +420,16 @@ def run_peer(
     """
     directory = RunDirectory.open(run_dir)
     config = dataclasses.replace(directory.config, env_steps=env_steps or directory.config.env_steps)
-    config = _with_processes(config, num_processes)
+    config = with_processes(config, num_processes)
     topology = config.topology
     assert isinstance(topology, DecentralisedConfig)
-    peers.join(coordinator, num_processes, process_id, topology.devices_per_process, topology.peer_timeout_seconds)
+    # A launcher of all sees by itself who is silent, and sooner; among several, JAX tells the others of it.
+    patience = topology.peer_timeout_seconds * (3 if topology.coordinator is None else 1)
+    peers.join(coordinator, num_processes, process_id, topology.devices_per_process, patience)
     run = Run(config, lambda: directory, None, None, is_resumed=True)
     for progress in run:
         if process_id == 0:
             reporter.tell("progress", **dataclasses.asdict(progress))
-
-
-def _with_processes(config: TrainConfig, num_processes: int) -> TrainConfig:
-    if not isinstance(config.topology, DecentralisedConfig):
-        raise ConfigError(
-            f"num_processes must come with topology decentralised, got {topology_name(config.topology)}; leave it out"
-        )
-    return dataclasses.replace(config, topology=dataclasses.replace(config.topology, num_processes=num_processes))
 
 
 def _check_is_built_in(network: Network | None, optimiser: Any) -> None:
@@ -498,42 +440,17 @@ def _check_is_built_in(network: Network | None, optimiser: Any) -> None:
         )
 
 
-def _directory_of_all(config: TrainConfig) -> RunDirectory:
-    """Makes the run's folder, or waits for the first process's launcher, on another host, to have made it."""
-    topology = config.topology
-    assert isinstance(topology, DecentralisedConfig)
-    if topology.coordinator is not None and config.run_dir is None:
-        raise ConfigError(
-            f"processes started by hand must share a folder, got none with coordinator {topology.coordinator}; "
-            f"give all the same --run-dir, on a file system that all of them see"
-        )
-    if topology.process_id in (None, 0):
-        return RunDirectory.create(config.run_dir, config)
-    assert config.run_dir is not None
-    deadline = time.monotonic() + topology.peer_timeout_seconds
-    while not (Path(config.run_dir) / "config.json").exists():
-        if time.monotonic() > deadline:
-            raise ConfigError(
-                f"the first process must make the run's folder, and {config.run_dir} hasn't come for "
-                f"{topology.peer_timeout_seconds:g} s; start it with --process-id 0, and see that all share the folder"
-            )
-        time.sleep(0.1)
-    directory = RunDirectory.open(config.run_dir)
-    firsts = directory.config.topology
-    mine, wanted = (dataclasses.replace(each, run_dir=None, topology=topology) for each in (config, directory.config))
-    if mine != wanted or firsts != dataclasses.replace(topology, process_id=0):
-        raise ConfigError(
-            f"all processes must be started with the same settings, got {config} here and {directory.config} first"
-        )
-    return directory
-
-
-def _check_goes_on(metadata: dict[str, Any], config: TrainConfig) -> None:
-    if metadata["counters"]["env_steps"] >= config.env_steps:
-        raise ConfigError(
-            f"a run ends after env_steps={config.env_steps}, and this one has taken "
-            f"{metadata['counters']['env_steps']}; give a larger --env-steps"
-        )
+def _make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
+    """Returns both, once the CPU is divided into the devices that the run wants: that is for before JAX is used."""
+    mesh = config.topology.mesh
+    if config.num_seeds > 1:
+        split_cpu(config.num_seeds)
+    elif mesh.num_devices > 1 and not isinstance(config.topology, DecentralisedConfig):  # whose processes have theirs
+        set_cpu_devices(mesh.num_devices)
+    env = make_env(config.env, **config.env_options)
+    network = network or make_network(env.spec, config.agent)
+    limit_cpu_threads(check_network(network, env.spec))
+    return env, network
 
 
 def _make_topology(

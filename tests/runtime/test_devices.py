@@ -42,3 +42,27 @@ def test_devices_are_split_before_jax_is_used_and_left_alone_after():
         assert jax.device_count() == 3
     """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+class FakeDevice:
+    def __init__(self, platform, limit=None):
+        self.platform, self.device_kind, self._limit = platform, "H100", limit
+
+    def memory_stats(self):
+        return None if self._limit is None else {"bytes_limit": self._limit, "bytes_in_use": 5}
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([FakeDevice("cpu")], 8000),
+        ([FakeDevice("cpu")] * 4, 2000),
+        ([FakeDevice("gpu", 700), FakeDevice("gpu", 600)], 600),
+        ([FakeDevice("gpu")], None),
+    ],
+    ids=["cpu", "four of a cpu", "gpus", "gpu that doesn't tell"],
+)
+def test_devices_of_a_cpu_share_the_hosts_memory_and_others_have_their_own(monkeypatch, found, expected):
+    monkeypatch.setattr(devices, "available_memory_bytes", lambda: 8000)
+    assert devices.available_bytes(found) == expected
+    assert ("H100" in devices.describe_memory(found)) == (found[0].platform == "gpu")

@@ -3,10 +3,11 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
+from qfleet.runtime.process import available_memory_bytes, peak_rss_bytes, seconds_since_process_start
 
 
 def run(code: str) -> float:
@@ -45,3 +46,62 @@ def test_peak_memory_is_not_that_of_the_parent() -> None:
     block = b"x" * 300_000_000
     child = run("from qfleet.runtime import process; print(process.peak_rss_bytes())")
     assert child < 100e6 < len(block) <= peak_rss_bytes()
+
+
+def write(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+MEMINFO = {"proc/meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 4000 kB\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        (MEMINFO, 4000 * 1024),
+        # Version 2: the group's own limit is none, but its parent's counts; files that are cached count as free.
+        (
+            MEMINFO
+            | {
+                "proc/self/cgroup": "0::/a/b\n",
+                "sys/fs/cgroup/a/b/memory.max": "max\n",
+                "sys/fs/cgroup/a/b/memory.current": "5\n",
+                "sys/fs/cgroup/a/memory.max": "1000000\n",
+                "sys/fs/cgroup/a/memory.current": "700000\n",
+                "sys/fs/cgroup/a/memory.stat": "anon 1\ninactive_file 100000\n",
+            },
+            400_000,
+        ),
+        # Version 1, as a container sees it: the path is the host's, and the limit lies at the top.
+        (
+            MEMINFO
+            | {
+                "proc/self/cgroup": "5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n0::/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "1000000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "900000\n",
+                "sys/fs/cgroup/memory/memory.stat": "cache 5\ntotal_inactive_file 50000\n",
+            },
+            150_000,
+        ),
+        # A limit above all that there is.
+        (
+            MEMINFO
+            | {
+                "proc/self/cgroup": "4:memory:/\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "900000\n",
+                "sys/fs/cgroup/memory/memory.stat": "",
+            },
+            4000 * 1024,
+        ),
+    ],
+)
+def test_available_memory_is_what_the_kernel_or_a_control_group_leaves(
+    files: dict[str, str], expected: int | None, tmp_path: Path
+) -> None:
+    assert available_memory_bytes(write(tmp_path, files)) == expected

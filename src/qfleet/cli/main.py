@@ -18,6 +18,7 @@ _COMMANDS = {
     "eval": "evaluate what a run has learned",
     "watch": "write videos of what a run has learned",
     "resume": "go on with a run from its newest checkpoint",
+    "devices": "list the devices, or what a run would keep on each of them",
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract",
     "presets": "list the presets",

@@ -6,7 +6,8 @@ from qfleet.config import DecentralisedConfig, FusedConfig, TopologyConfig
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
-    from qfleet.api import LaunchedRun, Run
+    from qfleet.api import Run
+    from qfleet.launched import LaunchedRun
 
 
 def follow(run: "Run | LaunchedRun", *, quiet: bool) -> int:

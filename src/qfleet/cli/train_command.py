@@ -70,23 +70,34 @@ _CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 def run(arguments: Sequence[str]) -> int:
     """Trains as the flags say."""
     flags = parse(arguments)
-    config = TrainConfig(**{name: getattr(flags, name) for name in _CONFIG_FIELDS})
     from qfleet.api import iterate
 
-    return follow(iterate(config), quiet=flags.quiet)
+    return follow(iterate(config_of(flags)), quiet=flags.quiet)
 
 
-def parse(arguments: Sequence[str]) -> _TrainFlags:
-    """Returns the flags, over the defaults of the environment and the preset that they name."""
+def config_of(flags: _TrainFlags) -> TrainConfig:
+    """Returns the config that the flags describe."""
+    return TrainConfig(**{name: getattr(flags, name) for name in _CONFIG_FIELDS})
+
+
+def parse(arguments: Sequence[str], prog: str = "qfleet train") -> _TrainFlags:
+    """Returns the flags, over the defaults of the environment and the preset that they name.
+
+    Args:
+      arguments: of the command.
+      prog: what errors and the help call it.
+    """
     preset = _value_of("--preset", arguments) or DEFAULT_PRESET
     topology = _value_of("--topology", arguments)
     if arguments and not arguments[0].startswith("-"):
-        return _parse(arguments, make_config(arguments[0], preset, topology), is_env_known=True)
-    flags = _parse(arguments, make_config("ENV", preset, topology or "fused"), is_env_known=False)
-    return _parse(arguments, make_config(flags.env, preset, topology), is_env_known=True)  # which may be tuned
+        return _parse(arguments, make_config(arguments[0], preset, topology), is_env_known=True, prog=prog)
+    flags = _parse(arguments, make_config("ENV", preset, topology or "fused"), is_env_known=False, prog=prog)
+    return _parse(
+        arguments, make_config(flags.env, preset, topology), is_env_known=True, prog=prog
+    )  # which may be tuned
 
 
-def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool) -> _TrainFlags:
+def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool, prog: str) -> _TrainFlags:
     defaults = {name: getattr(config, name) for name in _CONFIG_FIELDS}
     if not is_env_known:
         defaults["env"] = tyro.MISSING
@@ -98,7 +109,7 @@ def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool)
             check_suits(setting, name)  # for tyro would only say that there is no such flag
     parsed = tyro.cli(
         flags,
-        prog="qfleet train",
+        prog=prog,
         args=list(arguments),
         default=flags(**defaults, topology_name=name),
         config=(tyro.conf.FlagCreatePairsOff,),

@@ -3,8 +3,11 @@
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 
 import jax
+
+from qfleet.runtime.process import available_memory_bytes
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -47,6 +50,38 @@ def reuse_freed_memory() -> None:
         if mallopt is not None:
             mallopt(_M_MMAP_MAX, 0)
             mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def memory_bytes(device: jax.Device) -> int | None:
+    """Returns the memory of a device that arrays may take, in bytes; None where it doesn't tell, as on a CPU."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def available_bytes(devices: Sequence[jax.Device]) -> int | None:
+    """Returns the memory that each of these devices may take, in bytes; None where nobody can tell.
+
+    Devices of a CPU share what the host has left; those of several processes are taken to be of one host.
+    """
+    if devices[0].platform == "cpu":
+        host = available_memory_bytes()
+        return None if host is None else host // len(devices)
+    own = [device for device in devices if device.process_index == jax.process_index()]
+    known = [limit for device in own if (limit := memory_bytes(device)) is not None]
+    return min(known) if known else None
+
+
+def describe_memory(devices: Sequence[jax.Device]) -> str:
+    """Returns whose memory `available_bytes` tells."""
+    if devices[0].platform != "cpu":
+        return f"{devices[0].device_kind}, what JAX may take of it"
+    if len(devices) == 1:
+        return "what the host has available"
+    return f"{len(devices)} CPU devices share what the host has available"
+
+
+def num_cores() -> int:
+    """Returns how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_shards(num_seeds: int, num_devices: int) -> int:

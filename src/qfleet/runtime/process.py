@@ -1,8 +1,10 @@
 """What the operating system knows of this process: its age and its memory."""
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _IMPORTED = time.monotonic()
@@ -34,3 +36,49 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Returns the memory that this process may still take without swapping, in bytes; None where the system can't tell.
+
+    That is what the kernel thinks is available, or what the limits of the process's control groups leave of it.
+
+    Args:
+      root: of the file system, for tests.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    return max(0, min([available, *_left_by_control_groups(root)]))
+
+
+def _left_by_control_groups(root: Path) -> Iterator[int]:
+    """Yields what each memory limit on this process leaves it, of control groups version 2 and 1."""
+    try:
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = (
+                root / "sys/fs/cgroup/memory",
+                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+            )
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):  # a limit further up holds as well
+            if folder == top or top in folder.parents:
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    yield _left_by(folder, *names)
+
+
+def _left_by(folder: Path, limit: str, usage: str, cached: str) -> int:
+    """Returns what a control group's limit leaves; cached files count as free, for the kernel drops them."""
+    most, used = (int((folder / name).read_text()) for name in (limit, usage))
+    stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return most - used + int(stat.get(cached, 0))

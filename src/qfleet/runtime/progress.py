@@ -55,6 +55,8 @@ class ProgressView:
             return
         self._latest.update({k: float(v) for k, v in record.items() if v is not None and math.isfinite(v)})
         now = time.monotonic()
+        if self._history and self._latest["env_steps"] < self._history[-1][1]:
+            self._history.clear()  # the run went back to a checkpoint
         self._history.append((now, self._latest["env_steps"], self._latest.get("learner_steps", 0.0)))
         while len(self._history) > 2 and now - self._history[0][0] > _RATE_WINDOW_SECONDS:
             self._history.popleft()

@@ -22,11 +22,12 @@ from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.replay import SavedReplay, partition_saved
 from qfleet.core.replicas import ALONE
-from qfleet.core.types import Network, Params
+from qfleet.core.types import Network, Params, stored_spec
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
 from qfleet.runtime.devices import num_shards
 from qfleet.runtime.records import Progress
+from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.fused_program import NO_BAD_STEP, FusedState, Program, Tally, make_program, partition_state
 from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, learner_steps, make_plan, rows_per_iteration
@@ -62,6 +63,7 @@ class Fused(Topology):
         self._program = self._make_program(self._placement.replicas)
         self._config = config
         self._env_name = env.spec.name
+        self._stored_spec = stored_spec(env.spec, network.store)
         self.env_steps = 0
         """Taken so far, over all lanes of one seed."""
         self.learner_steps = 0
@@ -90,11 +92,8 @@ class Fused(Topology):
     def _on_mesh(self) -> Any:
         """Returns the program, jitted, of one seed: each device of the mesh has its share of it."""
         self._seeds: Any = np.uint32(self._config.seed)
-        placement = self._placement
-        first = ALONE._replace(size=placement.replicas.size)  # the first replica's share, outside of the mesh
-        shapes = jax.eval_shape(self._make_program(first).init, self._seeds)
-        learner = placement.partition_learner(shapes.learner)
-        state = partition_state(shapes, DATA_AXIS)._replace(learner=learner)
+        placement, (shapes, state) = self._placement, self._layout
+        learner = state.learner
         saved = shapes.replay and partition_saved(shapes.replay, DATA_AXIS)
         program, whole = self._program, EVERYBODYS
         return Program(
@@ -105,10 +104,43 @@ class Fused(Topology):
             restore=placement.jit(program.restore, (saved,), state.replay),
         )
 
+    @functools.cached_property
+    def _layout(self) -> tuple[FusedState, Any]:
+        """The shapes of what the first replica has, and how all of it is spread, as `PartitionSpec`s."""
+        first = ALONE._replace(size=self._placement.replicas.size)  # its share, outside of the mesh
+        shapes = jax.eval_shape(self._make_program(first).init, np.uint32(0))
+        learner = self._placement.partition_learner(shapes.learner)
+        return shapes, partition_state(shapes, DATA_AXIS)._replace(learner=learner)
+
+    def footprint(self) -> Footprint:
+        """Returns what it keeps on which devices, before or after `start`."""
+        mesh, (shapes, specs) = self._placement.mesh, self._layout
+        batch = batch_shapes(
+            self._stored_spec, self._config.agent, self._config.topology.num_envs, mesh.shape[DATA_AXIS]
+        )
+        axes, devices, batch_specs = mesh.shape, mesh.local_devices, PartitionSpec(DATA_AXIS)
+        if self._config.num_seeds > 1:
+            devices = self._devices_of_seeds
+            axes, share, split = {"seeds": len(devices)}, self._config.num_seeds // len(devices), PartitionSpec("seeds")
+            shapes, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((share, *x.shape), x.dtype), (shapes, batch))
+            specs, batch_specs = jax.tree.map(lambda x: split, shapes), split
+        return make_footprint(
+            axes,
+            tuple(devices),
+            learner=(shapes.learner, specs.learner),
+            lanes=(shapes.actor, specs.actor),
+            replay=(shapes.replay, specs.replay),
+            batch=(batch, batch_specs),
+        )
+
+    @property
+    def _devices_of_seeds(self) -> list[jax.Device]:
+        return jax.local_devices()[: num_shards(self._config.num_seeds, jax.local_device_count())]
+
     def _over_seeds(self) -> Any:
         """Returns the program, jitted, of many seeds: spread over the devices, each trains its share in one batch."""
         num_seeds, first = self._config.num_seeds, self._config.seed
-        devices = jax.local_devices()[: num_shards(num_seeds, jax.local_device_count())]
+        devices = self._devices_of_seeds
         mesh = jax.make_mesh((len(devices),), ("seeds",), axis_types=(AxisType.Auto,), devices=devices)
         split, whole = PartitionSpec("seeds"), PartitionSpec()
         self._seeds = jax.device_put(np.uint32(first + np.arange(num_seeds)), NamedSharding(mesh, split))

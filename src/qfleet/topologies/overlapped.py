@@ -6,6 +6,7 @@ Without replay a rollout and learning from it take turns. `profile` is `lock_ste
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +21,9 @@ from jax.sharding import PartitionSpec
 from qfleet.config import ConfigError, DecentralisedConfig, OverlappedConfig, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.exploration import greedy
-from qfleet.core.learner import make_learner
+from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.learning import Losses
-from qfleet.core.replay import Replay, SavedReplay, make_replay, partition, partition_saved
+from qfleet.core.replay import Replay, ReplayState, SavedReplay, make_replay, partition, partition_saved
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Network, Params, stored_spec
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
@@ -32,6 +33,7 @@ from qfleet.runtime.evaluation import host_greedy_returns
 from qfleet.runtime.records import Progress
 from qfleet.runtime.stopwatch import OTHER, Stopwatch
 from qfleet.topologies import overlapped_profile
+from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.overlapped_program import Draws, HostRow, Programs, make_programs
 from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, make_plan, rows_per_iteration
@@ -130,9 +132,7 @@ class Overlapped(Topology):
 
     def _jitted(self) -> Any:
         """Returns the programs, jitted: each device of the mesh has its share of the lanes."""
-        placement, programs = self._placement, self._programs
-        first = ALONE._replace(size=placement.replicas.size)  # the first replica's share, outside of the mesh
-        shapes = jax.eval_shape(self._make_programs(first)[1].init, np.uint32(0))
+        placement, programs, shapes = self._placement, self._programs, self._shapes
         learner, whole, lanes = placement.partition_learner(shapes[0]), EVERYBODYS, PartitionSpec(DATA_AXIS)
         replay = shapes[1] and partition(shapes[1], DATA_AXIS)
         saved = shapes[1] and partition_saved(shapes[1], DATA_AXIS)
@@ -155,6 +155,29 @@ class Overlapped(Topology):
             learn=learn,
             leaves=placement.jit(programs.leaves, (replay,), saved and saved.leaves),
             restore=placement.jit(programs.restore, (saved,), replay),
+        )
+
+    @functools.cached_property
+    def _shapes(self) -> tuple[LearnerState, ReplayState | tuple[()], jax.Array]:
+        """Of the learner, the replay and the key, as the first replica has them."""
+        first = ALONE._replace(size=self._placement.replicas.size)  # its share, outside of the mesh
+        return jax.eval_shape(self._make_programs(first)[1].init, np.uint32(0))
+
+    def footprint(self) -> Footprint:
+        """Returns what it keeps on which devices, before or after `start`; environments are elsewhere."""
+        mesh, spec, over_data = self._placement.mesh, self._env.spec, PartitionSpec(DATA_AXIS)
+        learner, replay, _ = self._shapes
+        num_replicas, num_envs = mesh.shape[DATA_AXIS], self._topology.num_envs
+        obs = (spec.observation_shape, spec.observation_dtype)
+        view = (self._stored_spec.agent_observation_shape, self._stored_spec.observation_dtype)
+        lanes = [jax.ShapeDtypeStruct((num_envs // num_replicas, *shape), dtype) for shape, dtype in (obs, view)]
+        return make_footprint(
+            mesh.shape,
+            tuple(mesh.local_devices),
+            learner=(learner, self._placement.partition_learner(learner)),
+            lanes=(lanes, over_data),
+            replay=(replay, replay and partition(replay, DATA_AXIS)),
+            batch=(batch_shapes(self._stored_spec, self._config.agent, num_envs, num_replicas), over_data),
         )
 
     def _over_lanes(self, share: Any) -> Any:

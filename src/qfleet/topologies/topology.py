@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from qfleet.config import AgentConfig, RunFailed
 from qfleet.core.types import Params
 from qfleet.runtime.records import Progress
+from qfleet.topologies.footprint import Footprint
 
 
 class Topology(abc.ABC):
@@ -18,6 +19,10 @@ class Topology(abc.ABC):
     """Taken so far, over all lanes of one seed."""
     learner_steps: int
     """Taken so far, by each seed's learner."""
+
+    @abc.abstractmethod
+    def footprint(self) -> Footprint:
+        """Returns what it keeps on which devices, from shapes alone; to call before `start`, or at any time."""
 
     @abc.abstractmethod
     def start(self) -> float:

@@ -1,0 +1,180 @@
+"""`qfleet devices [ENV]`: the devices, and what a run would keep on each of them."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qfleet.cli.train_command import config_of, parse
+from qfleet.config import ConfigError, TrainConfig, topology_name
+
+if TYPE_CHECKING:
+    from qfleet.topologies.footprint import Footprint
+
+_HELP = """\
+usage: qfleet devices [ENV] [FLAGS OF qfleet train] [--json]
+
+Without ENV: lists the devices that JAX sees, their memory, and how to get more.
+With ENV and flags as of `qfleet train`: shows the mesh that `train` would make, what would be divided over which of its
+axes, and how many bytes of it each device would hold. Nothing is allocated. Exit code 1 if it wouldn't fit.
+
+  --json   print one JSON object
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Shows the devices, or what a run would keep on them."""
+    rest = [argument for argument in arguments if argument != "--json"]
+    if rest[:1] in (["-h"], ["--help"]):
+        print(_HELP, end="")
+        return 0
+    config = config_of(parse(rest, prog="qfleet devices")) if rest else None
+    return _show(config, as_json=len(rest) < len(arguments))
+
+
+def _show(config: TrainConfig | None, *, as_json: bool) -> int:
+    footprint, refusal = (None, None) if config is None else _footprint(config)
+    result: dict[str, Any] = {} if config is None or footprint is None else _run_as_dict(config, footprint, refusal)
+    if as_json:
+        from qfleet.runtime.run_directory import strict_json
+
+        print(strict_json({**_machine_as_dict(), **result}))
+    elif footprint is None:
+        _print_machine()
+    else:
+        _print_run(result)
+    return 0 if refusal is None else 1
+
+
+def _footprint(config: TrainConfig) -> tuple["Footprint", str | None]:
+    """Returns what a run would keep, and why it would be refused, if it would."""
+    from qfleet.api import footprint
+    from qfleet.topologies.footprint import check_fits
+
+    found = footprint(config)
+    try:
+        check_fits(config, found, footprint)
+    except ConfigError as error:
+        return found, str(error)
+    return found, None
+
+
+def _machine_as_dict() -> dict[str, Any]:
+    import jax
+
+    from qfleet.runtime.devices import memory_bytes, num_cores
+    from qfleet.runtime.process import available_memory_bytes
+
+    kinds: dict[tuple[str, str, int | None], int] = {}
+    for device in jax.devices():
+        is_ours = device.process_index == jax.process_index()  # others don't tell
+        kind = (device.platform, device.device_kind, memory_bytes(device) if is_ours else None)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return {
+        "devices": [
+            {"platform": platform, "kind": kind, "count": count, "memory_bytes": memory}
+            for (platform, kind, memory), count in kinds.items()
+        ],
+        "cpu_cores": num_cores(),
+        "host_memory_available_bytes": available_memory_bytes(),
+    }
+
+
+def _run_as_dict(config: TrainConfig, footprint: "Footprint", refusal: str | None) -> dict[str, Any]:
+    import dataclasses
+
+    from qfleet.runtime.devices import available_bytes, describe_memory
+
+    return {
+        "env": config.env,
+        "preset": config.preset,
+        "topology": topology_name(config.topology),
+        "platform": footprint.devices[0].platform,
+        "mesh": dict(footprint.axes),
+        "parts": [dataclasses.asdict(part) for part in footprint.parts],
+        "bytes_per_device": footprint.bytes_per_device,
+        "memory_bytes_per_device": available_bytes(footprint.devices),
+        "memory": describe_memory(footprint.devices),
+        "refusal": refusal,
+    }
+
+
+def _print_machine() -> None:
+    from qfleet.topologies.footprint import show_bytes
+
+    machine = _machine_as_dict()
+    rows = [
+        (
+            device["platform"],
+            device["kind"],
+            str(device["count"]),
+            "the host's" if device["platform"] == "cpu" else _known(device["memory_bytes"]),
+        )
+        for device in machine["devices"]
+    ]
+    _print_table([("platform", "left"), ("kind", "left"), ("count", "right"), ("memory of each", "right")], rows)
+    available = machine["host_memory_available_bytes"]
+    print(f"\nhost: {machine['cpu_cores']} CPU cores", end="")
+    print("" if available is None else f", {show_bytes(available)} of memory available")
+    print(_how_to_get_more({device["platform"] for device in machine["devices"]}))
+
+
+def _how_to_get_more(platforms: set[str]) -> str:
+    if platforms == {"cpu"}:
+        return (
+            "more: on a CPU a mesh makes as many devices as it needs (--mesh.data 4 makes four), to try meshes out:\n"
+            "      they share its cores and memory. For NVIDIA GPUs: pip install 'qfleet[cuda]'"
+        )
+    return (
+        "more: JAX takes all GPUs that CUDA_VISIBLE_DEVICES leaves it; a run takes mesh.data x mesh.model of them.\n"
+        "      JAX_PLATFORMS=cpu runs on the CPU, where a mesh makes as many devices as it needs"
+    )
+
+
+def _print_run(result: dict[str, Any]) -> None:
+    from qfleet.topologies.footprint import show_bytes
+
+    mesh = " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
+    print(f"{result['env']} with {result['preset']}, {result['topology']}: mesh of {mesh}, {result['platform']}\n")
+    is_one_device = all(size == 1 for size in result["mesh"].values())
+    rows = [
+        (
+            part["name"],
+            show_bytes(part["total_bytes"]),
+            show_bytes(part["bytes_per_device"]),
+            part["axis"] or ("" if is_one_device else "whole on each"),
+        )
+        for part in result["parts"]
+    ]
+    rows.append(
+        (
+            "sum",
+            show_bytes(sum(part["total_bytes"] for part in result["parts"])),
+            show_bytes(result["bytes_per_device"]),
+            "",
+        )
+    )
+    _print_table([("", "left"), ("total", "right"), ("per device", "right"), ("divided over", "left")], rows)
+    memory = result["memory_bytes_per_device"]
+    if memory is not None:
+        print(f"\nmemory per device: {show_bytes(memory)} ({result['memory']})")
+    print("A learner step's temporaries (activations, gradients) and the compiled program come on top.")
+    if result["refusal"] is not None:
+        print(f"qfleet: error: {result['refusal']}", file=sys.stderr)
+
+
+def _known(count: int | None) -> str:
+    from qfleet.topologies.footprint import show_bytes
+
+    return "unknown" if count is None else show_bytes(count)
+
+
+def _print_table(columns: Sequence[tuple[str, Any]], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name, side in columns:
+        table.add_column(name, justify=side, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)

@@ -1,0 +1,240 @@
+"""What a run keeps on its devices, and whether it fits: from shapes alone, nothing is allocated and nothing compiled.
+
+A learner step's temporaries (activations, gradients, a batch before it is dealt to the replicas) come on top.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from qfleet.config import AgentConfig, ConfigError, DecentralisedConfig, TrainConfig
+from qfleet.core.learner import LearnerState
+from qfleet.core.replay import ReplayState
+from qfleet.core.types import Batch, EnvSpec, Regression, Transition
+from qfleet.networks.partition import MODEL_AXIS
+from qfleet.runtime.devices import available_bytes, describe_memory
+from qfleet.topologies.plan import rows_per_iteration
+
+HEADROOM = 0.1
+"""Share of what is left for the replay that a suggested capacity leaves free, for a learner step's temporaries."""
+
+REPLAY_PARTS = ("replay", "priorities")
+
+Placed = tuple[Any, Any]
+"""The shapes of what one replica has, and how they are spread, as `PartitionSpec`s or the beginning of their tree."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some of what a run keeps."""
+
+    name: str
+    total_bytes: int
+    """Of the arrays as wholes, however many devices have a copy."""
+    bytes_per_device: int
+    axis: str | None
+    """The mesh axis over which it is divided, as far as it can be; None where each device has all of it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """All that a run keeps on its devices from one step to the next, and the batch that it learns from."""
+
+    axes: Mapping[str, int]
+    """Devices along each axis of the mesh."""
+    devices: tuple[Any, ...]
+    """Those of this process."""
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes_per_device(self) -> int:
+        """The sum of its parts."""
+        return sum(part.bytes_per_device for part in self.parts)
+
+    def bytes_per_device_of(self, *names: str) -> int:
+        """The sum of those of its parts that have these names."""
+        return sum(part.bytes_per_device for part in self.parts if part.name in names)
+
+
+def make_footprint(
+    axes: Mapping[str, int], devices: tuple[Any, ...], *, learner: Placed, lanes: Placed, replay: Placed, batch: Placed
+) -> Footprint:
+    """Returns the footprint of a run.
+
+    Args:
+      axes: devices along each axis of the mesh.
+      devices: those of this process.
+      learner: a `LearnerState`.
+      lanes: whatever the lanes keep on the devices.
+      replay: a `ReplayState`, or `()`.
+      batch: what a learner step, or a round of them, learns from.
+    """
+    (state, specs), (stored, stored_specs) = learner, replay
+    placed = {
+        "parameters": (state.params, specs.params),
+        "target network": (state.target_params, specs.target_params),
+        "optimiser state": _without_params(state, specs),
+        "lanes": lanes,
+        "replay": _without_tree(stored, stored_specs),
+        "priorities": (stored.tree, stored_specs.tree) if isinstance(stored, ReplayState) else ((), ()),
+        "batch": batch,
+    }
+    parts = tuple(_part(name, axes, *each) for name, each in placed.items() if jax.tree.leaves(each[0]))
+    return Footprint(axes=dict(axes), devices=devices, parts=parts)
+
+
+def _without_params(state: LearnerState, specs: Any) -> Placed:
+    return (state.optimiser_state, state.target_age), (specs.optimiser_state, specs.target_age)
+
+
+def _without_tree(state: ReplayState | tuple[()], specs: Any) -> Placed:
+    return (state._replace(tree=()), specs._replace(tree=())) if isinstance(state, ReplayState) else ((), ())
+
+
+def _part(name: str, axes: Mapping[str, int], shapes: Any, specs: Any) -> Part:
+    leaves = jax.tree.leaves(shapes)
+    spread = jax.tree.leaves(jax.tree.broadcast(specs, shapes, is_leaf=_is_spec), is_leaf=_is_spec)
+    total = per_device = 0
+    used = set()
+    for leaf, spec in zip(leaves, spread, strict=True):
+        names = {name for name in spec if name is not None and axes[name] > 1}
+        used |= names
+        total += _num_bytes(leaf) * math.prod(axes[name] for name in names - {MODEL_AXIS})
+        per_device += _num_bytes(leaf) // math.prod(axes[name] for name in names & {MODEL_AXIS})
+    return Part(name=name, total_bytes=total, bytes_per_device=per_device, axis=" x ".join(sorted(used)) or None)
+
+
+def _is_spec(tree: Any) -> bool:
+    return isinstance(tree, PartitionSpec)
+
+
+def _num_bytes(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int) -> Batch:
+    """Returns the shapes of one replica's share of what it learns from: a batch of transitions, or a whole rollout.
+
+    Args:
+      stored: the spec of observations as the network's `store` keeps them.
+      config: the agent's.
+      num_lanes: of all replicas.
+      num_replicas: how many there are.
+    """
+    has_replay = config.replay != "none"
+    shape = (config.batch_size,) if has_replay else (rows_per_iteration(config), num_lanes)
+    shape = (*shape[:-1], shape[-1] // num_replicas)
+
+    def of(dtype: Any, *rest: int) -> Any:
+        return jax.ShapeDtypeStruct((*shape, *rest), dtype)
+
+    obs = of(stored.observation_dtype, *stored.agent_observation_shape)
+    action, number = of(np.int32), of(np.float32)
+    if has_replay:
+        return Transition(obs, action, number, number, obs, number)
+    return Regression(obs, action, number, number)
+
+
+def check_fits(config: TrainConfig, footprint: Footprint, footprint_of: Callable[[TrainConfig], Footprint]) -> None:
+    """Checks that a run fits into the memory of its devices, where these tell it.
+
+    Args:
+      config: of the run.
+      footprint: of the run.
+      footprint_of: `footprint_of(config)` for other configs, to find one that fits.
+
+    Raises:
+      ConfigError: if it doesn't.
+    """
+    limit = available_bytes(footprint.devices)
+    if limit is None or footprint.bytes_per_device <= limit:
+        return
+    parts = sorted(footprint.parts, key=lambda part: -part.bytes_per_device)
+    terms = " + ".join(f"{show_bytes(part.bytes_per_device)} {part.name}" for part in parts)
+    raise ConfigError(
+        f"a run must fit into memory, got {terms} = {show_bytes(footprint.bytes_per_device)} per device of "
+        f"{show_bytes(limit)} ({describe_memory(footprint.devices)}); try "
+        f"{_remedy(config, footprint, footprint_of, limit)}"
+    )
+
+
+def _remedy(
+    config: TrainConfig, footprint: Footprint, footprint_of: Callable[[TrainConfig], Footprint], limit: int
+) -> str:
+    """Returns settings of which each by itself makes the run fit."""
+
+    def fits(other: TrainConfig) -> bool:
+        found = footprint_of(other)
+        most = available_bytes(found.devices)
+        return most is None or found.bytes_per_device <= most
+
+    remedies = []
+    for name, others in (
+        ("replay_capacity", _with_less_replay(config, footprint, limit)),
+        ("mesh.data", _with_more_devices(config)),
+    ):
+        for value, make in others:
+            try:
+                if fits(make()):
+                    remedies.append(f"{name} {value}")
+                    break
+            except ConfigError:  # it doesn't go with the other settings
+                continue
+    if remedies:
+        return " or ".join(remedies)
+    sizes = ["hidden_sizes", "num_envs", "rollout_length" if config.agent.replay == "none" else "batch_size"]
+    return f"a smaller {', '.join(['num_seeds', *sizes] if config.num_seeds > 1 else sizes[:-1])} or {sizes[-1]}"
+
+
+_Others = list[tuple[int, Callable[[], TrainConfig]]]
+
+
+def _with_less_replay(config: TrainConfig, footprint: Footprint, limit: int) -> _Others:
+    replay = footprint.bytes_per_device_of(*REPLAY_PARTS)
+    left = limit - (footprint.bytes_per_device - replay)
+    if not replay or left <= 0:
+        return []
+    capacity = _rounded_down(int(config.agent.replay_capacity * (1 - HEADROOM) * left / replay))
+
+    def make() -> TrainConfig:
+        return dataclasses.replace(config, agent=dataclasses.replace(config.agent, replay_capacity=capacity))
+
+    return [(capacity, make)]
+
+
+def _with_more_devices(config: TrainConfig) -> _Others:
+    """Returns the config on larger meshes; on a CPU they'd have no more memory than this one."""
+    topology = config.topology
+    if config.num_seeds > 1 or jax.default_backend() == "cpu" or isinstance(topology, DecentralisedConfig):
+        return []
+    mesh = topology.mesh
+
+    def make(data: int) -> TrainConfig:
+        larger = dataclasses.replace(topology, mesh=dataclasses.replace(mesh, data=data))
+        return dataclasses.replace(config, topology=larger)
+
+    sizes = range(mesh.data + 1, jax.device_count() // mesh.model + 1)
+    return [(data, lambda data=data: make(data)) for data in sizes]  # type: ignore[misc]
+
+
+def _rounded_down(number: int, num_digits: int = 2) -> int:
+    unit = 10 ** max(0, len(str(number)) - num_digits)
+    return number // unit * unit
+
+
+def show_bytes(count: int) -> str:
+    """Returns a number of bytes for people to read: three digits, in units of 1000."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.{0 if unit == 'B' or size >= 99.95 else 1 if size >= 9.995 else 2}f} {unit}"
