@@ -222,7 +222,8 @@ class Run:
         metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
         if is_resumed:  # not before the network is known to be the run's
             check_fits(config, self._topology.footprint(), footprint_of)
-        self._lock = None if jax.process_count() > 1 else self.directory.lock()  # the launcher holds it otherwise
+        is_launched = isinstance(config.topology, DecentralisedConfig)
+        self._lock = None if is_launched else self.directory.lock()  # or its launcher holds it
         self.summary: dict[str, Any] = {}
         """What summary.json holds, once the run is over."""
         self._solved_at: list[int | None] = [None] * config.num_seeds

@@ -55,7 +55,10 @@ class LaunchedRun:
         try:
             for message in launcher.run(lambda: self._checkpoints.latest() or 0):
                 yield _progress_of(message)
-            self.summary = self.directory.read_summary() or {}
+            summary = self.directory.read_summary()
+            if summary is None:
+                raise KeyboardInterrupt  # asked to stop before anything was done
+            self.summary = summary
             if self._lock:
                 self.summary |= {
                     "num_restarts": launcher.num_restarts,

@@ -46,7 +46,7 @@ def test_devices_are_split_before_jax_is_used_and_left_alone_after():
 
 class FakeDevice:
     def __init__(self, platform, limit=None):
-        self.platform, self.device_kind, self._limit = platform, "H100", limit
+        self.platform, self.device_kind, self.process_index, self._limit = platform, "H100", 0, limit
 
     def memory_stats(self):
         return None if self._limit is None else {"bytes_limit": self._limit, "bytes_in_use": 5}

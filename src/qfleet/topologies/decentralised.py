@@ -83,6 +83,11 @@ class Launcher:
                         yield message
                     return
                 except _PeerLost as lost:
+                    if stop.requested:
+                        raise RunFailed(
+                            f"a run must be left in order, but {lost} while it stopped; resume from environment step "
+                            f"{newest_checkpoint()} with `qfleet resume`"
+                        ) from lost
                     self._restart_after(str(lost), newest_checkpoint())
                 finally:
                     group.kill()
@@ -146,19 +151,19 @@ class _Group:
         """Yields messages of progress until all processes have ended well; passes a request to stop on to them."""
         progressed_at, asked_at = time.monotonic(), None
         while True:
+            have_ended = all(process.poll() == 0 for process in self._processes.values())
             for message in self._read():
                 if message["kind"] == "progress":
                     progressed_at = time.monotonic()
                     yield message
-                elif message["kind"] == "failed":
-                    raise (ConfigError if message["is_config"] else RunFailed)(message["error"])
+                _raise_if_failed(message)
             if stop.requested and asked_at is None:
                 asked_at = time.monotonic()
                 for process in self._processes.values():
                     process.send_signal(signal.SIGTERM)
             is_stopping = asked_at is not None
-            if all(process.poll() == 0 for process in self._processes.values()):
-                return
+            if have_ended and not self._selector.get_map():
+                return  # and all that they said is read
             self._check_ended(is_stopping)
             if is_stopping and all(process.poll() is not None for process in self._processes.values()):
                 return  # one was asked to stop before it could listen
@@ -179,6 +184,8 @@ class _Group:
         if not any(self._died(process, is_stopping) for process in self._processes.values()):
             return
         time.sleep(_GATHER_SECONDS)
+        for message in self._read():  # the last words of whatever has ended
+            _raise_if_failed(message)
         codes = {i: process.returncode for i, process in self._processes.items() if self._died(process, is_stopping)}
         # What was killed is the cause; the others fail, or abort, for want of it.
         culprit = min(codes, key=lambda i: (codes[i] >= 0 or codes[i] == -signal.SIGABRT, i))
@@ -212,6 +219,11 @@ class _Group:
         self._selector.close()
         for pipe in self._pipes:
             pipe.close()
+
+
+def _raise_if_failed(message: dict[str, Any]) -> None:
+    if message["kind"] == "failed":
+        raise (ConfigError if message["is_config"] else RunFailed)(message["error"])
 
 
 def _free_port() -> int:

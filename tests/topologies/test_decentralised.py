@@ -1,0 +1,315 @@
+"""Equal processes: that they learn what one does, and that none that dies, hangs or is left behind goes unnoticed."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import qfleet
+from qfleet.config import ConfigError, DecentralisedConfig, RunFailed
+from qfleet.topologies.decentralised import Launcher
+
+# --- The launcher, with processes that only pretend ---
+
+STUB = """
+import json, os, signal, subprocess, sys, time
+number, report, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+attempt = len([name for name in os.listdir(folder) if name.startswith(f"{number}-")])
+open(f"{folder}/{number}-{attempt}-{os.getpid()}", "w").close()
+
+def tell(kind, **content):
+    os.write(report, (json.dumps({"kind": kind, **content}) + chr(10)).encode())
+
+def live(seconds, first=0):
+    for i in range(int(seconds / 0.05)):
+        tell("alive")
+        if number == 0:
+            tell("progress", env_steps=first + 10 * (i + 1))
+        time.sleep(0.05)
+"""
+
+
+class Stubs:
+    """Processes that run a few lines each: what they do is up to `number`, `attempt`, and the functions of STUB."""
+
+    def __init__(self, folder: Path, lines: str, **settings) -> None:
+        self.folder, script = folder / "started", folder / "stub.py"
+        self.folder.mkdir()
+        script.write_text(STUB + textwrap.dedent(lines))
+        self._config = DecentralisedConfig(**{"num_processes": 3, "num_envs": 3, "peer_timeout_seconds": 5, **settings})
+        self.launcher = Launcher(
+            self._config,
+            lambda peer: [
+                sys.executable, "-S", str(script), str(peer.number), str(peer.report_descriptor), str(self.folder)
+            ],
+            folder / "logs",
+        )  # fmt: skip
+
+    def run(self, checkpoint: int = 0) -> list[int]:
+        return [message["env_steps"] for message in self.launcher.run(lambda: checkpoint)]
+
+    def processes(self) -> list[int]:
+        return [int(name.name.rsplit("-", 1)[1]) for name in self.folder.iterdir()]
+
+    def assert_none_lives(self) -> None:
+        assert self.processes()
+        wait_until(lambda: not any(map(lives, self.processes())), seconds=2)
+
+
+def lives(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_progress_is_passed_on_until_all_have_ended(tmp_path: Path) -> None:
+    stubs = Stubs(tmp_path, "live(0.2)")
+    assert stubs.run() == [10, 20, 30, 40]
+    assert stubs.launcher.num_restarts == 0
+    stubs.assert_none_lives()
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ("live(0.2); os.kill(os.getpid(), signal.SIGKILL)", "process 1 of 3 was killed by SIGKILL"),
+        ("live(0.2); sys.exit(7)", "process 1 of 3 failed with exit code 7"),
+        ("live(0.2); os.kill(os.getpid(), signal.SIGSTOP)", "process 1 of 3 gave no sign of life for 5 s"),
+    ],
+)
+def test_one_that_is_lost_restarts_all_and_is_named(tmp_path: Path, caplog, lines: str, reason: str) -> None:
+    stubs = Stubs(tmp_path, f"if (number, attempt) == (1, 0): {lines}\nlive(0.5 if attempt else 60)")
+    env_steps = stubs.run(checkpoint=20)
+    assert env_steps[-10:] == list(range(10, 110, 10))  # of the second attempt
+    first = env_steps[:-10]
+    assert stubs.launcher.num_restarts == 1
+    assert stubs.launcher.env_steps_repeated == max(0, first[-1] - 20)
+    assert reason in caplog.text and "from environment step 20" in caplog.text and "(restart 1 of 3)" in caplog.text
+    assert len(stubs.processes()) == 6
+    stubs.assert_none_lives()
+
+
+def test_the_one_that_was_killed_is_named_and_not_those_that_fail_for_want_of_it(tmp_path: Path, caplog) -> None:
+    lines = """
+    if attempt == 0:
+        live(0.3)
+        if number == 2:
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.abort() if number else sys.exit(1)
+    """
+    Stubs(tmp_path, lines).run()
+    assert "process 2 of 3 was killed by SIGKILL" in caplog.text
+
+
+def test_too_many_restarts_fail_the_run(tmp_path: Path) -> None:
+    stubs = Stubs(tmp_path, "live(0.1)\nif number == 2: sys.exit(3)", max_restarts=2)
+    with pytest.raises(
+        RunFailed, match=r"max_restarts=2 times, and process 2 of 3 failed with exit code 3; see .*logs"
+    ):
+        stubs.run()
+    assert len(stubs.processes()) == 9
+    stubs.assert_none_lives()
+
+
+@pytest.mark.parametrize(("is_config", "error"), [(True, ConfigError), (False, RunFailed)])
+def test_an_error_of_the_run_itself_is_raised_and_not_tried_again(tmp_path: Path, is_config, error) -> None:
+    stubs = Stubs(tmp_path, f"if number == 1: tell('failed', error='it is so', is_config={is_config})\nlive(60)")
+    with pytest.raises(error, match="it is so"):
+        stubs.run()
+    assert stubs.launcher.num_restarts == 0
+    stubs.assert_none_lives()
+
+
+def test_what_a_process_has_started_ends_with_it(tmp_path: Path) -> None:
+    lines = """
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    open(f"{folder}/worker-{child.pid}", "w").close()
+    live(0.1)
+    if attempt == 0 and number == 1: sys.exit(1)
+    """
+    stubs = Stubs(tmp_path, lines)
+    stubs.run()
+    assert len(stubs.processes()) == 12
+    stubs.assert_none_lives()
+
+
+def test_leaving_the_loop_ends_the_processes(tmp_path: Path) -> None:
+    stubs = Stubs(tmp_path, "live(60)")
+    messages = stubs.launcher.run(lambda: 0)
+    next(messages)
+    messages.close()
+    stubs.assert_none_lives()
+
+
+def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
+    lines = """
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    while not asked: live(0.05)
+    live(0.3, first=1000)
+    """
+    stubs = Stubs(tmp_path, lines)
+    env_steps = []
+    for message in stubs.launcher.run(lambda: 0):
+        env_steps.append(message["env_steps"])
+        if len(env_steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert env_steps[-1] == 1050
+    assert stubs.launcher.num_restarts == 0
+    stubs.assert_none_lives()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"coordinator": "host:1234"}, "coordinator and process_id must be given together"),
+        ({"process_id": 0}, "coordinator and process_id must be given together"),
+        ({"coordinator": "host", "process_id": 0}, "coordinator must be HOST:PORT, got host"),
+        ({"coordinator": "host:1", "process_id": 2}, "process_id must be 0 to num_processes - 1 = 1, got 2"),
+        ({"num_processes": 0}, "num_processes must be a whole number, at least 1, got 0"),
+        ({"peer_timeout_seconds": 1}, "peer_timeout_seconds must be at least 5, got 1"),
+        ({"num_workers": 20}, "num_workers must be at most num_envs / num_processes=16, got 20"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DecentralisedConfig(**settings)
+
+
+# --- Processes that learn ---
+
+SETTINGS = {"env_steps": 4096, "eval_period_env_steps": 2048, "eval_episodes": 8}
+
+
+def config_for(run_dir: Path, num_processes: int, env: str = "CartPole-v1", preset: str = "pqn", **settings):
+    settings = {**SETTINGS, "run_dir": str(run_dir), "peer_timeout_seconds": 30, **settings}
+    return qfleet.make_config(env, preset, "decentralised", num_processes=num_processes, **settings)
+
+
+def params_of(run_dir: Path):
+    return jax.tree.leaves(jax.device_get(qfleet.load(run_dir).params))
+
+
+@pytest.mark.slow
+def test_one_two_and_four_processes_learn_the_same(tmp_path: Path) -> None:
+    alone = qfleet.make_config("CartPole-v1", "pqn", run_dir=str(tmp_path / "alone"), **SETTINGS)
+    expected = qfleet.train(alone)
+    for num_processes in (1, 2, 4):
+        run_dir = tmp_path / str(num_processes)
+        summary = qfleet.train(config_for(run_dir, num_processes))
+        assert summary["stopped"] == "env steps" and summary["num_restarts"] == 0
+        assert summary["learner_steps"] == expected["learner_steps"]
+        for found, wanted in zip(params_of(run_dir), params_of(tmp_path / "alone"), strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
+    """Replay, counters and schedules included; in environments outside the compiled program, each with its own."""
+    run_dir = tmp_path / "run"
+    settings = {"num_envs": 8, "replay_capacity": 2000, "warmup_env_steps": 500, "batch_size": 32}
+    first = qfleet.train(config_for(run_dir, 2, "gym:CartPole-v1", "rainbow_lite", env_steps=1024, **settings))
+    resumed = qfleet.resume(run_dir, env_steps=2048, num_processes=1)
+    progress = list(resumed)
+    assert progress[0].env_steps > first["env_steps"] and progress[0].learner_steps > first["learner_steps"]
+    assert resumed.summary["env_steps"] == 2048
+    per_step = first["learner_steps"] / (1024 - 500)
+    assert resumed.summary["learner_steps"] == pytest.approx(per_step * (2048 - 500), rel=0.05)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["env_steps"] for line in lines]
+    assert steps == sorted(steps) and len(set(steps)) == len(steps)
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_what_came_after_the_newest_checkpoint(tmp_path: Path, caplog) -> None:
+    run_dir = tmp_path / "run"
+    config = config_for(run_dir, 2, env_steps=40_960, checkpoint_period_seconds=0.5)
+    run, killed = qfleet.iterate(config), False
+    for progress in run:
+        if not killed and progress.env_steps > 8192:
+            killed = True
+            os.kill(peer_pid(run_dir, 1), signal.SIGKILL)
+    assert killed and run.summary["num_restarts"] == 1
+    assert run.summary["env_steps"] == 40_960 and run.summary["stopped"] == "env steps"
+    assert "process 1 of 2 was killed by SIGKILL" in caplog.text
+    qfleet.train(dataclass_with(config, run_dir=str(tmp_path / "undisturbed")))
+    for found, wanted in zip(params_of(run_dir), params_of(tmp_path / "undisturbed"), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def dataclass_with(config, **settings):
+    import dataclasses
+
+    return dataclasses.replace(config, **settings)
+
+
+def peer_pid(run_dir: Path, number: int) -> int:
+    found = [pid for pid in peers_of(run_dir) if f"--process-id={number}" in command_of(pid)]
+    assert len(found) == 1
+    return found[0]
+
+
+def peers_of(run_dir: Path) -> list[int]:
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
+    return [pid for pid in pids if "qfleet.cli.peer" in command_of(pid) and str(run_dir) in command_of(pid)]
+
+
+def command_of(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+@pytest.mark.slow
+def test_nothing_is_left_behind_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    flags = ["--topology", "decentralised", "--num-processes", "2", "--env-steps", "100000000"]
+    command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", *flags, "--run-dir", str(run_dir)]
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0)
+        assert len(peers_of(run_dir)) == 2
+        os.kill(peer_pid(run_dir, 1), signal.SIGSTOP)  # not even one that can't hear of it
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_until(lambda: not peers_of(run_dir))
+
+
+def wait_until(holds, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    for _ in itertools.takewhile(lambda _: not holds(), itertools.count()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_processes_started_by_hand_find_each_other(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    def start(number: int) -> subprocess.Popen:
+        flags = {
+            "topology": "decentralised", "num-processes": 2, "coordinator": "127.0.0.1:29517", "process-id": number,
+            "env-steps": 2048, "run-dir": run_dir,
+        }  # fmt: skip
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    both = [start(1), start(0)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "after 2,048 environment steps" in outputs[1]
+    assert not peers_of(run_dir)
