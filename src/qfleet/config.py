@@ -362,7 +362,7 @@ def check_suits(setting: str, topology: str) -> None:
         remedy = {
             "profile": "the host can't time the parts of one compiled program, so measure that with "
             "jax.profiler.trace or benchmarks/limit.py, or train in an environment outside it, such as gym:CartPole-v1",
-        }.get(setting, f"leave it out, or train in an environment that suits {' or '.join(homes)}")
+        }.get(setting, f"leave it out, or choose topology {' or '.join(homes)}")
         raise ConfigError(f"{setting} must come with topology {' or '.join(homes)}, got topology {topology}; {remedy}")
 
 

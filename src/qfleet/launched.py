@@ -55,18 +55,15 @@ class LaunchedRun:
         try:
             for message in launcher.run(lambda: self._checkpoints.latest() or 0):
                 yield _progress_of(message)
-            summary = self.directory.read_summary()
-            if summary is None:
+            if self.directory.read_summary() is None:
                 raise KeyboardInterrupt  # asked to stop before anything was done
-            self.summary = summary
-            if self._lock:
-                self.summary |= {
-                    "num_restarts": launcher.num_restarts,
-                    "env_steps_repeated": launcher.env_steps_repeated,
-                }
-                self.directory.write_summary(self.summary)
         finally:
+            self.summary = self.directory.read_summary() or {}
             if self._lock:
+                restarts = {"num_restarts": launcher.num_restarts, "env_steps_repeated": launcher.env_steps_repeated}
+                if self.summary:
+                    self.summary |= restarts
+                    self.directory.write_summary(self.summary)
                 self._lock.release()
 
     def _command(self, peer: Peer) -> list[str]:

@@ -219,13 +219,20 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
     """Replay, counters and schedules included; in environments outside the compiled program, each with its own."""
     run_dir = tmp_path / "run"
     settings = {"num_envs": 8, "replay_capacity": 2000, "warmup_env_steps": 500, "batch_size": 32}
-    first = qfleet.train(config_for(run_dir, 2, "gym:CartPole-v1", "rainbow_lite", env_steps=1024, **settings))
-    resumed = qfleet.resume(run_dir, env_steps=2048, num_processes=1)
-    progress = list(resumed)
-    assert progress[0].env_steps > first["env_steps"] and progress[0].learner_steps > first["learner_steps"]
-    assert resumed.summary["env_steps"] == 2048
-    per_step = first["learner_steps"] / (1024 - 500)
-    assert resumed.summary["learner_steps"] == pytest.approx(per_step * (2048 - 500), rel=0.05)
+    run = qfleet.iterate(config_for(run_dir, 2, "gym:CartPole-v1", "rainbow_lite", env_steps=10**6, **settings))
+    messages = iter(run)
+    while next(messages).env_steps < 1024:
+        pass
+    messages.close()  # as leaving a loop does: the run stops in order
+    first = json.loads((run_dir / "summary.json").read_text())
+    assert first["stopped"] == "interrupted"
+    until = first["env_steps"] + 1024
+    resumed = qfleet.resume(run_dir, env_steps=until, num_processes=1)
+    records = list(resumed)
+    assert records[0].env_steps > first["env_steps"] and records[0].learner_steps > first["learner_steps"]
+    assert resumed.summary["env_steps"] == until
+    per_step = first["learner_steps"] / (first["env_steps"] - 500)
+    assert resumed.summary["learner_steps"] == pytest.approx(per_step * (until - 500), rel=0.05)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line["env_steps"] for line in lines]
     assert steps == sorted(steps) and len(set(steps)) == len(steps)

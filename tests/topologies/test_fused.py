@@ -276,6 +276,7 @@ def test_the_first_reward_that_is_not_a_number_is_reported_where_it_came_from():
     fused = make("uniform", env=countdown(), seed=7)
     rows = np.asarray(fused.state["actor"].lanes.env_state) - 1  # of the NaN, from 0
     lane = int(np.argmin(rows))
+    fused._seconds_per_iteration = 1e-9
     with pytest.raises(RunFailed, match=f"countdown .* step {rows[lane] * NUM_ENVS + lane} in lane {lane} of seed 7$"):
         fused.advance(20 * CHUNK)
 

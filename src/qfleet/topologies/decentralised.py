@@ -82,6 +82,9 @@ class Launcher:
                         self._env_steps = message["env_steps"]
                         yield message
                     return
+                except GeneratorExit:  # the caller has left the loop
+                    group.stop()
+                    raise
                 except _PeerLost as lost:
                     if stop.requested:
                         raise RunFailed(
@@ -206,6 +209,15 @@ class _Group:
                 raise _PeerLost(f"process {i} of {self._config.num_processes} gave no sign of life for {patience:g} s")
         if 0 in self._processes and now - progressed_at > MOST_SILENT_PROGRESS * patience:
             raise _PeerLost(f"no process made progress for {MOST_SILENT_PROGRESS * patience:g} s")
+
+    def stop(self) -> None:
+        """Asks all processes to stop, and gives them time to leave a checkpoint."""
+        for process in self._processes.values():
+            process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + self._config.peer_timeout_seconds
+        while any(process.poll() is None for process in self._processes.values()) and time.monotonic() < deadline:
+            for _ in self._read():  # or they might wait for somebody to listen
+                pass
 
     def kill(self) -> None:
         """Ends what is left of the processes and of theirs; may be called twice."""

@@ -1,0 +1,85 @@
+"""Environment steps/s of two processes on two cores, against one process on one core.
+
+The same lanes and the same learner steps in both; MinAtar Breakout with `pqn`, by its tuned settings and with the
+convolutional network. Wants two cores that have nothing else to do.
+
+    python benchmarks/processes.py
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import common
+
+import qfleet
+
+ENV = "gymnax:Breakout-MinAtar"
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pqn": {},
+    "pqn, convolutions": {"torso": "minatar", "hidden_sizes": (128,)},
+}
+
+
+def main() -> None:
+    """Runs both by turns, so that what else the machine does befalls both."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each run, about")
+    parser.add_argument("--measure", nargs=2, metavar=("SETTING", "PROCESSES"), help="measure this one, here")
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(measure(arguments.measure[0], int(arguments.measure[1]), arguments.seconds))
+        return
+    results = []
+    for setting in SETTINGS:
+        speeds: dict[int, list[float]] = {1: [], 2: []}
+        for _ in range(arguments.repeats):
+            for num_processes, found in speeds.items():
+                command = [sys.executable, __file__, "--measure", setting, str(num_processes)]
+                command += ["--seconds", str(arguments.seconds)]
+                variables = os.environ | {"PJRT_NPROC": "1", "OMP_NUM_THREADS": "1"}
+                output = subprocess.run(command, env=variables, check=True, stdout=subprocess.PIPE, text=True).stdout
+                found.append(float(output.splitlines()[-1]))
+        ratios = [two / one for one, two in zip(speeds[1], speeds[2], strict=True)]
+        results.append(
+            {
+                "setting": setting,
+                "one_process": statistics.median(speeds[1]),
+                "two_processes": statistics.median(speeds[2]),
+                "ratio": statistics.median(ratios),
+                "ratio_min": min(ratios),
+                "ratio_max": max(ratios),
+            }
+        )
+    common.report("processes", results)
+
+
+def measure(setting: str, num_processes: int, seconds: float) -> float:
+    """Returns environment steps/s, each process having one core."""
+    if num_processes == 1 and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    topology = {"topology": "decentralised", "num_processes": 2} if num_processes > 1 else {"topology": "fused"}
+    never = 10**9
+    with common.scratch() as folder:
+        config = qfleet.make_config(
+            ENV, "pqn", run_dir=str(Path(folder) / "run"), env_steps=never, eval_period_env_steps=never,
+            **topology, **SETTINGS[setting],
+        )  # fmt: skip
+        steps, spent = 0, 0.0
+        for i, progress in enumerate(run := qfleet.iterate(config)):
+            if i >= 5:  # the first chunks find out how long they should be
+                steps, spent = steps + progress.new_env_steps, spent + progress.train_seconds
+            if spent > seconds:
+                break
+        del run
+        return steps / spent
+
+
+if __name__ == "__main__":
+    main()
