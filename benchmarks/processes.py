@@ -1,6 +1,6 @@
 """Environment steps/s of two processes on two cores, against one process on one core.
 
-The same lanes and the same learner steps in both; MinAtar Breakout with `pqn`, by its tuned settings and with the
+The same lanes, learner steps and replay ratio in both; MinAtar Breakout with `pqn`, by its tuned settings and with the
 convolutional network. Wants two cores that have nothing else to do.
 
     python benchmarks/processes.py
@@ -20,10 +20,15 @@ import qfleet
 
 ENV = "gymnax:Breakout-MinAtar"
 
+CONVOLUTIONS = {"torso": "minatar", "hidden_sizes": (128,)}
+
 SETTINGS: dict[str, dict[str, Any]] = {
-    "pqn": {},
-    "pqn, convolutions": {"torso": "minatar", "hidden_sizes": (128,)},
+    "tuned": {},
+    "convolutions": CONVOLUTIONS,
+    "convolutions, 2 minibatches": {**CONVOLUTIONS, "num_minibatches": 2},
+    "convolutions, 1 minibatch": {**CONVOLUTIONS, "num_minibatches": 1},
 }
+"""Fewer minibatches are fewer learner steps, on as many samples, and fewer messages between processes."""
 
 
 def main() -> None:
@@ -31,13 +36,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each run, about")
+    parser.add_argument("--only", default="", help="settings whose name contains this")
     parser.add_argument("--measure", nargs=2, metavar=("SETTING", "PROCESSES"), help="measure this one, here")
     arguments = parser.parse_args()
     if arguments.measure:
         print(measure(arguments.measure[0], int(arguments.measure[1]), arguments.seconds))
         return
     results = []
-    for setting in SETTINGS:
+    for setting in (name for name in SETTINGS if arguments.only in name):
         speeds: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(arguments.repeats):
             for num_processes, found in speeds.items():

@@ -91,7 +91,7 @@ def test_the_topology_suits_the_environment_and_brings_its_settings() -> None:
     assert topology_name(config.topology) == "overlapped" and config.topology.lock_step
     assert topology_name(make_config("gym:CartPole-v1").topology) == "overlapped"
     for setting in ("lock_step", "profile"):
-        with pytest.raises(ConfigError, match=f"{setting} must come with topology overlapped.*got topology fused"):
+        with pytest.raises(ConfigError, match=f"{setting} must come with topology overlapped.* got topology fused"):
             make_config("CartPole-v1", **{setting: True})
-    with pytest.raises(ConfigError, match="fused, overlapped, got 'fussed'. Did you mean fused"):
+    with pytest.raises(ConfigError, match="fused, overlapped, decentralised, got .fussed'. Did you mean fused"):
         make_config("CartPole-v1", topology="fussed")

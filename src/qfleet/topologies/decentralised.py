@@ -144,6 +144,7 @@ class _Group:
                     process_group=0,
                 )
             os.close(writing)
+            _keep_to_its_cores(self._processes[i].pid, indices.index(i), len(indices))
             pipe = os.fdopen(reading, "rb", buffering=0)
             os.set_blocking(reading, False)
             self._pipes.append(pipe)
@@ -242,6 +243,20 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def _keep_to_its_cores(pid: int, place: int, num_here: int) -> None:
+    """Gives one of so many processes on this host its share of the cores, where there are enough to share.
+
+    In step, the slowest sets the pace, and one that the system moves between cores is slow: on two cores, two processes
+    are a quarter faster if each keeps to its own.
+    """
+    if not hasattr(os, "sched_setaffinity"):  # Linux has it
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // num_here
+    if share:
+        os.sched_setaffinity(pid, cores[place * share : (place + 1) * share])
 
 
 def _environment(index: int, num_here: int, num_devices: int) -> dict[str, str]:
