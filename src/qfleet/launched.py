@@ -43,9 +43,9 @@ class LaunchedRun:
         if is_resumed and self._checkpoints.latest() is not None:
             metadata = self._checkpoints.read_metadata(checkpoint)
             check_goes_on(metadata, config)
-            if checkpoint is not None:
-                self._checkpoints.set_aside_after(checkpoint)
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
+        if is_resumed and checkpoint is not None and self._lock:
+            self._checkpoints.set_aside_after(checkpoint)
         self.summary: dict[str, Any] = {}
         """What summary.json holds, once the run is over."""
 
