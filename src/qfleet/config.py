@@ -244,6 +244,9 @@ class DecentralisedConfig(_HostLanesConfig):
     starts all of them on this one."""
     process_id: int | None = None
     """With `coordinator`: which of the processes to start here, from 0."""
+    ray_address: str | None = None
+    """Address of a Ray cluster that places the processes, one per host or GPU, as `auto` or HOST:PORT; `local` starts
+    one on this machine and ends it. Without it, Ray isn't used."""
     peer_timeout_seconds: float = 60.0
     """A process that says nothing for so long counts as lost, as one that died does. Then all stop, and start again
     from the newest checkpoint."""
@@ -264,9 +267,13 @@ class DecentralisedConfig(_HostLanesConfig):
             "coordinator and process_id", "given together, or neither to start all processes here",
             (self.coordinator, self.process_id),
         )  # fmt: skip
+        if self.ray_address is not None:
+            rule = "given without coordinator and process_id, for Ray places all processes"
+            _check(not by_hand, "ray_address", rule, (self.ray_address, self.coordinator, self.process_id))
+            is_known = self.ray_address in ("auto", "local") or _is_host_and_port(self.ray_address)
+            _check(is_known, "ray_address", "auto, local or HOST:PORT", self.ray_address)
         if self.coordinator is not None and self.process_id is not None:
-            host, _, port = self.coordinator.rpartition(":")
-            _check(bool(host) and port.isdecimal(), "coordinator", "HOST:PORT", self.coordinator)
+            _check(_is_host_and_port(self.coordinator), "coordinator", "HOST:PORT", self.coordinator)
             known = f"0 to num_processes - 1 = {self.num_processes - 1}"
             _check(0 <= self.process_id < self.num_processes, "process_id", known, self.process_id)
 
@@ -382,6 +389,11 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def _check(holds: bool, name: str, rule: str, value: Any) -> None:
     if not holds:
         raise ConfigError(f"{name} must be {rule}, got {value}")
+
+
+def _is_host_and_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    return bool(host) and "/" not in host and port.isdecimal()
 
 
 def _check_choices(config: Any) -> None:

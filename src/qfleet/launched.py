@@ -1,7 +1,6 @@
 """Runs in processes of their own, seen from the one that launches them."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,8 @@ from qfleet.networks import check_network, make_network
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.topologies.decentralised import Launcher, Peer
+from qfleet.topologies.decentralised import Launcher, check_extra
+from qfleet.topologies.decentralised_processes import Peer
 
 
 class LaunchedRun:
@@ -30,6 +30,7 @@ class LaunchedRun:
     ) -> None:
         assert isinstance(config.topology, DecentralisedConfig)
         # What can be wrong is found here, once, before the folder is touched; this process uses no device.
+        check_extra(config.topology)
         env = make_env(config.env, **config.env_options)
         check_network(make_network(env.spec, config.agent), env.spec)
         make_optimiser(config.agent)
@@ -75,7 +76,7 @@ class LaunchedRun:
             "env-steps": self.config.env_steps,
         }
         flags = [f"--{name}={value}" for name, value in arguments.items()]
-        return [sys.executable, "-m", "qfleet.cli.peer", str(self.directory.path), *flags]
+        return [peer.python, "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]
 
 
 def _progress_of(message: dict[str, Any]) -> Progress:

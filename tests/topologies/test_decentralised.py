@@ -176,6 +176,8 @@ def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
         ({"coordinator": "host:1234"}, "coordinator and process_id must be given together"),
         ({"process_id": 0}, "coordinator and process_id must be given together"),
         ({"coordinator": "host", "process_id": 0}, "coordinator must be HOST:PORT, got host"),
+        ({"ray_address": "auto", "coordinator": "host:1", "process_id": 0}, "ray_address must be given without"),
+        ({"ray_address": "ray://host:1"}, "ray_address must be auto, local or HOST:PORT, got ray://host:1"),
         ({"coordinator": "host:1", "process_id": 2}, "process_id must be 0 to num_processes - 1 = 1, got 2"),
         ({"num_processes": 0}, "num_processes must be a whole number, at least 1, got 0"),
         ({"peer_timeout_seconds": 1}, "peer_timeout_seconds must be at least 5, got 1"),
