@@ -104,8 +104,11 @@ def agent_for(kind, preset):
     return dataclasses.replace(config, torso=kind)
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=name_of)
-@pytest.mark.parametrize("kind", SPECS)
+CASES = [("mlp", mesh) for mesh in MESHES]
+CASES += [(kind, MeshConfig(data=d, model=m)) for kind in ("minatar", "nature") for d, m in ((8, 1), (1, 4), (4, 2))]
+
+
+@pytest.mark.parametrize(("kind", "mesh"), CASES, ids=lambda case: case if isinstance(case, str) else name_of(case))
 def test_every_mesh_learns_what_one_device_learns(kind, mesh):
     for num_steps, tolerance in ((1, 1e-6), (50, 1e-4)):
         assert_close(mesh, SPECS[kind], agent_for(kind, "double_dqn"), num_steps, tolerance)
