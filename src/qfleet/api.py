@@ -279,10 +279,11 @@ class Run:
                 saved_at = time.monotonic()
                 while stopped is None:
                     progress = self._advance(stop)
-                    stopped = "interrupted" if peers.any_of(stop.requested) else self._reason_to_stop()
-                    self._decided_at = seconds_since_process_start()
                     is_due = time.monotonic() - saved_at > self.config.checkpoint_period_seconds
-                    if peers.any_of(is_due) and stopped is None:
+                    must_stop, must_save = peers.any_of(stop.requested, is_due)
+                    stopped = "interrupted" if must_stop else self._reason_to_stop()
+                    self._decided_at = seconds_since_process_start()
+                    if must_save and stopped is None:
                         self._save()
                         saved_at = time.monotonic()
                     yield progress

@@ -322,3 +322,23 @@ def test_processes_started_by_hand_find_each_other(tmp_path: Path) -> None:
     assert [process.returncode for process in both] == [0, 0], outputs
     assert "after 2,048 environment steps" in outputs[1]
     assert not peers_of(run_dir)
+
+
+def test_a_process_that_raises_ends_at_once_though_leaving_in_order_would_wait_for_the_others(tmp_path: Path) -> None:
+    script = """
+    import atexit, os, sys, time
+    import qfleet.api
+    from qfleet.cli import peer
+
+    def run_peer(*arguments, **settings):
+        raise ValueError("not foreseen")
+
+    qfleet.api.run_peer = run_peer
+    atexit.register(time.sleep, 600)
+    sys.argv = ["peer", "run", "--process-id=0", "--num-processes=2", "--coordinator=x:1"]
+    sys.argv.append(f"--report-descriptor={os.open(os.devnull, os.O_WRONLY)}")
+    peer.main()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1 and "not foreseen" in done.stderr

@@ -34,10 +34,11 @@ def main() -> int:
             env_steps=arguments.env_steps,
             reporter=reporter,
         )
-    except (ConfigError, RunFailed) as error:
+    except Exception as error:
         traceback.print_exc()
-        reporter.tell("failed", error=str(error), is_config=isinstance(error, ConfigError))
-        os._exit(1)  # at once: to leave in order, one would have to wait for the others
+        if isinstance(error, (ConfigError, RunFailed)):
+            reporter.tell("failed", error=str(error), is_config=isinstance(error, ConfigError))
+        os._exit(1)  # at once: to leave in order, it would wait for the others, and they for it
     peers.leave()
     return 0
 

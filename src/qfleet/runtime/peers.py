@@ -16,16 +16,11 @@ from typing import Any
 import numpy as np
 
 
-def process_index() -> int:
-    """Returns which of the processes this is."""
-    import jax
-
-    return jax.process_index()
-
-
 def is_first() -> bool:
     """Returns whether this process is the one that writes what only one must."""
-    return process_index() == 0
+    import jax
+
+    return jax.process_index() == 0
 
 
 def gather(values: np.ndarray) -> np.ndarray:
@@ -44,9 +39,10 @@ def firsts(number: float) -> float:
     return float(gather(np.float64(number).reshape(1))[0, 0])
 
 
-def any_of(flag: bool) -> bool:
-    """Returns whether any process's flag is set."""
-    return bool(gather(np.array([flag])).any())
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Returns of each flag whether it is set in any process."""
+    everybodys = gather(np.array(flags))
+    return tuple(bool(everybodys[:, i].any()) for i in range(len(flags)))
 
 
 # --- One of several processes: joining the others, and telling the launcher that it lives ---

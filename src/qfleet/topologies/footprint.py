@@ -4,6 +4,7 @@ A learner step's temporaries (activations, gradients, a batch before it is dealt
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -222,7 +223,7 @@ def _with_more_devices(config: TrainConfig) -> _Others:
         return dataclasses.replace(config, topology=larger)
 
     sizes = range(mesh.data + 1, jax.device_count() // mesh.model + 1)
-    return [(data, lambda data=data: make(data)) for data in sizes]  # type: ignore[misc]
+    return [(data, functools.partial(make, data)) for data in sizes]
 
 
 def _rounded_down(number: int, num_digits: int = 2) -> int:

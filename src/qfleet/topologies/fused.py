@@ -249,15 +249,6 @@ class Fused(Topology):
         returns = [np.asarray(self._evaluate(self.params, self._seeds, moment, np.int32(i))) for i in batches]
         return np.concatenate(returns, axis=-1).reshape(self._config.num_seeds, -1)[:, :num_episodes]
 
-    @property
-    def counters(self) -> dict[str, int]:
-        """What `restore` needs beside `state`."""
-        return {
-            "env_steps": self.env_steps,
-            "learner_steps": self.learner_steps,
-            "replay_starts_at": self._replay_starts_at,
-        }
-
     def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
         """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up."""
         if state.get("replay"):

@@ -407,15 +407,6 @@ class Overlapped(Topology):
     def _num_eval_lanes(self) -> int:
         return min(self._num_lanes, self._config.eval_episodes)
 
-    @property
-    def counters(self) -> dict[str, int]:
-        """What `restore` needs beside `state`."""
-        return {
-            "env_steps": self.env_steps,
-            "learner_steps": self.learner_steps,
-            "replay_starts_at": self._replay_starts_at,
-        }
-
     def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
         """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up.
 

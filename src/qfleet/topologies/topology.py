@@ -19,6 +19,8 @@ class Topology(abc.ABC):
     """Taken so far, over all lanes of one seed."""
     learner_steps: int
     """Taken so far, by each seed's learner."""
+    _replay_starts_at: int
+    """Environment steps when the replay was last empty."""
 
     @abc.abstractmethod
     def footprint(self) -> Footprint:
@@ -56,9 +58,13 @@ class Topology(abc.ABC):
         """The parts of a checkpoint by name; without the replay if the config leaves it out."""
 
     @property
-    @abc.abstractmethod
     def counters(self) -> dict[str, int]:
         """What `restore` needs beside `state`."""
+        return {
+            "env_steps": self.env_steps,
+            "learner_steps": self.learner_steps,
+            "replay_starts_at": self._replay_starts_at,
+        }
 
     @abc.abstractmethod
     def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
