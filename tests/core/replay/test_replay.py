@@ -250,7 +250,7 @@ def test_late_priorities_reach_what_is_left_and_never_a_newcomer(case):
     rows = [subject.row(t) for t in range(len(subject.stream))]
     fills = (subject.oracle.n_step + 1, NUM_ROWS - 2, NUM_ROWS, 2 * NUM_ROWS + 5)
     for num_before, counter in itertools.product(fills, (0, 2**32 - 2 * NUM_ROWS)):
-        state = init._replace(ring=init.ring._replace(insertions=jnp.uint32(counter)))
+        state = init._replace(ring=init.ring._replace(insertions=jnp.array([counter], jnp.uint32)))
         known = oracle.OraclePriorities(subject.oracle, EXPONENT, MIN_PRIORITY)
         subject.oracle.history.clear()
         for t in range(num_before):

@@ -48,9 +48,9 @@ def empty():
 @pytest.mark.parametrize("num_inserted", [0, 1, 4, 5, 6, 13])
 def test_the_newest_rows_are_kept_and_the_oldest_leave(empty, num_inserted):
     ring = insert_rows(empty, range(num_inserted))
-    assert int(ring.cursor) == num_inserted % NUM_ROWS
-    assert int(ring.size) == min(num_inserted, NUM_ROWS)
-    assert int(ring.insertions) == num_inserted
+    assert int(ring.cursor[0]) == num_inserted % NUM_ROWS
+    assert int(ring.size[0]) == min(num_inserted, NUM_ROWS)
+    assert int(ring.insertions[0]) == num_inserted
     for t in range(max(0, num_inserted - NUM_ROWS), num_inserted):
         held = jax.tree.map(lambda buffer, t=t: buffer[t % NUM_ROWS], ring.rows)
         jax.tree.map(np.testing.assert_array_equal, held, make_row(t))
@@ -79,11 +79,11 @@ def test_outcomes_keep_termination_and_truncation_apart():
 @pytest.mark.parametrize("num_before", [1, 3, 5, 8])
 def test_a_row_is_overwritten_once_the_cursor_has_passed_it(empty, num_before, seen_first):
     """Also where the counter of insertions wraps in between."""
-    ring = insert_rows(empty._replace(insertions=jnp.uint32(seen_first)), range(num_before))
+    ring = insert_rows(empty._replace(insertions=jnp.array([seen_first], jnp.uint32)), range(num_before))
     seen = ring.insertions
     held = range(max(0, num_before - NUM_ROWS), num_before)
     for num_later in range(2 * NUM_ROWS + 2):
-        answer = is_overwritten(ring, jnp.arange(NUM_ROWS, dtype=jnp.uint32), seen)
+        answer = is_overwritten(ring, jnp.arange(NUM_ROWS, dtype=jnp.uint32) * NUM_LANES, seen)
         for t in held:
             is_gone = t < num_before + num_later - NUM_ROWS
             assert bool(answer[t % NUM_ROWS]) == is_gone, (t, num_later)

@@ -23,7 +23,7 @@ def make_ring(outcomes, cursor=0, size=None, rewards=None):
         outcome=jnp.array(outcomes, jnp.uint8)[:, None],
     )
     size = num_rows if size is None else size
-    return Ring(rows, jnp.int32(cursor), jnp.int32(size), jnp.uint32(size))
+    return Ring(rows, jnp.array([cursor]), jnp.array([size]), jnp.array([size], jnp.uint32))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -119,5 +119,5 @@ def test_two_short_episodes_within_one_stack_leave_the_newest():
 )
 def test_rows_that_may_start_a_transition_have_their_stack_and_window(size, cursor, n_step, frame_stack, first, count):
     ring = make_ring([GO] * 8, cursor=cursor, size=size)
-    assert int(sampling.first_row(ring, frame_stack)) == first
-    assert int(sampling.num_first_rows(ring, n_step, frame_stack)) == count
+    assert sampling.first_row(ring, frame_stack).tolist() == [first]
+    assert sampling.num_first_rows(ring, n_step, frame_stack).tolist() == [count]

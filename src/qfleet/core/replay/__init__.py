@@ -1,6 +1,15 @@
 """Replay: a ring of rows, priorities beside it, and transitions put together when sampled."""
 
-from qfleet.core.replay.replay import Replay, ReplayState, Sample, SavedReplay, make_replay, partition, partition_saved
+from qfleet.core.replay.replay import (
+    Part,
+    Replay,
+    ReplayState,
+    Sample,
+    SavedReplay,
+    make_replay,
+    partition,
+    partition_saved,
+)
 from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Row, outcome_of
 
 __all__ = [
@@ -8,6 +17,7 @@ __all__ = [
     "NO_STEP",
     "TERMINATED",
     "TRUNCATED",
+    "Part",
     "Replay",
     "ReplayState",
     "Row",

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec
 
 import qfleet.core.replay.priorities as priorities
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.replay import ring as rings
 from qfleet.core.replay import sampling
-from qfleet.core.replay.ring import NO_STEP, Ring, Row, init_ring, insert_row, is_overwritten, later_slot, take
-from qfleet.core.replay.ring import seal as seal_ring
+from qfleet.core.replay.ring import NO_STEP, Ring, Row, is_overwritten, later_slot, take
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import EnvSpec, Transition
 
@@ -32,8 +32,8 @@ class ReplayState(NamedTuple):
     num_transitions: Array
     """`[1]` int32, leaves above 0: transitions that may be drawn by priority."""
     num_expiring: Array
-    """`[1]` int32, those of them that the next row will make undrawable. Counted a row ahead: to read leaves that are
-    about to change, XLA would copy all of them."""
+    """`[segments]` int32, those of them that the segment's next row will make undrawable. Counted a row ahead: to read
+    leaves that are about to change, XLA would copy all of them."""
 
 
 class SavedReplay(NamedTuple):
@@ -55,21 +55,39 @@ class Sample(NamedTuple):
     is_mine: Array
     """`[batch]` bool, whether that is in this replica's ring."""
     insertions: Array
-    """`[]` uint32, `Ring.insertions` when it was drawn."""
+    """`[segments]` uint32, `Ring.insertions` when it was drawn."""
+
+
+class Part(NamedTuple):
+    """Some draws of a batch that is drawn from several replays as if they were one."""
+
+    num_draws: Array
+    """`[]` int32, that fall to this replay."""
+    probability: Array
+    """`[]` float32, of each draw of the batch to fall to it."""
+    num_transitions: Array
+    """`[]` float32, that may be drawn, in all of the replays."""
 
 
 class Replay(NamedTuple):
     """The pure functions of a replay. States may be donated: every function writes in place then."""
 
     init: Callable[[], ReplayState]
-    insert: Callable[[ReplayState, Row], ReplayState]
-    """`insert(state, row) -> state`: one step of all lanes."""
+    insert: Callable[..., ReplayState]
+    """`insert(state, row, segment=0, td_error=None) -> state`: one step of all lanes of a segment. This completes the
+    transitions that started n rows before: they enter with the priority of `td_error`, `[lanes]` float32, or with the
+    greatest so far where that is NaN, or None."""
     seal: Callable[[ReplayState, Array], ReplayState]
-    """`seal(state, lanes)`: in these lanes, `[lanes]` bool, what was inserted last has no future but its next
-    observation; insert that one with `NO_STEP`."""
+    """`seal(state, lanes)`: in these lanes of the first segment, `[lanes]` bool, what was inserted last has no future
+    but its next observation; insert that one with `NO_STEP`."""
+    cut: Callable[[ReplayState, Array], ReplayState]
+    """`cut(state, segment)`: nothing that is inserted later goes on where this segment is now."""
     sample: Callable[[ReplayState, Array, Array], Sample]
     """`sample(state, key, importance_exponent) -> sample`, once n_step + 1 rows are in. Uniform sampling ignores the
     exponent: its weights are 1."""
+    sample_part: Callable[[ReplayState, Array, Array, Part, int], Sample]
+    """`sample_part(state, key, importance_exponent, part, most) -> sample` of `most` transitions, of which the first
+    `part.num_draws` count. Of prioritised replay only, and of one that isn't divided over replicas."""
     set_priorities: Callable[[ReplayState, Sample, Array], ReplayState]
     """`set_priorities(state, sample, td_error) -> state`, with the errors of `sample.transition`; those of overwritten
     rows change nothing."""
@@ -102,7 +120,9 @@ def _partition_ring(axis: str) -> Any:
     return Ring(Row(lanes, lanes, lanes, lanes), everybodys, everybodys, everybodys)
 
 
-def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, replicas: Replicas = ALONE) -> Replay:
+def make_replay(
+    spec: EnvSpec, config: AgentConfig, num_lanes: int, replicas: Replicas = ALONE, num_segments: int = 1
+) -> Replay:
     """Returns the replay that `config` describes, for `num_lanes` lanes of `spec`'s environment.
 
     With replicas, each has an equal share of the lanes and keeps what they produce, and its functions are to be called
@@ -126,50 +146,77 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, replicas: Re
 
     def init() -> ReplayState:
         return ReplayState(
-            ring=init_ring(num_rows, num_lanes, spec.observation_shape, spec.observation_dtype),
+            ring=rings.init_ring(num_rows, num_lanes, spec.observation_shape, spec.observation_dtype, num_segments),
             tree=priorities.init_tree(num_slots) if is_prioritised else (),
             max_priority=jnp.float32(1.0),
             num_transitions=jnp.zeros(1, jnp.int32),
-            num_expiring=jnp.zeros(1, jnp.int32),
+            num_expiring=jnp.zeros(num_segments, jnp.int32),
         )
 
-    def insert(state: ReplayState, row: Row) -> ReplayState:
+    def insert(state: ReplayState, row: Row, segment: Array | int = 0, td_error: Array | None = None) -> ReplayState:
         if not isinstance(state.tree, priorities.SumTree):
-            return state._replace(ring=insert_row(state.ring, row))
+            return state._replace(ring=rings.insert_row(state.ring, row, segment))
         # This row completes the window of the one n steps before it, and overwrites the last frame of a stack.
-        completed = (state.ring.cursor - config.n_step) % num_rows
-        broken = (state.ring.cursor + spec.frame_stack - 1) % num_rows
-        is_complete = state.ring.size >= config.n_step
-        ring = insert_row(state.ring, row)  # before its outcomes are read: the other way round XLA copies them all
-        outcome = jax.lax.dynamic_index_in_dim(ring.rows.outcome, completed, keepdims=False)
-        can_start = (outcome != NO_STEP) & is_complete
-        lanes = jnp.arange(num_lanes)
+        cursor = state.ring.cursor[segment]
+        completed = (cursor - config.n_step) % num_rows
+        broken = (cursor + spec.frame_stack - 1) % num_rows
+        is_complete = state.ring.size[segment] >= config.n_step
+        # Before its outcomes are read: the other way round XLA copies them all.
+        ring = rings.insert_row(state.ring, row, segment)
+        can_start = (rings.outcomes_at(ring, completed, segment) != NO_STEP) & is_complete
+        lanes = segment * ring.lanes_per_segment + jnp.arange(ring.lanes_per_segment)
+        priority, max_priority = state.max_priority, state.max_priority
+        if td_error is not None:
+            is_known = can_start & ~jnp.isnan(td_error)
+            priority = jnp.where(is_known, priority_of(td_error), max_priority)
+            max_priority = jnp.maximum(max_priority, jnp.max(jnp.where(is_known, priority, 0.0)))
         tree = priorities.set_leaves(
             state.tree,
             jnp.concatenate([broken * num_lanes + lanes, completed * num_lanes + lanes]),
-            jnp.concatenate([jnp.zeros(num_lanes), jnp.where(can_start, state.max_priority, 0.0)]),
+            jnp.concatenate([jnp.zeros(len(lanes)), jnp.where(can_start, priority, 0.0)]),
         )
         expiring = priorities.get_leaves(tree, (broken + 1) % num_rows * num_lanes + lanes) > 0
-        return state._replace(
+        num_new = jnp.sum(can_start, dtype=jnp.int32) - state.num_expiring[segment]
+        is_written = jnp.arange(num_segments) == segment
+        return ReplayState(
             ring=ring,
             tree=tree,
-            num_transitions=state.num_transitions - state.num_expiring + jnp.sum(can_start, dtype=jnp.int32),
-            num_expiring=jnp.sum(expiring, dtype=jnp.int32)[None],
+            max_priority=max_priority,
+            num_transitions=state.num_transitions + num_new,
+            num_expiring=jnp.where(is_written, jnp.sum(expiring, dtype=jnp.int32), state.num_expiring),
         )
 
+    def priority_of(td_error: Array) -> Array:
+        return (jnp.abs(td_error) + MIN_PRIORITY) ** config.priority_exponent
+
     def seal(state: ReplayState, lanes: Array) -> ReplayState:
-        return state._replace(ring=seal_ring(state.ring, lanes))
+        return state._replace(ring=rings.seal(state.ring, lanes))
+
+    def cut(state: ReplayState, segment: Array) -> ReplayState:
+        return state._replace(ring=rings.cut(state.ring, segment))
 
     def sample(state: ReplayState, key: Array, importance_exponent: Array) -> Sample:
-        ring = state.ring
         if isinstance(state.tree, priorities.SumTree):
             slot, is_mine, weight = draw_by_priority(state, state.tree, key, importance_exponent)
         else:
             slot, is_mine, weight = sampling.draw_uniformly(
-                ring, key, config.batch_size, config.n_step, spec.frame_stack, replicas
+                state.ring, key, config.batch_size, config.n_step, spec.frame_stack, replicas
             )
+        transition = transitions(state.ring, slot, weight)
+        return Sample(replicas.deal(transition, is_mine), slot, is_mine, state.ring.insertions)
+
+    def sample_part(state: ReplayState, key: Array, importance_exponent: Array, part: Part, most: int) -> Sample:
+        assert isinstance(state.tree, priorities.SumTree)
+        total = priorities.total(state.tree)
+        slot, is_mine, share = priorities.sample_leaves(
+            state.tree, jax.random.uniform(key, (most,)), total[None], jnp.uint32(0), part.num_draws
+        )
+        weight = (part.num_transitions * part.probability * share) ** -importance_exponent
+        return Sample(transitions(state.ring, slot, weight), slot, is_mine, state.ring.insertions)
+
+    def transitions(ring: Ring, slot: Array, weight: Array) -> Transition:
         n_step_return, discount, num_steps = sampling.n_step_returns(ring, slot, config.n_step, config.discount)
-        transition = Transition(
+        return Transition(
             obs=sampling.stacked_observations(ring, slot, spec.frame_stack),
             action=take(ring.rows.action, slot),
             reward=n_step_return,
@@ -177,7 +224,6 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, replicas: Re
             next_obs=sampling.stacked_observations(ring, later_slot(ring, slot, num_steps), spec.frame_stack),
             weight=weight,
         )
-        return Sample(replicas.deal(transition, is_mine), slot, is_mine, ring.insertions)
 
     def draw_by_priority(
         state: ReplayState, tree: priorities.SumTree, key: Array, importance_exponent: Array
@@ -193,10 +239,10 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, replicas: Re
     def set_priorities(state: ReplayState, sample: Sample, td_error: Array) -> ReplayState:
         if not isinstance(state.tree, priorities.SumTree):
             return state
-        priority = (jnp.abs(replicas.gather(td_error).reshape(-1)) + MIN_PRIORITY) ** config.priority_exponent
+        priority = priority_of(replicas.gather(td_error).reshape(-1))
         # Also late: a slot whose oldest stacked frame is gone, for it can't be drawn any more.
         oldest = later_slot(state.ring, sample.slot, num_rows - spec.frame_stack + 1)
-        is_late = is_overwritten(state.ring, oldest // jnp.uint32(num_lanes), sample.insertions)
+        is_late = is_overwritten(state.ring, oldest, sample.insertions)
         leaf = jnp.where(is_late | ~sample.is_mine, jnp.uint32(num_slots), sample.slot)
         return state._replace(
             tree=priorities.set_leaves(state.tree, leaf, priority),
@@ -212,11 +258,12 @@ def make_replay(spec: EnvSpec, config: AgentConfig, num_lanes: int, replicas: Re
         state = init()._replace(ring=saved.ring, max_priority=saved.max_priority)
         if isinstance(saved.leaves, tuple):
             return state
-        expiring = saved.leaves[(saved.ring.cursor + spec.frame_stack - 1) % num_rows] > 0
+        next_broken = jnp.repeat((saved.ring.cursor + spec.frame_stack - 1) % num_rows, saved.ring.lanes_per_segment)
+        expiring = saved.leaves[next_broken, jnp.arange(num_lanes)] > 0
         return state._replace(
             tree=priorities.tree_of(saved.leaves.reshape(-1)),
             num_transitions=jnp.sum(saved.leaves > 0, dtype=jnp.int32)[None],
-            num_expiring=jnp.sum(expiring, dtype=jnp.int32)[None],
+            num_expiring=jnp.sum(expiring.reshape(num_segments, -1), axis=1, dtype=jnp.int32),
         )
 
-    return Replay(init, insert, seal, sample, set_priorities, leaves, restore)
+    return Replay(init, insert, seal, cut, sample, sample_part, set_priorities, leaves, restore)

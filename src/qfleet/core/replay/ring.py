@@ -6,6 +6,9 @@ successor of row t is always row t+1, and no second copy of it is kept.
 
 One lane of one row is a *slot*, numbered `row * lanes + lane`: transitions are drawn and put together by slot, in
 unsigned numbers, which XLA neither divides with care for their sign nor counts from an array's end.
+
+Lanes that step together form a *segment* with one write head. A single learner's lanes are one segment; where many
+actors share a ring, each has one, and writes at its own pace.
 """
 
 from typing import NamedTuple
@@ -40,11 +43,11 @@ class Ring(NamedTuple):
     rows: Row
     """`[rows, lanes, ...]`."""
     cursor: Array
-    """`[]` int32, where the next row goes."""
+    """`[segments]` int32, where the next row goes."""
     size: Array
-    """`[]` int32, rows held."""
+    """`[segments]` int32, rows held."""
     insertions: Array
-    """`[]` uint32, rows ever inserted, modulo 2**32: tells late priorities from fresh ones."""
+    """`[segments]` uint32, rows ever inserted, modulo 2**32: tells late priorities from fresh ones."""
 
     @property
     def num_rows(self) -> int:
@@ -57,13 +60,24 @@ class Ring(NamedTuple):
         return self.rows.outcome.shape[1]
 
     @property
+    def lanes_per_segment(self) -> int:
+        """Neighbouring lanes that are written together."""
+        return self.num_lanes // len(self.cursor)
+
+    @property
     def num_slots(self) -> int:
         """Steps that the ring can hold, over all lanes."""
         return self.rows.outcome.size
 
 
-def init_ring(num_rows: int, num_lanes: int, observation_shape: tuple[int, ...], observation_dtype: np.dtype) -> Ring:
-    """Returns an empty ring of `num_rows` rows of `num_lanes` lanes."""
+def init_ring(
+    num_rows: int,
+    num_lanes: int,
+    observation_shape: tuple[int, ...],
+    observation_dtype: np.dtype,
+    num_segments: int = 1,
+) -> Ring:
+    """Returns an empty ring of `num_rows` rows of `num_lanes` lanes, in so many segments of equal size."""
     shape = (num_rows, num_lanes)
     rows = Row(
         obs=jnp.zeros((*shape, *observation_shape), observation_dtype),
@@ -71,35 +85,71 @@ def init_ring(num_rows: int, num_lanes: int, observation_shape: tuple[int, ...],
         reward=jnp.zeros(shape, jnp.float32),
         outcome=jnp.full(shape, NO_STEP),
     )
-    return Ring(rows, cursor=jnp.int32(0), size=jnp.int32(0), insertions=jnp.uint32(0))
-
-
-def insert_row(ring: Ring, row: Row) -> Ring:
-    """Returns the ring with `row` in place of its oldest, or in a free place."""
-    rows = jax.tree.map(
-        lambda buffer, new: jax.lax.dynamic_update_index_in_dim(buffer, new.astype(buffer.dtype), ring.cursor, axis=0),
-        ring.rows,
-        row,
-    )
     return Ring(
         rows,
-        cursor=(ring.cursor + 1) % ring.num_rows,
-        size=jnp.minimum(ring.size + 1, ring.num_rows),
-        insertions=ring.insertions + jnp.uint32(1),
+        cursor=jnp.zeros(num_segments, jnp.int32),
+        size=jnp.zeros(num_segments, jnp.int32),
+        insertions=jnp.zeros(num_segments, jnp.uint32),
     )
 
 
-def seal(ring: Ring, lanes: Array) -> Ring:
-    """Returns the ring with the newest row's step cut short in some lanes, `[lanes]` bool, where the episode went on.
+def insert_row(ring: Ring, row: Row, segment: Array | int = 0) -> Ring:
+    """Returns the ring with `row`, `[lanes_per_segment, ...]`, in place of a segment's oldest, or in a free place."""
+    cursor = ring.cursor[segment]
+
+    def put(buffer: Array, new: Array) -> Array:
+        start = (cursor, segment * ring.lanes_per_segment, *(0,) * (buffer.ndim - 2))
+        return jax.lax.dynamic_update_slice(buffer, new.astype(buffer.dtype)[None], start)
+
+    is_written = jnp.arange(len(ring.cursor)) == segment
+    return Ring(
+        jax.tree.map(put, ring.rows, row),
+        cursor=jnp.where(is_written, (ring.cursor + 1) % ring.num_rows, ring.cursor),
+        size=jnp.where(is_written, jnp.minimum(ring.size + 1, ring.num_rows), ring.size),
+        insertions=ring.insertions + is_written.astype(jnp.uint32),
+    )
+
+
+def outcomes_at(ring: Ring, row: Array, segment: Array | int = 0) -> Array:
+    """Returns the outcomes of one row of a segment: `[lanes_per_segment]`, for a row number `[]`."""
+    start, size = (row, segment * ring.lanes_per_segment), (1, ring.lanes_per_segment)
+    return jax.lax.dynamic_slice(ring.rows.outcome, start, size)[0]
+
+
+def _with_outcomes(ring: Ring, row: Array, segment: Array | int, outcome: Array) -> Ring:
+    start = (row, segment * ring.lanes_per_segment)
+    outcomes = jax.lax.dynamic_update_slice(ring.rows.outcome, outcome[None], start)
+    return ring._replace(rows=ring.rows._replace(outcome=outcomes))
+
+
+def seal(ring: Ring, lanes: Array, segment: Array | int = 0) -> Ring:
+    """Returns the ring with a segment's newest step cut short in some lanes, where the episode went on.
 
     For lanes whose environment was lost in the step after it: the row that is inserted next holds the observation it
     led to, and no step. No return, stack or bootstrap reaches beyond.
+
+    Args:
+      ring: the ring.
+      lanes: `[lanes_per_segment]` bool.
+      segment: whose newest row.
     """
-    newest = (ring.cursor - 1) % ring.num_rows
-    outcome = jax.lax.dynamic_index_in_dim(ring.rows.outcome, newest, keepdims=False)
-    sealed = jnp.where(lanes & (outcome == CONTINUED), TRUNCATED, outcome)
-    outcomes = jax.lax.dynamic_update_index_in_dim(ring.rows.outcome, sealed, newest, axis=0)
-    return ring._replace(rows=ring.rows._replace(outcome=outcomes))
+    newest = (ring.cursor[segment] - 1) % ring.num_rows
+    outcome = outcomes_at(ring, newest, segment)
+    return _with_outcomes(ring, newest, segment, jnp.where(lanes & (outcome == CONTINUED), TRUNCATED, outcome))
+
+
+def cut(ring: Ring, segment: Array | int = 0) -> Ring:
+    """Returns the ring with a segment closed after its newest row, whatever comes next.
+
+    For a segment whose writer was lost with the observations that its newest steps led to: these steps become final
+    observations, and those before them are cut short there.
+    """
+    newest = (ring.cursor[segment] - 1) % ring.num_rows
+    is_step = outcomes_at(ring, newest, segment) != NO_STEP
+    before = (newest - 1) % ring.num_rows
+    outcome = outcomes_at(ring, before, segment)
+    ring = _with_outcomes(ring, before, segment, jnp.where(is_step & (outcome == CONTINUED), TRUNCATED, outcome))
+    return _with_outcomes(ring, newest, segment, jnp.full(ring.lanes_per_segment, NO_STEP))
 
 
 def outcome_of(terminated: Array, truncated: Array, final: Array) -> Array:
@@ -137,19 +187,27 @@ def take(buffer: Array, slot: Array) -> Array:
     return buffer.reshape(-1, *buffer.shape[2:]).at[slot].get(mode="promise_in_bounds")
 
 
-def is_overwritten(ring: Ring, row: Array, insertions: Array) -> Array:
-    """Returns whether each row has been overwritten since the ring had seen `insertions` rows.
+def of_segment(ring: Ring, values: Array, slot: Array) -> Array:
+    """Returns what each slot's segment has of `values`, `[segments]`; for a single segment, `[]` for all slots."""
+    if len(values) == 1:
+        return values[0]
+    return values[slot % jnp.uint32(ring.num_lanes) // jnp.uint32(ring.lanes_per_segment)]
+
+
+def is_overwritten(ring: Ring, slot: Array, insertions: Array) -> Array:
+    """Returns whether each slot has been overwritten since the ring had seen `insertions` rows.
 
     Args:
       ring: the ring now.
-      row: `[...]` uint32, places in the ring that held valid rows then.
-      insertions: `[]` uint32, `Ring.insertions` then.
+      slot: `[...]` uint32, that held valid rows then.
+      insertions: `[segments]` uint32, `Ring.insertions` then.
 
     Returns:
       `[...]` bool.
     """
-    num_rows = jnp.uint32(ring.num_rows)
-    elapsed = ring.insertions - insertions  # modulo 2**32, so that a wrapped counter does no harm
-    cursor_then = (ring.cursor.astype(jnp.uint32) + num_rows - elapsed % num_rows) % num_rows
+    num_rows, row = jnp.uint32(ring.num_rows), slot // jnp.uint32(ring.num_lanes)
+    elapsed = of_segment(ring, ring.insertions - insertions, slot)  # modulo 2**32: a wrapped counter does no harm
+    cursor = of_segment(ring, ring.cursor, slot).astype(jnp.uint32)
+    cursor_then = (cursor + num_rows - elapsed % num_rows) % num_rows
     inserts_until_reached = (row + num_rows - cursor_then) % num_rows + 1
     return elapsed >= inserts_until_reached

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.core.replay.ring import NO_STEP, TERMINATED, Ring, later_slot, take
+from qfleet.core.replay.ring import NO_STEP, TERMINATED, Ring, later_slot, of_segment, take
 from qfleet.core.replicas import Replicas
 
 MAX_DRAWS = 64
@@ -13,8 +13,8 @@ MAX_DRAWS = 64
 
 
 def first_row(ring: Ring, frame_stack: int) -> Array:
-    """Returns the oldest row whose frame stack is whole, `[]` int32: once the ring is full, what the oldest rows
-    would be stacked on has been overwritten.
+    """Returns each segment's oldest row whose frame stack is whole, `[segments]` int32: once it is full, what the
+    oldest rows would be stacked on has been overwritten.
     """
     oldest = jnp.where(ring.size == ring.num_rows, ring.cursor, 0)
     missing = jnp.where(ring.size == ring.num_rows, frame_stack - 1, 0)
@@ -22,7 +22,7 @@ def first_row(ring: Ring, frame_stack: int) -> Array:
 
 
 def num_first_rows(ring: Ring, n_step: int, frame_stack: int) -> Array:
-    """Returns how many rows, from `first_row` on, have both their stack and their n-step window in the ring."""
+    """Returns how many rows of each segment, from `first_row` on, have both their stack and their n-step window."""
     missing = jnp.where(ring.size == ring.num_rows, frame_stack - 1, 0)
     return jnp.maximum(ring.size - n_step - missing, 0)
 
@@ -38,17 +38,26 @@ def draw_uniformly(
       Slot, `[batch]` uint32; whether it is in this replica's ring, where it isn't meaningless otherwise, `[batch]`
       bool; weight, `[batch]` float32, 0 where `MAX_DRAWS` found no step.
     """
-    num_lanes, num_slots = jnp.uint32(ring.num_lanes), jnp.uint32(ring.num_slots)
-    first = first_row(ring, frame_stack).astype(jnp.uint32) * num_lanes
-    num_first = jnp.maximum(num_first_rows(ring, n_step, frame_stack), 1).astype(jnp.uint32) * num_lanes
+    num_rows, num_lanes = jnp.uint32(ring.num_rows), jnp.uint32(ring.num_lanes)
+    num_together = jnp.uint32(ring.lanes_per_segment)
+    first = first_row(ring, frame_stack).astype(jnp.uint32)
+    # Laid end to end, segment after segment; one slot at least, to have something to look at.
+    ends = jnp.cumsum(num_first_rows(ring, n_step, frame_stack).astype(jnp.uint32) * num_together)
+    num_first = jnp.maximum(ends[-1], 1)
+    starts = jnp.concatenate([jnp.zeros(1, jnp.uint32), ends[:-1]])
 
     def draw(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         attempt, slot, is_mine, is_step = carry
         # The remainder favours some slots by num_slots / 2**32; a float would have too few bits for 1M of them.
         bits = jax.random.bits(jax.random.fold_in(key, attempt), (batch_size,), jnp.uint32)
         place = bits % (num_first * jnp.uint32(replicas.size))
-        drawn = first + place % num_first
-        slot = jnp.where(is_step, slot, jnp.where(drawn >= num_slots, drawn - num_slots, drawn))
+        offset = place % num_first
+        segment = jnp.sum(ends[:-1] <= offset[:, None], axis=1, dtype=jnp.uint32)
+        offset -= starts[segment]
+        row = first[segment] + offset // num_together
+        row = jnp.where(row >= num_rows, row - num_rows, row)
+        drawn = row * num_lanes + segment * num_together + offset % num_together
+        slot = jnp.where(is_step, slot, drawn)
         is_mine = jnp.where(is_step, is_mine, place // num_first == replicas.rank())
         holds_step = is_mine & (take(ring.rows.outcome, slot) != NO_STEP)
         return attempt + 1, slot, is_mine, replicas.sum(holds_step.astype(jnp.uint8)) > 0
@@ -108,7 +117,8 @@ def stacked_observations(ring: Ring, slot: Array, frame_stack: int) -> Array:
     frames = take(ring.rows.obs, window)
     # A final observation still belongs to its episode, so only rows before the newest count as an end before it.
     ends = take(ring.rows.outcome, window[:, :-1]) == NO_STEP
-    exists = (ring.size == ring.num_rows) | (window[:, :-1] < slot[:, None])
+    is_full = of_segment(ring, ring.size, slot[:, None]) == ring.num_rows
+    exists = is_full | (window[:, :-1] < slot[:, None])
     is_older_episode = jnp.cumsum((ends | ~exists)[:, ::-1], axis=1)[:, ::-1] > 0
     is_older_episode = jnp.concatenate([is_older_episode, jnp.zeros_like(ends[:, :1])], axis=1)
     mask = is_older_episode.reshape(is_older_episode.shape + (1,) * (frames.ndim - 2))
