@@ -13,7 +13,7 @@ from qfleet.networks import check_network, make_network
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.topologies.decentralised import Launcher, check_extra
+from qfleet.topologies.decentralised import Launcher, check_places
 from qfleet.topologies.decentralised_processes import Peer
 
 
@@ -30,7 +30,7 @@ class LaunchedRun:
     ) -> None:
         assert isinstance(config.topology, DecentralisedConfig)
         # What can be wrong is found here, once, before the folder is touched; this process uses no device.
-        check_extra(config.topology)
+        check_places(config.topology)
         env = make_env(config.env, **config.env_options)
         check_network(make_network(env.spec, config.agent), env.spec)
         make_optimiser(config.agent)

@@ -1,5 +1,6 @@
 """Equal processes: that they learn what one does, and that none that dies, hangs or is left behind goes unnoticed."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,7 +17,8 @@ import pytest
 
 import qfleet
 from qfleet.config import ConfigError, DecentralisedConfig, RunFailed
-from qfleet.topologies.decentralised import Launcher
+from qfleet.topologies import decentralised_processes
+from qfleet.topologies.decentralised import Launcher, check_places
 
 # --- The launcher, with processes that only pretend ---
 
@@ -187,6 +189,63 @@ def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DecentralisedConfig(**settings)
+
+
+# --- GPUs, of which there are none here: only their names are looked at ---
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decentralised_processes, "_jax_has_cuda", lambda: True)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
+
+
+def test_a_host_with_fewer_gpus_than_its_processes_want_is_refused_before_the_folder_is_made(
+    gpus, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"devices_per_process=1 GPUs of its own, got 2 visible here for 4 processes, which want 4; .* "
+        r"--num-processes .* CUDA_VISIBLE_DEVICES",
+    ):
+        qfleet.iterate(config_for(tmp_path / "run", 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_enough"),
+    [
+        ({"num_processes": 2}, True),
+        ({"num_processes": 2, "devices_per_process": 2}, False),
+        ({"num_processes": 8, "coordinator": "host:1", "process_id": 7}, True),  # alone on its host
+        ({"num_processes": 8, "coordinator": "host:1", "process_id": 7, "devices_per_process": 3}, False),
+    ],
+)
+def test_only_the_processes_of_this_host_count(gpus, settings: dict, is_enough: bool) -> None:
+    with contextlib.nullcontext() if is_enough else pytest.raises(ConfigError, match="got 2 visible here"):
+        check_places(DecentralisedConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("JAX_PLATFORMS", "cpu")]
+)
+def test_where_gpus_are_hidden_there_may_be_any_number_of_processes_and_they_stay_hidden(
+    gpus, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    check_places(DecentralisedConfig(num_processes=4))
+    visible = os.environ["CUDA_VISIBLE_DEVICES"]
+    assert decentralised_processes._environment(3, 4, 1)["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_each_process_sees_gpus_of_its_own(gpus) -> None:
+    def seen(*arguments: int) -> str:
+        return decentralised_processes._environment(*arguments)["CUDA_VISIBLE_DEVICES"]
+
+    assert [seen(0, 2, 1), seen(1, 2, 1)] == ["4", "GPU-7"]
+    assert seen(0, 1, 2) == "4,GPU-7"
+    assert seen(0, 1, 1) == "4"
 
 
 # --- Processes that learn ---
