@@ -65,6 +65,9 @@ def resume(
     env_steps: int | None = None,
     checkpoint: int | None = None,
     num_processes: int | None = None,
+    coordinator: str | None = None,
+    process_id: int | None = None,
+    ray_address: str | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
 ) -> Run | LaunchedRun:
@@ -74,7 +77,12 @@ def resume(
       run_dir: a run's folder. If it has no checkpoint yet, the run starts from the beginning.
       env_steps: a new end of the run, instead of its config's.
       checkpoint: the environment step of another checkpoint than the newest. Newer ones are set aside, by renaming.
-      num_processes: of a decentralised run, how many it goes on with.
+      num_processes: of a decentralised run, how many it goes on with. This and the next three are by default those
+        that it began with.
+      coordinator: HOST:PORT of its first process, to start each by hand; `local` starts all on this machine.
+      process_id: of processes started by hand, the one to start here. The others are started with the same arguments
+        else; the first alone locks the folder, sets checkpoints aside, and returns progress.
+      ray_address: of the Ray cluster that places its processes.
       network: what `train` was given, if anything.
       optimiser: what `train` was given, if anything.
 
@@ -86,8 +94,9 @@ def resume(
     config = directory.config
     if env_steps is not None:
         config = dataclasses.replace(config, env_steps=env_steps)
-    if num_processes is not None:
-        config = with_processes(config, num_processes)
+    config = with_processes(
+        config, num_processes=num_processes, coordinator=coordinator, process_id=process_id, ray_address=ray_address
+    )
     if isinstance(config.topology, DecentralisedConfig):
         _check_is_built_in(network, optimiser)
         return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
@@ -166,6 +175,7 @@ def run_peer(
     process_id: int,
     num_processes: int,
     coordinator: str,
+    timeout_seconds: float,
     env_steps: int | None,
     reporter: "peers.Reporter",
 ) -> None:
@@ -176,6 +186,7 @@ def run_peer(
       process_id: of this process, from 0.
       num_processes: in total, which may be others than the run began with.
       coordinator: HOST:PORT of the first one.
+      timeout_seconds: after which JAX tells the others that a silent one is lost.
       env_steps: where the run ends.
       reporter: to whom progress is told.
 
@@ -184,12 +195,12 @@ def run_peer(
     """
     directory = RunDirectory.open(run_dir)
     config = dataclasses.replace(directory.config, env_steps=env_steps or directory.config.env_steps)
-    config = with_processes(config, num_processes)
-    topology = config.topology
-    assert isinstance(topology, DecentralisedConfig)
-    # A launcher of all sees by itself who is silent, and sooner; among several, JAX tells the others of it.
-    patience = topology.peer_timeout_seconds * (3 if topology.coordinator is None else 1)
-    peers.join(coordinator, num_processes, process_id, topology.devices_per_process, patience)
+    config = with_processes(config, num_processes=num_processes)
+    assert isinstance(config.topology, DecentralisedConfig)
+    peers.join(coordinator, num_processes, process_id, config.topology.devices_per_process, timeout_seconds)
+    if num_processes > 1:  # each launcher has its own flags and, by mistake or delay, its own view of the folder
+        newest = Checkpoints(directory.checkpoints_path).latest()
+        peers.check_agreed({"env_steps": config.env_steps, "newest checkpoint": newest or 0})
     run = Run(config, lambda: directory, None, None, is_resumed=True)
     for progress in run:
         if process_id == 0:
