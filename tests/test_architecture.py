@@ -14,7 +14,21 @@ import qfleet
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
 
-LAYERS = ("config", "core", "networks", "envs", "presets", "runtime", "topologies", "policy", "launched", "api", "cli")
+LAYERS = (
+    "config",
+    "core",
+    "networks",
+    "envs",
+    "presets",
+    "runtime",
+    "topologies",
+    "policy",
+    "assembly",
+    "launched",
+    "run",
+    "api",
+    "cli",
+)
 """A module imports from its own layer and the ones before it; `qfleet` itself and `__main__` from all."""
 
 TOPOLOGIES = ("fused", "overlapped", "actor_learner", "parameter_server", "decentralised")

@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qfleet.api import Run, iterate, load, resume, train, watch
+    from qfleet.api import iterate, load, resume, train, watch
     from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfig, RunFailed, TrainConfig
     from qfleet.core.types import EnvSpec, Network
     from qfleet.envs.host import HostEnv, HostLanes, HostStep, LaneOptions, RenderedLanes
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from qfleet.networks import from_nnx
     from qfleet.policy import Policy
     from qfleet.presets import PRESETS, make_config
+    from qfleet.run import Run
     from qfleet.runtime.records import Progress
     from qfleet.runtime.video import Video
 
 _HOMES = {
-    "qfleet.api": ("Run", "iterate", "load", "resume", "train", "watch"),
+    "qfleet.api": ("iterate", "load", "resume", "train", "watch"),
     "qfleet.config": ("AgentConfig", "ConfigError", "FusedConfig", "OverlappedConfig", "RunFailed", "TrainConfig"),
     "qfleet.core.types": ("EnvSpec", "Network"),
     "qfleet.envs.host": ("HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes"),
@@ -33,6 +34,7 @@ _HOMES = {
     "qfleet.networks": ("from_nnx",),
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
+    "qfleet.run": ("Run",),
     "qfleet.runtime.records": ("Progress",),
     "qfleet.runtime.video": ("Video",),
 }

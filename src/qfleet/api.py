@@ -3,43 +3,26 @@
 import dataclasses
 import functools
 import os
-import time
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
-from qfleet.config import ConfigError, DecentralisedConfig, RunFailed, TrainConfig, topology_name
+from qfleet.config import ConfigError, DecentralisedConfig, TrainConfig
 from qfleet.core.types import Network, Params
-from qfleet.envs.host import HostEnv
-from qfleet.envs.registry import backend_of, make_env
-from qfleet.envs.spec import InGraphEnv
-from qfleet.launched import LaunchedRun, check_goes_on, directory_of_all, with_processes
+from qfleet.envs.registry import make_env
+from qfleet.launched import LaunchedRun, directory_of_all, with_processes
 from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
+from qfleet.run import Run, check_network_is_given
 from qfleet.runtime import peers
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu
-from qfleet.runtime.metrics import MetricsWriter
-from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
-from qfleet.runtime.recorder import Recorder
-from qfleet.runtime.records import Progress
+from qfleet.runtime.devices import limit_cpu_threads
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.runtime.signals import StopFlag
-from qfleet.runtime.stopwatch import TimeShares
 from qfleet.runtime.video import Video, params_label
-from qfleet.topologies.footprint import Footprint, check_fits
-from qfleet.topologies.fused import Fused
-from qfleet.topologies.overlapped import Overlapped
-from qfleet.topologies.topology import Topology
 
 if TYPE_CHECKING:
     import optax
-
-CONFIRMING_EPISODES = 100
-"""Fresh episodes whose mean must confirm a return: a first crossing of 20 episodes is half luck."""
 
 
 def train(
@@ -65,7 +48,7 @@ def train(
 
 def iterate(
     config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
-) -> "Run | LaunchedRun":
+) -> Run | LaunchedRun:
     """Returns a run to iterate over: each item is the `Progress` of one chunk. Leaving the loop stops the run cleanly.
 
     Args and Raises: as for `train`.
@@ -82,16 +65,24 @@ def resume(
     env_steps: int | None = None,
     checkpoint: int | None = None,
     num_processes: int | None = None,
+    coordinator: str | None = None,
+    process_id: int | None = None,
+    ray_address: str | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
-) -> "Run | LaunchedRun":
+) -> Run | LaunchedRun:
     """Returns the run in `run_dir`, to iterate over from its newest checkpoint as if it had never stopped.
 
     Args:
       run_dir: a run's folder. If it has no checkpoint yet, the run starts from the beginning.
       env_steps: a new end of the run, instead of its config's.
       checkpoint: the environment step of another checkpoint than the newest. Newer ones are set aside, by renaming.
-      num_processes: of a decentralised run, how many it goes on with.
+      num_processes: of a decentralised run, how many it goes on with. This and the next three are by default those
+        that it began with.
+      coordinator: HOST:PORT of its first process, to start each by hand; `local` starts all on this machine.
+      process_id: of processes started by hand, the one to start here. The others are started with the same arguments
+        else; the first alone locks the folder, sets checkpoints aside, and returns progress.
+      ray_address: of the Ray cluster that places its processes.
       network: what `train` was given, if anything.
       optimiser: what `train` was given, if anything.
 
@@ -103,8 +94,9 @@ def resume(
     config = directory.config
     if env_steps is not None:
         config = dataclasses.replace(config, env_steps=env_steps)
-    if num_processes is not None:
-        config = with_processes(config, num_processes)
+    config = with_processes(
+        config, num_processes=num_processes, coordinator=coordinator, process_id=process_id, ray_address=ray_address
+    )
     if isinstance(config.topology, DecentralisedConfig):
         _check_is_built_in(network, optimiser)
         return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
@@ -142,7 +134,7 @@ def load(
     with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept) as checkpoints:
         checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
         metadata = checkpoints.read_metadata(checkpoint)
-        _check_network_is_given(network is not None, metadata["has_own_network"])
+        check_network_is_given(network is not None, metadata["has_own_network"])
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
@@ -177,233 +169,13 @@ def watch(
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
 
 
-def footprint(
-    config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
-) -> Footprint:
-    """Returns what a run of `config` would keep on which devices; nothing is allocated or compiled.
-
-    Args: as for `train`.
-    """
-    if isinstance(config.topology, DecentralisedConfig):
-        set_cpu_devices(config.topology.mesh.num_devices)  # for all processes, which this one isn't
-    env, network = _make_env_and_network(config, network)
-    return _make_topology(config, env, network, optimiser).footprint()
-
-
-class Run:
-    """A run under way: iterate over it for its progress, then read its `summary`."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        open_directory: Callable[[], RunDirectory],
-        network: Network | None,
-        optimiser: "optax.GradientTransformation | None",
-        *,
-        is_resumed: bool = False,
-        checkpoint: int | None = None,
-    ) -> None:
-        # Everything that can be wrong is found before the folder is touched and before anything is compiled.
-        self._has_own_network = network is not None
-        env, network = _make_env_and_network(config, network)
-        self._topology = _make_topology(config, env, network, optimiser)
-        footprint_of = functools.partial(footprint, network=network, optimiser=optimiser)
-        if not is_resumed:
-            check_fits(config, self._topology.footprint(), footprint_of)
-        self._recorder = None if config.video_period_env_steps is None else Recorder(config, env, network)
-        self.config = config
-        self.backend = backend_of(config.env)
-        """What makes the environments, as `backend_of` names it: a bare name takes the fastest there is."""
-        self.directory = open_directory()
-        """Where the run is written."""
-        self._checkpoints = Checkpoints(
-            self.directory.checkpoints_path, keep=config.checkpoints_kept, is_keeper=peers.is_first()
-        )
-        metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
-        if is_resumed:  # not before the network is known to be the run's
-            check_fits(config, self._topology.footprint(), footprint_of)
-        is_launched = isinstance(config.topology, DecentralisedConfig)
-        self._lock = None if is_launched else self.directory.lock()  # or its launcher holds it
-        self.summary: dict[str, Any] = {}
-        """What summary.json holds, once the run is over."""
-        self._solved_at: list[int | None] = [None] * config.num_seeds
-        self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], the newest
-        self._evaluated_at = 0  # environment steps
-        self._num_env_failures = 0
-        self._speed = _Speed()
-        self._time_shares = TimeShares(config.topology.num_envs)
-        self._decided_at = 0.0  # seconds since the process's start
-        enable_compilation_cache()
-        self._compile_seconds = self._topology.start()
-        self._writes = peers.is_first()  # what is the run's, and not each process's
-        self._metrics = MetricsWriter(self.directory) if self._writes else None
-        self._is_new = True  # not iterated over yet
-        if metadata is not None:
-            self._restore(checkpoint, metadata)
-        if is_resumed and self._metrics:
-            self._metrics.truncate_after(self._topology.env_steps)
-
-    def _metadata_to_resume(self, checkpoint: int | None) -> dict[str, Any] | None:
-        """Returns the metadata of the checkpoint to go on from, once it is known to fit; None if there is none yet."""
-        if checkpoint is None and self._checkpoints.latest() is None:
-            return None
-        metadata = self._checkpoints.read_metadata(checkpoint)
-        _check_network_is_given(self._has_own_network, metadata["has_own_network"])
-        check_goes_on(metadata, self.config)
-        return metadata
-
-    def _restore(self, checkpoint: int | None, metadata: dict[str, Any]) -> None:
-        state, _ = self._checkpoints.restore(checkpoint, like=self._topology.state)
-        self._topology.restore(state, metadata["counters"])
-        self._checkpoints.set_aside_after(self._topology.env_steps)
-        period = self.config.eval_period_env_steps
-        self._evaluated_at = self._topology.env_steps // period * period
-        self._solved_at = metadata["solved_at"]
-        for i in range(self.config.num_seeds):
-            if self._solved_at[i] is not None:
-                self._topology.keep(i)
-
-    def __iter__(self) -> Iterator[Progress]:
-        if not self._is_new:
-            raise ConfigError(
-                f"a run is iterated over once, and this one was already; go on with "
-                f"qfleet.resume({str(self.directory.path)!r}, env_steps=...)"
-            )
-        self._is_new = False
-        return self._train()
-
-    def _train(self) -> Iterator[Progress]:
-        stopped: str | None = None
-        try:
-            with StopFlag() as stop:
-                saved_at = time.monotonic()
-                while stopped is None:
-                    progress = self._advance(stop)
-                    is_due = time.monotonic() - saved_at > self.config.checkpoint_period_seconds
-                    must_stop, must_save = peers.any_of(stop.requested, is_due)
-                    stopped = "interrupted" if must_stop else self._reason_to_stop()
-                    self._decided_at = seconds_since_process_start()
-                    if must_save and stopped is None:
-                        self._save()
-                        saved_at = time.monotonic()
-                    yield progress
-                self._finish(stopped)
-        except GeneratorExit:  # the caller has left the loop
-            self._finish(stopped or "interrupted")
-            raise
-        except RunFailed as error:
-            if error.learner_is_sound and jax.process_count() == 1:  # it takes all to save what they share
-                self._save()
-            self._write_summary("failed", error=str(error))
-            raise
-        finally:
-            self._topology.close()
-            if self._metrics:
-                self._metrics.close()
-            self._checkpoints.close()
-            if self._lock:
-                self._lock.release()
-
-    def _advance(self, stop: StopFlag) -> Progress:
-        """Trains one chunk, which ends at the next evaluation at the latest, and evaluates and films there."""
-        period = self.config.eval_period_env_steps
-        goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
-        progress = self._topology.advance(goal)
-        self._speed.add(progress)
-        self._time_shares.add(progress)
-        self._num_env_failures += progress.num_env_failures
-        if progress.env_steps >= goal:
-            if (returns := self._evaluate()).size:
-                progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, returns.tolist())))
-            self._film_if_due(stop)
-            self._evaluated_at = progress.env_steps
-        if self._metrics:
-            self._metrics.write(progress.env_steps, progress.metrics())
-        return progress
-
-    def _evaluate(self) -> np.ndarray:
-        """Returns greedy returns, `[num_seeds, episodes]`, and notes which seeds they and fresh ones declare solved.
-
-        Fewer episodes than are due, where environments fail, declare nothing.
-        """
-        returns, reach_it = self._play(self.config.eval_episodes, batch=0)
-        is_new = reach_it & [solved is None for solved in self._solved_at]
-        if np.any(is_new):
-            is_new &= self._play(CONFIRMING_EPISODES, batch=1)[1]
-        for i in np.flatnonzero(is_new):
-            self._solved_at[i] = self._topology.env_steps
-            self._topology.keep(int(i))
-        return returns
-
-    def _play(self, num_episodes: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns greedy returns, `[num_seeds, episodes]`, and whether each seed reaches the return to stop at."""
-        self._eval_returns = returns = self._topology.evaluate(num_episodes, batch)
-        required = self.config.stop_return
-        if required is None or returns.shape[1] < num_episodes:
-            return returns, np.zeros(len(returns), bool)
-        return returns, returns.mean(axis=1) >= required
-
-    def _film_if_due(self, stop: StopFlag) -> None:
-        recorder, env_steps = self._recorder, self._topology.env_steps
-        if recorder is not None and recorder.is_due(env_steps, self._evaluated_at) and self._writes:
-            recorder.record(
-                jax.device_get(self._topology.params), env_steps, self.directory.videos_path, lambda: stop.requested
-            )
-
-    def _reason_to_stop(self) -> str | None:
-        if self.config.stop_return is not None and None not in self._solved_at:
-            return "return reached"
-        return "env steps" if self._topology.env_steps >= self.config.env_steps else None
-
-    def _save(self) -> None:
-        metadata = {
-            "counters": self._topology.counters,
-            "solved_at": self._solved_at,
-            "has_own_network": self._has_own_network,
-        }
-        self._checkpoints.save(self._topology.env_steps, self._topology.state, metadata)
-
-    def _finish(self, stopped: str) -> None:
-        self._save()
-        self._write_summary(stopped)
-
-    def _write_summary(self, stopped: str, **more: Any) -> None:
-        config, returns = self.config, self._eval_returns
-        self.summary = {
-            "env": config.env,
-            "backend": self.backend,
-            "preset": config.preset,
-            "topology": topology_name(config.topology),
-            "seed": config.seed,
-            "num_seeds": config.num_seeds,
-            "stopped": stopped,
-            "env_steps": self._topology.env_steps,
-            "learner_steps": self._topology.learner_steps,
-            "solved_at_env_steps": self._solved_at,
-            "wall_seconds": self._decided_at,
-            "compile_seconds": self._compile_seconds,
-            "env_steps_per_second": self._speed.per_second(self._speed.env_steps),
-            "learner_steps_per_second": self._speed.per_second(self._speed.learner_steps),
-            **self._time_shares.summary(),
-            "eval_return_mean": None if returns is None or not returns.size else float(returns.mean()),
-            "eval_returns": None if returns is None else returns.tolist(),
-            "num_env_failures": self._num_env_failures,
-            "num_videos": self._recorder.num_videos if self._recorder else 0,
-            "num_video_failures": self._recorder.num_failures if self._recorder else 0,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "version": self.directory.version,
-            **more,
-        }
-        if self._writes:
-            self.directory.write_summary(self.summary)
-
-
 def run_peer(
     run_dir: str | os.PathLike[str],
     *,
     process_id: int,
     num_processes: int,
     coordinator: str,
+    timeout_seconds: float,
     env_steps: int | None,
     reporter: "peers.Reporter",
 ) -> None:
@@ -414,6 +186,7 @@ def run_peer(
       process_id: of this process, from 0.
       num_processes: in total, which may be others than the run began with.
       coordinator: HOST:PORT of the first one.
+      timeout_seconds: after which JAX tells the others that a silent one is lost.
       env_steps: where the run ends.
       reporter: to whom progress is told.
 
@@ -422,12 +195,12 @@ def run_peer(
     """
     directory = RunDirectory.open(run_dir)
     config = dataclasses.replace(directory.config, env_steps=env_steps or directory.config.env_steps)
-    config = with_processes(config, num_processes)
-    topology = config.topology
-    assert isinstance(topology, DecentralisedConfig)
-    # A launcher of all sees by itself who is silent, and sooner; among several, JAX tells the others of it.
-    patience = topology.peer_timeout_seconds * (3 if topology.coordinator is None else 1)
-    peers.join(coordinator, num_processes, process_id, topology.devices_per_process, patience)
+    config = with_processes(config, num_processes=num_processes)
+    assert isinstance(config.topology, DecentralisedConfig)
+    peers.join(coordinator, num_processes, process_id, config.topology.devices_per_process, timeout_seconds)
+    if num_processes > 1:  # each launcher has its own flags and, by mistake or delay, its own view of the folder
+        newest = Checkpoints(directory.checkpoints_path).latest()
+        peers.check_agreed({"env_steps": config.env_steps, "newest checkpoint": newest or 0})
     run = Run(config, lambda: directory, None, None, is_resumed=True)
     for progress in run:
         if process_id == 0:
@@ -440,57 +213,6 @@ def _check_is_built_in(network: Network | None, optimiser: Any) -> None:
             "a decentralised run must build network and optimiser from its config, for functions can't go to other "
             "processes, got some of its own; train it with topology fused or overlapped"
         )
-
-
-def _make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
-    """Returns both, once the CPU is divided into the devices that the run wants: that is for before JAX is used."""
-    mesh = config.topology.mesh
-    if config.num_seeds > 1:
-        split_cpu(config.num_seeds)
-    elif mesh.num_devices > 1 and not isinstance(config.topology, DecentralisedConfig):  # whose processes have theirs
-        set_cpu_devices(mesh.num_devices)
-    env = make_env(config.env, **config.env_options)
-    network = network or make_network(env.spec, config.agent)
-    limit_cpu_threads(check_network(network, env.spec))
-    return env, network
-
-
-def _make_topology(
-    config: TrainConfig, env: InGraphEnv | HostEnv, network: Network, optimiser: "optax.GradientTransformation | None"
-) -> Topology:
-    wanted = topology_name(config.topology)
-    if isinstance(env, InGraphEnv):
-        if wanted in ("fused", "decentralised"):
-            return Fused(config, env, network, optimiser)
-        kind, fitting = "written in JAX", "fused"
-    else:
-        if wanted in ("overlapped", "decentralised"):
-            return Overlapped(config, env, network, optimiser)
-        kind, fitting = "not written in JAX", "overlapped"
-    raise ConfigError(
-        f"a topology must suit the environment, got {wanted} for {config.env}, which is {kind}; "
-        f"give --topology {fitting}"
-    )
-
-
-class _Speed:
-    """Steady-state speed of training: evaluation and the first chunk, which warms caches up, don't count."""
-
-    def __init__(self) -> None:
-        self.env_steps = 0
-        self.learner_steps = 0
-        self._seconds = 0.0
-        self._is_first = True
-
-    def add(self, progress: Progress) -> None:
-        if not self._is_first:
-            self.env_steps += progress.new_env_steps
-            self.learner_steps += progress.new_learner_steps
-            self._seconds += progress.train_seconds
-        self._is_first = False
-
-    def per_second(self, count: int) -> float | None:
-        return count / self._seconds if self._seconds else None
 
 
 def _params_of(network: Network, stored: Any) -> Params:
@@ -507,13 +229,3 @@ def _params_of(network: Network, stored: Any) -> Params:
         return leaf
 
     return jax.tree.map_with_path(find, jax.eval_shape(lambda: network.init(jax.random.key(0))))
-
-
-def _check_network_is_given(is_given: bool, is_needed: bool) -> None:
-    if is_given != is_needed:
-        own = (
-            "its own network, so `network` must be given"
-            if is_needed
-            else "a built-in network, so `network` must not be"
-        )
-        raise ConfigError(f"a run goes on with the network it was trained with: this one has {own}, got the contrary")

@@ -13,7 +13,7 @@ from qfleet.networks import check_network, make_network
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.topologies.decentralised import Launcher, check_extra
+from qfleet.topologies.decentralised import Launcher, check_places
 from qfleet.topologies.decentralised_processes import Peer
 
 
@@ -30,7 +30,7 @@ class LaunchedRun:
     ) -> None:
         assert isinstance(config.topology, DecentralisedConfig)
         # What can be wrong is found here, once, before the folder is touched; this process uses no device.
-        check_extra(config.topology)
+        check_places(config.topology)
         env = make_env(config.env, **config.env_options)
         check_network(make_network(env.spec, config.agent), env.spec)
         make_optimiser(config.agent)
@@ -68,10 +68,14 @@ class LaunchedRun:
                 self._lock.release()
 
     def _command(self, peer: Peer) -> list[str]:
+        topology = self._topology
+        # A launcher of all sees by itself who is silent, and sooner; among several, JAX tells the others of it.
+        times = 3 if topology.coordinator is None else 1
         arguments = {
             "process-id": peer.number,
-            "num-processes": self._topology.num_processes,
+            "num-processes": topology.num_processes,
             "coordinator": peer.coordinator,
+            "timeout-seconds": times * topology.peer_timeout_seconds,
             "report-descriptor": peer.report_descriptor,
             "env-steps": self.config.env_steps,
         }
@@ -121,17 +125,55 @@ def directory_of_all(config: TrainConfig) -> RunDirectory:
     return directory
 
 
-def with_processes(config: TrainConfig, num_processes: int) -> TrainConfig:
-    """Returns the config with another number of processes.
+def with_processes(
+    config: TrainConfig,
+    *,
+    num_processes: int | None = None,
+    coordinator: str | None = None,
+    process_id: int | None = None,
+    ray_address: str | None = None,
+) -> TrainConfig:
+    """Returns the config with other processes, or the same ones started in another way.
+
+    Args:
+      config: of the run.
+      num_processes: how many; None leaves the config's, as of all that follow.
+      coordinator: HOST:PORT of the first one, to start each by hand, or `local` to start all on this machine. It
+        replaces a Ray cluster.
+      process_id: which one to start here.
+      ray_address: of the cluster that places them. It replaces processes started by hand.
 
     Raises:
-      ConfigError: if it isn't that of a decentralised run, or its sizes don't divide over so many.
+      ConfigError: if it isn't that of a decentralised run, its sizes don't divide over so many, or these don't go
+        together.
     """
+    settings = {
+        "num_processes": num_processes,
+        "coordinator": coordinator,
+        "process_id": process_id,
+        "ray_address": ray_address,
+    }
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if not given:
+        return config
     if not isinstance(config.topology, DecentralisedConfig):
         raise ConfigError(
-            f"num_processes must come with topology decentralised, got {topology_name(config.topology)}; leave it out"
+            f"{' and '.join(given)} must come with topology decentralised, got {topology_name(config.topology)}; leave "
+            f"{'it' if len(given) == 1 else 'them'} out"
         )
-    return dataclasses.replace(config, topology=dataclasses.replace(config.topology, num_processes=num_processes))
+    by_hand = coordinator is not None or process_id is not None
+    if coordinator == "local":
+        if process_id is not None or ray_address is not None:
+            raise ConfigError(
+                f"coordinator local starts all processes on this machine, so it must come without process_id and "
+                f"ray_address, got {process_id} and {ray_address}; leave them out, or give HOST:PORT"
+            )
+        given |= {"coordinator": None, "process_id": None, "ray_address": None}
+    elif by_hand:
+        given.setdefault("ray_address", None)
+    elif ray_address is not None:
+        given |= {"coordinator": None, "process_id": None}
+    return dataclasses.replace(config, topology=dataclasses.replace(config.topology, **given))
 
 
 def check_goes_on(metadata: dict[str, Any], config: TrainConfig) -> None:

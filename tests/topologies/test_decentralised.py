@@ -1,5 +1,6 @@
 """Equal processes: that they learn what one does, and that none that dies, hangs or is left behind goes unnoticed."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,7 +17,9 @@ import pytest
 
 import qfleet
 from qfleet.config import ConfigError, DecentralisedConfig, RunFailed
-from qfleet.topologies.decentralised import Launcher
+from qfleet.launched import with_processes
+from qfleet.topologies import decentralised_processes
+from qfleet.topologies.decentralised import Launcher, check_places
 
 # --- The launcher, with processes that only pretend ---
 
@@ -189,6 +192,63 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -
         DecentralisedConfig(**settings)
 
 
+# --- GPUs, of which there are none here: only their names are looked at ---
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decentralised_processes, "_jax_has_cuda", lambda: True)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
+
+
+def test_a_host_with_fewer_gpus_than_its_processes_want_is_refused_before_the_folder_is_made(
+    gpus, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=r"devices_per_process=1 GPUs of its own, got 2 visible here for 4 processes, which want 4; .* "
+        r"--num-processes .* CUDA_VISIBLE_DEVICES",
+    ):
+        qfleet.iterate(config_for(tmp_path / "run", 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_enough"),
+    [
+        ({"num_processes": 2}, True),
+        ({"num_processes": 2, "devices_per_process": 2}, False),
+        ({"num_processes": 8, "coordinator": "host:1", "process_id": 7}, True),  # alone on its host
+        ({"num_processes": 8, "coordinator": "host:1", "process_id": 7, "devices_per_process": 3}, False),
+    ],
+)
+def test_only_the_processes_of_this_host_count(gpus, settings: dict, is_enough: bool) -> None:
+    with contextlib.nullcontext() if is_enough else pytest.raises(ConfigError, match="got 2 visible here"):
+        check_places(DecentralisedConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("JAX_PLATFORMS", "cpu")]
+)
+def test_where_gpus_are_hidden_there_may_be_any_number_of_processes_and_they_stay_hidden(
+    gpus, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    check_places(DecentralisedConfig(num_processes=4))
+    visible = os.environ["CUDA_VISIBLE_DEVICES"]
+    assert decentralised_processes._environment(3, 4, 1)["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_each_process_sees_gpus_of_its_own(gpus) -> None:
+    def seen(*arguments: int) -> str:
+        return decentralised_processes._environment(*arguments)["CUDA_VISIBLE_DEVICES"]
+
+    assert [seen(0, 2, 1), seen(1, 2, 1)] == ["4", "GPU-7"]
+    assert seen(0, 1, 2) == "4,GPU-7"
+    assert seen(0, 1, 1) == "4"
+
+
 # --- Processes that learn ---
 
 SETTINGS = {"env_steps": 4096, "eval_period_env_steps": 2048, "eval_episodes": 8}
@@ -305,23 +365,85 @@ def wait_until(holds, seconds: float = 60) -> None:
 
 
 @pytest.mark.slow
-def test_processes_started_by_hand_find_each_other(tmp_path: Path) -> None:
+def test_processes_started_by_hand_find_each_other_and_go_on_by_hand(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
 
-    def start(number: int) -> subprocess.Popen:
+    def train_by_hand() -> list[subprocess.Popen]:
         flags = {
-            "topology": "decentralised", "num-processes": 2, "coordinator": "127.0.0.1:29517", "process-id": number,
-            "env-steps": 2048, "run-dir": run_dir,
+            "topology": "decentralised", "num-processes": 2, "coordinator": "127.0.0.1:29517", "env-steps": 2048,
+            "run-dir": run_dir,
         }  # fmt: skip
         words = [f"--{name}={value}" for name, value in flags.items()]
-        command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", *words]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return [start("train", "CartPole-v1", *words, f"--process-id={number}") for number in (0, 1)]
 
-    both = [start(1), start(0)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert "after 2,048 environment steps" in outputs[1]
+    assert "after 2,048 environment steps" in outputs_of(train_by_hand())[0]
+    settings = [(0, 4096), (1, 6144)]
+    both = [start("resume", run_dir, f"--process-id={i}", f"--env-steps={steps}") for i, steps in settings]
+    for output in outputs_of(both, code=2):
+        assert "all processes must have the same env_steps, got [4096, 6144]" in output
+    first = start("resume", run_dir, "--env-steps=4096")  # the first one, with its coordinator, as recorded
+    second = start("resume", run_dir, "--env-steps=4096", "--process-id=1")
+    assert "after 4,096 environment steps" in outputs_of([first, second])[0]
+    elsewhere = ["--coordinator=127.0.0.1:29518", "--env-steps=6144", "--checkpoint=2048"]
+    both = [start("resume", run_dir, f"--process-id={number}", *elsewhere) for number in (1, 0)]
+    assert "after 6,144 environment steps" in outputs_of(both)[1]
+    assert (run_dir / "checkpoints" / "4096.set-aside").exists()
     assert not peers_of(run_dir)
+
+
+def start(*words) -> subprocess.Popen:
+    command = [sys.executable, "-m", "qfleet", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def outputs_of(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
+    """Returns what they print, once all have ended with the exit code."""
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [code] * len(processes), outputs
+    return outputs
+
+
+def addresses(config: qfleet.TrainConfig) -> tuple:
+    topology = config.topology
+    return topology.num_processes, topology.coordinator, topology.process_id, topology.ray_address
+
+
+BY_HAND = {"coordinator": "host:1", "process_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "expected"),
+    [
+        (BY_HAND, {}, (2, "host:1", 0, None)),
+        (BY_HAND, {"process_id": 1}, (2, "host:1", 1, None)),
+        (BY_HAND, {"coordinator": "other:2"}, (2, "other:2", 0, None)),
+        (BY_HAND, {"coordinator": "local", "num_processes": 1}, (1, None, None, None)),
+        (BY_HAND, {"ray_address": "auto"}, (2, None, None, "auto")),
+        ({"ray_address": "auto"}, {"num_processes": 4}, (4, None, None, "auto")),
+        ({"ray_address": "auto"}, {"coordinator": "local"}, (2, None, None, None)),
+        ({"ray_address": "auto"}, {"coordinator": "host:1", "process_id": 1}, (2, "host:1", 1, None)),
+        ({}, {"coordinator": "host:1", "process_id": 3, "num_processes": 4}, (4, "host:1", 3, None)),
+    ],
+)
+def test_a_resumed_run_is_started_as_it_was_or_as_is_said(recorded: dict, given: dict, expected: tuple) -> None:
+    config = qfleet.make_config("CartPole-v1", "pqn", "decentralised", num_processes=2, **recorded)
+    assert addresses(with_processes(config, **given)) == expected
+
+
+@pytest.mark.parametrize(
+    ("topology", "given", "message"),
+    [
+        ("fused", {"process_id": 1}, "process_id must come with topology decentralised, got fused; leave it out"),
+        ("fused", {"coordinator": "host:1", "process_id": 1}, "coordinator and process_id must come .*leave them out"),
+        ("decentralised", {"coordinator": "host:1"}, "coordinator and process_id must be given together"),
+        ("decentralised", {"process_id": 1}, "coordinator and process_id must be given together"),
+        ("decentralised", {"coordinator": "local", "process_id": 1}, "local .* without process_id .* got 1 and None"),
+        ("decentralised", {"coordinator": "h:1", "process_id": 1, "ray_address": "auto"}, "ray_address must be given"),
+    ],
+)
+def test_a_way_to_start_processes_that_makes_no_sense_is_refused(topology: str, given: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_processes(qfleet.make_config("CartPole-v1", "pqn", topology), **given)
 
 
 def test_a_process_that_raises_ends_at_once_though_leaving_in_order_would_wait_for_the_others(tmp_path: Path) -> None:
@@ -335,7 +457,7 @@ def test_a_process_that_raises_ends_at_once_though_leaving_in_order_would_wait_f
 
     qfleet.api.run_peer = run_peer
     atexit.register(time.sleep, 600)
-    sys.argv = ["peer", "run", "--process-id=0", "--num-processes=2", "--coordinator=x:1"]
+    sys.argv = ["peer", "run", "--process-id=0", "--num-processes=2", "--coordinator=x:1", "--timeout-seconds=5"]
     sys.argv.append(f"--report-descriptor={os.open(os.devnull, os.O_WRONLY)}")
     peer.main()
     """

@@ -17,7 +17,7 @@ import pytest
 
 import qfleet
 from qfleet.config import ConfigError, DecentralisedConfig, RunFailed
-from qfleet.topologies.decentralised import Launcher, check_extra
+from qfleet.topologies.decentralised import Launcher, check_places
 
 
 def test_ray_that_is_missing_is_named_with_the_command_that_adds_it(
@@ -30,7 +30,7 @@ def test_ray_that_is_missing_is_named_with_the_command_that_adds_it(
     with pytest.raises(ConfigError, match=r"ray_address needs Ray \(.*\); pip install 'qfleet\[ray\]'"):
         qfleet.iterate(config)
     assert not run_dir.exists()
-    check_extra(DecentralisedConfig())  # without it, Ray isn't needed
+    check_places(DecentralisedConfig())  # without it, Ray isn't needed
 
 
 def test_an_address_without_a_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ def main() -> int:
     parser.add_argument("--process-id", type=int, required=True)
     parser.add_argument("--num-processes", type=int, required=True)
     parser.add_argument("--coordinator", required=True)
+    parser.add_argument("--timeout-seconds", type=float, required=True)
     parser.add_argument("--report-descriptor", type=int, required=True)
     parser.add_argument("--env-steps", type=int)
     arguments = parser.parse_args()
@@ -31,6 +32,7 @@ def main() -> int:
             process_id=arguments.process_id,
             num_processes=arguments.num_processes,
             coordinator=arguments.coordinator,
+            timeout_seconds=arguments.timeout_seconds,
             env_steps=arguments.env_steps,
             reporter=reporter,
         )

@@ -6,8 +6,8 @@ from qfleet.config import DecentralisedConfig, FusedConfig, TopologyConfig
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
-    from qfleet.api import Run
     from qfleet.launched import LaunchedRun
+    from qfleet.run import Run
 
 
 def follow(run: "Run | LaunchedRun", *, quiet: bool) -> int:

@@ -11,9 +11,12 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from qfleet.config import ConfigError
 
 
 def is_first() -> bool:
@@ -43,6 +46,19 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
     """Returns of each flag whether it is set in any process."""
     everybodys = gather(np.array(flags))
     return tuple(bool(everybodys[:, i].any()) for i in range(len(flags)))
+
+
+def check_agreed(settings: Mapping[str, int]) -> None:
+    """Leaves the others and raises ConfigError, as all of them do, unless all have the same settings."""
+    values = np.array(list(settings.values()), np.int64)
+    everybodys = gather(values.view(np.int32)).view(np.int64)  # JAX would cut them to 32 bits
+    for name, each in zip(settings, everybodys.T.tolist(), strict=True):
+        if len(set(each)) > 1:
+            leave()  # in order, or one that ends first would take the others along before they have said why
+            raise ConfigError(
+                f"all processes must have the same {name}, got {each} of processes 0 to {len(each) - 1}; start all "
+                f"with the same flags but --process-id, in one folder that all of them see"
+            )
 
 
 # --- One of several processes: joining the others, and telling the launcher that it lives ---

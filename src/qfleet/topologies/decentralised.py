@@ -19,7 +19,7 @@ from typing import Any
 
 from qfleet.config import ConfigError, DecentralisedConfig, RunFailed
 from qfleet.runtime.signals import StopFlag
-from qfleet.topologies.decentralised_processes import LocalProcesses, Peer, PeerLost, Processes
+from qfleet.topologies.decentralised_processes import LocalProcesses, Peer, PeerLost, Processes, check_gpus
 
 logger = logging.getLogger("qfleet")
 
@@ -32,10 +32,15 @@ _GATHER_SECONDS = 0.3
 """After the first process has ended, for the others that it takes along: to tell cause from effect."""
 
 
-def check_extra(config: DecentralisedConfig) -> None:
-    """Raises ConfigError if what the processes are to be started by isn't installed."""
+def check_places(config: DecentralisedConfig) -> None:
+    """Raises ConfigError if Ray is to place the processes and isn't installed, or this host has too few GPUs for them.
+
+    How many a Ray cluster has is found when it is asked for them.
+    """
     if config.ray_address is not None:
         importlib.import_module("qfleet.topologies.decentralised_ray")
+    else:
+        check_gpus(config)
 
 
 class Launcher:

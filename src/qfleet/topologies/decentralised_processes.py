@@ -1,17 +1,19 @@
 """The processes of a decentralised run, as its launcher sees them wherever they run, and those of this host."""
 
 import contextlib
+import importlib.metadata
+import itertools
 import os
 import selectors
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from qfleet.config import DecentralisedConfig
+from qfleet.config import ConfigError, DecentralisedConfig
 
 
 class Peer(NamedTuple):
@@ -147,13 +149,13 @@ class LocalProcesses:
         self._selector = selectors.DefaultSelector()
 
     def start(self, must_stop: Callable[[], bool]) -> None:
-        numbers = range(self._config.num_processes) if self._config.process_id is None else [self._config.process_id]
+        numbers = _numbers_here(self._config)
         coordinator = self._config.coordinator or f"127.0.0.1:{free_port('127.0.0.1')}"
         for i in numbers:
             child = self._children[i] = Child()
             child.start(
                 self._make_command(Peer(i, coordinator, child.report_descriptor, sys.executable)),
-                _environment(i, len(numbers), self._config.devices_per_process),
+                _environment(numbers.index(i), len(numbers), self._config.devices_per_process),
                 self._log_folder / f"{i}.log",
             )
             _keep_to_its_cores(child.pid, numbers.index(i), len(numbers))
@@ -223,13 +225,45 @@ def _keep_to_its_cores(pid: int, place: int, num_here: int) -> None:
         os.sched_setaffinity(pid, cores[place * share : (place + 1) * share])
 
 
-def _environment(index: int, num_here: int, num_devices: int) -> dict[str, str]:
+def check_gpus(config: DecentralisedConfig) -> None:
+    """Raises ConfigError if this host has GPUs, but too few for the processes that are to be started on it."""
+    num_gpus, num_here = len(_visible_gpus()), len(_numbers_here(config))
+    wanted = num_here * config.devices_per_process
+    if 0 < num_gpus < wanted:
+        raise ConfigError(
+            f"each process must have devices_per_process={config.devices_per_process} GPUs of its own, got {num_gpus} "
+            f"visible here for {num_here} process{'es' if num_here > 1 else ''}, which want {wanted}; give a smaller "
+            f"--num-processes or --devices-per-process, name more GPUs in CUDA_VISIBLE_DEVICES, or set "
+            f"JAX_PLATFORMS=cpu to use none"
+        )
+
+
+def _numbers_here(config: DecentralisedConfig) -> Sequence[int]:
+    """Returns which processes are to be started on this host, where Ray doesn't place them."""
+    return range(config.num_processes) if config.process_id is None else [config.process_id]
+
+
+def _environment(place: int, num_here: int, num_devices: int) -> dict[str, str]:
     """Returns the environment variables of one of so many processes on this host: its share of cores and GPUs."""
     environment = dict(os.environ)
     share_cores(environment, num_here)
-    if num_here > 1:
-        first = index * num_devices
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        gpus = visible.split(",") if visible else [str(i) for i in range(first + num_devices)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[first : first + num_devices])
+    if gpus := _visible_gpus():
+        # One that is alone takes no more than its share either: the mesh is made of the first devices of all.
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[place * num_devices : (place + 1) * num_devices])
     return environment
+
+
+def _visible_gpus() -> list[str]:
+    """Returns the GPUs that JAX would take here, as CUDA_VISIBLE_DEVICES names them; none where it takes the CPU."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not _jax_has_cuda():
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(i) for i in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+    names = [name.strip() for name in named.split(",")]
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), names))  # as CUDA reads it
+
+
+def _jax_has_cuda() -> bool:
+    """Returns whether JAX is installed with support of NVIDIA GPUs; asking JAX itself would take one."""
+    return any("cuda" in plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins"))
