@@ -2,7 +2,7 @@
 
     make bench-peers
 
-Benchmarks start a peer with that environment's Python. It takes 2 GB, and more where pip's index has PyTorch with CUDA.
+Benchmarks start a peer with that environment's Python. It takes 2.6 GB, more where pip's index has PyTorch with CUDA.
 """
 
 import subprocess

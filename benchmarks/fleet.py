@@ -1,0 +1,270 @@
+"""CartPole with actors on a Ray of this machine, against RLlib's DQN with two environment runners.
+
+    python benchmarks/fleet.py [--part speed|solve] [--side qfleet|rllib] [--num-actors 4] [--lanes-per-actor 8]
+
+- speed: environment steps/s once they learn, with RLlib's defaults and with its example for CartPole. RLlib's counters
+  say how many transitions it trains per environment step, its replay ratio; ours is set to that, and so are network,
+  replay and optimiser. It is also measured with larger batches at the same ratio.
+- solve: seconds from process start until 20 greedy episodes have a mean return of 475 and 100 fresh ones confirm it.
+  RLlib runs with both settings: compare with the faster. We run `rainbow_lite` as tuned for CartPole, and once more
+  with the replay ratio of RLlib's example. Our evaluations count in our time, RLlib's don't in its.
+
+RLlib's speed depends on how many threads PyTorch takes: it is measured with as many as PyTorch chooses and with one,
+and solves with what was faster. Each run is alone, and when it ends, nothing of its Ray is left.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+
+SETTINGS = ("default", "example")  # of RLlib
+REPLAY_RATIO = {"default": 16.0, "example": 3.2}
+"""As RLlib's counters have it with two environment runners; measured anew wherever its speed is."""
+
+LIKE_RLLIB: dict[str, Any] = {
+    "preset": "dqn",
+    "replay": "prioritised",
+    "hidden-sizes": (256, 256),  # RLlib's are followed by tanh, ours by ReLU
+    "optimiser": "adam",
+    "learning-rate": 5e-4,
+    "max-gradient-norm": 40.0,
+    "replay-capacity": 50_000,
+    "warmup-env-steps": 1_000,
+}
+N_STEP = {"default": 1, "example": 3}  # the example draws 2 to 5 for each transition
+TARGET_UPDATE_ENV_STEPS = 500
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("speed", "solve"), help="both by default")
+    parser.add_argument("--side", choices=("qfleet", "rllib"), help="both by default")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="of RLlib")
+    parser.add_argument("--torch-threads", nargs="+", type=int, default=[0, 1], help="of RLlib; 0: PyTorch chooses")
+    parser.add_argument("--peers-python", default=str(common.HERE / ".peers" / "bin" / "python"))
+    parser.add_argument("--num-actors", type=int, default=4)
+    parser.add_argument("--lanes-per-actor", type=int, default=8)
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 256], help="of ours; RLlib's is 32")
+    parser.add_argument("--seconds", type=float, default=60.0, help="that RLlib's speed is measured")
+    parser.add_argument("--env-steps", type=int, default=200_000, help="over which ours is measured")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--timeout-seconds", type=float, default=600.0, help="after which nothing is solved any more")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
+    measured: list[dict[str, Any]] = []
+    if arguments.part != "solve":
+        measured = compare_speed(arguments)
+        common.report("fleet speed", measured)
+    if arguments.part != "speed":
+        common.report("fleet solve", compare_solve(arguments, measured))
+
+
+def compare_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns RLlib's rows, and ours at the replay ratio of each of its settings."""
+    rows = []
+    for settings in arguments.settings:
+        ratio = REPLAY_RATIO[settings]
+        if arguments.side != "qfleet":
+            rows += [rllib_speed(arguments, settings, torch_threads) for torch_threads in arguments.torch_threads]
+            ratio = rows[-1]["replay_ratio"]
+        if arguments.side != "rllib":
+            rows += [qfleet_speed(arguments, settings, batch_size, ratio) for batch_size in arguments.batch_sizes]
+    return rows
+
+
+def compare_solve(arguments: argparse.Namespace, measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of both sides, one seed after the other.
+
+    Args:
+      measured: what `compare_speed` returned, if it ran: it says how many threads suit RLlib.
+    """
+    rows = []
+    for seed in range(arguments.seeds):
+        if arguments.side != "qfleet":
+            for settings in arguments.settings:
+                found = [row for row in measured if (row["side"], row["settings"]) == ("rllib", settings)]
+                fastest = max(found, key=lambda row: row["env_steps_per_second"], default=None)
+                threads = fastest["torch_threads"] if fastest else arguments.torch_threads[-1]
+                rows.append(rllib_solve(arguments, settings, threads, seed))
+        if arguments.side != "rllib":
+            rows.append(qfleet_solve(arguments, "tuned", seed))
+            rows.append(qfleet_solve(arguments, "example's replay ratio", seed, REPLAY_RATIO["example"]))
+    return rows
+
+
+def rllib_speed(arguments: argparse.Namespace, settings: str, torch_threads: int) -> dict[str, Any]:
+    """Returns a row of RLlib's."""
+    words = (
+        "speed",
+        "--settings",
+        settings,
+        "--seconds",
+        str(arguments.seconds),
+        "--torch-threads",
+        str(torch_threads),
+    )
+    # It counts whole iterations of 1,000 environment steps, of which one can take a minute where threads are too many.
+    found = rllib(arguments.peers_python, *words, timeout_seconds=arguments.seconds + 600)
+    return {
+        "side": "rllib",
+        "settings": settings,
+        "torch_threads": torch_threads,
+        "batch_size": found["batch_size"],
+        "replay_ratio": found["replay_ratio"],
+        "env_steps_per_second": found["env_steps_per_second"],
+        "learner_steps_per_second": found["learner_steps_per_second"],
+    }
+
+
+def qfleet_speed(arguments: argparse.Namespace, settings: str, batch_size: int, replay_ratio: float) -> dict[str, Any]:
+    """Returns a row of ours, with the replay ratio that the run really had."""
+    env_steps_per_learner_step = batch_size / replay_ratio
+    flags = LIKE_RLLIB | {
+        "n-step": N_STEP[settings],
+        "batch-size": batch_size,
+        "env-steps-per-learner-step": env_steps_per_learner_step,
+        "target-update-period": max(1, round(TARGET_UPDATE_ENV_STEPS / env_steps_per_learner_step)),
+        "env-steps": arguments.env_steps,
+        "eval-period-env-steps": arguments.env_steps,
+    }
+    summary = qfleet_train(arguments, "--double", "--dueling", **flags)
+    learner_steps, env_steps = (summary[f"{name}_steps_per_second"] for name in ("learner", "env"))
+    return {
+        "side": "qfleet",
+        "settings": settings,
+        "torch_threads": None,
+        "batch_size": batch_size,
+        "replay_ratio": learner_steps * batch_size / env_steps,
+        "env_steps_per_second": env_steps,
+        "learner_steps_per_second": learner_steps,
+    }
+
+
+def rllib_solve(arguments: argparse.Namespace, settings: str, torch_threads: int, seed: int) -> dict[str, Any]:
+    """Returns a row of RLlib's."""
+    seconds = arguments.timeout_seconds
+    words = ["solve", "--settings", settings, "--torch-threads", str(torch_threads)]
+    words += ["--seed", str(seed), "--timeout-seconds", str(seconds)]
+    found = rllib(arguments.peers_python, *words, timeout_seconds=2 * seconds + 600)  # it stops by itself long before
+    return {
+        "side": "rllib",
+        "settings": settings,
+        "torch_threads": torch_threads,
+        "seed": seed,
+        "solved": found["solved"],
+        "wall_seconds": found["wall_seconds"],
+        "env_steps": found["env_steps"],
+        "greedy_return": found["greedy_return"],
+    }
+
+
+def qfleet_solve(
+    arguments: argparse.Namespace, name: str, seed: int, replay_ratio: float | None = None
+) -> dict[str, Any]:
+    """Returns a row of ours, with the tuned replay ratio or another one."""
+    flags: dict[str, Any] = {"preset": "rainbow_lite", "seed": seed, "stop-return": 475, "env-steps": 1_000_000}
+    if replay_ratio is not None:
+        flags |= {"batch-size": 64, "env-steps-per-learner-step": 64 / replay_ratio}
+    summary = qfleet_train(arguments, **flags)
+    return {
+        "side": "qfleet",
+        "settings": name,
+        "torch_threads": None,
+        "seed": seed,
+        "solved": int(summary["stopped"] == "return reached"),
+        "wall_seconds": summary["wall_seconds"],
+        "env_steps": summary["env_steps"],
+        "greedy_return": summary["eval_return_mean"],
+    }
+
+
+def rllib(python: str, *words: str, timeout_seconds: float) -> dict[str, Any]:
+    """Runs RLlib's script and returns the JSON of its last line."""
+    output = run([python, str(common.HERE / "peers" / "rllib_cartpole.py"), *words], timeout_seconds)
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def qfleet_train(arguments: argparse.Namespace, *words: str, **flags: Any) -> dict[str, Any]:
+    """Runs `qfleet train` with actors and a learner, and returns its summary.
+
+    Args:
+      words: further flags, which have no value.
+      flags: names and values; a tuple is several values.
+    """
+    flags |= {
+        "topology": "actor-learner",
+        "num-actors": arguments.num_actors,
+        "lanes-per-actor": arguments.lanes_per_actor,
+    }
+    command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", "--quiet", *words]
+    for name, value in flags.items():
+        command += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    with common.scratch() as folder:
+        directory = Path(folder) / "run"
+        run([*command, "--run-dir", str(directory)], arguments.timeout_seconds)
+        summary: dict[str, Any] = json.loads((directory / "summary.json").read_text())
+        return summary
+
+
+def run(command: list[str], timeout_seconds: float) -> str:
+    """Runs a program in a session of its own, whose other processes end with it, and returns what it printed.
+
+    Args:
+      command: of the program.
+      timeout_seconds: after which it is interrupted.
+
+    Raises:
+      subprocess.CalledProcessError: if it fails, or doesn't end in order when interrupted after the timeout.
+      subprocess.TimeoutExpired: if it doesn't end at all.
+    """
+    with common.scratch() as folder, contextlib.ExitStack() as stack:
+        # Ray's own clean-up ends a whole process group, which had better not be this one's.
+        process = subprocess.Popen(
+            command, env=os.environ | {"RAY_TMPDIR": folder}, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        stack.callback(end_session, process)
+        try:
+            output, _ = process.communicate(timeout=timeout_seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # upon which qfleet writes its summary and ends in order
+            output, _ = process.communicate(timeout=60)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command, output)
+        return output
+
+
+def end_session(process: subprocess.Popen[str]) -> None:
+    """Kills what there is of the session that this process leads, and waits until none of it is left."""
+    while members := session_members(process.pid):
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.poll()
+        time.sleep(0.1)
+
+
+def session_members(session: int) -> list[int]:
+    """Returns the processes of a session that have not ended."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            # pid (name) state ppid pgrp session ...; the name may contain anything.
+            state, _, _, its_session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its_session) == session and state not in "XZ":
+                members.append(int(path.parent.name))
+    return members
+
+
+if __name__ == "__main__":
+    main()
