@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from qfleet.config import ConfigError, DecentralisedConfig, TrainConfig
+from qfleet.config import ActorLearnerConfig, ConfigError, DecentralisedConfig, TrainConfig
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
 from qfleet.launched import LaunchedRun, directory_of_all, with_processes
@@ -53,8 +53,9 @@ def iterate(
 
     Args and Raises: as for `train`.
     """
-    if isinstance(config.topology, DecentralisedConfig):
+    if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig):
         _check_is_built_in(network, optimiser)
+    if isinstance(config.topology, DecentralisedConfig):
         return LaunchedRun(config, lambda: directory_of_all(config))
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
@@ -97,8 +98,9 @@ def resume(
     config = with_processes(
         config, num_processes=num_processes, coordinator=coordinator, process_id=process_id, ray_address=ray_address
     )
-    if isinstance(config.topology, DecentralisedConfig):
+    if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig):
         _check_is_built_in(network, optimiser)
+    if isinstance(config.topology, DecentralisedConfig):
         return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 

@@ -2,13 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from qfleet.config import ConfigError, DecentralisedConfig, TrainConfig, topology_name
+from qfleet.config import ActorLearnerConfig, ConfigError, DecentralisedConfig, TrainConfig, topology_name
 from qfleet.core.types import Network
 from qfleet.envs.host import HostEnv
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
-from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu
+from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu, use_cpu_only
+from qfleet.topologies.actor_learner import ActorLearner
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
@@ -34,7 +35,9 @@ def footprint(
 def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
     """Returns both, once the CPU is divided into the devices that the run wants: that is for before JAX is used."""
     mesh = config.topology.mesh
-    if config.num_seeds > 1:
+    if isinstance(config.topology, ActorLearnerConfig):
+        use_cpu_only()  # this process only directs the others, of which one may want all of the GPU
+    elif config.num_seeds > 1:
         split_cpu(config.num_seeds)
     elif mesh.num_devices > 1 and not isinstance(config.topology, DecentralisedConfig):  # whose processes have theirs
         set_cpu_devices(mesh.num_devices)
@@ -53,6 +56,8 @@ def make_topology(
       ConfigError: if the topology doesn't suit the environment.
     """
     wanted = topology_name(config.topology)
+    if wanted == "actor-learner":
+        return ActorLearner(config, env, network)
     if isinstance(env, InGraphEnv):
         if wanted in ("fused", "decentralised"):
             return Fused(config, env, network, optimiser)

@@ -188,11 +188,8 @@ class FusedConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _HostLanesConfig:
-    """How environments of other libraries step while the learner learns."""
+    """How environments of other libraries step."""
 
-    lock_step: bool = False
-    """Wait for each row's learning before the next action: deterministic where the environments are, and slower.
-    Without replay it is always so."""
     num_workers: int = 0
     """Processes that step environments which have no threads of their own; 0 steps them in this process."""
     step_timeout_seconds: float = 60.0
@@ -205,7 +202,16 @@ class _HostLanesConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OverlappedConfig(_HostLanesConfig):
+class _OverlappingConfig(_HostLanesConfig):
+    """How they step while a learner in the same process learns."""
+
+    lock_step: bool = False
+    """Wait for each row's learning before the next action: deterministic where the environments are, and slower.
+    Without replay it is always so."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OverlappedConfig(_OverlappingConfig):
     """Where it runs: environments of other libraries step in threads or processes while the learner learns."""
 
     num_envs: int = 8
@@ -227,7 +233,7 @@ class OverlappedConfig(_HostLanesConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecentralisedConfig(_HostLanesConfig):
+class DecentralisedConfig(_OverlappingConfig):
     """Where it runs: equal processes, each with its share of lanes and replay, in step by all-reduce; no server.
 
     Each is a fused or an overlapped run, as suits the environment, on a mesh over the devices of all of them.
@@ -288,7 +294,81 @@ class DecentralisedConfig(_HostLanesConfig):
         return False
 
 
-TopologyConfig = FusedConfig | OverlappedConfig | DecentralisedConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActorLearnerConfig(_HostLanesConfig):
+    """Where it runs: many actors feed a global replay, and one learner learns from it (Ape-X), on Ray.
+
+    Source: Horgan et al. 2018, arXiv 1803.00933.
+    """
+
+    num_actors: int = 4
+    """Processes that act, each with lanes and an epsilon of its own."""
+    lanes_per_actor: int = 4
+    """Environments that each of them steps at once."""
+    num_replay_shards: int = 1
+    """Processes that share the replay, each with the transitions of some actors."""
+    rows_per_chunk: int = 32
+    """Steps of each lane that an actor sends at once; before each chunk it takes the newest parameters there are."""
+    broadcast_period_learner_steps: int = 100
+    """Learner steps between parameters that actors can take."""
+    ladder_base: float = 0.4
+    """Epsilon of the first actor."""
+    ladder_exponent: float = 7.0
+    """Actor i of N explores with epsilon `ladder_base ** (1 + i / (N - 1) * ladder_exponent)`."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The learner's devices."""
+    actor_resources: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"CPU": 1.0})
+    """What of Ray's resources each actor takes, and each shard of the replay."""
+    learner_resources: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"CPU": 1.0})
+    """What the learner takes; with GPU it learns there."""
+    ray_address: str = "local"
+    """Address of a Ray cluster, as `auto` or HOST:PORT; `local` starts one on this machine and ends it."""
+    silence_seconds: float = 60.0
+    """A part that was asked for something and says nothing for so long is replaced, as one that died is."""
+    max_restarts: int = 5
+    """Times that one part may be replaced within ten minutes before the run fails."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "num_actors", "lanes_per_actor", "num_replay_shards", "rows_per_chunk", "broadcast_period_learner_steps",
+        ):  # fmt: skip
+            _check_count(name, getattr(self, name))
+        _check_count("max_restarts", self.max_restarts, minimum=0)
+        fits = self.num_replay_shards <= self.num_actors
+        _check(fits, "num_replay_shards", f"at most num_actors={self.num_actors}", self.num_replay_shards)
+        fits = self.num_workers <= self.lanes_per_actor
+        _check(fits, "num_workers", f"at most lanes_per_actor={self.lanes_per_actor}", self.num_workers)
+        _check(0.0 < self.ladder_base <= 1.0, "ladder_base", "in (0, 1]", self.ladder_base)
+        _check(0.0 <= self.ladder_exponent < math.inf, "ladder_exponent", "at least 0", self.ladder_exponent)
+        _check(self.silence_seconds >= 5, "silence_seconds", "at least 5", self.silence_seconds)
+        for name in ("actor_resources", "learner_resources"):
+            amounts = getattr(self, name)
+            _check(all(amount >= 0 for amount in amounts.values()), name, "all at least 0", dict(amounts))
+        is_known = self.ray_address in ("auto", "local") or _is_host_and_port(self.ray_address)
+        _check(is_known, "ray_address", "auto, local or HOST:PORT", self.ray_address)
+
+    @property
+    def num_envs(self) -> int:
+        """Lanes of all actors."""
+        return self.num_actors * self.lanes_per_actor
+
+    @property
+    def profile(self) -> bool:
+        """Never: the parts run at once, and tell by themselves how busy they are."""
+        return False
+
+    def epsilon(self, actor: int) -> float:
+        """Returns with which probability an actor, numbered from 0, takes a random action."""
+        place = actor / (self.num_actors - 1) if self.num_actors > 1 else 0.0
+        return float(self.ladder_base ** (1.0 + place * self.ladder_exponent))
+
+    def actors_of(self, shard: int) -> list[int]:
+        """Returns the actors whose transitions a shard of the replay, numbered from 0, keeps."""
+        return list(range(shard, self.num_actors, self.num_replay_shards))
+
+
+TopologyConfig = FusedConfig | OverlappedConfig | DecentralisedConfig | ActorLearnerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -344,10 +424,11 @@ class TrainConfig:
         _check_sizes(self.agent, self.topology)
 
 
-TOPOLOGIES: dict[str, type[FusedConfig] | type[OverlappedConfig] | type[DecentralisedConfig]] = {
+TOPOLOGIES: dict[str, type[TopologyConfig]] = {
     "fused": FusedConfig,
     "overlapped": OverlappedConfig,
     "decentralised": DecentralisedConfig,
+    "actor-learner": ActorLearnerConfig,
 }
 """Where a run can take place, by name."""
 
@@ -363,14 +444,23 @@ def check_suits(setting: str, topology: str) -> None:
     Raises:
       ConfigError: if it is.
     """
-    fields = {name: {field.name for field in dataclasses.fields(kind)} for name, kind in TOPOLOGIES.items()}
-    homes = [name for name, known in fields.items() if setting in known]
-    if homes and topology not in homes:
+    if not suits(setting, topology):
+        homes = [name for name, kind in TOPOLOGIES.items() if setting in _field_names(kind)]
         remedy = {
             "profile": "the host can't time the parts of one compiled program, so measure that with "
             "jax.profiler.trace or benchmarks/limit.py, or train in an environment outside it, such as gym:CartPole-v1",
         }.get(setting, f"leave it out, or choose topology {' or '.join(homes)}")
         raise ConfigError(f"{setting} must come with topology {' or '.join(homes)}, got topology {topology}; {remedy}")
+
+
+def suits(setting: str, topology: str) -> bool:
+    """Returns whether a setting isn't only other topologies'."""
+    known = {name: _field_names(kind) for name, kind in TOPOLOGIES.items()}
+    return setting in known[topology] or not any(setting in names for names in known.values())
+
+
+def _field_names(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
 
 
 def check_lane_options(num_workers: int, step_timeout_seconds: float, max_failures: int) -> None:
@@ -413,7 +503,14 @@ def _check_sizes(agent: AgentConfig, topology: TopologyConfig) -> None:
     """Sizes that must fit each other across agent and topology, and the 32 bits that index arrays."""
     num_lanes, num_replicas = topology.num_envs, topology.mesh.data
     over = "num_processes x devices_per_process" if isinstance(topology, DecentralisedConfig) else "mesh.data"
-    _check_divides("num_envs", num_lanes, over, num_replicas)
+    if isinstance(topology, ActorLearnerConfig):
+        for name, wanted, remedy in (
+            ("replay", agent.replay != "none", "uniform or prioritised, for it is what actors and learner share"),
+            ("exploration", agent.exploration == "epsilon_greedy", "epsilon_greedy"),
+        ):
+            _check(wanted, name, f"{remedy} with topology actor-learner", getattr(agent, name))
+    else:
+        _check_divides("num_envs", num_lanes, over, num_replicas)
     if agent.replay == "none":
         samples = num_lanes * agent.rollout_length
         _check(samples < 2**31, "num_envs x rollout_length", "below 2**31", samples)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, check_suits, suggest
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, check_suits, suggest, suits
 from qfleet.envs.registry import default_topology
 
 
@@ -16,6 +16,8 @@ class Preset:
     source: str
     settings: Mapping[str, Any]
     """Fields of `AgentConfig`, `TrainConfig` and every topology's config that differ from their defaults."""
+    topology: str | None = None
+    """Where it runs by default; None is where the environment suits best."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -67,6 +69,40 @@ PRESETS: dict[str, Preset] = {
             "exploration_env_steps": 1_000_000,
             "env_steps": 50_000_000,
             "eval_period_env_steps": 250_000,
+            "eval_episodes": 16,
+            "checkpoint_period_seconds": 600.0,
+        },
+    ),
+    "ape_x": Preset(
+        summary="many actors with an epsilon each (theirs were 360), a prioritised replay, one learner",
+        source="Horgan et al. 2018, arXiv 1803.00933, section 4.1 and appendix C",
+        topology="actor-learner",
+        settings={
+            "double": True,
+            "dueling": True,
+            "n_step": 3,
+            "replay": "prioritised",
+            "hidden_sizes": (512,),
+            "batch_size": 512,
+            "replay_capacity": 2_000_000,
+            "warmup_env_steps": 50_000,
+            # Theirs isn't set: 19 learner steps in the second while 12,500 transitions come in.
+            "env_steps_per_learner_step": 660.0,
+            "target_update_period": 2_500,
+            "priority_exponent": 0.6,
+            "importance_exponent_start": 0.4,
+            "importance_exponent_env_steps": 10**15,  # it stays there
+            "optimiser": "rmsprop",
+            "optimiser_options": {"decay": 0.95, "eps": 1.5e-7, "centered": 1.0},
+            "learning_rate": 2.5e-4 / 4,
+            "max_gradient_norm": 40.0,
+            "rows_per_chunk": 50,
+            "lanes_per_actor": 1,
+            "broadcast_period_learner_steps": 1,
+            "ladder_base": 0.4,
+            "ladder_exponent": 7.0,
+            "env_steps": 50_000_000,
+            "eval_period_env_steps": 500_000,
             "eval_episodes": 16,
             "checkpoint_period_seconds": 600.0,
         },
@@ -223,11 +259,12 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
-    topology = topology or default_topology(env)
+    topology = topology or PRESETS[preset].topology or default_topology(env)
     if topology not in TOPOLOGIES:
         hint = suggest(topology, TOPOLOGIES)
         raise ConfigError(f"topology must be one of {', '.join(TOPOLOGIES)}, got {topology!r}.{hint}")
-    merged = {**PRESETS[preset].settings, **TUNED.get((preset, env), {}), **settings}
+    starts_from = {**PRESETS[preset].settings, **TUNED.get((preset, env), {})}
+    merged = {**{name: value for name, value in starts_from.items() if suits(name, topology)}, **settings}
     kinds = (AgentConfig, TOPOLOGIES[topology], TrainConfig)
     names = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     known = set.union(*names.values()) - {"agent", "topology", "env", "preset"}

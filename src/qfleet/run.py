@@ -59,6 +59,7 @@ class Run:
         """What makes the environments, as `backend_of` names it: a bare name takes the fastest there is."""
         self.directory = open_directory()
         """Where the run is written."""
+        self._topology.checkpoints_path = self.directory.checkpoints_path
         self._checkpoints = Checkpoints(
             self.directory.checkpoints_path, keep=config.checkpoints_kept, is_keeper=peers.is_first()
         )
@@ -96,7 +97,7 @@ class Run:
         return metadata
 
     def _restore(self, checkpoint: int | None, metadata: dict[str, Any]) -> None:
-        state, _ = self._checkpoints.restore(checkpoint, like=self._topology.state)
+        state = self._topology.read(self._checkpoints, checkpoint, metadata)
         self._topology.restore(state, metadata["counters"])
         self._checkpoints.set_aside_after(self._topology.env_steps)
         period = self.config.eval_period_env_steps
@@ -199,12 +200,14 @@ class Run:
         return "env steps" if self._topology.env_steps >= self.config.env_steps else None
 
     def _save(self) -> None:
+        state = self._topology.state  # first: it decides what of a fleet, which goes on meanwhile, is counted
         metadata = {
             "counters": self._topology.counters,
             "solved_at": self._solved_at,
             "has_own_network": self._has_own_network,
+            "layout": self._topology.layout,
         }
-        self._checkpoints.save(self._topology.env_steps, self._topology.state, metadata)
+        self._checkpoints.save(self._topology.env_steps, state, metadata)
 
     def _finish(self, stopped: str) -> None:
         self._save()
@@ -235,6 +238,7 @@ class Run:
             "num_video_failures": self._recorder.num_failures if self._recorder else 0,
             "peak_rss_bytes": peak_rss_bytes(),
             "version": self.directory.version,
+            **self._topology.facts,
             **more,
         }
         if self._writes:

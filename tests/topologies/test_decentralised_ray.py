@@ -24,10 +24,10 @@ def test_ray_that_is_missing_is_named_with_the_command_that_adds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "qfleet.topologies.decentralised_ray", raising=False)
+    monkeypatch.delitem(sys.modules, "qfleet.topologies.ray_cluster", raising=False)
     run_dir = tmp_path / "run"
     config = qfleet.make_config("CartPole-v1", "pqn", "decentralised", ray_address="auto", run_dir=str(run_dir))
-    with pytest.raises(ConfigError, match=r"ray_address needs Ray \(.*\); pip install 'qfleet\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"needs Ray \(.*\); pip install 'qfleet\[ray\]'"):
         qfleet.iterate(config)
     assert not run_dir.exists()
     check_places(DecentralisedConfig())  # without it, Ray isn't needed
@@ -53,7 +53,7 @@ SETTINGS = {"env_steps": 2048, "eval_period_env_steps": 1024, "eval_episodes": 8
 def cluster() -> Iterator[None]:
     """Not started by qfleet, which must leave it as it was."""
     ray = pytest.importorskip("ray")
-    from qfleet.topologies.decentralised_ray import _init
+    from qfleet.topologies.ray_cluster import _init
 
     _init({"address": "local", "num_cpus": 4, "include_dashboard": False, "log_to_driver": False})
     yield

@@ -9,6 +9,7 @@ import tyro
 from qfleet.cli.show import follow
 from qfleet.config import (
     TOPOLOGIES,
+    ActorLearnerConfig,
     AgentConfig,
     DecentralisedConfig,
     FusedConfig,
@@ -36,9 +37,12 @@ class _TrainFlags(TrainConfig):
     preset: str = DEFAULT_PRESET
     """Where the settings below start from, as `qfleet presets` lists them."""
     agent: Annotated[AgentConfig, _FLAT] = dataclasses.field(default_factory=AgentConfig)
-    topology_name: Annotated[Literal["fused", "overlapped", "decentralised"], tyro.conf.arg(name="topology")] = "fused"
+    topology_name: Annotated[
+        Literal["fused", "overlapped", "decentralised", "actor-learner"], tyro.conf.arg(name="topology")
+    ] = "fused"
     """Where it runs. fused: acting and learning in one compiled program, for environments written in JAX. overlapped:
-    the others step in threads or processes while the learner learns. decentralised: either, in several processes."""
+    the others step in threads or processes while the learner learns. decentralised: either, in several processes.
+    actor-learner: either, many actors and one learner on Ray."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -61,8 +65,19 @@ class _DecentralisedFlags(_TrainFlags):
     topology: Annotated[DecentralisedConfig, _FLAT] = dataclasses.field(default_factory=DecentralisedConfig)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ActorLearnerFlags(_TrainFlags):
+    __doc__ = _TrainFlags.__doc__
+    topology: Annotated[ActorLearnerConfig, _FLAT] = dataclasses.field(default_factory=ActorLearnerConfig)
+
+
 # Or each topology's flags would be a subcommand.
-_FLAGS = {"fused": _FusedFlags, "overlapped": _OverlappedFlags, "decentralised": _DecentralisedFlags}
+_FLAGS = {
+    "fused": _FusedFlags,
+    "overlapped": _OverlappedFlags,
+    "decentralised": _DecentralisedFlags,
+    "actor-learner": _ActorLearnerFlags,
+}
 
 _CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 

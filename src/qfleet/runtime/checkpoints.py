@@ -28,7 +28,7 @@ from qfleet.config import ConfigError
 
 PyTree = Any
 
-_FORMAT = 1
+_FORMAT = 2
 _INDEX = "index.json"
 _CHECKSUMS = "checksums.json"
 _TreePath = tuple[str, ...]

@@ -38,6 +38,11 @@ def set_cpu_devices(count: int) -> None:
         return  # JAX is in use already, in a notebook say: its devices stay as they are, and serve as well
 
 
+def use_cpu_only() -> None:
+    """Keeps this process off accelerators. To call before JAX is used."""
+    jax.config.update("jax_platforms", "cpu")
+
+
 def reuse_freed_memory() -> None:
     """Has the C library keep memory that is freed, for the next program's temporaries.
 

@@ -36,6 +36,8 @@ class Progress:
     """Environments that raised, hung or died, and were replaced."""
     part_seconds: Mapping[str, float] | None = None
     """`train_seconds` by the part that took them, if the run measures that."""
+    fleet: Mapping[str, float] | None = None
+    """How the parts of a fleet are doing, where there is one."""
     eval_returns: tuple[tuple[float, ...], ...] | None = None
     """Of the greedy episodes after it, `[seeds][episodes]`, if there were any."""
 
@@ -56,6 +58,7 @@ class Progress:
             "new_learner_steps",
             "eval_returns",
             "part_seconds",
+            "fleet",
         ):
             del values[name]
         values["env_steps_per_second"] = self.new_env_steps / self.train_seconds
@@ -63,4 +66,6 @@ class Progress:
         values["eval_return_mean"] = self.eval_return_mean
         for part, seconds in (self.part_seconds or {}).items():
             values[f"time_share_{part}"] = seconds / self.train_seconds
+        for name, value in (self.fleet or {}).items():
+            values[f"fleet_{name}"] = value
         return values

@@ -38,7 +38,7 @@ def check_places(config: DecentralisedConfig) -> None:
     How many a Ray cluster has is found when it is asked for them.
     """
     if config.ray_address is not None:
-        importlib.import_module("qfleet.topologies.decentralised_ray")
+        importlib.import_module("qfleet.topologies.ray_cluster")
     else:
         check_gpus(config)
 

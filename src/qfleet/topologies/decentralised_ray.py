@@ -10,32 +10,24 @@ import os
 import select
 import signal
 import sys
-import sysconfig
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qfleet.config import ConfigError, DecentralisedConfig
-from qfleet.topologies.decentralised_processes import Child, Peer, PeerLost, Processes, fate_of, free_port, share_cores
-
-try:
-    import ray
-except ImportError as error:
-    raise ConfigError(f"ray_address needs Ray ({error}); pip install 'qfleet[ray]'") from error
+import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from qfleet.config import ConfigError, DecentralisedConfig
+from qfleet.topologies.decentralised_processes import Child, Peer, PeerLost, Processes, fate_of, free_port, share_cores
+from qfleet.topologies.ray_cluster import connected, in_words, last_line, room, variables
 
 _LISTEN_SECONDS = 0.2
 """That an actor waits for its process to report, before it hears of anything else."""
 
 _KILL_SECONDS = 10
 """For actors to end their processes, after which they are ended themselves, and their processes with them."""
-
-_PASSED_ON = ("GLOO_", "JAX_", "NCCL_", "QFLEET_", "XLA_")
-"""How the names of variables begin that processes take from the launcher's environment, and not from their node's."""
 
 
 class _Place(NamedTuple):
@@ -116,9 +108,7 @@ def on_ray(
     Raises:
       ConfigError: if there is no cluster at the address.
     """
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        _connect(config)
+    assert config.ray_address is not None
     num_made = 0
 
     def make() -> Processes:
@@ -126,44 +116,8 @@ def on_ray(
         num_made += 1
         return _RayProcesses(config, make_command, log_folder, is_first=num_made == 1)
 
-    try:
+    with connected(config.ray_address, config.num_processes, "ray_address"):
         yield make
-    finally:
-        if is_ours:
-            ray.shutdown()
-
-
-def _connect(config: DecentralisedConfig) -> None:
-    settings: dict[str, Any] = {"address": config.ray_address, "log_to_driver": False, "logging_level": "WARNING"}
-    if config.ray_address == "local":
-        num_cpus = max(os.cpu_count() or 1, config.num_processes)  # as without Ray, they may be more than the cores
-        settings |= {"num_cpus": num_cpus, "include_dashboard": False}
-    try:
-        _init(settings)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        raise ConfigError(
-            f"ray_address must be that of a Ray cluster that this machine is part of, got {config.ray_address} "
-            f"({error}); start one with `ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or give local"
-        ) from error
-
-
-def _init(settings: dict[str, Any]) -> None:
-    """Calls `ray.init`, and takes back what it does to this process."""
-    handler, group = signal.getsignal(signal.SIGTERM), os.getpgrp()
-    try:
-        with warnings.catch_warnings():
-            # Ray forks to start its own processes, which replace themselves at once: no thread is missed in them.
-            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
-            warnings.filterwarnings("ignore", r".*use of fork\w*\(\) may lead to deadlocks", DeprecationWarning)
-            ray.init(**settings)
-    finally:
-        if threading.current_thread() is threading.main_thread() and handler is not None:
-            signal.signal(signal.SIGTERM, handler)
-        # A Ray that is started here leaves the process group, for its processes to die with this one; but Ctrl-C would
-        # no longer come here.
-        if os.getpgrp() != group:
-            with contextlib.suppress(OSError):
-                os.setpgid(0, group)
 
 
 class _RayProcesses:
@@ -198,7 +152,7 @@ class _RayProcesses:
         for i, place in enumerate(self._places):
             peer = Peer(i, f"{host}:{first.port}", place.report_descriptor, place.python)
             log = str(self._log_folder / f"{i}.log")
-            arguments.append((self._make_command(peer), _variables(), num_on[place.node], log, os.getcwd()))
+            arguments.append((self._make_command(peer), variables(), num_on[place.node], log, os.getcwd()))
         self._all("start", arguments, must_stop)
         for i in range(len(self._hosts)):
             self._codes[i] = None
@@ -216,11 +170,10 @@ class _RayProcesses:
             if must_stop():
                 raise KeyboardInterrupt
             if time.monotonic() > deadline:
-                total, free = ([each.get(k, 0) for k in bundle] for each in _resources())
                 raise (ConfigError if self._is_first else PeerLost)(
                     f"a Ray cluster must have room for num_processes={self._config.num_processes} times "
-                    f"{_in_words(bundle.values(), bundle)}, got {_in_words(free, bundle)} free of "
-                    f"{_in_words(total, bundle)} for {patience:g} s; add nodes, or give a smaller --num-processes"
+                    f"{in_words(bundle)}, got {room(bundle)} for {patience:g} s; add nodes, or give a smaller "
+                    f"--num-processes"
                 )
         for i in range(self._config.num_processes):
             strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=i)
@@ -244,9 +197,9 @@ class _RayProcesses:
             if is_raised and self._is_first:
                 raise ConfigError(
                     f"every node of the Ray cluster must be able to run this qfleet, and one isn't "
-                    f"({_last_line(error)}); install the same version on all, in the environment that Ray runs in"
+                    f"({last_line(error)}); install the same version on all, in the environment that Ray runs in"
                 ) from error
-            raise PeerLost(f"a Ray actor could not start a process ({_last_line(error)})") from error
+            raise PeerLost(f"a Ray actor could not start a process ({last_line(error)})") from error
 
     def _listen(self, i: int) -> None:
         self._reports[self._hosts[i].read.remote(_LISTEN_SECONDS)] = i
@@ -305,33 +258,3 @@ class _RayProcesses:
             remove_placement_group(self._group)
             self._group = None
         self._reports.clear()
-
-
-def _variables() -> dict[str, str]:
-    """Returns the variables of this process's environment that are those of all processes."""
-    variables = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-    for name in ("OMP_NUM_THREADS", "PJRT_NPROC"):
-        if name in os.environ:
-            variables[name] = os.environ[name]
-    # Modules of the user's own are found as here; what is installed is found as on the node.
-    installed = {os.path.realpath(path) for path in sysconfig.get_paths().values()}
-    folders = [os.path.abspath(path) for path in sys.path if os.path.isdir(path or ".")]
-    own = [path for path in dict.fromkeys(folders) if not _is_in(os.path.realpath(path), installed)]
-    return variables | {"PYTHONPATH": os.pathsep.join(own)}
-
-
-def _is_in(path: str, folders: set[str]) -> bool:
-    return any(path == folder or path.startswith(folder + os.sep) for folder in folders)
-
-
-def _resources() -> tuple[dict[str, float], dict[str, float]]:
-    """Returns what the cluster has in all, and what of it is free."""
-    return ray.cluster_resources(), ray.available_resources()
-
-
-def _in_words(amounts: Any, names: Any) -> str:
-    return " and ".join(f"{amount:g} {name}" for amount, name in zip(amounts, names, strict=True))
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1]

@@ -25,13 +25,14 @@ from qfleet.core.replicas import ALONE
 from qfleet.core.types import Network, Params, stored_spec
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
+from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import num_shards
 from qfleet.runtime.records import Progress
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.fused_program import NO_BAD_STEP, FusedState, Program, Tally, make_program, partition_state
 from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, learner_steps, make_plan, rows_per_iteration
-from qfleet.topologies.topology import Topology, check_loss
+from qfleet.topologies.topology import Topology, check_loss, read_as
 
 MAX_ITERATIONS = 256
 """Iterations of one chunk at most."""
@@ -249,12 +250,23 @@ class Fused(Topology):
         returns = [np.asarray(self._evaluate(self.params, self._seeds, moment, np.int32(i))) for i in batches]
         return np.concatenate(returns, axis=-1).reshape(self._config.num_seeds, -1)[:, :num_episodes]
 
+    @property
+    def layout(self) -> str:
+        """What a checkpoint must have been saved by to hold the very arrays of this one."""
+        return f"fused, {self._config.topology.num_envs} lanes"
+
+    def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state that a checkpoint holds; of another topology or size it has no lanes and no random key."""
+        return read_as(self, checkpoints, checkpoint, metadata, self._config.agent, self._stored_spec.frame_stack)
+
     def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
         """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up."""
         if state.get("replay"):
             state = {**state, "replay": self._restore(state["replay"])}
-        self._state = self._state._replace(**state)
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
+        if "key" not in state:  # but its own was used before
+            state["key"] = jax.random.fold_in(self._state.key, np.uint32(self.env_steps % 2**32))
+        self._state = self._state._replace(**state)
         self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
 
     def _plan(self) -> Plan:

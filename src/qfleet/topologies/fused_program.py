@@ -10,32 +10,22 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from qfleet.config import AgentConfig, TrainConfig
-from qfleet.core.actor import init_view, push_frame
 from qfleet.core.agent import Agent
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.learning import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
-from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_replay, outcome_of, partition
+from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_replay, partition
 from qfleet.core.replicas import ALONE, Replicas, own_numbers
 from qfleet.core.types import Params, stored_spec
-from qfleet.envs.in_graph import Draws, Lanes, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import draw
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns
+from qfleet.topologies.acting import ActorState, RowReport, act, init_actor
 from qfleet.topologies.plan import Plan, rows_per_iteration
 
 # What a seed's random numbers are for: evaluation must not see training's.
 _TRAINING, _EVALUATION = 0, 1
 
 NO_BAD_STEP = np.iinfo(np.int32).max
-
-
-class ActorState(NamedTuple):
-    """The lanes, and what their agent keeps of them."""
-
-    lanes: Lanes
-    view: Array
-    """`[lanes, ...]`, what the agent sees of `lanes.observation`: stored frames, stacked."""
-    episode_return: Array
-    """`[lanes]` float32, undiscounted, of the episode under way."""
 
 
 class FusedState(NamedTuple):
@@ -45,17 +35,6 @@ class FusedState(NamedTuple):
     actor: ActorState
     replay: ReplayState | tuple[()]
     key: Array
-
-
-class RowReport(NamedTuple):
-    """What one row tells of itself. `[lanes]`, and `[rows, lanes]` of an iteration."""
-
-    episode_ended: Array
-    episode_return: Array
-    episode_steps: Array
-    q_max: Array
-    is_bad: Array
-    """bool, the reward or the next observation isn't finite."""
 
 
 class Tally(NamedTuple):
@@ -119,9 +98,7 @@ def make_program(
 
     def init(seed: Array) -> FusedState:
         params_key, lanes_key, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _TRAINING), 3)
-        lanes = init_lanes(env, lanes_key, own_numbers(replicas, num_lanes))
-        view = init_view(agent.store(lanes.observation), env.spec.frame_stack)
-        actor = ActorState(lanes, view, jnp.zeros(num_lanes))
+        actor = init_actor(env, agent, lanes_key, own_numbers(replicas, num_lanes))
         return FusedState(learner.init(agent.init(params_key)), actor, replay.init() if replay else (), state_key)
 
     def run(state: FusedState, plan: Plan, num_iterations: Array) -> tuple[FusedState, Tally]:
@@ -163,7 +140,7 @@ def _replay_iteration(
         def row(carry: tuple, inputs: tuple) -> tuple[Any, RowReport]:
             learner_state, actor, replay_state, losses = carry
             draws, uniform, plan, learn_key = inputs
-            actor, new_row, report = _act(env, agent, learner_state.params, actor, draws, uniform, plan.exploration)
+            actor, new_row, report, _ = act(env, agent, learner_state.params, actor, draws, uniform, plan.exploration)
 
             state = (learner_state, replay.insert(replay_state, new_row), losses)
             learner_state, replay_state, losses = learn_from_replay(
@@ -194,7 +171,7 @@ def _rollout_iteration(
         def row(actor: ActorState, inputs: tuple) -> tuple[ActorState, tuple[Row, RowReport]]:
             draws, uniform, exploration = inputs
             view = actor.view
-            actor, new_row, report = _act(env, agent, params, actor, draws, uniform, exploration)
+            actor, new_row, report, _ = act(env, agent, params, actor, draws, uniform, exploration)
             return actor, (new_row._replace(obs=view), report)
 
         actor, (rows, reports) = jax.lax.scan(row, state.actor, (draws, uniforms, plan.exploration))
@@ -210,33 +187,6 @@ def _uniforms(key: Array, num_rows: int, num_lanes: int, replicas: Replicas) -> 
     """Returns this replica's share of the random numbers for exploration, `[rows, lanes]`."""
     uniforms = jax.random.uniform(key, (num_rows, num_lanes * replicas.size))
     return jax.lax.dynamic_slice_in_dim(uniforms, replicas.rank() * jnp.uint32(num_lanes), num_lanes, axis=1)
-
-
-def _act(
-    env: InGraphEnv, agent: Agent, params: Params, actor: ActorState, draws: Draws, uniform: Array, exploration: Array
-) -> tuple[ActorState, Row, RowReport]:
-    """One step of all lanes: returns the actor after it, the row that it made, and its report."""
-    lanes_tm1 = actor.lanes
-    q = agent.q_values(params, actor.view)
-    action = agent.explore(q, exploration, uniform)
-    lanes, step = step_lanes(env, lanes_tm1, action, draws)
-    outcome = outcome_of(step.terminated, step.truncated, lanes_tm1.final)
-    row = Row(agent.store(lanes_tm1.observation), action, step.reward, outcome)
-    episode_return = jnp.where(lanes_tm1.final, 0.0, actor.episode_return + step.reward)
-    report = RowReport(
-        episode_ended=lanes.final,
-        episode_return=episode_return,
-        episode_steps=lanes.episode_steps,
-        q_max=jnp.max(q, axis=-1),
-        is_bad=~(jnp.isfinite(step.reward) & _is_finite(lanes.observation)),
-    )
-    view = push_frame(actor.view, agent.store(lanes.observation), lanes_tm1.final, env.spec.frame_stack)
-    return ActorState(lanes, view, episode_return), row, report
-
-
-def _is_finite(obs: Array) -> Array:
-    """Returns whether each lane's observation is finite: `[lanes, ...]` to `[lanes]` bool."""
-    return jnp.all(jnp.isfinite(obs).reshape(obs.shape[0], -1), axis=1)
 
 
 def _empty_tally() -> Tally:

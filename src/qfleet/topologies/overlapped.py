@@ -5,11 +5,10 @@ while the environments take the next step; `lock_step` waits instead, and is det
 Without replay a rollout and learning from it take turns. `profile` is `lock_step` in parts, each of them timed.
 """
 
-import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Network, Params, stored_spec
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
 from qfleet.runtime import peers
+from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.evaluation import host_greedy_returns
 from qfleet.runtime.records import Progress
@@ -35,10 +35,11 @@ from qfleet.runtime.stopwatch import OTHER, Stopwatch
 from qfleet.topologies import overlapped_profile
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.overlapped_program import Draws, HostRow, Programs, make_programs
+from qfleet.topologies.overlapped_tally import Episodes, Tally, mean
 from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, make_plan, rows_per_iteration
 from qfleet.topologies.plan import learner_steps as planned_learner_steps
-from qfleet.topologies.topology import Topology, check_loss
+from qfleet.topologies.topology import Topology, check_loss, read_as
 
 CHUNK_SECONDS = 0.5
 """What a chunk should take at most, where one iteration is shorter: it is how long Ctrl-C waits."""
@@ -233,7 +234,7 @@ class Overlapped(Topology):
         self._obs = self._to_device(self._lanes.reset(seed))
         self._view = self._to_device(np.zeros((num_lanes, *spec.agent_observation_shape), spec.observation_dtype))
         self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
-        self._episodes = _Episodes(np.zeros(num_lanes), np.zeros(num_lanes, np.int64))
+        self._episodes = Episodes(np.zeros(num_lanes), np.zeros(num_lanes, np.int64))
 
     @property
     def env_steps_per_iteration(self) -> int:
@@ -264,7 +265,7 @@ class Overlapped(Topology):
         started = time.perf_counter()
         self._stopwatch.start()
         env_steps, learner_steps = self.env_steps, self.learner_steps
-        tally = _Tally(self._episodes)
+        tally = Tally(self._episodes)
         num_iterations = math.ceil((until_env_steps - self.env_steps) / self.env_steps_per_iteration)
         wanted = peers.firsts(CHUNK_SECONDS / self._seconds_per_iteration)
         num_iterations = max(1, min(num_iterations, math.ceil(wanted)))
@@ -283,8 +284,8 @@ class Overlapped(Topology):
             new_env_steps=self.env_steps - env_steps,
             new_learner_steps=self.learner_steps - learner_steps,
             num_episodes=len(tally.returns),
-            episode_return_mean=_mean(tally.returns),
-            episode_length_mean=_mean(tally.lengths),
+            episode_return_mean=mean(tally.returns),
+            episode_length_mean=mean(tally.lengths),
             q_mean=float(np.mean(tally.q_max)),
             loss=loss,
             td_error_mean=td_error,
@@ -294,14 +295,14 @@ class Overlapped(Topology):
             part_seconds=self._stopwatch.split(seconds) if self._topology.profile else None,
         )
 
-    def _iterate(self, plan: Plan, tally: "_Tally") -> None:
+    def _iterate(self, plan: Plan, tally: Tally) -> None:
         self._key, draws = self._draw(self._key)
         if self._has_replay:
             self._rows_with_replay(plan, draws, tally)
         else:
             self._rollout(plan, draws, tally)
 
-    def _rows_with_replay(self, plan: Plan, draws: Draws, tally: "_Tally") -> None:
+    def _rows_with_replay(self, plan: Plan, draws: Draws, tally: Tally) -> None:
         uniforms, learn_keys = self._own_uniforms(draws), list(draws.learn_keys)
         for i in range(len(uniforms)):
             tally.staleness.append(self._pending.num_updates if self._pending else 0)
@@ -316,7 +317,7 @@ class Overlapped(Topology):
         first = jax.process_index() * self._num_lanes
         return self._to_host(draws.uniforms)[:, first : first + self._num_lanes]
 
-    def _row(self, params: Params, exploration: Any, uniform: Any, tally: "_Tally") -> tuple[HostRow, jax.Array]:
+    def _row(self, params: Params, exploration: Any, uniform: Any, tally: Tally) -> tuple[HostRow, jax.Array]:
         """Takes a step of all lanes; meanwhile the learner gets the row before, if that is still to be learned from.
 
         Returns:
@@ -348,7 +349,7 @@ class Overlapped(Topology):
         )
         self._losses.append((losses, num_updates))
 
-    def _rollout(self, plan: Plan, draws: Draws, tally: "_Tally") -> None:
+    def _rollout(self, plan: Plan, draws: Draws, tally: Tally) -> None:
         """Takes a rollout and has the learner learn from it.
 
         Nothing overlaps: the next action waits for what was learned, behind which it would have to queue anyway.
@@ -407,21 +408,33 @@ class Overlapped(Topology):
     def _num_eval_lanes(self) -> int:
         return min(self._num_lanes, self._config.eval_episodes)
 
+    @property
+    def layout(self) -> str:
+        """What a checkpoint must have been saved by to hold the very arrays of this one."""
+        return f"overlapped, {self._topology.num_envs} lanes"
+
+    def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Returns the state that a checkpoint holds; of another topology or size it has no random key."""
+        return read_as(self, checkpoints, checkpoint, metadata, self._config.agent, self._stored_spec.frame_stack)
+
     def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
         """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up.
 
         Environments can't be saved: every lane starts a new episode, and what the replay holds of the old ones ends
         with the observation they had come to.
         """
-        self._learner, self._key = state["learner"], state["key"]
+        self._learner = state["learner"]
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
+        # Without one of its own: another than that of the beginning, which was used before.
+        self._key = state.get("key", jax.random.fold_in(self._key, np.uint32(self.env_steps % 2**32)))
         self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
         if self._has_replay and "replay" in state:
+            self._replay = self._restore(state["replay"])
+        if self._has_replay and "replay" in state and "observation" in state:  # else its episodes are closed already
             num_lanes = self._num_lanes
             nobody, everybody = np.zeros(num_lanes, bool), np.ones(num_lanes, bool)
             nothing, reward = np.zeros(num_lanes, np.int32), np.zeros(num_lanes, np.float32)
             row = HostRow(state["observation"], nothing, reward, nobody, nobody, everybody)
-            self._replay = self._restore(state["replay"])
             self._pending = _Pending(row, self._key, np.float32(1), 0)  # no learner step, so no use of the key
             self._learn_pending()
         self._begin_episodes()
@@ -440,41 +453,6 @@ class _Pending(NamedTuple):
     key: jax.Array
     importance_exponent: Any
     num_updates: int
-
-
-@dataclasses.dataclass
-class _Episodes:
-    """Training episodes under way, `[lanes]` each."""
-
-    returns: np.ndarray
-    steps: np.ndarray
-
-
-class _Tally:
-    """What the rows of one chunk tell of themselves."""
-
-    def __init__(self, episodes: _Episodes) -> None:
-        self._episodes = episodes
-        self.returns: list[float] = []
-        """Of the episodes that ended."""
-        self.lengths: list[int] = []
-        self.q_max: list[float] = []
-        self.staleness: list[int] = []
-        self.num_failures = 0
-
-    def add(self, row: HostRow, q_max: np.ndarray, has_ended: np.ndarray, failed: np.ndarray) -> None:
-        """Adds a row; its no-step lanes begin a new episode after it."""
-        episodes = self._episodes
-        episodes.returns = np.where(row.no_step, 0.0, episodes.returns + row.reward)
-        episodes.steps = np.where(row.no_step, 0, episodes.steps + 1)
-        self.returns += episodes.returns[has_ended].tolist()
-        self.lengths += episodes.steps[has_ended].tolist()
-        self.q_max.append(float(np.mean(q_max)))
-        self.num_failures += int(np.sum(failed))
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
 
 
 def _seed_of(*numbers: int) -> int:

@@ -1,5 +1,6 @@
 """Replay: a ring of rows, priorities beside it, and transitions put together when sampled."""
 
+from qfleet.core.replay.layout import relaid
 from qfleet.core.replay.replay import (
     Part,
     Replay,
@@ -10,7 +11,7 @@ from qfleet.core.replay.replay import (
     partition,
     partition_saved,
 )
-from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Row, outcome_of
+from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Row, outcome_of, sealed_outcomes
 
 __all__ = [
     "CONTINUED",
@@ -27,4 +28,6 @@ __all__ = [
     "outcome_of",
     "partition",
     "partition_saved",
+    "relaid",
+    "sealed_outcomes",
 ]

@@ -77,9 +77,9 @@ class Replay(NamedTuple):
     """`insert(state, row, segment=0, td_error=None) -> state`: one step of all lanes of a segment. This completes the
     transitions that started n rows before: they enter with the priority of `td_error`, `[lanes]` float32, or with the
     greatest so far where that is NaN, or None."""
-    seal: Callable[[ReplayState, Array], ReplayState]
-    """`seal(state, lanes)`: in these lanes of the first segment, `[lanes]` bool, what was inserted last has no future
-    but its next observation; insert that one with `NO_STEP`."""
+    seal: Callable[..., ReplayState]
+    """`seal(state, lanes, segment=0)`: in these lanes of a segment, `[lanes]` bool, what was inserted last has no
+    future but its next observation; insert that one with `NO_STEP`."""
     cut: Callable[[ReplayState, Array], ReplayState]
     """`cut(state, segment)`: nothing that is inserted later goes on where this segment is now."""
     sample: Callable[[ReplayState, Array, Array], Sample]
@@ -189,8 +189,8 @@ def make_replay(
     def priority_of(td_error: Array) -> Array:
         return (jnp.abs(td_error) + MIN_PRIORITY) ** config.priority_exponent
 
-    def seal(state: ReplayState, lanes: Array) -> ReplayState:
-        return state._replace(ring=rings.seal(state.ring, lanes))
+    def seal(state: ReplayState, lanes: Array, segment: Array | int = 0) -> ReplayState:
+        return state._replace(ring=rings.seal(state.ring, lanes, segment))
 
     def cut(state: ReplayState, segment: Array) -> ReplayState:
         return state._replace(ring=rings.cut(state.ring, segment))

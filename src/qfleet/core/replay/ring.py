@@ -152,7 +152,16 @@ def cut(ring: Ring, segment: Array | int = 0) -> Ring:
     return _with_outcomes(ring, newest, segment, jnp.full(ring.lanes_per_segment, NO_STEP))
 
 
-def outcome_of(terminated: Array, truncated: Array, final: Array) -> Array:
+def sealed_outcomes(outcome: Array) -> Array:
+    """Returns outcomes of consecutive rows, `[rows, lanes]`, cut short where the next row holds no step.
+
+    What `seal` does to a ring, row by row: the environment was lost there.
+    """
+    is_cut = jnp.concatenate([outcome[1:] == NO_STEP, jnp.zeros_like(outcome[:1], bool)])
+    return jnp.where(is_cut & (outcome == CONTINUED), TRUNCATED, outcome)
+
+
+def outcome_of(terminated: Array | np.ndarray, truncated: Array | np.ndarray, final: Array | np.ndarray) -> Array:
     """Returns each lane's `Row.outcome`, `[lanes]` uint8, from three `[lanes]` bool.
 
     Args:

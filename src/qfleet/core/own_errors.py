@@ -1,0 +1,55 @@
+"""The TD errors that an actor knows of its own steps, before a learner has seen them: its initial priorities."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qfleet.core.replay import CONTINUED, NO_STEP, TRUNCATED, sealed_outcomes
+
+
+class Valued(NamedTuple):
+    """Consecutive rows, `[rows, lanes]`, and what the actor thought of them."""
+
+    reward: Array
+    outcome: Array
+    q_taken: Array
+    """Value of the action that was taken."""
+    q_max: Array
+    """Greatest value of the observation."""
+
+
+def nothing_before(num_rows: int, num_lanes: int) -> Valued:
+    """Returns rows to stand before an actor's first ones: what starts there has an error that nobody knows, NaN."""
+    shape = (num_rows, num_lanes)
+    unknown = jnp.full(shape, jnp.nan)
+    return Valued(jnp.zeros(shape), jnp.full(shape, NO_STEP), unknown, unknown)
+
+
+def own_errors(rows: Valued, n_step: int, discount: float) -> Array:
+    """Returns the TD error of the transition that each row but the last n starts, by the actor's own values.
+
+    Args:
+      rows: `[n_step + rows, lanes]`.
+      n_step: rewards summed, fewer where the episode ends before.
+      discount: per environment step.
+
+    Returns:
+      `[rows, lanes]` float32: element i is of the transition that row `n_step + i` completes. It means nothing where a
+      row starts none.
+    Source: Horgan et al. 2018, arXiv 1803.00933, section 3 and algorithm 1.
+    """
+    num_rows = len(rows.reward) - n_step
+    outcome = sealed_outcomes(rows.outcome)
+    returns, factor = jnp.zeros_like(rows.reward[:num_rows]), 1.0
+    is_under_way = jnp.ones_like(returns, bool)
+    for i in range(n_step):
+        window, next_rows = np.s_[i : i + num_rows], np.s_[i + 1 : i + 1 + num_rows]
+        returns += jnp.where(is_under_way, factor * rows.reward[window], 0.0)
+        factor *= discount
+        is_cut = is_under_way & (outcome[window] == TRUNCATED)
+        returns += jnp.where(is_cut, factor * rows.q_max[next_rows], 0.0)
+        is_under_way &= outcome[window] == CONTINUED
+    returns += jnp.where(is_under_way, factor * rows.q_max[n_step:], 0.0)
+    return returns - rows.q_taken[:num_rows]

@@ -1,0 +1,222 @@
+"""A shard of the replay of `qfleet.topologies.actor_learner`: a segment for each of some actors."""
+
+import collections
+import dataclasses
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qfleet.config import ActorLearnerConfig, TrainConfig
+from qfleet.core.replay import NO_STEP, Part, Replay, ReplayState, Sample, SavedReplay, make_replay, priorities
+from qfleet.core.types import EnvSpec, Transition, stored_spec
+from qfleet.envs.registry import make_env
+from qfleet.networks import make_network
+from qfleet.runtime.cache import enable_compilation_cache
+from qfleet.topologies.actor_learner_actor import Chunk
+
+_SIZES = 8
+"""Parts into which the most that is drawn at once is divided: a program is compiled for each number of them."""
+
+_KEPT_SAMPLES = 64
+"""Draws whose errors may still come; those of a learner that died never do."""
+
+
+_HEADS = ("cursor", "size", "insertions")
+"""Fields of a ring with one number for each segment."""
+
+
+class Stock(NamedTuple):
+    """What a shard holds."""
+
+    priority: float
+    """Sum over its transitions."""
+    num_transitions: int
+    """That can be drawn."""
+    busy_seconds: float
+    """That it took to answer."""
+
+
+NOTHING = Stock(0.0, 0, 0.0)
+
+
+class Writer(NamedTuple):
+    """Who wrote to a segment last."""
+
+    incarnation: int = -1
+    num_chunks: int = 0
+    """Of this incarnation."""
+
+
+class ReplayShard:
+    """Keeps what some actors produce, and draws from it."""
+
+    def __init__(self, config: TrainConfig, number: int) -> None:
+        """Makes it empty.
+
+        Args:
+          config: of the run.
+          number: of the shard, from 0.
+        """
+        assert isinstance(config.topology, ActorLearnerConfig)
+        enable_compilation_cache()
+        self._replay = make_shard_replay(config, number)
+        self._writers = [Writer()] * len(config.topology.actors_of(number))
+        self._state: ReplayState = jax.jit(self._replay.init)()
+        self._samples: collections.OrderedDict[int, Sample] = collections.OrderedDict()
+        self._insert = jax.jit(self._insert_rows, donate_argnums=0)
+        self._cut = jax.jit(self._replay.cut, donate_argnums=0)
+        self._draw = jax.jit(self._draw_part, static_argnums=4)
+        self._set_priorities = jax.jit(self._replay.set_priorities, donate_argnums=0)
+        self._stock = jax.jit(lambda state: (priorities.total(state.tree), state.num_transitions[0]))
+
+    def insert(self, segment: int, writer: Writer, chunk: Chunk) -> tuple[Stock, bool]:
+        """Stores a chunk, unless it has been stored already or its actor has been replaced since.
+
+        Args:
+          segment: the actor's place among those of this shard.
+          writer: the actor's incarnation, and how many chunks that one had sent before.
+          chunk: `[rows, lanes]`.
+
+        Returns:
+          What the shard holds then, and whether it was stored.
+        """
+        started = time.perf_counter()
+        last = self._writers[segment]
+        is_new = writer >= last
+        if is_new:
+            if writer != last:  # it is another incarnation, or chunks are missing in between
+                self._state = self._cut(self._state, np.int32(segment))
+            self._state = self._insert(self._state, chunk, np.int32(segment))
+            self._writers[segment] = writer._replace(num_chunks=writer.num_chunks + 1)
+        return self.stock(started), is_new
+
+    def sample(
+        self, number: int, seed: int, importance_exponent: float, part: Part, most: int
+    ) -> tuple[Stock, Transition]:
+        """Draws its part of a batch.
+
+        Args:
+          number: by which the errors will come back.
+          seed: of the draws, 32 bits, another one for each.
+          importance_exponent: beta.
+          part: how much of the whole it is.
+          most: that are ever drawn at once.
+
+        Returns:
+          What it holds, and the transitions, `[part.num_draws, ...]` NumPy arrays.
+        """
+        started = time.perf_counter()
+        num_draws, unit = int(part.num_draws), -(-most // _SIZES)
+        size = -(-num_draws // unit) * unit
+        sample = self._draw(self._state, np.uint32(seed), np.float32(importance_exponent), part, size)
+        transition = jax.tree.map(lambda x: np.asarray(x)[:num_draws], sample.transition)
+        self._samples[number] = sample._replace(transition=())
+        if len(self._samples) > _KEPT_SAMPLES:
+            self._samples.popitem(last=False)
+        return self.stock(started), transition
+
+    def set_priorities(self, number: int, td_error: np.ndarray) -> Stock:
+        """Gives the transitions of a draw, `[num_draws]`, the priorities of their errors.
+
+        What has been overwritten since then keeps its own; so do all, where the draw is forgotten.
+        """
+        started = time.perf_counter()
+        sample = self._samples.pop(number, None)
+        if sample is not None:
+            # What was drawn beyond the part is nobody's; a slot beyond the last is dropped.
+            is_mine = jnp.arange(len(sample.slot)) < len(td_error)
+            errors = np.resize(td_error.astype(np.float32), len(sample.slot))
+            self._state = self._set_priorities(self._state, sample._replace(is_mine=is_mine), errors)
+        return self.stock(started)
+
+    def stock(self, started: float | None = None) -> Stock:
+        """Returns what it holds; `started` is when the work began, by the performance counter."""
+        priority, num_transitions = jax.device_get(self._stock(self._state))
+        busy_seconds = 0.0 if started is None else time.perf_counter() - started
+        return Stock(float(priority), int(num_transitions), busy_seconds)
+
+    def snapshot(self) -> SavedReplay:
+        """Returns all that it must keep, as NumPy arrays."""
+        state = self._state
+        saved: SavedReplay = jax.tree.map(
+            np.array, SavedReplay(state.ring, self._replay.leaves(state), state.max_priority)
+        )
+        return saved
+
+    def restore(self, saved: SavedReplay) -> Stock:
+        """Goes on from a snapshot, and returns what it holds then. Nothing goes on where its segments end."""
+        self._state = jax.jit(self._replay.restore)(jax.tree.map(jnp.array, saved))
+        self._writers = [Writer()] * len(self._writers)
+        self._samples.clear()
+        return self.stock()
+
+    def _insert_rows(self, state: ReplayState, chunk: Chunk, segment: Array) -> ReplayState:
+        def insert(state: ReplayState, inputs: tuple) -> tuple[ReplayState, None]:
+            row, td_error = inputs
+            state = self._replay.seal(state, row.outcome == NO_STEP, segment)
+            return self._replay.insert(state, row, segment, td_error), None
+
+        return jax.lax.scan(insert, state, (chunk.rows, chunk.td_error))[0]
+
+    def _draw_part(self, state: ReplayState, seed: Array, exponent: Array, part: Part, size: int) -> Sample:
+        return self._replay.sample_part(state, jax.random.key(seed), exponent, part, size)
+
+
+def make_shard_replay(config: TrainConfig, number: int) -> Replay:
+    """Returns the replay of one shard: all segments of a fleet are equally long.
+
+    Uniform sampling is by equal priorities there, for draws are dealt to the shards by what they hold.
+    """
+    topology = config.topology
+    assert isinstance(topology, ActorLearnerConfig)
+    num_segments = len(topology.actors_of(number))
+    num_lanes = num_segments * topology.lanes_per_actor
+    num_rows = config.agent.replay_capacity // topology.num_envs
+    agent = dataclasses.replace(config.agent, replay_capacity=num_rows * num_lanes, replay="prioritised")
+    if config.agent.replay == "uniform":
+        agent = dataclasses.replace(agent, priority_exponent=0.0)
+    return make_replay(_spec(config), agent, num_lanes, num_segments=num_segments)
+
+
+def join_shards(parts: list[SavedReplay], topology: ActorLearnerConfig) -> SavedReplay:
+    """Returns the whole replay, lanes and segments in the order of their actors, from what each shard keeps."""
+    actors = [topology.actors_of(i) for i in range(len(parts))]
+
+    def lanes(*columns: np.ndarray) -> np.ndarray:
+        whole = np.empty((len(columns[0]), topology.num_envs, *columns[0].shape[2:]), columns[0].dtype)
+        for own, column in zip(actors, columns, strict=True):
+            whole[:, _lanes_of(own, topology)] = column
+        return whole
+
+    def segments(*columns: np.ndarray) -> np.ndarray:
+        return np.concatenate(columns)[np.argsort(np.concatenate(actors))]
+
+    rings = [part.ring for part in parts]
+    heads: Any = {name: segments(*(getattr(ring, name) for ring in rings)) for name in _HEADS}
+    ring = rings[0]._replace(rows=jax.tree.map(lanes, *(ring.rows for ring in rings)), **heads)
+    leaves: Any = lanes(*(np.asarray(part.leaves) for part in parts))
+    return SavedReplay(ring, leaves, max((part.max_priority for part in parts), key=float))
+
+
+def share_of(saved: SavedReplay, topology: ActorLearnerConfig, number: int) -> SavedReplay:
+    """Returns what one shard keeps of the whole replay."""
+    actors = topology.actors_of(number)
+    lanes = _lanes_of(actors, topology)
+    heads: Any = {name: np.asarray(getattr(saved.ring, name))[actors] for name in _HEADS}
+    rows: Any = jax.tree.map(lambda x: np.asarray(x)[:, lanes], saved.ring.rows)
+    own: Any = np.asarray(saved.leaves)[:, lanes]
+    return SavedReplay(saved.ring._replace(rows=rows, **heads), own, saved.max_priority)
+
+
+def _lanes_of(actors: list[int], topology: ActorLearnerConfig) -> np.ndarray:
+    each = topology.lanes_per_actor
+    return np.concatenate([actor * each + np.arange(each) for actor in actors])
+
+
+def _spec(config: TrainConfig) -> EnvSpec:
+    env: Any = make_env(config.env, **config.env_options)
+    return stored_spec(env.spec, make_network(env.spec, config.agent).store)
