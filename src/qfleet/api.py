@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from qfleet.config import ActorLearnerConfig, ConfigError, DecentralisedConfig, TrainConfig
+from qfleet.config import ActorLearnerConfig, ConfigError, DecentralisedConfig, TopologyConfig, TrainConfig
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
 from qfleet.launched import LaunchedRun, directory_of_all, with_processes
@@ -65,6 +65,7 @@ def resume(
     *,
     env_steps: int | None = None,
     checkpoint: int | None = None,
+    topology: TopologyConfig | None = None,
     num_processes: int | None = None,
     coordinator: str | None = None,
     process_id: int | None = None,
@@ -78,12 +79,15 @@ def resume(
       run_dir: a run's folder. If it has no checkpoint yet, the run starts from the beginning.
       env_steps: a new end of the run, instead of its config's.
       checkpoint: the environment step of another checkpoint than the newest. Newer ones are set aside, by renaming.
+      topology: another place to go on in, or the same in another size. Its lanes begin new episodes, and the replay is
+        divided anew over them: a run that has begun on a laptop may go on as a fleet, or the other way round. The run's
+        folder keeps the config that it began with, so give it each time.
       num_processes: of a decentralised run, how many it goes on with. This and the next three are by default those
         that it began with.
       coordinator: HOST:PORT of its first process, to start each by hand; `local` starts all on this machine.
       process_id: of processes started by hand, the one to start here. The others are started with the same arguments
         else; the first alone locks the folder, sets checkpoints aside, and returns progress.
-      ray_address: of the Ray cluster that places its processes.
+      ray_address: of the Ray cluster that places its processes, or the parts of a fleet.
       network: what `train` was given, if anything.
       optimiser: what `train` was given, if anything.
 
@@ -95,6 +99,11 @@ def resume(
     config = directory.config
     if env_steps is not None:
         config = dataclasses.replace(config, env_steps=env_steps)
+    if topology is not None:
+        config = dataclasses.replace(config, topology=topology)
+    if isinstance(config.topology, ActorLearnerConfig) and ray_address is not None:
+        config = dataclasses.replace(config, topology=dataclasses.replace(config.topology, ray_address=ray_address))
+        ray_address = None
     config = with_processes(
         config, num_processes=num_processes, coordinator=coordinator, process_id=process_id, ray_address=ray_address
     )

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from qfleet.config import DecentralisedConfig, FusedConfig, TopologyConfig
+from qfleet.config import ActorLearnerConfig, DecentralisedConfig, FusedConfig, TopologyConfig
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def environments(backend: str, topology: TopologyConfig) -> str:
     """Returns what makes a run's environments and where they step, such as "gymnasium, 8 in this process"."""
     if isinstance(topology, DecentralisedConfig):
         return f"{backend}, {topology.num_envs} over {topology.num_processes} processes"
+    if isinstance(topology, ActorLearnerConfig):
+        return f"{backend}, {topology.num_envs} over {topology.num_actors} actors"
     if isinstance(topology, FusedConfig):
         return backend if backend == "in-graph" else f"{backend}, in-graph"
     num_workers = min(topology.num_workers, topology.num_envs)
@@ -53,9 +55,9 @@ def outcome(summary: dict[str, Any], path: str) -> str:
         num_episodes = sum(map(len, summary["eval_returns"]))
         lines.append(f"mean greedy return: {returns:.1f} over {num_episodes} episodes")
     if summary.get("num_restarts"):
-        lines.append(
-            f"restarts: {summary['num_restarts']}, {summary['env_steps_repeated']:,} environment steps taken again"
-        )
+        repeated = summary.get("env_steps_repeated")
+        again = "" if repeated is None else f", {repeated:,} environment steps taken again"
+        lines.append(f"restarts: {summary['num_restarts']}{again}")
     if summary["num_seeds"] > 1:
         solved = [steps for steps in summary["solved_at_env_steps"] if steps is not None]
         for i, seed_returns in enumerate(summary["eval_returns"] or []):

@@ -49,7 +49,8 @@ class ProgressView:
         """Shows a progress record, unless another was shown a moment ago.
 
         Known names are `env_steps` (required), `learner_steps`, `episode_return_mean`, `eval_return_mean`,
-        `exploration` and `loss`; others are ignored. What is None, NaN or absent keeps its last value on show.
+        `exploration` and `loss`, and of a fleet `staleness` and some that begin with `fleet_`; others are ignored. What
+        is None, NaN or absent keeps its last value on show.
         """
         if self._quiet:
             return
@@ -128,9 +129,25 @@ class ProgressView:
         ):
             if name in self._latest:
                 columns.append((label, format(self._latest[name], form)))
+        if "fleet_actors_there" in self._latest:
+            columns += _of_fleet(self._latest)
         if seconds > 0 and env_rate > 0:
             columns.append(("left", _clock(max(0.0, self._total - env_steps) / env_rate)))
         return columns
+
+
+def _of_fleet(latest: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Returns how a fleet is doing: who is there, who waits for whom, and what it has lost."""
+    waiting = {name: latest[f"fleet_{name}_waiting"] for name in ("actors", "shards", "learner")}
+    columns = [
+        ("actors", f"{latest['fleet_actors_there']:.0f}"),
+        ("waiting", " ".join(f"{name} {share:.0%}" for name, share in waiting.items())),
+        ("staleness", f"{latest['staleness']:.0f}"),
+        ("replay", f"{latest['fleet_replay_transitions']:,.0f}"),
+    ]
+    if latest["fleet_restarts"]:
+        columns.append(("restarts", f"{latest['fleet_restarts']:.0f}"))
+    return columns
 
 
 def _clock(seconds: float) -> str:

@@ -131,14 +131,14 @@ class Part:
         self.started_at = self.answered_at = time.monotonic()
         self.handle = self._make.remote(*self._arguments)
 
-    def end(self) -> None:
-        """Ends the process, whatever it is at."""
+    def end(self, *, is_silent: bool = False) -> None:
+        """Ends the process, whatever it is at: also one that is stopped, and can't hear Ray, if it is on this node."""
         if self.handle is None:
             return
         ray.kill(self.handle)
-        if self.place is not None and self.place[1] == ray.get_runtime_context().get_node_id():
+        if is_silent and self.place is not None and self.place[1] == ray.get_runtime_context().get_node_id():
             try:
-                os.kill(self.place[0], signal.SIGKILL)  # a stopped one can't hear Ray
+                os.kill(self.place[0], signal.SIGKILL)
             except ProcessLookupError:
                 self.place = None
         self.handle = None
@@ -230,7 +230,7 @@ class Parts:
         part.answered_at = time.monotonic()
         ask.then(value, *ask.references[1:])
 
-    def replace(self, part: Part, fate: str, error: Exception | None = None) -> None:
+    def replace(self, part: Part, fate: str, error: Exception | None = None, *, is_silent: bool = False) -> None:
         """Ends a part's process, if there is one, and starts another in its place.
 
         Raises:
@@ -248,7 +248,7 @@ class Parts:
             )
         logger.warning("%s %s, and is replaced (%d in all)", part.name, fate, self.num_restarts + 1)
         self.num_restarts += 1
-        part.end()
+        part.end(is_silent=is_silent)
         asks, part.asks = part.asks, collections.deque()
         self._start(part)
         part.on_lost()
@@ -288,7 +288,8 @@ class Parts:
                     logger.warning("%s has waited %.0f s for a place with %s", part.name, now - part.started_at, wanted)
                     part.answered_at = now
             elif silence > patience:
-                self.replace(part, f"has said nothing for {silence:.0f} s, asked for {part.asks[0].method}")
+                fate = f"has said nothing for {silence:.0f} s, asked to {part.asks[0].method}"
+                self.replace(part, fate, is_silent=True)
 
     def end(self) -> None:
         """Ends all of them."""
