@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from qfleet.config import RunFailed
+from qfleet.config import RunFailed, TrainConfig
 from qfleet.core.types import Transition
 from qfleet.topologies.actor_learner_actor import Actor, Chunk, Report
 from qfleet.topologies.actor_learner_learner import GlobalLearner
@@ -57,6 +57,10 @@ class RemoteShard(_Remote, ReplayShard):
 
 class RemoteLearner(_Remote, GlobalLearner):
     """The learner in a process of its own."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        os.environ.pop("OMP_NUM_THREADS", None)  # Ray's: as many as the CPUs that it takes, by default one
+        super().__init__(config)
 
     def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[Any, ...]:
         """Returns the lesson, then the errors of each part by themselves, for each shard to get its own only."""

@@ -1,0 +1,321 @@
+"""What a fleet's parts can do: how actors scale, what the learner loses to the messages, what the replay takes in.
+
+python benchmarks/fleet_limits.py scaling     environments that sleep: environment steps/s from 1 to 32 actors
+python benchmarks/fleet_limits.py starvation  the learner of a fleet against the same one with the replay in its process
+python benchmarks/fleet_limits.py insert      Atari's frames into two shards
+python benchmarks/fleet_limits.py soak        20 minutes: the memory of every part, and the object store's
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+import qfleet
+from qfleet.config import TrainConfig
+
+SLEEP_SECONDS = 0.01
+
+
+class Sleeper(gymnasium.Env):
+    """Takes 10 ms for each step, of which it computes nothing."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        """Starts an episode, of 200 steps."""
+        super().reset(seed=seed)
+        self._steps = 0
+        return np.zeros(4, np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Sleeps."""
+        time.sleep(SLEEP_SECONDS)
+        self._steps += 1
+        return self.np_random.random(4, np.float32), 1.0, False, self._steps == 200, {}
+
+
+gymnasium.register("Sleeper-v0", Sleeper)
+
+
+def main() -> None:
+    """Measures what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("scaling", "starvation", "insert", "soak", "in-process"))
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.part == "scaling":
+        common.report("fleet scaling", list(scaling(arguments.actors, arguments.seconds)))
+    elif arguments.part == "starvation":
+        common.report("fleet starvation", list(starvation(arguments.seconds, arguments.repeats)))
+    elif arguments.part == "insert":
+        common.report("fleet insert", [insert(arguments.seconds)])
+    elif arguments.part == "soak":
+        common.report("fleet soak", list(soak(arguments.seconds)))
+    else:
+        print(updates_per_second_in_process(arguments.seconds))
+
+
+def fleet_of(config: TrainConfig) -> Any:
+    """Returns a fleet that isn't started, without a run around it."""
+    from qfleet.assembly import make_env_and_network
+    from qfleet.topologies.actor_learner import ActorLearner
+
+    env, network = make_env_and_network(config, None)
+    return ActorLearner(config, env, network)
+
+
+def scaling(num_actors: list[int], seconds: float) -> Iterator[dict[str, Any]]:
+    """Yields the speed of fleets of growing numbers of actors, with one sleeping environment each."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    first = 0.0
+    for count in num_actors:
+        config = qfleet.make_config(
+            "fleet_limits:Sleeper-v0", "rainbow_lite", "actor-learner", num_actors=count, lanes_per_actor=1,
+            rows_per_chunk=16, env_steps=10**9, warmup_env_steps=500, env_steps_per_learner_step=4.0, batch_size=64,
+            hidden_sizes=(64, 64),
+        )  # fmt: skip
+        fleet = fleet_of(config)
+        try:
+            started = fleet.start()
+            while fleet.advance(10**9).fleet["actors_there"] < count:  # type: ignore[index]
+                pass
+            run_for(fleet, 5.0)
+            env_steps, learner_steps, took = run_for(fleet, seconds)
+        finally:
+            fleet.close()
+        first = first or env_steps / took / count
+        yield {
+            "actors": count,
+            "env_steps_per_second": env_steps / took,
+            "learner_steps_per_second": learner_steps / took,
+            "share_of_linear": env_steps / took / count / first,
+            "start_seconds": started,
+        }
+
+
+def run_for(fleet: Any, seconds: float) -> tuple[int, int, float]:
+    """Returns environment steps, learner steps and the seconds that they took."""
+    env_steps = learner_steps = 0
+    took = 0.0
+    while took < seconds:
+        progress = fleet.advance(10**9)
+        env_steps += progress.new_env_steps
+        learner_steps += progress.new_learner_steps
+        took += progress.train_seconds
+    return env_steps, learner_steps, took
+
+
+def atari_config(**settings: Any) -> TrainConfig:
+    """Returns the config of a learner of the Nature network on batches of 64, which never has to wait for actors."""
+    return qfleet.make_config(
+        "ale:Pong", "atari_dqn", "actor-learner", num_actors=2, lanes_per_actor=4, replay="prioritised", batch_size=64,
+        replay_capacity=40_000, warmup_env_steps=1_000, env_steps_per_learner_step=0.001, env_steps=10**9, **settings,
+    )  # fmt: skip
+
+
+def full_replay(config: TrainConfig) -> Any:
+    """Returns a replay full of noise, as a checkpoint holds it."""
+    from qfleet.core.replay import SavedReplay
+    from qfleet.core.replay.ring import Ring, Row
+    from qfleet.topologies.actor_learner_shard import _spec
+
+    spec, topology = _spec(config), config.topology
+    random = np.random.default_rng(0)
+    shape = (config.agent.replay_capacity // topology.num_envs, topology.num_envs)
+    obs = random.integers(0, 256, (*shape, *spec.observation_shape), np.uint8)
+    zeros = np.zeros(shape, np.float32)
+    rows = Row(obs, zeros.astype(np.int32), zeros, zeros.astype(np.uint8))  # type: ignore[arg-type]
+    leaves = random.random(shape, np.float32)
+    leaves[-1] = leaves[:4] = 0.0
+    num_segments = topology.num_actors  # type: ignore[union-attr]
+    heads = np.zeros(num_segments, np.int32)
+    ring = Ring(rows, heads, np.full(num_segments, shape[0]), np.full(num_segments, shape[0], np.uint32))  # type: ignore[arg-type]
+    return SavedReplay(ring, leaves, np.float32(1.0))  # type: ignore[arg-type]
+
+
+def starvation(seconds: float, repeats: int) -> Iterator[dict[str, Any]]:
+    """Yields the updates/s of a fleet's learner, and of one that samples in its own process, one after the other."""
+    for shards in (1, 2):
+        ratios = []
+        for _ in range(repeats):
+            command = [sys.executable, __file__, "in-process", "--seconds", str(seconds)]
+            alone = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+            config = atari_config(num_replay_shards=shards)
+            fleet = fleet_of(config)
+            try:
+                fleet.start()
+                learner = jax.tree.unflatten(jax.tree.structure(fleet._shapes), fleet._director.learners("state")[1])
+                state = {"learner": learner, "replay": full_replay(config)}
+                fleet.restore(state, {"env_steps": 10**6, "learner_steps": 0, "replay_starts_at": 0})
+                run_for(fleet, 10.0)
+                _, learner_steps, took = run_for(fleet, seconds)
+                waiting = fleet.advance(10**9).fleet
+            finally:
+                fleet.close()
+            ratios.append(learner_steps / took / alone)
+            yield {
+                "shards": shards,
+                "in_process_updates_per_second": alone,
+                "fleet_updates_per_second": learner_steps / took,
+                "ratio": ratios[-1],
+                "median_ratio": statistics.median(ratios),
+                "learner_waiting": waiting["learner_waiting"],
+                "shards_waiting": waiting["shards_waiting"],
+            }
+
+
+def updates_per_second_in_process(seconds: float) -> float:
+    """Returns the updates/s of the same learner with the same replay in one process, as `overlapped` has it."""
+    from qfleet.core.agent import make_agent
+    from qfleet.core.learner import make_learner
+    from qfleet.core.learning import learn_from_replay, no_losses
+    from qfleet.core.replay import make_replay
+    from qfleet.envs.registry import make_env
+    from qfleet.networks import make_network
+    from qfleet.runtime.devices import reuse_freed_memory
+    from qfleet.topologies.actor_learner_shard import _spec
+
+    config = atari_config()
+    reuse_freed_memory()
+    network = make_network(make_env(config.env).spec, config.agent)
+    agent = make_agent(network, config.agent)
+    learner = make_learner(agent, config.agent)
+    replay = make_replay(_spec(config), config.agent, config.topology.num_envs)
+    saved = full_replay(config)
+    one = saved.ring._replace(**{name: getattr(saved.ring, name)[:1] for name in ("cursor", "size", "insertions")})
+    state = (
+        jax.jit(lambda: learner.init(agent.init(jax.random.key(0))))(),
+        jax.jit(replay.restore)(jax.tree.map(jnp.asarray, saved._replace(ring=one))),
+        no_losses(),
+    )
+    learn = jax.jit(
+        lambda state, key: learn_from_replay(learner, replay, state, key, np.float32(0.5), np.int32(4)),
+        donate_argnums=0,
+    )
+    state = jax.block_until_ready(learn(state, jax.random.key(0)))
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        state = jax.block_until_ready(learn(state, jax.random.key(count)))
+        count += 4
+    return count / (time.perf_counter() - started)
+
+
+def insert(seconds: float) -> dict[str, Any]:
+    """Returns how many transitions of single 84x84 frames two shards take in, from two processes that make them."""
+    import ray
+
+    from qfleet.topologies.actor_learner_actor import Chunk
+    from qfleet.topologies.actor_learner_parts import Part, Parts, RemoteShard
+    from qfleet.topologies.actor_learner_shard import Writer
+    from qfleet.topologies.ray_cluster import connected
+
+    config = atari_config(num_replay_shards=2, rows_per_chunk=50)
+    replay = full_replay(config)
+    rows = jax.tree.map(lambda x: x[:50, :4], replay.ring.rows)
+    chunk = Chunk(rows, np.full((50, 4), 0.5, np.float32))
+    cpu = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1"}
+    with connected("local", 8, "ray_address"):
+        parts = Parts(60.0, 0)
+        producers = [parts.add(Part(f"producer {i}", _Producer, (), {"CPU": 1}, cpu, lambda: None)) for i in range(2)]
+        shards = [
+            parts.add(Part(f"shard {i}", RemoteShard, (config, i), {"CPU": 1}, cpu, lambda: None)) for i in range(2)
+        ]
+        counts, stored = [0, 0], [0]
+
+        def produce(i: int) -> None:
+            def produced(_: Any, reference: Any) -> None:
+                writer = Writer(0, counts[i])
+                counts[i] += 1
+                parts.ask(shards[i], "insert", 0, writer, reference, then=lambda answer: inserted(i))
+
+            parts.ask(producers[i], "produce", then=produced, num_returns=2)
+
+        def inserted(i: int) -> None:
+            stored[0] += chunk.td_error.size
+            produce(i)
+
+        for i in range(2):
+            parts.ask(producers[i], "keep", chunk)
+            for _ in range(3):
+                produce(i)
+        started = before = 0.0
+        while not started or time.perf_counter() - started < seconds:
+            parts.wait(0.1)
+            parts.hear()
+            if not started and stored[0] > 20_000:
+                started, before = time.perf_counter(), stored[0]
+        rate = (stored[0] - before) / (time.perf_counter() - started)
+        parts.end()
+        moved = len(ray.cloudpickle.dumps(chunk))
+    return {"transitions_per_second": rate, "bytes_per_frame_byte": moved / chunk.rows.obs.nbytes}
+
+
+class _Producer:
+    """What an actor would be whose environments and network cost nothing."""
+
+    def where(self) -> tuple[int, str]:
+        """Returns no place."""
+        return 0, ""
+
+    def keep(self, chunk: Any) -> None:
+        """Takes the chunk that it produces."""
+        self._chunk = jax.tree.map(np.array, chunk)
+
+    def produce(self) -> tuple[None, Any]:
+        """Returns it."""
+        return None, self._chunk
+
+
+def soak(seconds: float) -> Iterator[dict[str, Any]]:
+    """Yields the growth of the memory of every part after warm-up, in percent of it per 10 minutes."""
+    import ray
+
+    config = qfleet.make_config(
+        "CartPole-v1", "rainbow_lite", "actor-learner", num_actors=4, num_replay_shards=2, env_steps=10**9
+    )
+    fleet = fleet_of(config)
+    samples: dict[str, list[tuple[float, float]]] = {}
+    started = time.monotonic()
+    try:
+        fleet.start()
+        while (now := time.monotonic() - started) < seconds:
+            run_for(fleet, 5.0)
+            total = ray.cluster_resources()["object_store_memory"]
+            used = total - ray.available_resources().get("object_store_memory", total)
+            samples.setdefault("object store", []).append((now, used))
+            for process in psutil.process_iter(["cmdline", "memory_full_info"]):
+                name = " ".join(process.info["cmdline"] or [])[:40]
+                if name.startswith("ray::Remote") or process.pid == os.getpid():
+                    memory = process.info["memory_full_info"]
+                    key = f"{name.split('.')[0].split()[0]} {process.pid}"
+                    samples.setdefault(key, []).append((now, memory.uss if memory else 0))
+    finally:
+        fleet.close()
+    for name, values in samples.items():
+        times, sizes = np.array([each for each in values if each[0] > seconds / 4]).T
+        slope = np.polyfit(times, sizes, 1)[0] * 600
+        yield {
+            "part": name,
+            "megabytes": float(np.mean(sizes)) / 1e6,
+            "percent_per_10_minutes": 100 * slope / max(np.mean(sizes), 1.0),
+        }
+
+
+if __name__ == "__main__":
+    main()
