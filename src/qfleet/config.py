@@ -319,8 +319,8 @@ class ActorLearnerConfig(_HostLanesConfig):
     """The learner's devices."""
     actor_resources: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"CPU": 1.0})
     """What of Ray's resources each actor takes, and each shard of the replay."""
-    learner_resources: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"CPU": 1.0})
-    """What the learner takes; with GPU it learns there."""
+    learner_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What the learner takes; by default a CPU, and a GPU for each device of its mesh if the cluster has so many."""
     ray_address: str = "local"
     """Address of a Ray cluster, as `auto` or HOST:PORT; `local` starts one on this machine and ends it."""
     silence_seconds: float = 60.0
