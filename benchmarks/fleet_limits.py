@@ -21,7 +21,6 @@ import gymnasium
 import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 
 import qfleet
 from qfleet.config import TrainConfig
@@ -48,7 +47,7 @@ class Sleeper(gymnasium.Env):
         return self.np_random.random(4, np.float32), 1.0, False, self._steps == 200, {}
 
 
-gymnasium.register("Sleeper-v0", Sleeper)
+gymnasium.register("Sleeper-v0", "fleet_limits:Sleeper")
 
 
 def main() -> None:
@@ -205,7 +204,7 @@ def updates_per_second_in_process(seconds: float) -> float:
         no_losses(),
     )
     learn = jax.jit(
-        lambda state, key: learn_from_replay(learner, replay, state, key, np.float32(0.5), np.int32(4)),
+        lambda state, key: learn_from_replay(learner, replay, state, key, jnp.float32(0.5), jnp.int32(4)),
         donate_argnums=0,
     )
     state = jax.block_until_ready(learn(state, jax.random.key(0)))
@@ -282,6 +281,19 @@ class _Producer:
         return None, self._chunk
 
 
+def private_bytes() -> Iterator[tuple[str, int]]:
+    """Yields the memory that each part has to itself, and this process, in bytes; of Linux's own accounts."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            name = (folder / "cmdline").read_text().split("\0")[0].split(".")[0]
+            if name.startswith("ray::Remote") or folder.name == str(os.getpid()):
+                lines = (folder / "smaps_rollup").read_text().splitlines()
+                size = sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
+                yield f"{name if name.startswith('ray') else 'director'} {folder.name}", 1024 * size
+        except OSError:  # it has ended
+            continue
+
+
 def soak(seconds: float) -> Iterator[dict[str, Any]]:
     """Yields the growth of the memory of every part after warm-up, in percent of it per 10 minutes."""
     import ray
@@ -299,12 +311,8 @@ def soak(seconds: float) -> Iterator[dict[str, Any]]:
             total = ray.cluster_resources()["object_store_memory"]
             used = total - ray.available_resources().get("object_store_memory", total)
             samples.setdefault("object store", []).append((now, used))
-            for process in psutil.process_iter(["cmdline", "memory_full_info"]):
-                name = " ".join(process.info["cmdline"] or [])[:40]
-                if name.startswith("ray::Remote") or process.pid == os.getpid():
-                    memory = process.info["memory_full_info"]
-                    key = f"{name.split('.')[0].split()[0]} {process.pid}"
-                    samples.setdefault(key, []).append((now, memory.uss if memory else 0))
+            for name, size in private_bytes():
+                samples.setdefault(name, []).append((now, size))
     finally:
         fleet.close()
     for name, values in samples.items():

@@ -173,7 +173,8 @@ class Director:
             [topology.actor_resources] * (topology.num_actors + topology.num_replay_shards)
             + [topology.learner_resources or {"CPU": 1}]
         )
-        self._stack.enter_context(connected(topology.ray_address, num_cpus, "ray_address"))
+        inherits = self._stack.enter_context(connected(topology.ray_address, num_cpus, "ray_address"))
+        self._make_part = functools.partial(Part, inherits=inherits)
         self._parts = Parts(topology.silence_seconds, topology.max_restarts)
         self._stack.callback(self._parts.end)
         self._make_parts()
@@ -557,7 +558,7 @@ class Director:
         resources = dict(topology.learner_resources) or default_resources(topology.mesh.num_devices)
         learner_environment = {} if resources.get("GPU") else {"JAX_PLATFORMS": "cpu"}
         self._learner = add(
-            Part(
+            self._make_part(
                 "learner",
                 RemoteLearner,
                 (config,),
@@ -569,11 +570,11 @@ class Director:
         for i in range(topology.num_replay_shards):
             name, lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
             kind, arguments = RemoteShard, (config, i)
-            part = Part(name, kind, arguments, topology.actor_resources, on_cpu, lost)
+            part = self._make_part(name, kind, arguments, topology.actor_resources, on_cpu, lost)
             self._shards.append(_Shard(add(part)))
         for i in range(topology.num_actors):
             name, lost = f"actor {i}", functools.partial(self._actor_is_lost, i)
-            part = Part(name, RemoteActor, (config, i), topology.actor_resources, on_cpu, lost)
+            part = self._make_part(name, RemoteActor, (config, i), topology.actor_resources, on_cpu, lost)
             self._actors.append(_Actor(add(part)))
             self._begin(i, 0)
 

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from qfleet.config import RunFailed, TrainConfig
+from qfleet.config import RunFailed
 from qfleet.core.types import Transition
+from qfleet.runtime.devices import use_cpu_only
 from qfleet.topologies.actor_learner_actor import Actor, Chunk, Report
 from qfleet.topologies.actor_learner_learner import GlobalLearner
 from qfleet.topologies.actor_learner_shard import ReplayShard
@@ -37,6 +38,19 @@ _LOOK_SECONDS = 1.0
 class _Remote:
     """What every part can do beside its work: runs in the part's process."""
 
+    def __init__(self, variables: Mapping[str, str], *arguments: Any) -> None:
+        """Makes the part, before which JAX wasn't used here.
+
+        Args:
+          variables: of the environment, to set first. The process may be one that Ray had ready.
+          *arguments: of what does the work.
+        """
+        os.environ.pop("OMP_NUM_THREADS", None)  # Ray's: as many as the CPUs that it takes, by default one
+        os.environ.update(variables)
+        if variables.get("JAX_PLATFORMS") == "cpu":
+            use_cpu_only()
+        super().__init__(*arguments)
+
     def where(self) -> tuple[int, str]:
         """Returns its process and node, once it is made."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
@@ -57,10 +71,6 @@ class RemoteShard(_Remote, ReplayShard):
 
 class RemoteLearner(_Remote, GlobalLearner):
     """The learner in a process of its own."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        os.environ.pop("OMP_NUM_THREADS", None)  # Ray's: as many as the CPUs that it takes, by default one
-        super().__init__(config)
 
     def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[Any, ...]:
         """Returns the lesson, then the errors of each part by themselves, for each shard to get its own only."""
@@ -95,6 +105,8 @@ class Part:
         resources: Mapping[str, float],
         environment: Mapping[str, str],
         on_lost: Callable[[], None],
+        *,
+        inherits: bool = False,
     ) -> None:
         """Starts nothing yet.
 
@@ -104,18 +116,21 @@ class Part:
           arguments: of its constructor.
           resources: of Ray's, that it takes.
           environment: variables of the process.
+          inherits: whether processes have the other variables of this one by themselves. Ray takes twice as long to
+            start those for which it must set some.
           on_lost: called once it is replaced, and before it is asked for anything.
         """
         amounts = dict(resources)
-        options = {
+        options: dict[str, Any] = {
             "num_cpus": amounts.pop("CPU", 0),
             "num_gpus": amounts.pop("GPU", 0),
             "resources": amounts,
-            "runtime_env": {"env_vars": {**variables(), **environment}},
         }
+        if not inherits:
+            options["runtime_env"] = {"env_vars": variables()}
         self.name, self.resources = name, dict(resources)
         self._make: Any = ray.remote(kind).options(**options)
-        self._arguments, self.on_lost = arguments, on_lost
+        self._arguments, self.on_lost = (dict(environment), *arguments), on_lost
         self.asks: collections.deque[_Ask] = collections.deque()
         self.num_answers = 0
         self.answered_at = self.started_at = 0.0

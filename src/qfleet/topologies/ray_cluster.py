@@ -29,8 +29,8 @@ _TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextlib.contextmanager
-def connected(address: str, num_cpus: int, what: str) -> Iterator[None]:
-    """Keeps this process connected to Ray.
+def connected(address: str, num_cpus: int, what: str) -> Iterator[bool]:
+    """Keeps this process connected to Ray, and yields whether Ray's processes inherit what `variables` returns.
 
     Where it is connected already, that connection is used, and stays.
 
@@ -45,7 +45,7 @@ def connected(address: str, num_cpus: int, what: str) -> Iterator[None]:
       ConfigError: if there is no cluster at the address, or it can't be joined.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     with _own_token() if address == "local" else contextlib.nullcontext():
         try:
@@ -56,7 +56,7 @@ def connected(address: str, num_cpus: int, what: str) -> Iterator[None]:
                 f"one with `ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or give local"
             ) from error
         try:
-            yield
+            yield address == "local"
         finally:
             ray.shutdown()
 
@@ -107,8 +107,16 @@ def _connect(address: str, num_cpus: int) -> None:
         _init(settings)
         return
     settings |= {"num_cpus": max(os.cpu_count() or 1, num_cpus), "include_dashboard": False}
-    with _on_loopback():
-        _init(settings)
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (variables()["PYTHONPATH"], path)))
+    try:
+        with _on_loopback():
+            _init(settings)
+    finally:
+        if path is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = path
 
 
 def _init(settings: dict[str, Any]) -> None:
