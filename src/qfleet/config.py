@@ -317,8 +317,8 @@ class ActorLearnerConfig(_HostLanesConfig):
     """Actor i of N explores with epsilon `ladder_base ** (1 + i / (N - 1) * ladder_exponent)`."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The learner's devices."""
-    actor_resources: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"CPU": 1.0})
-    """What of Ray's resources each actor takes, and each shard of the replay."""
+    actor_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What of Ray's resources each actor takes, and each shard of the replay; by default a CPU."""
     learner_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """What the learner takes; by default a CPU, and a GPU for each device of its mesh if the cluster has so many."""
     ray_address: str = "local"

@@ -25,6 +25,7 @@ from qfleet.core.replay import Part as Draws
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.actor_learner_parts import (
+    ONE_CPU,
     Part,
     Parts,
     RemoteActor,
@@ -170,8 +171,8 @@ class Director:
         """
         topology = self._topology
         num_cpus = cpus_for(
-            [topology.actor_resources] * (topology.num_actors + topology.num_replay_shards)
-            + [topology.learner_resources or {"CPU": 1}]
+            [topology.actor_resources or ONE_CPU] * (topology.num_actors + topology.num_replay_shards)
+            + [topology.learner_resources or ONE_CPU]
         )
         self._stack.enter_context(connected(topology.ray_address, num_cpus, "ray_address"))
         self._parts = Parts(topology.silence_seconds, topology.max_restarts)
@@ -555,6 +556,7 @@ class Director:
         topology, config, add = self._topology, self._config, self._parts.add
         on_cpu = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "OMP_NUM_THREADS": "1"}
         resources = dict(topology.learner_resources) or default_resources(topology.mesh.num_devices)
+        actor_resources = dict(topology.actor_resources) or ONE_CPU
         learner_environment = {} if resources.get("GPU") else {"JAX_PLATFORMS": "cpu"}
         self._learner = add(
             Part(
@@ -569,11 +571,11 @@ class Director:
         for i in range(topology.num_replay_shards):
             name, lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
             kind, arguments = RemoteShard, (config, i)
-            part = Part(name, kind, arguments, topology.actor_resources, on_cpu, lost)
+            part = Part(name, kind, arguments, actor_resources, on_cpu, lost)
             self._shards.append(_Shard(add(part)))
         for i in range(topology.num_actors):
             name, lost = f"actor {i}", functools.partial(self._actor_is_lost, i)
-            part = Part(name, RemoteActor, (config, i), topology.actor_resources, on_cpu, lost)
+            part = Part(name, RemoteActor, (config, i), actor_resources, on_cpu, lost)
             self._actors.append(_Actor(add(part)))
             self._begin(i, 0)
 
