@@ -92,7 +92,7 @@ def scaling(num_actors: list[int], seconds: float) -> Iterator[dict[str, Any]]:
         fleet = fleet_of(config)
         try:
             started = fleet.start()
-            while fleet.advance(10**9).fleet["actors_there"] < count:  # type: ignore[index]
+            while fleet.advance(10**9).fleet["actors_there"] < count:
                 pass
             run_for(fleet, 5.0)
             env_steps, learner_steps, took = run_for(fleet, seconds)

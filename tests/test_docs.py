@@ -1,6 +1,8 @@
 """What the documentation shows works."""
 
+import dataclasses
 import re
+import shlex
 from pathlib import Path
 
 import jax
@@ -8,8 +10,11 @@ import pytest
 
 import qfleet
 from qfleet.cli.main import main
+from qfleet.cli.train_command import parse
+from qfleet.config import TOPOLOGIES, AgentConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
 def python_blocks(name: str) -> list[str]:
@@ -39,10 +44,38 @@ def test_every_public_name_can_be_imported() -> None:
     assert set(qfleet.__all__) == set(dir(qfleet))
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/guide.md", "docs/topologies.md"])
+@pytest.mark.parametrize("name", PAGES)
 def test_every_link_to_a_file_of_ours_leads_somewhere(name: str) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]*)", (ROOT / name).read_text(encoding="utf-8"))
     assert [target for target in targets if not ((ROOT / name).parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_to_a_section_of_ours_leads_there(name: str) -> None:
+    for target, section in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]*)\)", (ROOT / name).read_text(encoding="utf-8")):
+        page = (ROOT / name).parent / target if target else ROOT / name
+        headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+        assert section in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("name", [*PAGES, "examples/cluster.yaml"])
+def test_every_command_that_trains_has_flags_that_there_are(name: str) -> None:
+    text = re.sub(r"\\\n[# ]*", "", (ROOT / name).read_text(encoding="utf-8"))
+    shell = r"(?:\w*\$|RAY_AUTH_MODE=token)?"
+    commands = re.findall(rf"^[# ]*{shell} *qfleet (?:train|devices) (.+)$", text, re.MULTILINE)
+    for command in commands:
+        env, *flags = shlex.split(command, comments=True)
+        if env != "corridor:Corridor-v0":  # the guide's own, of which there is no file
+            assert parse([env, *flags]).env == env
+
+
+def test_every_flag_of_the_fleets_page_is_one() -> None:
+    text = (ROOT / "docs/fleet.md").read_text(encoding="utf-8")
+    kinds = (AgentConfig, TrainConfig, *TOPOLOGIES.values())
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    flags = {flag.replace("-", "_") for flag in re.findall(r"--(?:no-)?([a-z][a-z-]+)", text)}
+    assert len(flags) > 30
+    assert flags - fields == set()
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 devices")

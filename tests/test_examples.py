@@ -1,6 +1,7 @@
 """Every example runs, with a small budget, as a person would start it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +12,21 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 BUDGETS = {
     "atari_pong.py": ["--env-steps", "256", "--replay-capacity", "1000", "--sticky"],
     "driving.py": ["--env-steps", "128"],
+    "laptop_fleet.py": ["--env-steps", "3000"],
     "lunar_lander.py": ["--env-steps", "1024"],
     "trading.py": ["--env-steps", "2048"],
 }
-NEEDS = {"atari_pong.py": "ale_py", "driving.py": "highway_env", "lunar_lander.py": "Box2D"}
+NEEDS = {"atari_pong.py": "ale_py", "driving.py": "highway_env", "laptop_fleet.py": "ray", "lunar_lander.py": "Box2D"}
+SLOW = {"laptop_fleet.py"}
 
 
 def test_every_example_is_run() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(BUDGETS)
 
 
-@pytest.mark.parametrize("example", sorted(BUDGETS))
+@pytest.mark.parametrize(
+    "example", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in sorted(BUDGETS)]
+)
 def test_an_example_runs(example: str, tmp_path: Path) -> None:
     if example in NEEDS:
         pytest.importorskip(NEEDS[example])
@@ -30,3 +35,12 @@ def test_an_example_runs(example: str, tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     assert "steps" in finished.stdout
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped"] == "env steps"
+
+
+def test_the_cluster_file_is_one_that_rays_launcher_takes() -> None:
+    util = pytest.importorskip("ray.autoscaler._private.util")
+    yaml = pytest.importorskip("yaml")
+    text = (EXAMPLES / "cluster.yaml").read_text()
+    util.validate_config(util.prepare_config(yaml.safe_load(text)))
+    other_types = yaml.safe_load(re.sub(r"^# ?", "", text[text.index("# head_node_type") :], flags=re.MULTILINE))
+    assert other_types["head_node_type"] in other_types["available_node_types"]

@@ -221,8 +221,8 @@ def run_peer(
 def _check_is_built_in(network: Network | None, optimiser: Any) -> None:
     if network is not None or optimiser is not None:
         raise ConfigError(
-            "a decentralised run must build network and optimiser from its config, for functions can't go to other "
-            "processes, got some of its own; train it with topology fused or overlapped"
+            "a run in several processes must build network and optimiser from its config, for functions can't go to "
+            "others, got some of its own; train it with topology fused or overlapped"
         )
 
 

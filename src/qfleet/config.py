@@ -308,7 +308,8 @@ class ActorLearnerConfig(_HostLanesConfig):
     num_replay_shards: int = 1
     """Processes that share the replay, each with the transitions of some actors."""
     rows_per_chunk: int = 32
-    """Steps of each lane that an actor sends at once; before each chunk it takes the newest parameters there are."""
+    """Steps of each lane that an actor sends at once. For each chunk it takes the parameters that were the newest when
+    it was asked, which is a chunk ahead."""
     broadcast_period_learner_steps: int = 100
     """Learner steps between parameters that actors can take."""
     ladder_base: float = 0.4
@@ -317,13 +318,13 @@ class ActorLearnerConfig(_HostLanesConfig):
     """Actor i of N explores with epsilon `ladder_base ** (1 + i / (N - 1) * ladder_exponent)`."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The learner's devices."""
-    actor_resources: Mapping[str, float] = dataclasses.field(default_factory=lambda: {"CPU": 1.0})
-    """What of Ray's resources each actor takes, and each shard of the replay."""
+    actor_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What of Ray's resources each actor takes, and each shard of the replay; by default a CPU."""
     learner_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """What the learner takes; by default a CPU, and a GPU for each device of its mesh if the cluster has so many."""
     ray_address: str = "local"
     """Address of a Ray cluster, as `auto` or HOST:PORT; `local` starts one on this machine and ends it."""
-    silence_seconds: float = 60.0
+    silence_seconds: float = 90.0
     """A part that was asked for something and says nothing for so long is replaced, as one that died is."""
     max_restarts: int = 5
     """Times that one part may be replaced within ten minutes before the run fails."""
@@ -342,6 +343,11 @@ class ActorLearnerConfig(_HostLanesConfig):
         _check(0.0 < self.ladder_base <= 1.0, "ladder_base", "in (0, 1]", self.ladder_base)
         _check(0.0 <= self.ladder_exponent < math.inf, "ladder_exponent", "at least 0", self.ladder_exponent)
         _check(self.silence_seconds >= 5, "silence_seconds", "at least 5", self.silence_seconds)
+        _check(
+            not self.num_workers or self.silence_seconds > self.step_timeout_seconds,
+            "silence_seconds", f"above step_timeout_seconds={self.step_timeout_seconds:g}, or a worker that hangs takes "
+            f"its actor with it", self.silence_seconds,
+        )  # fmt: skip
         for name in ("actor_resources", "learner_resources"):
             amounts = getattr(self, name)
             _check(all(amount >= 0 for amount in amounts.values()), name, "all at least 0", dict(amounts))

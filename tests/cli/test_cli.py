@@ -14,8 +14,8 @@ import pytest
 import qfleet
 from qfleet.cli.main import main
 from qfleet.cli.show import environments
-from qfleet.cli.train_command import parse
-from qfleet.config import FusedConfig, OverlappedConfig
+from qfleet.cli.train_command import config_of, parse
+from qfleet.config import ActorLearnerConfig, FusedConfig, OverlappedConfig
 from qfleet.presets import make_config
 from qfleet.topologies.fused import Fused
 
@@ -306,6 +306,14 @@ def test_a_profiled_run_prints_where_its_time_went(tmp_path: Path, capsys: pytes
     rows = [line.split() for line in lines[start + 1 :]]
     assert [(name, share) for name, _, share in rows] == [(name, f"{share:.1%}") for name, share in shares.items()]
     assert list(shares) == ["environment", "transfer", "inference", "returns", "update", "other"]
+
+
+def test_what_the_parts_of_a_fleet_take_of_ray_is_said_in_flags() -> None:
+    resources = ["--learner-resources", "GPU", "1", "CPU", "2", "--actor-resources", "CPU", "0.5", "actor", "1"]
+    topology = config_of(parse(["CartPole-v1", "--preset", "ape_x", *resources])).topology
+    assert isinstance(topology, ActorLearnerConfig)
+    assert topology.learner_resources == {"GPU": 1, "CPU": 2}
+    assert topology.actor_resources == {"CPU": 0.5, "actor": 1}
 
 
 def test_check_env_prints_a_line_for_each_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ from qfleet.core.replay import Part as Draws
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.actor_learner_parts import (
+    ONE_CPU,
     Part,
     Parts,
     RemoteActor,
@@ -81,6 +82,8 @@ class _Actor:
     """Chunks that it was asked for, and that are not in the replay yet."""
     num_asked: int = 0
     """Of the incarnation that has the place."""
+    asked_last: int = 0
+    """When, counted in requests to all actors."""
 
 
 @dataclasses.dataclass
@@ -151,6 +154,7 @@ class Director:
         self._num_rounds = 0
         self._num_returning = 0  # sets of errors on their way to shards
         self._num_inserting = 0  # chunks on their way to shards
+        self._num_requests = 0  # for chunks, to all actors
         self._arrived: list[_Chunk] = []  # while nothing may be stored
         self._random = np.random.default_rng((config.seed, 3))
         self._tally = Tally(self._topology.num_actors)
@@ -170,8 +174,8 @@ class Director:
         """
         topology = self._topology
         num_cpus = cpus_for(
-            [topology.actor_resources] * (topology.num_actors + topology.num_replay_shards)
-            + [topology.learner_resources or {"CPU": 1}]
+            [topology.actor_resources or ONE_CPU] * (topology.num_actors + topology.num_replay_shards)
+            + [topology.learner_resources or ONE_CPU]
         )
         inherits = self._stack.enter_context(connected(topology.ray_address, num_cpus, "ray_address"))
         self._make_part = functools.partial(Part, inherits=inherits)
@@ -339,7 +343,7 @@ class Director:
             return
         num_flying = sum(actor.num_flying for actor in self._actors)
         for _ in range(CHUNKS_AHEAD):
-            for i in sorted(range(len(self._actors)), key=lambda i: self._actors[i].num_flying):
+            for i in sorted(range(len(self._actors)), key=lambda i: self._actors[i].asked_last):
                 coming = self.env_steps + num_flying * steps
                 is_far_ahead = self._learner_steps_due(coming) - self.learner_steps > self._slack(coming)
                 if coming >= self._config.env_steps or is_far_ahead:
@@ -352,6 +356,8 @@ class Director:
         actor, writer = self._actors[i], Writer(self.incarnations[i], self._actors[i].num_asked)
         actor.num_asked += 1
         actor.num_flying += 1
+        self._num_requests += 1
+        actor.asked_last = self._num_requests
 
         def arrived(report: Any, reference: Any) -> None:
             staleness = max(0, self.learner_steps - broadcast.learner_steps)
@@ -556,6 +562,7 @@ class Director:
         topology, config, add = self._topology, self._config, self._parts.add
         on_cpu = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "OMP_NUM_THREADS": "1"}
         resources = dict(topology.learner_resources) or default_resources(topology.mesh.num_devices)
+        actor_resources = dict(topology.actor_resources) or ONE_CPU
         learner_environment = {} if resources.get("GPU") else {"JAX_PLATFORMS": "cpu"}
         self._learner = add(
             self._make_part(
@@ -570,11 +577,11 @@ class Director:
         for i in range(topology.num_replay_shards):
             name, lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
             kind, arguments = RemoteShard, (config, i)
-            part = self._make_part(name, kind, arguments, topology.actor_resources, on_cpu, lost)
+            part = self._make_part(name, kind, arguments, actor_resources, on_cpu, lost)
             self._shards.append(_Shard(add(part)))
         for i in range(topology.num_actors):
             name, lost = f"actor {i}", functools.partial(self._actor_is_lost, i)
-            part = self._make_part(name, RemoteActor, (config, i), topology.actor_resources, on_cpu, lost)
+            part = self._make_part(name, RemoteActor, (config, i), actor_resources, on_cpu, lost)
             self._actors.append(_Actor(add(part)))
             self._begin(i, 0)
 

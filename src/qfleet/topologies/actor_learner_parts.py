@@ -339,10 +339,14 @@ def _fate(error: Exception) -> str:
     return "died"
 
 
+ONE_CPU = {"CPU": 1.0}
+"""What a part takes by default."""
+
+
 def default_resources(num_devices: int) -> dict[str, float]:
     """Returns what the learner takes by default: a GPU for each device of its mesh, where the cluster has them."""
     has_gpus = ray.cluster_resources().get("GPU", 0) >= num_devices
-    return {"CPU": 1, "GPU": num_devices} if has_gpus else {"CPU": 1}
+    return {**ONE_CPU, "GPU": num_devices} if has_gpus else ONE_CPU
 
 
 def cpus_for(parts: list[Mapping[str, float]]) -> int:

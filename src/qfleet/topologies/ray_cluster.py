@@ -102,6 +102,7 @@ def _is_in(path: str, folders: set[str]) -> bool:
 
 
 def _connect(address: str, num_cpus: int) -> None:
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # those that matter are asked for, and told once
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "WARNING"}
     if address != "local":
         _init(settings)
