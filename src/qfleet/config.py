@@ -345,8 +345,8 @@ class ActorLearnerConfig(_HostLanesConfig):
         _check(self.silence_seconds >= 5, "silence_seconds", "at least 5", self.silence_seconds)
         _check(
             not self.num_workers or self.silence_seconds > self.step_timeout_seconds,
-            "silence_seconds", f"above step_timeout_seconds={self.step_timeout_seconds:g}, or a worker that hangs takes "
-            f"its actor with it", self.silence_seconds,
+            "silence_seconds", f"above step_timeout_seconds={self.step_timeout_seconds:g}, or hung workers take their "
+            f"actor with them", self.silence_seconds,
         )  # fmt: skip
         for name in ("actor_resources", "learner_resources"):
             amounts = getattr(self, name)

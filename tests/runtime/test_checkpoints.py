@@ -247,12 +247,12 @@ def test_a_missing_step_lists_those_there_are(two_saved: Path) -> None:
 
 
 def test_a_checkpoint_of_a_later_format_asks_for_its_qfleet(damaged: Path) -> None:
-    index = (damaged / "20" / "index.json").read_text().replace('"format": 1', '"format": 2')
+    index = (damaged / "20" / "index.json").read_text().replace('"format": 2', '"format": 3')
     (damaged / "20" / "index.json").write_text(index)
     sums = json.loads((damaged / "20" / "checksums.json").read_text())
     sums["files"]["index.json"] = [len(index), zlib.crc32(index.encode())]
     (damaged / "20" / "checksums.json").write_text(json.dumps(sums))
-    with pytest.raises(CheckpointError, match="format must be 1, got 2"):
+    with pytest.raises(CheckpointError, match="format must be 2, got 3"):
         Checkpoints(damaged).read_metadata()
 
 

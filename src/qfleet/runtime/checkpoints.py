@@ -391,7 +391,8 @@ def _spell(description: Mapping[str, Any]) -> str:
 def _stored(leaf: Any) -> Any:
     """Returns the plain array that Orbax writes for `leaf`, safe from what happens to `leaf` afterwards."""
     if not isinstance(leaf, jax.Array):
-        return np.array(leaf)
+        is_constant = isinstance(leaf, np.ndarray) and not leaf.flags.writeable
+        return leaf if is_constant else np.array(leaf)
     if _is_key(leaf):
         leaf = jax.random.key_data(leaf)
     # Orbax copies from an accelerator before it returns. On CPU it writes from the array's own memory, and JAX then

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -182,24 +183,40 @@ def make_shard_replay(config: TrainConfig, number: int) -> Replay:
     return make_replay(_spec(config), agent, num_lanes, num_segments=num_segments)
 
 
-def join_shards(parts: list[SavedReplay], topology: ActorLearnerConfig) -> SavedReplay:
-    """Returns the whole replay, lanes and segments in the order of their actors, from what each shard keeps."""
-    actors = [topology.actors_of(i) for i in range(len(parts))]
+def join_shards(parts: Iterable[SavedReplay], topology: ActorLearnerConfig) -> SavedReplay:
+    """Returns the whole replay, lanes and segments in the order of their actors, from what each shard keeps.
 
-    def lanes(*columns: np.ndarray) -> np.ndarray:
-        whole = np.empty((len(columns[0]), topology.num_envs, *columns[0].shape[2:]), columns[0].dtype)
-        for own, column in zip(actors, columns, strict=True):
-            whole[:, _lanes_of(own, topology)] = column
-        return whole
+    Each part is copied before the next is asked for: it may be large. The arrays are not for writing to.
+    """
+    whole: Any = None
+    greatest = []
+    for number, part in enumerate(parts):
+        whole = whole or _empty_whole(part, topology)
+        _copy_share(whole, part, topology, number)
+        greatest.append(part.max_priority)
+    jax.tree.map(lambda x: x.setflags(write=False), (whole.ring, whole.leaves))
+    joined: SavedReplay = whole._replace(max_priority=max(greatest, key=float))
+    return joined
 
-    def segments(*columns: np.ndarray) -> np.ndarray:
-        return np.concatenate(columns)[np.argsort(np.concatenate(actors))]
 
-    rings = [part.ring for part in parts]
-    heads: Any = {name: segments(*(getattr(ring, name) for ring in rings)) for name in _HEADS}
-    ring = rings[0]._replace(rows=jax.tree.map(lanes, *(ring.rows for ring in rings)), **heads)
-    leaves: Any = lanes(*(np.asarray(part.leaves) for part in parts))
-    return SavedReplay(ring, leaves, max((part.max_priority for part in parts), key=float))
+def _empty_whole(part: SavedReplay, topology: ActorLearnerConfig) -> SavedReplay:
+    def lanes(x: Any) -> Any:
+        return np.empty((len(x), topology.num_envs, *x.shape[2:]), x.dtype)
+
+    heads: Any = {name: np.empty(topology.num_actors, getattr(part.ring, name).dtype) for name in _HEADS}
+    ring = part.ring._replace(rows=jax.tree.map(lanes, part.ring.rows), **heads)
+    return part._replace(ring=ring, leaves=lanes(part.leaves))
+
+
+def _copy_share(whole: Any, part: SavedReplay, topology: ActorLearnerConfig, number: int) -> None:
+    actors = topology.actors_of(number)
+    lanes = _lanes_of(actors, topology)
+    for to, own in zip(
+        jax.tree.leaves((whole.ring.rows, whole.leaves)), jax.tree.leaves((part.ring.rows, part.leaves)), strict=True
+    ):
+        to[:, lanes] = own
+    for name in _HEADS:
+        getattr(whole.ring, name)[actors] = getattr(part.ring, name)
 
 
 def share_of(saved: SavedReplay, topology: ActorLearnerConfig, number: int) -> SavedReplay:
