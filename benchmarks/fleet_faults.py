@@ -1,0 +1,377 @@
+"""A fleet of which one part is lost after the other: how soon it is back, what is lost, and whether it still learns.
+
+    python benchmarks/fleet_faults.py [--faults "kill an actor" ...] [--tries 5] [--part witness|cartpole]
+
+- witness: an environment whose observations tell where they come from. The fault comes so often in one run; then the
+  replay of its last checkpoint must hold what the environments did, all in order, in its place, and once. `back` is
+  the time until a record of the run has all parts there, new rows of every actor and new learner steps.
+- cartpole: the fault comes once while CartPole is learned, which must still reach a mean greedy return of 475.
+
+The node that leaves and the one that joins are those of Ray's own test cluster, on this machine.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import common
+import fleet
+
+from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.run_directory import RunDirectory
+from qfleet.topologies.topology import saved_replay
+
+sys.path.insert(0, str(common.HERE.parent / "tests"))
+import witness
+
+NUM_ACTORS = 4
+
+TIMEOUT_SECONDS = 90.0
+"""For a fleet to start, and to be whole again."""
+
+SILENCE_SECONDS = 5.0
+
+WITNESS = {
+    "preset": "rainbow_lite",
+    "hidden-sizes": (32, 32),
+    "lanes-per-actor": 2,
+    "replay-capacity": 2_000_000,  # nothing is overwritten
+    "warmup-env-steps": 1_000,
+    "env-steps-per-learner-step": 16,
+    "env-steps": 100_000_000,
+    "eval-period-env-steps": 100_000_000,
+}
+CARTPOLE = {"preset": "rainbow_lite", "stop-return": 475, "env-steps": 300_000}
+
+
+class Driver:
+    """A `qfleet` process, what it says, and the parts of its fleet."""
+
+    def __init__(self, folder: Path, *words: str, **flags: Any) -> None:
+        """Starts it in a session of its own."""
+        command = [sys.executable, "-m", "qfleet", *words]
+        for name, value in flags.items():
+            values = value if isinstance(value, tuple) else (value,)
+            command += [f"--{name.replace('_', '-')}", *map(str, values)]
+        self.run_dir, self._log = folder / "run", folder / "log"
+        path = os.pathsep.join(filter(None, (str(common.HERE.parent / "tests"), os.environ.get("PYTHONPATH"))))
+        with self._log.open("a") as log:
+            self.process = subprocess.Popen(
+                command, env=os.environ | {"PYTHONPATH": path}, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        fleet.end_session(self.process)
+
+    @property
+    def log(self) -> str:
+        """What it has said until now."""
+        return self._log.read_text()
+
+    def parts(self, kind: str) -> list[int]:
+        """Returns the processes of `RemoteActor`, `RemoteShard` or `RemoteLearner`, oldest first."""
+        return [pid for pid in self.processes() if _title(pid).startswith(f"ray::{kind}")]
+
+    def processes(self) -> list[int]:
+        """Returns itself and all that it has started."""
+        return sorted(fleet.session_members(self.process.pid))
+
+    def records(self) -> list[dict[str, Any]]:
+        """Returns what metrics.jsonl holds."""
+        path = self.run_dir / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def wait_for(self, is_it: Callable[[dict[str, Any]], bool], since: int = 0) -> dict[str, Any]:
+        """Returns the first record from number `since` on of which this holds.
+
+        Raises:
+          RuntimeError: if none comes, or the process ends.
+        """
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while time.monotonic() < deadline:
+            for record in self.records()[since:]:
+                if is_it(record):
+                    return record
+            self.check()
+            time.sleep(0.02)
+        raise RuntimeError(f"waited in vain for a record of {self.run_dir}\n{self.log}")
+
+    def check(self) -> None:
+        """Raises RuntimeError if it has ended."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the driver has ended with exit code {self.process.returncode}\n{self.log}")
+
+    def stop(self) -> tuple[int, float]:
+        """Asks it to end, and returns its exit code and the seconds that took."""
+        asked_at = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(TIMEOUT_SECONDS), time.monotonic() - asked_at
+
+    def orphan_seconds(self) -> float:
+        """Returns after how many seconds none of its processes was left."""
+        ended_at = time.monotonic()
+        while self.processes() and time.monotonic() < ended_at + TIMEOUT_SECONDS:
+            time.sleep(0.05)
+        return time.monotonic() - ended_at
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Something that happens to a fleet."""
+
+    happen: Callable[[Driver, random.Random], int]
+    """Makes it happen, and returns how many parts must be replaced."""
+    checkpoint_period_seconds: float = 2.0
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def kill_one(kind: str, number: signal.Signals = signal.SIGKILL) -> Callable[[Driver, random.Random], int]:
+    """Returns a fault: a process of that kind gets a signal."""
+
+    def happen(driver: Driver, rng: random.Random) -> int:
+        os.kill(rng.choice(driver.parts(kind)), number)
+        return 1
+
+    return happen
+
+
+def kill_actors(driver: Driver, _: random.Random) -> int:
+    """All actors, at once."""
+    actors = driver.parts("RemoteActor")
+    for pid in actors:
+        os.kill(pid, signal.SIGKILL)
+    return len(actors)
+
+
+NEVER = 1e6
+FAULTS = {
+    "kill an actor": Fault(kill_one("RemoteActor")),
+    "kill all actors": Fault(kill_actors),
+    "kill a shard": Fault(kill_one("RemoteShard"), flags={"num-replay-shards": 2}),
+    "kill a shard, no checkpoint": Fault(kill_one("RemoteShard"), NEVER, {"num-replay-shards": 2}),
+    "kill the only shard": Fault(kill_one("RemoteShard")),
+    "kill the learner": Fault(kill_one("RemoteLearner")),
+    "kill the learner, no checkpoint": Fault(kill_one("RemoteLearner"), NEVER),
+    "stop an actor": Fault(kill_one("RemoteActor", signal.SIGSTOP), flags={"silence-seconds": SILENCE_SECONDS}),
+    "stop a shard": Fault(kill_one("RemoteShard", signal.SIGSTOP), flags={"silence-seconds": SILENCE_SECONDS}),
+    "stop the learner": Fault(kill_one("RemoteLearner", signal.SIGSTOP), flags={"silence-seconds": SILENCE_SECONDS}),
+}
+
+
+def main() -> None:
+    """Prints the table."""
+    names = [*FAULTS, "kill the driver", "a slow actor", "a node leaves and joins"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faults", nargs="+", choices=names, default=names)
+    parser.add_argument("--tries", type=int, default=5)
+    parser.add_argument("--part", choices=("witness", "cartpole"), help="both by default")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
+    results = []
+    for name in arguments.faults:
+        row: dict[str, Any] = {"fault": name, **dict.fromkeys(COLUMNS)}
+        if arguments.part != "cartpole":
+            row |= TRIALS.get(name, of_parts)(name, arguments)
+        if arguments.part != "witness" and name in (*FAULTS, "kill the driver"):
+            row |= cartpole(name, arguments.seed)
+        results.append(row)
+        print(row, flush=True)
+    common.report("fleet faults", results)
+
+
+COLUMNS = (
+    "tries", "back_seconds", "back_seconds_max", "restarts", "transitions_lost", "transitions_back", "exit_code",
+    "stop_seconds", "orphan_seconds", "rows", "writers", "cuts", "oracle", "cartpole", "cartpole_env_steps",
+    "cartpole_restarts",
+)  # fmt: skip
+
+
+def of_parts(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Has one fault happen several times in a run of the witness, and returns its row."""
+    fault, rng = FAULTS[name], random.Random(arguments.seed)
+    back = []
+    with driver_of_witness(checkpoint_period_seconds=fault.checkpoint_period_seconds, **fault.flags) as driver:
+        driver.wait_for(is_whole)
+        for _ in range(arguments.tries):
+            time.sleep(3 * rng.random() + min(3.0, fault.checkpoint_period_seconds))
+            since, restarts = len(driver.records()), driver.records()[-1]["fleet_restarts"]
+            happened_at = time.monotonic()
+            expected = restarts + fault.happen(driver, rng)
+            driver.wait_for(lambda record, n=expected: record["fleet_restarts"] >= n and is_whole(record), since)
+            back.append(time.monotonic() - happened_at)
+        return {"tries": arguments.tries, **seconds(back), **end(driver)}
+
+
+def of_driver(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Kills the driver several times, resumes the run each time, and returns its row."""
+    rng = random.Random(arguments.seed)
+    back, orphans = [], []
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(common.scratch()))
+        flags = WITNESS | {"checkpoint-period-seconds": 2.0}
+        driver = stack.enter_context(train(folder, "witness:Witness-v0", flags))
+        driver.wait_for(is_whole)
+        for _ in range(arguments.tries):
+            time.sleep(3 + 3 * rng.random())
+            driver.process.kill()
+            driver.process.wait()
+            orphans.append(driver.orphan_seconds())
+            resumed_at, driver = (
+                time.time(),
+                stack.enter_context(Driver(folder, "resume", str(folder / "run"), "--quiet")),
+            )
+            while (
+                folder / "run" / "metrics.jsonl"
+            ).stat().st_mtime < resumed_at:  # it drops those after its checkpoint
+                driver.check()
+            driver.wait_for(is_whole, len(driver.records()))
+            back.append(time.time() - resumed_at)
+        return {"tries": arguments.tries, **seconds(back), **end(driver), "orphan_seconds": max(orphans)}
+
+
+def of_slow_actor(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures what the others do while one actor takes 50 ms longer over each step, and returns its row."""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(common.scratch())
+        options = {"env-options": ("slow_seconds", 0.05, "once", folder + "/slow")}
+        driver = stack.enter_context(driver_of_witness(**options))
+        driver.wait_for(lambda record: record["fleet_replay_transitions"] > 20_000)
+        time.sleep(10)
+        newest = driver.records()[-10:]
+        slowest, middle = (
+            statistics.mean(record[f"fleet_actor_env_steps_per_second_{name}"] for record in newest)
+            for name in ("min", "median")
+        )
+        print(f"{name}: {slowest:.0f} environment steps/s, the others {middle:.0f}", flush=True)
+        return {"tries": 1, **end(driver)}
+
+
+def of_nodes(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Has a node with two actors and a shard of the replay leave and another one join, and returns its row."""
+    import ray.cluster_utils
+
+    back = []
+    with contextlib.ExitStack() as stack:
+        cluster = ray.cluster_utils.Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
+        )
+        stack.callback(cluster.shutdown)
+        node = cluster.add_node(num_cpus=3)
+        flags = {"ray-address": cluster.address, "num-replay-shards": 2}
+        driver = stack.enter_context(driver_of_witness(**flags))
+        driver.wait_for(is_whole)
+        for _ in range(arguments.tries):
+            time.sleep(4)
+            restarts = driver.records()[-1]["fleet_restarts"]
+            cluster.remove_node(node, allow_graceful=False)
+            driver.wait_for(lambda record, n=restarts: record["fleet_restarts"] > n, len(driver.records()))
+            time.sleep(4)
+            since, joined_at = len(driver.records()), time.monotonic()
+            node = cluster.add_node(num_cpus=3)
+            driver.wait_for(is_whole, since)
+            back.append(time.monotonic() - joined_at)
+        return {"tries": arguments.tries, **seconds(back), **end(driver)}
+
+
+TRIALS = {"kill the driver": of_driver, "a slow actor": of_slow_actor, "a node leaves and joins": of_nodes}
+
+
+def cartpole(name: str, seed: int) -> dict[str, Any]:
+    """Has one fault happen while CartPole is learned, and returns whether it is."""
+    fault = FAULTS.get(name)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(common.scratch()))
+        flags = CARTPOLE | {"checkpoint-period-seconds": 2.0, "seed": seed}
+        if fault:
+            flags |= {"checkpoint-period-seconds": fault.checkpoint_period_seconds} | fault.flags
+        driver = stack.enter_context(train(folder, "CartPole-v1", flags))
+        driver.wait_for(lambda record: record["env_steps"] > 8_000)
+        if fault:
+            fault.happen(driver, random.Random(seed))
+        else:
+            driver.process.kill()
+            driver.process.wait()
+            driver = stack.enter_context(Driver(folder, "resume", str(folder / "run"), "--quiet"))
+        code = driver.process.wait(10 * TIMEOUT_SECONDS)
+        summary = json.loads((driver.run_dir / "summary.json").read_text())
+    return {
+        "cartpole": summary["stopped"] if code == 0 else f"exit code {code}",
+        "cartpole_env_steps": summary["env_steps"],
+        "cartpole_restarts": summary["num_restarts"],
+    }
+
+
+def train(folder: Path, env: str, flags: dict[str, Any]) -> Driver:
+    """Returns the driver of a new run."""
+    common_flags = {"topology": "actor-learner", "num-actors": NUM_ACTORS, "max-restarts": 100}
+    return Driver(folder, "train", env, "--quiet", **common_flags, **flags, run_dir=folder / "run")
+
+
+@contextlib.contextmanager
+def driver_of_witness(**flags: Any) -> Iterator[Driver]:
+    """Keeps a run of the witness going, in a folder of its own."""
+    with common.scratch() as folder, train(Path(folder), "witness:Witness-v0", WITNESS | flags) as driver:
+        yield driver
+
+
+def is_whole(record: dict[str, Any]) -> bool:
+    """Returns whether all parts were there and at work."""
+    return (
+        record["fleet_actors_there"] == NUM_ACTORS
+        and record["fleet_actor_env_steps_per_second_min"] > 0
+        and record["learner_steps_per_second"] > 0
+    )
+
+
+def seconds(back: list[float]) -> dict[str, float]:
+    """Returns the fields of how long it took to be back."""
+    return {"back_seconds": statistics.median(back), "back_seconds_max": max(back)}
+
+
+def end(driver: Driver) -> dict[str, Any]:
+    """Ends the run in order, judges the replay that it leaves, and returns these fields."""
+    code, stop_seconds = driver.stop()
+    orphan_seconds = driver.orphan_seconds()
+    config = RunDirectory.open(driver.run_dir).config
+    saved = saved_replay(Checkpoints(driver.run_dir / "checkpoints").restore_item("replay"))
+    verdict = witness.judge(saved, config)
+    lost = re.findall(r"held (\d+) transitions; (\d+) are back", driver.log)
+    return {
+        "restarts": json.loads((driver.run_dir / "summary.json").read_text())["num_restarts"],
+        "transitions_lost": sum(int(held) - int(found) for held, found in lost),
+        "transitions_back": sum(int(found) for _, found in lost),
+        "exit_code": code,
+        "stop_seconds": stop_seconds,
+        "orphan_seconds": orphan_seconds,
+        "rows": verdict.num_rows,
+        "writers": verdict.num_writers,
+        "cuts": verdict.num_cuts,
+        "oracle": "; ".join(verdict.faults) or "ok",
+    }
+
+
+def _title(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return ""
+
+
+if __name__ == "__main__":
+    main()
