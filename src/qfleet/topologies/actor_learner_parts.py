@@ -27,9 +27,7 @@ _FORGOTTEN_SECONDS = 600.0
 """After which a part's failure doesn't count any more."""
 
 _SLOW_STARTS = 5
-"""Times the usual patience for a part's first answers, for which it compiles."""
-
-_FIRST_ANSWERS = 4
+"""Times the usual patience for what a process is asked for the first time, for which it compiles."""
 
 _LOOK_SECONDS = 1.0
 """Between two looks at who is silent."""
@@ -132,8 +130,10 @@ class Part:
         self._make: Any = ray.remote(kind).options(**options)
         self._arguments, self.on_lost = (dict(environment), *arguments), on_lost
         self.asks: collections.deque[_Ask] = collections.deque()
-        self.num_answers = 0
-        self.answered_at = self.started_at = 0.0
+        self.has_answered: set[str] = set()
+        """Methods that its process has compiled by now."""
+        self.heard_at = self.started_at = 0.0
+        """When it last answered, or nothing could be heard of it for reasons of others."""
         self.place: tuple[int, str] | None = None
         """Process and node, once it is there."""
         self.failed_at: collections.deque[float] = collections.deque()
@@ -146,8 +146,8 @@ class Part:
 
     def start(self) -> None:
         """Has Ray start a process in this place."""
-        self.place, self.num_answers = None, 0
-        self.started_at = self.answered_at = time.monotonic()
+        self.place, self.has_answered = None, set()
+        self.started_at = self.heard_at = time.monotonic()
         self.handle = self._make.remote(*self._arguments)
 
     def end(self, *, is_silent: bool = False) -> None:
@@ -239,14 +239,14 @@ class Parts:
         try:
             value = ray.get(ask.references[0])
         except ray.exceptions.RayError as error:
-            if any(map(_has_failed, ask.needs)):
+            if any(map(has_failed, ask.needs)):
                 ask.dropped()
             else:
                 part.asks.appendleft(ask)
                 self.replace(part, _fate(error), error)
             return
-        part.num_answers += 1
-        part.answered_at = time.monotonic()
+        part.has_answered.add(ask.method)
+        part.heard_at = time.monotonic()
         ask.then(value, *ask.references[1:])
 
     def replace(self, part: Part, fate: str, error: Exception | None = None, *, is_silent: bool = False) -> None:
@@ -293,21 +293,24 @@ class Parts:
         now = time.monotonic()
         if now - self._looked_at < _LOOK_SECONDS:
             return
-        stalled = now - self._looked_at - _LOOK_SECONDS  # it was this process that didn't listen
+        has_listened = now - self._looked_at < 2 * _LOOK_SECONDS
         self._looked_at = now
         for part in self._parts:
-            part.answered_at += stalled if stalled > _LOOK_SECONDS else 0.0
-            if not part.asks or (part.asks[0].needs and not _are_there(part.asks[0].needs)):
+            if not part.asks:
                 continue
-            silence = now - max(part.asks[0].since, part.answered_at)
-            patience = self._silence_seconds * (_SLOW_STARTS if part.num_answers < _FIRST_ANSWERS else 1)
+            ask = part.asks[0]
+            if not has_listened or not _are_there(ask.needs):
+                part.heard_at = now  # it was this process that didn't listen, or it waits for others
+                continue
+            silence = now - max(ask.since, part.heard_at)
+            patience = self._silence_seconds * (1 if ask.method in part.has_answered else _SLOW_STARTS)
             if not part.is_there:
                 if silence > self._silence_seconds:
                     wanted = " and ".join(f"{amount:g} {name}" for name, amount in part.resources.items())
                     logger.warning("%s has waited %.0f s for a place with %s", part.name, now - part.started_at, wanted)
-                    part.answered_at = now
+                    part.heard_at = now
             elif silence > patience:
-                fate = f"has said nothing for {silence:.0f} s, asked to {part.asks[0].method}"
+                fate = f"has said nothing for {silence:.0f} s, asked to {ask.method}"
                 self.replace(part, fate, is_silent=True)
 
     def end(self) -> None:
@@ -317,7 +320,8 @@ class Parts:
             part.end()
 
 
-def _has_failed(reference: Any) -> bool:
+def has_failed(reference: Any) -> bool:
+    """Returns whether what a reference is to will never come, or is lost."""
     try:
         ray.get(reference, timeout=0)
     except ray.exceptions.GetTimeoutError:
@@ -328,7 +332,7 @@ def _has_failed(reference: Any) -> bool:
 
 
 def _are_there(references: list[Any]) -> bool:
-    return not ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)[1]
+    return not references or not ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)[1]
 
 
 def _fate(error: Exception) -> str:
