@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,12 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.runtime.stopwatch import TimeShares
 from qfleet.topologies.footprint import check_fits
+from qfleet.topologies.topology import StateIsLost
 
 if TYPE_CHECKING:
     import optax
+
+logger = logging.getLogger("qfleet")
 
 CONFIRMING_EPISODES = 100
 """Fresh episodes whose mean must confirm a return: a first crossing of 20 episodes is half luck."""
@@ -200,7 +204,11 @@ class Run:
         return "env steps" if self._topology.env_steps >= self.config.env_steps else None
 
     def _save(self) -> None:
-        state = self._topology.state  # first: it decides what of a fleet, which goes on meanwhile, is counted
+        try:
+            state = self._topology.state  # first: it decides what of a fleet, which goes on meanwhile, is counted
+        except StateIsLost as error:
+            logger.warning("there is no checkpoint at environment step %d: %s", self._topology.env_steps, error)
+            return
         metadata = {
             "counters": self._topology.counters,
             "solved_at": self._solved_at,

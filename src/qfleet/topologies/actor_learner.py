@@ -17,6 +17,7 @@ checkpoint's parameters.
 Source: Horgan et al. 2018, arXiv 1803.00933.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -42,7 +43,7 @@ from qfleet.runtime.records import Progress
 from qfleet.topologies.actor_learner_learner import batches_per_round
 from qfleet.topologies.actor_learner_shard import join_shards, make_shard_replay
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
-from qfleet.topologies.topology import Topology, check_loss, fitting, saved_replay
+from qfleet.topologies.topology import StateIsLost, Topology, check_loss, fitting, saved_replay
 
 if TYPE_CHECKING:
     from qfleet.topologies.actor_learner_director import Tally
@@ -111,7 +112,11 @@ class ActorLearner(Topology):
         """
         started = time.perf_counter()
         self._director.checkpoints_path = self.checkpoints_path
-        self._director.start()
+        try:
+            self._director.start()
+        except BaseException:  # Ctrl-C too: a Ray that nobody ends stays as long as this process
+            self.close()
+            raise
         return time.perf_counter() - started
 
     def advance(self, until_env_steps: int) -> Progress:
@@ -180,7 +185,8 @@ class ActorLearner(Topology):
           batch: evaluations of the same parameters with different numbers see different episodes.
         """
         if batch:
-            self._director.rest()
+            with contextlib.suppress(StateIsLost):
+                self._director.rest()
         params, env = self.params, self._env
         numbers = (self._config.seed, _EVALUATION, self.env_steps, batch)
         if isinstance(env, InGraphEnv):
@@ -221,7 +227,7 @@ class ActorLearner(Topology):
     @property
     def params(self) -> Params:
         """The newest parameters."""
-        _, leaves = self._director.learners("params")
+        _, leaves = self._director.params()
         return jax.tree.unflatten(jax.tree.structure(self._shapes.params), [np.array(leaf) for leaf in leaves])
 
     @property
@@ -229,10 +235,14 @@ class ActorLearner(Topology):
         """The parts of a checkpoint by name; without the replay if the config leaves it out.
 
         The cut: rounds that were under way have ended, and what the actors have sent later isn't counted yet.
+
+        Raises:
+          StateIsLost: if the learner or a shard was lost, and has no place yet.
         """
         self._director.rest()
-        self.env_steps, self.learner_steps = self._director.env_steps, self._director.learner_steps
-        _, leaves = self._director.learners("state")
+        self.env_steps = self._director.env_steps
+        # By its own count: it may be lost meanwhile, and another one go on from the checkpoint before.
+        self.learner_steps, leaves = self._director.learner_state()
         state = {"learner": jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)}
         if self._config.checkpoint_replay:
             state["replay"] = join_shards(self._director.snapshots(), self._topology)

@@ -33,9 +33,11 @@ from qfleet.topologies.actor_learner_parts import (
     RemoteShard,
     cpus_for,
     default_resources,
+    has_failed,
 )
 from qfleet.topologies.actor_learner_shard import NOTHING, Stock, Writer, share_of
 from qfleet.topologies.ray_cluster import connected, in_words, room
+from qfleet.topologies.topology import StateIsLost
 
 logger = logging.getLogger("qfleet")
 
@@ -47,6 +49,9 @@ ROUNDS_AHEAD = 3
 
 _WAIT_SECONDS = 0.1
 """For an answer, before anything else is looked at."""
+
+_LOST_SECONDS = 30.0
+"""After which a part that has no place isn't waited for any more, where something else can be done."""
 
 _PATIENCE = 5
 """Times `silence_seconds` that the parts may take to find their places at the start."""
@@ -60,7 +65,7 @@ class _Broadcast(NamedTuple):
     learner_steps: int
     """Of which they are."""
     box: list[Any]
-    """A reference to them."""
+    """A reference to them; none if they are lost."""
 
 
 class _Chunk(NamedTuple):
@@ -121,15 +126,15 @@ class Director:
         self,
         config: TrainConfig,
         num_batches: int,
-        read_learner: Callable[[Checkpoints], LearnerState],
-        read_replay: Callable[[Checkpoints], SavedReplay],
+        read_learner: Callable[[Checkpoints, int], LearnerState],
+        read_replay: Callable[[Checkpoints, int], SavedReplay],
     ) -> None:
         """Starts nothing yet.
 
         Args:
           config: of the run.
           num_batches: of one round.
-          read_learner: reads the learner of the newest checkpoint.
+          read_learner: reads the learner of a checkpoint.
           read_replay: reads its replay, as one for all shards.
         """
         assert isinstance(config.topology, ActorLearnerConfig)
@@ -227,11 +232,16 @@ class Director:
             return tally
 
     def rest(self) -> None:
-        """Returns once nothing is under way to the learner or a shard; until `go_on`, actors act, nothing is stored."""
+        """Returns once nothing is under way to the learner or a shard; until `go_on`, actors act, nothing is stored.
+
+        Raises:
+          StateIsLost: if one of these has no place.
+        """
         with self._lock:
             self._is_paused = True
             while self._rounds or self._num_returning or self._num_inserting:
                 self.raise_error()
+                self._check_has_place(self._learner, *(shard.part for shard in self._shards))
                 self._lock.wait(_WAIT_SECONDS)
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
@@ -263,13 +273,25 @@ class Director:
         """Parts that were replaced."""
         return self._parts.num_restarts
 
-    def learners(self, method: str) -> Any:
-        """Returns what the learner answers."""
-        return self._answer_of(self._learner, method)
+    def params(self) -> tuple[int, list[np.ndarray]]:
+        """Returns what `GlobalLearner.params` does, as soon as there is a learner."""
+        return self._answer_of(self._learner, "params")
+
+    def learner_state(self) -> tuple[int, list[np.ndarray]]:
+        """Returns what `GlobalLearner.state` does.
+
+        Raises:
+          StateIsLost: if there is no learner, nor a place for one.
+        """
+        return self._answer_of(self._learner, "state", gives_up=True)
 
     def snapshots(self) -> list[SavedReplay]:
-        """Returns what each shard of the replay keeps."""
-        return [self._answer_of(shard.part, "snapshot") for shard in self._shards]
+        """Returns what each shard of the replay keeps.
+
+        Raises:
+          StateIsLost: if one has no place.
+        """
+        return [self._answer_of(shard.part, "snapshot", gives_up=True) for shard in self._shards]
 
     # --- What its own thread does ---
 
@@ -296,7 +318,7 @@ class Director:
         with self._lock:
             self._requests.append(function)
 
-    def _answer_of(self, part: Any, method: str) -> Any:
+    def _answer_of(self, part: Part, method: str, *, gives_up: bool = False) -> Any:
         """Returns what a part answers, or the one that replaces it meanwhile; for other threads."""
         answer: concurrent.futures.Future = concurrent.futures.Future()
 
@@ -309,6 +331,13 @@ class Director:
                 return answer.result(_WAIT_SECONDS)
             except TimeoutError:
                 self.raise_error()
+                if gives_up:
+                    self._check_has_place(part)
+
+    def _check_has_place(self, *parts: Part) -> None:
+        for part in parts:
+            if not part.is_there and time.monotonic() - part.started_at > _LOST_SECONDS:
+                raise StateIsLost(f"{part.name} is lost, and has no place with {in_words(part.resources)} yet")
 
     def raise_error(self) -> None:
         """Raises in this thread what has ended the other."""
@@ -369,10 +398,13 @@ class Director:
 
         def lost() -> None:
             actor.num_flying -= 1
+            if any(map(has_failed, broadcast.box)):  # the node that kept the parameters has left
+                broadcast.box.clear()
 
         self._parts.ask(
-            actor.part, "collect", broadcast.version, broadcast.box, then=arrived, num_returns=2, dropped=lost
-        )
+            actor.part, "collect", broadcast.version, broadcast.box, then=arrived, num_returns=2, dropped=lost,
+            needs=tuple(broadcast.box),
+        )  # fmt: skip
 
     def _store(self, chunk: _Chunk) -> None:
         """Has its shard store a chunk: also the one that replaces it, if this one is lost at it."""
@@ -440,12 +472,13 @@ class Director:
         shard, lost = self._shards[i], self._shards[i].stock.num_transitions
         shard.stock = NOTHING
         found, whence = 0, "there is no checkpoint that has them"
-        if (checkpoint := self._newest_checkpoint()) is not None and self._config.checkpoint_replay:
-            checkpoints, metadata = checkpoint
-            saved = self._read_replay(checkpoints)
+        if self._config.checkpoint_replay and (newest := self._of_newest_checkpoint(self._read_replay)):
+            saved, counters = newest
             self._give_shard(i, saved)
             found = int(np.sum(np.asarray(share_of(saved, self._topology, i).leaves) > 0))
-            whence = f"from the checkpoint at environment step {metadata['counters']['env_steps']}"
+            whence = f"from the checkpoint at environment step {counters['env_steps']}"
+        if not found and not self.num_transitions:  # then few are learned from over and over, but for a new warm-up
+            self.replay_starts_at, self._learner_steps_at_start = self.env_steps, self.learner_steps
         logger.warning("%s held %d transitions; %d are back: %s", shard.part.name, lost, found, whence)
 
     def _give_shard(self, i: int, saved: SavedReplay) -> None:
@@ -539,10 +572,10 @@ class Director:
         self._is_broadcast_asked = False
         before, self.learner_steps = self.learner_steps, 0
         whence = "from the beginning: there is no checkpoint yet"
-        if (checkpoint := self._newest_checkpoint()) is not None:
-            checkpoints, metadata = checkpoint
-            self.learner_steps = metadata["counters"]["learner_steps"]
-            self._give_learner(self._read_learner(checkpoints))
+        if newest := self._of_newest_checkpoint(self._read_learner):
+            learner, counters = newest
+            self.learner_steps = counters["learner_steps"]
+            self._give_learner(learner)
             whence = f"from the newest checkpoint, at learner step {self.learner_steps}"
         if self._broadcast is not None:  # else the next would seem to be far off
             self._broadcast = self._broadcast._replace(learner_steps=self.learner_steps)
@@ -552,11 +585,19 @@ class Director:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         self._parts.ask(self._learner, "restore", self.learner_steps, leaves)
 
-    def _newest_checkpoint(self) -> tuple[Checkpoints, dict[str, Any]] | None:
+    def _of_newest_checkpoint(self, read: Callable[[Checkpoints, int], Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Returns what is read of the newest checkpoint, and its counters; None if there is none yet."""
         if self.checkpoints_path is None:
             return None
         checkpoints = Checkpoints(self.checkpoints_path, is_keeper=False)
-        return None if checkpoints.latest() is None else (checkpoints, checkpoints.read_metadata())
+        while (newest := checkpoints.latest()) is not None:
+            try:
+                return read(checkpoints, newest), checkpoints.read_metadata(newest)["counters"]
+            except Exception:
+                if newest in checkpoints.all():
+                    raise
+                # Else it was deleted meanwhile, for there is a newer one.
+        return None
 
     def _make_parts(self) -> None:
         topology, config, add = self._topology, self._config, self._parts.add

@@ -21,6 +21,10 @@ from qfleet.topologies.footprint import Footprint
 logger = logging.getLogger("qfleet")
 
 
+class StateIsLost(Exception):
+    """A process that has part of the state is lost, and has nowhere to come back to; the run may go on without."""
+
+
 class Topology(abc.ABC):
     """One learner or several, wherever they run; `advance` trains them a chunk further."""
 
@@ -66,7 +70,11 @@ class Topology(abc.ABC):
     @property
     @abc.abstractmethod
     def state(self) -> dict[str, Any]:
-        """The parts of a checkpoint by name; without the replay if the config leaves it out."""
+        """The parts of a checkpoint by name; without the replay if the config leaves it out.
+
+        Raises:
+          StateIsLost: if there can't be a checkpoint now.
+        """
 
     @property
     def counters(self) -> dict[str, int]:
