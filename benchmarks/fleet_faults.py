@@ -69,7 +69,12 @@ class Driver:
         path = os.pathsep.join(filter(None, (str(common.HERE.parent / "tests"), os.environ.get("PYTHONPATH"))))
         with self._log.open("a") as log:
             self.process = subprocess.Popen(
-                command, env=os.environ | {"PYTHONPATH": path}, stdout=log, stderr=log, start_new_session=True
+                command,
+                env=os.environ | {"PYTHONPATH": path},
+                stdout=log,
+                stderr=log,
+                text=True,
+                start_new_session=True,
             )
 
     def __enter__(self) -> Self:
@@ -112,6 +117,15 @@ class Driver:
             time.sleep(0.02)
         raise RuntimeError(f"waited in vain for a record of {self.run_dir}\n{self.log}")
 
+    def wait_for_restarts(self, restarts: int, since: int) -> None:
+        """Returns once so many parts are being replaced."""
+        self.wait_for(lambda record: record["fleet_restarts"] >= restarts, since)
+
+    def wait_for_replaced(self, restarts: int, since: int) -> None:
+        """Returns once so many parts have been replaced, and are at work."""
+        self.wait_for_restarts(restarts, since)
+        self.wait_for(is_whole, len(self.records()))  # not in the record of that very moment
+
     def check(self) -> None:
         """Raises RuntimeError if it has ended."""
         if self.process.poll() is not None:
@@ -124,9 +138,9 @@ class Driver:
         return self.process.wait(TIMEOUT_SECONDS), time.monotonic() - asked_at
 
     def orphan_seconds(self) -> float:
-        """Returns after how many seconds none of its processes was left."""
+        """Returns after how many seconds none of its parts was left; two idle agents of Ray's may stay a minute."""
         ended_at = time.monotonic()
-        while self.processes() and time.monotonic() < ended_at + TIMEOUT_SECONDS:
+        while self.parts("Remote") and time.monotonic() < ended_at + TIMEOUT_SECONDS:
             time.sleep(0.05)
         return time.monotonic() - ended_at
 
@@ -176,7 +190,7 @@ FAULTS = {
 
 def main() -> None:
     """Prints the table."""
-    names = [*FAULTS, "kill the driver", "a slow actor", "a node leaves and joins"]
+    names = [*FAULTS, *TRIALS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", nargs="+", choices=names, default=names)
     parser.add_argument("--tries", type=int, default=5)
@@ -214,7 +228,7 @@ def of_parts(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             since, restarts = len(driver.records()), driver.records()[-1]["fleet_restarts"]
             happened_at = time.monotonic()
             expected = restarts + fault.happen(driver, rng)
-            driver.wait_for(lambda record, n=expected: record["fleet_restarts"] >= n and is_whole(record), since)
+            driver.wait_for_replaced(expected, since)
             back.append(time.monotonic() - happened_at)
         return {"tries": arguments.tries, **seconds(back), **end(driver)}
 
@@ -264,33 +278,40 @@ def of_slow_actor(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def of_nodes(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Has a node with two actors and a shard of the replay leave and another one join, and returns its row."""
+    """Has a node leave, with the learner or with actors and a shard, and another one join; returns its row."""
     import ray.cluster_utils
 
+    # Parameters large enough for Ray to keep them where they were made.
+    resources = {"learner-resources": ("CPU", 1, "place", 1), "hidden-sizes": (256, 256)} if "learner" in name else {}
+    node_has: dict[str, Any] = {"num_cpus": 1 if resources else 3, "resources": {"place": 1}}
     back = []
     with contextlib.ExitStack() as stack:
-        cluster = ray.cluster_utils.Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
-        )
+        head = {"num_cpus": 6 if resources else 4, "include_dashboard": False}
+        cluster = ray.cluster_utils.Cluster(initialize_head=True, head_node_args=head)
         stack.callback(cluster.shutdown)
-        node = cluster.add_node(num_cpus=3)
-        flags = {"ray-address": cluster.address, "num-replay-shards": 2}
-        driver = stack.enter_context(driver_of_witness(**flags))
+        node = cluster.add_node(**node_has)
+        flags = {"ray-address": cluster.address, "num-replay-shards": 2, "checkpoint-period-seconds": 2.0}
+        driver = stack.enter_context(driver_of_witness(**flags, **resources))
         driver.wait_for(is_whole)
         for _ in range(arguments.tries):
             time.sleep(4)
             restarts = driver.records()[-1]["fleet_restarts"]
             cluster.remove_node(node, allow_graceful=False)
-            driver.wait_for(lambda record, n=restarts: record["fleet_restarts"] > n, len(driver.records()))
+            driver.wait_for_restarts(restarts + 1, len(driver.records()))
             time.sleep(4)
             since, joined_at = len(driver.records()), time.monotonic()
-            node = cluster.add_node(num_cpus=3)
+            node = cluster.add_node(**node_has)
             driver.wait_for(is_whole, since)
             back.append(time.monotonic() - joined_at)
         return {"tries": arguments.tries, **seconds(back), **end(driver)}
 
 
-TRIALS = {"kill the driver": of_driver, "a slow actor": of_slow_actor, "a node leaves and joins": of_nodes}
+TRIALS = {
+    "kill the driver": of_driver,
+    "a slow actor": of_slow_actor,
+    "a node leaves, another joins": of_nodes,
+    "the learner's node leaves, another joins": of_nodes,
+}
 
 
 def cartpole(name: str, seed: int) -> dict[str, Any]:
