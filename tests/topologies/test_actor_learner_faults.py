@@ -42,6 +42,8 @@ SETTINGS: dict[str, Any] = {
     "env_steps_per_learner_step": 16.0, "env_steps": 100_000_000, "eval_period_env_steps": 100_000_000,
 }  # fmt: skip
 
+SMALLEST = {"num_actors": 1, "num_replay_shards": 1}
+
 
 def config_of(**settings) -> TrainConfig:
     return qfleet.make_config("witness:Witness-v0", "dqn", "actor-learner", **{**SETTINGS, **settings})
@@ -257,25 +259,24 @@ def test_a_fleet_survives_the_loss_of_each_of_its_parts_and_its_replay_is_sound(
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_part_that_is_lost_too_often_fails_the_run_which_can_be_resumed(drive, tmp_path: Path) -> None:
-    driver = train(drive, tmp_path, checkpoint_period_seconds=1.0, max_restarts=0)
-    driver.wait_until_whole()
+    driver = train(drive, tmp_path, checkpoint_period_seconds=1.0, max_restarts=0, **SMALLEST)
     checkpoints = Checkpoints(driver.run_dir / "checkpoints")
-    driver.wait_for(lambda: checkpoints.latest() is not None)
+    driver.wait_for(
+        lambda: checkpoints.latest() is not None and checkpoints.read_metadata()["counters"]["learner_steps"] > 0
+    )
     os.kill(driver.parts("RemoteLearner")[0], signal.SIGKILL)
     assert driver.process.wait(PATIENCE_SECONDS) == 1
     assert "learner died; it has failed 1 times within 10 minutes" in driver.log_path.read_text()
     summary = json.loads((driver.run_dir / "summary.json").read_text())
     assert summary["stopped"] == "failed" and "max_restarts=0" in summary["error"]
     assert not driver.parts()
-    newest = checkpoints.latest()
-    assert newest and checkpoints.read_metadata()["counters"]["learner_steps"] > 0
-    checkpoints.restore_item("replay")
+    checkpoints.restore_item("learner"), checkpoints.restore_item("replay")
 
 
 @pytest.mark.slow
 def test_a_checkpoint_counts_the_steps_of_the_learner_that_it_holds(tmp_path: Path, monkeypatch, caplog) -> None:
     """And where the learner has no place, there is none, and the run goes on."""
-    run = qfleet.iterate(config_of(run_dir=str(tmp_path / "run"), checkpoint_period_seconds=1e6))
+    run = qfleet.iterate(config_of(run_dir=str(tmp_path / "run"), checkpoint_period_seconds=1e6, **SMALLEST))
     topology: Any = run._topology
     learner = topology._director._learner
 
