@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,13 +285,14 @@ class Director:
         """
         return self._answer_of(self._learner, "state", gives_up=True)
 
-    def snapshots(self) -> list[SavedReplay]:
-        """Returns what each shard of the replay keeps.
+    def snapshots(self) -> Iterator[SavedReplay]:
+        """Yields what each shard of the replay keeps, of which one at a time is held here.
 
         Raises:
           StateIsLost: if one has no place.
         """
-        return [self._answer_of(shard.part, "snapshot", gives_up=True) for shard in self._shards]
+        for shard in self._shards:
+            yield self._answer_of(shard.part, "snapshot", gives_up=True)
 
     # --- What its own thread does ---
 
