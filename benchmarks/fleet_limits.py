@@ -159,7 +159,7 @@ def starvation(seconds: float, repeats: int) -> Iterator[dict[str, Any]]:
             fleet = fleet_of(config)
             try:
                 fleet.start()
-                learner = jax.tree.unflatten(jax.tree.structure(fleet._shapes), fleet._director.learners("state")[1])
+                learner = jax.tree.unflatten(jax.tree.structure(fleet._shapes), fleet._director.learner_state()[1])
                 state = {"learner": learner, "replay": full_replay(config)}
                 fleet.restore(state, {"env_steps": 10**6, "learner_steps": 0, "replay_starts_at": 0})
                 run_for(fleet, 10.0)

@@ -19,7 +19,7 @@ from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.topologies.actor_learner_actor import Chunk
 
-_SIZES = 8
+_SIZES = 16
 """Parts into which the most that is drawn at once is divided: a program is compiled for each number of them."""
 
 _KEPT_SAMPLES = 64
