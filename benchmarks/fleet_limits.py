@@ -56,10 +56,14 @@ def main() -> None:
     parser.add_argument("part", choices=("scaling", "starvation", "insert", "soak", "in-process"))
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--lanes", type=int, default=1, help="of each actor, stepped by so many processes")
+    parser.add_argument("--ratio", type=float, default=16.0, help="environment steps for each learner step")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.part == "scaling":
-        common.report("fleet scaling", list(scaling(arguments.actors, arguments.seconds)))
+        common.report(
+            "fleet scaling", list(scaling(arguments.actors, arguments.lanes, arguments.ratio, arguments.seconds))
+        )
     elif arguments.part == "starvation":
         common.report("fleet starvation", list(starvation(arguments.seconds, arguments.repeats)))
     elif arguments.part == "insert":
@@ -79,33 +83,45 @@ def fleet_of(config: TrainConfig) -> Any:
     return ActorLearner(config, env, network)
 
 
-def scaling(num_actors: list[int], seconds: float) -> Iterator[dict[str, Any]]:
-    """Yields the speed of fleets of growing numbers of actors, with one sleeping environment each."""
+def scaling(num_actors: list[int], lanes: int, ratio: float, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yields the speed of fleets of growing numbers of actors with sleeping environments, against one environment."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    first = 0.0
+    alone = 1 / speed_alone(seconds)
     for count in num_actors:
         config = qfleet.make_config(
-            "fleet_limits:Sleeper-v0", "rainbow_lite", "actor-learner", num_actors=count, lanes_per_actor=1,
-            rows_per_chunk=16, env_steps=10**9, warmup_env_steps=500, env_steps_per_learner_step=4.0, batch_size=64,
+            "fleet_limits:Sleeper-v0", "rainbow_lite", "actor-learner", num_actors=count, lanes_per_actor=lanes,
+            num_workers=0 if lanes == 1 else lanes,
+            rows_per_chunk=32, env_steps=10**9, warmup_env_steps=500, env_steps_per_learner_step=ratio, batch_size=64,
             hidden_sizes=(64, 64),
         )  # fmt: skip
         fleet = fleet_of(config)
         try:
             started = fleet.start()
-            while fleet.advance(10**9).fleet["actors_there"] < count:
+            while fleet.advance(10**9).fleet["actor_env_steps_per_second_min"] == 0:  # until all have begun
                 pass
             run_for(fleet, 5.0)
             env_steps, learner_steps, took = run_for(fleet, seconds)
         finally:
             fleet.close()
-        first = first or env_steps / took / count
         yield {
             "actors": count,
             "env_steps_per_second": env_steps / took,
             "learner_steps_per_second": learner_steps / took,
-            "share_of_linear": env_steps / took / count / first,
+            "lanes_per_actor": lanes,
+            "share_of_linear": env_steps / took / count / lanes * alone,
             "start_seconds": started,
         }
+
+
+def speed_alone(seconds: float) -> float:
+    """Returns how many steps one sleeping environment takes in a second, with nothing around it."""
+    env = Sleeper()
+    env.reset(seed=0)
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < min(seconds, 5.0):
+        env.step(0)
+        count += 1
+    return count / (time.perf_counter() - started)
 
 
 def run_for(fleet: Any, seconds: float) -> tuple[int, int, float]:

@@ -247,22 +247,25 @@ class _HostLanes:
             action = agent.explore(q, jnp.asarray(epsilon), uniform)
             return view, frame, action, take_action(q, action), jnp.max(q, axis=-1)
 
+        self._stacked = jax.jit(lambda rows: tuple(jnp.stack(column) for column in zip(*rows, strict=True)))
         self._choose = jax.jit(choose, donate_argnums=1 if spec.frame_stack > 1 else ())
 
     def take(self, params: Params) -> _Steps:
         """Takes the steps of one chunk."""
+        seen: list[tuple] = []
         columns: list[tuple] = []
         returns: list[float] = []
         lengths: list[int] = []
         num_failures = 0
         for uniform in self._random.random((self._num_rows, len(self._returns)), np.float32):
-            self._view, *chosen = self._choose(params, self._view, self._obs, self._is_first, uniform)
-            frame, action, q_taken, q_max = jax.device_get(chosen)
-            self._lanes.send(action)
+            self._view, frame, action, q_taken, q_max = self._choose(
+                params, self._view, self._obs, self._is_first, uniform
+            )
+            seen.append((frame, action, q_taken, q_max))  # fetched at the end: each transfer has its price
+            self._lanes.send(np.asarray(action))
             step = self._lanes.recv()
             no_step = self._is_final | step.failed
-            outcome = np.asarray(outcome_of(step.terminated, step.truncated, no_step))
-            columns.append((frame, action, step.reward, outcome, q_taken, q_max))
+            columns.append((step.reward, step.terminated, step.truncated, no_step))
             self._obs = step.observation
             self._is_first, self._is_final = no_step, (step.terminated | step.truncated) & ~no_step
             self._returns = np.where(no_step, 0.0, self._returns + step.reward)
@@ -270,8 +273,9 @@ class _HostLanes:
             returns += self._returns[self._is_final].tolist()
             lengths += self._steps[self._is_final].tolist()
             num_failures += int(np.sum(step.failed))
-        obs, action, reward, outcome, q_taken, q_max = (np.stack(column) for column in zip(*columns, strict=True))
-        rows = Row(obs, action, reward.astype(np.float32), outcome)  # type: ignore[arg-type]
+        reward, *ends = (np.stack(column) for column in zip(*columns, strict=True))
+        obs, action, q_taken, q_max = self._stacked(seen)
+        rows = Row(obs, action, jnp.asarray(reward, np.float32), outcome_of(*ends))
         return _Steps(rows, q_taken, q_max, returns, lengths, num_failures)
 
     def close(self) -> None:
