@@ -297,23 +297,21 @@ class _Producer:
         return None, self._chunk
 
 
-def private_bytes() -> Iterator[tuple[str, int]]:
-    """Yields the memory that each part has to itself, and this process, in bytes; of Linux's own accounts."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            name = (folder / "cmdline").read_text().split("\0")[0].split(".")[0]
-            if name.startswith("ray::Remote") or folder.name == str(os.getpid()):
-                lines = (folder / "smaps_rollup").read_text().splitlines()
-                size = sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
-                yield f"{name if name.startswith('ray') else 'director'} {folder.name}", 1024 * size
-        except OSError:  # it has ended
-            continue
+def private_bytes(process: int) -> int:
+    """Returns the memory that a process of this machine has to itself, by Linux's own account."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
+
+
+def object_store_bytes(worker: int) -> int:
+    """Returns the memory of this machine's object store that was ever used, as its keeper has it: a worker's parent."""
+    keeper = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1]
+    lines = Path(f"/proc/{keeper}/status").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssShmem"))
 
 
 def soak(seconds: float) -> Iterator[dict[str, Any]]:
     """Yields the growth of the memory of every part after warm-up, in percent of it per 10 minutes."""
-    import ray
-
     config = qfleet.make_config(
         "CartPole-v1", "rainbow_lite", "actor-learner", num_actors=4, num_replay_shards=2, env_steps=10**9
     )
@@ -324,10 +322,10 @@ def soak(seconds: float) -> Iterator[dict[str, Any]]:
         fleet.start()
         while (now := time.monotonic() - started) < seconds:
             run_for(fleet, 5.0)
-            total = ray.cluster_resources()["object_store_memory"]
-            used = total - ray.available_resources().get("object_store_memory", total)
-            samples.setdefault("object store", []).append((now, used))
-            for name, size in private_bytes():
+            processes = {part.name: part.place[0] for part in fleet._director._parts._parts}
+            sizes = {"object store": object_store_bytes(processes["learner"]), "director": private_bytes(os.getpid())}
+            sizes |= {name: private_bytes(process) for name, process in processes.items()}
+            for name, size in sizes.items():
                 samples.setdefault(name, []).append((now, size))
     finally:
         fleet.close()
