@@ -12,7 +12,7 @@ from qfleet.core.actor import push_frame
 from qfleet.core.agent import Agent
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.learning import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
-from qfleet.core.replay import CONTINUED, NO_STEP, TRUNCATED, Replay, ReplayState, Row, SavedReplay, outcome_of
+from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, outcome_of, sealed_outcomes
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import EnvSpec, Params, Regression
 from qfleet.topologies.plan import rows_per_iteration
@@ -156,5 +156,4 @@ def make_programs(
 
 def _sealed(rows: Row) -> Row:
     """Returns a rollout in which no return reaches beyond a row without a step: what led there was cut short."""
-    is_cut = jnp.concatenate([rows.outcome[1:] == NO_STEP, jnp.zeros_like(rows.outcome[:1], bool)])
-    return rows._replace(outcome=jnp.where(is_cut & (rows.outcome == CONTINUED), TRUNCATED, rows.outcome))
+    return rows._replace(outcome=sealed_outcomes(rows.outcome))
