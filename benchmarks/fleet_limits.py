@@ -148,9 +148,9 @@ def full_replay(config: TrainConfig) -> Any:
     """Returns a replay full of noise, as a checkpoint holds it."""
     from qfleet.core.replay import SavedReplay
     from qfleet.core.replay.ring import Ring, Row
-    from qfleet.topologies.actor_learner_shard import _spec
+    from qfleet.topologies.actor_learner_shard import stored_spec_of
 
-    spec, topology = _spec(config), config.topology
+    spec, topology = stored_spec_of(config), config.topology
     random = np.random.default_rng(0)
     shape = (config.agent.replay_capacity // topology.num_envs, topology.num_envs)
     obs = random.integers(0, 256, (*shape, *spec.observation_shape), np.uint8)
@@ -204,14 +204,14 @@ def updates_per_second_in_process(seconds: float) -> float:
     from qfleet.envs.registry import make_env
     from qfleet.networks import make_network
     from qfleet.runtime.devices import reuse_freed_memory
-    from qfleet.topologies.actor_learner_shard import _spec
+    from qfleet.topologies.actor_learner_shard import stored_spec_of
 
     config = atari_config()
     reuse_freed_memory()
     network = make_network(make_env(config.env).spec, config.agent)
     agent = make_agent(network, config.agent)
     learner = make_learner(agent, config.agent)
-    replay = make_replay(_spec(config), config.agent, config.topology.num_envs)
+    replay = make_replay(stored_spec_of(config), config.agent, config.topology.num_envs)
     saved = full_replay(config)
     one = saved.ring._replace(**{name: getattr(saved.ring, name)[:1] for name in ("cursor", "size", "insertions")})
     state = (

@@ -276,8 +276,7 @@ class DecentralisedConfig(_OverlappingConfig):
         if self.ray_address is not None:
             rule = "given without coordinator and process_id, for Ray places all processes"
             _check(not by_hand, "ray_address", rule, (self.ray_address, self.coordinator, self.process_id))
-            is_known = self.ray_address in ("auto", "local") or _is_host_and_port(self.ray_address)
-            _check(is_known, "ray_address", "auto, local or HOST:PORT", self.ray_address)
+            _check_ray_address(self.ray_address)
         if self.coordinator is not None and self.process_id is not None:
             _check(_is_host_and_port(self.coordinator), "coordinator", "HOST:PORT", self.coordinator)
             known = f"0 to num_processes - 1 = {self.num_processes - 1}"
@@ -351,18 +350,12 @@ class ActorLearnerConfig(_HostLanesConfig):
         for name in ("actor_resources", "learner_resources"):
             amounts = getattr(self, name)
             _check(all(amount >= 0 for amount in amounts.values()), name, "all at least 0", dict(amounts))
-        is_known = self.ray_address in ("auto", "local") or _is_host_and_port(self.ray_address)
-        _check(is_known, "ray_address", "auto, local or HOST:PORT", self.ray_address)
+        _check_ray_address(self.ray_address)
 
     @property
     def num_envs(self) -> int:
         """Lanes of all actors."""
         return self.num_actors * self.lanes_per_actor
-
-    @property
-    def profile(self) -> bool:
-        """Never: the parts run at once, and tell by themselves how busy they are."""
-        return False
 
     def epsilon(self, actor: int) -> float:
         """Returns with which probability an actor, numbered from 0, takes a random action."""
@@ -439,17 +432,26 @@ TOPOLOGIES: dict[str, type[TopologyConfig]] = {
 """Where a run can take place, by name."""
 
 
+EXPLORATION_SCHEDULE = ("exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps")
+"""Settings of an agent that a fleet's actors have no use for. It keeps them for where it may go on."""
+
+
 def topology_name(topology: TopologyConfig) -> str:
     """Returns the name of the topology that a config describes."""
     return next(name for name, kind in TOPOLOGIES.items() if isinstance(topology, kind))
 
 
 def check_suits(setting: str, topology: str) -> None:
-    """Checks that a setting isn't another topology's.
+    """Checks that a setting isn't another topology's, nor one that this topology has no use for.
 
     Raises:
       ConfigError: if it is.
     """
+    if setting in EXPLORATION_SCHEDULE and topology == "actor-learner":
+        raise ConfigError(
+            f"{setting} must come with a topology whose exploration decays, got topology actor-learner, whose actors "
+            f"have an epsilon each; give ladder_base and ladder_exponent instead"
+        )
     if not suits(setting, topology):
         homes = [name for name, kind in TOPOLOGIES.items() if setting in _field_names(kind)]
         remedy = {
@@ -487,6 +489,11 @@ def _check(holds: bool, name: str, rule: str, value: Any) -> None:
         raise ConfigError(f"{name} must be {rule}, got {value}")
 
 
+def _check_ray_address(address: str) -> None:
+    is_known = address in ("auto", "local") or _is_host_and_port(address)
+    _check(is_known, "ray_address", "auto, local or HOST:PORT", address)
+
+
 def _is_host_and_port(address: str) -> bool:
     host, _, port = address.rpartition(":")
     return bool(host) and "/" not in host and port.isdecimal()
@@ -510,11 +517,10 @@ def _check_sizes(agent: AgentConfig, topology: TopologyConfig) -> None:
     num_lanes, num_replicas = topology.num_envs, topology.mesh.data
     over = "num_processes x devices_per_process" if isinstance(topology, DecentralisedConfig) else "mesh.data"
     if isinstance(topology, ActorLearnerConfig):
-        for name, wanted, remedy in (
-            ("replay", agent.replay != "none", "uniform or prioritised, for it is what actors and learner share"),
-            ("exploration", agent.exploration == "epsilon_greedy", "epsilon_greedy"),
-        ):
-            _check(wanted, name, f"{remedy} with topology actor-learner", getattr(agent, name))
+        rule = "uniform or prioritised with topology actor-learner, for it is what actors and learner share"
+        _check(agent.replay != "none", "replay", rule, agent.replay)
+        rule = "epsilon_greedy with topology actor-learner"
+        _check(agent.exploration == "epsilon_greedy", "exploration", rule, agent.exploration)
     else:
         _check_divides("num_envs", num_lanes, over, num_replicas)
     if agent.replay == "none":

@@ -268,8 +268,9 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     kinds = (AgentConfig, TOPOLOGIES[topology], TrainConfig)
     names = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     known = set.union(*names.values()) - {"agent", "topology", "env", "preset"}
-    for name in merged:
+    for name in settings:
         check_suits(name, topology)
+    for name in merged:
         if name not in known:
             raise ConfigError(
                 f"settings must be fields of a config with topology {topology}, got {name!r}.{suggest(name, known)}"

@@ -17,6 +17,7 @@ from qfleet.core.replay import NO_STEP, Part, SavedReplay
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.topologies.actor_learner_actor import Actor, Chunk
+from qfleet.topologies.actor_learner_flow import CHUNKS_AHEAD, Limiter, deal
 from qfleet.topologies.actor_learner_learner import GlobalLearner, batches_per_round
 from qfleet.topologies.actor_learner_shard import ReplayShard, Writer, join_shards, share_of
 
@@ -188,8 +189,6 @@ def test_errors_become_the_priorities_of_the_transitions_that_they_are_of():
 @pytest.mark.parametrize("kind", ["prioritised", "uniform"])
 def test_what_is_drawn_over_shards_is_as_from_one_replay(num_shards, kind):
     """With everything frozen: how often each slot is drawn, and each weight, by rounds as the director deals them."""
-    from qfleet.topologies.actor_learner_director import deal
-
     config = config_of(num_replay_shards=num_shards, replay=kind)
     topology = config.topology
     shards = [ReplayShard(config, i) for i in range(num_shards)]
@@ -240,6 +239,24 @@ def test_a_replay_goes_on_in_another_number_of_shards():
         shard.restore(share_of(whole, wider.topology, i))
     same = join_shards([shard.snapshot() for shard in again], wider.topology)
     jax.tree.map(np.testing.assert_array_equal, same, whole)
+
+
+# --- The limiter ---
+
+
+def test_the_learner_owes_what_the_replay_ratio_says_and_the_actors_wait_for_it():
+    config = config_of(env_steps=10_000)
+    limiter = Limiter(config, num_batches=4)
+    assert [limiter.due(n) for n in (0, 64, 68, 464)] == [0, 0, 1, 100], "nothing in the warm-up, then one in four"
+    wave = CHUNKS_AHEAD * 8 * 8 // 4  # all actors' chunks, in learner steps; and three rounds of four
+    assert not limiter.is_far_ahead(4_064, 1_000 - wave - 12)
+    assert limiter.is_far_ahead(4_064, 1_000 - wave - 13)
+    assert limiter.is_far_ahead(9_980, limiter.due(9_980) - 6), "nobody waits after the end: it must be near before"
+    assert not limiter.is_far_ahead(9_980, limiter.due(9_980) - 5)
+    limiter.begin_anew(5_000, 777)
+    assert [limiter.due(n) for n in (5_000, 5_064, 5_068)] == [777, 777, 778]
+    limiter.go_on(0, 464, 90)
+    assert [limiter.due(n) for n in (464, 504)] == [90, 100], "what it owed elsewhere is forgotten"
 
 
 # --- The learner ---
@@ -309,6 +326,7 @@ def test_a_learner_goes_on_where_another_stopped():
         ({"exploration": "softmax"}, "exploration must be epsilon_greedy.*got softmax"),
         ({"num_replay_shards": 5}, "num_replay_shards must be at most num_actors=4, got 5"),
         ({"num_envs": 8}, "num_envs must come with topology fused.*got topology actor-learner"),
+        ({"exploration_end": 0.01}, "exploration_end must come with a topology whose exploration decays.*ladder_base"),
         ({"ladder_base": 0.0}, r"ladder_base must be in \(0, 1\], got 0.0"),
         ({"ray_address": "nowhere"}, "ray_address must be auto, local or HOST:PORT, got nowhere"),
     ],

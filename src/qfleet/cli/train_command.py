@@ -8,6 +8,7 @@ import tyro
 
 from qfleet.cli.show import follow
 from qfleet.config import (
+    EXPLORATION_SCHEDULE,
     TOPOLOGIES,
     ActorLearnerConfig,
     AgentConfig,
@@ -118,10 +119,11 @@ def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool,
         defaults["env"] = tyro.MISSING
     name = topology_name(config.topology)
     flags = _FLAGS[name]
-    for setting in (field.name for kind in TOPOLOGIES.values() for field in dataclasses.fields(kind)):
+    of_topologies = (field.name for kind in TOPOLOGIES.values() for field in dataclasses.fields(kind))
+    for setting in (*of_topologies, *EXPLORATION_SCHEDULE):
         flag = f"--{setting.replace('_', '-')}"
         if any(argument == flag or argument.startswith(f"{flag}=") for argument in arguments):
-            check_suits(setting, name)  # for tyro would only say that there is no such flag
+            check_suits(setting, name)  # of one that isn't there tyro would only say so
     parsed = tyro.cli(
         flags,
         prog=prog,

@@ -10,10 +10,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from qfleet.config import check_lane_options
+from qfleet.config import ActorLearnerConfig, DecentralisedConfig, OverlappedConfig, check_lane_options
 from qfleet.core.types import EnvSpec
 
-__all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes"]
+__all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes", "lane_options", "seed_of"]
 
 
 class HostStep(NamedTuple):
@@ -82,6 +82,20 @@ class LaneOptions:
 
     def __post_init__(self) -> None:
         check_lane_options(self.num_workers, self.step_timeout_seconds, self.max_failures)
+
+
+def lane_options(config: OverlappedConfig | DecentralisedConfig | ActorLearnerConfig) -> LaneOptions:
+    """Returns the options that a topology's config describes."""
+    return LaneOptions(
+        num_workers=config.num_workers,
+        step_timeout_seconds=config.step_timeout_seconds,
+        max_failures=config.max_failures,
+    )
+
+
+def seed_of(*numbers: int) -> int:
+    """Returns a seed for lanes, 32 bits, that differs wherever one of the numbers does."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class HostEnv(NamedTuple):

@@ -1,7 +1,7 @@
 """What a topology tells of a run while it goes on."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,3 +69,8 @@ class Progress:
         for name, value in (self.fleet or {}).items():
             values[f"fleet_{name}"] = value
         return values
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Returns the mean, None of nothing."""
+    return sum(values) / len(values) if values else None

@@ -23,30 +23,29 @@ import functools
 import importlib
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from qfleet.config import ActorLearnerConfig, ConfigError, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.exploration import greedy
+from qfleet.core.keys import key_of
 from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.replay import SavedReplay
 from qfleet.core.types import Network, Params, stored_spec
-from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
+from qfleet.envs.host import HostEnv, HostLanes, lane_options, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
-from qfleet.runtime.records import Progress
+from qfleet.runtime.records import Progress, mean
+from qfleet.topologies.actor_learner_flow import Tally
 from qfleet.topologies.actor_learner_learner import batches_per_round
 from qfleet.topologies.actor_learner_shard import join_shards, make_shard_replay
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
+from qfleet.topologies.placement import EVERYBODYS
 from qfleet.topologies.topology import StateIsLost, Topology, check_loss, fitting, saved_replay
-
-if TYPE_CHECKING:
-    from qfleet.topologies.actor_learner_director import Tally
 
 CHUNK_SECONDS = 0.5
 """What `advance` takes at most: it is how long Ctrl-C waits."""
@@ -78,8 +77,8 @@ class ActorLearner(Topology):
         self._stored_spec = stored_spec(env.spec, network.store)
         learner = make_learner(self._agent, config.agent)
         self._shapes: LearnerState = jax.eval_shape(lambda: learner.init(self._agent.init(jax.random.key(0))))
-        for i in range(self._topology.num_replay_shards):
-            make_shard_replay(config, i)  # which checks the sizes
+        self._epsilons = [config.topology.epsilon(i) for i in range(config.topology.num_actors)]
+        make_shard_replay(config, 0, self._stored_spec)  # which checks the sizes, the same for all shards
         self._director = Director(config, batches_per_round(config, env.spec), self._read_learner, self._read_replay)
         self.env_steps = 0
         """When it was last looked at; the fleet goes on meanwhile."""
@@ -90,18 +89,16 @@ class ActorLearner(Topology):
     def footprint(self) -> Footprint:
         """Returns what the fleet keeps in all, which on one machine is what the host must have."""
         num_lanes, config = self._topology.num_envs, self._config.agent
-        whole = make_shard_replay(
-            dataclasses.replace(self._config, topology=dataclasses.replace(self._topology, num_replay_shards=1)), 0
-        )
+        one_shard = dataclasses.replace(self._topology, num_replay_shards=1)
+        whole = make_shard_replay(dataclasses.replace(self._config, topology=one_shard), 0, self._stored_spec)
         replay = jax.eval_shape(whole.init)
-        everybodys = PartitionSpec()
         return make_footprint(
             {"data": 1, "model": 1},
             tuple(jax.local_devices()[:1]),
-            learner=(self._shapes, jax.tree.map(lambda x: everybodys, self._shapes)),
-            lanes=((), everybodys),
-            replay=(replay, jax.tree.map(lambda x: everybodys, replay)),
-            batch=(batch_shapes(self._stored_spec, config, num_lanes, 1), everybodys),
+            learner=(self._shapes, jax.tree.map(lambda x: EVERYBODYS, self._shapes)),
+            lanes=((), EVERYBODYS),
+            replay=(replay, jax.tree.map(lambda x: EVERYBODYS, replay)),
+            batch=(batch_shapes(self._stored_spec, config, num_lanes, 1), EVERYBODYS),
         )
 
     def start(self) -> float:
@@ -130,10 +127,7 @@ class ActorLearner(Topology):
         check_loss(tally.loss, self.learner_steps, self._config.agent)
         return self._progress(tally)
 
-    def _progress(self, tally: "Tally") -> Progress:
-        def mean(values: list) -> float | None:
-            return float(np.mean(values)) if values else None
-
+    def _progress(self, tally: Tally) -> Progress:
         def per_learner_step(total: float) -> float | None:
             return total / tally.learner_steps if tally.learner_steps else None
 
@@ -149,13 +143,13 @@ class ActorLearner(Topology):
             q_mean=mean(tally.q_mean) or 0.0,
             loss=per_learner_step(tally.loss),
             td_error_mean=per_learner_step(tally.td_error),
-            exploration=float(np.mean([self._topology.epsilon(i) for i in range(self._topology.num_actors)])),
+            exploration=mean(self._epsilons) or 0.0,
             staleness=mean(tally.staleness) or 0.0,
             num_env_failures=tally.num_failures,
             fleet=self._fleet_figures(tally),
         )
 
-    def _fleet_figures(self, tally: "Tally") -> dict[str, float]:
+    def _fleet_figures(self, tally: Tally) -> dict[str, float]:
         topology, director, seconds = self._topology, self._director, tally.seconds
         rates = tally.actor_env_steps / seconds
         num_parts = {"actors": topology.num_actors, "shards": topology.num_replay_shards, "learner": 1}
@@ -188,28 +182,20 @@ class ActorLearner(Topology):
             with contextlib.suppress(StateIsLost):
                 self._director.rest()
         params, env = self.params, self._env
-        numbers = (self._config.seed, _EVALUATION, self.env_steps, batch)
+        numbers = (self._config.seed, _EVALUATION, self.env_steps % 2**32, batch)
         if isinstance(env, InGraphEnv):
-            key = jax.random.key(numbers[0])
-            for number in numbers[1:]:
-                key = jax.random.fold_in(key, number % 2**32)
+            key = key_of(*numbers)
             return np.asarray(self._greedy_returns(params, key, num_episodes))[None]
         if self._eval_lanes is None:
-            options = LaneOptions(
-                num_workers=self._topology.num_workers,
-                step_timeout_seconds=self._topology.step_timeout_seconds,
-                max_failures=self._topology.max_failures,
-            )
             num_lanes = min(self._topology.num_envs, self._config.eval_episodes)
-            self._eval_lanes = env.make_eval_lanes(num_lanes, options)
+            self._eval_lanes = env.make_eval_lanes(num_lanes, lane_options(self._topology))
             self._greedy = jax.jit(lambda params, view: greedy(self._agent.q_values(params, view)))
-        seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
         returns = host_greedy_returns(
             self._eval_lanes,
             env.spec,
             lambda view: self._greedy(params, view),
             num_episodes,
-            seed,
+            seed_of(*numbers),
             self._agent.store,
         )
         return returns[None]
@@ -254,10 +240,10 @@ class ActorLearner(Topology):
         return {
             "env_steps": self.env_steps,
             "learner_steps": self.learner_steps,
-            "replay_starts_at": self._director.replay_starts_at,
+            "replay_starts_at": self._director.limiter.replay_starts_at,
             "version": self._director.version,
             "incarnations": list(self._director.incarnations),
-            "epsilons": [self._topology.epsilon(i) for i in range(self._topology.num_actors)],
+            "epsilons": self._epsilons,
         }
 
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:

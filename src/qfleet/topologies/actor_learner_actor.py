@@ -13,17 +13,18 @@ from jax import Array
 from qfleet.config import ActorLearnerConfig, RunFailed, TrainConfig
 from qfleet.core.actor import push_frame
 from qfleet.core.agent import Agent, make_agent
+from qfleet.core.keys import key_of
 from qfleet.core.own_errors import Valued, nothing_before, own_errors
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.targets import take_action
 from qfleet.core.types import Params, stored_spec
-from qfleet.envs.host import HostEnv, LaneOptions
+from qfleet.envs.host import HostEnv, lane_options
 from qfleet.envs.in_graph import draw
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
-from qfleet.topologies.acting import ActorState, act, init_actor
+from qfleet.topologies.acting import ActorState, Episodes, act, init_actor
 
 _ACTING = 2
 """What a seed's random numbers are for; 0 and 1 are a learner's and evaluation's."""
@@ -192,10 +193,7 @@ class _InGraphLanes:
             return (scanned[0], key), scanned[1]
 
         self._take = jax.jit(take, donate_argnums=1)
-        key = jax.random.key(numbers[0])
-        for number in numbers[1:]:
-            key = jax.random.fold_in(key, number)
-        self._state = jax.jit(init)(key)
+        self._state = jax.jit(init)(key_of(*numbers))
 
     def take(self, params: Params) -> _Steps:
         """Takes the steps of one chunk."""
@@ -227,18 +225,13 @@ class _HostLanes:
         numbers: tuple[int, ...],
     ) -> None:
         num_lanes, spec = topology.lanes_per_actor, env.spec
-        options = LaneOptions(
-            num_workers=topology.num_workers,
-            step_timeout_seconds=topology.step_timeout_seconds,
-            max_failures=topology.max_failures,
-        )
-        self._num_rows, self._random = topology.rows_per_chunk, np.random.default_rng(numbers)
-        self._lanes = env.make_lanes(num_lanes, options)
+        self._shape, self._random = (topology.rows_per_chunk, num_lanes), np.random.default_rng(numbers)
+        self._lanes = env.make_lanes(num_lanes, lane_options(topology))
         self._obs = self._lanes.reset(int(self._random.integers(2**32)))
         stored = stored_spec(spec, agent.store)
         self._view = jnp.zeros((num_lanes, *stored.agent_observation_shape), stored.observation_dtype)
         self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
-        self._returns, self._steps = np.zeros(num_lanes), np.zeros(num_lanes, np.int64)
+        self._episodes = Episodes(num_lanes)
 
         def choose(params: Params, view: Array, obs: Array, is_first: Array, uniform: Array) -> tuple:
             frame = agent.store(obs)
@@ -257,7 +250,7 @@ class _HostLanes:
         returns: list[float] = []
         lengths: list[int] = []
         num_failures = 0
-        for uniform in self._random.random((self._num_rows, len(self._returns)), np.float32):
+        for uniform in self._random.random(self._shape, np.float32):
             self._view, frame, action, q_taken, q_max = self._choose(
                 params, self._view, self._obs, self._is_first, uniform
             )
@@ -268,10 +261,9 @@ class _HostLanes:
             columns.append((step.reward, step.terminated, step.truncated, no_step))
             self._obs = step.observation
             self._is_first, self._is_final = no_step, (step.terminated | step.truncated) & ~no_step
-            self._returns = np.where(no_step, 0.0, self._returns + step.reward)
-            self._steps = np.where(no_step, 0, self._steps + 1)
-            returns += self._returns[self._is_final].tolist()
-            lengths += self._steps[self._is_final].tolist()
+            ended = self._episodes.add(step.reward, no_step, self._is_final)
+            returns += ended[0]
+            lengths += ended[1]
             num_failures += int(np.sum(step.failed))
         reward, *ends = (np.stack(column) for column in zip(*columns, strict=True))
         obs, action, q_taken, q_max = self._stacked(seen)

@@ -24,6 +24,7 @@ from qfleet.core.learner import LearnerState
 from qfleet.core.replay import Part as Draws
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.actor_learner_flow import CHUNKS_AHEAD, ROUNDS_AHEAD, Limiter, Tally, deal
 from qfleet.topologies.actor_learner_parts import (
     ONE_CPU,
     Part,
@@ -40,12 +41,6 @@ from qfleet.topologies.ray_cluster import connected, in_words, room
 from qfleet.topologies.topology import StateIsLost
 
 logger = logging.getLogger("qfleet")
-
-CHUNKS_AHEAD = 2
-"""That each actor has been asked for, so that it never waits for the next request."""
-
-ROUNDS_AHEAD = 3
-"""That the learner has been asked for: one it learns from, others whose batches are drawn meanwhile."""
 
 _WAIT_SECONDS = 0.1
 """For an answer, before anything else is looked at."""
@@ -99,26 +94,6 @@ class _Shard:
     stock: Stock = NOTHING
 
 
-class Tally:
-    """What happened since the last record."""
-
-    def __init__(self, num_actors: int) -> None:
-        self.started_at = time.perf_counter()
-        self.seconds = 0.0
-        """That it covers."""
-        self.end = (0, 0)
-        """Environment steps and learner steps in total, then."""
-        self.env_steps = self.learner_steps = self.num_failures = 0
-        self.actor_env_steps = np.zeros(num_actors, np.int64)
-        self.returns: list[float] = []
-        self.lengths: list[int] = []
-        self.q_mean: list[float] = []
-        self.staleness: list[int] = []
-        self.loss = self.td_error = 0.0
-        self.received_bytes = 0
-        self.busy_seconds = {"actors": 0.0, "shards": 0.0, "learner": 0.0}
-
-
 class Director:
     """Directs the parts of one run. Public methods are for other threads than its own."""
 
@@ -146,11 +121,9 @@ class Director:
         """Of which the replay has had the rows."""
         self.learner_steps = 0
         """Taken so far, by the learner that there is."""
-        self.replay_starts_at = 0
-        """Environment steps when the replay was last empty."""
+        self.limiter = Limiter(config, num_batches)
         self.incarnations = [0] * self._topology.num_actors
         """Of each actor, how many had its place before."""
-        self._learner_steps_at_start = 0  # when the replay was last empty
         self._broadcast: _Broadcast | None = None
         self._is_broadcast_asked = False
         self._actors: list[_Actor] = []
@@ -189,19 +162,21 @@ class Director:
         self._make_parts()
         self._thread = threading.Thread(target=self._direct, name="qfleet-director", daemon=True)
         self._thread.start()
+        needed = [self._learner, *(shard.part for shard in self._shards)]
         patience = _PATIENCE * topology.silence_seconds
         deadline = time.monotonic() + patience
-        needed = [self._learner, *(shard.part for shard in self._shards)]
-        while not (all(part.is_there for part in needed) and self.num_actors_there):
-            self.raise_error()
-            if time.monotonic() > deadline:
-                missing = next(part for part in [*needed, self._actors[0].part] if not part.is_there)
-                raise ConfigError(
-                    f"a Ray cluster must have room for the learner, all shards of the replay and an actor, got none "
-                    f"for {missing.name} with {in_words(missing.resources)} in {patience:g} s, "
-                    f"{room(missing.resources)}; add nodes, or give smaller --actor-resources or --learner-resources"
-                )
-            time.sleep(0.01)
+        with self._lock:
+            while not (all(part.is_there for part in needed) and self.num_actors_there):
+                self.raise_error()
+                if time.monotonic() > deadline:
+                    missing = next(part for part in [*needed, self._actors[0].part] if not part.is_there)
+                    raise ConfigError(
+                        f"a Ray cluster must have room for the learner, all shards of the replay and an actor, got "
+                        f"none for {missing.name} with {in_words(missing.resources)} in {patience:g} s, "
+                        f"{room(missing.resources)}; add nodes, or give smaller --actor-resources or "
+                        f"--learner-resources"
+                    )
+                self._lock.wait(_WAIT_SECONDS)
 
     def close(self) -> None:
         """Ends all parts, and the connection to Ray; may be called twice, and before `start`."""
@@ -247,8 +222,8 @@ class Director:
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Has all parts go on from a checkpoint, before the first `go_on`; without a replay, from an empty one."""
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
-        self.replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
-        self._learner_steps_at_start = self.learner_steps - self._learner_steps_due(self.env_steps)
+        starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
+        self.limiter.go_on(starts_at, self.env_steps, self.learner_steps)
         # Of a fleet that was larger or smaller, or of none: beyond all actors that there have been.
         incarnation = max(counters.get("incarnations", []), default=-1) + 1
         self._post(lambda: self._restore_parts(state, incarnation, counters.get("version", 0)))
@@ -375,8 +350,7 @@ class Director:
         for _ in range(CHUNKS_AHEAD):
             for i in sorted(range(len(self._actors)), key=lambda i: self._actors[i].asked_last):
                 coming = self.env_steps + num_flying * steps
-                is_far_ahead = self._learner_steps_due(coming) - self.learner_steps > self._slack(coming)
-                if coming >= self._config.env_steps or is_far_ahead:
+                if coming >= self._config.env_steps or self.limiter.is_far_ahead(coming, self.learner_steps):
                     return
                 if self._actors[i].num_flying < CHUNKS_AHEAD and self._actors[i].part.is_there:
                     self._ask_for_chunk(i, broadcast)
@@ -403,8 +377,8 @@ class Director:
                 broadcast.box.clear()
 
         self._parts.ask(
-            actor.part, "collect", broadcast.version, broadcast.box, then=arrived, num_returns=2, dropped=lost,
-            needs=tuple(broadcast.box),
+            actor.part, "fetch_and_collect", broadcast.version, broadcast.box, then=arrived, num_returns=2,
+            dropped=lost, needs=tuple(broadcast.box),
         )  # fmt: skip
 
     def _store(self, chunk: _Chunk) -> None:
@@ -446,23 +420,6 @@ class Director:
     def _env_steps_per_chunk(self) -> int:
         return self._topology.rows_per_chunk * self._topology.lanes_per_actor
 
-    def _learner_steps_due(self, env_steps: int) -> int:
-        """Returns how many learner steps so many environment steps are to have brought, in total."""
-        agent = self._config.agent
-        warmup = max(agent.warmup_env_steps, self._topology.num_envs * (agent.n_step + 1))
-        learning = max(0, env_steps - self.replay_starts_at - warmup)
-        return self._learner_steps_at_start + int(learning / agent.env_steps_per_learner_step)
-
-    def _slack(self, env_steps: int) -> int:
-        """Returns how many learner steps the learner may be behind what is due after so many environment steps.
-
-        A few rounds and what all actors bring at once; less towards the end, where nobody waits for it any more.
-        """
-        ahead = CHUNKS_AHEAD * self._topology.num_actors * self._env_steps_per_chunk
-        usual = ROUNDS_AHEAD * self._num_batches + int(ahead / self._config.agent.env_steps_per_learner_step)
-        left = self._learner_steps_due(self._config.env_steps) - self._learner_steps_due(env_steps)
-        return max(self._num_batches, min(usual, left))
-
     # Shards of the replay.
 
     def _note_stock(self, shard: _Shard, stock: Stock) -> None:
@@ -479,7 +436,7 @@ class Director:
             found = int(np.sum(np.asarray(share_of(saved, self._topology, i).leaves) > 0))
             whence = f"from the checkpoint at environment step {counters['env_steps']}"
         if not found and not self.num_transitions:  # then few are learned from over and over, but for a new warm-up
-            self.replay_starts_at, self._learner_steps_at_start = self.env_steps, self.learner_steps
+            self.limiter.begin_anew(self.env_steps, self.learner_steps)
         logger.warning("%s held %d transitions; %d are back: %s", shard.part.name, lost, found, whence)
 
     def _give_shard(self, i: int, saved: SavedReplay) -> None:
@@ -491,7 +448,7 @@ class Director:
 
     def _issue_rounds(self) -> None:
         agent, size = self._config.agent, self._num_batches * self._config.agent.batch_size
-        due = self._learner_steps_due(self.env_steps)
+        due = self.limiter.due(self.env_steps)
         while (
             len(self._rounds) < ROUNDS_AHEAD
             and self._learner.is_there
@@ -518,7 +475,7 @@ class Director:
                 seed = int(self._random.integers(2**32))
                 asked = self._parts.ask(
                     shard.part, "sample", number, seed, exponent, draws, size, num_returns=2,
-                    then=functools.partial(self._drawn, shard),
+                    then=lambda stock, _, shard=shard: self._note_stock(shard, stock),
                 )  # fmt: skip
                 parts.append(asked[1])
                 shards.append(shard)
@@ -527,9 +484,6 @@ class Director:
             needs=tuple(parts), then=functools.partial(self._learned, number, shards),
             dropped=functools.partial(self._rounds.discard, number),
         )  # fmt: skip
-
-    def _drawn(self, shard: _Shard, stock: Stock, _: Any) -> None:
-        self._note_stock(shard, stock)
 
     def _learned(self, number: int, shards: list[_Shard], lesson: Any, *errors: Any) -> None:
         tally = self._tally
@@ -540,19 +494,21 @@ class Director:
         tally.td_error += lesson.losses.td_error
         tally.busy_seconds["learner"] += lesson.busy_seconds
         for shard, reference in zip(shards, errors, strict=True):
-            self._num_returning += 1
+            self._return_errors(number, shard, reference)
 
-            def returned(stock: Stock, shard: _Shard = shard) -> None:
-                self._num_returning -= 1
-                self._note_stock(shard, stock)
+    def _return_errors(self, number: int, shard: _Shard, reference: Any) -> None:
+        self._num_returning += 1
 
-            self._parts.ask(
-                shard.part, "set_priorities", number, reference, then=returned, needs=(reference,),
-                dropped=self._errors_are_lost,
-            )  # fmt: skip
+        def gone() -> None:  # set, or lost with the shard or the node that kept them
+            self._num_returning -= 1
 
-    def _errors_are_lost(self) -> None:
-        self._num_returning -= 1
+        def returned(stock: Stock) -> None:
+            gone()
+            self._note_stock(shard, stock)
+
+        self._parts.ask(
+            shard.part, "set_priorities", number, reference, then=returned, needs=(reference,), dropped=gone
+        )
 
     def _issue_broadcast(self) -> None:
         newest = self._broadcast
@@ -635,14 +591,3 @@ class Director:
                 self._give_shard(i, state["replay"])
         for i in range(len(self._actors)):
             self._begin(i, incarnation)
-
-
-def deal(size: int, priorities: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Returns how many of `size` draws fall to each shard, `[shards]`, and the share of the whole that each has.
-
-    As many as its share of the priorities says, rounded up or down at random: on average exactly so many.
-    """
-    shares = priorities / priorities.sum()
-    ends = np.floor(np.cumsum(shares) * size + random.random()).astype(np.int64)
-    ends[-1] = size
-    return np.diff(np.minimum(ends, size), prepend=0), shares

@@ -57,10 +57,9 @@ class _Remote:
 class RemoteActor(_Remote, Actor):
     """An actor in a process of its own."""
 
-    def collect(self, version: int, box: list[Any]) -> tuple[Report, Chunk]:  # type: ignore[override]
+    def fetch_and_collect(self, version: int, box: list[Any]) -> tuple[Report, Chunk]:
         """Returns the next chunk; `box` holds a reference to the parameters, which are fetched if they are newer."""
-        leaves = ray.get(box[0]) if version != self.version else None
-        return super().collect(version, leaves)
+        return self.collect(version, ray.get(box[0]) if version != self.version else None)
 
 
 class RemoteShard(_Remote, ReplayShard):

@@ -64,7 +64,7 @@ class ReplayShard:
         """
         assert isinstance(config.topology, ActorLearnerConfig)
         enable_compilation_cache()
-        self._replay = make_shard_replay(config, number)
+        self._replay = make_shard_replay(config, number, stored_spec_of(config))
         self._writers = [Writer()] * len(config.topology.actors_of(number))
         self._state: ReplayState = jax.jit(self._replay.init)()
         self._samples: collections.OrderedDict[int, Sample] = collections.OrderedDict()
@@ -167,10 +167,15 @@ class ReplayShard:
         return self._replay.sample_part(state, jax.random.key(seed), exponent, part, size)
 
 
-def make_shard_replay(config: TrainConfig, number: int) -> Replay:
+def make_shard_replay(config: TrainConfig, number: int, stored: EnvSpec) -> Replay:
     """Returns the replay of one shard: all segments of a fleet are equally long.
 
     Uniform sampling is by equal priorities there, for draws are dealt to the shards by what they hold.
+
+    Args:
+      config: of the run.
+      number: of the shard.
+      stored: the spec of observations as the network's `store` keeps them.
     """
     topology = config.topology
     assert isinstance(topology, ActorLearnerConfig)
@@ -180,7 +185,7 @@ def make_shard_replay(config: TrainConfig, number: int) -> Replay:
     agent = dataclasses.replace(config.agent, replay_capacity=num_rows * num_lanes, replay="prioritised")
     if config.agent.replay == "uniform":
         agent = dataclasses.replace(agent, priority_exponent=0.0)
-    return make_replay(_spec(config), agent, num_lanes, num_segments=num_segments)
+    return make_replay(stored, agent, num_lanes, num_segments=num_segments)
 
 
 def join_shards(parts: Iterable[SavedReplay], topology: ActorLearnerConfig) -> SavedReplay:
@@ -234,6 +239,7 @@ def _lanes_of(actors: list[int], topology: ActorLearnerConfig) -> np.ndarray:
     return np.concatenate([actor * each + np.arange(each) for actor in actors])
 
 
-def _spec(config: TrainConfig) -> EnvSpec:
+def stored_spec_of(config: TrainConfig) -> EnvSpec:
+    """Returns the spec of a run's environment, with observations as its network's `store` keeps them."""
     env: Any = make_env(config.env, **config.env_options)
     return stored_spec(env.spec, make_network(env.spec, config.agent).store)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from qfleet.config import AgentConfig, TrainConfig
 from qfleet.core.agent import Agent
+from qfleet.core.keys import key_of
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.learning import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_replay, partition
@@ -111,9 +112,7 @@ def make_program(
         return state, _joined(tally, replicas)
 
     def evaluate(params: Params, seed: Array, moment: Array, batch: Array) -> Array:
-        key = jax.random.key(seed)
-        for number in (_EVALUATION, moment, batch):
-            key = jax.random.fold_in(key, number)
+        key = key_of(seed, _EVALUATION, moment, batch)
         return greedy_returns(env, agent.q_values, params, key, config.eval_episodes, agent.store, replicas)
 
     def leaves(state: ReplayState) -> Array | tuple[()]:

@@ -25,17 +25,18 @@ from qfleet.core.learning import Losses
 from qfleet.core.replay import Replay, ReplayState, SavedReplay, make_replay, partition, partition_saved
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Network, Params, stored_spec
-from qfleet.envs.host import HostEnv, HostLanes, LaneOptions
+from qfleet.envs.host import HostEnv, HostLanes, lane_options, seed_of
 from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.evaluation import host_greedy_returns
-from qfleet.runtime.records import Progress
+from qfleet.runtime.records import Progress, mean
 from qfleet.runtime.stopwatch import OTHER, Stopwatch
 from qfleet.topologies import overlapped_profile
+from qfleet.topologies.acting import Episodes
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.overlapped_program import Draws, HostRow, Programs, make_programs
-from qfleet.topologies.overlapped_tally import Episodes, Tally, mean
+from qfleet.topologies.overlapped_tally import Tally
 from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, make_plan, rows_per_iteration
 from qfleet.topologies.plan import learner_steps as planned_learner_steps
@@ -82,11 +83,7 @@ class Overlapped(Topology):
         self._to_host: Callable[[Any], Any] = self._placement.to_host
         self._all_to_host: Callable[[Any], Any] = jax.device_get
         self._to_device: Callable[[Any], Any] = self._copy_to_device
-        self._options = LaneOptions(
-            num_workers=self._topology.num_workers,
-            step_timeout_seconds=self._topology.step_timeout_seconds,
-            max_failures=self._topology.max_failures,
-        )
+        self._options = lane_options(self._topology)
         self.env_steps = 0
         """Taken so far, over all lanes."""
         self.learner_steps = 0
@@ -230,11 +227,11 @@ class Overlapped(Topology):
 
     def _begin_episodes(self) -> None:
         num_lanes, spec = self._num_lanes, self._stored_spec
-        seed = _seed_of(self._config.seed, _TRAINING, self.env_steps, jax.process_index())
+        seed = seed_of(self._config.seed, _TRAINING, self.env_steps, jax.process_index())
         self._obs = self._to_device(self._lanes.reset(seed))
         self._view = self._to_device(np.zeros((num_lanes, *spec.agent_observation_shape), spec.observation_dtype))
         self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
-        self._episodes = Episodes(np.zeros(num_lanes), np.zeros(num_lanes, np.int64))
+        self._episodes = Episodes(num_lanes)
 
     @property
     def env_steps_per_iteration(self) -> int:
@@ -388,7 +385,7 @@ class Overlapped(Topology):
         """
         if self._eval_lanes is None:
             self._eval_lanes = self._env.make_eval_lanes(self._num_eval_lanes, self._options)
-        seed = _seed_of(self._config.seed, _EVALUATION, self.env_steps, batch, jax.process_index())
+        seed = seed_of(self._config.seed, _EVALUATION, self.env_steps, batch, jax.process_index())
         params, num_processes = self._placement.own_copy(self.params), jax.process_count()
         num_own = -(-num_episodes // num_processes)
         returns = host_greedy_returns(
@@ -453,8 +450,3 @@ class _Pending(NamedTuple):
     key: jax.Array
     importance_exponent: Any
     num_updates: int
-
-
-def _seed_of(*numbers: int) -> int:
-    """Returns a seed for environments, 32 bits, that differs wherever one of the numbers does."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

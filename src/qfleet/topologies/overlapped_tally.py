@@ -1,19 +1,9 @@
 """What `qfleet.topologies.overlapped` counts while it trains: episodes, values, staleness, failures."""
 
-import dataclasses
-from collections.abc import Sequence
-
 import numpy as np
 
+from qfleet.topologies.acting import Episodes
 from qfleet.topologies.overlapped_program import HostRow
-
-
-@dataclasses.dataclass
-class Episodes:
-    """Training episodes under way, `[lanes]` each."""
-
-    returns: np.ndarray
-    steps: np.ndarray
 
 
 class Tally:
@@ -30,15 +20,8 @@ class Tally:
 
     def add(self, row: HostRow, q_max: np.ndarray, has_ended: np.ndarray, failed: np.ndarray) -> None:
         """Adds a row; its no-step lanes begin a new episode after it."""
-        episodes = self._episodes
-        episodes.returns = np.where(row.no_step, 0.0, episodes.returns + row.reward)
-        episodes.steps = np.where(row.no_step, 0, episodes.steps + 1)
-        self.returns += episodes.returns[has_ended].tolist()
-        self.lengths += episodes.steps[has_ended].tolist()
+        returns, lengths = self._episodes.add(row.reward, row.no_step, has_ended)
+        self.returns += returns
+        self.lengths += lengths
         self.q_max.append(float(np.mean(q_max)))
         self.num_failures += int(np.sum(failed))
-
-
-def mean(values: Sequence[float]) -> float | None:
-    """Returns the mean, None of nothing."""
-    return float(np.mean(values)) if values else None
