@@ -172,12 +172,14 @@ def test_errors_that_come_back_late_or_for_nothing_do_no_harm():
     np.testing.assert_array_equal(shard.snapshot().leaves, before.leaves)
 
 
-def test_errors_become_the_priorities_of_the_transitions_that_they_are_of():
+@pytest.mark.parametrize("num_draws", [10, BATCH])  # in one turn, in two
+def test_errors_become_the_priorities_of_the_transitions_that_they_are_of(num_draws):
     config = config_of()
     shard = ReplayShard(config, 0)
     for k in range(6):
         shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
-    _, transition = shard.sample(1, 3, 0.4, Part(np.int32(10), np.float32(1), np.float32(80)), BATCH)
+    _, transition = shard.sample(1, 3, 0.4, Part(np.int32(num_draws), np.float32(1), np.float32(80)), BATCH)
+    assert len(transition.obs) == num_draws
     errors = transition.obs[:, 2] + 1
     shard.set_priorities(1, errors)
     leaves = shard.snapshot().leaves

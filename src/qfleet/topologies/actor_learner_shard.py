@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.config import ActorLearnerConfig, TrainConfig
+from qfleet.core.keys import key_of
 from qfleet.core.replay import NO_STEP, Part, Replay, ReplayState, Sample, SavedReplay, make_replay, priorities
 from qfleet.core.types import EnvSpec, Transition, stored_spec
 from qfleet.envs.registry import make_env
@@ -19,8 +21,8 @@ from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.topologies.actor_learner_actor import Chunk
 
-_SIZES = 16
-"""Parts into which the most that is drawn at once is divided: a program is compiled for each number of them."""
+_SPARE = 1.25
+"""Of what a shard draws at once, as a multiple of its fair share: what is more takes a second turn."""
 
 _KEPT_SAMPLES = 64
 """Draws whose errors may still come; those of a learner that died never do."""
@@ -67,10 +69,11 @@ class ReplayShard:
         self._replay = make_shard_replay(config, number, stored_spec_of(config))
         self._writers = [Writer()] * len(config.topology.actors_of(number))
         self._state: ReplayState = jax.jit(self._replay.init)()
-        self._samples: collections.OrderedDict[int, Sample] = collections.OrderedDict()
+        self._samples: collections.OrderedDict[int, list[Sample]] = collections.OrderedDict()
+        self._num_shards = config.topology.num_replay_shards
         self._insert = jax.jit(self._insert_rows, donate_argnums=0)
         self._cut = jax.jit(self._replay.cut, donate_argnums=0)
-        self._draw = jax.jit(self._draw_part, static_argnums=4)
+        self._draw = jax.jit(self._draw_part, static_argnums=5)
         self._set_priorities = jax.jit(self._replay.set_priorities, donate_argnums=0)
         self._stock = jax.jit(lambda state: (priorities.total(state.tree), state.num_transitions[0]))
 
@@ -105,17 +108,22 @@ class ReplayShard:
           seed: of the draws, 32 bits, another one for each.
           importance_exponent: beta.
           part: how much of the whole it is.
-          most: that are ever drawn at once.
+          most: that fall to one part.
 
         Returns:
           What it holds, and the transitions, `[part.num_draws, ...]` NumPy arrays.
         """
         started = time.perf_counter()
-        num_draws, unit = int(part.num_draws), -(-most // _SIZES)
-        size = -(-num_draws // unit) * unit
-        sample = self._draw(self._state, np.uint32(seed), np.float32(importance_exponent), part, size)
-        transition = jax.tree.map(lambda x: np.asarray(x)[:num_draws], sample.transition)
-        self._samples[number] = sample._replace(transition=())
+        num_draws, size = int(part.num_draws), min(most, math.ceil(_SPARE * most / self._num_shards))
+        samples = [  # of one size, for a program of each size would take some 10 MB
+            self._draw(self._state, np.uint32(seed), np.float32(importance_exponent), part, np.int32(first), size)
+            for first in range(0, num_draws, size)
+        ]
+        transition = jax.tree.map(
+            lambda *x: np.concatenate(x)[:num_draws] if len(x) > 1 else np.asarray(x[0])[:num_draws],
+            *(sample.transition for sample in samples),
+        )
+        self._samples[number] = [sample._replace(transition=()) for sample in samples]
         if len(self._samples) > _KEPT_SAMPLES:
             self._samples.popitem(last=False)
         return self.stock(started), transition
@@ -126,12 +134,14 @@ class ReplayShard:
         What has been overwritten since then keeps its own; so do all, where the draw is forgotten.
         """
         started = time.perf_counter()
-        sample = self._samples.pop(number, None)
-        if sample is not None:
-            # What was drawn beyond the part is nobody's; a slot beyond the last is dropped.
-            is_mine = jnp.arange(len(sample.slot)) < len(td_error)
-            errors = np.resize(td_error.astype(np.float32), len(sample.slot))
-            self._state = self._set_priorities(self._state, sample._replace(is_mine=is_mine), errors)
+        first = 0
+        for sample in self._samples.pop(number, ()):
+            size = len(sample.slot)
+            errors = np.zeros(size, np.float32)  # of what was drawn beyond the part, too, which keeps its priority
+            own = td_error[first : first + size]
+            errors[: len(own)] = own
+            self._state = self._set_priorities(self._state, sample, errors)
+            first += size
         return self.stock(started)
 
     def stock(self, started: float | None = None) -> Stock:
@@ -163,8 +173,10 @@ class ReplayShard:
 
         return jax.lax.scan(insert, state, (chunk.rows, chunk.td_error))[0]
 
-    def _draw_part(self, state: ReplayState, seed: Array, exponent: Array, part: Part, size: int) -> Sample:
-        return self._replay.sample_part(state, jax.random.key(seed), exponent, part, size)
+    def _draw_part(
+        self, state: ReplayState, seed: Array, exponent: Array, part: Part, first: Array, size: int
+    ) -> Sample:
+        return self._replay.sample_part(state, key_of(seed, first), exponent, part, first, size)
 
 
 def make_shard_replay(config: TrainConfig, number: int, stored: EnvSpec) -> Replay:

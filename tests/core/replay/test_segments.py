@@ -205,7 +205,7 @@ def test_several_replays_are_drawn_from_as_if_they_were_one():
     together, state, alone, states = filled()
     totals = np.array([float(jnp.sum(alone.leaves(own))) for own in states])
     num_transitions = sum(int(own.num_transitions[0]) for own in states)
-    sample_part = jax.jit(alone.sample_part, static_argnums=4)
+    sample_part = jax.jit(alone.sample_part, static_argnums=5)
     random = np.random.default_rng(0)
     weights, counts = {}, {}
     num_batches, batch_size = 400, 60
@@ -214,10 +214,14 @@ def test_several_replays_are_drawn_from_as_if_they_were_one():
         ends[-1] = batch_size
         for own, num, total in zip(states, np.diff(ends, prepend=0), totals, strict=True):
             part = Part(jnp.int32(num), jnp.float32(total / totals.sum()), jnp.float32(num_transitions))
-            drawn = sample_part(own, jax.random.key(random.integers(2**31)), BETA, part, 64).transition
-            for obs, weight in zip(np.asarray(drawn.obs)[:num, -1], np.asarray(drawn.weight)[:num], strict=True):
-                counts[obs] = counts.get(obs, 0) + 1
-                weights[obs] = weight
+            for first in range(0, num, 16):  # in turns
+                key = jax.random.key(random.integers(2**31))
+                turn = sample_part(own, key, BETA, part, first, 16)
+                assert np.sum(turn.is_mine) == min(16, num - first)
+                drawn = jax.tree.map(lambda x, turn=turn: np.asarray(x)[turn.is_mine], turn.transition)
+                for obs, weight in zip(drawn.obs[:, -1], drawn.weight, strict=True):
+                    counts[obs] = counts.get(obs, 0) + 1
+                    weights[obs] = weight
     leaves = np.asarray(together.leaves(state))
     shares = zip(np.asarray(state.ring.rows.obs).ravel(), (leaves / leaves.sum()).ravel(), strict=True)
     probability = {obs: p for obs, p in shares if p > 0}

@@ -105,7 +105,12 @@ def find_leaves(tree: SumTree, targets: jax.Array) -> jax.Array:
 
 
 def sample_leaves(
-    tree: SumTree, uniforms: jax.Array, totals: jax.Array, rank: jax.Array, num_draws: jax.Array | int | None = None
+    tree: SumTree,
+    uniforms: jax.Array,
+    totals: jax.Array,
+    rank: jax.Array,
+    num_draws: jax.Array | int | None = None,
+    first: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns leaves drawn in proportion to their values, one from each equal slice of the total (stratified).
 
@@ -116,7 +121,8 @@ def sample_leaves(
       uniforms: `[n]` float32 in [0, 1), where in its slice each draw falls.
       totals: `[trees]` float32, `total` of each tree; their sum is above 0.
       rank: `[]` uint32, which of them this one is.
-      num_draws: `[]`, the number of slices, if fewer than n: what is drawn beyond is meaningless.
+      num_draws: `[]`, the number of slices, if not n: what is drawn beyond is meaningless.
+      first: `[]`, the slice of the first draw.
 
     Returns:
       `[n]` uint32 indices, ascending; `[n]` bool, whether each is in this replica's tree, where it is meaningless
@@ -124,7 +130,7 @@ def sample_leaves(
     """
     ends = jnp.cumsum(totals)
     whole = ends[-1]
-    slices = jnp.arange(len(uniforms), dtype=jnp.float32)
+    slices = (first + jnp.arange(len(uniforms))).astype(jnp.float32)
     # Rounding must not lead beyond the end: the trees there may be empty.
     width = whole / (len(uniforms) if num_draws is None else jnp.maximum(num_draws, 1))
     targets = jnp.minimum((slices + uniforms) * width, jnp.nextafter(whole, 0.0))

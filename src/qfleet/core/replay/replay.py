@@ -85,9 +85,10 @@ class Replay(NamedTuple):
     sample: Callable[[ReplayState, Array, Array], Sample]
     """`sample(state, key, importance_exponent) -> sample`, once n_step + 1 rows are in. Uniform sampling ignores the
     exponent: its weights are 1."""
-    sample_part: Callable[[ReplayState, Array, Array, Part, int], Sample]
-    """`sample_part(state, key, importance_exponent, part, most) -> sample` of `most` transitions, of which the first
-    `part.num_draws` count. Of prioritised replay only, and of one that isn't divided over replicas."""
+    sample_part: Callable[[ReplayState, Array, Array, Part, Array, int], Sample]
+    """`sample_part(state, key, importance_exponent, part, first, size) -> sample` of `size` draws of the part, from its
+    `first` on; those beyond `part.num_draws` don't count. Of prioritised replay only, and of one that isn't divided
+    over replicas."""
     set_priorities: Callable[[ReplayState, Sample, Array], ReplayState]
     """`set_priorities(state, sample, td_error) -> state`, with the errors of `sample.transition`; those of overwritten
     rows change nothing."""
@@ -205,14 +206,17 @@ def make_replay(
         transition = transitions(state.ring, slot, weight)
         return Sample(replicas.deal(transition, is_mine), slot, is_mine, state.ring.insertions)
 
-    def sample_part(state: ReplayState, key: Array, importance_exponent: Array, part: Part, most: int) -> Sample:
+    def sample_part(
+        state: ReplayState, key: Array, importance_exponent: Array, part: Part, first: Array, size: int
+    ) -> Sample:
         assert isinstance(state.tree, priorities.SumTree)
-        total = priorities.total(state.tree)
-        slot, is_mine, share = priorities.sample_leaves(
-            state.tree, jax.random.uniform(key, (most,)), total[None], jnp.uint32(0), part.num_draws
+        uniforms, total = jax.random.uniform(key, (size,)), priorities.total(state.tree)
+        slot, _, share = priorities.sample_leaves(
+            state.tree, uniforms, total[None], jnp.uint32(0), part.num_draws, first
         )
         weight = (part.num_transitions * part.probability * share) ** -importance_exponent
-        return Sample(transitions(state.ring, slot, weight), slot, is_mine, state.ring.insertions)
+        counts = first + jnp.arange(size) < part.num_draws
+        return Sample(transitions(state.ring, slot, weight), slot, counts, state.ring.insertions)
 
     def transitions(ring: Ring, slot: Array, weight: Array) -> Transition:
         n_step_return, discount, num_steps = sampling.n_step_returns(ring, slot, config.n_step, config.discount)
