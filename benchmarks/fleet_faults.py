@@ -323,7 +323,7 @@ def cartpole(name: str, seed: int) -> dict[str, Any]:
         if fault:
             flags |= {"checkpoint-period-seconds": fault.checkpoint_period_seconds} | fault.flags
         driver = stack.enter_context(train(folder, "CartPole-v1", flags))
-        driver.wait_for(lambda record: record["env_steps"] > 8_000)
+        driver.wait_for(lambda record: record["env_steps"] > 4_000)
         if fault:
             fault.happen(driver, random.Random(seed))
         else:

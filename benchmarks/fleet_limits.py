@@ -148,7 +148,7 @@ def full_replay(config: TrainConfig) -> Any:
     """Returns a replay full of noise, as a checkpoint holds it."""
     from qfleet.core.replay import SavedReplay
     from qfleet.core.replay.ring import Ring, Row
-    from qfleet.topologies.actor_learner_shard import stored_spec_of
+    from qfleet.topologies.replay_shard import stored_spec_of
 
     spec, topology = stored_spec_of(config), config.topology
     random = np.random.default_rng(0)
@@ -204,7 +204,7 @@ def updates_per_second_in_process(seconds: float) -> float:
     from qfleet.envs.registry import make_env
     from qfleet.networks import make_network
     from qfleet.runtime.devices import reuse_freed_memory
-    from qfleet.topologies.actor_learner_shard import stored_spec_of
+    from qfleet.topologies.replay_shard import stored_spec_of
 
     config = atari_config()
     reuse_freed_memory()
@@ -235,10 +235,11 @@ def insert(seconds: float) -> dict[str, Any]:
     """Returns how many transitions of single 84x84 frames two shards take in, from two processes that make them."""
     import ray
 
-    from qfleet.topologies.actor_learner_actor import Chunk
-    from qfleet.topologies.actor_learner_parts import Part, Parts, RemoteShard
-    from qfleet.topologies.actor_learner_shard import Writer
+    from qfleet.topologies.actor_learner_parts import RemoteShard
+    from qfleet.topologies.collecting import Chunk
     from qfleet.topologies.ray_cluster import connected
+    from qfleet.topologies.ray_parts import Part, Parts
+    from qfleet.topologies.replay_shard import Writer
 
     config = atari_config(num_replay_shards=2, rows_per_chunk=50)
     replay = full_replay(config)

@@ -10,7 +10,7 @@ import math
 import sys
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 
 class ConfigError(ValueError):
@@ -293,6 +293,25 @@ class DecentralisedConfig(_OverlappingConfig):
         return False
 
 
+class Crew(NamedTuple):
+    """Processes that act on their own, and the shards of the replay that keep what they do."""
+
+    num_actors: int
+    lanes_per_actor: int
+    rows_per_chunk: int
+    """Steps of each lane that an actor takes at once."""
+    num_shards: int
+
+    @property
+    def num_lanes(self) -> int:
+        """Of all actors."""
+        return self.num_actors * self.lanes_per_actor
+
+    def actors_of(self, shard: int) -> list[int]:
+        """Returns the actors whose transitions a shard, numbered from 0, keeps."""
+        return list(range(shard, self.num_actors, self.num_shards))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActorLearnerConfig(_HostLanesConfig):
     """Where it runs: many actors feed a global replay, and one learner learns from it (Ape-X), on Ray.
@@ -362,9 +381,10 @@ class ActorLearnerConfig(_HostLanesConfig):
         place = actor / (self.num_actors - 1) if self.num_actors > 1 else 0.0
         return float(self.ladder_base ** (1.0 + place * self.ladder_exponent))
 
-    def actors_of(self, shard: int) -> list[int]:
-        """Returns the actors whose transitions a shard of the replay, numbered from 0, keeps."""
-        return list(range(shard, self.num_actors, self.num_replay_shards))
+    @property
+    def crew(self) -> Crew:
+        """Who acts, and where it is kept."""
+        return Crew(self.num_actors, self.lanes_per_actor, self.rows_per_chunk, self.num_replay_shards)
 
 
 TopologyConfig = FusedConfig | OverlappedConfig | DecentralisedConfig | ActorLearnerConfig
@@ -434,6 +454,12 @@ TOPOLOGIES: dict[str, type[TopologyConfig]] = {
 
 EXPLORATION_SCHEDULE = ("exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps")
 """Settings of an agent that a fleet's actors have no use for. It keeps them for where it may go on."""
+
+
+def crew_of(topology: TopologyConfig) -> Crew:
+    """Returns who acts where that is processes of their own."""
+    assert isinstance(topology, ActorLearnerConfig)
+    return topology.crew
 
 
 def topology_name(topology: TopologyConfig) -> str:

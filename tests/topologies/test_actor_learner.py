@@ -16,10 +16,10 @@ from qfleet.config import ActorLearnerConfig, AgentConfig, ConfigError, TrainCon
 from qfleet.core.replay import NO_STEP, Part, SavedReplay
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
-from qfleet.topologies.actor_learner_actor import Actor, Chunk
-from qfleet.topologies.actor_learner_flow import CHUNKS_AHEAD, Limiter, deal
 from qfleet.topologies.actor_learner_learner import GlobalLearner, batches_per_round
-from qfleet.topologies.actor_learner_shard import ReplayShard, Writer, join_shards, share_of
+from qfleet.topologies.collecting import Actor, Chunk
+from qfleet.topologies.limiter import CHUNKS_AHEAD, Limiter
+from qfleet.topologies.replay_shard import ReplayShard, Writer, deal, join_shards, share_of
 
 BATCH = 64
 
@@ -41,6 +41,7 @@ def leaves_for(config: TrainConfig, seed: int = 0) -> list[np.ndarray]:
 def actor_of(config: TrainConfig, number: int = 0, incarnation: int = 0) -> Actor:
     actor = Actor(config, number)
     actor.begin(incarnation)
+    actor.receive(1, leaves_for(config))
     return actor
 
 
@@ -49,9 +50,9 @@ def actor_of(config: TrainConfig, number: int = 0, incarnation: int = 0) -> Acto
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "gym:CartPole-v1"])
 def test_chunks_follow_each_other_whatever_makes_the_environments(env):
-    config = config_of(env, ladder_base=1.0, ladder_exponent=0.0)  # random actions, so that episodes are short
+    config = config_of(env)
     actor = actor_of(config)
-    chunks = [actor.collect(1, leaves_for(config))[1], *(actor.collect(1, None)[1] for _ in range(9))]
+    chunks = [actor.collect(1.0)[1] for _ in range(10)]  # of random actions, so that episodes are short
     rows = jax.tree.map(lambda *x: np.concatenate(x), *(chunk.rows for chunk in chunks))
     error = np.concatenate([chunk.td_error for chunk in chunks])
     actor.close()
@@ -77,16 +78,15 @@ def test_chunks_follow_each_other_whatever_makes_the_environments(env):
             np.testing.assert_allclose(error[t + 3, lane], own, rtol=1e-4, atol=1e-4)
 
 
-def test_actors_explore_by_their_place_on_the_ladder():
+def test_actors_explore_by_an_epsilon_each_of_a_ladder():
     topology = ActorLearnerConfig(num_actors=4)
     epsilons = [topology.epsilon(i) for i in range(4)]
     np.testing.assert_allclose(epsilons, [0.4**1, 0.4 ** (1 + 7 / 3), 0.4 ** (1 + 14 / 3), 0.4**8])
     assert ActorLearnerConfig(num_actors=1).epsilon(0) == 0.4
-    config = config_of(rows_per_chunk=400, ladder_base=1.0, ladder_exponent=0.0)
-    explored = actor_of(config).collect(1, leaves_for(config))[1].rows.action
-    assert 0.4 < explored.mean() < 0.6
     config = config_of(rows_per_chunk=400)
-    chunk = actor_of(config, number=3).collect(1, leaves_for(config))[1]
+    explored = actor_of(config).collect(1.0)[1].rows.action
+    assert 0.4 < explored.mean() < 0.6
+    chunk = actor_of(config).collect(epsilons[3])[1]
     network = make_network(make_env(config.env).spec, config.agent)
     params = jax.tree.unflatten(jax.tree.structure(network.init(jax.random.key(0))), leaves_for(config))
     greedy = np.argmax(network.apply(params, jnp.asarray(chunk.rows.obs.reshape(-1, 4))), axis=-1)
@@ -95,9 +95,8 @@ def test_actors_explore_by_their_place_on_the_ladder():
 
 def test_an_actor_that_comes_back_does_not_repeat_the_one_before():
     config = config_of()
-    leaves = leaves_for(config)
     first, again, next_one, other = (
-        actor_of(config, number, incarnation).collect(1, leaves)[1].rows.obs
+        actor_of(config, number, incarnation).collect(0.4)[1].rows.obs
         for number, incarnation in ((0, 0), (0, 0), (0, 1), (1, 0))
     )
     np.testing.assert_array_equal(first, again)
@@ -197,7 +196,7 @@ def test_what_is_drawn_over_shards_is_as_from_one_replay(num_shards, kind):
     for actor in range(4):
         for k in range(2 + actor * 3):  # some go round, some are hardly begun
             shards[actor % num_shards].insert(actor // num_shards, Writer(0, k), numbered(config, actor, 0, k))
-    whole = join_shards([shard.snapshot() for shard in shards], topology)
+    whole = join_shards([shard.snapshot() for shard in shards], topology.crew)
     stocks = [shard.stock() for shard in shards]
     num_transitions = sum(stock.num_transitions for stock in stocks)
     assert num_transitions == np.sum(whole.leaves > 0)
@@ -231,15 +230,15 @@ def test_a_replay_goes_on_in_another_number_of_shards():
     for actor in range(4):
         for k in range(3 + actor):
             shards[actor % 2].insert(actor // 2, Writer(0, k), numbered(config, actor, 0, k))
-    whole = join_shards([shard.snapshot() for shard in shards], config.topology)
+    whole = join_shards([shard.snapshot() for shard in shards], config.topology.crew)
     for actor in range(4):
         lanes = whole.ring.rows.obs[: int(whole.ring.size[actor]), 2 * actor : 2 * actor + 2, 0]
         assert np.all(lanes == actor) and lanes.size
     wider = config_of(num_replay_shards=4)
     again = [ReplayShard(wider, i) for i in range(4)]
     for i, shard in enumerate(again):
-        shard.restore(share_of(whole, wider.topology, i))
-    same = join_shards([shard.snapshot() for shard in again], wider.topology)
+        shard.restore(share_of(whole, wider.topology.crew, i))
+    same = join_shards([shard.snapshot() for shard in again], wider.topology.crew)
     jax.tree.map(np.testing.assert_array_equal, same, whole)
 
 

@@ -23,14 +23,14 @@ from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.topologies.actor_learner_actor import Actor
-from qfleet.topologies.actor_learner_shard import ReplayShard, Writer, join_shards
+from qfleet.topologies.collecting import Actor
+from qfleet.topologies.replay_shard import ReplayShard, Writer, join_shards
 from qfleet.topologies.topology import saved_replay
 
 pytest.importorskip("ray")
 
-from qfleet.topologies import actor_learner_director, actor_learner_parts
-from qfleet.topologies.actor_learner_parts import Parts, _Ask
+from qfleet.topologies import ray_director, ray_parts
+from qfleet.topologies.ray_parts import Parts, _Ask
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -61,10 +61,11 @@ def test_the_judge_finds_what_a_fault_could_do_to_a_replay():
     for writer in [Writer(0, 0), Writer(0, 1), Writer(0, 3), Writer(1, 0), Writer(1, 1)]:  # not 0, 2
         if writer.num_chunks == 0:
             actor.begin(writer.incarnation)
-        chunk = actor.collect(1, leaves)[1]
-        chunk = actor.collect(1, None)[1] if writer == Writer(0, 3) else chunk
+        actor.receive(1, leaves)
+        chunk = actor.collect(0.1)[1]
+        chunk = actor.collect(0.1)[1] if writer == Writer(0, 3) else chunk
         shard.insert(1, writer, chunk)
-    saved = join_shards([shard.snapshot()], config.topology)
+    saved = join_shards([shard.snapshot()], config.topology.crew)
     verdict = witness.judge(saved, config)
     assert verdict == (80, 4, 4, ())
 
@@ -114,8 +115,8 @@ def silence_of(monkeypatch) -> Callable[..., float | None]:
 
     def seconds(method: str, needs: list[Any], at: dict[int, Callable[[Clock], None]]) -> float | None:
         clock, part, replaced = Clock(), Silent(method, needs), []
-        monkeypatch.setattr(actor_learner_parts, "time", clock)
-        monkeypatch.setattr(actor_learner_parts, "_are_there", lambda references: all(references))
+        monkeypatch.setattr(ray_parts, "time", clock)
+        monkeypatch.setattr(ray_parts, "_are_there", lambda references: all(references))
         parts: Any = Parts(silence_seconds=10.0, max_restarts=5)
         parts._parts.append(part)
         monkeypatch.setattr(parts, "replace", lambda *_, **__: replaced.append(clock.now - 1000))
@@ -292,7 +293,7 @@ def test_a_checkpoint_counts_the_steps_of_the_learner_that_it_holds(tmp_path: Pa
 
     next(progress)  # for a fleet that rests asks nothing of anybody
     lose()
-    monkeypatch.setattr(actor_learner_director, "_LOST_SECONDS", 0.0)
+    monkeypatch.setattr(ray_director, "_LOST_SECONDS", 0.0)
     run._save()
     assert "there is no checkpoint at environment step" in caplog.text and "learner is lost" in caplog.text
     monkeypatch.undo()

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from qfleet.config import ActorLearnerConfig, DecentralisedConfig, OverlappedConfig, check_lane_options
+from qfleet.config import FusedConfig, TopologyConfig, check_lane_options
 from qfleet.core.types import EnvSpec
 
 __all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes", "lane_options", "seed_of"]
@@ -84,8 +84,9 @@ class LaneOptions:
         check_lane_options(self.num_workers, self.step_timeout_seconds, self.max_failures)
 
 
-def lane_options(config: OverlappedConfig | DecentralisedConfig | ActorLearnerConfig) -> LaneOptions:
-    """Returns the options that a topology's config describes."""
+def lane_options(config: TopologyConfig) -> LaneOptions:
+    """Returns the options that the config of a topology for such environments describes."""
+    assert not isinstance(config, FusedConfig)
     return LaneOptions(
         num_workers=config.num_workers,
         step_timeout_seconds=config.step_timeout_seconds,

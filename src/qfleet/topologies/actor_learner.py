@@ -23,7 +23,7 @@ import functools
 import importlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -40,15 +40,14 @@ from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
 from qfleet.runtime.records import Progress, mean
-from qfleet.topologies.actor_learner_flow import Tally
 from qfleet.topologies.actor_learner_learner import batches_per_round
-from qfleet.topologies.actor_learner_shard import join_shards, make_shard_replay
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.placement import EVERYBODYS
+from qfleet.topologies.replay_shard import join_shards, make_shard_replay
 from qfleet.topologies.topology import StateIsLost, Topology, check_loss, fitting, saved_replay
 
-CHUNK_SECONDS = 0.5
-"""What `advance` takes at most: it is how long Ctrl-C waits."""
+if TYPE_CHECKING:
+    from qfleet.topologies.actor_learner_director import FleetTally
 
 _EVALUATION = 1
 """What a seed's random numbers are for; 0 and 2 are the learner's and the actors'."""
@@ -70,7 +69,7 @@ class ActorLearner(Topology):
                 f"each seed"
             )
         importlib.import_module("qfleet.topologies.ray_cluster")  # which says so if Ray isn't there
-        from qfleet.topologies.actor_learner_director import Director  # here, for most of qfleet does without Ray
+        from qfleet.topologies.actor_learner_director import FleetDirector  # here, for most of qfleet does without Ray
 
         self._config, self._topology, self._env = config, config.topology, env
         self._agent = make_agent(network, config.agent)
@@ -79,7 +78,9 @@ class ActorLearner(Topology):
         self._shapes: LearnerState = jax.eval_shape(lambda: learner.init(self._agent.init(jax.random.key(0))))
         self._epsilons = [config.topology.epsilon(i) for i in range(config.topology.num_actors)]
         make_shard_replay(config, 0, self._stored_spec)  # which checks the sizes, the same for all shards
-        self._director = Director(config, batches_per_round(config, env.spec), self._read_learner, self._read_replay)
+        self._director = FleetDirector(
+            config, batches_per_round(config, env.spec), self._read_learner, self._read_replay
+        )
         self.env_steps = 0
         """When it was last looked at; the fleet goes on meanwhile."""
         self.learner_steps = 0
@@ -122,12 +123,12 @@ class ActorLearner(Topology):
         Raises:
           RunFailed: if a part has failed too often, or the loss isn't finite.
         """
-        tally = self._director.go_on(until_env_steps, CHUNK_SECONDS)
+        tally = self._director.go_on(until_env_steps)
         self.env_steps, self.learner_steps = tally.end
         check_loss(tally.loss, self.learner_steps, self._config.agent)
         return self._progress(tally)
 
-    def _progress(self, tally: Tally) -> Progress:
+    def _progress(self, tally: "FleetTally") -> Progress:
         def per_learner_step(total: float) -> float | None:
             return total / tally.learner_steps if tally.learner_steps else None
 
@@ -149,7 +150,7 @@ class ActorLearner(Topology):
             fleet=self._fleet_figures(tally),
         )
 
-    def _fleet_figures(self, tally: Tally) -> dict[str, float]:
+    def _fleet_figures(self, tally: "FleetTally") -> dict[str, float]:
         topology, director, seconds = self._topology, self._director, tally.seconds
         rates = tally.actor_env_steps / seconds
         num_parts = {"actors": topology.num_actors, "shards": topology.num_replay_shards, "learner": 1}
@@ -231,7 +232,7 @@ class ActorLearner(Topology):
         self.learner_steps, leaves = self._director.learner_state()
         state = {"learner": jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)}
         if self._config.checkpoint_replay:
-            state["replay"] = join_shards(self._director.snapshots(), self._topology)
+            state["replay"] = join_shards(self._director.snapshots(), self._topology.crew)
         return state
 
     @property

@@ -1,4 +1,4 @@
-"""An actor of `qfleet.topologies.actor_learner`: lanes, a copy of the parameters, and the last n steps."""
+"""An actor that works on its own: lanes, a copy of the parameters, and the last n steps."""
 
 import functools
 import time
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import ActorLearnerConfig, RunFailed, TrainConfig
+from qfleet.config import Crew, RunFailed, TrainConfig, crew_of
 from qfleet.core.actor import push_frame
 from qfleet.core.agent import Agent, make_agent
 from qfleet.core.keys import key_of
@@ -18,7 +18,7 @@ from qfleet.core.own_errors import Valued, nothing_before, own_errors
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.targets import take_action
 from qfleet.core.types import Params, stored_spec
-from qfleet.envs.host import HostEnv, lane_options
+from qfleet.envs.host import HostEnv, LaneOptions, lane_options
 from qfleet.envs.in_graph import draw
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
@@ -53,7 +53,7 @@ class Report(NamedTuple):
     busy_seconds: float
     """That it took."""
     received_bytes: int
-    """Of parameters."""
+    """Of parameters, since the one before."""
 
 
 class _Steps(NamedTuple):
@@ -68,7 +68,7 @@ class _Steps(NamedTuple):
 
 
 class _Lanes(Protocol):
-    def take(self, params: Params) -> _Steps:
+    def take(self, params: Params, exploration: np.float32) -> _Steps:
         """Takes the steps of one chunk."""
         ...
 
@@ -85,18 +85,19 @@ class Actor:
 
         Args:
           config: of the run.
-          number: of the actor, from 0: its place on the ladder of epsilons.
+          number: of the actor, from 0.
         """
-        assert isinstance(config.topology, ActorLearnerConfig)
         enable_compilation_cache()
-        topology = config.topology
+        crew = crew_of(config.topology)
         env = make_env(config.env, **config.env_options)
         network = make_network(env.spec, config.agent)
         agent = make_agent(network, config.agent)
         self._structure = jax.tree.structure(jax.eval_shape(lambda: agent.init(jax.random.key(0))))
-        epsilon = np.float32(topology.epsilon(number))
-        make: Any = _InGraphLanes if isinstance(env, InGraphEnv) else _HostLanes
-        self._make_lanes: Callable[..., _Lanes] = functools.partial(make, env, agent, topology, epsilon)
+        if isinstance(env, InGraphEnv):
+            self._make_lanes: Callable[..., _Lanes] = functools.partial(_InGraphLanes, env, agent, crew)
+        else:
+            options = lane_options(config.topology)
+            self._make_lanes = functools.partial(_HostLanes, env, agent, crew, options)
         self._numbers = (config.seed, _ACTING, number)
         self._lanes: _Lanes | None = None
         n_step, discount = config.agent.n_step, config.agent.discount
@@ -106,9 +107,10 @@ class Actor:
             return jax.tree.map(lambda x: x[-n_step:], rows), own_errors(rows, n_step, discount)
 
         self._errors = jax.jit(errors)
-        self._nothing_before = nothing_before(n_step, topology.lanes_per_actor)
+        self._nothing_before = nothing_before(n_step, crew.lanes_per_actor)
         self._version = -1
         self._params: Params = None
+        self._received_bytes = 0
 
     def begin(self, incarnation: int) -> None:
         """Starts the lanes' first episodes.
@@ -125,22 +127,24 @@ class Actor:
         """Of its parameters; -1 before there are any."""
         return self._version
 
-    def collect(self, version: int, leaves: list[np.ndarray] | None) -> tuple[Report, Chunk]:
+    def receive(self, version: int, leaves: list[np.ndarray]) -> None:
+        """Takes the parameters to act with from now on, in the order of `jax.tree.leaves`."""
+        self._params = jax.tree.unflatten(self._structure, [jnp.asarray(leaf) for leaf in leaves])
+        self._version = version
+        self._received_bytes += sum(leaf.nbytes for leaf in leaves)
+
+    def collect(self, exploration: float) -> tuple[Report, Chunk]:
         """Returns the next chunk.
 
         Args:
-          version: of the parameters to act with.
-          leaves: those parameters, in the order of `jax.tree.leaves`; None if it has this version.
+          exploration: epsilon or temperature, of all lanes.
 
         Raises:
           RunFailed: if too many environments have failed, or one written in JAX returned a number that isn't finite.
         """
         assert self._lanes is not None
         started = time.perf_counter()
-        if leaves is not None:
-            self._params = jax.tree.unflatten(self._structure, [jnp.asarray(leaf) for leaf in leaves])
-            self._version = version
-        steps = self._lanes.take(self._params)
+        steps = self._lanes.take(self._params, np.float32(exploration))
         new = Valued(steps.rows.reward, steps.rows.outcome, steps.q_taken, steps.q_max)
         self._before, td_error = self._errors(self._before, new)
         report = Report(
@@ -149,8 +153,9 @@ class Actor:
             q_mean=float(np.mean(steps.q_max)),
             num_failures=steps.num_failures,
             busy_seconds=time.perf_counter() - started,
-            received_bytes=sum(leaf.nbytes for leaf in leaves or []),
+            received_bytes=self._received_bytes,
         )
+        self._received_bytes = 0
         return report, Chunk(jax.tree.map(np.asarray, steps.rows), np.asarray(td_error))
 
     def close(self) -> None:
@@ -166,11 +171,10 @@ class _InGraphLanes:
         self,
         env: InGraphEnv,
         agent: Agent,
-        topology: ActorLearnerConfig,
-        epsilon: np.float32,
+        crew: Crew,
         numbers: tuple[int, ...],
     ) -> None:
-        num_lanes, num_rows = topology.lanes_per_actor, topology.rows_per_chunk
+        num_lanes, num_rows = crew.lanes_per_actor, crew.rows_per_chunk
         lane_numbers = jnp.arange(num_lanes, dtype=jnp.uint32)
         self._name = env.spec.name
 
@@ -178,7 +182,7 @@ class _InGraphLanes:
             lanes_key, key = jax.random.split(key)
             return init_actor(env, agent, lanes_key, lane_numbers), key
 
-        def take(params: Params, state: tuple[ActorState, Array]) -> tuple:
+        def take(params: Params, state: tuple[ActorState, Array], exploration: Array) -> tuple:
             actor, key = state
             key, env_key, explore_key = jax.random.split(key, 3)
             draws = draw(env, env_key, num_rows, lane_numbers)
@@ -186,7 +190,7 @@ class _InGraphLanes:
 
             def row(actor: ActorState, inputs: tuple) -> tuple:
                 draws, uniform = inputs
-                actor, new_row, report, q = act(env, agent, params, actor, draws, uniform, jnp.asarray(epsilon))
+                actor, new_row, report, q = act(env, agent, params, actor, draws, uniform, exploration)
                 return actor, (new_row, report, take_action(q, new_row.action))
 
             scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (draws, uniforms))
@@ -195,9 +199,9 @@ class _InGraphLanes:
         self._take = jax.jit(take, donate_argnums=1)
         self._state = jax.jit(init)(key_of(*numbers))
 
-    def take(self, params: Params) -> _Steps:
+    def take(self, params: Params, exploration: np.float32) -> _Steps:
         """Takes the steps of one chunk."""
-        self._state, (rows, reports, q_taken) = self._take(params, self._state)
+        self._state, (rows, reports, q_taken) = self._take(params, self._state, exploration)
         reports = jax.device_get(reports)
         if np.any(reports.is_bad):
             row, lane = np.argwhere(reports.is_bad)[0]
@@ -220,30 +224,32 @@ class _HostLanes:
         self,
         env: HostEnv,
         agent: Agent,
-        topology: ActorLearnerConfig,
-        epsilon: np.float32,
+        crew: Crew,
+        options: LaneOptions,
         numbers: tuple[int, ...],
     ) -> None:
-        num_lanes, spec = topology.lanes_per_actor, env.spec
-        self._shape, self._random = (topology.rows_per_chunk, num_lanes), np.random.default_rng(numbers)
-        self._lanes = env.make_lanes(num_lanes, lane_options(topology))
+        num_lanes, spec = crew.lanes_per_actor, env.spec
+        self._shape, self._random = (crew.rows_per_chunk, num_lanes), np.random.default_rng(numbers)
+        self._lanes = env.make_lanes(num_lanes, options)
         self._obs = self._lanes.reset(int(self._random.integers(2**32)))
         stored = stored_spec(spec, agent.store)
         self._view = jnp.zeros((num_lanes, *stored.agent_observation_shape), stored.observation_dtype)
         self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
         self._episodes = Episodes(num_lanes)
 
-        def choose(params: Params, view: Array, obs: Array, is_first: Array, uniform: Array) -> tuple:
+        def choose(
+            params: Params, view: Array, obs: Array, is_first: Array, uniform: Array, exploration: Array
+        ) -> tuple:
             frame = agent.store(obs)
             view = push_frame(view, frame, is_first, spec.frame_stack)
             q = agent.q_values(params, view)
-            action = agent.explore(q, jnp.asarray(epsilon), uniform)
+            action = agent.explore(q, exploration, uniform)
             return view, frame, action, take_action(q, action), jnp.max(q, axis=-1)
 
         self._stacked = jax.jit(lambda rows: tuple(jnp.stack(column) for column in zip(*rows, strict=True)))
         self._choose = jax.jit(choose, donate_argnums=1 if spec.frame_stack > 1 else ())
 
-    def take(self, params: Params) -> _Steps:
+    def take(self, params: Params, exploration: np.float32) -> _Steps:
         """Takes the steps of one chunk."""
         seen: list[tuple] = []
         columns: list[tuple] = []
@@ -252,7 +258,7 @@ class _HostLanes:
         num_failures = 0
         for uniform in self._random.random(self._shape, np.float32):
             self._view, frame, action, q_taken, q_max = self._choose(
-                params, self._view, self._obs, self._is_first, uniform
+                params, self._view, self._obs, self._is_first, uniform, exploration
             )
             seen.append((frame, action, q_taken, q_max))  # fetched at the end: each transfer has its price
             self._lanes.send(np.asarray(action))

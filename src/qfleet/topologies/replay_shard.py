@@ -1,4 +1,4 @@
-"""A shard of the replay of `qfleet.topologies.actor_learner`: a segment for each of some actors."""
+"""A shard of a replay: a segment for each of some actors, which insert on their own."""
 
 import collections
 import dataclasses
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import ActorLearnerConfig, TrainConfig
+from qfleet.config import Crew, TrainConfig, crew_of
 from qfleet.core.keys import key_of
 from qfleet.core.replay import NO_STEP, Part, Replay, ReplayState, Sample, SavedReplay, make_replay, priorities
 from qfleet.core.types import EnvSpec, Transition, stored_spec
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
-from qfleet.topologies.actor_learner_actor import Chunk
+from qfleet.topologies.collecting import Chunk
 
 _SPARE = 1.25
 """Of what a shard draws at once, as a multiple of its fair share: what is more takes a second turn."""
@@ -64,13 +64,13 @@ class ReplayShard:
           config: of the run.
           number: of the shard, from 0.
         """
-        assert isinstance(config.topology, ActorLearnerConfig)
+        crew = crew_of(config.topology)
         enable_compilation_cache()
         self._replay = make_shard_replay(config, number, stored_spec_of(config))
-        self._writers = [Writer()] * len(config.topology.actors_of(number))
+        self._writers = [Writer()] * len(crew.actors_of(number))
         self._state: ReplayState = jax.jit(self._replay.init)()
         self._samples: collections.OrderedDict[int, list[Sample]] = collections.OrderedDict()
-        self._num_shards = config.topology.num_replay_shards
+        self._num_shards = crew.num_shards
         self._insert = jax.jit(self._insert_rows, donate_argnums=0)
         self._cut = jax.jit(self._replay.cut, donate_argnums=0)
         self._draw = jax.jit(self._draw_part, static_argnums=5)
@@ -189,18 +189,28 @@ def make_shard_replay(config: TrainConfig, number: int, stored: EnvSpec) -> Repl
       number: of the shard.
       stored: the spec of observations as the network's `store` keeps them.
     """
-    topology = config.topology
-    assert isinstance(topology, ActorLearnerConfig)
-    num_segments = len(topology.actors_of(number))
-    num_lanes = num_segments * topology.lanes_per_actor
-    num_rows = config.agent.replay_capacity // topology.num_envs
+    crew = crew_of(config.topology)
+    num_segments = len(crew.actors_of(number))
+    num_lanes = num_segments * crew.lanes_per_actor
+    num_rows = config.agent.replay_capacity // crew.num_lanes
     agent = dataclasses.replace(config.agent, replay_capacity=num_rows * num_lanes, replay="prioritised")
     if config.agent.replay == "uniform":
         agent = dataclasses.replace(agent, priority_exponent=0.0)
     return make_replay(stored, agent, num_lanes, num_segments=num_segments)
 
 
-def join_shards(parts: Iterable[SavedReplay], topology: ActorLearnerConfig) -> SavedReplay:
+def deal(size: int, priorities: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how many of `size` draws fall to each shard, `[shards]`, and the share of the whole that each has.
+
+    As many as its share of the priorities says, rounded up or down at random: on average exactly so many.
+    """
+    shares = priorities / priorities.sum()
+    ends = np.floor(np.cumsum(shares) * size + random.random()).astype(np.int64)
+    ends[-1] = size
+    return np.diff(np.minimum(ends, size), prepend=0), shares
+
+
+def join_shards(parts: Iterable[SavedReplay], crew: Crew) -> SavedReplay:
     """Returns the whole replay, lanes and segments in the order of their actors, from what each shard keeps.
 
     Each part is copied before the next is asked for: it may be large. The arrays are not for writing to.
@@ -208,26 +218,26 @@ def join_shards(parts: Iterable[SavedReplay], topology: ActorLearnerConfig) -> S
     whole: Any = None
     greatest = []
     for number, part in enumerate(parts):
-        whole = whole or _empty_whole(part, topology)
-        _copy_share(whole, part, topology, number)
+        whole = whole or _empty_whole(part, crew)
+        _copy_share(whole, part, crew, number)
         greatest.append(part.max_priority)
     jax.tree.map(lambda x: x.setflags(write=False), (whole.ring, whole.leaves))
     joined: SavedReplay = whole._replace(max_priority=max(greatest, key=float))
     return joined
 
 
-def _empty_whole(part: SavedReplay, topology: ActorLearnerConfig) -> SavedReplay:
+def _empty_whole(part: SavedReplay, crew: Crew) -> SavedReplay:
     def lanes(x: Any) -> Any:
-        return np.empty((len(x), topology.num_envs, *x.shape[2:]), x.dtype)
+        return np.empty((len(x), crew.num_lanes, *x.shape[2:]), x.dtype)
 
-    heads: Any = {name: np.empty(topology.num_actors, getattr(part.ring, name).dtype) for name in _HEADS}
+    heads: Any = {name: np.empty(crew.num_actors, getattr(part.ring, name).dtype) for name in _HEADS}
     ring = part.ring._replace(rows=jax.tree.map(lanes, part.ring.rows), **heads)
     return part._replace(ring=ring, leaves=lanes(part.leaves))
 
 
-def _copy_share(whole: Any, part: SavedReplay, topology: ActorLearnerConfig, number: int) -> None:
-    actors = topology.actors_of(number)
-    lanes = _lanes_of(actors, topology)
+def _copy_share(whole: Any, part: SavedReplay, crew: Crew, number: int) -> None:
+    actors = crew.actors_of(number)
+    lanes = _lanes_of(actors, crew)
     for to, own in zip(
         jax.tree.leaves((whole.ring.rows, whole.leaves)), jax.tree.leaves((part.ring.rows, part.leaves)), strict=True
     ):
@@ -236,18 +246,18 @@ def _copy_share(whole: Any, part: SavedReplay, topology: ActorLearnerConfig, num
         getattr(whole.ring, name)[actors] = getattr(part.ring, name)
 
 
-def share_of(saved: SavedReplay, topology: ActorLearnerConfig, number: int) -> SavedReplay:
+def share_of(saved: SavedReplay, crew: Crew, number: int) -> SavedReplay:
     """Returns what one shard keeps of the whole replay."""
-    actors = topology.actors_of(number)
-    lanes = _lanes_of(actors, topology)
+    actors = crew.actors_of(number)
+    lanes = _lanes_of(actors, crew)
     heads: Any = {name: np.asarray(getattr(saved.ring, name))[actors] for name in _HEADS}
     rows: Any = jax.tree.map(lambda x: np.asarray(x)[:, lanes], saved.ring.rows)
     own: Any = np.asarray(saved.leaves)[:, lanes]
     return SavedReplay(saved.ring._replace(rows=rows, **heads), own, saved.max_priority)
 
 
-def _lanes_of(actors: list[int], topology: ActorLearnerConfig) -> np.ndarray:
-    each = topology.lanes_per_actor
+def _lanes_of(actors: list[int], crew: Crew) -> np.ndarray:
+    each = crew.lanes_per_actor
     return np.concatenate([actor * each + np.arange(each) for actor in actors])
 
 

@@ -1,10 +1,6 @@
-"""What a fleet's director decides, without regard to who carries it out: how many steps are due, and who draws what."""
+"""How many learner steps are due, and who waits for whom, where acting and learning go on by themselves."""
 
-import time
-
-import numpy as np
-
-from qfleet.config import ActorLearnerConfig, TrainConfig
+from qfleet.config import TrainConfig, crew_of
 
 CHUNKS_AHEAD = 2
 """That each actor has been asked for, so that it never waits for the next request."""
@@ -23,8 +19,7 @@ class Limiter:
           config: of the run.
           num_batches: learner steps of one round.
         """
-        assert isinstance(config.topology, ActorLearnerConfig)
-        self._agent, self._topology, self._num_batches = config.agent, config.topology, num_batches
+        self._agent, self._crew, self._num_batches = config.agent, crew_of(config.topology), num_batches
         self._end_env_steps = config.env_steps
         self.replay_starts_at = 0
         """Environment steps when the replay was last empty."""
@@ -41,7 +36,7 @@ class Limiter:
 
     def due(self, env_steps: int) -> int:
         """Returns how many learner steps so many environment steps are to have brought, in total."""
-        warmup = max(self._agent.warmup_env_steps, self._topology.num_envs * (self._agent.n_step + 1))
+        warmup = max(self._agent.warmup_env_steps, self._crew.num_lanes * (self._agent.n_step + 1))
         learning = max(0, env_steps - self.replay_starts_at - warmup)
         return self._learner_steps_then + int(learning / self._agent.env_steps_per_learner_step)
 
@@ -51,38 +46,7 @@ class Limiter:
         It may be behind by a few rounds and what all actors bring at once; by less towards the end, where nobody waits
         for it any more.
         """
-        wave = CHUNKS_AHEAD * self._topology.num_envs * self._topology.rows_per_chunk
+        wave = CHUNKS_AHEAD * self._crew.num_lanes * self._crew.rows_per_chunk
         usual = ROUNDS_AHEAD * self._num_batches + int(wave / self._agent.env_steps_per_learner_step)
         left = self.due(self._end_env_steps) - self.due(env_steps)
         return self.due(env_steps) - learner_steps > max(self._num_batches, min(usual, left))
-
-
-class Tally:
-    """What happened since the last record."""
-
-    def __init__(self, num_actors: int) -> None:
-        self.started_at = time.perf_counter()
-        self.seconds = 0.0
-        """That it covers."""
-        self.end = (0, 0)
-        """Environment steps and learner steps in total, then."""
-        self.env_steps = self.learner_steps = self.num_failures = 0
-        self.actor_env_steps = np.zeros(num_actors, np.int64)
-        self.returns: list[float] = []
-        self.lengths: list[int] = []
-        self.q_mean: list[float] = []
-        self.staleness: list[int] = []
-        self.loss = self.td_error = 0.0
-        self.received_bytes = 0
-        self.busy_seconds = {"actors": 0.0, "shards": 0.0, "learner": 0.0}
-
-
-def deal(size: int, priorities: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Returns how many of `size` draws fall to each shard, `[shards]`, and the share of the whole that each has.
-
-    As many as its share of the priorities says, rounded up or down at random: on average exactly so many.
-    """
-    shares = priorities / priorities.sum()
-    ends = np.floor(np.cumsum(shares) * size + random.random()).astype(np.int64)
-    ends[-1] = size
-    return np.diff(np.minimum(ends, size), prepend=0), shares
