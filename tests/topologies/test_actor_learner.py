@@ -16,6 +16,7 @@ from qfleet.config import ActorLearnerConfig, AgentConfig, ConfigError, TrainCon
 from qfleet.core.replay import NO_STEP, Part, SavedReplay
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
+from qfleet.topologies import actor_learner_learner
 from qfleet.topologies.actor_learner_learner import GlobalLearner, batches_per_round
 from qfleet.topologies.collecting import Actor, Chunk
 from qfleet.topologies.limiter import CHUNKS_AHEAD, Limiter
@@ -263,16 +264,19 @@ def test_the_learner_owes_what_the_replay_ratio_says_and_the_actors_wait_for_it(
 # --- The learner ---
 
 
-def test_a_round_is_so_many_steps_of_one_learner():
+@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("most_batches", [1, 16])
+def test_a_round_is_so_many_steps_of_one_learner(monkeypatch, most_batches, num_parts):
     """Batches that come in parts, in any order, are learned from as by `update`, and errors go back to their parts."""
     from qfleet.core.agent import make_agent
     from qfleet.core.learner import make_learner, update
     from qfleet.core.types import Transition
 
+    monkeypatch.setattr(actor_learner_learner, "MOST_BATCHES", most_batches)
     config = config_of()
     spec = make_env(config.env).spec
     num_batches = batches_per_round(config, spec)
-    assert num_batches > 1
+    assert num_batches == most_batches
     size = num_batches * BATCH
     random = np.random.default_rng(0)
     whole = Transition(
@@ -284,7 +288,7 @@ def test_a_round_is_so_many_steps_of_one_learner():
         weight=random.random(size).astype(np.float32),
     )
     order = random.permutation(size)
-    places = [order[: size // 3], order[size // 3 :]]
+    places = [order] if num_parts == 1 else [order[: size // 3], order[size // 3 :]]
     learner = GlobalLearner(config)
     _, leaves = learner.state()
     lesson, errors = learner.learn(places, *(jax.tree.map(lambda x, p=place: x[p], whole) for place in places))

@@ -19,6 +19,7 @@ from qfleet.networks import check_network, make_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.devices import limit_cpu_threads, reuse_freed_memory, set_cpu_devices
 from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
+from qfleet.topologies.replay_shard import put_together
 
 ROUND_BYTES = 16_000_000
 """Of observations that the learner asks for at once, about."""
@@ -93,7 +94,8 @@ class GlobalLearner:
           What it tells, and for each part the TD errors of its transitions, `[num_draws]`.
         """
         started = time.perf_counter()
-        batches = self._put_together(places, parts)
+        shape = (self._num_batches, self._config.batch_size)
+        batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), put_together(places, parts))
         self._state, losses, td_error = self._learn(self._state, batches)
         self._learner_steps += self._num_batches
         losses, td_error = jax.device_get((losses, td_error))
@@ -101,19 +103,6 @@ class GlobalLearner:
         losses = Losses(*(float(x) for x in losses))  # type: ignore[arg-type]
         lesson = Lesson(losses, self._learner_steps, time.perf_counter() - started)
         return lesson, [flat[place] for place in places]
-
-    def _put_together(self, places: list[np.ndarray], parts: tuple[Transition, ...]) -> Transition:
-        shape = (self._num_batches, self._config.batch_size)
-
-        def join(*columns: np.ndarray) -> np.ndarray:
-            if len(columns) == 1 and self._num_batches == 1:
-                return columns[0][None]  # in any order it is the same batch
-            joined = np.empty((shape[0] * shape[1], *columns[0].shape[1:]), columns[0].dtype)
-            for place, column in zip(places, columns, strict=True):
-                joined[place] = column
-            return joined.reshape(*shape, *joined.shape[1:])
-
-        return jax.tree.map(join, *parts)
 
     def params(self) -> tuple[int, list[np.ndarray]]:
         """Returns the learner steps taken so far, and the parameters, in the order of `jax.tree.leaves`."""

@@ -66,15 +66,15 @@ class ReplayShard:
         """
         crew = crew_of(config.topology)
         enable_compilation_cache()
-        self._replay = make_shard_replay(config, number, stored_spec_of(config))
+        self.replay = make_shard_replay(config, number, stored_spec_of(config))
         self._writers = [Writer()] * len(crew.actors_of(number))
-        self._state: ReplayState = jax.jit(self._replay.init)()
+        self.state: ReplayState = jax.jit(self.replay.init)()
         self._samples: collections.OrderedDict[int, list[Sample]] = collections.OrderedDict()
         self._num_shards = crew.num_shards
         self._insert = jax.jit(self._insert_rows, donate_argnums=0)
-        self._cut = jax.jit(self._replay.cut, donate_argnums=0)
+        self._cut = jax.jit(self.replay.cut, donate_argnums=0)
         self._draw = jax.jit(self._draw_part, static_argnums=5)
-        self._set_priorities = jax.jit(self._replay.set_priorities, donate_argnums=0)
+        self._set_priorities = jax.jit(self.replay.set_priorities, donate_argnums=0)
         self._stock = jax.jit(lambda state: (priorities.total(state.tree), state.num_transitions[0]))
 
     def insert(self, segment: int, writer: Writer, chunk: Chunk) -> tuple[Stock, bool]:
@@ -93,8 +93,8 @@ class ReplayShard:
         is_new = writer >= last
         if is_new:
             if writer != last:  # it is another incarnation, or chunks are missing in between
-                self._state = self._cut(self._state, np.int32(segment))
-            self._state = self._insert(self._state, chunk, np.int32(segment))
+                self.state = self._cut(self.state, np.int32(segment))
+            self.state = self._insert(self.state, chunk, np.int32(segment))
             self._writers[segment] = writer._replace(num_chunks=writer.num_chunks + 1)
         return self.stock(started), is_new
 
@@ -116,7 +116,7 @@ class ReplayShard:
         started = time.perf_counter()
         num_draws, size = int(part.num_draws), min(most, math.ceil(_SPARE * most / self._num_shards))
         samples = [  # of one size, for a program of each size would take some 10 MB
-            self._draw(self._state, np.uint32(seed), np.float32(importance_exponent), part, np.int32(first), size)
+            self._draw(self.state, np.uint32(seed), np.float32(importance_exponent), part, np.int32(first), size)
             for first in range(0, num_draws, size)
         ]
         transition = jax.tree.map(
@@ -140,27 +140,27 @@ class ReplayShard:
             errors = np.zeros(size, np.float32)  # of what was drawn beyond the part, too, which keeps its priority
             own = td_error[first : first + size]
             errors[: len(own)] = own
-            self._state = self._set_priorities(self._state, sample, errors)
+            self.state = self._set_priorities(self.state, sample, errors)
             first += size
         return self.stock(started)
 
     def stock(self, started: float | None = None) -> Stock:
         """Returns what it holds; `started` is when the work began, by the performance counter."""
-        priority, num_transitions = jax.device_get(self._stock(self._state))
+        priority, num_transitions = jax.device_get(self._stock(self.state))
         busy_seconds = 0.0 if started is None else time.perf_counter() - started
         return Stock(float(priority), int(num_transitions), busy_seconds)
 
     def snapshot(self) -> SavedReplay:
         """Returns all that it must keep, as NumPy arrays."""
-        state = self._state
+        state = self.state
         saved: SavedReplay = jax.tree.map(
-            np.array, SavedReplay(state.ring, self._replay.leaves(state), state.max_priority)
+            np.array, SavedReplay(state.ring, self.replay.leaves(state), state.max_priority)
         )
         return saved
 
     def restore(self, saved: SavedReplay) -> Stock:
         """Goes on from a snapshot, and returns what it holds then. Nothing goes on where its segments end."""
-        self._state = jax.jit(self._replay.restore)(jax.tree.map(jnp.array, saved))
+        self.state = jax.jit(self.replay.restore)(jax.tree.map(jnp.array, saved))
         self._writers = [Writer()] * len(self._writers)
         self._samples.clear()
         return self.stock()
@@ -168,15 +168,15 @@ class ReplayShard:
     def _insert_rows(self, state: ReplayState, chunk: Chunk, segment: Array) -> ReplayState:
         def insert(state: ReplayState, inputs: tuple) -> tuple[ReplayState, None]:
             row, td_error = inputs
-            state = self._replay.seal(state, row.outcome == NO_STEP, segment)
-            return self._replay.insert(state, row, segment, td_error), None
+            state = self.replay.seal(state, row.outcome == NO_STEP, segment)
+            return self.replay.insert(state, row, segment, td_error), None
 
         return jax.lax.scan(insert, state, (chunk.rows, chunk.td_error))[0]
 
     def _draw_part(
         self, state: ReplayState, seed: Array, exponent: Array, part: Part, first: Array, size: int
     ) -> Sample:
-        return self._replay.sample_part(state, key_of(seed, first), exponent, part, first, size)
+        return self.replay.sample_part(state, key_of(seed, first), exponent, part, first, size)
 
 
 def make_shard_replay(config: TrainConfig, number: int, stored: EnvSpec) -> Replay:
@@ -208,6 +208,25 @@ def deal(size: int, priorities: np.ndarray, random: np.random.Generator) -> tupl
     ends = np.floor(np.cumsum(shares) * size + random.random()).astype(np.int64)
     ends[-1] = size
     return np.diff(np.minimum(ends, size), prepend=0), shares
+
+
+def put_together(places: list[np.ndarray], parts: tuple[Transition, ...]) -> Transition:
+    """Returns the transitions that several shards have drawn as one, each in its place.
+
+    Args:
+      places: for each part, where its transitions go, `[num_draws]`.
+      parts: `[num_draws, ...]`, NumPy arrays.
+    """
+    size = sum(map(len, places))
+
+    def join(*columns: np.ndarray) -> np.ndarray:
+        joined = np.empty((size, *columns[0].shape[1:]), columns[0].dtype)
+        for place, column in zip(places, columns, strict=True):
+            joined[place] = column
+        return joined
+
+    together: Transition = jax.tree.map(join, *parts)
+    return together
 
 
 def join_shards(parts: Iterable[SavedReplay], crew: Crew) -> SavedReplay:
