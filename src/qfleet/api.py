@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from qfleet.config import ActorLearnerConfig, ConfigError, DecentralisedConfig, TopologyConfig, TrainConfig
+from qfleet.config import (
+    ActorLearnerConfig,
+    ConfigError,
+    DecentralisedConfig,
+    ParameterServerConfig,
+    TopologyConfig,
+    TrainConfig,
+)
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
 from qfleet.launched import LaunchedRun, directory_of_all, with_processes
@@ -53,7 +60,7 @@ def iterate(
 
     Args and Raises: as for `train`.
     """
-    if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig):
+    if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig | ParameterServerConfig):
         _check_is_built_in(network, optimiser)
     if isinstance(config.topology, DecentralisedConfig):
         return LaunchedRun(config, lambda: directory_of_all(config))
@@ -87,7 +94,7 @@ def resume(
       coordinator: HOST:PORT of its first process, to start each by hand; `local` starts all on this machine.
       process_id: of processes started by hand, the one to start here. The others are started with the same arguments
         else; the first alone locks the folder, sets checkpoints aside, and returns progress.
-      ray_address: of the Ray cluster that places its processes, or the parts of a fleet.
+      ray_address: of the Ray cluster that places its processes, or the parts of a run.
       network: what `train` was given, if anything.
       optimiser: what `train` was given, if anything.
 
@@ -101,13 +108,13 @@ def resume(
         config = dataclasses.replace(config, env_steps=env_steps)
     if topology is not None:
         config = dataclasses.replace(config, topology=topology)
-    if isinstance(config.topology, ActorLearnerConfig) and ray_address is not None:
+    if isinstance(config.topology, ActorLearnerConfig | ParameterServerConfig) and ray_address is not None:
         config = dataclasses.replace(config, topology=dataclasses.replace(config.topology, ray_address=ray_address))
         ray_address = None
     config = with_processes(
         config, num_processes=num_processes, coordinator=coordinator, process_id=process_id, ray_address=ray_address
     )
-    if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig):
+    if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig | ParameterServerConfig):
         _check_is_built_in(network, optimiser)
     if isinstance(config.topology, DecentralisedConfig):
         return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)

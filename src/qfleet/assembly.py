@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from qfleet.config import ActorLearnerConfig, ConfigError, DecentralisedConfig, TrainConfig, topology_name
+from qfleet.config import (
+    ActorLearnerConfig,
+    ConfigError,
+    DecentralisedConfig,
+    ParameterServerConfig,
+    TrainConfig,
+    topology_name,
+)
 from qfleet.core.types import Network
 from qfleet.envs.host import HostEnv
 from qfleet.envs.registry import make_env
@@ -13,6 +20,7 @@ from qfleet.topologies.actor_learner import ActorLearner
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
+from qfleet.topologies.parameter_server import ParameterServer
 from qfleet.topologies.topology import Topology
 
 if TYPE_CHECKING:
@@ -35,7 +43,7 @@ def footprint(
 def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
     """Returns both, once the CPU is divided into the devices that the run wants: that is for before JAX is used."""
     mesh = config.topology.mesh
-    if isinstance(config.topology, ActorLearnerConfig):
+    if isinstance(config.topology, ActorLearnerConfig | ParameterServerConfig):
         use_cpu_only()  # this process only directs the others, of which one may want all of the GPU
     elif config.num_seeds > 1:
         split_cpu(config.num_seeds)
@@ -58,6 +66,8 @@ def make_topology(
     wanted = topology_name(config.topology)
     if wanted == "actor-learner":
         return ActorLearner(config, env, network)
+    if wanted == "parameter-server":
+        return ParameterServer(config, env, network)
     if isinstance(env, InGraphEnv):
         if wanted in ("fused", "decentralised"):
             return Fused(config, env, network, optimiser)

@@ -387,7 +387,86 @@ class ActorLearnerConfig(_HostLanesConfig):
         return Crew(self.num_actors, self.lanes_per_actor, self.rows_per_chunk, self.num_replay_shards)
 
 
-TopologyConfig = FusedConfig | OverlappedConfig | DecentralisedConfig | ActorLearnerConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterServerConfig:
+    """Where it runs: workers act and send gradients to a server, which applies them as they come (Gorila), on Ray.
+
+    Source: Nair et al. 2015, arXiv 1507.04296.
+    """
+
+    num_workers: int = 4
+    """Processes that act and compute gradients, each with lanes of its own."""
+    lanes_per_worker: int = 4
+    """Environments that each of them steps at once."""
+    num_server_shards: int = 1
+    """Processes that share the parameters, each with an equal part of them."""
+    num_replay_shards: int = 0
+    """Processes that keep what all workers do, for all to learn from. 0: each worker keeps its own, and learns from
+    that."""
+    rows_per_chunk: int = 16
+    """Steps of each lane that a worker takes at once."""
+    max_staleness: int = 16
+    """Learner steps that the server may have taken since the parameters of a gradient; those of older ones are
+    dropped."""
+    gradients_per_learner_step: int = 1
+    """Gradients whose mean the server applies at once. As many as workers, with a max_staleness of 0, is one learner
+    with so much larger batches (synchronous)."""
+    max_loss_deviations: float | None = 10.0
+    """Gradients whose loss is above the running mean by more standard deviations than this are dropped. None keeps
+    all."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which gradients travel; the server computes in float32."""
+    snapshot_period_learner_steps: int = 200
+    """Learner steps between copies of the server's state, kept in Ray's object store: what a lost shard goes on
+    from."""
+    max_failures: int = 10
+    """Environments that may raise or die in a worker before the run fails; each is replaced until then."""
+    worker_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What of Ray's resources each worker takes; by default a CPU, as each shard of the server and of the replay."""
+    ray_address: str = "local"
+    """Address of a Ray cluster, as `auto` or HOST:PORT; `local` starts one on this machine and ends it."""
+    silence_seconds: float = 90.0
+    """A part that was asked for something and says nothing for so long is replaced, as one that died is."""
+    max_restarts: int = 5
+    """Times that one part may be replaced within ten minutes before the run fails."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_workers", "lanes_per_worker", "num_server_shards", "rows_per_chunk", "gradients_per_learner_step",
+            "snapshot_period_learner_steps",
+        ):  # fmt: skip
+            _check_count(name, getattr(self, name))
+        for name in ("num_replay_shards", "max_staleness", "max_failures", "max_restarts"):
+            _check_count(name, getattr(self, name), minimum=0)
+        _check_choices(self)
+        fits = self.num_replay_shards <= self.num_workers
+        _check(fits, "num_replay_shards", f"at most num_workers={self.num_workers}", self.num_replay_shards)
+        limit = self.max_loss_deviations
+        _check(limit is None or limit > 0, "max_loss_deviations", "positive, or None", limit)
+        _check(self.silence_seconds >= 5, "silence_seconds", "at least 5", self.silence_seconds)
+        amounts = self.worker_resources
+        _check(all(amount >= 0 for amount in amounts.values()), "worker_resources", "all at least 0", dict(amounts))
+        _check_ray_address(self.ray_address)
+
+    @property
+    def num_envs(self) -> int:
+        """Lanes of all workers."""
+        return self.num_workers * self.lanes_per_worker
+
+    @property
+    def mesh(self) -> MeshConfig:
+        """One device: each worker has its own."""
+        return MeshConfig()
+
+    @property
+    def crew(self) -> Crew:
+        """Who acts, and where it is kept: by each worker itself, unless they share a replay."""
+        return Crew(
+            self.num_workers, self.lanes_per_worker, self.rows_per_chunk, self.num_replay_shards or self.num_workers
+        )
+
+
+TopologyConfig = FusedConfig | OverlappedConfig | DecentralisedConfig | ActorLearnerConfig | ParameterServerConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -448,6 +527,7 @@ TOPOLOGIES: dict[str, type[TopologyConfig]] = {
     "overlapped": OverlappedConfig,
     "decentralised": DecentralisedConfig,
     "actor-learner": ActorLearnerConfig,
+    "parameter-server": ParameterServerConfig,
 }
 """Where a run can take place, by name."""
 
@@ -458,7 +538,7 @@ EXPLORATION_SCHEDULE = ("exploration_start", "exploration_end", "exploration_sch
 
 def crew_of(topology: TopologyConfig) -> Crew:
     """Returns who acts where that is processes of their own."""
-    assert isinstance(topology, ActorLearnerConfig)
+    assert isinstance(topology, ActorLearnerConfig | ParameterServerConfig)
     return topology.crew
 
 
@@ -542,11 +622,12 @@ def _check_sizes(agent: AgentConfig, topology: TopologyConfig) -> None:
     """Sizes that must fit each other across agent and topology, and the 32 bits that index arrays."""
     num_lanes, num_replicas = topology.num_envs, topology.mesh.data
     over = "num_processes x devices_per_process" if isinstance(topology, DecentralisedConfig) else "mesh.data"
-    if isinstance(topology, ActorLearnerConfig):
-        rule = "uniform or prioritised with topology actor-learner, for it is what actors and learner share"
+    if isinstance(topology, ActorLearnerConfig | ParameterServerConfig):
+        rule = f"uniform or prioritised with topology {topology_name(topology)}, which learns while others act"
         _check(agent.replay != "none", "replay", rule, agent.replay)
-        rule = "epsilon_greedy with topology actor-learner"
-        _check(agent.exploration == "epsilon_greedy", "exploration", rule, agent.exploration)
+        if isinstance(topology, ActorLearnerConfig):
+            rule = "epsilon_greedy with topology actor-learner"
+            _check(agent.exploration == "epsilon_greedy", "exploration", rule, agent.exploration)
     else:
         _check_divides("num_envs", num_lanes, over, num_replicas)
     if agent.replay == "none":

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from qfleet.config import ActorLearnerConfig, DecentralisedConfig, FusedConfig, TopologyConfig
+from qfleet.config import ActorLearnerConfig, DecentralisedConfig, FusedConfig, ParameterServerConfig, TopologyConfig
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def environments(backend: str, topology: TopologyConfig) -> str:
         return f"{backend}, {topology.num_envs} over {topology.num_processes} processes"
     if isinstance(topology, ActorLearnerConfig):
         return f"{backend}, {topology.num_envs} over {topology.num_actors} actors"
+    if isinstance(topology, ParameterServerConfig):
+        return f"{backend}, {topology.num_envs} over {topology.num_workers} workers"
     if isinstance(topology, FusedConfig):
         return backend if backend == "in-graph" else f"{backend}, in-graph"
     num_workers = min(topology.num_workers, topology.num_envs)

@@ -15,6 +15,7 @@ from qfleet.config import (
     DecentralisedConfig,
     FusedConfig,
     OverlappedConfig,
+    ParameterServerConfig,
     TrainConfig,
     check_suits,
     topology_name,
@@ -39,11 +40,13 @@ class _TrainFlags(TrainConfig):
     """Where the settings below start from, as `qfleet presets` lists them."""
     agent: Annotated[AgentConfig, _FLAT] = dataclasses.field(default_factory=AgentConfig)
     topology_name: Annotated[
-        Literal["fused", "overlapped", "decentralised", "actor-learner"], tyro.conf.arg(name="topology")
+        Literal["fused", "overlapped", "decentralised", "actor-learner", "parameter-server"],
+        tyro.conf.arg(name="topology"),
     ] = "fused"
     """Where it runs. fused: acting and learning in one compiled program, for environments written in JAX. overlapped:
     the others step in threads or processes while the learner learns. decentralised: either, in several processes.
-    actor-learner: either, many actors and one learner on Ray."""
+    actor-learner: either, many actors and one learner on Ray. parameter-server: either, many workers send gradients
+    to a server on Ray."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -72,12 +75,19 @@ class _ActorLearnerFlags(_TrainFlags):
     topology: Annotated[ActorLearnerConfig, _FLAT] = dataclasses.field(default_factory=ActorLearnerConfig)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ParameterServerFlags(_TrainFlags):
+    __doc__ = _TrainFlags.__doc__
+    topology: Annotated[ParameterServerConfig, _FLAT] = dataclasses.field(default_factory=ParameterServerConfig)
+
+
 # Or each topology's flags would be a subcommand.
 _FLAGS = {
     "fused": _FusedFlags,
     "overlapped": _OverlappedFlags,
     "decentralised": _DecentralisedFlags,
     "actor-learner": _ActorLearnerFlags,
+    "parameter-server": _ParameterServerFlags,
 }
 
 _CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]

@@ -21,7 +21,6 @@ ELEMENTWISE = (
     "adamax",
     "adamw",
     "lion",
-    "nadam",
     "radam",
     "rmsprop",
     "sgd",

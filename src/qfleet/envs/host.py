@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from qfleet.config import FusedConfig, TopologyConfig, check_lane_options
+from qfleet.config import FusedConfig, ParameterServerConfig, TopologyConfig, check_lane_options
 from qfleet.core.types import EnvSpec
 
 __all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes", "lane_options", "seed_of"]
@@ -87,6 +87,8 @@ class LaneOptions:
 def lane_options(config: TopologyConfig) -> LaneOptions:
     """Returns the options that the config of a topology for such environments describes."""
     assert not isinstance(config, FusedConfig)
+    if isinstance(config, ParameterServerConfig):  # whose workers step them themselves
+        return LaneOptions(max_failures=config.max_failures)
     return LaneOptions(
         num_workers=config.num_workers,
         step_timeout_seconds=config.step_timeout_seconds,

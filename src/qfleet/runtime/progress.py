@@ -129,23 +129,26 @@ class ProgressView:
         ):
             if name in self._latest:
                 columns.append((label, format(self._latest[name], form)))
-        if "fleet_actors_there" in self._latest:
-            columns += _of_fleet(self._latest)
+        columns += _of_fleet(self._latest)
         if seconds > 0 and env_rate > 0:
             columns.append(("left", _clock(max(0.0, self._total - env_steps) / env_rate)))
         return columns
 
 
 def _of_fleet(latest: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Returns how a fleet is doing: who is there, who waits for whom, and what it has lost."""
-    waiting = {name: latest[f"fleet_{name}_waiting"] for name in ("actors", "shards", "learner")}
-    columns = [
-        ("actors", f"{latest['fleet_actors_there']:.0f}"),
-        ("waiting", " ".join(f"{name} {share:.0%}" for name, share in waiting.items())),
-        ("staleness", f"{latest['staleness']:.0f}"),
-        ("replay", f"{latest['fleet_replay_transitions']:,.0f}"),
-    ]
-    if latest["fleet_restarts"]:
+    """Returns how the parts of a run are doing: who is there, who waits for whom, and what has been lost."""
+
+    def named(end: str) -> dict[str, float]:
+        names = {name: name.removeprefix("fleet_").removesuffix(end) for name in latest if name.endswith(end)}
+        return {short: latest[name] for name, short in names.items()}
+
+    columns = [(name, f"{count:.0f}") for name, count in named("_there").items()]
+    if waiting := named("_waiting"):
+        columns.append(("waiting", " ".join(f"{name} {share:.0%}" for name, share in waiting.items())))
+        columns.append(("staleness", f"{latest['staleness']:.0f}"))
+    if "fleet_replay_transitions" in latest:
+        columns.append(("replay", f"{latest['fleet_replay_transitions']:,.0f}"))
+    if latest.get("fleet_restarts"):
         columns.append(("restarts", f"{latest['fleet_restarts']:.0f}"))
     return columns
 

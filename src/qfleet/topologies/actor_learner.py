@@ -17,44 +17,29 @@ checkpoint's parameters.
 Source: Horgan et al. 2018, arXiv 1803.00933.
 """
 
-import contextlib
-import dataclasses
-import functools
-import importlib
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from qfleet.config import ActorLearnerConfig, ConfigError, TrainConfig
-from qfleet.core.agent import make_agent
-from qfleet.core.exploration import greedy
-from qfleet.core.keys import key_of
-from qfleet.core.learner import LearnerState, make_learner
-from qfleet.core.replay import SavedReplay
-from qfleet.core.types import Network, Params, stored_spec
-from qfleet.envs.host import HostEnv, HostLanes, lane_options, seed_of
+from qfleet.config import ActorLearnerConfig, TrainConfig
+from qfleet.core.types import Network, Params
+from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
-from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
 from qfleet.runtime.records import Progress, mean
 from qfleet.topologies.actor_learner_learner import batches_per_round
-from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
-from qfleet.topologies.placement import EVERYBODYS
-from qfleet.topologies.replay_shard import join_shards, make_shard_replay
-from qfleet.topologies.topology import StateIsLost, Topology, check_loss, fitting, saved_replay
+from qfleet.topologies.ray_topology import OnRay
+from qfleet.topologies.replay_shard import join_shards
+from qfleet.topologies.topology import check_loss
 
 if TYPE_CHECKING:
-    from qfleet.topologies.actor_learner_director import FleetTally
-
-_EVALUATION = 1
-"""What a seed's random numbers are for; 0 and 2 are the learner's and the actors'."""
+    from qfleet.topologies.actor_learner_director import FleetDirector, FleetTally
 
 
-class ActorLearner(Topology):
+class ActorLearner(OnRay):
     """Actors, a replay and a learner, each in processes of its own, and this one that directs them."""
+
+    _director: "FleetDirector"
 
     def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network) -> None:
         """Checks the sizes; `start` does the work.
@@ -63,59 +48,14 @@ class ActorLearner(Topology):
           ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
         """
         assert isinstance(config.topology, ActorLearnerConfig)
-        if config.num_seeds > 1:
-            raise ConfigError(
-                f"num_seeds must be 1 with topology actor-learner, got num_seeds={config.num_seeds}; start one run for "
-                f"each seed"
-            )
-        importlib.import_module("qfleet.topologies.ray_cluster")  # which says so if Ray isn't there
+        super().__init__(config, env, network)
         from qfleet.topologies.actor_learner_director import FleetDirector  # here, for most of qfleet does without Ray
 
-        self._config, self._topology, self._env = config, config.topology, env
-        self._agent = make_agent(network, config.agent)
-        self._stored_spec = stored_spec(env.spec, network.store)
-        learner = make_learner(self._agent, config.agent)
-        self._shapes: LearnerState = jax.eval_shape(lambda: learner.init(self._agent.init(jax.random.key(0))))
+        self._topology = config.topology
         self._epsilons = [config.topology.epsilon(i) for i in range(config.topology.num_actors)]
-        make_shard_replay(config, 0, self._stored_spec)  # which checks the sizes, the same for all shards
         self._director = FleetDirector(
             config, batches_per_round(config, env.spec), self._read_learner, self._read_replay
         )
-        self.env_steps = 0
-        """When it was last looked at; the fleet goes on meanwhile."""
-        self.learner_steps = 0
-        """The same."""
-        self._eval_lanes: HostLanes | None = None
-
-    def footprint(self) -> Footprint:
-        """Returns what the fleet keeps in all, which on one machine is what the host must have."""
-        num_lanes, config = self._topology.num_envs, self._config.agent
-        one_shard = dataclasses.replace(self._topology, num_replay_shards=1)
-        whole = make_shard_replay(dataclasses.replace(self._config, topology=one_shard), 0, self._stored_spec)
-        replay = jax.eval_shape(whole.init)
-        return make_footprint(
-            {"data": 1, "model": 1},
-            tuple(jax.local_devices()[:1]),
-            learner=(self._shapes, jax.tree.map(lambda x: EVERYBODYS, self._shapes)),
-            lanes=((), EVERYBODYS),
-            replay=(replay, jax.tree.map(lambda x: EVERYBODYS, replay)),
-            batch=(batch_shapes(self._stored_spec, config, num_lanes, 1), EVERYBODYS),
-        )
-
-    def start(self) -> float:
-        """Starts all parts, and returns the wall time until the learner, the replay and an actor are there.
-
-        Raises:
-          ConfigError: if the cluster isn't there, or has no room for them.
-        """
-        started = time.perf_counter()
-        self._director.checkpoints_path = self.checkpoints_path
-        try:
-            self._director.start()
-        except BaseException:  # Ctrl-C too: a Ray that nobody ends stays as long as this process
-            self.close()
-            raise
-        return time.perf_counter() - started
 
     def advance(self, until_env_steps: int) -> Progress:
         """Waits for half a second of training, or until so many environment steps have been taken.
@@ -170,47 +110,6 @@ class ActorLearner(Topology):
                for name, count in num_parts.items()},
         }  # fmt: skip
 
-    def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
-        """Returns greedy returns of the newest parameters, `[1, num_episodes]`; meanwhile the fleet goes on.
-
-        But from the second batch on the learner rests: what confirms a return is what a checkpoint will hold.
-
-        Args:
-          num_episodes: played by this process.
-          batch: evaluations of the same parameters with different numbers see different episodes.
-        """
-        if batch:
-            with contextlib.suppress(StateIsLost):
-                self._director.rest()
-        params, env = self.params, self._env
-        numbers = (self._config.seed, _EVALUATION, self.env_steps % 2**32, batch)
-        if isinstance(env, InGraphEnv):
-            key = key_of(*numbers)
-            return np.asarray(self._greedy_returns(params, key, num_episodes))[None]
-        if self._eval_lanes is None:
-            num_lanes = min(self._topology.num_envs, self._config.eval_episodes)
-            self._eval_lanes = env.make_eval_lanes(num_lanes, lane_options(self._topology))
-            self._greedy = jax.jit(lambda params, view: greedy(self._agent.q_values(params, view)))
-        returns = host_greedy_returns(
-            self._eval_lanes,
-            env.spec,
-            lambda view: self._greedy(params, view),
-            num_episodes,
-            seed_of(*numbers),
-            self._agent.store,
-        )
-        return returns[None]
-
-    @functools.cached_property
-    def _greedy_returns(self) -> Callable[..., jax.Array]:
-        env, agent = self._env, self._agent
-
-        def returns(params: Params, key: jax.Array, num_episodes: int) -> jax.Array:
-            assert isinstance(env, InGraphEnv)
-            return greedy_returns(env, agent.q_values, params, key, num_episodes, agent.store)
-
-        return jax.jit(returns, static_argnums=2)
-
     @property
     def params(self) -> Params:
         """The newest parameters."""
@@ -232,7 +131,7 @@ class ActorLearner(Topology):
         self.learner_steps, leaves = self._director.learner_state()
         state = {"learner": jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)}
         if self._config.checkpoint_replay:
-            state["replay"] = join_shards(self._director.snapshots(), self._topology.crew)
+            state["replay"] = join_shards(self._director.snapshots(), self._crew)
         return state
 
     @property
@@ -247,49 +146,7 @@ class ActorLearner(Topology):
             "epsilons": self._epsilons,
         }
 
-    def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state that a checkpoint holds, of a fleet of any size or of another topology."""
-        state: dict[str, Any] = {"learner": self._read_learner(checkpoints, checkpoint)}
-        if self._config.checkpoint_replay:
-            state["replay"] = self._read_replay(checkpoints, checkpoint)
-        return state
-
-    def _read_learner(self, checkpoints: Checkpoints, checkpoint: int | None = None) -> LearnerState:
-        like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self._shapes)
-        state: LearnerState = checkpoints.restore_item("learner", like, checkpoint)
-        return state
-
-    def _read_replay(self, checkpoints: Checkpoints, checkpoint: int | None = None) -> SavedReplay:
-        """Returns the replay of a checkpoint as this fleet would have saved it."""
-        saved = saved_replay(checkpoints.restore_item("replay", env_steps=checkpoint))
-        num_actors, num_lanes, agent = self._topology.num_actors, self._topology.num_envs, self._config.agent
-        shape = (agent.replay_capacity // num_lanes, num_lanes)
-        is_ours = saved.ring.rows.outcome.shape == shape and len(saved.ring.cursor) == num_actors
-        if is_ours and not isinstance(saved.leaves, tuple):
-            return saved
-        return fitting(saved, (*shape, num_actors), agent, self._env.spec.frame_stack, is_prioritised=True)
-
     @property
     def layout(self) -> str:
         """What a checkpoint must have been saved by to hold the very arrays of this one."""
         return f"actor-learner, {self._topology.num_actors} x {self._topology.lanes_per_actor} lanes"
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What the run's summary should hold beside what all topologies have."""
-        return {"num_restarts": self._director.num_restarts}
-
-    def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up.
-
-        Environments are not saved: every actor is a new one, in new episodes.
-        """
-        self._director.restore(state, counters)
-        self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
-
-    def close(self) -> None:
-        """Ends all parts, and the connection to Ray; may be called twice, and before `start`."""
-        self._director.close()
-        if self._eval_lanes is not None:
-            self._eval_lanes.close()
-            self._eval_lanes = None

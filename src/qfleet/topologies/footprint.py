@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from qfleet.config import AgentConfig, ConfigError, DecentralisedConfig, TrainConfig
+from qfleet.config import AgentConfig, ConfigError, DecentralisedConfig, ParameterServerConfig, TrainConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import ReplayState
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
@@ -214,7 +214,9 @@ def _with_less_replay(config: TrainConfig, footprint: Footprint, limit: int) -> 
 def _with_more_devices(config: TrainConfig) -> _Others:
     """Returns the config on larger meshes; on a CPU they'd have no more memory than this one."""
     topology = config.topology
-    if config.num_seeds > 1 or jax.default_backend() == "cpu" or isinstance(topology, DecentralisedConfig):
+    if isinstance(topology, DecentralisedConfig | ParameterServerConfig):
+        return []
+    if config.num_seeds > 1 or jax.default_backend() == "cpu":
         return []
     mesh = topology.mesh
 

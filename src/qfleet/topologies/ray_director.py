@@ -110,6 +110,10 @@ class Director(abc.ABC, Generic[T]):
     def _is_at_work(self) -> bool:
         """Returns whether anything is under way to the vital parts."""
 
+    @abc.abstractmethod
+    def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
+        """Has all parts go on from a checkpoint, before the first `go_on`; without a replay, from an empty one."""
+
     # --- For other threads ---
 
     def start(self) -> None:

@@ -189,8 +189,16 @@ def make_shard_replay(config: TrainConfig, number: int, stored: EnvSpec) -> Repl
       number: of the shard.
       stored: the spec of observations as the network's `store` keeps them.
     """
+    return _make_replay(config, len(crew_of(config.topology).actors_of(number)), stored)
+
+
+def make_whole_replay(config: TrainConfig, stored: EnvSpec) -> Replay:
+    """Returns what the replays of all shards are together, as one."""
+    return _make_replay(config, crew_of(config.topology).num_actors, stored)
+
+
+def _make_replay(config: TrainConfig, num_segments: int, stored: EnvSpec) -> Replay:
     crew = crew_of(config.topology)
-    num_segments = len(crew.actors_of(number))
     num_lanes = num_segments * crew.lanes_per_actor
     num_rows = config.agent.replay_capacity // crew.num_lanes
     agent = dataclasses.replace(config.agent, replay_capacity=num_rows * num_lanes, replay="prioritised")

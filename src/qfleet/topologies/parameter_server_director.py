@@ -1,0 +1,628 @@
+"""Who directs workers and server. See `qfleet.topologies.parameter_server`."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+
+from qfleet.config import ParameterServerConfig, TrainConfig
+from qfleet.core.exploration import exploration_at, importance_exponent_at
+from qfleet.core.learner import LearnerState
+from qfleet.core.replay import SavedReplay
+from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.collecting import Report
+from qfleet.topologies.limiter import CHUNKS_AHEAD, Limiter
+from qfleet.topologies.parameter_server_gate import Gate
+from qfleet.topologies.parameter_server_parts import RemoteReplayShard, RemoteServerShard, RemoteWorker
+from qfleet.topologies.parameter_server_shard import Division, Leaves, TargetClock
+from qfleet.topologies.parameter_server_worker import Lesson
+from qfleet.topologies.ray_director import Director, Tally
+from qfleet.topologies.ray_parts import ON_CPU, ONE_CPU, Part, has_failed
+from qfleet.topologies.replay_shard import NOTHING, Stock, Writer, share_of
+from qfleet.topologies.sharded_replay import Drawn, ShardedReplay
+
+logger = logging.getLogger("qfleet")
+
+_GRADIENTS_AHEAD = 1
+"""That each worker has been asked for: the next one's parameters come while it is at the one before."""
+
+_STEPS_AHEAD = 4
+"""That the server has been sent, and has not applied yet."""
+
+
+class ServerTally(Tally):
+    """What happened since the last record."""
+
+    def __init__(self, num_workers: int) -> None:
+        super().__init__()
+        self.env_steps = self.learner_steps = self.num_failures = 0
+        self.worker_env_steps = np.zeros(num_workers, np.int64)
+        self.returns: list[float] = []
+        self.lengths: list[int] = []
+        self.q_mean: list[float] = []
+        self.losses: list[float] = []
+        self.td_errors: list[float] = []
+        """Of the gradients that were applied, as are:"""
+        self.staleness: list[int] = []
+        self.num_gradients = {"applied": 0, "stale": 0, "outlier": 0}
+        self.pulled_bytes = self.pushed_bytes = 0
+        self.busy_seconds = {"workers": 0.0, "server": 0.0, "shards": 0.0}
+
+
+class _Parameters(NamedTuple):
+    """Parameters that workers can pull."""
+
+    version: int
+    """Steps that the server had been sent, in all of its lives: it counts up, whatever happens to the server."""
+    params: tuple[Any, ...]
+    """References to each shard's piece; they may still be on their way."""
+    target_version: int
+    """Of the first parameters with this target network."""
+    target_params: tuple[Any, ...]
+    """The same."""
+
+
+class _Gradient(NamedTuple):
+    """A gradient that is to be applied."""
+
+    version: int
+    pieces: tuple[Any, ...]
+    """A reference for each shard of the server."""
+
+
+class _Snapshot(NamedTuple):
+    """A copy of the server's state, all shards after the same step."""
+
+    learner_steps: int
+    target_age: int
+    leaves: list[Any]
+    """References to each shard's."""
+
+
+@dataclasses.dataclass
+class _Worker:
+    """What this process knows of a worker."""
+
+    part: Part
+    num_chunks: int = 0
+    """That it was asked for, and that are not in the replay yet."""
+    num_gradients: int = 0
+    """That it was asked for."""
+    num_asked: int = 0
+    """Chunks, of the incarnation that has the place."""
+    asked_last: int = 0
+    """When, counted in requests to all workers."""
+    version: int = -1
+    """Of the parameters that it was sent last."""
+    target_version: int = -1
+    """The same, of the target network."""
+    stock: Stock = NOTHING
+    """Of its own replay."""
+
+
+class ServerDirector(Director[ServerTally]):
+    """Directs the workers, the server, and the replay if they share one."""
+
+    _needs_in_words = "all shards of the server and of the replay, and a worker"
+    _resource_flags = "--worker-resources"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        division: Division,
+        read_learner: Callable[[Checkpoints, int], LearnerState],
+        read_replay: Callable[[Checkpoints, int], SavedReplay],
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+          config: of the run.
+          division: of the learner over the server's shards.
+          read_learner: reads the learner of a checkpoint.
+          read_replay: reads its replay, as one for all workers.
+        """
+        assert isinstance(config.topology, ParameterServerConfig)
+        self._config, self._topology, self._division = config, config.topology, division
+        super().__init__(self._topology.ray_address, self._topology.silence_seconds, self._topology.max_restarts)
+        self._read_learner, self._read_replay = read_learner, read_replay
+        self.limiter = Limiter(config, num_batches=1)
+        self.incarnations = [0] * self._topology.num_workers
+        """Of each worker, how many had its place before."""
+        self.version = 0
+        """Steps that the server was sent, whatever has become of them: it never goes back."""
+        self._gate = Gate(self._topology)
+        self._workers: list[_Worker] = []
+        self._server: list[Part] = []
+        self._replay: ShardedReplay | None = None
+        if self._topology.num_replay_shards:
+            self._replay = ShardedReplay(config, self._parts, functools.partial(self._note_busy, "shards"))
+        self._parameters: _Parameters | None = None
+        self._target_clock = TargetClock(config.agent.target_update_period)
+        self._is_asked_for_snapshot = False
+        self._snapshot: _Snapshot | None = None
+        self._gradients: list[_Gradient] = []  # of the next step
+        self._num_stepping = 0  # steps that the server was sent, and has not applied on all shards yet
+        self._num_requests = 0  # to all workers
+
+    # --- For other threads ---
+
+    def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
+        """Has all parts go on from a checkpoint, before the first `go_on`; without a replay, from an empty one."""
+        self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
+        starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
+        self.limiter.go_on(starts_at, self.env_steps, self.learner_steps)
+        # Of other workers, or of a fleet's actors: beyond all that there have been.
+        incarnation = max(counters.get("incarnations", []), default=-1) + 1
+        self._post(lambda: self._restore_parts(state, incarnation, counters.get("version", 0)))
+
+    @property
+    def num_workers_there(self) -> int:
+        """Workers that have a place."""
+        return sum(worker.part.is_there for worker in self._workers)
+
+    @property
+    def num_transitions(self) -> int:
+        """That the replay holds, or all workers' own."""
+        if self._replay is not None:
+            return self._replay.num_transitions
+        return sum(worker.stock.num_transitions for worker in self._workers)
+
+    def params(self) -> list[np.ndarray]:
+        """Returns each shard's piece of the newest parameters, all after the same step."""
+        references = self._of_server("params", num_returns=3)
+        return [ray.get(reference) for reference in references]
+
+    def learner_state(self) -> list[Leaves]:
+        """Returns what each shard of the server must keep, all after the same step.
+
+        Raises:
+          StateIsLost: if one has no place.
+        """
+        references = self._of_server("state", num_returns=2)
+        return [ray.get(reference) for reference in references]
+
+    def snapshots(self) -> Iterator[SavedReplay]:
+        """Yields what each shard of the replay, or each worker's own, keeps; one at a time is held here.
+
+        Raises:
+          StateIsLost: if one has no place.
+        """
+        for part in self._keepers():
+            yield self._answer_of(part, "snapshot", gives_up=True)
+
+    def _of_server(self, method: str, *arguments: Any, num_returns: int) -> list[Any]:
+        """Returns references to what all shards return second, asked at one moment, again if one is lost at it."""
+        while True:
+            answer: concurrent.futures.Future = concurrent.futures.Future()
+            dropped = functools.partial(answer.set_result, None)
+
+            def there(_: list[Any], seconds: list[Any], *__: list[Any], answer: Any = answer) -> None:
+                answer.set_result(seconds)
+
+            ask = functools.partial(self._ask_server, method, *arguments, num_returns=num_returns)
+            self._post(functools.partial(ask, then=there, dropped=dropped))
+            while not answer.done():
+                concurrent.futures.wait([answer], timeout=0.1)
+                self.raise_error()
+                self._check_have_places(self._server)
+            if (references := answer.result()) is not None and not any(map(has_failed, references)):
+                return references
+
+    # --- What its own thread does ---
+
+    def _new_tally(self) -> ServerTally:
+        return ServerTally(self._topology.num_workers)
+
+    def _note_busy(self, who: str, seconds: float) -> None:
+        self._tally.busy_seconds[who] += seconds
+
+    def _resources(self) -> list[Mapping[str, float]]:
+        topology = self._topology
+        each: Mapping[str, float] = topology.worker_resources or ONE_CPU
+        return [each] * topology.num_workers + [ONE_CPU] * (topology.num_server_shards + topology.num_replay_shards)
+
+    def _keepers(self) -> list[Part]:
+        """Returns who keeps the replay."""
+        return self._replay.parts if self._replay is not None else [worker.part for worker in self._workers]
+
+    def _missing(self) -> Part | None:
+        needed = [*self._server, *(self._replay.parts if self._replay is not None else [])]
+        missing = next((part for part in needed if not part.is_there), None)
+        return missing or (None if self.num_workers_there else self._workers[0].part)
+
+    def _vital(self) -> list[Part]:
+        return [*self._server, *self._keepers()]
+
+    def _is_at_work(self) -> bool:
+        flying = any(worker.num_chunks or worker.num_gradients for worker in self._workers)
+        return flying or bool(self._num_stepping) or (self._replay is not None and self._replay.is_at_work)
+
+    def _issue(self) -> None:
+        if self._parameters is None:
+            self._parameters = self._all_parameters()
+        self._issue_chunks()
+        self._issue_gradients()
+        self._issue_snapshot()
+
+    def _ask_server(
+        self,
+        method: str,
+        *arguments: Any,
+        num_returns: int,
+        then: Callable[..., None],
+        dropped: Callable[[], None],
+    ) -> None:
+        """Asks all shards of the server, between the same two steps.
+
+        Args:
+          method: of a shard.
+          *arguments: of it.
+          num_returns: of it.
+          then: called with what all returned first, then lists of references to what they returned else.
+          dropped: called instead if one of them is lost at it.
+        """
+        answers: dict[int, tuple[Any, ...]] = {}
+        is_over = False
+
+        def one(i: int, *values: Any) -> None:
+            answers[i] = values
+            if len(answers) == len(self._server) and not is_over:
+                columns = zip(*(answers[i] for i in range(len(self._server))), strict=True)
+                then(*map(list, columns))
+
+        def none() -> None:
+            nonlocal is_over
+            if not is_over:
+                is_over = True
+                dropped()
+
+        for i, part in enumerate(self._server):
+            self._parts.ask(
+                part, method, *arguments, num_returns=num_returns, then=functools.partial(one, i), dropped=none
+            )
+
+    # Parameters, and the steps that move them.
+
+    def _all_parameters(self) -> _Parameters:
+        asked = [self._parts.ask(part, "params", num_returns=3) for part in self._server]
+        _, params, target_params = zip(*asked, strict=True)
+        return _Parameters(self.version, params, self.version, target_params)
+
+    def _pulled_by(self, worker: _Worker) -> tuple[Any, ...]:
+        """Returns references to what a worker must pull to have the newest parameters."""
+        newest, pulled = self._newest, ()
+        if worker.version != newest.version:
+            pulled = newest.params
+            if worker.target_version != newest.target_version:
+                pulled += newest.target_params
+        worker.version, worker.target_version = newest.version, newest.target_version
+        return pulled
+
+    def _has_not_pulled(self, worker: _Worker, pulled: tuple[Any, ...]) -> None:
+        """Has a worker that may have got nothing pull all anew; the server hands out again what is lost."""
+        worker.version = worker.target_version = -1
+        if any(map(has_failed, pulled)):
+            self._parameters = None
+
+    @property
+    def _newest(self) -> _Parameters:
+        assert self._parameters is not None
+        return self._parameters
+
+    def _step(self) -> None:
+        """Has the server apply the mean of the gradients that have been collected."""
+        columns = list(zip(*(gradient.pieces for gradient in self._gradients), strict=True))
+        self._gradients = []
+        self.version += 1
+        self.learner_steps += 1
+        self._num_stepping += 1
+        self._tally.learner_steps += 1
+        version, left = self.version, len(self._server)
+
+        def ended() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self._num_stepping -= 1
+
+        def done(seconds: float, *_: Any) -> None:
+            self._note_busy("server", seconds)
+            ended()
+
+        def lost() -> None:  # on one shard, and not on others
+            ended()
+            if version >= self._gate.oldest_version:
+                self._go_back("a gradient was lost on its way to the server")
+
+        method, inputs = "step", columns
+        if len(self._server) > 1 and self._config.agent.max_gradient_norm is not None:
+            squares = tuple(self._add_up(part, column) for part, column in zip(self._server, columns, strict=True))
+            method, inputs = "apply", [squares] * len(self._server)
+        asked = [
+            self._parts.ask(part, method, *needs, num_returns=3, needs=needs, then=done, dropped=lost)
+            for part, needs in zip(self._server, inputs, strict=True)
+        ]
+        _, params, target_params = zip(*asked, strict=True)
+        moved = self._target_clock.tick()
+        if self._parameters is not None:
+            target = (version, target_params) if moved else self._parameters[2:]
+            self._parameters = _Parameters(version, params, *target)
+
+    def _add_up(self, part: Part, gradients: tuple[Any, ...]) -> Any:
+        """Has a shard add up its pieces of some gradients, and returns a reference to the sum of its squares."""
+
+        def done(seconds: float, _: Any) -> None:
+            self._note_busy("server", seconds)
+
+        return self._parts.ask(part, "add_up", *gradients, num_returns=2, needs=gradients, then=done)[1]
+
+    def _issue_snapshot(self) -> None:
+        last = self._snapshot.learner_steps if self._snapshot else None
+        is_due = last is None or self.learner_steps - last >= self._topology.snapshot_period_learner_steps
+        if not is_due or self._is_asked_for_snapshot:
+            return
+        self._is_asked_for_snapshot = True
+        version, learner_steps, target_age = self.version, self.learner_steps, self._target_clock.age
+
+        def there(_: list[float], leaves: list[Any]) -> None:
+            self._is_asked_for_snapshot = False
+            if version >= self._gate.oldest_version:  # else the server has gone back since
+                self._snapshot = _Snapshot(learner_steps, target_age, leaves)
+
+        def lost() -> None:
+            self._is_asked_for_snapshot = False
+
+        self._ask_server("state", num_returns=2, then=there, dropped=lost)
+
+    def _server_is_lost(self, i: int) -> None:
+        self._go_back(f"{self._server[i].name} was lost")
+
+    def _go_back(self, why: str) -> None:
+        """Has all shards of the server go on from the newest state that is there of all of them."""
+        before = self.learner_steps
+        self.version += 1
+        self._gate.oldest_version = self.version  # gradients of parameters that are no more are refused
+        self._tally.num_gradients["stale"] += len(self._gradients)
+        self._gradients, self._parameters = [], None
+        snapshot = self._snapshot
+        if snapshot is not None and not any(map(has_failed, snapshot.leaves)):
+            self.learner_steps, whence = snapshot.learner_steps, "the newest snapshot"
+            self._target_clock.age = snapshot.target_age
+            for part, leaves in zip(self._server, snapshot.leaves, strict=True):
+                self._parts.ask(part, "restore", leaves)
+        elif newest := self._of_newest_checkpoint(self._read_learner):
+            learner, counters = newest
+            self.learner_steps, whence = counters["learner_steps"], "the newest checkpoint"
+            self._give_server(learner)
+        else:
+            self.learner_steps, whence = 0, "the beginning: there is neither snapshot nor checkpoint"
+            self._target_clock.age = 0
+            for part in self._server:
+                self._parts.ask(part, "reset")
+        self._snapshot = None  # of a server that was; the next is taken at once
+        logger.warning(
+            "%s: the server goes back from learner step %d to %d, %s", why, before, self.learner_steps, whence
+        )
+
+    def _give_server(self, learner: LearnerState) -> None:
+        self._target_clock.age = int(learner.target_age)
+        for part, leaves in zip(self._server, self._division.split(learner), strict=True):
+            self._parts.ask(part, "restore", leaves)
+
+    # Workers: what they do, and what they learn from.
+
+    def _begin(self, i: int, incarnation: int) -> None:
+        """Has a worker begin, as the one of so many before it that its place has had."""
+        self.incarnations[i] = incarnation
+        worker = self._workers[i]
+        worker.num_asked, worker.version, worker.target_version = 0, -1, -1
+        self._parts.ask(worker.part, "begin", incarnation)
+
+    def _worker_is_lost(self, i: int) -> None:
+        worker, lost = self._workers[i], self._workers[i].stock.num_transitions
+        self._begin(i, self.incarnations[i] + 1)
+        if self._replay is not None:
+            return
+        worker.stock = NOTHING
+        found, whence = 0, "there is no checkpoint that has them"
+        newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
+        if newest:
+            saved, counters = newest
+            own = share_of(saved, self._topology.crew, i)
+            self._give_worker(i, own)
+            found = int(np.sum(np.asarray(own.leaves) > 0))
+            whence = f"from the checkpoint at environment step {counters['env_steps']}"
+        logger.warning("%s held %d transitions; %d are back: %s", worker.part.name, lost, found, whence)
+
+    def _give_worker(self, i: int, own: SavedReplay) -> None:
+        def has(stock: Stock) -> None:
+            self._workers[i].stock = stock
+
+        self._parts.ask(self._workers[i].part, "restore", own, then=has)
+
+    def _shard_is_lost(self, i: int) -> None:
+        assert self._replay is not None
+        newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
+        if not self._replay.was_lost(i, newest):  # then few are learned from over and over, but for a new warm-up
+            self.limiter.begin_anew(self.env_steps, self.learner_steps)
+
+    def _in_turn(self) -> list[int]:
+        return sorted(range(len(self._workers)), key=lambda i: self._workers[i].asked_last)
+
+    def _note_request(self, worker: _Worker) -> None:
+        self._num_requests += 1
+        worker.asked_last = self._num_requests
+
+    @property
+    def _env_steps_per_chunk(self) -> int:
+        return self._topology.rows_per_chunk * self._topology.lanes_per_worker
+
+    def _issue_chunks(self) -> None:
+        steps, num_flying = self._env_steps_per_chunk, sum(worker.num_chunks for worker in self._workers)
+        for _ in range(CHUNKS_AHEAD):
+            for i in self._in_turn():
+                coming = self.env_steps + num_flying * steps
+                if coming >= self._config.env_steps or self.limiter.is_far_ahead(coming, self.learner_steps):
+                    return
+                if self._workers[i].num_chunks < CHUNKS_AHEAD and self._workers[i].part.is_there:
+                    self._ask_for_chunk(i)
+                    num_flying += 1
+
+    def _ask_for_chunk(self, i: int) -> None:
+        worker, writer = self._workers[i], Writer(self.incarnations[i], self._workers[i].num_asked)
+        worker.num_asked += 1
+        worker.num_chunks += 1
+        self._note_request(worker)
+        pulled = self._pulled_by(worker)
+
+        def gone() -> None:
+            worker.num_chunks -= 1
+
+        def arrived(answer: tuple[Report, Stock | None], reference: Any) -> None:
+            report, stock = answer
+            count = functools.partial(self._count, i, report)
+            if self._replay is not None:
+                self._replay.store(i, writer, reference, count, gone)
+                return
+            assert stock is not None
+            worker.stock = stock
+            count()
+            gone()
+
+        def lost() -> None:
+            gone()
+            self._has_not_pulled(worker, pulled)
+
+        exploration = float(exploration_at(self._config.agent, np.array(self.env_steps)))
+        self._parts.ask(
+            worker.part, "pull_and_act", worker.version, exploration, *pulled, num_returns=2, needs=pulled,
+            then=arrived, dropped=lost,
+        )  # fmt: skip
+
+    def _count(self, i: int, report: Report) -> None:
+        """Counts a chunk that the replay has."""
+        tally, steps = self._tally, self._env_steps_per_chunk
+        self.env_steps += steps
+        tally.env_steps += steps
+        tally.worker_env_steps[i] += steps
+        tally.returns += report.returns
+        tally.lengths += report.lengths
+        tally.q_mean.append(report.q_mean)
+        tally.num_failures += report.num_failures
+        tally.pulled_bytes += report.received_bytes
+        self._note_busy("workers", report.busy_seconds)
+
+    def _issue_gradients(self) -> None:
+        topology = self._topology
+        if self._num_stepping >= _STEPS_AHEAD:
+            return
+        each = topology.gradients_per_learner_step
+        due = (self.limiter.due(self.env_steps) - self.learner_steps) * each
+        # With so many under way, none that is asked for now is stale unless others overtake it.
+        most = min(due, (topology.max_staleness + 1) * each)
+        num_coming = len(self._gradients) + sum(worker.num_gradients for worker in self._workers)
+        for _ in range(_GRADIENTS_AHEAD):
+            for i in self._in_turn():
+                if num_coming >= most:
+                    return
+                worker = self._workers[i]
+                if worker.num_gradients < _GRADIENTS_AHEAD and worker.part.is_there and self._is_warm(worker):
+                    if not self._ask_for_gradient(worker):
+                        return
+                    num_coming += 1
+
+    def _is_warm(self, worker: _Worker) -> bool:
+        """Returns whether a worker's own replay has its share of the warm-up, or half of what it can hold."""
+        agent, num_workers = self._config.agent, self._topology.num_workers
+        share = min(agent.warmup_env_steps, agent.replay_capacity // 2) // num_workers
+        return self._replay is not None or worker.stock.num_transitions >= max(1, share - agent.n_step)
+
+    def _ask_for_gradient(self, worker: _Worker) -> bool:
+        """Asks for one; returns whether there is anything to learn from."""
+        agent, num_pieces = self._config.agent, len(self._server)
+        exponent = float(importance_exponent_at(agent, np.array(self.env_steps)))
+        exponent = exponent if agent.replay == "prioritised" else 0.0
+        drawn = None
+        if self._replay is not None:
+            drawn = self._replay.draw(agent.batch_size, exponent)
+            if drawn is None:
+                return False
+        worker.num_gradients += 1
+        self._note_request(worker)
+        pulled = self._pulled_by(worker)
+
+        def lost() -> None:
+            worker.num_gradients -= 1
+            self._has_not_pulled(worker, pulled)
+
+        then = functools.partial(self._gradient_has_come, worker, worker.version, drawn)
+        if drawn is None:
+            self._parts.ask(
+                worker.part, "pull_and_learn", worker.version, exponent, *pulled, num_returns=1 + num_pieces,
+                needs=pulled, then=then, dropped=lost,
+            )  # fmt: skip
+        else:
+            needs = (*pulled, *drawn.references)
+            self._parts.ask(
+                worker.part, "pull_and_learn_of", worker.version, drawn.places, len(pulled), *needs,
+                num_returns=1 + num_pieces + len(drawn.references), needs=needs, then=then, dropped=lost,
+            )  # fmt: skip
+        return True
+
+    def _gradient_has_come(
+        self, worker: _Worker, version: int, drawn: Drawn | None, lesson: Lesson, *references: Any
+    ) -> None:
+        worker.num_gradients -= 1
+        tally, num_pieces = self._tally, len(self._server)
+        self._note_busy("workers", lesson.busy_seconds)
+        if drawn is not None:
+            assert self._replay is not None
+            self._replay.return_errors(drawn, references[num_pieces:])
+        verdict = self._gate.verdict(version, self.version, lesson.loss)
+        tally.num_gradients[verdict] += 1
+        tally.pushed_bytes += self._division.num_params * (2 if self._topology.gradient_dtype == "bfloat16" else 4)
+        if verdict != "applied":
+            return
+        tally.staleness.append(self.version - version)
+        tally.losses.append(lesson.loss)
+        tally.td_errors.append(lesson.td_error)
+        self._gradients.append(_Gradient(version, references[:num_pieces]))
+        if len(self._gradients) == self._topology.gradients_per_learner_step:
+            self._step()
+
+    # The beginning.
+
+    def _make_parts(self) -> None:
+        topology, make, add, config = self._topology, self._make_part, self._parts.add, self._config
+        resources = dict(topology.worker_resources) or ONE_CPU
+        environment = {} if resources.get("GPU") else ON_CPU
+        for i in range(topology.num_server_shards):
+            name, lost = f"server shard {i}", functools.partial(self._server_is_lost, i)
+            self._server.append(add(make(name, RemoteServerShard, (config, i), ONE_CPU, ON_CPU, lost)))
+        if self._replay is not None:
+            for i in range(topology.num_replay_shards):
+                name, lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
+                self._replay.add(add(make(name, RemoteReplayShard, (config, i), ONE_CPU, ON_CPU, lost)))
+        for i in range(topology.num_workers):
+            name, lost = f"worker {i}", functools.partial(self._worker_is_lost, i)
+            self._workers.append(_Worker(add(make(name, RemoteWorker, (config, i), resources, environment, lost))))
+            self._begin(i, 0)
+
+    def _restore_parts(self, state: dict[str, Any], incarnation: int, version: int) -> None:
+        self.version = self._gate.oldest_version = version + 1
+        self._give_server(state["learner"])
+        for i in range(len(self._workers)):
+            self._begin(i, incarnation)
+        if "replay" not in state:
+            return
+        if self._replay is not None:
+            for i in range(len(self._replay.parts)):
+                self._replay.give(i, state["replay"])
+        else:
+            for i in range(len(self._workers)):
+                self._give_worker(i, share_of(state["replay"], self._topology.crew, i))
