@@ -1,6 +1,7 @@
 """A fleet of which one part is lost after the other: how soon it is back, what is lost, and whether it still learns.
 
-    python benchmarks/fleet_faults.py [--faults "kill an actor" ...] [--tries 5] [--part witness|cartpole]
+    python benchmarks/fleet_faults.py [--topology actor-learner|parameter-server] [--faults "kill an actor" ...]
+                                      [--tries 5] [--part witness|cartpole]
 
 - witness: an environment whose observations tell where they come from. The fault comes so often in one run; then the
   replay of its last checkpoint must hold what the environments did, all in order, in its place, and once. `back` is
@@ -37,6 +38,7 @@ sys.path.insert(0, str(common.HERE.parent / "tests"))
 import witness
 
 NUM_ACTORS = 4
+"""Or workers, who act too."""
 
 TIMEOUT_SECONDS = 90.0
 """For a fleet to start, and to be whole again."""
@@ -46,7 +48,6 @@ SILENCE_SECONDS = 5.0
 WITNESS = {
     "preset": "rainbow_lite",
     "hidden-sizes": (32, 32),
-    "lanes-per-actor": 2,
     "replay-capacity": 2_000_000,  # nothing is overwritten
     "warmup-env-steps": 1_000,
     "env-steps-per-learner-step": 16,
@@ -89,7 +90,7 @@ class Driver:
         return self._log.read_text()
 
     def parts(self, kind: str) -> list[int]:
-        """Returns the processes of `RemoteActor`, `RemoteShard` or `RemoteLearner`, oldest first."""
+        """Returns the processes of `RemoteActor`, `RemoteWorker` and so on, oldest first."""
         return [pid for pid in self.processes() if _title(pid).startswith(f"ray::{kind}")]
 
     def processes(self) -> list[int]:
@@ -165,46 +166,67 @@ def kill_one(kind: str, number: signal.Signals = signal.SIGKILL) -> Callable[[Dr
     return happen
 
 
-def kill_actors(driver: Driver, _: random.Random) -> int:
-    """All actors, at once."""
-    actors = driver.parts("RemoteActor")
-    for pid in actors:
-        os.kill(pid, signal.SIGKILL)
-    return len(actors)
+def kill_all(kind: str) -> Callable[[Driver, random.Random], int]:
+    """Returns a fault: all processes of that kind are killed at once."""
+
+    def happen(driver: Driver, _: random.Random) -> int:
+        processes = driver.parts(kind)
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+        return len(processes)
+
+    return happen
 
 
 NEVER = 1e6
-FAULTS = {
+IMPATIENT = {"silence-seconds": SILENCE_SECONDS}
+OF_FLEETS = {
     "kill an actor": Fault(kill_one("RemoteActor")),
-    "kill all actors": Fault(kill_actors),
+    "kill all actors": Fault(kill_all("RemoteActor")),
     "kill a shard": Fault(kill_one("RemoteShard"), flags={"num-replay-shards": 2}),
     "kill a shard, no checkpoint": Fault(kill_one("RemoteShard"), NEVER, {"num-replay-shards": 2}),
     "kill the only shard": Fault(kill_one("RemoteShard")),
     "kill the learner": Fault(kill_one("RemoteLearner")),
     "kill the learner, no checkpoint": Fault(kill_one("RemoteLearner"), NEVER),
-    "stop an actor": Fault(kill_one("RemoteActor", signal.SIGSTOP), flags={"silence-seconds": SILENCE_SECONDS}),
-    "stop a shard": Fault(kill_one("RemoteShard", signal.SIGSTOP), flags={"silence-seconds": SILENCE_SECONDS}),
-    "stop the learner": Fault(kill_one("RemoteLearner", signal.SIGSTOP), flags={"silence-seconds": SILENCE_SECONDS}),
+    "stop an actor": Fault(kill_one("RemoteActor", signal.SIGSTOP), flags=IMPATIENT),
+    "stop a shard": Fault(kill_one("RemoteShard", signal.SIGSTOP), flags=IMPATIENT),
+    "stop the learner": Fault(kill_one("RemoteLearner", signal.SIGSTOP), flags=IMPATIENT),
 }
+OF_SERVERS = {
+    "kill a worker": Fault(kill_one("RemoteWorker")),
+    "kill a worker, no checkpoint": Fault(kill_one("RemoteWorker"), NEVER),
+    "kill all workers": Fault(kill_all("RemoteWorker")),
+    "kill a server shard": Fault(kill_one("RemoteServerShard"), flags={"num-server-shards": 2}),
+    "kill the only server shard": Fault(kill_one("RemoteServerShard")),
+    "kill the server, no checkpoint": Fault(kill_all("RemoteServerShard"), NEVER, {"num-server-shards": 2}),
+    "kill a shard of a shared replay": Fault(kill_one("RemoteReplayShard"), flags={"num-replay-shards": 2}),
+    "stop a worker": Fault(kill_one("RemoteWorker", signal.SIGSTOP), flags=IMPATIENT),
+    "stop a server shard": Fault(
+        kill_one("RemoteServerShard", signal.SIGSTOP), flags={"num-server-shards": 2, **IMPATIENT}
+    ),
+}
+FAULTS = OF_FLEETS | OF_SERVERS
 
 
 def main() -> None:
     """Prints the table."""
-    names = [*FAULTS, *TRIALS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", nargs="+", choices=names, default=names)
+    parser.add_argument("--topology", choices=("actor-learner", "parameter-server"), default="actor-learner")
+    parser.add_argument("--faults", nargs="+", choices=[*FAULTS, *TRIALS])
     parser.add_argument("--tries", type=int, default=5)
     parser.add_argument("--part", choices=("witness", "cartpole"), help="both by default")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
     results = []
-    for name in arguments.faults:
+    is_fleet = arguments.topology == "actor-learner"
+    trials = TRIALS if is_fleet else ("kill the driver", "a slow one")
+    for name in arguments.faults or [*(OF_FLEETS if is_fleet else OF_SERVERS), *trials]:
         row: dict[str, Any] = {"fault": name, **dict.fromkeys(COLUMNS)}
         if arguments.part != "cartpole":
             row |= TRIALS.get(name, of_parts)(name, arguments)
         if arguments.part != "witness" and name in (*FAULTS, "kill the driver"):
-            row |= cartpole(name, arguments.seed)
+            row |= cartpole(name, arguments)
         results.append(row)
         print(row, flush=True)
     common.report("fleet faults", results)
@@ -221,7 +243,8 @@ def of_parts(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Has one fault happen several times in a run of the witness, and returns its row."""
     fault, rng = FAULTS[name], random.Random(arguments.seed)
     back = []
-    with driver_of_witness(checkpoint_period_seconds=fault.checkpoint_period_seconds, **fault.flags) as driver:
+    flags = {"checkpoint-period-seconds": fault.checkpoint_period_seconds, **fault.flags}
+    with driver_of_witness(arguments, **flags) as driver:
         driver.wait_for(is_whole)
         for _ in range(arguments.tries):
             time.sleep(3 * rng.random() + min(3.0, fault.checkpoint_period_seconds))
@@ -240,7 +263,7 @@ def of_driver(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(common.scratch()))
         flags = WITNESS | {"checkpoint-period-seconds": 2.0}
-        driver = stack.enter_context(train(folder, "witness:Witness-v0", flags))
+        driver = stack.enter_context(train(arguments, folder, "witness:Witness-v0", flags))
         driver.wait_for(is_whole)
         for _ in range(arguments.tries):
             time.sleep(3 + 3 * rng.random())
@@ -261,17 +284,17 @@ def of_driver(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def of_slow_actor(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures what the others do while one actor takes 50 ms longer over each step, and returns its row."""
+    """Measures what the others do while one takes 50 ms longer over each step, and returns its row."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(common.scratch())
         options = {"env-options": ("slow_seconds", 0.05, "once", folder + "/slow")}
-        driver = stack.enter_context(driver_of_witness(**options))
+        driver = stack.enter_context(driver_of_witness(arguments, **options))
         driver.wait_for(lambda record: record["fleet_replay_transitions"] > 20_000)
         time.sleep(10)
         newest = driver.records()[-10:]
         slowest, middle = (
-            statistics.mean(record[f"fleet_actor_env_steps_per_second_{name}"] for record in newest)
-            for name in ("min", "median")
+            statistics.mean(rate for record in newest for rate in env_steps_per_second(record, which))
+            for which in ("min", "median")
         )
         print(f"{name}: {slowest:.0f} environment steps/s, the others {middle:.0f}", flush=True)
         return {"tries": 1, **end(driver)}
@@ -291,7 +314,7 @@ def of_nodes(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         stack.callback(cluster.shutdown)
         node = cluster.add_node(**node_has)
         flags = {"ray-address": cluster.address, "num-replay-shards": 2, "checkpoint-period-seconds": 2.0}
-        driver = stack.enter_context(driver_of_witness(**flags, **resources))
+        driver = stack.enter_context(driver_of_witness(arguments, **flags, **resources))
         driver.wait_for(is_whole)
         for _ in range(arguments.tries):
             time.sleep(4)
@@ -308,21 +331,21 @@ def of_nodes(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 TRIALS = {
     "kill the driver": of_driver,
-    "a slow actor": of_slow_actor,
+    "a slow one": of_slow_actor,
     "a node leaves, another joins": of_nodes,
     "the learner's node leaves, another joins": of_nodes,
 }
 
 
-def cartpole(name: str, seed: int) -> dict[str, Any]:
+def cartpole(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Has one fault happen while CartPole is learned, and returns whether it is."""
-    fault = FAULTS.get(name)
+    fault, seed = FAULTS.get(name), arguments.seed
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(common.scratch()))
         flags = CARTPOLE | {"checkpoint-period-seconds": 2.0, "seed": seed}
         if fault:
             flags |= {"checkpoint-period-seconds": fault.checkpoint_period_seconds} | fault.flags
-        driver = stack.enter_context(train(folder, "CartPole-v1", flags))
+        driver = stack.enter_context(train(arguments, folder, "CartPole-v1", flags))
         driver.wait_for(lambda record: record["env_steps"] > 4_000)
         if fault:
             fault.happen(driver, random.Random(seed))
@@ -339,26 +362,36 @@ def cartpole(name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def train(folder: Path, env: str, flags: dict[str, Any]) -> Driver:
+def train(arguments: argparse.Namespace, folder: Path, env: str, flags: dict[str, Any]) -> Driver:
     """Returns the driver of a new run."""
-    common_flags = {"topology": "actor-learner", "num-actors": NUM_ACTORS, "max-restarts": 100}
-    return Driver(folder, "train", env, "--quiet", **common_flags, **flags, run_dir=folder / "run")
+    who = "actor" if arguments.topology == "actor-learner" else "worker"
+    parts = {f"num-{who}s": NUM_ACTORS, "max-restarts": 100}
+    if env != "CartPole-v1":
+        parts |= {f"lanes-per-{who}": 2}
+    return Driver(
+        folder, "train", env, "--quiet", topology=arguments.topology, **parts, **flags, run_dir=folder / "run"
+    )
 
 
 @contextlib.contextmanager
-def driver_of_witness(**flags: Any) -> Iterator[Driver]:
+def driver_of_witness(arguments: argparse.Namespace, **flags: Any) -> Iterator[Driver]:
     """Keeps a run of the witness going, in a folder of its own."""
-    with common.scratch() as folder, train(Path(folder), "witness:Witness-v0", WITNESS | flags) as driver:
+    with common.scratch() as folder, train(arguments, Path(folder), "witness:Witness-v0", WITNESS | flags) as driver:
         yield driver
 
 
 def is_whole(record: dict[str, Any]) -> bool:
     """Returns whether all parts were there and at work."""
     return (
-        record["fleet_actors_there"] == NUM_ACTORS
-        and record["fleet_actor_env_steps_per_second_min"] > 0
+        NUM_ACTORS in (record.get("fleet_actors_there"), record.get("fleet_workers_there"))
+        and min(env_steps_per_second(record, "min")) > 0
         and record["learner_steps_per_second"] > 0
     )
+
+
+def env_steps_per_second(record: dict[str, Any], which: str) -> list[float]:
+    """Returns the `min` or `median` of actors or workers, which a record has if it is of a while of training."""
+    return [value for name, value in record.items() if name.endswith(f"_env_steps_per_second_{which}")] or [0.0]
 
 
 def seconds(back: list[float]) -> dict[str, float]:

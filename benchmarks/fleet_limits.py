@@ -316,7 +316,11 @@ def soak(seconds: float) -> Iterator[dict[str, Any]]:
     config = qfleet.make_config(
         "CartPole-v1", "rainbow_lite", "actor-learner", num_actors=4, num_replay_shards=2, env_steps=10**9
     )
-    fleet = fleet_of(config)
+    return growth(fleet_of(config), seconds)
+
+
+def growth(fleet: Any, seconds: float) -> Iterator[dict[str, Any]]:
+    """Yields the growth of the memory of every part of a topology on Ray, as `soak` does."""
     samples: dict[str, list[tuple[float, float]]] = {}
     started = time.monotonic()
     try:
@@ -324,7 +328,8 @@ def soak(seconds: float) -> Iterator[dict[str, Any]]:
         while (now := time.monotonic() - started) < seconds:
             run_for(fleet, 5.0)
             processes = {part.name: part.place[0] for part in fleet._director._parts._parts}
-            sizes = {"object store": object_store_bytes(processes["learner"]), "director": private_bytes(os.getpid())}
+            worker = next(iter(processes.values()))
+            sizes = {"object store": object_store_bytes(worker), "director": private_bytes(os.getpid())}
             sizes |= {name: private_bytes(process) for name, process in processes.items()}
             for name, size in sizes.items():
                 samples.setdefault(name, []).append((now, size))

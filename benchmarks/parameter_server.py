@@ -1,0 +1,156 @@
+"""The parameter server: how many gradients it applies, how soon CartPole is solved, and the memory of its parts.
+
+python benchmarks/parameter_server.py throughput  gradients of the Nature network, from workers that compute nothing
+python benchmarks/parameter_server.py cartpole    five seeds, until a mean greedy return of 475
+python benchmarks/parameter_server.py soak        the memory of every part, and the object store's
+
+What it survives: benchmarks/fleet_faults.py --topology parameter-server.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import fleet_limits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ray
+
+import qfleet
+from qfleet.config import ParameterServerConfig
+from qfleet.core.agent import make_agent
+from qfleet.envs.registry import make_env
+from qfleet.networks import make_network
+from qfleet.topologies import parameter_server_director
+from qfleet.topologies.collecting import Report
+from qfleet.topologies.parameter_server_parts import RemoteWorker
+from qfleet.topologies.parameter_server_shard import Division
+from qfleet.topologies.parameter_server_worker import Lesson
+from qfleet.topologies.replay_shard import Stock
+
+CHUNK = Report([], [], 0.0, 0, 0.0, 0)
+
+
+class StubWorker(RemoteWorker):
+    """A worker that returns the same gradient again and again, but pulls parameters as others do."""
+
+    def __init__(self, variables: Any, config: qfleet.TrainConfig, number: int) -> None:
+        """Makes the gradient."""
+        super().__init__(variables, config, number)
+        assert isinstance(config.topology, ParameterServerConfig)
+        agent = make_agent(make_network(make_env(config.env).spec, config.agent), config.agent)
+        division = Division(agent, config.agent, config.topology.num_server_shards)
+        dtype = jnp.dtype(config.topology.gradient_dtype)
+        self._pieces = [np.full(end - start, 1e-3, dtype) for start, end in division.bounds]
+
+    def pull_and_act(self, version: int, exploration: float, *vectors: np.ndarray) -> Any:
+        """Returns a chunk that took no time."""
+        self.pull(version, vectors)
+        return (CHUNK, Stock(1.0, 10**6, 0.0)), None
+
+    def pull_and_learn(self, version: int, importance_exponent: float, *vectors: np.ndarray) -> tuple[Any, ...]:
+        """Returns a gradient that took no time."""
+        started = time.perf_counter()
+        self.pull(version, vectors)
+        jax.block_until_ready(self._params)
+        return Lesson(1.0, 1.0, time.perf_counter() - started), *self._pieces
+
+    def time_pulls(self, box: list[Any], count: int) -> float:
+        """Returns the median seconds of a pull, from the object store to the parameters as they are used."""
+        seconds = []
+        for _ in range(count):
+            started = time.perf_counter()
+            self.pull(0, tuple(ray.get(box)))
+            jax.block_until_ready(self._params)
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)
+
+
+def main() -> None:
+    """Measures what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("throughput", "cartpole", "soak"))
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--shards", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.part == "throughput":
+        rows = [throughput(arguments, dtype) for dtype in ("float32", "bfloat16")]
+        common.report("parameter server throughput", rows)
+    elif arguments.part == "cartpole":
+        common.report("parameter server cartpole", list(cartpole(arguments.seeds, arguments.workers)))
+    else:
+        config = qfleet.make_config(
+            "CartPole-v1", "rainbow_lite", "parameter-server", num_workers=arguments.workers,
+            num_server_shards=arguments.shards, env_steps=10**9,
+        )  # fmt: skip
+        common.report("parameter server soak", list(fleet_limits.growth(server_of(config), arguments.seconds)))
+
+
+def server_of(config: qfleet.TrainConfig) -> Any:
+    """Returns a parameter server that isn't started, without a run around it."""
+    from qfleet.assembly import make_env_and_network
+    from qfleet.topologies.parameter_server import ParameterServer
+
+    env, network = make_env_and_network(config, None)
+    return ParameterServer(config, env, network)
+
+
+def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    """Returns how many gradients of 1.7 million parameters the server applies in a second, and what a pull takes."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    setattr(parameter_server_director, "RemoteWorker", StubWorker)  # noqa: B010, it isn't the module's own
+    config = qfleet.make_config(
+        "ale:Pong", "atari_dqn", "parameter-server", num_workers=arguments.workers, num_server_shards=arguments.shards,
+        lanes_per_worker=1, rows_per_chunk=1, env_steps=10**9, warmup_env_steps=1, env_steps_per_learner_step=1e-6,
+        replay_capacity=1000, gradient_dtype=dtype, max_loss_deviations=None,
+    )  # fmt: skip
+    server = server_of(config)
+    try:
+        server.start()
+        fleet_limits.run_for(server, 5.0)
+        taken = [server.advance(10**9) for _ in range(round(arguments.seconds / 0.5))]
+        seconds = sum(progress.train_seconds for progress in taken)
+        staleness = statistics.mean(progress.staleness for progress in taken)
+        director = server._director
+        director.rest()
+        pieces = [ray.put(piece) for piece in director.params()]
+        pull = ray.get(director._workers[0].part.handle.time_pulls.remote(pieces, 100))
+    finally:
+        server.close()
+    return {
+        "workers": arguments.workers,
+        "shards": arguments.shards,
+        "dtype": dtype,
+        "megabytes": 4 * server._division.num_params / 1e6,
+        "gradients_per_second": sum(progress.new_learner_steps for progress in taken) / seconds,
+        "staleness": staleness,
+        "pull_milliseconds": 1000 * pull,
+    }
+
+
+def cartpole(num_seeds: int, num_workers: int) -> Iterator[dict[str, Any]]:
+    """Yields how soon each seed is solved."""
+    for seed in range(num_seeds):
+        with common.scratch() as folder:
+            flags = ("--preset", "rainbow_lite", "--topology", "parameter-server", "--num-workers", str(num_workers),
+                     "--stop-return", "475", "--env-steps", "300000", "--seed", str(seed))  # fmt: skip
+            summary = common.train(Path(folder) / "run", "CartPole-v1", *flags)
+        yield {
+            "seed": seed,
+            "stopped": summary["stopped"],
+            "env_steps": summary["env_steps"],
+            "learner_steps": summary["learner_steps"],
+            "wall_seconds": summary["wall_seconds"],
+        }
+
+
+if __name__ == "__main__":
+    main()
