@@ -431,6 +431,8 @@ def test_a_lost_shard_has_all_go_back_to_one_snapshot_and_refuses_older_gradient
     assert "server shard 1 was lost: the server goes back from learner step" in caplog.text
     back_at = director.learner_steps
     assert 80 <= back_at < 111 and director.version > version, "steps go back, versions never"
+    director._server[0].die()  # before it could go back
+    assert director.learner_steps == back_at
     answer_all(director._server)
     assert target_ages(director) == [back_at % 7] * 2, "all shards go on from the same step"
     train(director, 160)

@@ -67,14 +67,6 @@ class _Parameters(NamedTuple):
     """The same."""
 
 
-class _Gradient(NamedTuple):
-    """A gradient that is to be applied."""
-
-    version: int
-    pieces: tuple[Any, ...]
-    """A reference for each shard of the server."""
-
-
 class _Snapshot(NamedTuple):
     """A copy of the server's state, all shards after the same step."""
 
@@ -145,7 +137,7 @@ class ServerDirector(Director[ServerTally]):
         self._target_clock = TargetClock(config.agent.target_update_period)
         self._is_asked_for_snapshot = False
         self._snapshot: _Snapshot | None = None
-        self._gradients: list[_Gradient] = []  # of the next step
+        self._gradients: list[tuple[Any, ...]] = []  # of the next step: a reference for each shard
         self._num_stepping = 0  # steps that the server was sent, and has not applied on all shards yet
         self._num_requests = 0  # to all workers
 
@@ -174,8 +166,7 @@ class ServerDirector(Director[ServerTally]):
 
     def params(self) -> list[np.ndarray]:
         """Returns each shard's piece of the newest parameters, all after the same step."""
-        references = self._of_server("params", num_returns=3)
-        return [ray.get(reference) for reference in references]
+        return self._of_server("params", 3, gives_up=False)
 
     def learner_state(self) -> list[Leaves]:
         """Returns what each shard of the server must keep, all after the same step.
@@ -183,8 +174,7 @@ class ServerDirector(Director[ServerTally]):
         Raises:
           StateIsLost: if one has no place.
         """
-        references = self._of_server("state", num_returns=2)
-        return [ray.get(reference) for reference in references]
+        return self._of_server("state", 2, gives_up=True)
 
     def snapshots(self) -> Iterator[SavedReplay]:
         """Yields what each shard of the replay, or each worker's own, keeps; one at a time is held here.
@@ -195,23 +185,20 @@ class ServerDirector(Director[ServerTally]):
         for part in self._keepers():
             yield self._answer_of(part, "snapshot", gives_up=True)
 
-    def _of_server(self, method: str, *arguments: Any, num_returns: int) -> list[Any]:
-        """Returns references to what all shards return second, asked at one moment, again if one is lost at it."""
+    def _of_server(self, method: str, num_returns: int, *, gives_up: bool) -> list[Any]:
+        """Returns what each shard returns second, all after the same step; asked again if one is lost at it."""
         while True:
             answer: concurrent.futures.Future = concurrent.futures.Future()
-            dropped = functools.partial(answer.set_result, None)
-
-            def there(_: list[Any], seconds: list[Any], *__: list[Any], answer: Any = answer) -> None:
-                answer.set_result(seconds)
-
-            ask = functools.partial(self._ask_server, method, *arguments, num_returns=num_returns)
-            self._post(functools.partial(ask, then=there, dropped=dropped))
+            lost = functools.partial(answer.set_result, None)
+            self._post(functools.partial(self._ask_server, method, num_returns, answer.set_result, lost))
             while not answer.done():
                 concurrent.futures.wait([answer], timeout=0.1)
                 self.raise_error()
-                self._check_have_places(self._server)
-            if (references := answer.result()) is not None and not any(map(has_failed, references)):
-                return references
+                if gives_up:
+                    self._check_have_places(self._server)
+            references = answer.result()
+            if references is not None and not any(map(has_failed, references)):
+                return [ray.get(reference) for reference in references]
 
     # --- What its own thread does ---
 
@@ -250,41 +237,32 @@ class ServerDirector(Director[ServerTally]):
         self._issue_snapshot()
 
     def _ask_server(
-        self,
-        method: str,
-        *arguments: Any,
-        num_returns: int,
-        then: Callable[..., None],
-        dropped: Callable[[], None],
+        self, method: str, num_returns: int, then: Callable[[list[Any]], None], dropped: Callable[[], None]
     ) -> None:
         """Asks all shards of the server, between the same two steps.
 
         Args:
           method: of a shard.
-          *arguments: of it.
           num_returns: of it.
-          then: called with what all returned first, then lists of references to what they returned else.
+          then: called with references to what each returned second.
           dropped: called instead if one of them is lost at it.
         """
-        answers: dict[int, tuple[Any, ...]] = {}
-        is_over = False
+        answers: dict[int, Any] = {}
+        is_dropped = False
 
-        def one(i: int, *values: Any) -> None:
-            answers[i] = values
-            if len(answers) == len(self._server) and not is_over:
-                columns = zip(*(answers[i] for i in range(len(self._server))), strict=True)
-                then(*map(list, columns))
+        def answered(i: int, _: Any, reference: Any, *__: Any) -> None:
+            answers[i] = reference
+            if len(answers) == len(self._server):
+                then([answers[i] for i in range(len(self._server))])
 
-        def none() -> None:
-            nonlocal is_over
-            if not is_over:
-                is_over = True
+        def lost() -> None:
+            nonlocal is_dropped
+            if not is_dropped:
+                is_dropped = True
                 dropped()
 
         for i, part in enumerate(self._server):
-            self._parts.ask(
-                part, method, *arguments, num_returns=num_returns, then=functools.partial(one, i), dropped=none
-            )
+            self._parts.ask(part, method, num_returns=num_returns, then=functools.partial(answered, i), dropped=lost)
 
     # Parameters, and the steps that move them.
 
@@ -316,7 +294,7 @@ class ServerDirector(Director[ServerTally]):
 
     def _step(self) -> None:
         """Has the server apply the mean of the gradients that have been collected."""
-        columns = list(zip(*(gradient.pieces for gradient in self._gradients), strict=True))
+        columns = list(zip(*self._gradients, strict=True))
         self._gradients = []
         self.version += 1
         self.learner_steps += 1
@@ -369,7 +347,7 @@ class ServerDirector(Director[ServerTally]):
         self._is_asked_for_snapshot = True
         version, learner_steps, target_age = self.version, self.learner_steps, self._target_clock.age
 
-        def there(_: list[float], leaves: list[Any]) -> None:
+        def there(leaves: list[Any]) -> None:
             self._is_asked_for_snapshot = False
             if version >= self._gate.oldest_version:  # else the server has gone back since
                 self._snapshot = _Snapshot(learner_steps, target_age, leaves)
@@ -377,7 +355,7 @@ class ServerDirector(Director[ServerTally]):
         def lost() -> None:
             self._is_asked_for_snapshot = False
 
-        self._ask_server("state", num_returns=2, then=there, dropped=lost)
+        self._ask_server("state", 2, there, lost)
 
     def _server_is_lost(self, i: int) -> None:
         self._go_back(f"{self._server[i].name} was lost")
@@ -396,15 +374,16 @@ class ServerDirector(Director[ServerTally]):
             for part, leaves in zip(self._server, snapshot.leaves, strict=True):
                 self._parts.ask(part, "restore", leaves)
         elif newest := self._of_newest_checkpoint(self._read_learner):
+            self._snapshot = None  # which is gone; the next is taken at once
             learner, counters = newest
             self.learner_steps, whence = counters["learner_steps"], "the newest checkpoint"
             self._give_server(learner)
         else:
+            self._snapshot = None
             self.learner_steps, whence = 0, "the beginning: there is neither snapshot nor checkpoint"
             self._target_clock.age = 0
             for part in self._server:
                 self._parts.ask(part, "reset")
-        self._snapshot = None  # of a server that was; the next is taken at once
         logger.warning(
             "%s: the server goes back from learner step %d to %d, %s", why, before, self.learner_steps, whence
         )
@@ -591,7 +570,7 @@ class ServerDirector(Director[ServerTally]):
         tally.staleness.append(self.version - version)
         tally.losses.append(lesson.loss)
         tally.td_errors.append(lesson.td_error)
-        self._gradients.append(_Gradient(version, references[:num_pieces]))
+        self._gradients.append(references[:num_pieces])
         if len(self._gradients) == self._topology.gradients_per_learner_step:
             self._step()
 
