@@ -1,0 +1,170 @@
+"""The same task in every topology, on the same cores: return against wall time and against environment steps.
+
+python benchmarks/topologies.py [--topologies fused ...] [--seeds 3] [--env-steps 60000] [--plot docs/topologies.svg]
+
+CartPole with the preset `rainbow_lite`, 16 lanes in all, evaluated every 2,048 environment steps, which is in the wall
+time. `bytes` are those of observations, transitions, gradients and parameters that one process hands to another for an
+environment step: arithmetic, from the sizes in docs/topologies.md and what the run did.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import jax
+import numpy as np
+
+import qfleet
+from qfleet.envs.registry import make_env
+from qfleet.networks import make_network
+
+SOLVED = 475.0
+TRANSITION_BYTES = 2 * 16 + 16
+ROW_BYTES = 16 + 13
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A topology, and what it hands over."""
+
+    flags: tuple[str, ...]
+    num_bytes: Callable[[dict[str, float]], float]
+    """For an environment step, from what a run has: learner steps `per_env_step`, `batch_size`, the bytes of `params`,
+    and `fleet_bytes_per_env_step`, which it counted itself."""
+    env: str = "CartPole-v1"
+
+
+WAYS = {
+    "fused": Way(("--topology", "fused", "--num-envs", "16"), lambda run: 0.0),
+    "overlapped": Way(("--topology", "overlapped", "--num-envs", "16"), lambda run: 0.0, "gym:CartPole-v1"),
+    "decentralised, all-reduce": Way(
+        ("--topology", "decentralised", "--num-envs", "16", "--num-processes", "2"),
+        lambda run: run["per_env_step"] * (2 * run["params"] + run["batch_size"] * TRANSITION_BYTES),
+    ),
+    "decentralised, gossip": Way(
+        ("--topology", "decentralised", "--exchange", "gossip", "--num-envs", "16", "--num-processes", "4"),
+        lambda run: run["fleet_bytes_per_env_step"],
+    ),
+    "actor-learner": Way(
+        ("--topology", "actor-learner", "--num-actors", "4", "--lanes-per-actor", "4"),
+        lambda run: (
+            ROW_BYTES
+            + run["per_env_step"] * run["batch_size"] * (TRANSITION_BYTES + 8)
+            + run["fleet_bytes_per_env_step"]
+        ),
+    ),
+    "parameter-server": Way(
+        ("--topology", "parameter-server", "--num-workers", "4", "--lanes-per-worker", "4"),
+        lambda run: run["fleet_bytes_per_env_step"],
+    ),
+}
+
+
+def main() -> None:
+    """Prints the table, and draws the curves."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--topologies", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--env-steps", type=int, default=60_000)
+    parser.add_argument("--plot", type=Path, help="where to draw the curves, as SVG")
+    arguments = parser.parse_args()
+    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    rows = []
+    for name in arguments.topologies:
+        runs = [one_run(name, seed, arguments.env_steps) for seed in range(arguments.seeds)]
+        curves[name] = [records for records, _ in runs]
+        rows.append({"topology": name, **figures(WAYS[name], runs)})
+        print(rows[-1], flush=True)
+    common.report("topologies", rows)
+    if arguments.plot:
+        draw(curves, arguments.plot)
+
+
+def one_run(name: str, seed: int, env_steps: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns the records of a run, and its summary."""
+    way = WAYS[name]
+    flags = ("--preset", "rainbow_lite", "--env-steps", str(env_steps), "--eval-period-env-steps", "2048",
+             "--seed", str(seed), "--checkpoint-period-seconds", "100000")  # fmt: skip
+    with common.scratch() as folder:
+        summary = common.train(Path(folder) / "run", way.env, *flags, *way.flags)
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines], summary
+
+
+def figures(way: Way, runs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> dict[str, Any]:
+    """Returns medians over the seeds; what wasn't reached counts as the end of the run."""
+    reached = [next((r for r in records if (r["eval_return_mean"] or 0) >= SOLVED), None) for records, _ in runs]
+    ends = [found or records[-1] for found, (records, _) in zip(reached, runs, strict=True)]
+    config = qfleet.make_config(way.env, "rainbow_lite")
+    network = make_network(make_env(way.env).spec, config.agent)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    params = sum(4 * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    found = []
+    for records, summary in runs:
+        moved = sum(
+            rate / record["env_steps_per_second"] * record["new_env_steps"]
+            for record in with_new_env_steps(records)
+            for name, rate in record.items()
+            if name.endswith("_bytes_per_second") and record["env_steps_per_second"]
+        )
+        found.append(
+            way.num_bytes(
+                {
+                    "per_env_step": summary["learner_steps"] / summary["env_steps"],
+                    "batch_size": config.agent.batch_size,
+                    "params": params,
+                    "fleet_bytes_per_env_step": moved / summary["env_steps"],
+                }
+            )
+        )
+    staleness = [r["staleness"] for records, _ in runs for r in records if r.get("staleness")]
+    return {
+        "reached_475": sum(each is not None for each in reached),
+        "seeds": len(runs),
+        "env_steps_to_475": statistics.median(end["env_steps"] for end in ends),
+        "wall_seconds_to_475": statistics.median(end["wall_seconds"] for end in ends),
+        "env_steps_per_second": statistics.median(summary["env_steps_per_second"] for _, summary in runs),
+        "learner_steps_per_second": statistics.median(summary["learner_steps_per_second"] for _, summary in runs),
+        "staleness": statistics.mean(staleness) if staleness else 0.0,
+        "bytes_per_env_step": statistics.median(found),
+    }
+
+
+def with_new_env_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the records with how many environment steps each is of."""
+    before = [0, *(record["env_steps"] for record in records[:-1])]
+    return [{**now, "new_env_steps": now["env_steps"] - then} for now, then in zip(records, before, strict=True)]
+
+
+def draw(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
+    """Draws the median over the seeds, and their range, against wall time and against environment steps."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "qfleet"
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for axis, against, label in zip(axes, ("wall_seconds", "env_steps"), ("seconds", "environment steps"), strict=True):
+        for name, runs in curves.items():
+            points = [[(r[against], r["eval_return_mean"]) for r in run if r["eval_return_mean"]] for run in runs]
+            shortest = min(max(x for x, _ in run) for run in points)
+            grid = np.linspace(0.0, shortest, 100)
+            values = np.array([np.interp(grid, *np.array(run).T) for run in points])
+            (line,) = axis.plot(grid, np.median(values, axis=0), label=name)
+            axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.12)
+        axis.axhline(SOLVED, color="grey", linewidth=0.8, linestyle=":")
+        axis.set_xlabel(label)
+    axes[0].set_xscale("log")
+    axes[0].set_ylabel("mean greedy return")
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
