@@ -19,10 +19,8 @@ Source: Horgan et al. 2018, arXiv 1803.00933.
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -30,17 +28,15 @@ import numpy as np
 
 from qfleet.config import ActorLearnerConfig, ConfigError, TrainConfig
 from qfleet.core.agent import make_agent
-from qfleet.core.exploration import greedy
-from qfleet.core.keys import key_of
 from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.replay import SavedReplay
 from qfleet.core.types import Network, Params, stored_spec
-from qfleet.envs.host import HostEnv, HostLanes, lane_options, seed_of
+from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
 from qfleet.runtime.records import Progress, mean
 from qfleet.topologies.actor_learner_learner import batches_per_round
+from qfleet.topologies.evaluating import Evaluator
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.placement import EVERYBODYS
 from qfleet.topologies.replay_shard import join_shards, make_shard_replay
@@ -48,9 +44,6 @@ from qfleet.topologies.topology import StateIsLost, Topology, check_loss, fittin
 
 if TYPE_CHECKING:
     from qfleet.topologies.actor_learner_director import FleetTally
-
-_EVALUATION = 1
-"""What a seed's random numbers are for; 0 and 2 are the learner's and the actors'."""
 
 
 class ActorLearner(Topology):
@@ -85,7 +78,7 @@ class ActorLearner(Topology):
         """When it was last looked at; the fleet goes on meanwhile."""
         self.learner_steps = 0
         """The same."""
-        self._eval_lanes: HostLanes | None = None
+        self._evaluator = Evaluator(config, env, self._agent)
 
     def footprint(self) -> Footprint:
         """Returns what the fleet keeps in all, which on one machine is what the host must have."""
@@ -182,34 +175,7 @@ class ActorLearner(Topology):
         if batch:
             with contextlib.suppress(StateIsLost):
                 self._director.rest()
-        params, env = self.params, self._env
-        numbers = (self._config.seed, _EVALUATION, self.env_steps % 2**32, batch)
-        if isinstance(env, InGraphEnv):
-            key = key_of(*numbers)
-            return np.asarray(self._greedy_returns(params, key, num_episodes))[None]
-        if self._eval_lanes is None:
-            num_lanes = min(self._topology.num_envs, self._config.eval_episodes)
-            self._eval_lanes = env.make_eval_lanes(num_lanes, lane_options(self._topology))
-            self._greedy = jax.jit(lambda params, view: greedy(self._agent.q_values(params, view)))
-        returns = host_greedy_returns(
-            self._eval_lanes,
-            env.spec,
-            lambda view: self._greedy(params, view),
-            num_episodes,
-            seed_of(*numbers),
-            self._agent.store,
-        )
-        return returns[None]
-
-    @functools.cached_property
-    def _greedy_returns(self) -> Callable[..., jax.Array]:
-        env, agent = self._env, self._agent
-
-        def returns(params: Params, key: jax.Array, num_episodes: int) -> jax.Array:
-            assert isinstance(env, InGraphEnv)
-            return greedy_returns(env, agent.q_values, params, key, num_episodes, agent.store)
-
-        return jax.jit(returns, static_argnums=2)
+        return self._evaluator.returns(self.params, self.env_steps, num_episodes, batch)
 
     @property
     def params(self) -> Params:
@@ -290,6 +256,4 @@ class ActorLearner(Topology):
     def close(self) -> None:
         """Ends all parts, and the connection to Ray; may be called twice, and before `start`."""
         self._director.close()
-        if self._eval_lanes is not None:
-            self._eval_lanes.close()
-            self._eval_lanes = None
+        self._evaluator.close()
