@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from qfleet.config import ActorLearnerConfig, ConfigError, DecentralisedConfig, TopologyConfig, TrainConfig
+from qfleet.config import (
+    ActorLearnerConfig,
+    ConfigError,
+    DecentralisedConfig,
+    TopologyConfig,
+    TrainConfig,
+    is_launched,
+)
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
 from qfleet.launched import LaunchedRun, directory_of_all, with_processes
@@ -55,7 +62,7 @@ def iterate(
     """
     if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig):
         _check_is_built_in(network, optimiser)
-    if isinstance(config.topology, DecentralisedConfig):
+    if is_launched(config.topology):
         return LaunchedRun(config, lambda: directory_of_all(config))
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
@@ -109,7 +116,7 @@ def resume(
     )
     if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig):
         _check_is_built_in(network, optimiser)
-    if isinstance(config.topology, DecentralisedConfig):
+    if is_launched(config.topology):
         return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 
@@ -208,7 +215,9 @@ def run_peer(
     config = dataclasses.replace(directory.config, env_steps=env_steps or directory.config.env_steps)
     config = with_processes(config, num_processes=num_processes)
     assert isinstance(config.topology, DecentralisedConfig)
-    peers.join(coordinator, num_processes, process_id, config.topology.devices_per_process, timeout_seconds)
+    in_step = dataclasses.replace(config.topology, exchange="all-reduce")  # whatever the run began with
+    config = dataclasses.replace(config, topology=in_step)
+    peers.join(coordinator, num_processes, process_id, in_step.devices_per_process, timeout_seconds)
     if num_processes > 1:  # each launcher has its own flags and, by mistake or delay, its own view of the folder
         newest = Checkpoints(directory.checkpoints_path).latest()
         peers.check_agreed({"env_steps": config.env_steps, "newest checkpoint": newest or 0})

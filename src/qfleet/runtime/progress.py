@@ -131,6 +131,8 @@ class ProgressView:
                 columns.append((label, format(self._latest[name], form)))
         if "fleet_actors_there" in self._latest:
             columns += _of_fleet(self._latest)
+        elif "fleet_peers_there" in self._latest:
+            columns += _of_peers(self._latest)
         if seconds > 0 and env_rate > 0:
             columns.append(("left", _clock(max(0.0, self._total - env_steps) / env_rate)))
         return columns
@@ -145,9 +147,21 @@ def _of_fleet(latest: Mapping[str, float]) -> list[tuple[str, str]]:
         ("staleness", f"{latest['staleness']:.0f}"),
         ("replay", f"{latest['fleet_replay_transitions']:,.0f}"),
     ]
-    if latest["fleet_restarts"]:
-        columns.append(("restarts", f"{latest['fleet_restarts']:.0f}"))
-    return columns
+    return columns + _restarts(latest)
+
+
+def _of_peers(latest: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Returns how peers that gossip are doing: who is there, how far apart they are, and how often they meet."""
+    columns = [
+        ("peers", f"{latest['fleet_peers_there']:.0f}"),
+        ("apart", f"{latest['fleet_consensus_distance']:.1%}"),
+        ("meetings/s", f"{latest['fleet_meetings_per_second']:.1f}"),
+    ]
+    return columns + _restarts(latest)
+
+
+def _restarts(latest: Mapping[str, float]) -> list[tuple[str, str]]:
+    return [("restarts", f"{latest['fleet_restarts']:.0f}")] if latest["fleet_restarts"] else []
 
 
 def _clock(seconds: float) -> str:
