@@ -39,6 +39,12 @@ def config_of(preset: str = "dqn", env: str = "CartPole-v1", **settings: Any) ->
     return qfleet.make_config(env, preset, "decentralised", **{**defaults, **settings})
 
 
+def prepared(config: TrainConfig, number: int, *, is_in_graph: bool = True) -> GossipPeer:
+    peer = GossipPeer(peer_config(config, number, is_in_graph=is_in_graph), make_own_learner)
+    peer.prepare()
+    return peer
+
+
 # --- What a meeting does ---
 
 
@@ -92,7 +98,9 @@ class World:
         self.director._peers = [director._Peer(i, i, stage="training") for i in range(num_peers)]
         self.report = director.Report
 
-    def ask(self, part: int, method: str, *arguments, then, dropped, **_) -> None:
+    def ask(self, part: int, method: str, *arguments, then, **_) -> None:
+        if method == "prepare":
+            return
         assert method == "advance" and len(self.asked[part]) < 2
         self.asked[part].append((arguments, then))
 
@@ -158,7 +166,7 @@ def test_what_was_meant_for_a_peer_that_is_lost_is_not_for_the_one_that_replaces
 def test_a_peer_whose_share_is_empty_warms_up_anew_and_one_that_has_steps_goes_on_from_them(monkeypatch):
     """Or it would learn from nothing, which isn't a number."""
     config = config_of()
-    empty = GossipPeer(peer_config(config, 0, is_in_graph=True), make_own_learner)
+    empty = prepared(config, 0)
     empty.begin(Place(0, 0, 0), empty.learner()[1], None)
     world = World(2, drift=0.0, seed=0)
     world.director.origin = pytest.importorskip("qfleet.topologies.decentralised_gossip_director").Origin([], None)
@@ -211,7 +219,7 @@ def test_a_chunk_is_half_a_period_in_whole_iterations():
 )
 def test_a_peer_goes_on_where_another_stopped_and_takes_half_of_the_way_to_it(preset, env):
     config = config_of(preset, env)
-    first, second = (GossipPeer(peer_config(config, i, is_in_graph=":" not in env), make_own_learner) for i in range(2))
+    first, second = (prepared(config, i, is_in_graph=":" not in env) for i in range(2))
     assert first.state() is None, "it hasn't begun"
     _, start = second.learner()
     for peer in (first, second):
@@ -244,7 +252,7 @@ def test_a_peer_goes_on_where_another_stopped_and_takes_half_of_the_way_to_it(pr
 def test_replays_are_joined_lane_by_lane_and_divided_again(preset):
     config = config_of(preset)
     crew = pytest.importorskip("qfleet.topologies.decentralised_gossip_director").crew_of_peers(config.topology)
-    peers = [GossipPeer(peer_config(config, i, is_in_graph=True), make_own_learner) for i in range(2)]
+    peers = [prepared(config, i) for i in range(2)]
     for i, peer in enumerate(peers):
         peer.begin(Place(0, 0, 0), peer.learner()[1], None)
         peer.advance(64 + 128 * i)

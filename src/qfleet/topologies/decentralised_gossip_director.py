@@ -75,7 +75,7 @@ class _Peer:
     env_steps: int = 0
     learner_steps: int = 0
     replay_starts_at: int = 0
-    stage: Literal["absent", "beginning", "training"] = "absent"
+    stage: Literal["absent", "prepared", "beginning", "training"] = "absent"
     num_flying: int = 0
     """Chunks that it was asked for."""
     asked_last: int = 0
@@ -182,7 +182,7 @@ class GossipDirector(Director[GossipTally]):
         return [ONE_CPU] * self._topology.num_processes
 
     def _missing(self) -> Part | None:
-        return next((peer.part for peer in self._peers if not peer.part.is_there), None)
+        return next((peer.part for peer in self._peers if peer.stage == "absent"), None)
 
     def _vital(self) -> list[Part]:
         return []  # a checkpoint holds what those have that are there
@@ -210,6 +210,7 @@ class GossipDirector(Director[GossipTally]):
                 f"peer {i}", RemotePeer, (own, self._make_run), resources, environment, functools.partial(self._lost, i)
             )
             self._peers.append(_Peer(i, self._parts.add(part)))
+            self._prepare(self._peers[i])
 
     # Peers that come and go.
 
@@ -222,10 +223,17 @@ class GossipDirector(Director[GossipTally]):
         """
         peer = self._peers[number]
         peer.stage, peer.snapshot, peer.mix, peer.is_mixing = "absent", None, None, False
+        self._prepare(peer)
+
+    def _prepare(self, peer: _Peer) -> None:
+        def is_prepared(_: None) -> None:
+            peer.stage = "prepared"
+
+        self._parts.ask(peer.part, "prepare", then=is_prepared)
 
     def _bring_in_newcomers(self) -> None:
-        """Has those begin that are there and haven't yet, with what one of the others has learned, if there is one."""
-        newcomers = [peer for peer in self._peers if peer.stage == "absent" and peer.part.is_there]
+        """Has those begin that are prepared, with what one of the others has learned, if there is one."""
+        newcomers = [peer for peer in self._peers if peer.stage == "prepared"]
         if not newcomers:
             return
         teachers = [peer for peer in self._peers if peer.snapshot is not None]
@@ -244,16 +252,16 @@ class GossipDirector(Director[GossipTally]):
         place = Place(peer.env_steps, peer.learner_steps, peer.replay_starts_at)
         peer.stage, peer.met_at = "beginning", peer.learner_steps
 
+        kept = f"; its replay has lost {num_lost} transitions; {num_held} are back" if self._replay_capacity else ""
+
         def has_begun(_: None) -> None:
             peer.stage = "training"
             if peer.part.failed_at:
-                logger.warning(
-                    "%s goes on from its environment step %d, %s; its replay has lost %d transitions; %d are back",
-                    peer.part.name, peer.env_steps, whence, num_lost, num_held,
-                )  # fmt: skip
+                name, env_steps = peer.part.name, peer.env_steps
+                logger.warning("%s goes on from its environment step %d, %s%s", name, env_steps, whence, kept)
 
         def dropped() -> None:  # whom it was to learn from is lost
-            peer.stage = "absent"
+            peer.stage = "prepared" if peer.stage == "beginning" else peer.stage
 
         self._parts.ask(
             peer.part, "begin", place, learner, replay, then=has_begun, dropped=dropped,

@@ -85,16 +85,20 @@ class GossipPeer:
     """A run of its own, in chunks, between which it can be given parameters."""
 
     def __init__(self, config: TrainConfig, make_run: Callable[[TrainConfig], OwnLearner]) -> None:
-        """Compiles all that it needs; it is still to `begin`.
+        """Does nothing yet: it is still to `prepare`, and to `begin`.
 
         Args:
           config: its own, as of `peer_config`.
           make_run: makes what it holds.
         """
-        enable_compilation_cache()
-        self._run = make_run(config)
-        self._run.start()
+        self._config, self._make_run = config, make_run
         self._has_begun = False
+
+    def prepare(self) -> None:
+        """Compiles and starts all that it needs."""
+        enable_compilation_cache()
+        self._run = self._make_run(self._config)
+        self._run.start()
 
     def begin(self, place: Place, learner: Leaves, replay: SavedReplay | None) -> None:
         """Begins, or goes on where another has stopped.
