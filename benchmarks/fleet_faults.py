@@ -267,20 +267,28 @@ def of_driver(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         driver.wait_for(is_whole)
         for _ in range(arguments.tries):
             time.sleep(3 + 3 * rng.random())
-            driver.process.kill()
-            driver.process.wait()
-            orphans.append(driver.orphan_seconds())
-            resumed_at, driver = (
-                time.time(),
-                stack.enter_context(Driver(folder, "resume", str(folder / "run"), "--quiet")),
-            )
-            while (
-                folder / "run" / "metrics.jsonl"
-            ).stat().st_mtime < resumed_at:  # it drops those after its checkpoint
-                driver.check()
+            driver, orphan_seconds, resumed_at = kill_and_resume(driver, folder)
+            stack.enter_context(driver)
+            orphans.append(orphan_seconds)
             driver.wait_for(is_whole, len(driver.records()))
             back.append(time.time() - resumed_at)
         return {"tries": arguments.tries, **seconds(back), **end(driver), "orphan_seconds": max(orphans)}
+
+
+def kill_and_resume(driver: Driver, folder: Path) -> tuple[Driver, float, float]:
+    """Kills a driver, waits until all that it had started is gone, and has another go on with its run.
+
+    Returns:
+      The other, once it has dropped the records after its checkpoint; how long the first one's parts outlived it, in
+      seconds; and when the other was started.
+    """
+    driver.process.kill()
+    driver.process.wait()
+    orphan_seconds, resumed_at = driver.orphan_seconds(), time.time()
+    driver = Driver(folder, "resume", str(folder / "run"), "--quiet")
+    while (folder / "run" / "metrics.jsonl").stat().st_mtime < resumed_at:
+        driver.check()
+    return driver, orphan_seconds, resumed_at
 
 
 def of_slow_actor(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -39,6 +39,7 @@ CORE_MAY_IMPORT = {
     "dataclasses",
     "functools",
     "inspect",
+    "itertools",
     "math",
     "typing",
     "jax",

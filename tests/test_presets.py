@@ -93,5 +93,5 @@ def test_the_topology_suits_the_environment_and_brings_its_settings() -> None:
     for setting in ("lock_step", "profile"):
         with pytest.raises(ConfigError, match=f"{setting} must come with topology overlapped.* got topology fused"):
             make_config("CartPole-v1", **{setting: True})
-    with pytest.raises(ConfigError, match="one of fused, .*, actor-learner, got .fussed'. Did you mean fused"):
+    with pytest.raises(ConfigError, match="one of fused, .*, parameter-server, got .fussed'. Did you mean fused"):
         make_config("CartPole-v1", topology="fussed")

@@ -14,6 +14,7 @@ from qfleet.config import (
     ParameterServerConfig,
     TopologyConfig,
     TrainConfig,
+    is_launched,
 )
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
@@ -62,7 +63,7 @@ def iterate(
     """
     if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig | ParameterServerConfig):
         _check_is_built_in(network, optimiser)
-    if isinstance(config.topology, DecentralisedConfig):
+    if is_launched(config.topology):
         return LaunchedRun(config, lambda: directory_of_all(config))
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
@@ -116,7 +117,7 @@ def resume(
     )
     if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig | ParameterServerConfig):
         _check_is_built_in(network, optimiser)
-    if isinstance(config.topology, DecentralisedConfig):
+    if is_launched(config.topology):
         return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 
@@ -215,7 +216,9 @@ def run_peer(
     config = dataclasses.replace(directory.config, env_steps=env_steps or directory.config.env_steps)
     config = with_processes(config, num_processes=num_processes)
     assert isinstance(config.topology, DecentralisedConfig)
-    peers.join(coordinator, num_processes, process_id, config.topology.devices_per_process, timeout_seconds)
+    in_step = dataclasses.replace(config.topology, exchange="all-reduce")  # whatever the run began with
+    config = dataclasses.replace(config, topology=in_step)
+    peers.join(coordinator, num_processes, process_id, in_step.devices_per_process, timeout_seconds)
     if num_processes > 1:  # each launcher has its own flags and, by mistake or delay, its own view of the folder
         newest = Checkpoints(directory.checkpoints_path).latest()
         peers.check_agreed({"env_steps": config.env_steps, "newest checkpoint": newest or 0})

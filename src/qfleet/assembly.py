@@ -8,6 +8,7 @@ from qfleet.config import (
     DecentralisedConfig,
     ParameterServerConfig,
     TrainConfig,
+    is_launched,
     topology_name,
 )
 from qfleet.core.types import Network
@@ -17,11 +18,12 @@ from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu, use_cpu_only
 from qfleet.topologies.actor_learner import ActorLearner
+from qfleet.topologies.decentralised_gossip import Gossip
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.fused import Fused
 from qfleet.topologies.overlapped import Overlapped
 from qfleet.topologies.parameter_server import ParameterServer
-from qfleet.topologies.topology import Topology
+from qfleet.topologies.topology import OwnLearner, Topology
 
 if TYPE_CHECKING:
     import optax
@@ -34,7 +36,7 @@ def footprint(
 
     Args: as for `qfleet.train`.
     """
-    if isinstance(config.topology, DecentralisedConfig):
+    if is_launched(config.topology):
         set_cpu_devices(config.topology.mesh.num_devices)  # for all processes, which this one isn't
     env, network = make_env_and_network(config, network)
     return make_topology(config, env, network, optimiser).footprint()
@@ -42,12 +44,15 @@ def footprint(
 
 def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
     """Returns both, once the CPU is divided into the devices that the run wants: that is for before JAX is used."""
-    mesh = config.topology.mesh
-    if isinstance(config.topology, ActorLearnerConfig | ParameterServerConfig):
+    topology, mesh = config.topology, config.topology.mesh
+    if isinstance(topology, ActorLearnerConfig | ParameterServerConfig):
         use_cpu_only()  # this process only directs the others, of which one may want all of the GPU
+    elif isinstance(topology, DecentralisedConfig) and topology.gossips:
+        use_cpu_only()  # the same
+        set_cpu_devices(topology.devices_per_process)  # to tell from shapes what each of them will keep
     elif config.num_seeds > 1:
         split_cpu(config.num_seeds)
-    elif mesh.num_devices > 1 and not isinstance(config.topology, DecentralisedConfig):  # whose processes have theirs
+    elif mesh.num_devices > 1 and not is_launched(topology):  # whose processes have theirs
         set_cpu_devices(mesh.num_devices)
     env = make_env(config.env, **config.env_options)
     network = network or make_network(env.spec, config.agent)
@@ -68,6 +73,8 @@ def make_topology(
         return ActorLearner(config, env, network)
     if wanted == "parameter-server":
         return ParameterServer(config, env, network)
+    if isinstance(config.topology, DecentralisedConfig) and config.topology.gossips:
+        return Gossip(config, env, network, make_own_learner)
     if isinstance(env, InGraphEnv):
         if wanted in ("fused", "decentralised"):
             return Fused(config, env, network, optimiser)
@@ -80,3 +87,11 @@ def make_topology(
         f"a topology must suit the environment, got {wanted} for {config.env}, which is {kind}; "
         f"give --topology {fitting}"
     )
+
+
+def make_own_learner(config: TrainConfig) -> OwnLearner:
+    """Returns what one process holds that learns on its own, in whatever process this is."""
+    env, network = make_env_and_network(config, None)
+    topology = make_topology(config, env, network, None)
+    assert isinstance(topology, OwnLearner)
+    return topology

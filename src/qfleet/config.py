@@ -234,15 +234,22 @@ class OverlappedConfig(_OverlappingConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecentralisedConfig(_OverlappingConfig):
-    """Where it runs: equal processes, each with its share of lanes and replay, in step by all-reduce; no server.
+    """Where it runs: equal processes, each with its share of lanes and replay; no server.
 
-    Each is a fused or an overlapped run, as suits the environment, on a mesh over the devices of all of them.
+    In step by all-reduce, each is a fused or an overlapped run, as suits the environment, on a mesh over the devices of
+    all of them. By gossip each is such a run of its own.
     """
 
     num_envs: int = 32
     """Lanes: environments stepped at once, over all processes."""
     num_processes: int = 2
     """Equal processes, over all hosts."""
+    exchange: Literal["all-reduce", "gossip"] = "all-reduce"
+    """all-reduce: gradients, at every learner step, so all wait for the slowest. gossip, on Ray: each learns by itself,
+    and now and then takes the mean of its parameters and those of another, chosen at random (Lian et al. 2018, arXiv
+    1710.06952); nobody waits for anybody."""
+    gossip_period_learner_steps: int = 100
+    """Learner steps, with gossip, after which a process that has met nobody meets another. Unused with all-reduce."""
     devices_per_process: int = 1
     """Devices of each. On a CPU they are made of it."""
     coordinator: str | None = None
@@ -252,16 +259,17 @@ class DecentralisedConfig(_OverlappingConfig):
     """With `coordinator`: which of the processes to start here, from 0."""
     ray_address: str | None = None
     """Address of a Ray cluster that places the processes, one per host or GPU, as `auto` or HOST:PORT; `local` starts
-    one on this machine and ends it. Without it, Ray isn't used."""
+    one on this machine and ends it. Without it, all-reduce doesn't use Ray, and gossip uses a local one."""
     peer_timeout_seconds: float = 60.0
     """A process that says nothing for so long counts as lost, as one that died does. Then all stop, and start again
-    from the newest checkpoint."""
+    from the newest checkpoint; with gossip, that one only is replaced."""
     max_restarts: int = 3
-    """Times that all may start again before the run fails."""
+    """Times that all may start again before the run fails; with gossip, that one may be replaced in ten minutes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_envs", "num_processes", "devices_per_process"):
+        _check_choices(self)
+        for name in ("num_envs", "num_processes", "gossip_period_learner_steps", "devices_per_process"):
             _check_count(name, getattr(self, name))
         _check_count("max_restarts", self.max_restarts, minimum=0)
         _check(self.peer_timeout_seconds >= 5, "peer_timeout_seconds", "at least 5", self.peer_timeout_seconds)
@@ -273,6 +281,11 @@ class DecentralisedConfig(_OverlappingConfig):
             "coordinator and process_id", "given together, or neither to start all processes here",
             (self.coordinator, self.process_id),
         )  # fmt: skip
+        _check(
+            not (by_hand and self.gossips),
+            "coordinator and process_id", "left out with exchange gossip, whose processes Ray starts: give ray_address "
+            "for those of a cluster, or nothing for this machine", (self.coordinator, self.process_id),
+        )  # fmt: skip
         if self.ray_address is not None:
             rule = "given without coordinator and process_id, for Ray places all processes"
             _check(not by_hand, "ray_address", rule, (self.ray_address, self.coordinator, self.process_id))
@@ -281,6 +294,11 @@ class DecentralisedConfig(_OverlappingConfig):
             _check(_is_host_and_port(self.coordinator), "coordinator", "HOST:PORT", self.coordinator)
             known = f"0 to num_processes - 1 = {self.num_processes - 1}"
             _check(0 <= self.process_id < self.num_processes, "process_id", known, self.process_id)
+
+    @property
+    def gossips(self) -> bool:
+        """Whether each process learns on its own."""
+        return self.exchange == "gossip"
 
     @property
     def mesh(self) -> MeshConfig:
@@ -547,6 +565,11 @@ def topology_name(topology: TopologyConfig) -> str:
     return next(name for name, kind in TOPOLOGIES.items() if isinstance(topology, kind))
 
 
+def is_launched(topology: TopologyConfig) -> bool:
+    """Returns whether a run is in processes that a launcher starts, each of which trains it."""
+    return isinstance(topology, DecentralisedConfig) and not topology.gossips
+
+
 def check_suits(setting: str, topology: str) -> None:
     """Checks that a setting isn't another topology's, nor one that this topology has no use for.
 
@@ -641,6 +664,8 @@ def _check_sizes(agent: AgentConfig, topology: TopologyConfig) -> None:
                 f"{samples // num_replicas}; try {fitting}"
             )
         return
+    if isinstance(topology, DecentralisedConfig) and topology.gossips:  # the batch is each process's own
+        over, num_replicas = "devices_per_process", topology.devices_per_process
     _check_divides("batch_size", agent.batch_size, over, num_replicas)
     _check(agent.replay_capacity < 2**31, "replay_capacity", "below 2**31", agent.replay_capacity)
     fewest = num_lanes * (agent.n_step + 2)

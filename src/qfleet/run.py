@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from qfleet.assembly import footprint, make_env_and_network, make_topology
-from qfleet.config import ConfigError, DecentralisedConfig, RunFailed, TrainConfig, topology_name
+from qfleet.config import ConfigError, RunFailed, TrainConfig, is_launched, topology_name
 from qfleet.core.types import Network
 from qfleet.envs.registry import backend_of
 from qfleet.launched import check_goes_on
@@ -70,8 +70,7 @@ class Run:
         metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
         if is_resumed:  # not before the network is known to be the run's
             check_fits(config, self._topology.footprint(), footprint_of)
-        is_launched = isinstance(config.topology, DecentralisedConfig)
-        self._lock = None if is_launched else self.directory.lock()  # or its launcher holds it
+        self._lock = None if is_launched(config.topology) else self.directory.lock()  # or its launcher holds it
         self.summary: dict[str, Any] = {}
         """What summary.json holds, once the run is over."""
         self._solved_at: list[int | None] = [None] * config.num_seeds

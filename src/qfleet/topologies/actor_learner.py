@@ -48,7 +48,7 @@ class ActorLearner(OnRay):
           ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
         """
         assert isinstance(config.topology, ActorLearnerConfig)
-        super().__init__(config, env, network)
+        super().__init__(config, env, network, config.topology.crew)
         from qfleet.topologies.actor_learner_director import FleetDirector  # here, for most of qfleet does without Ray
 
         self._topology = config.topology

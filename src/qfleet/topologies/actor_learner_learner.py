@@ -13,12 +13,12 @@ from qfleet.config import ActorLearnerConfig, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, make_learner, update
 from qfleet.core.learning import Losses, add_losses, no_losses
-from qfleet.core.types import EnvSpec, Params, Transition
+from qfleet.core.types import EnvSpec, Transition
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.devices import limit_cpu_threads, reuse_freed_memory, set_cpu_devices
-from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
+from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement, leaves_of
 from qfleet.topologies.replay_shard import put_together
 
 ROUND_BYTES = 16_000_000
@@ -117,11 +117,6 @@ class GlobalLearner:
         state = jax.tree.unflatten(jax.tree.structure(self._state), leaves)
         self._state = jax.tree.map(lambda x, old: jax.device_put(jnp.array(x), old.sharding), state, self._state)
         self._learner_steps = learner_steps
-
-
-def leaves_of(tree: Params) -> list[np.ndarray]:
-    """Returns a tree's arrays on the host, safe from what happens to it afterwards."""
-    return [np.array(leaf) for leaf in jax.device_get(jax.tree.leaves(tree))]
 
 
 def batches_per_round(config: TrainConfig, spec: EnvSpec) -> int:

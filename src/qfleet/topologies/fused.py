@@ -32,7 +32,7 @@ from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.fused_program import NO_BAD_STEP, FusedState, Program, Tally, make_program, partition_state
 from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, learner_steps, make_plan, rows_per_iteration
-from qfleet.topologies.topology import Topology, check_loss, read_as
+from qfleet.topologies.topology import OwnLearner, check_loss, read_as
 
 MAX_ITERATIONS = 256
 """Iterations of one chunk at most."""
@@ -41,7 +41,7 @@ CHUNK_SECONDS = 0.25
 """What a chunk should take: short enough to answer Ctrl-C, long enough that its dispatch costs nothing."""
 
 
-class Fused(Topology):
+class Fused(OwnLearner):
     """One or many independent learners in one program; `advance` trains them a chunk further."""
 
     def __init__(
@@ -168,24 +168,29 @@ class Fused(Topology):
     def keep(self, index: int) -> None:
         """Keeps the learner of one of many seeds as it is now, while the others train on: it could only get worse."""
         if self._config.num_seeds > 1:
-            self._kept[index] = jax.tree.map(lambda x: jnp.copy(x[index]), self._learner)
+            self._kept[index] = jax.tree.map(lambda x: jnp.copy(x[index]), self.learner)
 
     @property
-    def _learner(self) -> LearnerState:
+    def learner(self) -> LearnerState:
+        """The newest, or those kept; with many seeds, with a leading axis `[seeds]`."""
         learner = self._state.learner
         for i, kept in self._kept.items():
             learner = jax.tree.map(lambda x, old, i=i: x.at[i].set(old), learner, kept)
         return learner
 
+    def set_learner(self, learner: LearnerState) -> None:
+        """Has it go on with another, whose arrays lie where its own do, and are for nobody else."""
+        self._state = self._state._replace(learner=learner)
+
     @property
     def params(self) -> Params:
         """The newest parameters, or those kept; with many seeds, with a leading axis `[seeds]`."""
-        return self._learner.params
+        return self.learner.params
 
     @property
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out."""
-        state = {**self._state._asdict(), "learner": self._learner}
+        state = {**self._state._asdict(), "learner": self.learner}
         if self._state.replay:
             replay = self._state.replay
             state["replay"] = SavedReplay(replay.ring, self._leaves(replay), replay.max_priority)

@@ -40,7 +40,7 @@ from qfleet.topologies.overlapped_tally import Tally
 from qfleet.topologies.placement import DATA_AXIS, EVERYBODYS, Placement
 from qfleet.topologies.plan import Plan, make_plan, rows_per_iteration
 from qfleet.topologies.plan import learner_steps as planned_learner_steps
-from qfleet.topologies.topology import Topology, check_loss, read_as
+from qfleet.topologies.topology import OwnLearner, check_loss, read_as
 
 CHUNK_SECONDS = 0.5
 """What a chunk should take at most, where one iteration is shorter: it is how long Ctrl-C waits."""
@@ -49,7 +49,7 @@ _TRAINING, _EVALUATION = 0, 1
 """What a seed's random numbers are for: evaluation must not see training's."""
 
 
-class Overlapped(Topology):
+class Overlapped(OwnLearner):
     """One learner, and environments that step while it learns; `advance` trains a chunk further."""
 
     def __init__(
@@ -237,6 +237,15 @@ class Overlapped(Topology):
     def env_steps_per_iteration(self) -> int:
         """Over all lanes: runs stop at multiples of it."""
         return self._topology.num_envs * rows_per_iteration(self._config.agent)
+
+    @property
+    def learner(self) -> LearnerState:
+        """The newest, which still lacks what the row that is under way will teach it."""
+        return self._learner
+
+    def set_learner(self, learner: LearnerState) -> None:
+        """Has it go on with another, whose arrays lie where its own do, and are for nobody else."""
+        self._learner = learner
 
     @property
     def params(self) -> Params:

@@ -48,7 +48,7 @@ class ParameterServer(OnRay):
           ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
         """
         assert isinstance(config.topology, ParameterServerConfig)
-        super().__init__(config, env, network)
+        super().__init__(config, env, network, config.topology.crew)
         from qfleet.topologies.parameter_server_director import ServerDirector  # here, as not all need Ray
 
         self._topology = config.topology

@@ -21,8 +21,8 @@ from qfleet.topologies.collecting import Actor, Chunk, Report
 from qfleet.topologies.parameter_server_shard import Division
 from qfleet.topologies.replay_shard import ReplayShard, Stock, Writer, put_together
 
-_DRAWING = 4
-"""What a seed's random numbers are for; 0 to 3 are the learner's, evaluation's, acting's and a shared replay's."""
+_DRAWING = 6
+"""What a seed's random numbers are for; 0 to 5 are others'."""
 
 
 class Lesson(NamedTuple):

@@ -111,6 +111,11 @@ class Placement:
         return _map_specs(lambda spec: NamedSharding(self.mesh, spec), specs)
 
 
+def leaves_of(tree: Any) -> list[np.ndarray]:
+    """Returns a tree's arrays on the host, safe from what happens to it afterwards."""
+    return [np.array(leaf) for leaf in jax.device_get(jax.tree.leaves(tree))]
+
+
 def _over_data(specs: Any) -> Any:
     """Returns the specs without the model axis, which XLA deals with by itself."""
     return _map_specs(lambda spec: PartitionSpec(*(name if name == DATA_AXIS else None for name in spec)), specs)

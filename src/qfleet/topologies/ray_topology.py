@@ -1,26 +1,22 @@
 """What topologies share whose parts run on Ray, each in a process of its own, directed by this one."""
 
 import contextlib
-import functools
 import importlib
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from qfleet.config import ConfigError, TrainConfig, crew_of, topology_name
+from qfleet.config import ConfigError, Crew, DecentralisedConfig, TrainConfig, topology_name
 from qfleet.core.agent import make_agent
-from qfleet.core.exploration import greedy
-from qfleet.core.keys import key_of
 from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.replay import SavedReplay
-from qfleet.core.types import Network, Params, stored_spec
-from qfleet.envs.host import HostEnv, HostLanes, lane_options, seed_of
+from qfleet.core.types import Network, stored_spec
+from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
+from qfleet.topologies.evaluating import Evaluator
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.placement import EVERYBODYS
 from qfleet.topologies.replay_shard import make_whole_replay
@@ -29,42 +25,51 @@ from qfleet.topologies.topology import StateIsLost, Topology, fitting, saved_rep
 if TYPE_CHECKING:
     from qfleet.topologies.ray_director import Director
 
-_EVALUATION = 1
-"""What a seed's random numbers are for; 0 and 2 are the learner's and the actors'."""
-
 
 class OnRay(Topology):
     """Parts that act on their own, and who learns; this process directs them, and plays what is evaluated."""
 
     _director: "Director[Any]"
 
-    def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network) -> None:
+    def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network, crew: Crew) -> None:
         """Checks what is the same for all.
 
+        Args:
+          config: of the run.
+          env: to learn.
+          network: as in all parts.
+          crew: who acts.
+
         Raises:
-          ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
+          ConfigError: if Ray isn't there, or it has many seeds.
         """
         if config.num_seeds > 1:
+            is_gossip = isinstance(config.topology, DecentralisedConfig)
+            what = "exchange gossip" if is_gossip else f"topology {topology_name(config.topology)}"
             raise ConfigError(
-                f"num_seeds must be 1 with topology {topology_name(config.topology)}, got num_seeds="
-                f"{config.num_seeds}; start one run for each seed"
+                f"num_seeds must be 1 with {what}, got num_seeds={config.num_seeds}; start one run for each seed"
             )
         importlib.import_module("qfleet.topologies.ray_cluster")  # which says so if Ray isn't there
-        self._config, self._crew, self._env = config, crew_of(config.topology), env
+        self._config, self._crew, self._env = config, crew, env
         self._agent = make_agent(network, config.agent)
         self._stored_spec = stored_spec(env.spec, network.store)
         learner = make_learner(self._agent, config.agent)
-        self._shapes: LearnerState = jax.eval_shape(lambda: learner.init(self._agent.init(jax.random.key(0))))
-        self._whole_replay = make_whole_replay(config, self._stored_spec)  # which checks the sizes
+
+        def init(seed: jax.Array) -> LearnerState:  # as a run in one process begins
+            return learner.init(self._agent.init(jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)[0]))
+
+        self._init = init
+        self._shapes: LearnerState = jax.eval_shape(init, np.uint32(0))
+        self._has_replay = config.agent.replay != "none" and config.checkpoint_replay
         self.env_steps = 0
         """When it was last looked at; the parts go on meanwhile."""
         self.learner_steps = 0
         """The same."""
-        self._eval_lanes: HostLanes | None = None
+        self._evaluator = Evaluator(config, env, self._agent)
 
     def footprint(self) -> Footprint:
         """Returns what all parts keep, which on one machine is what the host must have."""
-        replay = jax.eval_shape(self._whole_replay.init)
+        replay = jax.eval_shape(make_whole_replay(self._config, self._stored_spec).init)
         return make_footprint(
             {"data": 1, "model": 1},
             tuple(jax.local_devices()[:1]),
@@ -101,39 +106,12 @@ class OnRay(Topology):
         if batch:
             with contextlib.suppress(StateIsLost):
                 self._director.rest()
-        params, env = self.params, self._env
-        numbers = (self._config.seed, _EVALUATION, self.env_steps % 2**32, batch)
-        if isinstance(env, InGraphEnv):
-            key = key_of(*numbers)
-            return np.asarray(self._greedy_returns(params, key, num_episodes))[None]
-        if self._eval_lanes is None:
-            num_lanes = min(self._crew.num_lanes, self._config.eval_episodes)
-            self._eval_lanes = env.make_eval_lanes(num_lanes, lane_options(self._config.topology))
-            self._greedy = jax.jit(lambda params, view: greedy(self._agent.q_values(params, view)))
-        returns = host_greedy_returns(
-            self._eval_lanes,
-            env.spec,
-            lambda view: self._greedy(params, view),
-            num_episodes,
-            seed_of(*numbers),
-            self._agent.store,
-        )
-        return returns[None]
-
-    @functools.cached_property
-    def _greedy_returns(self) -> Callable[..., jax.Array]:
-        env, agent = self._env, self._agent
-
-        def returns(params: Params, key: jax.Array, num_episodes: int) -> jax.Array:
-            assert isinstance(env, InGraphEnv)
-            return greedy_returns(env, agent.q_values, params, key, num_episodes, agent.store)
-
-        return jax.jit(returns, static_argnums=2)
+        return self._evaluator.returns(self.params, self.env_steps, num_episodes, batch)
 
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
         """Returns the state that a checkpoint holds, of parts of any number or of another topology."""
         state: dict[str, Any] = {"learner": self._read_learner(checkpoints, checkpoint)}
-        if self._config.checkpoint_replay:
+        if self._has_replay:
             state["replay"] = self._read_replay(checkpoints, checkpoint)
         return state
 
@@ -145,12 +123,22 @@ class OnRay(Topology):
     def _read_replay(self, checkpoints: Checkpoints, checkpoint: int | None = None) -> SavedReplay:
         """Returns the replay of a checkpoint as these parts would have saved it."""
         saved = saved_replay(checkpoints.restore_item("replay", env_steps=checkpoint))
-        crew, agent = self._crew, self._config.agent
-        shape = (agent.replay_capacity // crew.num_lanes, crew.num_lanes)
-        is_ours = saved.ring.rows.outcome.shape == shape and len(saved.ring.cursor) == crew.num_actors
-        if is_ours and not isinstance(saved.leaves, tuple):
+        shape = (*self._replay_shape, self._crew.num_actors)
+        is_ours = (*saved.ring.rows.outcome.shape, len(saved.ring.cursor)) == shape
+        if is_ours and isinstance(saved.leaves, tuple) != self._is_prioritised:
             return saved
-        return fitting(saved, (*shape, crew.num_actors), agent, self._env.spec.frame_stack, is_prioritised=True)
+        frame_stack = self._stored_spec.frame_stack
+        return fitting(saved, shape, self._config.agent, frame_stack, is_prioritised=self._is_prioritised)
+
+    @property
+    def _replay_shape(self) -> tuple[int, int]:
+        """Rows and lanes of the replays of all, together."""
+        return self._config.agent.replay_capacity // self._crew.num_lanes, self._crew.num_lanes
+
+    @property
+    def _is_prioritised(self) -> bool:
+        """Whether their replays keep priorities, as shards do even for uniform sampling."""
+        return True
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up.
@@ -168,6 +156,4 @@ class OnRay(Topology):
     def close(self) -> None:
         """Ends all parts, and the connection to Ray; may be called twice, and before `start`."""
         self._director.close()
-        if self._eval_lanes is not None:
-            self._eval_lanes.close()
-            self._eval_lanes = None
+        self._evaluator.close()

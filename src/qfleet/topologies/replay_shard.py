@@ -259,7 +259,7 @@ def _empty_whole(part: SavedReplay, crew: Crew) -> SavedReplay:
 
     heads: Any = {name: np.empty(crew.num_actors, getattr(part.ring, name).dtype) for name in _HEADS}
     ring = part.ring._replace(rows=jax.tree.map(lanes, part.ring.rows), **heads)
-    return part._replace(ring=ring, leaves=lanes(part.leaves))
+    return part._replace(ring=ring, leaves=jax.tree.map(lanes, part.leaves))
 
 
 def _copy_share(whole: Any, part: SavedReplay, crew: Crew, number: int) -> None:
@@ -278,8 +278,7 @@ def share_of(saved: SavedReplay, crew: Crew, number: int) -> SavedReplay:
     actors = crew.actors_of(number)
     lanes = _lanes_of(actors, crew)
     heads: Any = {name: np.asarray(getattr(saved.ring, name))[actors] for name in _HEADS}
-    rows: Any = jax.tree.map(lambda x: np.asarray(x)[:, lanes], saved.ring.rows)
-    own: Any = np.asarray(saved.leaves)[:, lanes]
+    rows, own = jax.tree.map(lambda x: np.asarray(x)[:, lanes], (saved.ring.rows, saved.leaves))
     return SavedReplay(saved.ring._replace(rows=rows, **heads), own, saved.max_priority)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qfleet.config import AgentConfig, RunFailed
+from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.core.replay.layout import relaid
 from qfleet.core.replay.ring import Ring, Row
@@ -117,6 +118,24 @@ class Topology(abc.ABC):
 
     def close(self) -> None:  # noqa: B027, what is all in one program has nothing to end
         """Ends the threads and processes that it started; may be called twice, and before `start`."""
+
+
+class OwnLearner(Topology):
+    """A topology whose learner is in this process, and can be given what others have learned."""
+
+    @property
+    @abc.abstractmethod
+    def env_steps_per_iteration(self) -> int:
+        """Over all lanes of one seed: `advance` stops at multiples of it."""
+
+    @property
+    @abc.abstractmethod
+    def learner(self) -> LearnerState:
+        """The newest; its arrays may be gone after the next `advance`."""
+
+    @abc.abstractmethod
+    def set_learner(self, learner: LearnerState) -> None:
+        """Has it go on with another, whose arrays lie where its own do, and are for nobody else."""
 
 
 def read_as(

@@ -1,0 +1,143 @@
+"""CartPole with peers that gossip: whether and when they solve it, and what becomes of them when one dies.
+
+    python benchmarks/gossip.py cartpole [--num-processes 4] [--preset rainbow_lite] [--period 100] [--seeds 5]
+    python benchmarks/gossip.py faults [--num-processes 4] [--preset rainbow_lite] [--period 100] [--tries 5]
+
+- cartpole: seconds from process start until 20 greedy episodes of the peers' mean have a mean return of 475 and 100
+  fresh ones confirm it.
+- faults: a peer, or the driver, is killed so often in one run; `back` is the time until a record of the run has all
+  peers there, and new environment steps of each. Then it is killed once while CartPole is learned, which must still
+  reach a mean greedy return of 475.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+import fleet
+from fleet_faults import TIMEOUT_SECONDS, Driver, kill_and_resume, kill_one, seconds
+
+ENDLESS = {"env-steps": 10**9, "eval-period-env-steps": 10**9}
+SOLVED = {"env-steps": 1_000_000, "stop-return": 475}
+
+FAULTS = ("kill a peer", "kill the driver")
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("cartpole", "faults"))
+    parser.add_argument("--num-processes", type=int, default=4)
+    parser.add_argument("--preset", default="rainbow_lite")
+    parser.add_argument("--period", type=int, default=100, help="of meetings, in learner steps")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--tries", type=int, default=5)
+    parser.add_argument("--timeout-seconds", type=float, default=300.0, help="after which nothing is solved any more")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
+    if arguments.part == "cartpole":
+        common.report("gossip cartpole", [solve(arguments, seed) for seed in range(arguments.seeds)])
+    else:
+        common.report("gossip faults", [fault(arguments, name) for name in FAULTS])
+
+
+def flags_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags of any run."""
+    return {
+        "preset": arguments.preset,
+        "topology": "decentralised",
+        "exchange": "gossip",
+        "num-processes": arguments.num_processes,
+        "gossip-period-learner-steps": arguments.period,
+        "max-restarts": 100,
+    }
+
+
+def solve(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Returns the row of one seed."""
+    flags = flags_of(arguments) | SOLVED | {"seed": seed}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    with common.scratch() as folder:
+        directory = Path(folder) / "run"
+        command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", "--quiet", *words]
+        fleet.run([*command, "--run-dir", str(directory)], arguments.timeout_seconds)
+        summary = json.loads((directory / "summary.json").read_text())
+        records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "peers": arguments.num_processes,
+        "preset": arguments.preset,
+        "period": arguments.period,
+        "seed": seed,
+        "solved": int(summary["stopped"] == "return reached"),
+        "env_steps": summary["env_steps"],
+        "wall_seconds": summary["wall_seconds"],
+        "compile_seconds": summary["compile_seconds"],
+        "consensus_distance_max": max(record["fleet_consensus_distance"] for record in records),
+        "greedy_return": summary["eval_return_mean"],
+    }
+
+
+def fault(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Returns the row of one fault."""
+    row = {"fault": name, "tries": arguments.tries, **seconds(back_after(arguments, name))}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(common.scratch()))
+        driver = stack.enter_context(train(arguments, folder, SOLVED))
+        driver.wait_for(lambda record: record["env_steps"] > 4_000)
+        if name == "kill the driver":
+            driver = stack.enter_context(kill_and_resume(driver, folder)[0])
+        else:
+            kill_one("RemotePeer")(driver, random.Random(0))
+        code = driver.process.wait(10 * TIMEOUT_SECONDS)
+        summary = json.loads((driver.run_dir / "summary.json").read_text())
+    return {
+        **row,
+        "cartpole": summary["stopped"] if code == 0 else f"exit code {code}",
+        "cartpole_env_steps": summary["env_steps"],
+        "cartpole_restarts": summary["num_restarts"],
+    }
+
+
+def back_after(arguments: argparse.Namespace, name: str) -> list[float]:
+    """Has one fault happen several times in a run, and returns how many seconds it took each time to be whole again."""
+    rng, back = random.Random(0), []
+
+    def is_whole(record: dict[str, Any]) -> bool:
+        is_there = record["fleet_peers_there"] == arguments.num_processes
+        return is_there and record["fleet_peer_env_steps_per_second_min"] > 0
+
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(common.scratch()))
+        driver = stack.enter_context(train(arguments, folder, ENDLESS))
+        driver.wait_for(is_whole)
+        for _ in range(arguments.tries):
+            time.sleep(3 + 3 * rng.random())
+            since, happened_at = len(driver.records()), time.time()
+            if name == "kill the driver":
+                driver, _, happened_at = kill_and_resume(driver, folder)
+                stack.enter_context(driver)
+                since = len(driver.records())
+            else:
+                restarts = driver.records()[-1]["fleet_restarts"] + kill_one("RemotePeer")(driver, rng)
+                driver.wait_for_restarts(restarts, since)
+                since = len(driver.records())
+            driver.wait_for(is_whole, since)
+            back.append(time.time() - happened_at)
+    return back
+
+
+def train(arguments: argparse.Namespace, folder: Path, flags: dict[str, Any]) -> Driver:
+    """Returns the driver of a new run."""
+    flags = flags_of(arguments) | {"checkpoint-period-seconds": 2.0} | flags
+    return Driver(folder, "train", "CartPole-v1", "--quiet", **flags, run_dir=folder / "run")
+
+
+if __name__ == "__main__":
+    main()
