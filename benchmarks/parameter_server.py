@@ -109,17 +109,19 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     setattr(parameter_server_director, "RemoteWorker", StubWorker)  # noqa: B010, it isn't the module's own
     config = qfleet.make_config(
         "ale:Pong", "atari_dqn", "parameter-server", num_workers=arguments.workers, num_server_shards=arguments.shards,
-        lanes_per_worker=1, rows_per_chunk=1, env_steps=10**9, warmup_env_steps=1, env_steps_per_learner_step=1e-6,
+        lanes_per_worker=1, rows_per_chunk=1, env_steps=100, warmup_env_steps=1, env_steps_per_learner_step=1e-6,
         replay_capacity=1000, gradient_dtype=dtype, max_loss_deviations=None,
     )  # fmt: skip
     server = server_of(config)
     try:
         server.start()
+        director = server._director
+        director._is_warm = lambda worker: True  # without a replay
+        director.env_steps = config.env_steps  # nobody acts
         fleet_limits.run_for(server, 5.0)
         taken = [server.advance(10**9) for _ in range(round(arguments.seconds / 0.5))]
         seconds = sum(progress.train_seconds for progress in taken)
         staleness = statistics.mean(progress.staleness for progress in taken)
-        director = server._director
         director.rest()
         pieces = [ray.put(piece) for piece in director.params()]
         pull = ray.get(director._workers[0].part.handle.time_pulls.remote(pieces, 100))
