@@ -1,5 +1,6 @@
 """Peers that gossip: what a meeting does, who meets whom, what a checkpoint holds, and what a lost peer changes."""
 
+import contextlib
 import logging
 import os
 import re
@@ -368,28 +369,31 @@ def test_the_others_go_on_when_a_peer_is_killed_and_it_comes_back_as_one_of_them
     run = qfleet.iterate(config)
     topology: Any = run._topology
     victim, *others = topology._director._peers
-    records = iter(run)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     env_steps = learner_steps = 0
+    with contextlib.closing(iter(run)) as records:
 
-    def go_on() -> None:
-        nonlocal env_steps, learner_steps
-        progress = next(records)
-        assert progress.env_steps >= env_steps and progress.learner_steps >= learner_steps
-        env_steps, learner_steps = progress.env_steps, progress.learner_steps
+        def go_on() -> None:
+            nonlocal env_steps, learner_steps
+            progress = next(records)
+            assert progress.env_steps >= env_steps and progress.learner_steps >= learner_steps
+            env_steps, learner_steps = progress.env_steps, progress.learner_steps
 
-    while not Checkpoints(tmp_path / "run" / "checkpoints").all() or victim.snapshot is None:
-        go_on()
-    os.kill(victim.part.place[0], signal.SIGKILL)
-    while victim.stage == "training":
-        go_on()
-    before = [peer.env_steps for peer in (victim, *others)]
-    while victim.stage != "training" or victim.env_steps == before[0]:
-        go_on()
-    assert all(peer.env_steps > then for peer, then in zip(others, before[1:], strict=True))
+        while victim.snapshot is None:
+            go_on()
+        has_trained_at = env_steps
+        while (checkpoints.latest() or 0) <= has_trained_at:
+            go_on()
+        os.kill(victim.part.place[0], signal.SIGKILL)
+        while victim.stage == "training":
+            go_on()
+        before = [peer.env_steps for peer in (victim, *others)]
+        while victim.stage != "training" or victim.env_steps == before[0]:
+            go_on()
+        assert all(peer.env_steps > then for peer, then in zip(others, before[1:], strict=True))
     assert "peer 0 died, and is replaced (1 in all)" in caplog.text
     said = re.findall(r"peer 0 goes on from .*, as peer [12] is now; .* lost (\d+) .*; (\d+) are back", caplog.text)
     assert sum(map(int, said[0])) <= before[0] and int(said[0][1]) > 0
-    records.close()
     assert run.summary["stopped"] == "interrupted" and run.summary["num_restarts"] == 1
     assert run.summary["env_steps"] >= env_steps
 
