@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -355,16 +354,6 @@ def test_what_a_fleet_cannot_do_is_refused_before_the_run_is_made(tmp_path):
 
 
 # --- All of it, on Ray ---
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Started once for all of these."""
-    pytest.importorskip("ray")
-    from qfleet.topologies.ray_cluster import connected
-
-    with connected("local", 12, "ray_address"):
-        yield
 
 
 def small(tmp_path: Path, name: str = "run", **settings) -> TrainConfig:

@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -314,16 +313,6 @@ def test_the_footprint_is_that_of_all_peers():
 
 
 # --- All of it, on Ray ---
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """Started once for all of these."""
-    pytest.importorskip("ray")
-    from qfleet.topologies.ray_cluster import connected
-
-    with connected("local", 4, "ray_address"):
-        yield
 
 
 @pytest.mark.slow
