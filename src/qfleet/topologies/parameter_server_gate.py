@@ -44,12 +44,12 @@ class Gate:
         return "outlier" if is_outlier else "applied"
 
     def _is_outlier(self, loss: float) -> bool:
-        if self._max_deviations is None or self._num_losses < _TRUSTED_AFTER:
-            return False
+        if self._max_deviations is None or self._num_losses < _TRUSTED_AFTER or not math.isfinite(loss):
+            return False  # of a loss that isn't finite the run must fail, and not go on without ever learning
         return loss > self._mean + self._max_deviations * math.sqrt(self._variance)
 
     def _note(self, loss: float) -> None:
-        if not math.isfinite(loss):  # the run is about to fail of it
+        if not math.isfinite(loss):
             return
         self._num_losses += 1
         weight = max(1 - _MEMORY, 1 / self._num_losses)
