@@ -218,6 +218,7 @@ def test_gradients_of_unusual_loss_are_dropped_until_it_is_usual():
     assert gate.verdict(0, 0, 0.0) == "applied", "a small loss harms nobody"
     verdicts = [gate.verdict(0, 0, 2.0) for _ in range(100)]
     assert verdicts[0] == "outlier" and verdicts[-1] == "applied", "and no loss is unusual for good"
+    assert {gate.verdict(0, 0, loss) for loss in (np.inf, np.nan)} == {"applied"}, "the run fails of it"
     keeps_all = Gate(ParameterServerConfig(max_loss_deviations=None))
     assert {keeps_all.verdict(0, 0, loss) for loss in [*losses, 1e6]} == {"applied"}
 
@@ -423,7 +424,7 @@ def test_a_lost_shard_has_all_go_back_to_one_snapshot_and_refuses_older_gradient
     version, applied = director.version, director._tally.num_gradients["applied"]
     answer_all(director._server)
     director._issue()
-    pending = sum(worker.num_gradients for worker in director._workers)
+    pending = sum(worker.is_learning for worker in director._workers)
     assert pending
     with caplog.at_level(logging.WARNING, logger="qfleet"):
         director._server[1].die()

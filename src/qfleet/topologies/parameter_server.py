@@ -2,7 +2,7 @@
 
 This process directs the others, in a thread of its own. Arrays go between them directly, by Ray's object store:
 
-    server  --parameters--> worker    the newest, with whatever it is asked for, while it is at what was asked before
+    server  --parameters--> worker    the newest, with whatever it is asked for: chunks, one ahead, and one gradient
     worker  --gradient-->   server    each shard's piece of it
     worker  --chunk-->      replay    only where the workers share one; each has its own otherwise
 
@@ -88,18 +88,19 @@ class ParameterServer(OnRay):
         num_parts = {
             "workers": topology.num_workers, "server": topology.num_server_shards, "shards": topology.num_replay_shards
         }  # fmt: skip
-        num_gradients = sum(tally.num_gradients.values())
         return {
             "worker_env_steps_per_second_min": float(rates.min()),
             "worker_env_steps_per_second_median": float(np.median(rates)),
             "worker_env_steps_per_second_max": float(rates.max()),
             "workers_there": director.num_workers_there,
             "staleness_max": float(max(tally.staleness, default=0)),
-            "gradients_per_second": num_gradients / seconds,
+            "gradients_per_second": sum(tally.num_gradients.values()) / seconds,
             "gradients_stale": tally.num_gradients["stale"],
             "gradients_outlier": tally.num_gradients["outlier"],
             "replay_transitions": director.num_transitions,
-            "replay_ratio": num_gradients * batch_size / tally.env_steps if tally.env_steps else 0.0,
+            "replay_ratio": (
+                tally.num_gradients["applied"] * batch_size / tally.env_steps if tally.env_steps else 0.0
+            ),
             "restarts": director.num_restarts,
             "pulled_bytes_per_second": tally.pulled_bytes / seconds,
             "pushed_bytes_per_second": tally.pushed_bytes / seconds,

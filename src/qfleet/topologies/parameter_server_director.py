@@ -28,9 +28,6 @@ from qfleet.topologies.sharded_replay import Drawn, ShardedReplay
 
 logger = logging.getLogger("qfleet")
 
-_GRADIENTS_AHEAD = 1
-"""That each worker has been asked for: the next one's parameters come while it is at the one before."""
-
 _STEPS_AHEAD = 4
 """That the server has been sent, and has not applied yet."""
 
@@ -83,8 +80,8 @@ class _Worker:
     part: Part
     num_chunks: int = 0
     """That it was asked for, and that are not in the replay yet."""
-    num_gradients: int = 0
-    """That it was asked for."""
+    is_learning: bool = False
+    """Whether it was asked for a gradient."""
     num_asked: int = 0
     """Chunks, of the incarnation that has the place."""
     asked_last: int = 0
@@ -226,7 +223,7 @@ class ServerDirector(Director[ServerTally]):
         return [*self._server, *self._keepers()]
 
     def _is_at_work(self) -> bool:
-        flying = any(worker.num_chunks or worker.num_gradients for worker in self._workers)
+        flying = any(worker.num_chunks or worker.is_learning for worker in self._workers)
         return flying or bool(self._num_stepping) or (self._replay is not None and self._replay.is_at_work)
 
     def _issue(self) -> None:
@@ -504,16 +501,15 @@ class ServerDirector(Director[ServerTally]):
         due = (self.limiter.due(self.env_steps) - self.learner_steps) * each
         # With so many under way, none that is asked for now is stale unless others overtake it.
         most = min(due, (topology.max_staleness + 1) * each)
-        num_coming = len(self._gradients) + sum(worker.num_gradients for worker in self._workers)
-        for _ in range(_GRADIENTS_AHEAD):
-            for i in self._in_turn():
-                if num_coming >= most:
+        num_coming = len(self._gradients) + sum(worker.is_learning for worker in self._workers)
+        for worker in map(self._workers.__getitem__, self._in_turn()):
+            if num_coming >= most:
+                return
+            # One at a time: parameters that waited for the one before would be older by a step of every other worker.
+            if not worker.is_learning and worker.part.is_there and self._is_warm(worker):
+                if not self._ask_for_gradient(worker):
                     return
-                worker = self._workers[i]
-                if worker.num_gradients < _GRADIENTS_AHEAD and worker.part.is_there and self._is_warm(worker):
-                    if not self._ask_for_gradient(worker):
-                        return
-                    num_coming += 1
+                num_coming += 1
 
     def _is_warm(self, worker: _Worker) -> bool:
         """Returns whether a worker's own replay has its share of the warm-up, or half of what it can hold."""
@@ -531,12 +527,12 @@ class ServerDirector(Director[ServerTally]):
             drawn = self._replay.draw(agent.batch_size, exponent)
             if drawn is None:
                 return False
-        worker.num_gradients += 1
+        worker.is_learning = True
         self._note_request(worker)
         pulled = self._pulled_by(worker)
 
         def lost() -> None:
-            worker.num_gradients -= 1
+            worker.is_learning = False
             self._has_not_pulled(worker, pulled)
 
         then = functools.partial(self._gradient_has_come, worker, worker.version, drawn)
@@ -556,7 +552,7 @@ class ServerDirector(Director[ServerTally]):
     def _gradient_has_come(
         self, worker: _Worker, version: int, drawn: Drawn | None, lesson: Lesson, *references: Any
     ) -> None:
-        worker.num_gradients -= 1
+        worker.is_learning = False
         tally, num_pieces = self._tally, len(self._server)
         self._note_busy("workers", lesson.busy_seconds)
         if drawn is not None:

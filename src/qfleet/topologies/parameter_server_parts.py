@@ -23,8 +23,8 @@ class RemoteReplayShard(Remote, ReplayShard):
 class RemoteWorker(Remote, Worker):
     """A worker in a process of its own.
 
-    What is pulled comes along with what is asked for, as references that Ray fetches while the worker is at what it was
-    asked for before.
+    What is pulled comes along with what is asked for, as references that Ray fetches before it begins, or while the
+    worker still acts.
     """
 
     def pull_and_act(

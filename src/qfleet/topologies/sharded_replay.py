@@ -46,7 +46,7 @@ class ShardedReplay:
           parts: by whom the shards are asked.
           note_busy: told the seconds that a shard was at work.
         """
-        self._config, self._crew, self._parts, self._note_busy = config, crew_of(config.topology), parts, note_busy
+        self._crew, self._parts, self._note_busy = crew_of(config.topology), parts, note_busy
         self._shards: list[_Shard] = []
         self._random = np.random.default_rng((config.seed, 3))
         self._num_drawn = self._num_inserting = self._num_returning = 0
@@ -138,11 +138,12 @@ class ShardedReplay:
                 shard.part, "set_priorities", drawn.number, reference, then=returned, needs=(reference,), dropped=gone
             )
 
-    def give(self, i: int, saved: SavedReplay) -> None:
-        """Has a shard go on from its lanes of a saved replay."""
+    def give(self, i: int, saved: SavedReplay) -> int:
+        """Has a shard go on from its lanes of a saved replay, and returns how many transitions they hold."""
         shard = self._shards[i]
         own = share_of(saved, self._crew, i)
         self._parts.ask(shard.part, "restore", own, then=functools.partial(self._note_stock, shard))
+        return int(np.sum(np.asarray(own.leaves) > 0))
 
     def was_lost(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> bool:
         """Has a shard that was replaced go on from the newest checkpoint's replay and counters, or from nothing.
@@ -155,8 +156,7 @@ class ShardedReplay:
         found, whence = 0, "there is no checkpoint that has them"
         if newest:
             saved, counters = newest
-            self.give(i, saved)
-            found = int(np.sum(np.asarray(share_of(saved, self._crew, i).leaves) > 0))
+            found = self.give(i, saved)
             whence = f"from the checkpoint at environment step {counters['env_steps']}"
         logger.warning("%s held %d transitions; %d are back: %s", shard.part.name, lost, found, whence)
         return bool(found or self.num_transitions)
