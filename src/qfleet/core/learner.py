@@ -93,6 +93,11 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
     return Learner(init, gradients, apply)
 
 
+def init_from_seed(learner: Learner, agent: Agent, seed: Array) -> LearnerState:
+    """Returns the learner that a run with this seed, `[]` uint32, begins with, wherever it runs."""
+    return learner.init(agent.init(jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)[0]))
+
+
 def update(
     learner: Learner, state: LearnerState, batch: Batch, reduce: Callable[[Params], Params] = lambda grads: grads
 ) -> tuple[LearnerState, UpdateInfo]:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from qfleet.config import ActorLearnerConfig, TrainConfig
 from qfleet.core.agent import make_agent
-from qfleet.core.learner import LearnerState, make_learner, update
+from qfleet.core.learner import LearnerState, init_from_seed, make_learner, update
 from qfleet.core.learning import Losses, add_losses, no_losses
 from qfleet.core.types import EnvSpec, Transition
 from qfleet.envs.registry import make_env
@@ -64,7 +64,7 @@ class GlobalLearner:
         learner = make_learner(agent, config.agent)
 
         def init(seed: Array) -> LearnerState:
-            return learner.init(agent.init(jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)[0]))
+            return init_from_seed(learner, agent, seed)
 
         def learn(state: LearnerState, batches: Transition) -> tuple[LearnerState, Losses, Array]:
             def step(carry: tuple[LearnerState, Losses], batch: Transition) -> tuple:

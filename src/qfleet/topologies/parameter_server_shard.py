@@ -13,7 +13,7 @@ from jax import Array
 from qfleet.config import AgentConfig, ConfigError, ParameterServerConfig, TrainConfig
 from qfleet.core import pieces
 from qfleet.core.agent import Agent, make_agent
-from qfleet.core.learner import ELEMENTWISE, LearnerState, make_learner
+from qfleet.core.learner import ELEMENTWISE, LearnerState, init_from_seed, make_learner
 from qfleet.core.types import Params
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
@@ -75,8 +75,7 @@ class Division:
 
     def init_whole(self, seed: Array) -> LearnerState:
         """Returns the learner that a seed begins with, in any topology."""
-        key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)[0]
-        return self.learner.init(self._agent.init(key))
+        return init_from_seed(self.learner, self._agent, seed)
 
     def init(self, seed: Array, number: int) -> LearnerState:
         """Returns what one shard has of it; a shard alone keeps the network as it is, and not as a vector."""

@@ -1,6 +1,7 @@
 """What topologies share whose parts run on Ray, each in a process of its own, directed by this one."""
 
 import contextlib
+import functools
 import importlib
 import time
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from qfleet.config import ConfigError, Crew, DecentralisedConfig, TrainConfig, topology_name
 from qfleet.core.agent import make_agent
-from qfleet.core.learner import LearnerState, make_learner
+from qfleet.core.learner import LearnerState, init_from_seed, make_learner
 from qfleet.core.replay import SavedReplay
 from qfleet.core.types import Network, stored_spec
 from qfleet.envs.host import HostEnv
@@ -54,12 +55,8 @@ class OnRay(Topology):
         self._agent = make_agent(network, config.agent)
         self._stored_spec = stored_spec(env.spec, network.store)
         learner = make_learner(self._agent, config.agent)
-
-        def init(seed: jax.Array) -> LearnerState:  # as a run in one process begins
-            return learner.init(self._agent.init(jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)[0]))
-
-        self._init = init
-        self._shapes: LearnerState = jax.eval_shape(init, np.uint32(0))
+        self._init = functools.partial(init_from_seed, learner, self._agent)
+        self._shapes: LearnerState = jax.eval_shape(self._init, np.uint32(0))
         self._has_replay = config.agent.replay != "none" and config.checkpoint_replay
         self.env_steps = 0
         """When it was last looked at; the parts go on meanwhile."""
