@@ -8,6 +8,7 @@ What it survives: benchmarks/fleet_faults.py --topology parameter-server.
 """
 
 import argparse
+import collections
 import os
 import statistics
 import time
@@ -17,7 +18,6 @@ from typing import Any
 
 import common
 import fleet_limits
-import jax
 import jax.numpy as jnp
 import numpy as np
 import ray
@@ -40,36 +40,37 @@ CHUNK = Report([], [], 0.0, 0, 0.0, 0)
 class StubWorker(RemoteWorker):
     """A worker that returns the same gradient again and again, but pulls parameters as others do."""
 
-    def __init__(self, variables: Any, config: qfleet.TrainConfig, number: int) -> None:
+    def __init__(self, variables: Any, config: qfleet.TrainConfig, number: int, memory: str | None) -> None:
         """Makes the gradient."""
-        super().__init__(variables, config, number)
+        super().__init__(variables, config, number, memory)
         assert isinstance(config.topology, ParameterServerConfig)
         agent = make_agent(make_network(make_env(config.env).spec, config.agent), config.agent)
         division = Division(agent, config.agent, config.topology.num_server_shards)
         dtype = jnp.dtype(config.topology.gradient_dtype)
+        self._pulls: collections.deque[float] = collections.deque(maxlen=1000)
         self._pieces = [np.full(end - start, 1e-3, dtype) for start, end in division.bounds]
 
-    def pull_and_act(self, version: int, exploration: float, *vectors: np.ndarray) -> Any:
+    def pull_and_act(self, version: int, exploration: float, num_handed: int, *handed: Any) -> Any:
         """Returns a chunk that took no time."""
-        self.pull(version, vectors)
+        self.pull(version, handed[:num_handed])
         return (CHUNK, Stock(1.0, 10**6, 0.0)), None
 
-    def pull_and_learn(self, version: int, importance_exponent: float, *vectors: np.ndarray) -> tuple[Any, ...]:
-        """Returns a gradient that took no time."""
-        started = time.perf_counter()
-        self.pull(version, vectors)
-        jax.block_until_ready(self._params)
-        return Lesson(1.0, 1.0, time.perf_counter() - started), *self._pieces
+    def pull_and_learn(self, version: int, importance_exponent: float, room: Any, num_handed: int, *handed: Any) -> Any:
+        """Returns a gradient that took no time but that of handing it on."""
+        self.pull(version, handed[:num_handed])
+        lesson, pieces = Lesson(1.0, 1.0, 0.0), self._handed_out(self._pieces, room)
+        return (lesson, *pieces) if pieces else lesson
 
-    def time_pulls(self, box: list[Any], count: int) -> float:
-        """Returns the median seconds of a pull, from the object store to the parameters as they are used."""
-        seconds = []
-        for _ in range(count):
-            started = time.perf_counter()
-            self.pull(0, tuple(ray.get(box)))
-            jax.block_until_ready(self._params)
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds)
+    def pull(self, version: int, handed: Any) -> None:
+        """Notes the seconds that it takes, until the parameters are as they are used."""
+        started = time.perf_counter()
+        super().pull(version, handed)
+        if handed:
+            self._pulls.append(time.perf_counter() - started)
+
+    def pull_seconds(self) -> float:
+        """Returns their median."""
+        return statistics.median(self._pulls)
 
 
 def main() -> None:
@@ -123,8 +124,7 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
         seconds = sum(progress.train_seconds for progress in taken)
         staleness = statistics.mean(progress.staleness for progress in taken)
         director.rest()
-        pieces = [ray.put(piece) for piece in director.params()]
-        pull = ray.get(director._workers[0].part.handle.time_pulls.remote(pieces, 100))
+        pull = ray.get(director._workers[0].part.handle.pull_seconds.remote())
     finally:
         server.close()
     return {

@@ -108,14 +108,14 @@ def test_gradients_of_workers_together_are_those_of_one_learner_on_the_joined_ba
         gradients = []
         for worker, batch in zip(workers, batches, strict=True):
             worker.pull(step, pulled(server))
-            lesson, *gradient = worker.gradient_of([np.arange(BATCH)], batch)
+            lesson, *gradient = worker.gradient_of([np.arange(BATCH)], (batch,))
             gradients.append(gradient[:num_shards])
         columns = list(zip(*gradients, strict=True))
         if num_shards > 1 and max_gradient_norm is not None:
             squares = [shard.add_up(*column)[1] for shard, column in zip(server, columns, strict=True)]
-            handed = [shard.apply(*squares) for shard in server]
+            handed = [shard.apply(None, *squares) for shard in server]
         else:
-            handed = [shard.step(*column) for shard, column in zip(server, columns, strict=True)]
+            handed = [shard.step(None, *column) for shard, column in zip(server, columns, strict=True)]
         joined = jax.tree.map(lambda *x: np.concatenate(x), *batches)
         expected, info = one_step(expected, joined)
         if num_gradients == 1:
@@ -141,7 +141,7 @@ def test_gradients_travel_as_bfloat16_where_that_is_asked_for():
         config = config_of(gradient_dtype=dtype, num_replay_shards=1)
         worker = Worker(config, 0)
         worker.pull(0, pulled([ServerShard(config, 0)]))
-        vectors[dtype] = worker.gradient_of([np.arange(BATCH)], batch_of(BATCH, 0))[1]
+        vectors[dtype] = worker.gradient_of([np.arange(BATCH)], (batch_of(BATCH, 0),))[1]
     assert vectors["bfloat16"].nbytes == vectors["float32"].nbytes / 2
     assert 0 < distance(vectors["bfloat16"].astype(np.float32), vectors["float32"]) < 0.01
 
@@ -152,10 +152,10 @@ def test_a_server_goes_on_where_another_stopped():
     assert not np.array_equal(first.params().params, second.params().params)
     gradient = np.ones(len(first.params().params), np.float32)
     for _ in range(5):
-        first.step(gradient)
+        first.step(None, gradient)
     second.restore(first.state()[1])
     for _ in range(4):
-        ours, theirs = second.step(gradient), first.step(gradient)
+        ours, theirs = second.step(None, gradient), first.step(None, gradient)
         np.testing.assert_array_equal(ours.params, theirs.params)
         assert (ours.target_params is None) == (theirs.target_params is None)
     second.reset()
@@ -163,9 +163,34 @@ def test_a_server_goes_on_where_another_stopped():
     np.testing.assert_array_equal(second.params().params, fresh.params().params)
 
 
+@pytest.mark.parametrize("max_gradient_norm", [None, 0.5])
+def test_steps_taken_at_once_are_those_taken_one_by_one(max_gradient_norm):
+    config = config_of(num_server_shards=2, gradients_per_learner_step=2, max_gradient_norm=max_gradient_norm)
+    random, (together, apart) = np.random.default_rng(0), [[ServerShard(config, i) for i in range(2)] for _ in range(2)]
+    gradients = [[random.normal(size=len(shard.params().params)).astype(np.float32) for shard in together]
+                 for _ in range(2 * 9)]  # fmt: skip
+
+    def take(server: list[ServerShard], some: list[list[np.ndarray]]) -> list[Any]:
+        columns = list(zip(*some, strict=True))
+        if max_gradient_norm is None:
+            return [shard.step(None, *column) for shard, column in zip(server, columns, strict=True)]
+        squares = [shard.add_up(*column)[1] for shard, column in zip(server, columns, strict=True)]
+        return [shard.apply(None, *squares) for shard in server]
+
+    first, second = take(together, gradients[: 2 * 6]), take(together, gradients[2 * 6 :])
+    assert first[0].target_params is None and second[0].target_params is not None, "it moves after 7"
+    for i in range(9):
+        alone = take(apart, gradients[2 * i : 2 * i + 2])
+    for ours, theirs in zip(second, alone, strict=True):
+        np.testing.assert_array_equal(ours.params, theirs.params)
+    for ours, theirs in zip(together, apart, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours.state()[1], theirs.state()[1])
+
+
 def test_the_clock_moves_when_the_target_network_does():
     clock = TargetClock(3)
     assert [clock.tick() for _ in range(7)] == [False, False, True, False, False, True, False]
+    assert [clock.tick(n) for n in (1, 2, 2, 7)] == [False, True, True, True] and clock.age == 1
 
 
 # --- Workers ---
@@ -312,13 +337,10 @@ class FakePart:
 
     def _call(self, method: str, values: list[Any]) -> Any:
         worker = self.worker
-        if method == "pull_and_act":
-            worker.pull(values[0], tuple(values[2:]))
-            report, stock, chunk = worker.act(values[1])
-            return (report, stock), chunk
-        if method == "pull_and_learn":
-            worker.pull(values[0], tuple(values[2:]))
-            return worker.gradient(values[1])
+        from qfleet.topologies.parameter_server_parts import RemoteWorker
+
+        if method.startswith("pull"):
+            return getattr(RemoteWorker, method)(worker, *values)
         return getattr(worker, method)(*values)
 
 
@@ -408,14 +430,14 @@ def test_with_as_many_gradients_a_step_as_workers_and_no_staleness_all_are_in_st
 
 def test_learning_goes_on_without_a_slow_worker_whose_gradients_are_refused(simulated):
     director = simulated(num_server_shards=2, max_staleness=8)
-    train(director, 600, slow=(3,))
+    train(director, 900, slow=(3,))
     tally = director._tally
     assert max(tally.staleness) <= 8
     assert tally.num_gradients["stale"] >= 3 and tally.num_gradients["outlier"] == 0
-    assert tally.num_gradients["applied"] == len(tally.staleness) == 600
+    assert tally.num_gradients["applied"] == len(tally.staleness) == director.learner_steps + len(director._waiting)
     assert tally.worker_env_steps[3] < 0.25 * tally.worker_env_steps[:3].min()
     answer_all(director._server)
-    assert target_ages(director) == [600 % 7] * 2
+    assert target_ages(director) == [director.learner_steps % 7] * 2
 
 
 def test_a_lost_shard_has_all_go_back_to_one_snapshot_and_refuses_older_gradients(simulated, caplog):
@@ -463,6 +485,46 @@ def test_a_worker_that_is_lost_begins_with_an_empty_replay_and_warms_up_again(si
     assert director.incarnations == [0, 0, 1, 0]
     train(director, 120)
     assert director.env_steps > env_steps and director._workers[2].stock.num_transitions > 0
+
+
+def test_vectors_in_shared_memory_are_kept_as_long_as_anybody_needs_them(simulated, monkeypatch):
+    """What is free is spoilt: whoever read it, or gave back what another still reads, would learn something else."""
+    from qfleet.topologies import parameter_server_vectors as module
+    from qfleet.topologies.shared_memory import SharedMemory, Slot, Window
+
+    num_leased = 0
+
+    class SpoiltMemory(SharedMemory):
+        def slot(self) -> Slot | None:
+            nonlocal num_leased
+            window, length = Window(self.path), self._piece_bytes // 4
+            for number in self._free:
+                for place in self.places(Slot(number, []), "float32"):
+                    window.get(place._replace(length=length))[:] = np.nan
+            slot = super().slot()
+            num_leased += slot is not None
+            return slot
+
+    settings = {
+        "num_server_shards": 2, "target_update_period": 5, "max_gradient_norm": 10.0, "gradients_per_learner_step": 2
+    }  # fmt: skip
+    learned = []
+    for memory in (SpoiltMemory, None):
+        monkeypatch.setattr(module, "can_share", lambda memory=memory: memory is not None)
+        monkeypatch.setattr(module, "SharedMemory", memory)
+        director = simulated(**settings)
+        for turn in range(400):  # a server that is late, and takes several steps at once
+            parts = workers_of(director)
+            step(director, [*parts[:3], *(parts[3:] if turn % 17 == 0 else [])])
+            for part in director._server if turn % 5 == 4 else []:
+                while part.answer():
+                    pass
+        answer_all(director._server)
+        assert director.learner_steps > 40
+        learned.append([part.worker.state()[1] for part in director._server])
+    assert num_leased > 120
+    jax.tree.map(np.testing.assert_array_equal, *learned)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(learned))
 
 
 def test_the_replay_ratio_is_kept(simulated):

@@ -20,16 +20,14 @@ from qfleet.topologies.limiter import CHUNKS_AHEAD, Limiter
 from qfleet.topologies.parameter_server_gate import Gate
 from qfleet.topologies.parameter_server_parts import RemoteReplayShard, RemoteServerShard, RemoteWorker
 from qfleet.topologies.parameter_server_shard import Division, Leaves, TargetClock
+from qfleet.topologies.parameter_server_vectors import Vector, Vectors, handed_out, needs_of, to_pull
 from qfleet.topologies.parameter_server_worker import Lesson
 from qfleet.topologies.ray_director import Director, Tally
 from qfleet.topologies.ray_parts import ON_CPU, ONE_CPU, Part, has_failed
 from qfleet.topologies.replay_shard import NOTHING, Stock, Writer, share_of
-from qfleet.topologies.sharded_replay import Drawn, ShardedReplay
+from qfleet.topologies.sharded_replay import ShardedReplay
 
 logger = logging.getLogger("qfleet")
-
-_STEPS_AHEAD = 4
-"""That the server has been sent, and has not applied yet."""
 
 
 class ServerTally(Tally):
@@ -56,12 +54,10 @@ class _Parameters(NamedTuple):
 
     version: int
     """Steps that the server had been sent, in all of its lives: it counts up, whatever happens to the server."""
-    params: tuple[Any, ...]
-    """References to each shard's piece; they may still be on their way."""
+    params: Vector
     target_version: int
     """Of the first parameters with this target network."""
-    target_params: tuple[Any, ...]
-    """The same."""
+    target_params: Vector
 
 
 class _Snapshot(NamedTuple):
@@ -134,8 +130,10 @@ class ServerDirector(Director[ServerTally]):
         self._target_clock = TargetClock(config.agent.target_update_period)
         self._is_asked_for_snapshot = False
         self._snapshot: _Snapshot | None = None
-        self._gradients: list[tuple[Any, ...]] = []  # of the next step: a reference for each shard
-        self._num_stepping = 0  # steps that the server was sent, and has not applied on all shards yet
+        self._vectors = Vectors(self._topology, division)
+        self._gradients: list[Vector] = []  # of the next step
+        self._waiting: list[list[Vector]] = []  # gradients of steps that the server is to be sent
+        self._is_stepping = False  # whether it was sent some, and has not taken them on all shards yet
         self._num_requests = 0  # to all workers
 
     # --- For other threads ---
@@ -224,7 +222,8 @@ class ServerDirector(Director[ServerTally]):
 
     def _is_at_work(self) -> bool:
         flying = any(worker.num_chunks or worker.is_learning for worker in self._workers)
-        return flying or bool(self._num_stepping) or (self._replay is not None and self._replay.is_at_work)
+        is_stepping = self._is_stepping or bool(self._waiting)
+        return flying or is_stepping or (self._replay is not None and self._replay.is_at_work)
 
     def _issue(self) -> None:
         if self._parameters is None:
@@ -266,22 +265,23 @@ class ServerDirector(Director[ServerTally]):
     def _all_parameters(self) -> _Parameters:
         asked = [self._parts.ask(part, "params", num_returns=3) for part in self._server]
         _, params, target_params = zip(*asked, strict=True)
+        params, target_params = (Vector(references, None, references) for references in (params, target_params))
         return _Parameters(self.version, params, self.version, target_params)
 
-    def _pulled_by(self, worker: _Worker) -> tuple[Any, ...]:
-        """Returns references to what a worker must pull to have the newest parameters."""
-        newest, pulled = self._newest, ()
+    def _pulled_by(self, worker: _Worker) -> list[Vector]:
+        """Returns what a worker must pull to have the newest parameters."""
+        newest, pulled = self._newest, []
         if worker.version != newest.version:
-            pulled = newest.params
+            pulled.append(newest.params)
             if worker.target_version != newest.target_version:
-                pulled += newest.target_params
+                pulled.append(newest.target_params)
         worker.version, worker.target_version = newest.version, newest.target_version
         return pulled
 
-    def _has_not_pulled(self, worker: _Worker, pulled: tuple[Any, ...]) -> None:
+    def _has_not_pulled(self, worker: _Worker, pulled: list[Vector]) -> None:
         """Has a worker that may have got nothing pull all anew; the server hands out again what is lost."""
         worker.version = worker.target_version = -1
-        if any(map(has_failed, pulled)):
+        if any(map(has_failed, needs_of(pulled))):
             self._parameters = None
 
     @property
@@ -289,52 +289,66 @@ class ServerDirector(Director[ServerTally]):
         assert self._parameters is not None
         return self._parameters
 
-    def _step(self) -> None:
-        """Has the server apply the mean of the gradients that have been collected."""
-        columns = list(zip(*self._gradients, strict=True))
-        self._gradients = []
-        self.version += 1
-        self.learner_steps += 1
-        self._num_stepping += 1
-        self._tally.learner_steps += 1
+    def _issue_steps(self) -> None:
+        """Sends the server all steps that have come while it took others, to be taken in turn; also while all rest."""
+        if not self._waiting or self._is_stepping:
+            return
+        steps, self._waiting = self._waiting, []
+        gradients = [gradient for step in steps for gradient in step]
+        moves_target = self._target_clock.tick(len(steps))
+        slots = [self._vectors.slot() for _ in range(1 + moves_target)]
+        self.version += len(steps)
+        self.learner_steps += len(steps)
+        self._tally.learner_steps += len(steps)
+        self._is_stepping = True
         version, left = self.version, len(self._server)
+        kept: list[Any] = [*gradients, *slots]
 
         def ended() -> None:
             nonlocal left
             left -= 1
             if not left:
-                self._num_stepping -= 1
+                self._is_stepping = False
+                kept.clear()  # for nobody of the server reads or writes there any more
+                self._issue_steps()
 
         def done(seconds: float, *_: Any) -> None:
             self._note_busy("server", seconds)
             ended()
 
         def lost() -> None:  # on one shard, and not on others
-            ended()
             if version >= self._gate.oldest_version:
                 self._go_back("a gradient was lost on its way to the server")
+            ended()
 
-        method, inputs = "step", columns
-        if len(self._server) > 1 and self._config.agent.max_gradient_norm is not None:
-            squares = tuple(self._add_up(part, column) for part, column in zip(self._server, columns, strict=True))
-            method, inputs = "apply", [squares] * len(self._server)
+        rooms = self._vectors.server_rooms(slots)
+        num_returns = 3 if rooms[0] is None else 1
         asked = [
-            self._parts.ask(part, method, *needs, num_returns=3, needs=needs, then=done, dropped=lost)
-            for part, needs in zip(self._server, inputs, strict=True)
+            self._parts.ask(part, method, room, *inputs, num_returns=num_returns, needs=needs, then=done, dropped=lost)
+            for part, room, (method, inputs, needs) in zip(self._server, rooms, self._inputs(gradients), strict=True)
         ]
-        _, params, target_params = zip(*asked, strict=True)
-        moved = self._target_clock.tick()
         if self._parameters is not None:
-            target = (version, target_params) if moved else self._parameters[2:]
-            self._parameters = _Parameters(version, params, *target)
+            params, target = handed_out(asked, rooms, slots)
+            kept_target = self._parameters[2:]
+            self._parameters = _Parameters(version, params, *((version, target) if moves_target else kept_target))
 
-    def _add_up(self, part: Part, gradients: tuple[Any, ...]) -> Any:
-        """Has a shard add up its pieces of some gradients, and returns a reference to the sum of its squares."""
+    def _inputs(self, gradients: list[Vector]) -> list[tuple[str, tuple[Any, ...], tuple[Any, ...]]]:
+        """Returns what each shard of the server is asked for, with what, and the references among that."""
+        columns = list(zip(*(gradient.pieces for gradient in gradients), strict=True))
+        needs = list(zip(*(gradient.needs for gradient in gradients if gradient.needs), strict=True))
+        needs = needs or [()] * len(self._server)
+        if len(self._server) == 1 or self._config.agent.max_gradient_norm is None:
+            return [("step", *each) for each in zip(columns, needs, strict=True)]
+        squares = tuple(self._add_up(*each) for each in zip(self._server, columns, needs, strict=True))
+        return [("apply", squares, squares)] * len(self._server)
+
+    def _add_up(self, part: Part, gradients: tuple[Any, ...], needs: tuple[Any, ...]) -> Any:
+        """Has a shard add up its pieces of some gradients, and returns a reference to the sums of their squares."""
 
         def done(seconds: float, _: Any) -> None:
             self._note_busy("server", seconds)
 
-        return self._parts.ask(part, "add_up", *gradients, num_returns=2, needs=gradients, then=done)[1]
+        return self._parts.ask(part, "add_up", *gradients, num_returns=2, needs=needs, then=done)[1]
 
     def _issue_snapshot(self) -> None:
         last = self._snapshot.learner_steps if self._snapshot else None
@@ -362,8 +376,9 @@ class ServerDirector(Director[ServerTally]):
         before = self.learner_steps
         self.version += 1
         self._gate.oldest_version = self.version  # gradients of parameters that are no more are refused
-        self._tally.num_gradients["stale"] += len(self._gradients)
-        self._gradients, self._parameters = [], None
+        num_gradients = len(self._waiting) * self._topology.gradients_per_learner_step + len(self._gradients)
+        self._tally.num_gradients["stale"] += num_gradients
+        self._waiting, self._gradients, self._parameters = [], [], None
         snapshot = self._snapshot
         if snapshot is not None and not any(map(has_failed, snapshot.leaves)):
             self.learner_steps, whence = snapshot.learner_steps, "the newest snapshot"
@@ -455,6 +470,7 @@ class ServerDirector(Director[ServerTally]):
         worker.num_chunks += 1
         self._note_request(worker)
         pulled = self._pulled_by(worker)
+        handed, needs = to_pull(pulled), needs_of(pulled)
 
         def gone() -> None:
             worker.num_chunks -= 1
@@ -476,7 +492,7 @@ class ServerDirector(Director[ServerTally]):
 
         exploration = float(exploration_at(self._config.agent, np.array(self.env_steps)))
         self._parts.ask(
-            worker.part, "pull_and_act", worker.version, exploration, *pulled, num_returns=2, needs=pulled,
+            worker.part, "pull_and_act", worker.version, exploration, *handed, num_returns=2, needs=needs,
             then=arrived, dropped=lost,
         )  # fmt: skip
 
@@ -495,7 +511,7 @@ class ServerDirector(Director[ServerTally]):
 
     def _issue_gradients(self) -> None:
         topology = self._topology
-        if self._num_stepping >= _STEPS_AHEAD:
+        if self._waiting:  # then there are newer parameters soon
             return
         each = topology.gradients_per_learner_step
         due = (self.limiter.due(self.env_steps) - self.learner_steps) * each
@@ -519,7 +535,7 @@ class ServerDirector(Director[ServerTally]):
 
     def _ask_for_gradient(self, worker: _Worker) -> bool:
         """Asks for one; returns whether there is anything to learn from."""
-        agent, num_pieces = self._config.agent, len(self._server)
+        agent = self._config.agent
         exponent = float(importance_exponent_at(agent, np.array(self.env_steps)))
         exponent = exponent if agent.replay == "prioritised" else 0.0
         drawn = None
@@ -529,46 +545,52 @@ class ServerDirector(Director[ServerTally]):
                 return False
         worker.is_learning = True
         self._note_request(worker)
-        pulled = self._pulled_by(worker)
+        pulled, version, slot = self._pulled_by(worker), worker.version, self._vectors.slot()
+        handed, needs, room = to_pull(pulled), needs_of(pulled), self._vectors.gradient_room(slot)
+        num_pieces = 0 if room else len(self._server)
 
         def lost() -> None:
             worker.is_learning = False
             self._has_not_pulled(worker, pulled)
 
-        then = functools.partial(self._gradient_has_come, worker, worker.version, drawn)
+        def arrived(lesson: Lesson, *references: Any) -> None:
+            pieces, errors = references[:num_pieces], references[num_pieces:]
+            gradient = Vector(tuple(room) if room else pieces, slot, pieces)
+            self._gradient_has_come(worker, version, lesson, gradient)
+            if drawn is not None and self._replay is not None:
+                self._replay.return_errors(drawn, errors)
+
         if drawn is None:
             self._parts.ask(
-                worker.part, "pull_and_learn", worker.version, exponent, *pulled, num_returns=1 + num_pieces,
-                needs=pulled, then=then, dropped=lost,
+                worker.part, "pull_and_learn", version, exponent, room, *handed, num_returns=1 + num_pieces,
+                needs=needs, then=arrived, dropped=lost,
             )  # fmt: skip
         else:
-            needs = (*pulled, *drawn.references)
+            num_handed, *handed_on = handed
+            parts = tuple(drawn.references)
             self._parts.ask(
-                worker.part, "pull_and_learn_of", worker.version, drawn.places, len(pulled), *needs,
-                num_returns=1 + num_pieces + len(drawn.references), needs=needs, then=then, dropped=lost,
+                worker.part, "pull_and_learn_of", version, drawn.places, room, num_handed, *parts, *handed_on,
+                num_returns=1 + num_pieces + len(parts), needs=(*parts, *needs), then=arrived, dropped=lost,
             )  # fmt: skip
         return True
 
-    def _gradient_has_come(
-        self, worker: _Worker, version: int, drawn: Drawn | None, lesson: Lesson, *references: Any
-    ) -> None:
+    def _gradient_has_come(self, worker: _Worker, version: int, lesson: Lesson, gradient: Vector) -> None:
         worker.is_learning = False
-        tally, num_pieces = self._tally, len(self._server)
+        tally, newest_version = self._tally, self.version + len(self._waiting)
         self._note_busy("workers", lesson.busy_seconds)
-        if drawn is not None:
-            assert self._replay is not None
-            self._replay.return_errors(drawn, references[num_pieces:])
-        verdict = self._gate.verdict(version, self.version, lesson.loss)
+        verdict = self._gate.verdict(version, newest_version, lesson.loss)
         tally.num_gradients[verdict] += 1
         tally.pushed_bytes += self._division.num_params * (2 if self._topology.gradient_dtype == "bfloat16" else 4)
         if verdict != "applied":
             return
-        tally.staleness.append(self.version - version)
+        tally.staleness.append(newest_version - version)
         tally.losses.append(lesson.loss)
         tally.td_errors.append(lesson.td_error)
-        self._gradients.append(references[:num_pieces])
+        self._gradients.append(gradient)
         if len(self._gradients) == self._topology.gradients_per_learner_step:
-            self._step()
+            self._waiting.append(self._gradients)
+            self._gradients = []
+            self._issue_steps()
 
     # The beginning.
 
@@ -576,16 +598,18 @@ class ServerDirector(Director[ServerTally]):
         topology, make, add, config = self._topology, self._make_part, self._parts.add, self._config
         resources = dict(topology.worker_resources) or ONE_CPU
         environment = {} if resources.get("GPU") else ON_CPU
+        memory = self._vectors.share(self._stack)
         for i in range(topology.num_server_shards):
             name, lost = f"server shard {i}", functools.partial(self._server_is_lost, i)
-            self._server.append(add(make(name, RemoteServerShard, (config, i), ONE_CPU, ON_CPU, lost)))
+            self._server.append(add(make(name, RemoteServerShard, (config, i, memory), ONE_CPU, ON_CPU, lost)))
         if self._replay is not None:
             for i in range(topology.num_replay_shards):
                 name, lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
                 self._replay.add(add(make(name, RemoteReplayShard, (config, i), ONE_CPU, ON_CPU, lost)))
         for i in range(topology.num_workers):
             name, lost = f"worker {i}", functools.partial(self._worker_is_lost, i)
-            self._workers.append(_Worker(add(make(name, RemoteWorker, (config, i), resources, environment, lost))))
+            worker = make(name, RemoteWorker, (config, i, memory), resources, environment, lost)
+            self._workers.append(_Worker(add(worker)))
             self._begin(i, 0)
 
     def _restore_parts(self, state: dict[str, Any], incarnation: int, version: int) -> None:

@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from qfleet.core.types import Transition
 from qfleet.topologies.collecting import Chunk, Report
 from qfleet.topologies.parameter_server_shard import ServerShard
-from qfleet.topologies.parameter_server_worker import Worker
+from qfleet.topologies.parameter_server_worker import GradientRoom, Worker
 from qfleet.topologies.ray_parts import Remote
 from qfleet.topologies.replay_shard import ReplayShard, Stock
 
@@ -24,27 +23,33 @@ class RemoteWorker(Remote, Worker):
     """A worker in a process of its own.
 
     What is pulled comes along with what is asked for, as references that Ray fetches before it begins, or while the
-    worker still acts.
+    worker still acts; or as places in memory, and then references come last to what must have happened before.
     """
 
     def pull_and_act(
-        self, version: int, exploration: float, *vectors: np.ndarray
+        self, version: int, exploration: float, num_handed: int, *handed: Any
     ) -> tuple[tuple[Report, Stock | None], Chunk | None]:
-        """Pulls, and returns what `act` does, the chunk by itself."""
-        self.pull(version, vectors)
+        """Pulls the first of what comes last, and returns what `act` does, the chunk by itself."""
+        self.pull(version, handed[:num_handed])
         report, stock, chunk = self.act(exploration)
         return (report, stock), chunk
 
-    def pull_and_learn(self, version: int, importance_exponent: float, *vectors: np.ndarray) -> tuple[Any, ...]:
-        """Pulls, and returns what `gradient` does."""
-        self.pull(version, vectors)
-        return self.gradient(importance_exponent)
+    def pull_and_learn(
+        self, version: int, importance_exponent: float, room: GradientRoom, num_handed: int, *handed: Any
+    ) -> Any:
+        """Pulls the first of what comes last, and returns what `gradient` does."""
+        self.pull(version, handed[:num_handed])
+        return _alone(self.gradient(importance_exponent, room))
 
     def pull_and_learn_of(
-        self, version: int, places: list[np.ndarray], num_vectors: int, *vectors_and_parts: np.ndarray | Transition
-    ) -> tuple[Any, ...]:
-        """Pulls, and returns what `gradient_of` does; `num_vectors` of what comes last are pulled."""
-        vectors: Any = vectors_and_parts[:num_vectors]
-        parts: Any = vectors_and_parts[num_vectors:]
-        self.pull(version, vectors)
-        return self.gradient_of(places, *parts)
+        self, version: int, places: list[np.ndarray], room: GradientRoom, num_handed: int, *parts_and_handed: Any
+    ) -> Any:
+        """Pulls, and returns what `gradient_of` does; its parts come first of what comes last."""
+        num_parts = len(places)
+        self.pull(version, parts_and_handed[num_parts : num_parts + num_handed])
+        return _alone(self.gradient_of(places, parts_and_handed[:num_parts], room))
+
+
+def _alone(results: tuple[Any, ...]) -> Any:
+    """Returns one result by itself, as Ray wants it."""
+    return results if len(results) > 1 else results[0]

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import time
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +20,30 @@ from qfleet.core.types import Params
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
+from qfleet.runtime.devices import reuse_freed_memory
+from qfleet.topologies.shared_memory import Place, Window
 
 Leaves = list[np.ndarray]
 """Of a `LearnerState`, in the order of `jax.tree.leaves`."""
 
 
 class HandedOut(NamedTuple):
-    """What a shard hands out after a step."""
+    """What a shard hands out after some steps."""
 
     seconds: float
-    """That it took."""
+    """That they took."""
     params: np.ndarray
     """`[piece]` float32."""
     target_params: np.ndarray | None
-    """The same of the target network, if that is another one than after the step before."""
+    """The same of the target network, if that is another one than before them."""
+
+
+class Room(NamedTuple):
+    """Where a shard puts what it hands out, in memory that it shares with the workers."""
+
+    params: Place
+    target_params: Place | None
+    """None if the target network stays the same."""
 
 
 class TargetClock:
@@ -43,10 +55,10 @@ class TargetClock:
         self.age = 0
         """Learner steps of the target network; set it to that of a state from elsewhere."""
 
-    def tick(self) -> bool:
-        """Counts a learner step, and returns whether it moves the target network."""
-        self.age = (self.age + 1) % self._period
-        return self.age == 0
+    def tick(self, num_steps: int = 1) -> bool:
+        """Counts learner steps, and returns whether one of them moves the target network."""
+        moves, self.age = divmod(self.age + num_steps, self._period)
+        return moves > 0
 
 
 class Division:
@@ -106,7 +118,7 @@ class Division:
         state: LearnerState = jax.tree.unflatten(jax.tree.structure(self._shapes[number]), leaves)
         return state
 
-    def params_of(self, vectors: Any) -> Params:
+    def params_of(self, vectors: Sequence[np.ndarray]) -> Params:
         """Returns the parameters of which the shards have these pieces, `[piece]` float32 each."""
         return pieces.to_tree(jnp.concatenate(vectors), self.whole.params)
 
@@ -114,19 +126,21 @@ class Division:
 class ServerShard:
     """Applies gradients to its piece of the parameters, and hands it out."""
 
-    def __init__(self, config: TrainConfig, number: int) -> None:
+    def __init__(self, config: TrainConfig, number: int, memory: str | None = None) -> None:
         """Begins with the parameters that the run's seed says.
 
         Args:
           config: of the run.
           number: of the shard, from 0.
+          memory: that it shares with the workers, if it does.
         """
         assert isinstance(config.topology, ParameterServerConfig)
         enable_compilation_cache()
+        reuse_freed_memory()
         env = make_env(config.env, **config.env_options)
         agent = make_agent(make_network(env.spec, config.agent), config.agent)
         self._division = division = Division(agent, config.agent, config.topology.num_server_shards)
-        self._number = number
+        self._number, self._num_gradients = number, config.topology.gradients_per_learner_step
         most = config.agent.max_gradient_norm
 
         def mean(gradients: tuple[Array, ...]) -> Array:
@@ -150,6 +164,7 @@ class ServerShard:
         self._step = jax.jit(step, donate_argnums=0)
         self._add_up = jax.jit(add_up)
         self._apply = jax.jit(apply, donate_argnums=0)
+        self._window = Window(memory)
         self._vector = jax.jit(pieces.to_vector)
         self._init = jax.jit(functools.partial(division.init, number=number))
         self._seed = np.uint32(config.seed)
@@ -160,37 +175,68 @@ class ServerShard:
         """Begins anew."""
         self._take(self._init(self._seed))
 
-    def step(self, *gradients: np.ndarray) -> HandedOut:
-        """Applies the mean of some gradients, `[piece]` each, where no other shard must know their norm."""
-        started = time.perf_counter()
-        self._state = self._step(self._state, gradients)
-        return self._handed_out(started, with_target=self._clock.tick())
+    def step(self, room: Room | None, *gradients: np.ndarray | Place) -> HandedOut | float:
+        """Takes steps where no other shard must know the gradient's norm.
 
-    def add_up(self, *gradients: np.ndarray) -> tuple[float, float]:
-        """Keeps the mean of some gradients, `[piece]` each, until `apply`.
+        Args:
+          room: where what is handed out goes; None to return it.
+          *gradients: `[piece]` each, all of the first step, then all of the next.
 
         Returns:
-          The seconds that it took, and the sum of its squares.
+          What is handed out, or only the seconds that it took if that has its room.
         """
         started = time.perf_counter()
-        self._gradient, squares = self._add_up(gradients)
-        squares = float(squares)
-        return time.perf_counter() - started, squares
+        for some in self._by_step(gradients):
+            self._state = self._step(self._state, some)
+        return self._handed_out(started, room, len(gradients) // self._num_gradients)
 
-    def apply(self, *squares: float) -> HandedOut:
-        """Applies what was added up, clipped by the norm of the whole: `squares` are all shards' sums."""
+    def add_up(self, *gradients: np.ndarray | Place) -> tuple[float, list[float]]:
+        """Keeps the mean of each step's gradients, as `step` has them, until `apply`.
+
+        Returns:
+          The seconds that it took, and each step's sum of squares.
+        """
         started = time.perf_counter()
-        self._state = self._apply(self._state, self._gradient, np.float32(sum(squares)))
-        return self._handed_out(started, with_target=self._clock.tick())
+        self._means, squares = zip(*map(self._add_up, self._by_step(gradients)), strict=True)
+        sums = [float(each) for each in squares]
+        return time.perf_counter() - started, sums
+
+    def apply(self, room: Room | None, *squares: list[float]) -> HandedOut | float:
+        """Takes steps with what was added up, clipped by the norm of the whole; `squares` are all shards' sums.
+
+        Returns:
+          As `step`.
+        """
+        started = time.perf_counter()
+        for mean, sums in zip(self._means, zip(*squares, strict=True), strict=True):
+            self._state = self._apply(self._state, mean, np.float32(sum(sums)))
+        return self._handed_out(started, room, len(self._means))
+
+    def _by_step(self, gradients: tuple[np.ndarray | Place, ...]) -> Iterator[tuple[np.ndarray, ...]]:
+        """Yields the gradients of each step."""
+        vectors = iter(map(self._window.get, gradients))
+        while some := tuple(itertools.islice(vectors, self._num_gradients)):
+            yield some
 
     def params(self) -> HandedOut:
         """Hands out the parameters and those of the target network."""
-        return self._handed_out(time.perf_counter(), with_target=True)
+        return HandedOut(0.0, self._copy(self._state.params), self._copy(self._state.target_params))
 
-    def _handed_out(self, started: float, *, with_target: bool) -> HandedOut:
-        params = np.array(self._vector(self._state.params))  # a copy, for the next step is taken in place
-        target_params = np.array(self._vector(self._state.target_params)) if with_target else None
-        return HandedOut(time.perf_counter() - started, params, target_params)
+    def _handed_out(self, started: float, room: Room | None, num_steps: int) -> HandedOut | float:
+        params, target = self._state.params, self._state.target_params if self._clock.tick(num_steps) else None
+        if room is None:
+            copies = self._copy(params), None if target is None else self._copy(target)
+            return HandedOut(time.perf_counter() - started, *copies)
+        self._window.put(self._as_vector(params), room.params)
+        if room.target_params is not None:
+            self._window.put(self._as_vector(target), room.target_params)
+        return time.perf_counter() - started
+
+    def _copy(self, params: Params) -> np.ndarray:
+        return self._as_vector(params).copy()  # for the next step is taken in place
+
+    def _as_vector(self, params: Params) -> np.ndarray:
+        return np.asarray(params if self._division.num_shards > 1 else self._vector(params))
 
     def state(self) -> tuple[float, Leaves]:
         """Returns the seconds that it took, and all that it must keep."""

@@ -1,6 +1,7 @@
 """A worker of `qfleet.topologies.parameter_server`: acts, and computes gradients for the server."""
 
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,12 +18,18 @@ from qfleet.core.replay import ReplayState, SavedReplay
 from qfleet.core.types import Params, Transition
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
+from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.topologies.collecting import Actor, Chunk, Report
 from qfleet.topologies.parameter_server_shard import Division
 from qfleet.topologies.replay_shard import ReplayShard, Stock, Writer, put_together
+from qfleet.topologies.shared_memory import Place, Window
 
 _DRAWING = 6
 """What a seed's random numbers are for; 0 to 5 are others'."""
+
+
+GradientRoom = list[Place] | None
+"""Where each piece of a gradient goes, in memory that is shared with the server; None to return them."""
 
 
 class Lesson(NamedTuple):
@@ -38,14 +45,17 @@ class Lesson(NamedTuple):
 class Worker(Actor):
     """Acts, keeps what it saw or passes it on, and computes gradients with the parameters that it was given."""
 
-    def __init__(self, config: TrainConfig, number: int) -> None:
+    def __init__(self, config: TrainConfig, number: int, memory: str | None = None) -> None:
         """Makes a worker that is still to `begin`.
 
         Args:
           config: of the run.
           number: of the worker, from 0.
+          memory: that it shares with the server, if it does.
         """
         super().__init__(config, number)
+        reuse_freed_memory()
+        self._window = Window(memory)
         topology = config.topology
         assert isinstance(topology, ParameterServerConfig)
         self._store = None if topology.num_replay_shards else ReplayShard(config, number)
@@ -87,18 +97,20 @@ class Worker(Actor):
         super().begin(incarnation)
         self._writer, self._num_gradients = Writer(incarnation, 0), 0
 
-    def pull(self, version: int, vectors: tuple[np.ndarray, ...]) -> None:
+    def pull(self, version: int, handed: tuple[np.ndarray | Place, ...]) -> None:
         """Takes parameters to act and learn with from now on.
 
         Args:
           version: of them.
-          vectors: all shards' pieces, `[piece]` float32 each, then those of the target network if that is another.
+          handed: all shards' pieces, `[piece]` float32 each, then those of the target network if that is another.
         """
-        if not vectors:
+        if not handed:
             return
+        vectors = tuple(map(self._window.get, handed))
         self._params = self._params_of(vectors[: self._num_shards])
         if len(vectors) > self._num_shards:
             self._target = self._params_of(vectors[self._num_shards :])
+        jax.block_until_ready((self._params, self._target))  # after which others may write where the vectors are
         self._version = version
         self._received_bytes += sum(vector.nbytes for vector in vectors)
 
@@ -115,8 +127,13 @@ class Worker(Actor):
         self._writer = self._writer._replace(num_chunks=self._writer.num_chunks + 1)
         return report, stock, None
 
-    def gradient(self, importance_exponent: float) -> tuple[Any, ...]:
-        """Returns a lesson and each shard's piece of a gradient, `[piece]`, on a batch of its own replay."""
+    def gradient(self, importance_exponent: float, room: GradientRoom = None) -> tuple[Any, ...]:
+        """Returns a lesson and each shard's piece of a gradient, `[piece]`, on a batch of its own replay.
+
+        Args:
+          importance_exponent: of the draw.
+          room: where the pieces go instead.
+        """
         assert self._store is not None
         started = time.perf_counter()
         numbers = (self._seed, _DRAWING, self._number, self._writer.incarnation, self._num_gradients % 2**32)
@@ -125,19 +142,30 @@ class Worker(Actor):
         self._store.state, gradient, means = self._learn(
             self._store.state, self._params, self._target, key, np.float32(importance_exponent)
         )
-        return self._lesson(started, means), *map(np.asarray, gradient)
+        pieces = self._handed_out(gradient, room)
+        return self._lesson(started, means), *pieces
 
-    def gradient_of(self, places: list[np.ndarray], *parts: Transition) -> tuple[Any, ...]:
+    def gradient_of(self, places: list[np.ndarray], parts: tuple[Transition, ...], room: GradientRoom = None) -> tuple:
         """Returns a lesson, each shard's piece of a gradient, and each part's TD errors, of a batch that others drew.
 
         Args:
           places: for each part, where its transitions go in the batch, `[num_draws]`.
-          *parts: transitions, `[num_draws, ...]`, NumPy arrays.
+          parts: transitions, `[num_draws, ...]`, NumPy arrays.
+          room: where the pieces go instead.
         """
         started = time.perf_counter()
         gradient, means, td_error = self._learn_from(self._params, self._target, put_together(places, parts))
-        td_error = np.asarray(td_error)
-        return self._lesson(started, means), *map(np.asarray, gradient), *(td_error[place] for place in places)
+        td_error, pieces = np.asarray(td_error), self._handed_out(gradient, room)
+        return self._lesson(started, means), *pieces, *(td_error[place] for place in places)
+
+    def _handed_out(self, gradient: Sequence[Any], room: GradientRoom) -> list[np.ndarray]:
+        """Puts the pieces where there is room for them, or returns them."""
+        pieces = [np.asarray(piece) for piece in gradient]
+        if room is None:
+            return pieces
+        for piece, place in zip(pieces, room, strict=True):
+            self._window.put(piece, place)
+        return []
 
     def _lesson(self, started: float, means: Array) -> Lesson:
         loss, td_error = np.asarray(means)

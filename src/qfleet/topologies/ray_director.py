@@ -26,6 +26,9 @@ _CHUNK_SECONDS = 0.5
 _WAIT_SECONDS = 0.1
 """For an answer, before anything else is looked at."""
 
+_NOTIFY_SECONDS = 0.01
+"""Between two looks of who waits for this thread: each costs a switch of threads."""
+
 _LOST_SECONDS = 30.0
 """After which a part that has no place isn't waited for any more, where something else can be done."""
 
@@ -226,6 +229,7 @@ class Director(abc.ABC, Generic[T]):
     # --- What its own thread does ---
 
     def _direct(self) -> None:
+        notified_at = 0.0
         try:
             while True:
                 with self._lock:
@@ -238,7 +242,9 @@ class Director(abc.ABC, Generic[T]):
                 self._parts.wait(_WAIT_SECONDS)
                 with self._lock:
                     self._parts.hear()
-                    self._lock.notify_all()
+                    if time.monotonic() - notified_at >= _NOTIFY_SECONDS:
+                        notified_at = time.monotonic()
+                        self._lock.notify_all()
         except BaseException as error:
             with self._lock:
                 self._error = error

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from qfleet.config import RunFailed
-from qfleet.runtime.devices import use_cpu_only
+from qfleet.runtime.devices import compute_in_line, use_cpu_only
 from qfleet.topologies.ray_cluster import last_line, variables
 
 logger = logging.getLogger("qfleet")
@@ -42,6 +42,8 @@ class Remote:
         os.environ.update(variables)
         if variables.get("JAX_PLATFORMS") == "cpu":
             use_cpu_only()
+        if variables.get("PJRT_NPROC") == "1":
+            compute_in_line()
         super().__init__(*arguments)
 
     def where(self) -> tuple[int, str]:
@@ -123,12 +125,16 @@ class Part:
         self.started_at = self.heard_at = time.monotonic()
         self.handle = self._make.remote(*self._arguments)
 
-    def end(self, *, is_silent: bool = False) -> None:
-        """Ends the process, whatever it is at: also one that is stopped, and can't hear Ray, if it is on this node."""
+    def end(self, *, is_alive: bool = False) -> None:
+        """Ends the process.
+
+        Args:
+          is_alive: whether it may still be at work, or be stopped and not hear Ray. On this node it is gone then.
+        """
         if self.handle is None:
             return
         ray.kill(self.handle)
-        if is_silent and self.place is not None and self.place[1] == ray.get_runtime_context().get_node_id():
+        if is_alive and self.place is not None and self.place[1] == ray.get_runtime_context().get_node_id():
             try:
                 os.kill(self.place[0], signal.SIGKILL)
             except ProcessLookupError:
@@ -189,9 +195,9 @@ class Parts:
             ask.references[0] for part in self._parts for ask in part.asks if ask.references[0] not in self._done
         ]
         if waiting:
-            ready, others = ray.wait(waiting, timeout=seconds, fetch_local=False)
-            if ready and others:
-                ready += ray.wait(others, num_returns=len(others), timeout=0, fetch_local=False)[0]
+            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
+            if not ready:
+                ready, _ = ray.wait(waiting, timeout=seconds, fetch_local=False)
             self._done.update(ready)
         else:
             time.sleep(seconds)
@@ -216,13 +222,13 @@ class Parts:
                 ask.dropped()
             else:
                 part.asks.appendleft(ask)
-                self.replace(part, _fate(error), error)
+                self.replace(part, _fate(error), error, is_alive=isinstance(error, ray.exceptions.RayTaskError))
             return
         part.has_answered.add(ask.method)
         part.heard_at = time.monotonic()
         ask.then(value, *ask.references[1:])
 
-    def replace(self, part: Part, fate: str, error: Exception | None = None, *, is_silent: bool = False) -> None:
+    def replace(self, part: Part, fate: str, error: Exception | None = None, *, is_alive: bool = False) -> None:
         """Ends a part's process, if there is one, and starts another in its place.
 
         Raises:
@@ -240,7 +246,7 @@ class Parts:
             )
         logger.warning("%s %s, and is replaced (%d in all)", part.name, fate, self.num_restarts + 1)
         self.num_restarts += 1
-        part.end(is_silent=is_silent)
+        part.end(is_alive=is_alive)
         asks, part.asks = part.asks, collections.deque()
         self._start(part)
         part.on_lost()
@@ -284,7 +290,7 @@ class Parts:
                     part.heard_at = now
             elif silence > patience:
                 fate = f"has said nothing for {silence:.0f} s, asked to {ask.method}"
-                self.replace(part, fate, is_silent=True)
+                self.replace(part, fate, is_alive=True)
 
     def end(self) -> None:
         """Ends all of them."""
