@@ -124,7 +124,7 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
         seconds = sum(progress.train_seconds for progress in taken)
         staleness = statistics.mean(progress.staleness for progress in taken)
         director.rest()
-        pull = ray.get(director._workers[0].part.handle.pull_seconds.remote())
+        pull = ray.get(director._actors[0].part.handle.pull_seconds.remote())
     finally:
         server.close()
     return {

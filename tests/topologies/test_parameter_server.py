@@ -395,7 +395,7 @@ def step(director: Any, parts: list[FakePart]) -> None:
 
 
 def workers_of(director: Any) -> list[FakePart]:
-    return [worker.part for worker in director._workers]
+    return [worker.part for worker in director._actors]
 
 
 def answer_all(parts: list[FakePart]) -> None:
@@ -435,7 +435,7 @@ def test_learning_goes_on_without_a_slow_worker_whose_gradients_are_refused(simu
     assert max(tally.staleness) <= 8
     assert tally.num_gradients["stale"] >= 3 and tally.num_gradients["outlier"] == 0
     assert tally.num_gradients["applied"] == len(tally.staleness) == director.learner_steps + len(director._waiting)
-    assert tally.worker_env_steps[3] < 0.25 * tally.worker_env_steps[:3].min()
+    assert tally.actor_env_steps[3] < 0.25 * tally.actor_env_steps[:3].min()
     answer_all(director._server)
     assert target_ages(director) == [director.learner_steps % 7] * 2
 
@@ -446,7 +446,7 @@ def test_a_lost_shard_has_all_go_back_to_one_snapshot_and_refuses_older_gradient
     version, applied = director.version, director._tally.num_gradients["applied"]
     answer_all(director._server)
     director._issue()
-    pending = sum(worker.is_learning for worker in director._workers)
+    pending = sum(worker.is_learning for worker in director._actors)
     assert pending
     with caplog.at_level(logging.WARNING, logger="qfleet"):
         director._server[1].die()
@@ -477,14 +477,14 @@ def test_a_worker_that_is_lost_begins_with_an_empty_replay_and_warms_up_again(si
     director = simulated()
     train(director, 30)
     env_steps = director.env_steps
-    held = director._workers[2].stock.num_transitions
+    held = director._actors[2].stock.num_transitions
     assert held > 0
     with caplog.at_level(logging.WARNING, logger="qfleet"):
-        director._workers[2].part.die()
+        director._actors[2].part.die()
     assert f"worker 2 held {held} transitions; 0 are back: there is no checkpoint that has them" in caplog.text
     assert director.incarnations == [0, 0, 1, 0]
     train(director, 120)
-    assert director.env_steps > env_steps and director._workers[2].stock.num_transitions > 0
+    assert director.env_steps > env_steps and director._actors[2].stock.num_transitions > 0
 
 
 def test_vectors_in_shared_memory_are_kept_as_long_as_anybody_needs_them(simulated, monkeypatch):

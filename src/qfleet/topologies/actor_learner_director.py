@@ -1,6 +1,5 @@
 """Who directs the parts of a fleet. See `qfleet.topologies.actor_learner`."""
 
-import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -15,29 +14,21 @@ from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.actor_learner_parts import RemoteActor, RemoteLearner, RemoteShard
-from qfleet.topologies.limiter import CHUNKS_AHEAD, ROUNDS_AHEAD, Limiter
-from qfleet.topologies.ray_director import Director, Tally
-from qfleet.topologies.ray_parts import ON_CPU, ONE_CPU, Part, default_resources, has_failed
+from qfleet.topologies.limiter import ROUNDS_AHEAD
+from qfleet.topologies.ray_crew_director import CrewDirector, CrewMember, CrewTally
+from qfleet.topologies.ray_parts import IN_LINE, ONE_CPU, Part, default_resources, has_failed
 from qfleet.topologies.replay_shard import Writer
 from qfleet.topologies.sharded_replay import Drawn, ShardedReplay
 
 logger = logging.getLogger("qfleet")
 
 
-class FleetTally(Tally):
+class FleetTally(CrewTally):
     """What happened in a fleet since the last record."""
 
     def __init__(self, num_actors: int) -> None:
-        super().__init__()
-        self.env_steps = self.learner_steps = self.num_failures = 0
-        self.actor_env_steps = np.zeros(num_actors, np.int64)
-        self.returns: list[float] = []
-        self.lengths: list[int] = []
-        self.q_mean: list[float] = []
-        self.staleness: list[int] = []
+        super().__init__(num_actors, ("actors", "shards", "learner"))
         self.loss = self.td_error = 0.0
-        self.received_bytes = 0
-        self.busy_seconds = {"actors": 0.0, "shards": 0.0, "learner": 0.0}
 
 
 class _Broadcast(NamedTuple):
@@ -61,20 +52,7 @@ class _Chunk(NamedTuple):
     staleness: int
 
 
-@dataclasses.dataclass
-class _Actor:
-    """What this process knows of an actor."""
-
-    part: Part
-    num_flying: int = 0
-    """Chunks that it was asked for, and that are not in the replay yet."""
-    num_asked: int = 0
-    """Of the incarnation that has the place."""
-    asked_last: int = 0
-    """When, counted in requests to all actors."""
-
-
-class FleetDirector(Director[FleetTally]):
+class FleetDirector(CrewDirector[FleetTally, CrewMember]):
     """Directs actors, the shards of the replay, and the learner."""
 
     _needs_in_words = "the learner, all shards of the replay and an actor"
@@ -96,38 +74,18 @@ class FleetDirector(Director[FleetTally]):
           read_replay: reads its replay, as one for all shards.
         """
         assert isinstance(config.topology, ActorLearnerConfig)
-        self._config, self._topology, self._num_batches = config, config.topology, num_batches
-        super().__init__(self._topology.ray_address, self._topology.silence_seconds, self._topology.max_restarts)
-        self._read_learner, self._read_replay = read_learner, read_replay
-        self.limiter = Limiter(config, num_batches)
-        self.incarnations = [0] * self._topology.num_actors
-        """Of each actor, how many had its place before."""
-        self._replay = ShardedReplay(config, self._parts, functools.partial(self._note_busy, "shards"))
+        self._topology, self._num_batches, self._read_learner = config.topology, num_batches, read_learner
+        super().__init__(config, num_batches, read_replay)
+        self._replay: ShardedReplay = ShardedReplay(config, self._parts, functools.partial(self._note_busy, "shards"))
         self._broadcast: _Broadcast | None = None
         self._is_broadcast_asked = False
-        self._actors: list[_Actor] = []
         self._rounds: set[int] = set()  # under way
-        self._num_requests = 0  # for chunks, to all actors
         self._arrived: list[_Chunk] = []  # while nothing may be stored
-
-    def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Has all parts go on from a checkpoint, before the first `go_on`; without a replay, from an empty one."""
-        self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
-        starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
-        self.limiter.go_on(starts_at, self.env_steps, self.learner_steps)
-        # Of a fleet that was larger or smaller, or of none: beyond all actors that there have been.
-        incarnation = max(counters.get("incarnations", []), default=-1) + 1
-        self._post(lambda: self._restore_parts(state, incarnation, counters.get("version", 0)))
 
     @property
     def version(self) -> int:
         """Of the newest parameters that actors can take: counts up, whatever happens to the learner."""
         return self._broadcast.version if self._broadcast else 0
-
-    @property
-    def num_actors_there(self) -> int:
-        """Actors that have a place."""
-        return sum(actor.part.is_there for actor in self._actors)
 
     @property
     def num_transitions(self) -> int:
@@ -158,9 +116,6 @@ class FleetDirector(Director[FleetTally]):
     def _new_tally(self) -> FleetTally:
         return FleetTally(self._topology.num_actors)
 
-    def _note_busy(self, who: str, seconds: float) -> None:
-        self._tally.busy_seconds[who] += seconds
-
     def _resources(self) -> list[Mapping[str, float]]:
         topology = self._topology
         each: Mapping[str, float] = topology.actor_resources or ONE_CPU
@@ -186,35 +141,13 @@ class FleetDirector(Director[FleetTally]):
 
     # Actors and their chunks.
 
-    def _begin(self, i: int, incarnation: int) -> None:
-        """Has an actor begin, as the one of so many before it that its place has had."""
-        self.incarnations[i] = incarnation
-        self._actors[i].num_asked = 0
-        self._parts.ask(self._actors[i].part, "begin", incarnation)
-
-    def _actor_is_lost(self, i: int) -> None:
-        self._begin(i, self.incarnations[i] + 1)
-
     def _issue_chunks(self) -> None:
-        broadcast, steps = self._broadcast, self._env_steps_per_chunk
-        if broadcast is None or not broadcast.box:
-            return
-        num_flying = sum(actor.num_flying for actor in self._actors)
-        for _ in range(CHUNKS_AHEAD):
-            for i in sorted(range(len(self._actors)), key=lambda i: self._actors[i].asked_last):
-                coming = self.env_steps + num_flying * steps
-                if coming >= self._config.env_steps or self.limiter.is_far_ahead(coming, self.learner_steps):
-                    return
-                if self._actors[i].num_flying < CHUNKS_AHEAD and self._actors[i].part.is_there:
-                    self._ask_for_chunk(i, broadcast)
-                    num_flying += 1
+        if self._broadcast is not None and self._broadcast.box:
+            super()._issue_chunks()
 
-    def _ask_for_chunk(self, i: int, broadcast: _Broadcast) -> None:
-        actor, writer = self._actors[i], Writer(self.incarnations[i], self._actors[i].num_asked)
-        actor.num_asked += 1
-        actor.num_flying += 1
-        self._num_requests += 1
-        actor.asked_last = self._num_requests
+    def _ask_for_chunk(self, i: int, writer: Writer) -> None:
+        actor, broadcast = self._actors[i], self._broadcast
+        assert broadcast is not None
 
         def arrived(report: Any, reference: Any) -> None:
             staleness = max(0, self.learner_steps - broadcast.learner_steps)
@@ -225,7 +158,7 @@ class FleetDirector(Director[FleetTally]):
                 self._store(chunk)
 
         def lost() -> None:
-            actor.num_flying -= 1
+            actor.num_chunks -= 1
             if any(map(has_failed, broadcast.box)):  # the node that kept the parameters has left
                 broadcast.box.clear()
 
@@ -238,32 +171,17 @@ class FleetDirector(Director[FleetTally]):
         actor = self._actors[chunk.actor]
 
         def gone() -> None:
-            actor.num_flying -= 1
+            actor.num_chunks -= 1
 
-        self._replay.store(chunk.actor, chunk.writer, chunk.reference, functools.partial(self._count, chunk), gone)
+        self._replay.store(
+            chunk.actor, chunk.writer, chunk.reference, functools.partial(self._count_chunk, chunk), gone
+        )
 
-    def _count(self, chunk: _Chunk) -> None:
+    def _count_chunk(self, chunk: _Chunk) -> None:
         """Counts a chunk that the replay has."""
-        tally, report, steps = self._tally, chunk.report, self._env_steps_per_chunk
-        self.env_steps += steps
-        tally.env_steps += steps
-        tally.actor_env_steps[chunk.actor] += steps
-        tally.returns += report.returns
-        tally.lengths += report.lengths
-        tally.q_mean.append(report.q_mean)
-        tally.num_failures += report.num_failures
-        tally.received_bytes += report.received_bytes
-        tally.staleness.append(chunk.staleness)
-        tally.busy_seconds["actors"] += report.busy_seconds
-
-    @property
-    def _env_steps_per_chunk(self) -> int:
-        return self._topology.rows_per_chunk * self._topology.lanes_per_actor
-
-    def _shard_is_lost(self, i: int) -> None:
-        newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
-        if not self._replay.was_lost(i, newest):  # then few are learned from over and over, but for a new warm-up
-            self.limiter.begin_anew(self.env_steps, self.learner_steps)
+        self._count(chunk.actor, chunk.report)
+        self._tally.staleness.append(chunk.staleness)
+        self._note_busy("actors", chunk.report.busy_seconds)
 
     # The learner and its rounds.
 
@@ -337,10 +255,12 @@ class FleetDirector(Director[FleetTally]):
         self._learner = add(make("learner", RemoteLearner, (self._config,), resources, environment, lost))
         for i in range(topology.num_replay_shards):
             name, lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
-            self._replay.add(add(make(name, RemoteShard, (self._config, i), actor_resources, ON_CPU, lost)))
+            self._replay.add(add(make(name, RemoteShard, (self._config, i), actor_resources, IN_LINE, lost)))
         for i in range(topology.num_actors):
             name, lost = f"actor {i}", functools.partial(self._actor_is_lost, i)
-            self._actors.append(_Actor(add(make(name, RemoteActor, (self._config, i), actor_resources, ON_CPU, lost))))
+            self._actors.append(
+                CrewMember(add(make(name, RemoteActor, (self._config, i), actor_resources, IN_LINE, lost)))
+            )
             self._begin(i, 0)
 
     def _restore_parts(self, state: dict[str, Any], incarnation: int, version: int) -> None:

@@ -84,7 +84,7 @@ class ParameterServer(OnRay):
 
     def _figures(self, tally: "ServerTally") -> dict[str, float]:
         topology, director, seconds = self._topology, self._director, tally.seconds
-        rates, batch_size = tally.worker_env_steps / seconds, self._config.agent.batch_size
+        rates, batch_size = tally.actor_env_steps / seconds, self._config.agent.batch_size
         num_parts = {
             "workers": topology.num_workers, "server": topology.num_server_shards, "shards": topology.num_replay_shards
         }  # fmt: skip
@@ -92,7 +92,7 @@ class ParameterServer(OnRay):
             "worker_env_steps_per_second_min": float(rates.min()),
             "worker_env_steps_per_second_median": float(np.median(rates)),
             "worker_env_steps_per_second_max": float(rates.max()),
-            "workers_there": director.num_workers_there,
+            "workers_there": director.num_actors_there,
             "staleness_max": float(max(tally.staleness, default=0)),
             "gradients_per_second": sum(tally.num_gradients.values()) / seconds,
             "gradients_stale": tally.num_gradients["stale"],
@@ -102,7 +102,7 @@ class ParameterServer(OnRay):
                 tally.num_gradients["applied"] * batch_size / tally.env_steps if tally.env_steps else 0.0
             ),
             "restarts": director.num_restarts,
-            "pulled_bytes_per_second": tally.pulled_bytes / seconds,
+            "pulled_bytes_per_second": tally.received_bytes / seconds,
             "pushed_bytes_per_second": tally.pushed_bytes / seconds,
             **{f"{name}_waiting": max(0.0, 1 - tally.busy_seconds[name] / (count * seconds))
                for name, count in num_parts.items() if count},

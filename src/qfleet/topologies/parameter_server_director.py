@@ -16,37 +16,28 @@ from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.collecting import Report
-from qfleet.topologies.limiter import CHUNKS_AHEAD, Limiter
 from qfleet.topologies.parameter_server_gate import Gate
 from qfleet.topologies.parameter_server_parts import RemoteReplayShard, RemoteServerShard, RemoteWorker
 from qfleet.topologies.parameter_server_shard import Division, Leaves, TargetClock
 from qfleet.topologies.parameter_server_vectors import Vector, Vectors, handed_out, needs_of, to_pull
 from qfleet.topologies.parameter_server_worker import Lesson
-from qfleet.topologies.ray_director import Director, Tally
-from qfleet.topologies.ray_parts import ON_CPU, ONE_CPU, Part, has_failed
+from qfleet.topologies.ray_crew_director import CrewDirector, CrewMember, CrewTally
+from qfleet.topologies.ray_parts import IN_LINE, ONE_CPU, Part, has_failed
 from qfleet.topologies.replay_shard import NOTHING, Stock, Writer, share_of
 from qfleet.topologies.sharded_replay import ShardedReplay
 
 logger = logging.getLogger("qfleet")
 
 
-class ServerTally(Tally):
-    """What happened since the last record."""
+class ServerTally(CrewTally):
+    """What happened since the last record; losses, TD errors and staleness are those of gradients that were applied."""
 
     def __init__(self, num_workers: int) -> None:
-        super().__init__()
-        self.env_steps = self.learner_steps = self.num_failures = 0
-        self.worker_env_steps = np.zeros(num_workers, np.int64)
-        self.returns: list[float] = []
-        self.lengths: list[int] = []
-        self.q_mean: list[float] = []
+        super().__init__(num_workers, ("workers", "server", "shards"))
         self.losses: list[float] = []
         self.td_errors: list[float] = []
-        """Of the gradients that were applied, as are:"""
-        self.staleness: list[int] = []
         self.num_gradients = {"applied": 0, "stale": 0, "outlier": 0}
-        self.pulled_bytes = self.pushed_bytes = 0
-        self.busy_seconds = {"workers": 0.0, "server": 0.0, "shards": 0.0}
+        self.pushed_bytes = 0
 
 
 class _Parameters(NamedTuple):
@@ -70,18 +61,11 @@ class _Snapshot(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Worker:
+class _Worker(CrewMember):
     """What this process knows of a worker."""
 
-    part: Part
-    num_chunks: int = 0
-    """That it was asked for, and that are not in the replay yet."""
     is_learning: bool = False
     """Whether it was asked for a gradient."""
-    num_asked: int = 0
-    """Chunks, of the incarnation that has the place."""
-    asked_last: int = 0
-    """When, counted in requests to all workers."""
     version: int = -1
     """Of the parameters that it was sent last."""
     target_version: int = -1
@@ -90,7 +74,7 @@ class _Worker:
     """Of its own replay."""
 
 
-class ServerDirector(Director[ServerTally]):
+class ServerDirector(CrewDirector[ServerTally, _Worker]):
     """Directs the workers, the server, and the replay if they share one."""
 
     _needs_in_words = "all shards of the server and of the replay, and a worker"
@@ -112,16 +96,11 @@ class ServerDirector(Director[ServerTally]):
           read_replay: reads its replay, as one for all workers.
         """
         assert isinstance(config.topology, ParameterServerConfig)
-        self._config, self._topology, self._division = config, config.topology, division
-        super().__init__(self._topology.ray_address, self._topology.silence_seconds, self._topology.max_restarts)
-        self._read_learner, self._read_replay = read_learner, read_replay
-        self.limiter = Limiter(config, num_batches=1)
-        self.incarnations = [0] * self._topology.num_workers
-        """Of each worker, how many had its place before."""
+        self._topology, self._division, self._read_learner = config.topology, division, read_learner
+        super().__init__(config, 1, read_replay)
         self.version = 0
         """Steps that the server was sent, whatever has become of them: it never goes back."""
         self._gate = Gate(self._topology)
-        self._workers: list[_Worker] = []
         self._server: list[Part] = []
         self._replay: ShardedReplay | None = None
         if self._topology.num_replay_shards:
@@ -134,30 +113,15 @@ class ServerDirector(Director[ServerTally]):
         self._gradients: list[Vector] = []  # of the next step
         self._waiting: list[list[Vector]] = []  # gradients of steps that the server is to be sent
         self._is_stepping = False  # whether it was sent some, and has not taken them on all shards yet
-        self._num_requests = 0  # to all workers
 
     # --- For other threads ---
-
-    def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Has all parts go on from a checkpoint, before the first `go_on`; without a replay, from an empty one."""
-        self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
-        starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
-        self.limiter.go_on(starts_at, self.env_steps, self.learner_steps)
-        # Of other workers, or of a fleet's actors: beyond all that there have been.
-        incarnation = max(counters.get("incarnations", []), default=-1) + 1
-        self._post(lambda: self._restore_parts(state, incarnation, counters.get("version", 0)))
-
-    @property
-    def num_workers_there(self) -> int:
-        """Workers that have a place."""
-        return sum(worker.part.is_there for worker in self._workers)
 
     @property
     def num_transitions(self) -> int:
         """That the replay holds, or all workers' own."""
         if self._replay is not None:
             return self._replay.num_transitions
-        return sum(worker.stock.num_transitions for worker in self._workers)
+        return sum(worker.stock.num_transitions for worker in self._actors)
 
     def params(self) -> list[np.ndarray]:
         """Returns each shard's piece of the newest parameters, all after the same step."""
@@ -200,9 +164,6 @@ class ServerDirector(Director[ServerTally]):
     def _new_tally(self) -> ServerTally:
         return ServerTally(self._topology.num_workers)
 
-    def _note_busy(self, who: str, seconds: float) -> None:
-        self._tally.busy_seconds[who] += seconds
-
     def _resources(self) -> list[Mapping[str, float]]:
         topology = self._topology
         each: Mapping[str, float] = topology.worker_resources or ONE_CPU
@@ -210,18 +171,18 @@ class ServerDirector(Director[ServerTally]):
 
     def _keepers(self) -> list[Part]:
         """Returns who keeps the replay."""
-        return self._replay.parts if self._replay is not None else [worker.part for worker in self._workers]
+        return self._replay.parts if self._replay is not None else [worker.part for worker in self._actors]
 
     def _missing(self) -> Part | None:
         needed = [*self._server, *(self._replay.parts if self._replay is not None else [])]
         missing = next((part for part in needed if not part.is_there), None)
-        return missing or (None if self.num_workers_there else self._workers[0].part)
+        return missing or (None if self.num_actors_there else self._actors[0].part)
 
     def _vital(self) -> list[Part]:
         return [*self._server, *self._keepers()]
 
     def _is_at_work(self) -> bool:
-        flying = any(worker.num_chunks or worker.is_learning for worker in self._workers)
+        flying = any(worker.num_chunks or worker.is_learning for worker in self._actors)
         is_stepping = self._is_stepping or bool(self._waiting)
         return flying or is_stepping or (self._replay is not None and self._replay.is_at_work)
 
@@ -408,15 +369,12 @@ class ServerDirector(Director[ServerTally]):
     # Workers: what they do, and what they learn from.
 
     def _begin(self, i: int, incarnation: int) -> None:
-        """Has a worker begin, as the one of so many before it that its place has had."""
-        self.incarnations[i] = incarnation
-        worker = self._workers[i]
-        worker.num_asked, worker.version, worker.target_version = 0, -1, -1
-        self._parts.ask(worker.part, "begin", incarnation)
+        self._actors[i].version = self._actors[i].target_version = -1
+        super()._begin(i, incarnation)
 
     def _worker_is_lost(self, i: int) -> None:
-        worker, lost = self._workers[i], self._workers[i].stock.num_transitions
-        self._begin(i, self.incarnations[i] + 1)
+        worker, lost = self._actors[i], self._actors[i].stock.num_transitions
+        self._actor_is_lost(i)
         if self._replay is not None:
             return
         worker.stock = NOTHING
@@ -432,43 +390,12 @@ class ServerDirector(Director[ServerTally]):
 
     def _give_worker(self, i: int, own: SavedReplay) -> None:
         def has(stock: Stock) -> None:
-            self._workers[i].stock = stock
+            self._actors[i].stock = stock
 
-        self._parts.ask(self._workers[i].part, "restore", own, then=has)
+        self._parts.ask(self._actors[i].part, "restore", own, then=has)
 
-    def _shard_is_lost(self, i: int) -> None:
-        assert self._replay is not None
-        newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
-        if not self._replay.was_lost(i, newest):  # then few are learned from over and over, but for a new warm-up
-            self.limiter.begin_anew(self.env_steps, self.learner_steps)
-
-    def _in_turn(self) -> list[int]:
-        return sorted(range(len(self._workers)), key=lambda i: self._workers[i].asked_last)
-
-    def _note_request(self, worker: _Worker) -> None:
-        self._num_requests += 1
-        worker.asked_last = self._num_requests
-
-    @property
-    def _env_steps_per_chunk(self) -> int:
-        return self._topology.rows_per_chunk * self._topology.lanes_per_worker
-
-    def _issue_chunks(self) -> None:
-        steps, num_flying = self._env_steps_per_chunk, sum(worker.num_chunks for worker in self._workers)
-        for _ in range(CHUNKS_AHEAD):
-            for i in self._in_turn():
-                coming = self.env_steps + num_flying * steps
-                if coming >= self._config.env_steps or self.limiter.is_far_ahead(coming, self.learner_steps):
-                    return
-                if self._workers[i].num_chunks < CHUNKS_AHEAD and self._workers[i].part.is_there:
-                    self._ask_for_chunk(i)
-                    num_flying += 1
-
-    def _ask_for_chunk(self, i: int) -> None:
-        worker, writer = self._workers[i], Writer(self.incarnations[i], self._workers[i].num_asked)
-        worker.num_asked += 1
-        worker.num_chunks += 1
-        self._note_request(worker)
+    def _ask_for_chunk(self, i: int, writer: Writer) -> None:
+        worker = self._actors[i]
         pulled = self._pulled_by(worker)
         handed, needs = to_pull(pulled), needs_of(pulled)
 
@@ -497,16 +424,7 @@ class ServerDirector(Director[ServerTally]):
         )  # fmt: skip
 
     def _count(self, i: int, report: Report) -> None:
-        """Counts a chunk that the replay has."""
-        tally, steps = self._tally, self._env_steps_per_chunk
-        self.env_steps += steps
-        tally.env_steps += steps
-        tally.worker_env_steps[i] += steps
-        tally.returns += report.returns
-        tally.lengths += report.lengths
-        tally.q_mean.append(report.q_mean)
-        tally.num_failures += report.num_failures
-        tally.pulled_bytes += report.received_bytes
+        super()._count(i, report)
         self._note_busy("workers", report.busy_seconds)
 
     def _issue_gradients(self) -> None:
@@ -517,8 +435,8 @@ class ServerDirector(Director[ServerTally]):
         due = (self.limiter.due(self.env_steps) - self.learner_steps) * each
         # With so many under way, none that is asked for now is stale unless others overtake it.
         most = min(due, (topology.max_staleness + 1) * each)
-        num_coming = len(self._gradients) + sum(worker.is_learning for worker in self._workers)
-        for worker in map(self._workers.__getitem__, self._in_turn()):
+        num_coming = len(self._gradients) + sum(worker.is_learning for worker in self._actors)
+        for worker in map(self._actors.__getitem__, self._in_turn()):
             if num_coming >= most:
                 return
             # One at a time: parameters that waited for the one before would be older by a step of every other worker.
@@ -597,25 +515,25 @@ class ServerDirector(Director[ServerTally]):
     def _make_parts(self) -> None:
         topology, make, add, config = self._topology, self._make_part, self._parts.add, self._config
         resources = dict(topology.worker_resources) or ONE_CPU
-        environment = {} if resources.get("GPU") else ON_CPU
+        environment = {} if resources.get("GPU") else IN_LINE
         memory = self._vectors.share(self._stack)
         for i in range(topology.num_server_shards):
             name, lost = f"server shard {i}", functools.partial(self._server_is_lost, i)
-            self._server.append(add(make(name, RemoteServerShard, (config, i, memory), ONE_CPU, ON_CPU, lost)))
+            self._server.append(add(make(name, RemoteServerShard, (config, i, memory), ONE_CPU, IN_LINE, lost)))
         if self._replay is not None:
             for i in range(topology.num_replay_shards):
                 name, lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
-                self._replay.add(add(make(name, RemoteReplayShard, (config, i), ONE_CPU, ON_CPU, lost)))
+                self._replay.add(add(make(name, RemoteReplayShard, (config, i), ONE_CPU, IN_LINE, lost)))
         for i in range(topology.num_workers):
             name, lost = f"worker {i}", functools.partial(self._worker_is_lost, i)
             worker = make(name, RemoteWorker, (config, i, memory), resources, environment, lost)
-            self._workers.append(_Worker(add(worker)))
+            self._actors.append(_Worker(add(worker)))
             self._begin(i, 0)
 
     def _restore_parts(self, state: dict[str, Any], incarnation: int, version: int) -> None:
         self.version = self._gate.oldest_version = version + 1
         self._give_server(state["learner"])
-        for i in range(len(self._workers)):
+        for i in range(len(self._actors)):
             self._begin(i, incarnation)
         if "replay" not in state:
             return
@@ -623,5 +541,5 @@ class ServerDirector(Director[ServerTally]):
             for i in range(len(self._replay.parts)):
                 self._replay.give(i, state["replay"])
         else:
-            for i in range(len(self._workers)):
+            for i in range(len(self._actors)):
                 self._give_worker(i, share_of(state["replay"], self._topology.crew, i))

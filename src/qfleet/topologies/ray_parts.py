@@ -42,7 +42,7 @@ class Remote:
         os.environ.update(variables)
         if variables.get("JAX_PLATFORMS") == "cpu":
             use_cpu_only()
-        if variables.get("PJRT_NPROC") == "1":
+        if variables.get("JAX_CPU_ENABLE_ASYNC_DISPATCH") == "false":
             compute_in_line()
         super().__init__(*arguments)
 
@@ -327,6 +327,9 @@ ONE_CPU = {"CPU": 1.0}
 
 ON_CPU = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "OMP_NUM_THREADS": "1"}
 """Variables of a part that computes on the CPU, with one thread."""
+
+IN_LINE = {**ON_CPU, "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
+"""The same, where it does nothing else meanwhile."""
 
 
 def default_resources(num_devices: int) -> dict[str, float]:
