@@ -74,13 +74,11 @@ def main() -> None:
         print(updates_per_second_in_process(arguments.seconds))
 
 
-def fleet_of(config: TrainConfig) -> Any:
-    """Returns a fleet that isn't started, without a run around it."""
-    from qfleet.assembly import make_env_and_network
-    from qfleet.topologies.actor_learner import ActorLearner
+def topology_of(config: TrainConfig) -> Any:
+    """Returns the config's topology, which isn't started, without a run around it."""
+    from qfleet.assembly import make_env_and_network, make_topology
 
-    env, network = make_env_and_network(config, None)
-    return ActorLearner(config, env, network)
+    return make_topology(config, *make_env_and_network(config, None), None)
 
 
 def scaling(num_actors: list[int], lanes: int, ratio: float, seconds: float) -> Iterator[dict[str, Any]]:
@@ -94,7 +92,7 @@ def scaling(num_actors: list[int], lanes: int, ratio: float, seconds: float) -> 
             rows_per_chunk=32, env_steps=10**9, warmup_env_steps=500, env_steps_per_learner_step=ratio, batch_size=64,
             hidden_sizes=(64, 64),
         )  # fmt: skip
-        fleet = fleet_of(config)
+        fleet = topology_of(config)
         try:
             started = fleet.start()
             while fleet.advance(10**9).fleet["actor_env_steps_per_second_min"] == 0:  # until all have begun
@@ -172,7 +170,7 @@ def starvation(seconds: float, repeats: int) -> Iterator[dict[str, Any]]:
             command = [sys.executable, __file__, "in-process", "--seconds", str(seconds)]
             alone = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
             config = atari_config(num_replay_shards=shards)
-            fleet = fleet_of(config)
+            fleet = topology_of(config)
             try:
                 fleet.start()
                 learner = jax.tree.unflatten(jax.tree.structure(fleet._shapes), fleet._director.learner_state()[1])
@@ -316,7 +314,7 @@ def soak(seconds: float) -> Iterator[dict[str, Any]]:
     config = qfleet.make_config(
         "CartPole-v1", "rainbow_lite", "actor-learner", num_actors=4, num_replay_shards=2, env_steps=10**9
     )
-    return growth(fleet_of(config), seconds)
+    return growth(topology_of(config), seconds)
 
 
 def growth(fleet: Any, seconds: float) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
     python benchmarks/gossip.py cartpole [--num-processes 4] [--preset rainbow_lite] [--period 100] [--seeds 5]
     python benchmarks/gossip.py faults [--num-processes 4] [--preset rainbow_lite] [--period 100] [--tries 5]
+    python benchmarks/gossip.py soak [--num-processes 4] [--preset rainbow_lite] [--period 100] [--seconds 600]
 
 - cartpole: seconds from process start until 20 greedy episodes of the peers' mean have a mean return of 475 and 100
   fresh ones confirm it.
 - faults: a peer, or the driver, is killed so often in one run; `back` is the time until a record of the run has all
   peers there, and new environment steps of each. Then it is killed once while CartPole is learned, which must still
   reach a mean greedy return of 475.
+- soak: the memory of every peer, and the object store's, after warm-up.
 """
 
 import argparse
@@ -22,7 +24,10 @@ from typing import Any
 
 import common
 import fleet
+import fleet_limits
 from fleet_faults import TIMEOUT_SECONDS, Driver, kill_and_resume, kill_one, seconds
+
+import qfleet
 
 ENDLESS = {"env-steps": 10**9, "eval-period-env-steps": 10**9}
 SOLVED = {"env-steps": 1_000_000, "stop-return": 475}
@@ -33,19 +38,27 @@ FAULTS = ("kill a peer", "kill the driver")
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("cartpole", "faults"))
+    parser.add_argument("part", choices=("cartpole", "faults", "soak"))
     parser.add_argument("--num-processes", type=int, default=4)
     parser.add_argument("--preset", default="rainbow_lite")
     parser.add_argument("--period", type=int, default=100, help="of meetings, in learner steps")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tries", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=600.0, help="of the soak")
     parser.add_argument("--timeout-seconds", type=float, default=300.0, help="after which nothing is solved any more")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
     if arguments.part == "cartpole":
         common.report("gossip cartpole", [solve(arguments, seed) for seed in range(arguments.seeds)])
-    else:
+    elif arguments.part == "faults":
         common.report("gossip faults", [fault(arguments, name) for name in FAULTS])
+    else:
+        config = qfleet.make_config(
+            "CartPole-v1", arguments.preset, "decentralised", exchange="gossip", num_processes=arguments.num_processes,
+            gossip_period_learner_steps=arguments.period, env_steps=10**9,
+        )  # fmt: skip
+        peers = fleet_limits.topology_of(config)
+        common.report("gossip soak", list(fleet_limits.growth(peers, arguments.seconds)))
 
 
 def flags_of(arguments: argparse.Namespace) -> dict[str, Any]:

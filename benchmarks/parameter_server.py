@@ -92,16 +92,9 @@ def main() -> None:
             "CartPole-v1", "rainbow_lite", "parameter-server", num_workers=arguments.workers,
             num_server_shards=arguments.shards, env_steps=10**9,
         )  # fmt: skip
-        common.report("parameter server soak", list(fleet_limits.growth(server_of(config), arguments.seconds)))
-
-
-def server_of(config: qfleet.TrainConfig) -> Any:
-    """Returns a parameter server that isn't started, without a run around it."""
-    from qfleet.assembly import make_env_and_network
-    from qfleet.topologies.parameter_server import ParameterServer
-
-    env, network = make_env_and_network(config, None)
-    return ParameterServer(config, env, network)
+        common.report(
+            "parameter server soak", list(fleet_limits.growth(fleet_limits.topology_of(config), arguments.seconds))
+        )
 
 
 def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -113,7 +106,7 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
         lanes_per_worker=1, rows_per_chunk=1, env_steps=100, warmup_env_steps=1, env_steps_per_learner_step=1e-6,
         replay_capacity=1000, gradient_dtype=dtype, max_loss_deviations=None,
     )  # fmt: skip
-    server = server_of(config)
+    server = fleet_limits.topology_of(config)
     try:
         server.start()
         director = server._director
