@@ -30,8 +30,9 @@ class StepArrays(NamedTuple):
 
 
 def make_arrays(num_lanes: int, encoder: Encoder, buffer: Any = None) -> StepArrays:
-    """Returns arrays in a buffer of `num_bytes`, or in a new one."""
-    buffer = np.zeros(num_bytes(num_lanes, encoder), np.uint8) if buffer is None else buffer
+    """Returns arrays in a buffer of `num_bytes`, or new ones."""
+    if buffer is None:
+        return StepArrays(*(np.zeros(shape, dtype) for shape, dtype in _layout(num_lanes, encoder)))
     arrays, offset = [], 0
     for shape, dtype in _layout(num_lanes, encoder):
         arrays.append(np.frombuffer(buffer, dtype, math.prod(shape), offset).reshape(shape))

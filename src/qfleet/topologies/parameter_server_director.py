@@ -261,6 +261,7 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         self.version += len(steps)
         self.learner_steps += len(steps)
         self._tally.learner_steps += len(steps)
+        self._tally.num_gradients["applied"] += len(gradients)
         self._is_stepping = True
         version, left = self.version, len(self._server)
         kept: list[Any] = [*gradients, *slots]
@@ -497,9 +498,9 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         tally, newest_version = self._tally, self.version + len(self._waiting)
         self._note_busy("workers", lesson.busy_seconds)
         verdict = self._gate.verdict(version, newest_version, lesson.loss)
-        tally.num_gradients[verdict] += 1
         tally.pushed_bytes += self._division.num_params * (2 if self._topology.gradient_dtype == "bfloat16" else 4)
         if verdict != "applied":
+            tally.num_gradients[verdict] += 1
             return
         tally.staleness.append(newest_version - version)
         tally.losses.append(lesson.loss)

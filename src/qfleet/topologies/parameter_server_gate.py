@@ -33,7 +33,7 @@ class Gate:
 
         Args:
           version: of the parameters that it was computed with.
-          newest_version: that the server has, or will have once it has applied what it was sent.
+          newest_version: that the server has, or will have once it has applied all that came before.
           loss: of its batch.
         """
         is_stale = version < self.oldest_version or newest_version - version > self._max_staleness

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from qfleet.config import ParameterServerConfig
 from qfleet.topologies.limiter import CHUNKS_AHEAD
 from qfleet.topologies.parameter_server_shard import Division, Room
+from qfleet.topologies.ray_cluster import is_local
 from qfleet.topologies.shared_memory import Place, SharedMemory, Slot, can_share
 
 
@@ -31,7 +32,7 @@ class Vectors:
     def share(self, stack: contextlib.ExitStack) -> str | None:
         """Makes memory if all parts are on this machine, until the stack ends, and returns where it is."""
         config = self._config
-        if config.ray_address != "local" or not can_share():
+        if not is_local() or not can_share():
             return None
         # Each worker may have other parameters for each of its chunks and for its gradient, and two gradients on the
         # way; then there are the parameters, the target network, and the gradients of the step that is taken.

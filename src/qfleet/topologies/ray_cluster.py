@@ -24,6 +24,8 @@ except ImportError as error:
 _PASSED_ON = ("GLOO_", "JAX_", "NCCL_", "QFLEET_", "XLA_")
 """How the names of variables begin that processes take from the launcher's environment, and not from their node's."""
 
+_is_local = False
+
 _TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 """The variables by which a user names a token; without them Ray takes that of the home folder."""
 
@@ -44,6 +46,7 @@ def connected(address: str, num_cpus: int, what: str) -> Iterator[bool]:
     Raises:
       ConfigError: if there is no cluster at the address, or it can't be joined.
     """
+    global _is_local
     if ray.is_initialized():
         yield False
         return
@@ -55,10 +58,17 @@ def connected(address: str, num_cpus: int, what: str) -> Iterator[bool]:
                 f"{what} must be that of a Ray cluster that this machine is part of, got {address} ({error}); start "
                 f"one with `ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or give local"
             ) from error
+        _is_local = address == "local"
         try:
-            yield address == "local"
+            yield _is_local
         finally:
+            _is_local = False
             ray.shutdown()
+
+
+def is_local() -> bool:
+    """Returns whether Ray is one that this process has started, so that all of it is on this machine."""
+    return _is_local
 
 
 def variables() -> dict[str, str]:

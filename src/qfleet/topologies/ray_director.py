@@ -27,7 +27,7 @@ _WAIT_SECONDS = 0.1
 """For an answer, before anything else is looked at."""
 
 _NOTIFY_SECONDS = 0.01
-"""Between two looks of who waits for this thread: each costs a switch of threads."""
+"""Between two looks of who waits for this thread while it is busy: each costs a switch of threads."""
 
 _LOST_SECONDS = 30.0
 """After which a part that has no place isn't waited for any more, where something else can be done."""
@@ -242,7 +242,7 @@ class Director(abc.ABC, Generic[T]):
                 self._parts.wait(_WAIT_SECONDS)
                 with self._lock:
                     self._parts.hear()
-                    if time.monotonic() - notified_at >= _NOTIFY_SECONDS:
+                    if self._is_paused or time.monotonic() - notified_at >= _NOTIFY_SECONDS:
                         notified_at = time.monotonic()
                         self._lock.notify_all()
         except BaseException as error:

@@ -222,7 +222,7 @@ class Parts:
                 ask.dropped()
             else:
                 part.asks.appendleft(ask)
-                self.replace(part, _fate(error), error, is_alive=isinstance(error, ray.exceptions.RayTaskError))
+                self.replace(part, _fate(error), error, is_alive=not isinstance(error, ray.exceptions.ActorDiedError))
             return
         part.has_answered.add(ask.method)
         part.heard_at = time.monotonic()

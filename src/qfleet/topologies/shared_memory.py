@@ -68,8 +68,20 @@ class SharedMemory:
 
 
 def can_share() -> bool:
-    """Returns whether this system has such memory, as Linux does."""
-    return hasattr(os, "memfd_create")
+    """Returns whether this system has such memory, as Linux does where nothing forbids it."""
+    if not hasattr(os, "memfd_create"):
+        return False
+    try:
+        memory = SharedMemory(1, [1])
+    except OSError:
+        return False
+    try:
+        Window(memory.path)
+    except OSError:
+        return False
+    finally:
+        memory.close()
+    return True
 
 
 class Window:
