@@ -39,9 +39,17 @@ class Way:
     env: str = "CartPole-v1"
 
 
+LIKE_CARTPOLE = (
+    "--hidden-sizes", "64", "64", "--layer-norm", "--exploration-env-steps", "10000", "--batch-size", "64",
+    "--replay-capacity", "16384", "--env-steps-per-learner-step", "4", "--target-update-period", "100",
+)  # fmt: skip
+"""What the preset has for CartPole, and not for environments that it doesn't know, as Gymnasium's CartPole."""
+
 WAYS = {
     "fused": Way(("--topology", "fused", "--num-envs", "16"), lambda run: 0.0),
-    "overlapped": Way(("--topology", "overlapped", "--num-envs", "16"), lambda run: 0.0, "gym:CartPole-v1"),
+    "overlapped": Way(
+        ("--topology", "overlapped", "--num-envs", "16", *LIKE_CARTPOLE), lambda run: 0.0, "gym:CartPole-v1"
+    ),
     "decentralised, all-reduce": Way(
         ("--topology", "decentralised", "--num-envs", "16", "--num-processes", "2"),
         lambda run: run["per_env_step"] * (2 * run["params"] + run["batch_size"] * TRANSITION_BYTES),
