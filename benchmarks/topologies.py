@@ -161,8 +161,8 @@ def draw(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     for axis, against, label in zip(axes, ("wall_seconds", "env_steps"), ("seconds", "environment steps"), strict=True):
         for name, runs in curves.items():
             points = [[(r[against], r["eval_return_mean"]) for r in run if r["eval_return_mean"]] for run in runs]
-            shortest = min(max(x for x, _ in run) for run in points)
-            grid = np.linspace(0.0, shortest, 100)
+            begin, end = max(run[0][0] for run in points), min(run[-1][0] for run in points)
+            grid = np.geomspace(begin, end, 200) if against == "wall_seconds" else np.linspace(begin, end, 200)
             values = np.array([np.interp(grid, *np.array(run).T) for run in points])
             (line,) = axis.plot(grid, np.median(values, axis=0), label=name)
             axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.12)

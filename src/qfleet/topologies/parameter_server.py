@@ -1,6 +1,7 @@
 """The parameter-server topology: workers send gradients to a server, which applies them as they come (Gorila), on Ray.
 
-This process directs the others, in a thread of its own. Arrays go between them directly, by Ray's object store:
+This process directs the others, in a thread of its own. Arrays go between them directly, gradients and parameters by
+memory that they share where all are on one machine, and else by Ray's object store:
 
     server  --parameters--> worker    the newest, with whatever it is asked for: chunks, one ahead, and one gradient
     worker  --gradient-->   server    each shard's piece of it
