@@ -171,7 +171,7 @@ def draw(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
     axes[0].set_xscale("log")
     axes[0].set_ylabel("mean greedy return")
     axes[1].legend(fontsize=7)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
 
 
 if __name__ == "__main__":
