@@ -26,7 +26,6 @@ from qfleet.networks import make_network
 from qfleet.topologies.parameter_server_gate import Gate
 from qfleet.topologies.parameter_server_shard import Division, ServerShard, TargetClock
 from qfleet.topologies.parameter_server_worker import Worker
-from qfleet.topologies.shared_memory import can_share
 
 BATCH = 16
 
@@ -586,7 +585,8 @@ def test_it_trains_is_saved_and_goes_on_in_other_sizes_and_elsewhere(cluster, tm
     )  # fmt: skip
     run = qfleet.iterate(config)
     for _ in run:
-        assert (run._topology._director._vectors.slot() is not None) == can_share(), "they share memory"
+        has_memory = run._topology._director._vectors.slot() is not None
+        assert has_memory == hasattr(os, "memfd_create"), "they share memory, where the system has it"
     summary = run.summary
     assert summary["stopped"] == "env steps" and summary["topology"] == "parameter-server"
     steps = summary["learner_steps"]

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,16 @@ import pytest
 
 from qfleet.topologies.shared_memory import SharedMemory, Window, can_share
 
-pytestmark = pytest.mark.skipif(not can_share(), reason="this system has no memory that processes share without files")
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory of this kind")
+
+
+def test_it_can_be_shared_here_but_not_where_it_is_forbidden(monkeypatch):
+    def forbidden(name: str) -> int:
+        raise PermissionError(name)
+
+    assert can_share()
+    monkeypatch.setattr(os, "memfd_create", forbidden)
+    assert not can_share()
 
 
 def test_another_process_reads_and_writes_it():

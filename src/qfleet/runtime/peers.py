@@ -62,7 +62,8 @@ def widen_send_buffers() -> None:
         except OSError:  # closed meanwhile
             continue
         with connection:
-            is_tcp = connection.family == socket.AF_INET and connection.type == socket.SOCK_STREAM
+            is_internet = connection.family in (socket.AF_INET, socket.AF_INET6)
+            is_tcp = is_internet and connection.type == socket.SOCK_STREAM
             size = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
             if is_tcp and size < _SEND_BUFFER_BYTES // 64:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)

@@ -3,6 +3,9 @@
 Ray's object store takes milliseconds of CPU for each large array that changes hands. Here one process writes a vector
 to its place, another reads it there, and only the place goes by Ray. Who may write where and when is decided by the
 process that owns the memory.
+
+Not by `multiprocessing.shared_memory`: its files outlive a process that is killed, and lie where containers have little
+room.
 """
 
 import mmap
