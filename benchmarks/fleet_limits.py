@@ -76,7 +76,7 @@ def main() -> None:
 
 def topology_of(config: TrainConfig) -> Any:
     """Returns the config's topology, which isn't started, without a run around it."""
-    from qfleet.assembly import make_env_and_network, make_topology
+    from qfleet.training.assembly import make_env_and_network, make_topology
 
     return make_topology(config, *make_env_and_network(config, None), None)
 
@@ -146,7 +146,7 @@ def full_replay(config: TrainConfig) -> Any:
     """Returns a replay full of noise, as a checkpoint holds it."""
     from qfleet.core.replay import SavedReplay
     from qfleet.core.replay.ring import Ring, Row
-    from qfleet.topologies.replay_shard import stored_spec_of
+    from qfleet.topologies.fleet.replay_shard import stored_spec_of
 
     spec, topology = stored_spec_of(config), config.topology
     random = np.random.default_rng(0)
@@ -197,12 +197,12 @@ def updates_per_second_in_process(seconds: float) -> float:
     """Returns the updates/s of the same learner with the same replay in one process, as `overlapped` has it."""
     from qfleet.core.agent import make_agent
     from qfleet.core.learner import make_learner
-    from qfleet.core.learning import learn_from_replay, no_losses
     from qfleet.core.replay import make_replay
+    from qfleet.core.updates import learn_from_replay, no_losses
     from qfleet.envs.registry import make_env
     from qfleet.networks import make_network
     from qfleet.runtime.devices import reuse_freed_memory
-    from qfleet.topologies.replay_shard import stored_spec_of
+    from qfleet.topologies.fleet.replay_shard import stored_spec_of
 
     config = atari_config()
     reuse_freed_memory()
@@ -233,11 +233,11 @@ def insert(seconds: float) -> dict[str, Any]:
     """Returns how many transitions of single 84x84 frames two shards take in, from two processes that make them."""
     import ray
 
-    from qfleet.topologies.actor_learner_parts import RemoteShard
-    from qfleet.topologies.collecting import Chunk
-    from qfleet.topologies.ray_cluster import connected
-    from qfleet.topologies.ray_parts import Part, Parts
-    from qfleet.topologies.replay_shard import Writer
+    from qfleet.topologies.actor_learner.remote import RemoteShard
+    from qfleet.topologies.fleet.actor import Chunk
+    from qfleet.topologies.fleet.cluster import connected
+    from qfleet.topologies.fleet.replay_shard import Writer
+    from qfleet.topologies.fleet.supervisor import Part, Parts
 
     config = atari_config(num_replay_shards=2, rows_per_chunk=50)
     replay = full_replay(config)

@@ -26,8 +26,8 @@ from qfleet.core.agent import Agent, make_agent
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.devices import limit_cpu_threads
-from qfleet.topologies.fused import MAX_ITERATIONS, Fused
-from qfleet.topologies.plan import rows_per_iteration
+from qfleet.topologies.fused.topology import MAX_ITERATIONS, Fused
+from qfleet.topologies.schedule import rows_per_iteration
 
 SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "CartPole pqn": ("CartPole-v1", "pqn", {}),

@@ -15,7 +15,7 @@ import common
 
 import qfleet
 from qfleet.networks import make_network
-from qfleet.topologies.fused import Fused
+from qfleet.topologies.fused.topology import Fused
 
 ENV = "gymnax:Breakout-MinAtar"
 

@@ -16,7 +16,7 @@ from qfleet.config import AgentConfig, OverlappedConfig, TrainConfig
 from qfleet.core.types import EnvSpec
 from qfleet.envs.host import HostEnv, HostLanes, HostStep, LaneOptions
 from qfleet.networks import make_network
-from qfleet.topologies.overlapped import Overlapped
+from qfleet.topologies.overlapped.topology import Overlapped
 
 NUM_ENVS, TIMED = 8, 8 * 16 * 12
 SPEC = EnvSpec(name="sleep", observation_shape=(32,), observation_dtype=np.dtype(np.float32), num_actions=4)

@@ -27,12 +27,12 @@ from qfleet.config import ParameterServerConfig
 from qfleet.core.agent import make_agent
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
-from qfleet.topologies import parameter_server_director
-from qfleet.topologies.collecting import Report
-from qfleet.topologies.parameter_server_parts import RemoteWorker
-from qfleet.topologies.parameter_server_shard import Division
-from qfleet.topologies.parameter_server_worker import Lesson
-from qfleet.topologies.replay_shard import Stock
+from qfleet.topologies.fleet.actor import Report
+from qfleet.topologies.fleet.replay_shard import Stock
+from qfleet.topologies.parameter_server import director as director_module
+from qfleet.topologies.parameter_server.remote import RemoteWorker
+from qfleet.topologies.parameter_server.server_shard import Division
+from qfleet.topologies.parameter_server.worker import Lesson
 
 CHUNK = Report([], [], 0.0, 0, 0.0, 0)
 
@@ -100,7 +100,7 @@ def main() -> None:
 def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """Returns how many gradients of 1.7 million parameters the server applies in a second, and what a pull takes."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    setattr(parameter_server_director, "RemoteWorker", StubWorker)  # noqa: B010, it isn't the module's own
+    setattr(director_module, "RemoteWorker", StubWorker)  # noqa: B010, it isn't the module's own
     config = qfleet.make_config(
         "ale:Pong", "atari_dqn", "parameter-server", num_workers=arguments.workers, num_server_shards=arguments.shards,
         lanes_per_worker=1, rows_per_chunk=1, env_steps=100, warmup_env_steps=1, env_steps_per_learner_step=1e-6,

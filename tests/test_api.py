@@ -13,7 +13,7 @@ import pytest
 
 import qfleet
 from qfleet.config import ConfigError, RunFailed, TrainConfig
-from qfleet.topologies.fused import Fused
+from qfleet.topologies.fused.topology import Fused
 
 SUMMARY_FIELDS = {
     "env", "backend", "preset", "topology", "seed", "stopped", "env_steps", "learner_steps", "wall_seconds",
@@ -168,7 +168,7 @@ def test_what_a_resumed_run_may_not_do_is_found_before_anything_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qfleet.train(tiny(tmp_path / "run"))
-    monkeypatch.setattr(qfleet.assembly.Fused, "start", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(qfleet.training.assembly.Fused, "start", lambda _: pytest.fail("compiled"))
     with pytest.raises(ConfigError, match="larger --env-steps"):
         qfleet.resume(tmp_path / "run")
     own = qfleet.Network(lambda key: {}, lambda params, obs: obs @ jnp.ones((1, 2)))

@@ -23,16 +23,14 @@ LAYERS = (
     "runtime",
     "topologies",
     "policy",
-    "assembly",
-    "launched",
-    "run",
+    "training",
     "api",
     "cli",
 )
 """A module imports from its own layer and the ones before it; `qfleet` itself and `__main__` from all."""
 
-TOPOLOGIES = ("fused", "overlapped", "actor_learner", "parameter_server", "decentralised")
-"""A topology is the modules of `topologies/` whose names begin with its own."""
+TOPOLOGIES = ("fused", "overlapped", "actor_learner", "parameter_server", "all_reduce", "gossip")
+"""A topology is a package in `topologies/`."""
 
 CORE_MAY_IMPORT = {
     "collections",
@@ -80,7 +78,7 @@ def topology(module: str) -> str | None:
     parts = module.split(".")
     if parts[1:2] != ["topologies"] or len(parts) < 3:
         return None
-    return next((name for name in TOPOLOGIES if parts[2].startswith(name)), None)
+    return parts[2] if parts[2] in TOPOLOGIES else None
 
 
 MODULES = modules()

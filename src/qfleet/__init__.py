@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from qfleet.networks import from_nnx
     from qfleet.policy import Policy
     from qfleet.presets import PRESETS, make_config
-    from qfleet.run import Run
     from qfleet.runtime.records import Progress
     from qfleet.runtime.video import Video
+    from qfleet.training.run import Run
 
 _HOMES = {
     "qfleet.api": ("iterate", "load", "resume", "train", "watch"),
@@ -34,7 +34,7 @@ _HOMES = {
     "qfleet.networks": ("from_nnx",),
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
-    "qfleet.run": ("Run",),
+    "qfleet.training.run": ("Run",),
     "qfleet.runtime.records": ("Progress",),
     "qfleet.runtime.video": ("Video",),
 }

@@ -18,16 +18,16 @@ from qfleet.config import (
 )
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
-from qfleet.launched import LaunchedRun, directory_of_all, with_processes
 from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
-from qfleet.run import Run, check_network_is_given
 from qfleet.runtime import peers
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import limit_cpu_threads
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.video import Video, params_label
+from qfleet.training.launched import LaunchedRun, directory_of_all, with_processes
+from qfleet.training.run import Run, check_network_is_given
 
 if TYPE_CHECKING:
     import optax

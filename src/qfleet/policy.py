@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from qfleet.config import ConfigError
-from qfleet.core.actor import store_stack
 from qfleet.core.exploration import greedy
+from qfleet.core.frame_stack import store_stack
 from qfleet.core.types import EnvSpec, Network, Params
 from qfleet.envs.host import HostEnv, LaneOptions
 from qfleet.envs.spec import InGraphEnv

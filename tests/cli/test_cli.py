@@ -17,7 +17,7 @@ from qfleet.cli.show import environments
 from qfleet.cli.train_command import config_of, parse
 from qfleet.config import ActorLearnerConfig, FusedConfig, OverlappedConfig
 from qfleet.presets import make_config
-from qfleet.topologies.fused import Fused
+from qfleet.topologies.fused.topology import Fused
 
 TINY = ["--num-envs", "4", "--hidden-sizes", "8", "--num-minibatches", "1", "--eval-episodes", "5"]
 SCRIPT = str(Path(sys.executable).with_name("qfleet"))

@@ -11,7 +11,7 @@ import pytest
 
 from qfleet.config import AgentConfig, FusedConfig, TrainConfig
 from qfleet.networks import make_network
-from qfleet.topologies.fused import Fused
+from qfleet.topologies.fused.topology import Fused
 
 pytestmark = pytest.mark.slow
 

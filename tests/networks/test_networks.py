@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from qfleet.config import AgentConfig, ConfigError
-from qfleet.core.actor import store_stack
+from qfleet.core.frame_stack import store_stack
 from qfleet.core.types import as_it_comes
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import QNetwork, make_network

@@ -9,7 +9,7 @@ import pytest
 def cluster() -> Iterator[None]:
     """A Ray of this machine, started once for all tests of a file: it takes some seconds."""
     pytest.importorskip("ray")
-    from qfleet.topologies.ray_cluster import connected
+    from qfleet.topologies.fleet.cluster import connected
 
     with connected("local", 12, "ray_address"):
         yield

@@ -16,8 +16,8 @@ from qfleet.envs.host import HostEnv
 from qfleet.networks import make_network
 from qfleet.topologies import footprint as footprint_module
 from qfleet.topologies.footprint import show_bytes
-from qfleet.topologies.fused import Fused
-from qfleet.topologies.overlapped import Overlapped
+from qfleet.topologies.fused.topology import Fused
+from qfleet.topologies.overlapped.topology import Overlapped
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 

@@ -18,8 +18,8 @@ from qfleet.core.types import EnvSpec, Regression, Transition, stored_spec
 from qfleet.envs.registry import make_env
 from qfleet.networks import from_nnx, make_network
 from qfleet.presets import PRESETS, make_config
-from qfleet.topologies.fused import Fused
-from qfleet.topologies.placement import Placement
+from qfleet.topologies.fused.topology import Fused
+from qfleet.topologies.mesh import Placement
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 

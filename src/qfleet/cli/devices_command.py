@@ -47,8 +47,8 @@ def _show(config: TrainConfig | None, *, as_json: bool) -> int:
 
 def _footprint(config: TrainConfig) -> tuple["Footprint", str | None]:
     """Returns what a run would keep, and why it would be refused, if it would."""
-    from qfleet.assembly import footprint
     from qfleet.topologies.footprint import check_fits
+    from qfleet.training.assembly import footprint
 
     found = footprint(config)
     try:

@@ -6,8 +6,8 @@ from qfleet.config import ActorLearnerConfig, DecentralisedConfig, FusedConfig, 
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
-    from qfleet.launched import LaunchedRun
-    from qfleet.run import Run
+    from qfleet.training.launched import LaunchedRun
+    from qfleet.training.run import Run
 
 
 def follow(run: "Run | LaunchedRun", *, quiet: bool) -> int:

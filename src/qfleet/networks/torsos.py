@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from qfleet.config import AgentConfig, ConfigError
-from qfleet.core.actor import store_stack
+from qfleet.core.frame_stack import store_stack
 from qfleet.core.types import EnvSpec, as_it_comes
 from qfleet.networks.convolution import Lowering, convolve, kernel_of_blocks, to_blocks
 

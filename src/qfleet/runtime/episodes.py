@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config import ConfigError
-from qfleet.core.actor import init_view, push_frame
+from qfleet.core.frame_stack import init_view, push_frame
 from qfleet.core.types import EnvSpec, as_it_comes
 from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.core import exploration
-from qfleet.core.actor import init_view, push_frame
+from qfleet.core.frame_stack import init_view, push_frame
 from qfleet.core.replicas import ALONE, Replicas, own_numbers
 from qfleet.core.types import EnvSpec, Params, as_it_comes
 from qfleet.envs.host import HostLanes

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.core.actor import init_view, push_frame
 from qfleet.core.agent import Agent
+from qfleet.core.frame_stack import init_view, push_frame
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.types import Params
 from qfleet.envs.in_graph import Draws, Lanes, init_lanes, step_lanes

@@ -20,7 +20,7 @@ from qfleet.core.replay import ReplayState
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
 from qfleet.networks.partition import MODEL_AXIS
 from qfleet.runtime.devices import available_bytes, describe_memory
-from qfleet.topologies.plan import rows_per_iteration
+from qfleet.topologies.schedule import rows_per_iteration
 
 HEADROOM = 0.1
 """Share of what is left for the replay that a suggested capacity leaves free, for a learner step's temporaries."""

@@ -100,7 +100,7 @@ def n_step_returns(ring: Ring, slot: Array, n_step: int, discount: float) -> tup
 def stacked_observations(ring: Ring, slot: Array, frame_stack: int) -> Array:
     """Returns what the agent saw, or would have seen, at each slot: the newest frames, oldest first.
 
-    Frames from before the episode's start are zeros, as in the agent's own eyes (`qfleet.core.actor`).
+    Frames from before the episode's start are zeros, as in the agent's own eyes (`qfleet.core.frame_stack`).
 
     Args:
       ring: the ring.

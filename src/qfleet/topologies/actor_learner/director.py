@@ -1,0 +1,273 @@
+"""Who directs the parts of a fleet. See `qfleet.topologies.actor_learner`."""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qfleet.config import ActorLearnerConfig, TrainConfig
+from qfleet.core.exploration import importance_exponent_at
+from qfleet.core.learner import LearnerState
+from qfleet.core.replay import SavedReplay
+from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner, RemoteShard
+from qfleet.topologies.fleet.actors_director import CrewDirector, CrewMember, CrewTally
+from qfleet.topologies.fleet.rate_limiter import ROUNDS_AHEAD
+from qfleet.topologies.fleet.replay_shard import Writer
+from qfleet.topologies.fleet.sharded_replay import Drawn, ShardedReplay
+from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, Part, default_resources, has_failed
+
+logger = logging.getLogger("qfleet")
+
+
+class FleetTally(CrewTally):
+    """What happened in a fleet since the last record."""
+
+    def __init__(self, num_actors: int) -> None:
+        super().__init__(num_actors, ("actors", "shards", "learner"))
+        self.loss = self.td_error = 0.0
+
+
+class _Broadcast(NamedTuple):
+    """Parameters that actors can take."""
+
+    version: int
+    """Counts up, whatever happens to the learner."""
+    learner_steps: int
+    """Of which they are."""
+    box: list[Any]
+    """A reference to them; none if they are lost."""
+
+
+class _Chunk(NamedTuple):
+    """A chunk on its way to its shard."""
+
+    actor: int
+    writer: Writer
+    reference: Any
+    report: Any
+    staleness: int
+
+
+class FleetDirector(CrewDirector[FleetTally, CrewMember]):
+    """Directs actors, the shards of the replay, and the learner."""
+
+    _needs_in_words = "the learner, all shards of the replay and an actor"
+    _resource_flags = "--actor-resources or --learner-resources"
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        num_batches: int,
+        read_learner: Callable[[Checkpoints, int], LearnerState],
+        read_replay: Callable[[Checkpoints, int], SavedReplay],
+    ) -> None:
+        """Starts nothing yet.
+
+        Args:
+          config: of the run.
+          num_batches: of one round.
+          read_learner: reads the learner of a checkpoint.
+          read_replay: reads its replay, as one for all shards.
+        """
+        assert isinstance(config.topology, ActorLearnerConfig)
+        self._topology, self._num_batches, self._read_learner = config.topology, num_batches, read_learner
+        super().__init__(config, num_batches, read_replay)
+        self._replay: ShardedReplay = ShardedReplay(config, self._parts, functools.partial(self._note_busy, "shards"))
+        self._broadcast: _Broadcast | None = None
+        self._is_broadcast_asked = False
+        self._rounds: set[int] = set()  # under way
+        self._arrived: list[_Chunk] = []  # while nothing may be stored
+
+    @property
+    def version(self) -> int:
+        """Of the newest parameters that actors can take: counts up, whatever happens to the learner."""
+        return self._broadcast.version if self._broadcast else 0
+
+    @property
+    def num_transitions(self) -> int:
+        """That the replay holds."""
+        return self._replay.num_transitions
+
+    def params(self) -> tuple[int, list[np.ndarray]]:
+        """Returns what `GlobalLearner.params` does, as soon as there is a learner."""
+        return self._answer_of(self._learner, "params")
+
+    def learner_state(self) -> tuple[int, list[np.ndarray]]:
+        """Returns what `GlobalLearner.state` does.
+
+        Raises:
+          StateIsLost: if there is no learner, nor a place for one.
+        """
+        return self._answer_of(self._learner, "state", gives_up=True)
+
+    def snapshots(self) -> Iterator[SavedReplay]:
+        """Yields what each shard of the replay keeps, of which one at a time is held here.
+
+        Raises:
+          StateIsLost: if one has no place.
+        """
+        for part in self._replay.parts:
+            yield self._answer_of(part, "snapshot", gives_up=True)
+
+    def _new_tally(self) -> FleetTally:
+        return FleetTally(self._topology.num_actors)
+
+    def _resources(self) -> list[Mapping[str, float]]:
+        topology = self._topology
+        each: Mapping[str, float] = topology.actor_resources or ONE_CPU
+        return [each] * (topology.num_actors + topology.num_replay_shards) + [topology.learner_resources or ONE_CPU]
+
+    def _missing(self) -> Part | None:
+        missing = next((part for part in self._vital() if not part.is_there), None)
+        return missing or (None if self.num_actors_there else self._actors[0].part)
+
+    def _vital(self) -> list[Part]:
+        return [self._learner, *self._replay.parts]
+
+    def _is_at_work(self) -> bool:
+        return bool(self._rounds) or self._replay.is_at_work
+
+    def _issue(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        for chunk in arrived:
+            self._store(chunk)
+        self._issue_broadcast()
+        self._issue_rounds()
+        self._issue_chunks()
+
+    # Actors and their chunks.
+
+    def _issue_chunks(self) -> None:
+        if self._broadcast is not None and self._broadcast.box:
+            super()._issue_chunks()
+
+    def _ask_for_chunk(self, i: int, writer: Writer) -> None:
+        actor, broadcast = self._actors[i], self._broadcast
+        assert broadcast is not None
+
+        def arrived(report: Any, reference: Any) -> None:
+            staleness = max(0, self.learner_steps - broadcast.learner_steps)
+            chunk = _Chunk(i, writer, reference, report, staleness)
+            if self._is_paused:
+                self._arrived.append(chunk)
+            else:
+                self._store(chunk)
+
+        def lost() -> None:
+            actor.num_chunks -= 1
+            if any(map(has_failed, broadcast.box)):  # the node that kept the parameters has left
+                broadcast.box.clear()
+
+        self._parts.ask(
+            actor.part, "fetch_and_collect", broadcast.version, broadcast.box, self._topology.epsilon(i),
+            then=arrived, num_returns=2, dropped=lost, needs=tuple(broadcast.box),
+        )  # fmt: skip
+
+    def _store(self, chunk: _Chunk) -> None:
+        actor = self._actors[chunk.actor]
+
+        def gone() -> None:
+            actor.num_chunks -= 1
+
+        self._replay.store(
+            chunk.actor, chunk.writer, chunk.reference, functools.partial(self._count_chunk, chunk), gone
+        )
+
+    def _count_chunk(self, chunk: _Chunk) -> None:
+        """Counts a chunk that the replay has."""
+        self._count(chunk.actor, chunk.report)
+        self._tally.staleness.append(chunk.staleness)
+        self._note_busy("actors", chunk.report.busy_seconds)
+
+    # The learner and its rounds.
+
+    def _issue_rounds(self) -> None:
+        agent, size = self._config.agent, self._num_batches * self._config.agent.batch_size
+        due = self.limiter.due(self.env_steps)
+        while (
+            len(self._rounds) < ROUNDS_AHEAD
+            and self._learner.is_there
+            and self.learner_steps + self._num_batches * (len(self._rounds) + 1) <= due
+        ):
+            exponent = float(importance_exponent_at(agent, np.array(self.env_steps)))
+            drawn = self._replay.draw(size, exponent if agent.replay == "prioritised" else 0.0)
+            if drawn is None:
+                return
+            self._rounds.add(drawn.number)
+            self._parts.ask(
+                self._learner, "learn", drawn.places, *drawn.references, num_returns=1 + len(drawn.references),
+                needs=tuple(drawn.references), then=functools.partial(self._learned, drawn),
+                dropped=functools.partial(self._rounds.discard, drawn.number),
+            )  # fmt: skip
+
+    def _learned(self, drawn: Drawn, lesson: Any, *errors: Any) -> None:
+        tally = self._tally
+        self._rounds.discard(drawn.number)
+        self.learner_steps = lesson.learner_steps
+        tally.learner_steps += self._num_batches
+        tally.loss += lesson.losses.loss
+        tally.td_error += lesson.losses.td_error
+        self._note_busy("learner", lesson.busy_seconds)
+        self._replay.return_errors(drawn, errors)
+
+    def _issue_broadcast(self) -> None:
+        newest = self._broadcast
+        period = self._topology.broadcast_period_learner_steps
+        is_due = newest is None or not newest.box or self.learner_steps >= newest.learner_steps + period
+        if not is_due or self._is_broadcast_asked or not self._learner.is_there:
+            return
+        self._is_broadcast_asked = True
+
+        def there(learner_steps: int, reference: Any) -> None:
+            self._is_broadcast_asked = False
+            version = self._broadcast.version + 1 if self._broadcast else 1
+            self._broadcast = _Broadcast(version, learner_steps, [reference])
+
+        self._parts.ask(self._learner, "params", num_returns=2, then=there)
+
+    def _learner_is_lost(self) -> None:
+        self._is_broadcast_asked = False
+        before, self.learner_steps = self.learner_steps, 0
+        whence = "from the beginning: there is no checkpoint yet"
+        if newest := self._of_newest_checkpoint(self._read_learner):
+            learner, counters = newest
+            self.learner_steps = counters["learner_steps"]
+            self._give_learner(learner)
+            whence = f"from the newest checkpoint, at learner step {self.learner_steps}"
+        if self._broadcast is not None:  # else the next would seem to be far off
+            self._broadcast = self._broadcast._replace(learner_steps=self.learner_steps)
+        logger.warning("the learner had taken %d steps, and goes on %s", before, whence)
+
+    def _give_learner(self, state: LearnerState) -> None:
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+        self._parts.ask(self._learner, "restore", self.learner_steps, leaves)
+
+    def _make_parts(self) -> None:
+        topology, make, add = self._topology, self._make_part, self._parts.add
+        resources = dict(topology.learner_resources) or default_resources(topology.mesh.num_devices)
+        actor_resources = dict(topology.actor_resources) or ONE_CPU
+        environment = {} if resources.get("GPU") else {"JAX_PLATFORMS": "cpu"}
+        lost: Callable[[], None] = self._learner_is_lost
+        self._learner = add(make("learner", RemoteLearner, (self._config,), resources, environment, lost))
+        for i in range(topology.num_replay_shards):
+            name, lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
+            self._replay.add(add(make(name, RemoteShard, (self._config, i), actor_resources, IN_LINE, lost)))
+        for i in range(topology.num_actors):
+            name, lost = f"actor {i}", functools.partial(self._actor_is_lost, i)
+            self._actors.append(
+                CrewMember(add(make(name, RemoteActor, (self._config, i), actor_resources, IN_LINE, lost)))
+            )
+            self._begin(i, 0)
+
+    def _restore_parts(self, state: dict[str, Any], incarnation: int, version: int) -> None:
+        self._broadcast = _Broadcast(version, self.learner_steps, [])  # which nobody takes: it has no parameters
+        self._give_learner(state["learner"])
+        if "replay" in state:
+            for i in range(len(self._replay.parts)):
+                self._replay.give(i, state["replay"])
+        for i in range(len(self._actors)):
+            self._begin(i, incarnation)

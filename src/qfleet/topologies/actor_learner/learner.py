@@ -1,0 +1,125 @@
+"""The learner of `qfleet.topologies.actor_learner`: learns from batches that others have drawn."""
+
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from qfleet.config import ActorLearnerConfig, TrainConfig
+from qfleet.core.agent import make_agent
+from qfleet.core.learner import LearnerState, init_from_seed, make_learner, update
+from qfleet.core.types import EnvSpec, Transition
+from qfleet.core.updates import Losses, add_losses, no_losses
+from qfleet.envs.registry import make_env
+from qfleet.networks import check_network, make_network
+from qfleet.runtime.cache import enable_compilation_cache
+from qfleet.runtime.devices import limit_cpu_threads, reuse_freed_memory, set_cpu_devices
+from qfleet.topologies.fleet.replay_shard import put_together
+from qfleet.topologies.mesh import DATA_AXIS, EVERYBODYS, Placement, leaves_of
+
+ROUND_BYTES = 16_000_000
+"""Of observations that the learner asks for at once, about."""
+
+MOST_BATCHES = 16
+"""That it asks for at once: enough to hide what a message costs, few enough for priorities to come back soon."""
+
+
+class Lesson(NamedTuple):
+    """What the learner tells of one round."""
+
+    losses: Losses
+    """Sums over its learner steps."""
+    learner_steps: int
+    """After it, in total."""
+    busy_seconds: float
+    """That it took."""
+
+
+class GlobalLearner:
+    """Takes learner steps on batches of transitions."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Makes a learner that has learned nothing yet.
+
+        Raises:
+          ConfigError: if its mesh wants more devices than there are.
+        """
+        assert isinstance(config.topology, ActorLearnerConfig)
+        mesh = config.topology.mesh
+        if mesh.num_devices > 1:
+            set_cpu_devices(mesh.num_devices)
+        env = make_env(config.env, **config.env_options)
+        network = make_network(env.spec, config.agent)
+        limit_cpu_threads(check_network(network, env.spec))
+        enable_compilation_cache()
+        if jax.default_backend() == "cpu":
+            reuse_freed_memory()
+        self._config, self._num_batches = config.agent, batches_per_round(config, env.spec)
+        agent = make_agent(network, config.agent)
+        self._placement = Placement(mesh, network)
+        learner = make_learner(agent, config.agent)
+
+        def init(seed: Array) -> LearnerState:
+            return init_from_seed(learner, agent, seed)
+
+        def learn(state: LearnerState, batches: Transition) -> tuple[LearnerState, Losses, Array]:
+            def step(carry: tuple[LearnerState, Losses], batch: Transition) -> tuple:
+                state, losses = carry
+                state, info = update(learner, state, batch, self._placement.replicas.mean)
+                return (state, add_losses(losses, info)), info.td_error
+
+            carry: tuple[Any, Array] = jax.lax.scan(step, (state, no_losses()), batches)
+            (state, losses), td_error = carry
+            return state, self._placement.replicas.mean(losses), td_error
+
+        specs = self._placement.partition_learner(jax.eval_shape(init, np.uint32(0)))
+        batches = PartitionSpec(None, DATA_AXIS)
+        self._learn = self._placement.jit(learn, (specs, batches), (specs, EVERYBODYS, batches), donate_argnums=(0,))
+        self._specs = specs
+        self._state = self._placement.jit(init, (EVERYBODYS,), specs)(np.uint32(config.seed))
+        self._learner_steps = 0
+
+    def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[Lesson, list[np.ndarray]]:
+        """Takes the learner steps of one round.
+
+        Args:
+          places: for each part, where its transitions go in the round, `[num_draws]`: batch after batch.
+          *parts: transitions, `[num_draws, ...]`, NumPy arrays.
+
+        Returns:
+          What it tells, and for each part the TD errors of its transitions, `[num_draws]`.
+        """
+        started = time.perf_counter()
+        shape = (self._num_batches, self._config.batch_size)
+        batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), put_together(places, parts))
+        self._state, losses, td_error = self._learn(self._state, batches)
+        self._learner_steps += self._num_batches
+        losses, td_error = jax.device_get((losses, td_error))
+        flat = td_error.reshape(-1)
+        losses = Losses(*(float(x) for x in losses))  # type: ignore[arg-type]
+        lesson = Lesson(losses, self._learner_steps, time.perf_counter() - started)
+        return lesson, [flat[place] for place in places]
+
+    def params(self) -> tuple[int, list[np.ndarray]]:
+        """Returns the learner steps taken so far, and the parameters, in the order of `jax.tree.leaves`."""
+        return self._learner_steps, leaves_of(self._state.params)
+
+    def state(self) -> tuple[int, list[np.ndarray]]:
+        """Returns the learner steps taken so far, and all that it must keep, in the order of `jax.tree.leaves`."""
+        return self._learner_steps, leaves_of(self._state)
+
+    def restore(self, learner_steps: int, leaves: list[np.ndarray]) -> None:
+        """Goes on from what `state` returned."""
+        state = jax.tree.unflatten(jax.tree.structure(self._state), leaves)
+        self._state = jax.tree.map(lambda x, old: jax.device_put(jnp.array(x), old.sharding), state, self._state)
+        self._learner_steps = learner_steps
+
+
+def batches_per_round(config: TrainConfig, spec: EnvSpec) -> int:
+    """Returns how many batches the learner asks for at once: few of large observations, many of small ones."""
+    obs_bytes = int(np.prod(spec.agent_observation_shape)) * spec.observation_dtype.itemsize
+    return max(1, min(MOST_BATCHES, ROUND_BYTES // (2 * obs_bytes * config.agent.batch_size)))

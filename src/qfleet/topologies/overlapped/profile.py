@@ -1,0 +1,160 @@
+"""What a profiled run of `qfleet.topologies.overlapped` calls: the same work, cut into parts that can be timed.
+
+Acting is one program as ever. Learning, else one program too, is one for each part, and the host goes from one to the
+next; what is learned is the same. Which learner step it is stays on the device, as it does in one program: to send it
+there each time would count as a transfer that no other run makes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from qfleet.config import AgentConfig
+from qfleet.core.learner import Learner, LearnerState, update
+from qfleet.core.replay import Replay, ReplayState, Sample
+from qfleet.core.types import Regression, Transition
+from qfleet.core.updates import Losses, add_losses, learn_from_minibatches, minibatches, no_losses
+from qfleet.envs.host import HostLanes
+from qfleet.runtime.stopwatch import Stopwatch
+from qfleet.topologies.overlapped.programs import HostRow, Programs
+
+
+def parts_of(config: AgentConfig) -> tuple[str, ...]:
+    """Returns the parts of a row's time.
+
+    - environment: sending actions to the lanes and waiting for what comes of them.
+    - transfer: copies from the host to the device and back.
+    - inference: the network's values of the lanes' observations, and the actions by them.
+    - replay: storing rows, drawing batches (with their frame stacks and n-step returns), setting priorities. Without
+      replay this is `returns` instead: lambda-returns of the rollout, and its cutting into minibatches.
+    - update: gradients and what they do to the parameters.
+    """
+    return ("environment", "transfer", "inference", "returns" if config.replay == "none" else "replay", "update")
+
+
+class TimedLanes(NamedTuple):
+    """Lanes whose steps count as environment."""
+
+    reset: Callable[[int], np.ndarray]
+    send: Callable[[np.ndarray], None]
+    recv: Callable[[], Any]
+    close: Callable[[], None]
+
+
+def timed_lanes(lanes: HostLanes, stopwatch: Stopwatch) -> TimedLanes:
+    """Returns `lanes`, timed."""
+    timed = stopwatch.timed
+    return TimedLanes(lanes.reset, timed("environment", lanes.send), timed("environment", lanes.recv), lanes.close)
+
+
+def timed_act(act: Callable[..., Any], stopwatch: Stopwatch, from_host: tuple[Any, ...]) -> Callable[..., Any]:
+    """Returns the compiled `Programs.act`, timed apart from the copies of what it takes from the host."""
+    put, infer = _timed_put(stopwatch, from_host), stopwatch.timed("inference", act)
+
+    def run(params: Any, view: Any, obs: Any, *from_host: Any) -> Any:
+        return infer(params, view, obs, *put(from_host))
+
+    return run
+
+
+def _timed_put(stopwatch: Stopwatch, like: Any) -> Callable[[Any], Any]:
+    """Returns a function that copies arguments of a program to the device, for arguments of the shapes of `like`.
+
+    By a program that does nothing else, for that is how they come there in other runs: within a program's dispatch,
+    which takes a tenth of `jax.device_put`'s time for a handful of small arrays.
+    """
+    return stopwatch.timed("transfer", _compiled(lambda arguments: arguments, like))
+
+
+def timed_learn_with_replay(
+    learner: Learner,
+    replay: Replay,
+    programs: Programs,
+    config: AgentConfig,
+    stopwatch: Stopwatch,
+    arguments: tuple[Any, ...],
+) -> Callable[..., tuple[LearnerState, ReplayState, Losses]]:
+    """Returns `Programs.learn` with replay, compiled in parts for arguments of these shapes, and timed."""
+
+    def sample(state: ReplayState, key: Array, i: Array, importance_exponent: Array) -> tuple[Sample, Array]:
+        return replay.sample(state, jax.random.fold_in(key, i), importance_exponent), i + 1
+
+    def step(state: LearnerState, losses: Losses, batch: Transition) -> tuple[LearnerState, Losses, Array]:
+        state, info = update(learner, state, batch)
+        return state, add_losses(losses, info), info.td_error
+
+    learner_state, replay_state, row, key, exponent, _ = arguments
+    first, from_host = jnp.int32(0), (row._replace(obs=()), exponent)
+    drawn, _ = jax.eval_shape(sample, replay_state, key, first, exponent)
+    _, losses, td_error = jax.eval_shape(step, learner_state, no_losses(), drawn.transition)
+    put, timed = _timed_put(stopwatch, from_host), stopwatch.timed
+    timed_insert = timed("replay", _compiled(programs.insert, replay_state, row, donated=0))
+    timed_sample = timed("replay", _compiled(sample, replay_state, key, first, exponent))
+    timed_step = timed("update", _compiled(step, learner_state, losses, drawn.transition, donated=0))
+    set_priorities = _compiled(replay.set_priorities, replay_state, drawn, td_error, donated=0)
+    timed_set_priorities = timed("replay", set_priorities)
+
+    def learn(
+        learner_state: LearnerState,
+        replay_state: ReplayState,
+        row: HostRow,
+        key: Array,
+        importance_exponent: Any,
+        num_updates: Any,
+    ) -> tuple[LearnerState, ReplayState, Losses]:
+        rest, exponent = put((row._replace(obs=()), importance_exponent))
+        replay_state, losses, i = timed_insert(replay_state, rest._replace(obs=row.obs)), no_losses(), first
+        for _ in range(num_updates):
+            drawn, i = timed_sample(replay_state, key, i, exponent)
+            learner_state, losses, td_error = timed_step(learner_state, losses, drawn.transition)
+            if config.replay == "prioritised":
+                replay_state = timed_set_priorities(replay_state, drawn, td_error)
+        return learner_state, replay_state, losses
+
+    return learn
+
+
+def timed_learn_without_replay(
+    learner: Learner, programs: Programs, config: AgentConfig, stopwatch: Stopwatch, arguments: tuple[Any, ...]
+) -> Callable[..., tuple[LearnerState, Losses]]:
+    """Returns `Programs.learn` without replay, compiled in parts for arguments of these shapes, and timed."""
+
+    def cut(batch: Regression, keys: Array, i: Array) -> tuple[Regression, Array]:
+        return minibatches(batch, keys[i], config.num_minibatches), i + 1
+
+    def epoch_keys(key: Array) -> Array:
+        return jax.random.split(key, config.num_epochs)
+
+    def epoch(state: LearnerState, losses: Losses, batches: Regression) -> tuple[LearnerState, Losses]:
+        return learn_from_minibatches(learner, state, losses, batches)
+
+    state, *rollout, key = arguments
+    batch = jax.eval_shape(programs.rollout_batch, state.params, *rollout)
+    keys = jax.eval_shape(epoch_keys, key)
+    first = jnp.int32(0)
+    batches, _ = jax.eval_shape(cut, batch, keys, first)
+    put, timed = _timed_put(stopwatch, (rollout[0], rollout[-1])), stopwatch.timed
+    timed_batch = timed("returns", _compiled(programs.rollout_batch, state.params, *rollout))
+    timed_keys = timed("returns", _compiled(epoch_keys, key))
+    timed_cut = timed("returns", _compiled(cut, batch, keys, first))
+    timed_epoch = timed("update", _compiled(epoch, state, no_losses(), batches, donated=0))
+
+    def learn(state: LearnerState, *arguments: Any) -> tuple[LearnerState, Losses]:
+        rows, *on_device, next_is_first, key = arguments
+        rows, next_is_first = put((rows, next_is_first))
+        batch, keys = timed_batch(state.params, rows, *on_device, next_is_first), timed_keys(key)
+        losses, i = no_losses(), first
+        for _ in range(config.num_epochs):
+            batches, i = timed_cut(batch, keys, i)
+            state, losses = timed_epoch(state, losses, batches)
+        return state, losses
+
+    return learn
+
+
+def _compiled(function: Callable[..., Any], *arguments: Any, donated: int | tuple[()] = ()) -> Callable[..., Any]:
+    return jax.jit(function, donate_argnums=donated).lower(*arguments).compile()

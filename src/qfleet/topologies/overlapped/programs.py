@@ -1,0 +1,159 @@
+"""The programs that `qfleet.topologies.overlapped` compiles: acting and learning as pure functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qfleet.config import AgentConfig
+from qfleet.core.agent import Agent
+from qfleet.core.frame_stack import push_frame
+from qfleet.core.learner import Learner, LearnerState
+from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, outcome_of, sealed_outcomes
+from qfleet.core.replicas import ALONE, Replicas
+from qfleet.core.types import EnvSpec, Params, Regression
+from qfleet.core.updates import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
+from qfleet.topologies.schedule import rows_per_iteration
+
+
+class HostRow(NamedTuple):
+    """What one step of all lanes produced, as the host saw it. `[lanes, ...]`, or `[rows, lanes, ...]` of a rollout."""
+
+    obs: Any
+    """`()` of a rollout, whose views come beside it."""
+    action: Any
+    reward: Any
+    terminated: Any
+    truncated: Any
+    no_step: Any
+    """bool, the row holds a final observation, or its environment failed: its action led nowhere."""
+
+    def with_obs(self, obs: Array) -> Row:
+        """Returns the row as a replay stores it, with stored observations."""
+        return Row(obs, self.action, self.reward, outcome_of(self.terminated, self.truncated, self.no_step))
+
+
+class Draws(NamedTuple):
+    """The random numbers of one iteration."""
+
+    uniforms: Array
+    """`[rows, lanes]`, for exploration."""
+    learn_keys: Array
+    """`[rows]` with replay; `[]` without."""
+
+
+class Programs(NamedTuple):
+    """Pure functions, compiled once each; `overlapped_profile` compiles `learn` in parts."""
+
+    init: Callable[[Array], tuple[LearnerState, ReplayState | tuple[()], Array]]
+    """`init(seed) -> learner, replay, key`."""
+    draw: Callable[[Array], tuple[Array, Draws]]
+    """`draw(key) -> key, draws`."""
+    act: Callable[[Params, Array, Array, Array, Array, Array], tuple[Array, Array, Array]]
+    """`act(params, view, obs, is_first, exploration, uniform) -> view, action, q_max`: `view` is what the agent saw one
+    row before, `obs` the newest observations, and `is_first` says which of them start an episode."""
+    learn: Callable[..., tuple]
+    """With replay: `learn(learner, replay, row, key, importance_exponent, num_updates) -> learner, replay, losses`.
+    Without: `learn(learner, rows, views, q_max, next_obs, next_is_first, key) -> learner, losses`, of one rollout."""
+    rollout_batch: Callable[..., Regression]
+    """`rollout_batch(params, rows, views, q_max, next_obs, next_is_first) -> batch`, of one rollout."""
+    insert: Callable[[ReplayState, HostRow], ReplayState]
+    """`insert(replay, row) -> replay`; where the row has no step, what led there is cut short."""
+    leaves: Callable[[ReplayState], Array | tuple[()]]
+    """`leaves(replay) -> priorities`, what `SavedReplay` holds of them."""
+    restore: Callable[[SavedReplay], ReplayState]
+    """`restore(saved) -> replay`."""
+
+
+def make_programs(
+    config: AgentConfig,
+    num_lanes: int,
+    spec: EnvSpec,
+    agent: Agent,
+    learner: Learner,
+    replay: Replay | None,
+    replicas: Replicas = ALONE,
+) -> Programs:
+    """Returns the programs of one learner and `num_lanes` lanes of `spec`'s environment.
+
+    With replicas, each runs them with its share of the lanes; but `draw` is for all.
+    """
+
+    def init(seed: Array) -> tuple[LearnerState, ReplayState | tuple[()], Array]:
+        params_key, _, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
+        return learner.init(agent.init(params_key)), replay.init() if replay else (), state_key
+
+    def draw(key: Array) -> tuple[Array, Draws]:
+        num_rows = rows_per_iteration(config)
+        key, _, explore_key, learn_key = jax.random.split(key, 4)  # the second is an in-graph environment's
+        uniforms = jax.random.uniform(explore_key, (num_rows, num_lanes))
+        return key, Draws(uniforms, jax.random.split(learn_key, num_rows) if replay else learn_key)
+
+    def act(
+        params: Params, view: Array, obs: Array, is_first: Array, exploration: Array, uniform: Array
+    ) -> tuple[Array, Array, Array]:
+        view = push_frame(view, agent.store(obs), is_first, spec.frame_stack)
+        q = agent.q_values(params, view)
+        return view, agent.explore(q, exploration, uniform), jnp.max(q, axis=-1)
+
+    def insert(replay_state: ReplayState, row: HostRow) -> ReplayState:
+        assert replay is not None
+        return replay.insert(replay.seal(replay_state, row.no_step), row.with_obs(agent.store(row.obs)))
+
+    def learn_with_replay(
+        learner_state: LearnerState,
+        replay_state: ReplayState,
+        row: HostRow,
+        key: Array,
+        importance_exponent: Array,
+        num_updates: Array,
+    ) -> tuple[LearnerState, ReplayState, Losses]:
+        assert replay is not None
+        state = (learner_state, insert(replay_state, row), no_losses())
+        learner_state, replay_state, losses = learn_from_replay(
+            learner, replay, state, key, importance_exponent, num_updates, replicas
+        )
+        return learner_state, replay_state, replicas.mean(losses)
+
+    def rollout_batch(
+        params: Params,
+        rows: HostRow,
+        views: tuple[Array, ...],
+        q_max: tuple[Array, ...],
+        next_obs: Array,
+        next_is_first: Array,
+    ) -> Regression:
+        stored = rows.with_obs(jnp.stack(views))
+        next_view = push_frame(views[-1], agent.store(next_obs), next_is_first, spec.frame_stack)
+        next_value = jnp.max(agent.q_values(params, next_view), axis=-1)
+        return regression(_sealed(stored), jnp.stack(q_max), next_value, config)
+
+    def learn_without_replay(
+        state: LearnerState,
+        rows: HostRow,
+        views: tuple[Array, ...],
+        q_max: tuple[Array, ...],
+        next_obs: Array,
+        next_is_first: Array,
+        key: Array,
+    ) -> tuple[LearnerState, Losses]:
+        batch = rollout_batch(state.params, rows, views, q_max, next_obs, next_is_first)
+        state, losses = learn_from_rollout(learner, state, batch, key, config, replicas)
+        return state, replicas.mean(losses)
+
+    def leaves(replay_state: ReplayState) -> Array | tuple[()]:
+        return replay.leaves(replay_state) if replay else ()
+
+    def restore(saved: SavedReplay) -> ReplayState:
+        assert replay is not None
+        return replay.restore(saved)
+
+    learn = learn_with_replay if replay else learn_without_replay
+    return Programs(init, draw, act, learn, rollout_batch, insert, leaves, restore)
+
+
+def _sealed(rows: Row) -> Row:
+    """Returns a rollout in which no return reaches beyond a row without a step: what led there was cut short."""
+    return rows._replace(outcome=sealed_outcomes(rows.outcome))

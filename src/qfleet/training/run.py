@@ -1,0 +1,283 @@
+"""A training run under way in this process."""
+
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from qfleet.config import ConfigError, RunFailed, TrainConfig, is_launched, topology_name
+from qfleet.core.types import Network
+from qfleet.envs.registry import backend_of
+from qfleet.runtime import peers
+from qfleet.runtime.cache import enable_compilation_cache
+from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.metrics import MetricsWriter
+from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
+from qfleet.runtime.recorder import Recorder
+from qfleet.runtime.records import Progress
+from qfleet.runtime.run_directory import RunDirectory
+from qfleet.runtime.signals import StopFlag
+from qfleet.runtime.stopwatch import TimeShares
+from qfleet.topologies.base import StateIsLost
+from qfleet.topologies.footprint import check_fits
+from qfleet.training.assembly import footprint, make_env_and_network, make_topology
+from qfleet.training.launched import check_goes_on
+
+if TYPE_CHECKING:
+    import optax
+
+logger = logging.getLogger("qfleet")
+
+CONFIRMING_EPISODES = 100
+"""Fresh episodes whose mean must confirm a return: a first crossing of 20 episodes is half luck."""
+
+
+class Run:
+    """A run under way: iterate over it for its progress, then read its `summary`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        open_directory: Callable[[], RunDirectory],
+        network: Network | None,
+        optimiser: "optax.GradientTransformation | None",
+        *,
+        is_resumed: bool = False,
+        checkpoint: int | None = None,
+    ) -> None:
+        # Everything that can be wrong is found before the folder is touched and before anything is compiled.
+        self._has_own_network = network is not None
+        env, network = make_env_and_network(config, network)
+        self._topology = make_topology(config, env, network, optimiser)
+        footprint_of = functools.partial(footprint, network=network, optimiser=optimiser)
+        if not is_resumed:
+            check_fits(config, self._topology.footprint(), footprint_of)
+        self._recorder = None if config.video_period_env_steps is None else Recorder(config, env, network)
+        self.config = config
+        self.backend = backend_of(config.env)
+        """What makes the environments, as `backend_of` names it: a bare name takes the fastest there is."""
+        self.directory = open_directory()
+        """Where the run is written."""
+        self._topology.checkpoints_path = self.directory.checkpoints_path
+        self._checkpoints = Checkpoints(
+            self.directory.checkpoints_path, keep=config.checkpoints_kept, is_keeper=peers.is_first()
+        )
+        metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
+        if is_resumed:  # not before the network is known to be the run's
+            check_fits(config, self._topology.footprint(), footprint_of)
+        self._lock = None if is_launched(config.topology) else self.directory.lock()  # or its launcher holds it
+        self.summary: dict[str, Any] = {}
+        """What summary.json holds, once the run is over."""
+        self._solved_at: list[int | None] = [None] * config.num_seeds
+        self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], the newest
+        self._evaluated_at = 0  # environment steps
+        self._num_env_failures = 0
+        self._speed = _Speed()
+        self._time_shares = TimeShares(config.topology.num_envs)
+        self._decided_at = 0.0  # seconds since the process's start
+        enable_compilation_cache()
+        self._compile_seconds = self._topology.start()
+        self._writes = peers.is_first()  # what is the run's, and not each process's
+        self._metrics = MetricsWriter(self.directory) if self._writes else None
+        self._is_new = True  # not iterated over yet
+        if metadata is not None:
+            self._restore(checkpoint, metadata)
+        if is_resumed and self._metrics:
+            self._metrics.truncate_after(self._topology.env_steps)
+
+    def _metadata_to_resume(self, checkpoint: int | None) -> dict[str, Any] | None:
+        """Returns the metadata of the checkpoint to go on from, once it is known to fit; None if there is none yet."""
+        if checkpoint is None and self._checkpoints.latest() is None:
+            return None
+        metadata = self._checkpoints.read_metadata(checkpoint)
+        check_network_is_given(self._has_own_network, metadata["has_own_network"])
+        check_goes_on(metadata, self.config)
+        return metadata
+
+    def _restore(self, checkpoint: int | None, metadata: dict[str, Any]) -> None:
+        state = self._topology.read(self._checkpoints, checkpoint, metadata)
+        self._topology.restore(state, metadata["counters"])
+        self._checkpoints.set_aside_after(self._topology.env_steps)
+        period = self.config.eval_period_env_steps
+        self._evaluated_at = self._topology.env_steps // period * period
+        self._solved_at = metadata["solved_at"]
+        for i in range(self.config.num_seeds):
+            if self._solved_at[i] is not None:
+                self._topology.keep(i)
+
+    def __iter__(self) -> Iterator[Progress]:
+        if not self._is_new:
+            raise ConfigError(
+                f"a run is iterated over once, and this one was already; go on with "
+                f"qfleet.resume({str(self.directory.path)!r}, env_steps=...)"
+            )
+        self._is_new = False
+        return self._train()
+
+    def _train(self) -> Iterator[Progress]:
+        stopped: str | None = None
+        try:
+            with StopFlag() as stop:
+                saved_at = time.monotonic()
+                while stopped is None:
+                    progress = self._advance(stop)
+                    is_due = time.monotonic() - saved_at > self.config.checkpoint_period_seconds
+                    must_stop, must_save = peers.any_of(stop.requested, is_due)
+                    stopped = "interrupted" if must_stop else self._reason_to_stop()
+                    self._decided_at = seconds_since_process_start()
+                    if must_save and stopped is None:
+                        self._save()
+                        saved_at = time.monotonic()
+                    yield progress
+                self._finish(stopped)
+        except GeneratorExit:  # the caller has left the loop
+            self._finish(stopped or "interrupted")
+            raise
+        except RunFailed as error:
+            if error.learner_is_sound and jax.process_count() == 1:  # it takes all to save what they share
+                self._save()
+            self._write_summary("failed", error=str(error))
+            raise
+        finally:
+            self._topology.close()
+            if self._metrics:
+                self._metrics.close()
+            self._checkpoints.close()
+            if self._lock:
+                self._lock.release()
+
+    def _advance(self, stop: StopFlag) -> Progress:
+        """Trains one chunk, which ends at the next evaluation at the latest, and evaluates and films there."""
+        period = self.config.eval_period_env_steps
+        goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
+        progress = self._topology.advance(goal)
+        self._speed.add(progress)
+        self._time_shares.add(progress)
+        self._num_env_failures += progress.num_env_failures
+        if progress.env_steps >= goal:
+            if (returns := self._evaluate()).size:
+                progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, returns.tolist())))
+            self._film_if_due(stop)
+            self._evaluated_at = progress.env_steps
+        if self._metrics:
+            self._metrics.write(progress.env_steps, progress.metrics())
+        return progress
+
+    def _evaluate(self) -> np.ndarray:
+        """Returns greedy returns, `[num_seeds, episodes]`, and notes which seeds they and fresh ones declare solved.
+
+        Fewer episodes than are due, where environments fail, declare nothing.
+        """
+        returns, reach_it = self._play(self.config.eval_episodes, batch=0)
+        is_new = reach_it & [solved is None for solved in self._solved_at]
+        if np.any(is_new):
+            is_new &= self._play(CONFIRMING_EPISODES, batch=1)[1]
+        for i in np.flatnonzero(is_new):
+            self._solved_at[i] = self._topology.env_steps
+            self._topology.keep(int(i))
+        return returns
+
+    def _play(self, num_episodes: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns greedy returns, `[num_seeds, episodes]`, and whether each seed reaches the return to stop at."""
+        self._eval_returns = returns = self._topology.evaluate(num_episodes, batch)
+        required = self.config.stop_return
+        if required is None or returns.shape[1] < num_episodes:
+            return returns, np.zeros(len(returns), bool)
+        return returns, returns.mean(axis=1) >= required
+
+    def _film_if_due(self, stop: StopFlag) -> None:
+        recorder, env_steps = self._recorder, self._topology.env_steps
+        if recorder is not None and recorder.is_due(env_steps, self._evaluated_at) and self._writes:
+            recorder.record(
+                jax.device_get(self._topology.params), env_steps, self.directory.videos_path, lambda: stop.requested
+            )
+
+    def _reason_to_stop(self) -> str | None:
+        if self.config.stop_return is not None and None not in self._solved_at:
+            return "return reached"
+        return "env steps" if self._topology.env_steps >= self.config.env_steps else None
+
+    def _save(self) -> None:
+        try:
+            state = self._topology.state  # first: it decides what of a fleet, which goes on meanwhile, is counted
+        except StateIsLost as error:
+            logger.warning("there is no checkpoint at environment step %d: %s", self._topology.env_steps, error)
+            return
+        metadata = {
+            "counters": self._topology.counters,
+            "solved_at": self._solved_at,
+            "has_own_network": self._has_own_network,
+            "layout": self._topology.layout,
+        }
+        self._checkpoints.save(self._topology.env_steps, state, metadata)
+
+    def _finish(self, stopped: str) -> None:
+        self._save()
+        self._write_summary(stopped)
+
+    def _write_summary(self, stopped: str, **more: Any) -> None:
+        config, returns = self.config, self._eval_returns
+        self.summary = {
+            "env": config.env,
+            "backend": self.backend,
+            "preset": config.preset,
+            "topology": topology_name(config.topology),
+            "seed": config.seed,
+            "num_seeds": config.num_seeds,
+            "stopped": stopped,
+            "env_steps": self._topology.env_steps,
+            "learner_steps": self._topology.learner_steps,
+            "solved_at_env_steps": self._solved_at,
+            "wall_seconds": self._decided_at,
+            "compile_seconds": self._compile_seconds,
+            "env_steps_per_second": self._speed.per_second(self._speed.env_steps),
+            "learner_steps_per_second": self._speed.per_second(self._speed.learner_steps),
+            **self._time_shares.summary(),
+            "eval_return_mean": None if returns is None or not returns.size else float(returns.mean()),
+            "eval_returns": None if returns is None else returns.tolist(),
+            "num_env_failures": self._num_env_failures,
+            "num_videos": self._recorder.num_videos if self._recorder else 0,
+            "num_video_failures": self._recorder.num_failures if self._recorder else 0,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "version": self.directory.version,
+            **self._topology.facts,
+            **more,
+        }
+        if self._writes:
+            self.directory.write_summary(self.summary)
+
+
+def check_network_is_given(is_given: bool, is_needed: bool) -> None:
+    """Raises ConfigError if a network of the caller's own is given where the run has none, or the other way round."""
+    if is_given != is_needed:
+        own = (
+            "its own network, so `network` must be given"
+            if is_needed
+            else "a built-in network, so `network` must not be"
+        )
+        raise ConfigError(f"a run goes on with the network it was trained with: this one has {own}, got the contrary")
+
+
+class _Speed:
+    """Steady-state speed of training: evaluation and the first chunk, which warms caches up, don't count."""
+
+    def __init__(self) -> None:
+        self.env_steps = 0
+        self.learner_steps = 0
+        self._seconds = 0.0
+        self._is_first = True
+
+    def add(self, progress: Progress) -> None:
+        if not self._is_first:
+            self.env_steps += progress.new_env_steps
+            self.learner_steps += progress.new_learner_steps
+            self._seconds += progress.train_seconds
+        self._is_first = False
+
+    def per_second(self, count: int) -> float | None:
+        return count / self._seconds if self._seconds else None

@@ -1,0 +1,64 @@
+"""An actor's own TD errors, against a loop over single steps."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qfleet.core.initial_priorities import Valued, nothing_before, own_errors
+from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED
+
+DISCOUNT = 0.9
+
+
+def by_hand(rows, start, lane, n_step):
+    """The n-step return from one step, by its actor's values, less the value that it gave the step."""
+    total, factor = 0.0, 1.0
+    for t in range(start, start + n_step):
+        total += factor * rows.reward[t, lane]
+        factor *= DISCOUNT
+        outcome = rows.outcome[t, lane]
+        if outcome == TERMINATED:
+            break
+        is_lost = outcome == CONTINUED and rows.outcome[t + 1, lane] == NO_STEP  # its environment failed there
+        if outcome == TRUNCATED or is_lost or t == start + n_step - 1:
+            total += factor * rows.q_max[t + 1, lane]
+            break
+    return total - rows.q_taken[start, lane]
+
+
+@pytest.mark.parametrize("n_step", [1, 3, 5])
+def test_errors_are_those_of_single_steps(n_step):
+    random = np.random.default_rng(n_step)
+    num_rows, num_lanes = 60, 4
+    outcome = np.full((num_rows, num_lanes), CONTINUED)
+    for lane in range(num_lanes):
+        t = 0
+        while t < num_rows - 1:
+            t += int(random.integers(1, 9))
+            if t < num_rows - 1:
+                # An end and its final observation; or a failed environment, which leaves a row without a step.
+                outcome[t, lane] = random.choice([TERMINATED, TRUNCATED, CONTINUED])
+                outcome[t + 1, lane] = NO_STEP
+                t += 2
+    numbers = random.normal(size=(3, num_rows, num_lanes)).astype(np.float32)
+    rows = Valued(numbers[0], outcome, numbers[1], numbers[2])
+    errors = np.asarray(own_errors(Valued(*map(jnp.asarray, rows)), n_step, DISCOUNT))
+    assert errors.shape == (num_rows - n_step, num_lanes)
+    for start in range(num_rows - n_step):
+        for lane in range(num_lanes):
+            if outcome[start, lane] != NO_STEP:
+                np.testing.assert_allclose(
+                    errors[start, lane], by_hand(rows, start, lane, n_step), rtol=1e-4, atol=1e-5
+                )
+
+
+def test_an_actor_knows_no_error_of_what_was_before_its_first_row():
+    before, ones = nothing_before(3, 2), jnp.ones((4, 2))
+    rows = Valued(
+        *(
+            jnp.concatenate([b, x])
+            for b, x in zip(before, (ones, jnp.zeros((4, 2), jnp.uint8), ones, ones), strict=True)
+        )
+    )
+    errors = np.asarray(own_errors(rows, 3, DISCOUNT))
+    assert np.all(np.isnan(errors[:3])) and np.all(np.isfinite(errors[3]))

@@ -1,0 +1,446 @@
+"""The parts of a fleet: what each does by itself, and all of them on Ray."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import qfleet
+from qfleet.config import ActorLearnerConfig, AgentConfig, ConfigError, TrainConfig
+from qfleet.core.replay import NO_STEP, Part, SavedReplay
+from qfleet.envs.registry import make_env
+from qfleet.networks import make_network
+from qfleet.topologies.actor_learner import learner as learner_module
+from qfleet.topologies.actor_learner.learner import GlobalLearner, batches_per_round
+from qfleet.topologies.fleet.actor import Actor, Chunk
+from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, Limiter
+from qfleet.topologies.fleet.replay_shard import ReplayShard, Writer, deal, join_shards, share_of
+
+BATCH = 64
+
+
+def config_of(env: str = "CartPole-v1", **settings) -> TrainConfig:
+    sizes = {
+        "num_actors": 4, "lanes_per_actor": 2, "num_replay_shards": 2, "rows_per_chunk": 8, "hidden_sizes": (16,),
+        "batch_size": BATCH, "replay_capacity": 512, "warmup_env_steps": 64, "n_step": 3, "replay": "prioritised",
+        "env_steps_per_learner_step": 4.0,
+    }  # fmt: skip
+    return qfleet.make_config(env, "dqn", "actor-learner", **{**sizes, **settings})
+
+
+def leaves_for(config: TrainConfig, seed: int = 0) -> list[np.ndarray]:
+    network = make_network(make_env(config.env, **config.env_options).spec, config.agent)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(network.init(jax.random.key(seed)))]
+
+
+def actor_of(config: TrainConfig, number: int = 0, incarnation: int = 0) -> Actor:
+    actor = Actor(config, number)
+    actor.begin(incarnation)
+    actor.receive(1, leaves_for(config))
+    return actor
+
+
+# --- Actors ---
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "gym:CartPole-v1"])
+def test_chunks_follow_each_other_whatever_makes_the_environments(env):
+    config = config_of(env)
+    actor = actor_of(config)
+    chunks = [actor.collect(1.0)[1] for _ in range(10)]  # of random actions, so that episodes are short
+    rows = jax.tree.map(lambda *x: np.concatenate(x), *(chunk.rows for chunk in chunks))
+    error = np.concatenate([chunk.td_error for chunk in chunks])
+    actor.close()
+    assert rows.obs.shape == (80, 2, 4) and rows.outcome.shape == error.shape == (80, 2)
+    assert np.all(np.isnan(error[:3])), "what an actor completes first was not its own"
+    for lane in range(2):
+        ends = np.flatnonzero(rows.outcome[:-1, lane] != 0)
+        assert len(ends) > 2
+        for t in range(79):
+            if rows.outcome[t, lane] in (1, 2):
+                assert rows.outcome[t + 1, lane] == NO_STEP
+            elif rows.outcome[t, lane] == 0:  # CartPole's position moves by its speed, 0.02 s of it
+                position, speed = rows.obs[t, lane, :2]
+                np.testing.assert_allclose(rows.obs[t + 1, lane, 0], position + 0.02 * speed, atol=1e-5)
+    # An action's error is the reward and the discounted next value, less its own, by the parameters that it acted with.
+    network = make_network(make_env(config.env).spec, config.agent)
+    params = jax.tree.unflatten(jax.tree.structure(network.init(jax.random.key(0))), leaves_for(config))
+    q = np.asarray(network.apply(params, jnp.asarray(rows.obs.reshape(-1, 4)))).reshape(80, 2, 2)
+    for t, lane in np.ndindex(76, 2):
+        if np.all(rows.outcome[t : t + 3, lane] == 0):
+            target = sum(0.99**i * rows.reward[t + i, lane] for i in range(3)) + 0.99**3 * q[t + 3, lane].max()
+            own = target - q[t, lane, rows.action[t, lane]]
+            np.testing.assert_allclose(error[t + 3, lane], own, rtol=1e-4, atol=1e-4)
+
+
+def test_actors_explore_by_an_epsilon_each_of_a_ladder():
+    topology = ActorLearnerConfig(num_actors=4)
+    epsilons = [topology.epsilon(i) for i in range(4)]
+    np.testing.assert_allclose(epsilons, [0.4**1, 0.4 ** (1 + 7 / 3), 0.4 ** (1 + 14 / 3), 0.4**8])
+    assert ActorLearnerConfig(num_actors=1).epsilon(0) == 0.4
+    config = config_of(rows_per_chunk=400)
+    explored = actor_of(config).collect(1.0)[1].rows.action
+    assert 0.4 < explored.mean() < 0.6
+    chunk = actor_of(config).collect(epsilons[3])[1]
+    network = make_network(make_env(config.env).spec, config.agent)
+    params = jax.tree.unflatten(jax.tree.structure(network.init(jax.random.key(0))), leaves_for(config))
+    greedy = np.argmax(network.apply(params, jnp.asarray(chunk.rows.obs.reshape(-1, 4))), axis=-1)
+    assert np.mean(chunk.rows.action.reshape(-1) == greedy) > 0.98
+
+
+def test_an_actor_that_comes_back_does_not_repeat_the_one_before():
+    config = config_of()
+    first, again, next_one, other = (
+        actor_of(config, number, incarnation).collect(0.4)[1].rows.obs
+        for number, incarnation in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.any(first == next_one) and not np.any(first == other)
+
+
+# --- Shards ---
+
+
+def numbered(config: TrainConfig, actor: int, incarnation: int, chunk: int) -> Chunk:
+    """A chunk without ends whose observations are numbers of their own: actor, incarnation, row, lane."""
+    topology = config.topology
+    assert isinstance(topology, ActorLearnerConfig)
+    num_rows, num_lanes = topology.rows_per_chunk, topology.lanes_per_actor
+    t = chunk * num_rows + np.arange(num_rows)[:, None]
+    obs = np.zeros((num_rows, num_lanes, 4), np.float32)
+    obs[..., 0], obs[..., 1], obs[..., 2], obs[..., 3] = actor, incarnation, t, np.arange(num_lanes)
+    shape = (num_rows, num_lanes)
+    rows = qfleet.core.replay.Row(obs, np.zeros(shape, np.int32), np.ones(shape, np.float32), np.zeros(shape, np.uint8))
+    return Chunk(rows, np.random.default_rng(actor * 1000 + chunk).random(shape).astype(np.float32))
+
+
+def held(shard: ReplayShard, segment: int) -> np.ndarray:
+    """What the rows of a segment show, oldest first, `[rows, 4]` of the first lane, and their outcomes beside it."""
+    saved = shard.snapshot()
+    size, cursor = int(saved.ring.size[segment]), int(saved.ring.cursor[segment])
+    order = (cursor - size + np.arange(size)) % len(saved.ring.rows.outcome)
+    obs, outcome = saved.ring.rows.obs[order, 2 * segment], saved.ring.rows.outcome[order, 2 * segment]
+    return np.column_stack([obs, outcome])
+
+
+def test_a_chunk_that_comes_twice_is_stored_once():
+    config = config_of()
+    shard = ReplayShard(config, 0)
+    assert shard.insert(0, Writer(0, 0), numbered(config, 0, 0, 0))[1]
+    assert shard.insert(0, Writer(0, 1), numbered(config, 0, 0, 1))[1]
+    before = held(shard, 0)
+    for again in range(2):
+        assert not shard.insert(0, Writer(0, again), numbered(config, 0, 0, again))[1]
+    np.testing.assert_array_equal(held(shard, 0), before)
+    np.testing.assert_array_equal(before[:, 2], np.arange(16))
+    assert np.all(before[:, 4] == 0), "chunks that follow each other are one episode"
+
+
+def test_nothing_is_stitched_where_a_chunk_is_missing_or_an_actor_was_replaced():
+    config = config_of()
+    shard = ReplayShard(config, 1)
+    for writer in (Writer(0, 0), Writer(0, 2), Writer(2, 0)):
+        assert shard.insert(0, writer, numbered(config, 1, writer.incarnation, writer.num_chunks))[1]
+    assert not shard.insert(0, Writer(1, 7), numbered(config, 1, 1, 7))[1], "an actor that was replaced has no say"
+    assert not shard.insert(0, Writer(0, 3), numbered(config, 1, 0, 3))[1]
+    rows = held(shard, 0)
+    np.testing.assert_array_equal(rows[:, 2], [*range(8), *range(16, 24), *range(8)])
+    ends = np.flatnonzero(rows[:, 4] == NO_STEP)
+    np.testing.assert_array_equal(ends, [7, 15])  # each row before is cut short there
+    assert np.all(rows[ends - 1, 4] == 2)
+
+
+def test_errors_that_come_back_late_or_for_nothing_do_no_harm():
+    config = config_of()
+    shard = ReplayShard(config, 0)
+    for k in range(6):
+        shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
+    draws = Part(np.int32(10), np.float32(1), np.float32(80))
+    stock, transition = shard.sample(5, 1, 0.4, draws, BATCH)
+    assert len(transition.obs) == 10 and stock.num_transitions > 0
+    for k in range(6, 40):  # round the ring and further
+        shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
+    before = shard.snapshot()
+    shard.set_priorities(5, np.full(10, 1e6, np.float32))
+    shard.set_priorities(99, np.full(10, 1e6, np.float32))
+    np.testing.assert_array_equal(shard.snapshot().leaves, before.leaves)
+
+
+@pytest.mark.parametrize("num_draws", [10, BATCH])  # in one turn, in two
+def test_errors_become_the_priorities_of_the_transitions_that_they_are_of(num_draws):
+    config = config_of()
+    shard = ReplayShard(config, 0)
+    for k in range(6):
+        shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
+    _, transition = shard.sample(1, 3, 0.4, Part(np.int32(num_draws), np.float32(1), np.float32(80)), BATCH)
+    assert len(transition.obs) == num_draws
+    errors = transition.obs[:, 2] + 1
+    shard.set_priorities(1, errors)
+    leaves = shard.snapshot().leaves
+    for obs, error in zip(transition.obs, errors, strict=True):
+        np.testing.assert_allclose(leaves[int(obs[2]), int(obs[3])], (error + 1e-6) ** 0.6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_shards", [2, 4])
+@pytest.mark.parametrize("kind", ["prioritised", "uniform"])
+def test_what_is_drawn_over_shards_is_as_from_one_replay(num_shards, kind):
+    """With everything frozen: how often each slot is drawn, and each weight, by rounds as the director deals them."""
+    config = config_of(num_replay_shards=num_shards, replay=kind)
+    topology = config.topology
+    shards = [ReplayShard(config, i) for i in range(num_shards)]
+    for actor in range(4):
+        for k in range(2 + actor * 3):  # some go round, some are hardly begun
+            shards[actor % num_shards].insert(actor // num_shards, Writer(0, k), numbered(config, actor, 0, k))
+    whole = join_shards([shard.snapshot() for shard in shards], topology.crew)
+    stocks = [shard.stock() for shard in shards]
+    num_transitions = sum(stock.num_transitions for stock in stocks)
+    assert num_transitions == np.sum(whole.leaves > 0)
+    random, counts, weights = np.random.default_rng(0), {}, {}
+    exponent = 0.6 if kind == "prioritised" else 0.0
+    for number in range(300):
+        dealt, shares = deal(BATCH, np.array([stock.priority for stock in stocks]), random)
+        assert dealt.sum() == BATCH
+        for shard, count, share in zip(shards, dealt, shares, strict=True):
+            if count:
+                draws = Part(np.int32(count), np.float32(share), np.float32(num_transitions))
+                _, drawn = shard.sample(number, int(random.integers(2**32)), exponent, draws, BATCH)
+                for obs, weight in zip(drawn.obs, drawn.weight, strict=True):
+                    key = (int(obs[0]), int(obs[2]), int(obs[3]))
+                    counts[key], weights[key] = counts.get(key, 0) + 1, weight
+    probability = {}
+    for row, lane in zip(*np.nonzero(whole.leaves), strict=True):
+        obs = whole.ring.rows.obs[row, lane]
+        probability[int(obs[0]), int(obs[2]), int(obs[3])] = whole.leaves[row, lane] / whole.leaves.sum()
+    assert set(counts) <= set(probability)
+    expected = np.array([probability[key] for key in sorted(probability)], np.float64)
+    observed = np.array([counts.get(key, 0) for key in sorted(probability)])
+    assert stats.chisquare(observed, expected / expected.sum() * observed.sum()).pvalue > 1e-4
+    for key, weight in weights.items():
+        np.testing.assert_allclose(weight, (num_transitions * probability[key]) ** -exponent, rtol=1e-4)
+
+
+def test_a_replay_goes_on_in_another_number_of_shards():
+    config = config_of()
+    shards = [ReplayShard(config, i) for i in range(2)]
+    for actor in range(4):
+        for k in range(3 + actor):
+            shards[actor % 2].insert(actor // 2, Writer(0, k), numbered(config, actor, 0, k))
+    whole = join_shards([shard.snapshot() for shard in shards], config.topology.crew)
+    for actor in range(4):
+        lanes = whole.ring.rows.obs[: int(whole.ring.size[actor]), 2 * actor : 2 * actor + 2, 0]
+        assert np.all(lanes == actor) and lanes.size
+    wider = config_of(num_replay_shards=4)
+    again = [ReplayShard(wider, i) for i in range(4)]
+    for i, shard in enumerate(again):
+        shard.restore(share_of(whole, wider.topology.crew, i))
+    same = join_shards([shard.snapshot() for shard in again], wider.topology.crew)
+    jax.tree.map(np.testing.assert_array_equal, same, whole)
+
+
+# --- The limiter ---
+
+
+def test_the_learner_owes_what_the_replay_ratio_says_and_the_actors_wait_for_it():
+    config = config_of(env_steps=10_000)
+    limiter = Limiter(config, num_batches=4)
+    assert [limiter.due(n) for n in (0, 64, 68, 464)] == [0, 0, 1, 100], "nothing in the warm-up, then one in four"
+    wave = CHUNKS_AHEAD * 8 * 8 // 4  # all actors' chunks, in learner steps; and three rounds of four
+    assert not limiter.is_far_ahead(4_064, 1_000 - wave - 12)
+    assert limiter.is_far_ahead(4_064, 1_000 - wave - 13)
+    assert limiter.is_far_ahead(9_980, limiter.due(9_980) - 6), "nobody waits after the end: it must be near before"
+    assert not limiter.is_far_ahead(9_980, limiter.due(9_980) - 5)
+    limiter.begin_anew(5_000, 777)
+    assert [limiter.due(n) for n in (5_000, 5_064, 5_068)] == [777, 777, 778]
+    limiter.go_on(0, 464, 90)
+    assert [limiter.due(n) for n in (464, 504)] == [90, 100], "what it owed elsewhere is forgotten"
+
+
+# --- The learner ---
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+@pytest.mark.parametrize("most_batches", [1, 16])
+def test_a_round_is_so_many_steps_of_one_learner(monkeypatch, most_batches, num_parts):
+    """Batches that come in parts, in any order, are learned from as by `update`, and errors go back to their parts."""
+    from qfleet.core.agent import make_agent
+    from qfleet.core.learner import make_learner, update
+    from qfleet.core.types import Transition
+
+    monkeypatch.setattr(learner_module, "MOST_BATCHES", most_batches)
+    config = config_of()
+    spec = make_env(config.env).spec
+    num_batches = batches_per_round(config, spec)
+    assert num_batches == most_batches
+    size = num_batches * BATCH
+    random = np.random.default_rng(0)
+    whole = Transition(
+        obs=random.normal(size=(size, 4)).astype(np.float32),
+        action=random.integers(2, size=size).astype(np.int32),
+        reward=random.normal(size=size).astype(np.float32),
+        discount=np.full(size, 0.9, np.float32),
+        next_obs=random.normal(size=(size, 4)).astype(np.float32),
+        weight=random.random(size).astype(np.float32),
+    )
+    order = random.permutation(size)
+    places = [order] if num_parts == 1 else [order[: size // 3], order[size // 3 :]]
+    learner = GlobalLearner(config)
+    _, leaves = learner.state()
+    lesson, errors = learner.learn(places, *(jax.tree.map(lambda x, p=place: x[p], whole) for place in places))
+    assert lesson.learner_steps == num_batches
+
+    agent = make_agent(make_network(spec, config.agent), config.agent)
+    functions = make_learner(agent, config.agent)
+    state = jax.tree.unflatten(
+        jax.tree.structure(jax.eval_shape(lambda: functions.init(agent.init(jax.random.key(0))))),
+        map(jnp.asarray, leaves),
+    )
+    td_error, loss = np.empty(size, np.float32), 0.0
+    for i in range(num_batches):
+        batch = slice(i * BATCH, (i + 1) * BATCH)
+        state, info = update(functions, state, jax.tree.map(lambda x, b=batch: x[b], whole))
+        td_error[batch] = info.td_error
+        loss += float(info.loss)
+    for place, error in zip(places, errors, strict=True):
+        np.testing.assert_allclose(error, td_error[place], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(lesson.losses.loss, loss, rtol=1e-4)
+    for ours, theirs in zip(learner.params()[1], jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_learner_goes_on_where_another_stopped():
+    config = config_of()
+    first, second = GlobalLearner(config), GlobalLearner(dataclasses.replace(config, seed=1))
+    assert not np.array_equal(first.params()[1][-1], second.params()[1][-1])
+    second.restore(*first.state())
+    jax.tree.map(np.testing.assert_array_equal, second.state(), first.state())
+
+
+# --- What is refused ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"replay": "none"}, "replay must be uniform or prioritised.*got none"),
+        ({"exploration": "softmax"}, "exploration must be epsilon_greedy.*got softmax"),
+        ({"num_replay_shards": 5}, "num_replay_shards must be at most num_actors=4, got 5"),
+        ({"num_envs": 8}, "num_envs must come with topology fused.*got topology actor-learner"),
+        ({"exploration_end": 0.01}, "exploration_end must come with a topology whose exploration decays.*ladder_base"),
+        ({"ladder_base": 0.0}, r"ladder_base must be in \(0, 1\], got 0.0"),
+        ({"ray_address": "nowhere"}, "ray_address must be auto, local or HOST:PORT, got nowhere"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(**settings)
+
+
+def test_what_a_fleet_cannot_do_is_refused_before_the_run_is_made(tmp_path):
+    config = config_of(run_dir=str(tmp_path / "run"), num_seeds=2)
+    with pytest.raises(ConfigError, match="num_seeds must be 1 with topology actor-learner"):
+        qfleet.iterate(config)
+    config = config_of(run_dir=str(tmp_path / "run"))
+    network = make_network(make_env("CartPole-v1").spec, AgentConfig())
+    with pytest.raises(ConfigError, match="must build network and optimiser from its config"):
+        qfleet.iterate(config, network=network)
+    with pytest.raises(ConfigError, match="replay_capacity must hold at least"):
+        qfleet.iterate(dataclasses.replace(config, agent=dataclasses.replace(config.agent, replay_capacity=36)))
+    assert not (tmp_path / "run").exists()
+
+
+# --- All of it, on Ray ---
+
+
+def small(tmp_path: Path, name: str = "run", **settings) -> TrainConfig:
+    return config_of(
+        **{
+            "env_steps": 4_096, "eval_period_env_steps": 1_024, "eval_episodes": 8, "num_actors": 2,
+            "replay_capacity": 2_048, "run_dir": str(tmp_path / name), **settings,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_fleet_trains_is_saved_and_goes_on_in_other_sizes_and_elsewhere(cluster, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "qfleet")
+    config = small(tmp_path)
+    run = qfleet.iterate(config)
+    records = list(run)
+    summary = run.summary
+    assert summary["stopped"] == "env steps" and summary["env_steps"] == 4_096
+    ratio = (4_096 - 64) / summary["learner_steps"]
+    assert 4.0 <= ratio < 4.3, "the limiter holds the replay ratio"
+    assert sum(record.new_env_steps for record in records) == 4_096
+    assert any(record.fleet["replay_transitions"] > 1_000 for record in records)
+    assert not caplog.records, "nothing was replaced, nothing fell silent"
+    saved = replay_of(config.run_dir)
+    assert saved.ring.rows.outcome.shape == (512, 4)
+
+    def goes_on(**settings):
+        run = qfleet.resume(config.run_dir, **settings)
+        for progress in run:
+            assert progress.env_steps >= summary["env_steps"]
+        return run.summary
+
+    larger = dataclasses.replace(config.topology, num_actors=3, num_replay_shards=1)
+    after = goes_on(env_steps=6_000, topology=larger)
+    assert 6_000 <= after["env_steps"] < 6_100 and after["learner_steps"] > summary["learner_steps"] + 300
+    fused = qfleet.FusedConfig(num_envs=8)
+    summary = after
+    after = goes_on(env_steps=8_000, topology=fused)
+    assert after["topology"] == "fused" and after["learner_steps"] > summary["learner_steps"] + 300
+    summary = after
+    after = goes_on(env_steps=10_000)  # back, as the run began
+    assert after["topology"] == "actor-learner" and after["learner_steps"] > summary["learner_steps"] + 300
+    assert qfleet.load(config.run_dir) is not None
+
+
+def replay_of(run_dir: str | None) -> SavedReplay:
+    from qfleet.runtime.checkpoints import Checkpoints
+    from qfleet.topologies.base import saved_replay
+
+    return saved_replay(Checkpoints(Path(run_dir or "") / "checkpoints").restore_item("replay"))
+
+
+@pytest.mark.slow
+def test_what_a_checkpoint_says_it_has_taken_its_replay_holds(cluster, tmp_path):
+    """The stated cut: as many environment steps are counted as rows were stored, whatever is under way."""
+    config = small(tmp_path, replay_capacity=65_536, checkpoint_period_seconds=0.5, env_steps=20_000)
+    for _ in qfleet.iterate(config):
+        pass
+    from qfleet.runtime.checkpoints import Checkpoints
+    from qfleet.topologies.base import saved_replay
+
+    checkpoints = Checkpoints(Path(config.run_dir or "") / "checkpoints")
+    assert len(checkpoints.all()) > 1
+    for env_steps in checkpoints.all():
+        saved = saved_replay(checkpoints.restore_item("replay", env_steps=env_steps))
+        assert int(np.sum(saved.ring.size)) * 2 == env_steps
+        counters = checkpoints.read_metadata(env_steps)["counters"]
+        assert counters["env_steps"] == env_steps and counters["epsilons"][0] == 0.4
+
+
+@pytest.mark.slow
+def test_a_fleet_of_host_environments_learns_with_uniform_replay(cluster, tmp_path):
+    config = small(tmp_path, env="gym:CartPole-v1", replay="uniform", env_steps=2_048)
+    run = qfleet.iterate(config)
+    for _ in run:
+        pass
+    assert run.summary["env_steps"] == 2_048 and run.summary["learner_steps"] > 400
+
+
+@pytest.mark.slow
+def test_a_fleet_solves_cartpole(cluster, tmp_path):
+    config = qfleet.make_config(
+        "CartPole-v1", "rainbow_lite", "actor-learner", num_actors=4, stop_return=475.0, env_steps=200_000,
+        run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    run = qfleet.iterate(config)
+    for _ in run:
+        pass
+    assert run.summary["stopped"] == "return reached"

@@ -1,0 +1,396 @@
+"""Peers that gossip: what a meeting does, who meets whom, what a checkpoint holds, and what a lost peer changes."""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import qfleet
+from qfleet.cli.train_command import config_of as config_of_flags
+from qfleet.cli.train_command import parse
+from qfleet.config import ConfigError, DecentralisedConfig, FusedConfig, OverlappedConfig, TrainConfig, is_launched
+from qfleet.core.replay import NO_STEP
+from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.base import saved_replay
+from qfleet.topologies.fleet.replay_shard import join_shards, share_of
+from qfleet.topologies.gossip.averaging import consensus_distance, mean_of, mixed, shares_of
+from qfleet.topologies.gossip.peer import GossipPeer, Place, crew_of_peers, peer_config
+from qfleet.topologies.gossip.topology import env_steps_per_chunk
+from qfleet.topologies.mesh import leaves_of
+from qfleet.training.assembly import footprint, make_own_learner
+from qfleet.training.launched import with_processes
+
+
+def config_of(preset: str = "dqn", env: str = "CartPole-v1", **settings: Any) -> TrainConfig:
+    """A small run of two peers."""
+    defaults = {
+        "num_processes": 2, "num_envs": 4, "hidden_sizes": (16,), "env_steps": 4_096, "eval_period_env_steps": 2_048,
+        "eval_episodes": 8, "exchange": "gossip", "gossip_period_learner_steps": 32,
+    }  # fmt: skip
+    if preset != "pqn":
+        defaults |= {"replay_capacity": 2_048, "warmup_env_steps": 128, "batch_size": 16}
+        defaults |= {"env_steps_per_learner_step": 4.0}
+    return qfleet.make_config(env, preset, "decentralised", **{**defaults, **settings})
+
+
+def prepared(config: TrainConfig, number: int, *, is_in_graph: bool = True) -> GossipPeer:
+    peer = GossipPeer(peer_config(config, number, is_in_graph=is_in_graph), make_own_learner)
+    peer.prepare()
+    return peer
+
+
+# --- What a meeting does ---
+
+
+def test_who_has_learned_nothing_since_comes_to_the_mean_of_the_two():
+    first, second = [np.float32([1, 2])], [np.float32([3, -2])]
+    assert mixed(first, first, second)[0].tolist() == mixed(second, second, first)[0].tolist() == [2, 0]
+
+
+def test_what_one_gains_by_a_meeting_the_other_gives_whatever_both_have_learned_since():
+    random = np.random.default_rng(0)
+    own, other, learned = random.normal(size=(3, 1000)).astype(np.float32)
+    nothing = np.zeros(1000, np.float32)
+    np.testing.assert_array_equal(mixed([nothing], [own], [other])[0], -mixed([nothing], [other], [own])[0])
+    after = mixed([own + learned], [own], [other])[0] + mixed([other], [other], [own])[0]
+    np.testing.assert_allclose(after, own + learned + other, atol=1e-5)
+
+
+def test_the_mean_is_in_float64_and_a_counter_is_that_of_the_furthest():
+    states = [[np.float32(2**24), np.int32(i), np.array(i == 1)] for i in range(3)]
+    states[0][0] = np.float32(1)
+    weight, count, flag = mean_of(states, furthest=1)
+    assert weight == np.float32((2**25 + 1) / 3) and weight.dtype == np.float32
+    assert count == 1 and count.dtype == np.int32 and flag
+
+
+def test_the_distance_is_relative_and_of_all_leaves_together():
+    peers = [[np.float32([3.0]), np.float32([4.0 + d])] for d in (-1, 1)]
+    assert consensus_distance(peers) == pytest.approx(1 / 5)
+    assert consensus_distance(peers[:1]) == consensus_distance([[np.zeros(2, np.float32)]] * 2) == 0
+
+
+def test_shares_are_as_even_as_may_be_and_none_is_lost():
+    assert shares_of(10, 4) == [3, 3, 2, 2] and shares_of(2, 4) == [1, 1, 0, 0]
+
+
+# --- Who meets whom: the director, with peers that answer in any order ---
+
+
+class World:
+    """Peers whose parameters are one number each, and which do what they are asked for one by one, at random."""
+
+    def __init__(self, num_peers: int, drift: float, seed: int) -> None:
+        director = pytest.importorskip("qfleet.topologies.gossip.director")
+        config = config_of(num_processes=num_peers, num_envs=2 * num_peers, env_steps=10**9, seed=seed)
+        self.random, self.drift, self.learned = np.random.default_rng(seed), drift, 0.0
+        self.director = director.GossipDirector(config, make_own_learner, 100, lambda *_: [], None, is_in_graph=True)
+        self.director._parts = self
+        self.numbers = self.random.normal(size=num_peers)
+        self.steps = np.zeros(num_peers, int)
+        self.asked: list[list] = [[] for _ in range(num_peers)]
+        self.director._peers = [director._Peer(i, i, stage="training") for i in range(num_peers)]
+        self.report = director.Report
+
+    def ask(self, part: int, method: str, *arguments, then, **_) -> None:
+        if method == "prepare":
+            return
+        assert method == "advance" and len(self.asked[part]) < 2
+        self.asked[part].append((arguments, then))
+
+    def go_on(self, num_chunks: int) -> None:
+        for _ in range(num_chunks):
+            self.director._issue()
+            i = self.random.choice([i for i, asked in enumerate(self.asked) if asked])
+            (_, *met), then = self.asked[i].pop(0)
+            if met:
+                _, own, other = met
+                self.numbers[i] = mixed([self.numbers[i]], [own], [other])[0]
+            step = self.drift * self.random.normal()
+            self.numbers[i] += step
+            self.learned += step
+            self.steps[i] += 20
+            then(self.report([], int(self.steps[i]), 0 if met else None, 0), self.numbers[i])
+
+
+@pytest.mark.parametrize("num_peers", [2, 3, 8])
+def test_whoever_is_slow_the_sum_is_what_all_have_learned_and_peers_that_learn_nothing_come_together(num_peers):
+    world = World(num_peers, drift=0.1, seed=num_peers)
+    before = world.numbers.sum()
+    world.go_on(2_000)
+    pending = sum((peer.mix.other - peer.mix.own.reference) / 2 for peer in world.director._peers if peer.mix)
+    for arguments in (arguments for asked in world.asked for arguments, _ in asked if len(arguments) > 1):
+        pending += (arguments[3] - arguments[2]) / 2
+    np.testing.assert_allclose(world.numbers.sum() + pending, before + world.learned, atol=1e-9)
+    assert world.director._tally.num_meetings > 100
+    world.drift = 0.0
+    world.go_on(2_000)
+    assert np.ptp(world.numbers) < 1e-9, "mixes by the same snapshot twice would drive them apart"
+
+
+def test_a_peer_that_is_not_due_is_met_and_one_alone_goes_on():
+    world = World(2, drift=0.0, seed=0)
+    first, second = world.director._peers
+    first.snapshot = second.snapshot = snapshot = pytest.importorskip("qfleet.topologies.gossip.director")._Snapshot(
+        0, 1.0
+    )
+    first.learner_steps = 31
+    world.director._arrange_meetings()
+    assert not first.is_mixing, "nobody is due"
+    first.learner_steps = 32
+    second.is_mixing = True
+    world.director._arrange_meetings()
+    assert not first.is_mixing and first.mix is None, "the other has still to mix what it met before"
+    second.is_mixing = False
+    world.director._arrange_meetings()
+    assert first.mix.other == second.mix.other == snapshot.reference
+    assert first.met_at == 32 and second.met_at == 0
+
+
+def test_what_was_meant_for_a_peer_that_is_lost_is_not_for_the_one_that_replaces_it():
+    world = World(2, drift=0.0, seed=0)
+    world.go_on(8)
+    peer = world.director._peers[0]
+    peer.env_steps = 700
+    world.director._lost(0)
+    assert (peer.stage, peer.snapshot, peer.mix, peer.may_meet) == ("absent", None, None, False)
+    assert peer.env_steps == 700, "what was counted stays counted"
+
+
+def test_a_peer_whose_share_is_empty_warms_up_anew_and_one_that_has_steps_goes_on_from_them(monkeypatch):
+    """Or it would learn from nothing, which isn't a number."""
+    config = config_of()
+    empty = prepared(config, 0)
+    empty.begin(Place(0, 0, 0), empty.learner()[1], None)
+    world = World(2, drift=0.0, seed=0)
+    world.director.begin_with([], None)
+    asked: list[Place] = []
+    monkeypatch.setattr(world, "ask", lambda _part, _method, place, *_, **__: asked.append(place))
+    for num_env_steps in (0, 64):
+        if num_env_steps:
+            empty.advance(num_env_steps)
+        share = empty.state()[2]
+        monkeypatch.setattr(world.director, "share_of_newest_checkpoint", lambda _, share=share: share)
+        peer = world.director._peers[0]
+        peer.env_steps, peer.replay_starts_at, peer.part = 5_000, 0, Part()
+        world.director._bring_in(peer, None)
+    num_steps = int(np.sum(share.ring.rows.outcome[: int(share.ring.size[0])] != NO_STEP))
+    assert 48 < num_steps < 64, "the rest are final observations"
+    assert asked == [Place(5_000, 0, 5_000), Place(5_000, 0, 5_000 - num_steps)]
+
+
+class Part:
+    """One that has been replaced."""
+
+    name, failed_at = "peer 0", (0.0,)
+
+
+# --- A peer ---
+
+
+def test_a_peer_has_its_share_of_what_counts_environment_steps_and_batches_of_its_own():
+    config = config_of(exploration_env_steps=1_001, num_envs=8, num_processes=4)
+    first, second = (peer_config(config, i, is_in_graph=True) for i in range(2))
+    assert first.topology == FusedConfig(num_envs=2)
+    agent = first.agent
+    assert (agent.replay_capacity, agent.warmup_env_steps, agent.exploration_env_steps) == (512, 32, 251)
+    assert agent.batch_size == 16 and agent.replay_ratio == config.agent.replay_ratio
+    assert len({first.seed, second.seed, config.seed}) == 3
+    assert first == peer_config(config, 0, is_in_graph=True)
+    host = peer_config(config_of(num_workers=1, lock_step=True), 0, is_in_graph=False)
+    assert host.topology == OverlappedConfig(num_envs=2, num_workers=1, lock_step=True)
+
+
+def test_a_chunk_is_half_a_period_in_whole_iterations():
+    assert env_steps_per_chunk(peer_config(config_of(), 0, is_in_graph=True), 32) == 64  # 8 learner steps in 32
+    assert env_steps_per_chunk(peer_config(config_of(), 0, is_in_graph=True), 1) == 32
+    own = peer_config(config_of("pqn"), 0, is_in_graph=True)  # 16 in each rollout of 2 x 16
+    assert env_steps_per_chunk(own, 33) == 64
+
+
+@pytest.mark.parametrize(
+    ("preset", "env"), [("pqn", "CartPole-v1"), ("rainbow_lite", "CartPole-v1"), ("dqn", "gym:CartPole-v1")]
+)
+def test_a_peer_goes_on_where_another_stopped_and_takes_half_of_the_way_to_it(preset, env):
+    config = config_of(preset, env)
+    first, second = (prepared(config, i, is_in_graph=":" not in env) for i in range(2))
+    assert first.state() is None, "it hasn't begun"
+    _, start = second.learner()
+    for peer in (first, second):
+        peer.begin(Place(0, 0, 0), start, None)
+    (report, own), (_, other) = first.advance(512), second.advance(512)
+    assert sum(progress.new_env_steps for progress in report.progress) == 512 and report.staleness is None
+    assert report.learner_steps == report.progress[-1].learner_steps > 0
+    assert consensus_distance([own, other]) > 0, "they begin alike, and see other episodes"
+
+    first.advance(64)
+    before = leaves_of(first._run.params)
+    learner_steps, first._run.advance = first._run.learner_steps, None  # type: ignore[method-assign]
+    mix, after = first.advance(0, report.learner_steps, own, other)
+    assert mix.staleness == learner_steps - report.learner_steps > 0
+    assert mix.received_bytes == sum(leaf.nbytes for leaf in other)
+    jax.tree.map(np.testing.assert_array_equal, after, mixed(before, own, other))
+
+    _, learner, replay = first.state()
+    assert (replay is None) == (preset == "pqn")
+    assert replay is None or int(replay.ring.size[0]) * 2 == 576
+    second.begin(Place(576, learner_steps, 0), learner, replay)
+    jax.tree.map(np.testing.assert_array_equal, second.learner()[1], learner)
+    report, _ = second.advance(64)
+    assert report.progress[-1].env_steps == 640 and report.learner_steps > learner_steps
+    for peer in (first, second):
+        peer._run.close()
+
+
+@pytest.mark.parametrize("preset", ["dqn", "rainbow_lite"])
+def test_replays_are_joined_lane_by_lane_and_divided_again(preset):
+    config = config_of(preset)
+    crew = crew_of_peers(config.topology)
+    peers = [prepared(config, i) for i in range(2)]
+    for i, peer in enumerate(peers):
+        peer.begin(Place(0, 0, 0), peer.learner()[1], None)
+        peer.advance(64 + 128 * i)
+    replays = [peer.state()[2] for peer in peers]
+    whole = join_shards(replays, crew)
+    assert whole.ring.rows.action.shape == (512, 4) and whole.ring.size.tolist() == [32, 96]
+    for i, replay in enumerate(replays):
+        jax.tree.map(np.testing.assert_array_equal, share_of(whole, crew, i)._replace(max_priority=0),
+                     replay._replace(max_priority=0))  # fmt: skip
+
+
+# --- What is refused, and what it takes ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exchange": "gosip"}, "exchange must be one of all-reduce, gossip, got 'gosip'. Did you mean gossip"),
+        ({"gossip_period_learner_steps": 0}, "gossip_period_learner_steps must be a whole number, at least 1"),
+        ({"coordinator": "h:1", "process_id": 0}, "coordinator and process_id must be left out with exchange gossip"),
+        ({"num_envs": 5}, "num_envs must divide over num_processes x devices_per_process"),
+        ({"devices_per_process": 2, "batch_size": 3}, "batch_size must divide over devices_per_process"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(**settings)
+
+
+def test_what_peers_cannot_do_is_refused_before_the_run_is_made(tmp_path):
+    pytest.importorskip("ray")
+    config = config_of(num_processes=1, num_seeds=2, run_dir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="num_seeds must be 1 with exchange gossip"):
+        qfleet.iterate(config)
+    with pytest.raises(ConfigError, match="coordinator and process_id must be left out"):
+        with_processes(config_of(), coordinator="host:1", process_id=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_of_each_peer_need_not_divide_over_the_peers():
+    assert config_of(batch_size=17).agent.batch_size == 17
+
+
+def test_the_command_line_has_it_and_it_is_no_launchers_run():
+    flags = ["CartPole-v1", "--topology", "decentralised", "--exchange", "gossip", "--num-processes", "4"]
+    config = config_of_flags(parse(flags))
+    assert config.topology == DecentralisedConfig(num_processes=4, exchange="gossip")
+    assert not is_launched(config.topology) and is_launched(DecentralisedConfig())
+
+
+def test_the_footprint_is_that_of_all_peers():
+    pytest.importorskip("ray")
+    config = config_of("rainbow_lite")
+    one = footprint(peer_config(config, 0, is_in_graph=True))
+    both = footprint(config)
+    assert [part.name for part in both.parts] == [part.name for part in one.parts]
+    assert both.bytes_per_device == 2 * one.bytes_per_device
+
+
+# --- All of it, on Ray ---
+
+
+@pytest.mark.slow
+def test_peers_train_are_saved_and_go_on_in_other_numbers_and_elsewhere(cluster, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "qfleet")
+    config = config_of("rainbow_lite", num_envs=6, replay_capacity=12_288, run_dir=str(tmp_path / "run"))
+    run = qfleet.iterate(config)
+    records = list(run)
+    summary = run.summary
+    assert summary["stopped"] == "env steps" and 4_096 <= summary["env_steps"] < 4_096 + 2 * 96
+    assert sum(record.new_env_steps for record in records) == summary["env_steps"]
+    ratio = (summary["env_steps"] - 128) / 2 / summary["learner_steps"]
+    assert 4.0 <= ratio < 4.3, "learner steps are each peer's"
+    assert any(record.fleet["meetings_per_second"] > 0 for record in records)
+    assert all(record.fleet["mix_staleness_max"] <= 2 * 48 for record in records), "two chunks are under way at most"
+    assert any(record.fleet["exchanged_bytes_per_second"] > 0 for record in records)
+    assert 0 < records[-1].fleet["consensus_distance"] < 1 and records[-1].fleet["peers_there"] == 2
+    assert not caplog.records
+    saved = saved_replay(Checkpoints(tmp_path / "run" / "checkpoints").restore_item("replay"))
+    assert int(np.sum(saved.ring.size)) * 3 == summary["env_steps"] and len(saved.ring.cursor) == 2
+
+    def goes_on(**settings: Any) -> dict[str, Any]:
+        run = qfleet.resume(config.run_dir, **settings)
+        for progress in run:
+            assert progress.env_steps >= summary["env_steps"] and progress.learner_steps >= summary["learner_steps"]
+        assert run.summary["learner_steps"] > summary["learner_steps"] + 100
+        return run.summary
+
+    summary = goes_on(env_steps=6_000, num_processes=3)
+    summary = goes_on(env_steps=7_000, topology=qfleet.FusedConfig(num_envs=6))
+    assert summary["topology"] == "fused"
+    summary = goes_on(env_steps=8_500)  # back, as the run began
+    assert summary["topology"] == "decentralised" and qfleet.load(config.run_dir) is not None
+
+
+@pytest.mark.slow
+def test_the_others_go_on_when_a_peer_is_killed_and_it_comes_back_as_one_of_them_is(cluster, tmp_path, caplog):
+    settings = {"env_steps": 10**8, "eval_period_env_steps": 10**8, "replay_capacity": 120_000}
+    config = config_of(
+        "rainbow_lite", num_envs=6, num_processes=3, checkpoint_period_seconds=1.0, run_dir=str(tmp_path / "run"),
+        max_restarts=1, **settings,
+    )  # fmt: skip
+    run = qfleet.iterate(config)
+    topology: Any = run._topology
+    victim, *others = topology._director._peers
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    env_steps = learner_steps = 0
+    with contextlib.closing(iter(run)) as records:
+
+        def go_on() -> None:
+            nonlocal env_steps, learner_steps
+            progress = next(records)
+            assert progress.env_steps >= env_steps and progress.learner_steps >= learner_steps
+            env_steps, learner_steps = progress.env_steps, progress.learner_steps
+
+        while victim.snapshot is None:
+            go_on()
+        has_trained_at = env_steps
+        while (checkpoints.latest() or 0) <= has_trained_at:
+            go_on()
+        os.kill(victim.part.place[0], signal.SIGKILL)
+        while victim.stage == "training":
+            go_on()
+        before = [peer.env_steps for peer in (victim, *others)]
+        while victim.stage != "training" or victim.env_steps == before[0]:
+            go_on()
+        assert all(peer.env_steps > then for peer, then in zip(others, before[1:], strict=True))
+    assert "peer 0 died, and is replaced (1 in all)" in caplog.text
+    said = re.findall(r"peer 0 goes on from .*, as peer [12] is now; .* lost (\d+) .*; (\d+) are back", caplog.text)
+    assert sum(map(int, said[0])) <= before[0] and int(said[0][1]) > 0
+    assert run.summary["stopped"] == "interrupted" and run.summary["num_restarts"] == 1
+    assert run.summary["env_steps"] >= env_steps
+
+
+@pytest.mark.slow
+def test_peers_solve_cartpole_together(cluster, tmp_path):
+    config = qfleet.make_config(
+        "CartPole-v1", "pqn", "decentralised", exchange="gossip", num_processes=4, stop_return=475.0,
+        env_steps=500_000, run_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert qfleet.train(config)["stopped"] == "return reached"
