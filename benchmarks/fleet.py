@@ -62,10 +62,10 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
     measured: list[dict[str, Any]] = []
-    if arguments.part != "solve":
+    if arguments.process != "solve":
         measured = compare_speed(arguments)
         common.report("fleet speed", measured)
-    if arguments.part != "speed":
+    if arguments.process != "speed":
         common.report("fleet solve", compare_solve(arguments, measured))
 
 

@@ -223,9 +223,9 @@ def main() -> None:
     trials = TRIALS if is_fleet else ("kill the driver", "a slow one")
     for name in arguments.faults or [*(OF_FLEETS if is_fleet else OF_SERVERS), *trials]:
         row: dict[str, Any] = {"fault": name, **dict.fromkeys(COLUMNS)}
-        if arguments.part != "cartpole":
+        if arguments.process != "cartpole":
             row |= TRIALS.get(name, of_parts)(name, arguments)
-        if arguments.part != "witness" and name in (*FAULTS, "kill the driver"):
+        if arguments.process != "witness" and name in (*FAULTS, "kill the driver"):
             row |= cartpole(name, arguments)
         results.append(row)
         print(row, flush=True)

@@ -60,15 +60,15 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=16.0, help="environment steps for each learner step")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    if arguments.part == "scaling":
+    if arguments.process == "scaling":
         common.report(
             "fleet scaling", list(scaling(arguments.actors, arguments.lanes, arguments.ratio, arguments.seconds))
         )
-    elif arguments.part == "starvation":
+    elif arguments.process == "starvation":
         common.report("fleet starvation", list(starvation(arguments.seconds, arguments.repeats)))
-    elif arguments.part == "insert":
+    elif arguments.process == "insert":
         common.report("fleet insert", [insert(arguments.seconds)])
-    elif arguments.part == "soak":
+    elif arguments.process == "soak":
         common.report("fleet soak", list(soak(arguments.seconds)))
     else:
         print(updates_per_second_in_process(arguments.seconds))
@@ -237,7 +237,7 @@ def insert(seconds: float) -> dict[str, Any]:
     from qfleet.topologies.fleet.actor import Chunk
     from qfleet.topologies.fleet.cluster import connected
     from qfleet.topologies.fleet.replay_shard import Writer
-    from qfleet.topologies.fleet.supervisor import Part, Parts
+    from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
 
     config = atari_config(num_replay_shards=2, rows_per_chunk=50)
     replay = full_replay(config)
@@ -245,10 +245,14 @@ def insert(seconds: float) -> dict[str, Any]:
     chunk = Chunk(rows, np.full((50, 4), 0.5, np.float32))
     cpu = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1"}
     with connected("local", 8, "ray_address"):
-        parts = Parts(60.0, 0)
-        producers = [parts.add(Part(f"producer {i}", _Producer, (), {"CPU": 1}, cpu, lambda: None)) for i in range(2)]
+        supervisor = Supervisor(60.0, 0)
+        producers = [
+            supervisor.add(RemoteProcess(f"producer {i}", _Producer, (), {"CPU": 1}, cpu, lambda: None))
+            for i in range(2)
+        ]
         shards = [
-            parts.add(Part(f"shard {i}", RemoteShard, (config, i), {"CPU": 1}, cpu, lambda: None)) for i in range(2)
+            supervisor.add(RemoteProcess(f"shard {i}", RemoteShard, (config, i), {"CPU": 1}, cpu, lambda: None))
+            for i in range(2)
         ]
         counts, stored = [0, 0], [0]
 
@@ -256,26 +260,26 @@ def insert(seconds: float) -> dict[str, Any]:
             def produced(_: Any, reference: Any) -> None:
                 writer = Writer(0, counts[i])
                 counts[i] += 1
-                parts.ask(shards[i], "insert", 0, writer, reference, then=lambda answer: inserted(i))
+                supervisor.submit(shards[i], "insert", 0, writer, reference, on_reply=lambda answer: inserted(i))
 
-            parts.ask(producers[i], "produce", then=produced, num_returns=2)
+            supervisor.submit(producers[i], "produce", on_reply=produced, num_returns=2)
 
         def inserted(i: int) -> None:
             stored[0] += chunk.td_error.size
             produce(i)
 
         for i in range(2):
-            parts.ask(producers[i], "keep", chunk)
+            supervisor.submit(producers[i], "keep", chunk)
             for _ in range(3):
                 produce(i)
         started = before = 0.0
         while not started or time.perf_counter() - started < seconds:
-            parts.wait(0.1)
-            parts.hear()
+            supervisor.wait(0.1)
+            supervisor.process_replies()
             if not started and stored[0] > 20_000:
                 started, before = time.perf_counter(), stored[0]
         rate = (stored[0] - before) / (time.perf_counter() - started)
-        parts.end()
+        supervisor.end()
         moved = len(ray.cloudpickle.dumps(chunk))
     return {"transitions_per_second": rate, "bytes_per_frame_byte": moved / chunk.rows.obs.nbytes}
 
@@ -325,7 +329,7 @@ def growth(fleet: Any, seconds: float) -> Iterator[dict[str, Any]]:
         fleet.start()
         while (now := time.monotonic() - started) < seconds:
             run_for(fleet, 5.0)
-            processes = {part.name: part.place[0] for part in fleet._director._parts._parts}
+            processes = {part.name: part.place[0] for part in fleet._director._supervisor._processes}
             worker = next(iter(processes.values()))
             sizes = {"object store": object_store_bytes(worker), "director": private_bytes(os.getpid())}
             sizes |= {name: private_bytes(process) for name, process in processes.items()}

@@ -28,7 +28,7 @@ from qfleet.core.agent import make_agent
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.topologies.fleet.actor import Report
-from qfleet.topologies.fleet.replay_shard import Stock
+from qfleet.topologies.fleet.replay_shard import ShardStats
 from qfleet.topologies.parameter_server import director as director_module
 from qfleet.topologies.parameter_server.remote import RemoteWorker
 from qfleet.topologies.parameter_server.server_shard import Division
@@ -53,7 +53,7 @@ class StubWorker(RemoteWorker):
     def pull_and_act(self, version: int, exploration: float, num_handed: int, *handed: Any) -> Any:
         """Returns a chunk that took no time."""
         self.pull(version, handed[:num_handed])
-        return (CHUNK, Stock(1.0, 10**6, 0.0)), None
+        return (CHUNK, ShardStats(1.0, 10**6, 0.0)), None
 
     def pull_and_learn(self, version: int, importance_exponent: float, room: Any, num_handed: int, *handed: Any) -> Any:
         """Returns a gradient that took no time but that of handing it on."""
@@ -82,10 +82,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--shards", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.part == "throughput":
+    if arguments.process == "throughput":
         rows = [throughput(arguments, dtype) for dtype in ("float32", "bfloat16")]
         common.report("parameter server throughput", rows)
-    elif arguments.part == "cartpole":
+    elif arguments.process == "cartpole":
         common.report("parameter server cartpole", list(cartpole(arguments.seeds, arguments.workers)))
     else:
         config = qfleet.make_config(
@@ -116,8 +116,8 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
         taken = [server.advance(10**9) for _ in range(round(arguments.seconds / 0.5))]
         seconds = sum(progress.train_seconds for progress in taken)
         staleness = statistics.mean(progress.staleness for progress in taken)
-        director.rest()
-        pull = ray.get(director._actors[0].part.handle.pull_seconds.remote())
+        director.quiesce()
+        pull = ray.get(director._actors[0].process.handle.pull_seconds.remote())
     finally:
         server.close()
     return {

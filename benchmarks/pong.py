@@ -94,7 +94,7 @@ def time_update() -> dict[str, float]:
     learner = make_learner(agent, agent_config)
     state = jax.jit(lambda key: learner.init(agent.init(key)))(jax.random.key(0))
     rng = np.random.default_rng(0)
-    shape = stored_spec(env.spec, network.store).agent_observation_shape
+    shape = stored_spec(env.spec, network.to_storage_layout).agent_observation_shape
     obs, next_obs = (jnp.asarray(rng.integers(0, 255, (BATCH_SIZE, *shape)), jnp.uint8) for _ in range(2))
     zeros, ones = jnp.zeros(BATCH_SIZE), jnp.ones(BATCH_SIZE)
     batch = Transition(obs, jnp.zeros(BATCH_SIZE, jnp.int32), zeros, ones, next_obs, ones)
@@ -118,7 +118,7 @@ def measure_replay() -> dict[str, float]:
     """Returns gigabytes of a replay of a million frames, and milliseconds to draw a batch of stacks from it."""
     agent_config = dataclasses.replace(config(NUM_ENVS).agent, replay_capacity=1_000_000)
     spec = qfleet.make_env("ale:Pong").spec
-    replay = make_replay(stored_spec(spec, make_network(spec, agent_config).store), agent_config, NUM_ENVS)
+    replay = make_replay(stored_spec(spec, make_network(spec, agent_config).to_storage_layout), agent_config, NUM_ENVS)
     before = peak_rss_bytes()
     state = jax.block_until_ready(jax.jit(replay.init)())
     num_rows = state.ring.num_rows

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from qfleet.config import Crew, TrainConfig, crew_of
+from qfleet.config import ActorPool, TrainConfig, actor_pool_of
 from qfleet.core.replay import SavedReplay
 from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED
 from qfleet.envs.failures import lane_seed
@@ -87,8 +87,8 @@ def length_of(episode: Any) -> Any:
 
 def judge(saved: SavedReplay, config: TrainConfig) -> Verdict:
     """Returns whether the replay of actors or workers holds what their environments did: in order, in place, once."""
-    crew = crew_of(config.topology)
-    ring, seeds = saved.ring, _seeds(config, crew)
+    pool = actor_pool_of(config.topology)
+    ring, seeds = saved.ring, _seeds(config, pool)
     faults: dict[str, list[str]] = {}
     known: set[int] = set()  # environments
     num_rows = num_cuts = 0
@@ -96,8 +96,8 @@ def judge(saved: SavedReplay, config: TrainConfig) -> Verdict:
     def accuse(lane: int, what: str, is_wrong: np.ndarray) -> None:
         faults.setdefault(what, []).extend(f"lane {lane}, row {i}" for i in np.flatnonzero(is_wrong))
 
-    for lane in range(crew.num_lanes):
-        actor, lane_of_actor = divmod(lane, crew.lanes_per_actor)
+    for lane in range(pool.num_lanes):
+        actor, lane_of_actor = divmod(lane, pool.lanes_per_actor)
         order = (int(ring.cursor[actor]) - int(ring.size[actor]) + np.arange(int(ring.size[actor]))) % ring.num_rows
         num_rows += len(order)
         obs = np.asarray(ring.rows.obs)[order, lane].astype(np.int64)
@@ -140,9 +140,9 @@ def judge(saved: SavedReplay, config: TrainConfig) -> Verdict:
     return Verdict(num_rows, len(known), num_cuts, said)
 
 
-def _seeds(config: TrainConfig, crew: Crew) -> np.ndarray:
+def _seeds(config: TrainConfig, pool: ActorPool) -> np.ndarray:
     """Returns what the environments show as their seeds: `[actors, incarnations, lanes_per_actor]`."""
-    numbers = np.zeros((crew.num_actors, MOST_INCARNATIONS, crew.lanes_per_actor), np.int64)
+    numbers = np.zeros((pool.num_actors, MOST_INCARNATIONS, pool.lanes_per_actor), np.int64)
     for actor, incarnation, lane in np.ndindex(*numbers.shape):
         drawn = int(np.random.default_rng((config.seed, 2, actor, incarnation)).integers(2**32))
         numbers[actor, incarnation, lane] = lane_seed(drawn, lane, 0) % WORD

@@ -11,7 +11,7 @@ import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.core.exploration import greedy
-from qfleet.core.frame_stack import store_stack
+from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.types import EnvSpec, Network, Params
 from qfleet.envs.host import HostEnv, LaneOptions
 from qfleet.envs.spec import InGraphEnv
@@ -36,7 +36,9 @@ class Policy:
         self._env = env
         self._network = network
         self._q_values = jax.jit(network.apply)
-        self._stored = jax.jit(lambda obs: store_stack(network.store, obs, env.spec.frame_stack))
+        self._stored = jax.jit(
+            lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, env.spec.frame_stack)
+        )
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Returns greedy actions, `[batch]` int32, for observations `[batch, *agent_observation_shape]`."""
@@ -58,11 +60,13 @@ class Policy:
                 min(num_episodes, EVAL_LANES), LaneOptions(max_failures=MAX_LOST * num_episodes)
             )
             try:
-                return host_greedy_returns(lanes, env.spec, self._greedy, num_episodes, seed, self._network.store)
+                return host_greedy_returns(
+                    lanes, env.spec, self._greedy, num_episodes, seed, self._network.to_storage_layout
+                )
             finally:
                 lanes.close()
-        apply, store = self._network.apply, self._network.store
-        run = jax.jit(lambda params, key: greedy_returns(env, apply, params, key, num_episodes, store))
+        apply, to_storage_layout = self._network.apply, self._network.to_storage_layout
+        run = jax.jit(lambda params, key: greedy_returns(env, apply, params, key, num_episodes, to_storage_layout))
         return np.asarray(run(self.params, jax.random.key(seed)))
 
     def film(
@@ -87,7 +91,7 @@ class Policy:
         _check_at_least(0, seed=seed)
         check_extra()
         q_values = functools.partial(self._q_values, self.params)
-        episodes = play(self._env, q_values, num_episodes, seed, self._network.store)
+        episodes = play(self._env, q_values, num_episodes, seed, self._network.to_storage_layout)
         with contextlib.closing(episodes):  # and with it what draws, wherever this ends
             for i, moments in enumerate(episodes):
                 name = video_name(self.label, seed, i)

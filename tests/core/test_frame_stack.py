@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 
-from qfleet.core.frame_stack import init_view, push_frame, store_stack
+from qfleet.core.frame_stack import init_view, push_frame, stack_to_storage_layout
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -52,4 +52,4 @@ def test_a_stack_stored_is_a_stack_of_stored_frames(frame_stack):
     for frame in frames[1:]:
         raw = push_frame(raw, frame, jnp.zeros(2, bool), frame_stack)
         stored = push_frame(stored, store(frame), jnp.zeros(2, bool), frame_stack)
-    np.testing.assert_array_equal(store_stack(store, raw, frame_stack), stored)
+    np.testing.assert_array_equal(stack_to_storage_layout(store, raw, frame_stack), stored)

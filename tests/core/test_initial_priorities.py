@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qfleet.core.initial_priorities import Valued, nothing_before, own_errors
+from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED
 
 DISCOUNT = 0.9
@@ -41,8 +41,8 @@ def test_errors_are_those_of_single_steps(n_step):
                 outcome[t + 1, lane] = NO_STEP
                 t += 2
     numbers = random.normal(size=(3, num_rows, num_lanes)).astype(np.float32)
-    rows = Valued(numbers[0], outcome, numbers[1], numbers[2])
-    errors = np.asarray(own_errors(Valued(*map(jnp.asarray, rows)), n_step, DISCOUNT))
+    rows = ValuedRows(numbers[0], outcome, numbers[1], numbers[2])
+    errors = np.asarray(initial_td_errors(ValuedRows(*map(jnp.asarray, rows)), n_step, DISCOUNT))
     assert errors.shape == (num_rows - n_step, num_lanes)
     for start in range(num_rows - n_step):
         for lane in range(num_lanes):
@@ -53,12 +53,12 @@ def test_errors_are_those_of_single_steps(n_step):
 
 
 def test_an_actor_knows_no_error_of_what_was_before_its_first_row():
-    before, ones = nothing_before(3, 2), jnp.ones((4, 2))
-    rows = Valued(
+    before, ones = padding_rows(3, 2), jnp.ones((4, 2))
+    rows = ValuedRows(
         *(
             jnp.concatenate([b, x])
             for b, x in zip(before, (ones, jnp.zeros((4, 2), jnp.uint8), ones, ones), strict=True)
         )
     )
-    errors = np.asarray(own_errors(rows, 3, DISCOUNT))
+    errors = np.asarray(initial_td_errors(rows, 3, DISCOUNT))
     assert np.all(np.isnan(errors[:3])) and np.all(np.isfinite(errors[3]))

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from qfleet.config import AgentConfig, ConfigError
-from qfleet.core.frame_stack import store_stack
-from qfleet.core.types import as_it_comes
+from qfleet.core.frame_stack import stack_to_storage_layout
+from qfleet.core.types import identity
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import QNetwork, make_network
 from qfleet.networks.torsos import LayerNorm, choose_torso
@@ -208,7 +208,7 @@ def test_stored_frames_give_the_q_values_and_gradients_of_raw_ones(case, lowerin
     network = make_network(spec, AgentConfig(convolution=lowering, hidden_sizes=(16,)))
     params = jax.tree.map(lambda leaf: leaf / 4, random_params(network))
     raw = np.random.default_rng(0).integers(0, 256, (3, *spec.agent_observation_shape)).astype(np.uint8)
-    stored = store_stack(network.store, jnp.asarray(raw), frame_stack)
+    stored = stack_to_storage_layout(network.to_storage_layout, jnp.asarray(raw), frame_stack)
     channels = 16 * (3 if len(shape) == 3 else 1)
     assert stored.shape[1:4] == (channels, shape[0] // 4, shape[1] // 4) and stored.dtype == np.uint8
 
@@ -231,4 +231,4 @@ def test_stored_frames_give_the_q_values_and_gradients_of_raw_ones(case, lowerin
 @pytest.mark.parametrize("case", ["vector", "minatar", "largest_minatar", "odd_sides"])
 def test_other_observations_are_stored_as_they_come(case):
     spec = make_spec((42, 84), np.uint8) if case == "odd_sides" else SPECS[case][0]
-    assert make_network(spec, AgentConfig()).store is as_it_comes
+    assert make_network(spec, AgentConfig()).to_storage_layout is identity

@@ -124,7 +124,7 @@ def test_the_batch_of_a_footprint_is_what_is_learned_from(kind):
         _, *arguments, _ = overlapped._arguments_to_learn()
         batch = jax.eval_shape(overlapped._programs.rollout_batch, learner.params, *arguments)
     else:
-        replay = make_replay(stored_spec(ENV.spec, make_network(ENV.spec, config).store), config, NUM_ENVS)
+        replay = make_replay(stored_spec(ENV.spec, make_network(ENV.spec, config).to_storage_layout), config, NUM_ENVS)
         batch = jax.eval_shape(lambda: replay.sample(replay.init(), jax.random.key(0), np.float32(1)).transition)
     num_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
     for mesh, share, axis in ((MeshConfig(), 1, None), (MeshConfig(data=4, model=2), 4, "data")):

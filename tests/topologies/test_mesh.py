@@ -79,7 +79,7 @@ def learned(mesh, spec, config, batches):
 
 def assert_close(mesh, spec, config, num_steps, tolerance):
     config = dataclasses.replace(config, batch_size=BATCH_SIZE, target_update_period=7)
-    batches = random_batches(stored_spec(spec, make_network(spec, config).store), config, num_steps)
+    batches = random_batches(stored_spec(spec, make_network(spec, config).to_storage_layout), config, num_steps)
     expected = learned(ONE, spec, config, batches)
     found = learned(mesh, spec, config, batches)
 

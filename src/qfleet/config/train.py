@@ -311,7 +311,7 @@ class DecentralisedConfig(_OverlappingConfig):
         return False
 
 
-class Crew(NamedTuple):
+class ActorPool(NamedTuple):
     """Processes that act on their own, and the shards of the replay that keep what they do."""
 
     num_actors: int
@@ -400,9 +400,9 @@ class ActorLearnerConfig(_HostLanesConfig):
         return float(self.ladder_base ** (1.0 + place * self.ladder_exponent))
 
     @property
-    def crew(self) -> Crew:
+    def actor_pool(self) -> ActorPool:
         """Who acts, and where it is kept."""
-        return Crew(self.num_actors, self.lanes_per_actor, self.rows_per_chunk, self.num_replay_shards)
+        return ActorPool(self.num_actors, self.lanes_per_actor, self.rows_per_chunk, self.num_replay_shards)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -477,9 +477,9 @@ class ParameterServerConfig:
         return MeshConfig()
 
     @property
-    def crew(self) -> Crew:
+    def actor_pool(self) -> ActorPool:
         """Who acts, and where it is kept: by each worker itself, unless they share a replay."""
-        return Crew(
+        return ActorPool(
             self.num_workers, self.lanes_per_worker, self.rows_per_chunk, self.num_replay_shards or self.num_workers
         )
 
@@ -554,10 +554,10 @@ EXPLORATION_SCHEDULE = ("exploration_start", "exploration_end", "exploration_sch
 """Settings of an agent that a fleet's actors have no use for. It keeps them for where it may go on."""
 
 
-def crew_of(topology: TopologyConfig) -> Crew:
+def actor_pool_of(topology: TopologyConfig) -> ActorPool:
     """Returns who acts where that is processes of their own."""
     assert isinstance(topology, ActorLearnerConfig | ParameterServerConfig)
-    return topology.crew
+    return topology.actor_pool
 
 
 def topology_name(topology: TopologyConfig) -> str:

@@ -24,8 +24,8 @@ class Agent(NamedTuple):
     uniform number per lane `[lanes]`, to `[lanes]` int32."""
     loss: Callable[[Params, Params, Batch], tuple[Array, Array]]
     """`loss(params, target_params, batch) -> loss, td_error`: `[]` and `[batch]`."""
-    store: Callable[[Array], Array]
-    """`store(obs) -> obs`, how each observation is kept: `Network.store`."""
+    to_storage_layout: Callable[[Array], Array]
+    """`to_storage_layout(obs) -> obs`, how each observation is kept: `Network.to_storage_layout`."""
 
 
 def make_agent(network: Network, config: AgentConfig) -> Agent:
@@ -45,4 +45,10 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
         return jnp.mean(batch.weight * elementwise_loss(td_error)), td_error
 
     explore = exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy
-    return Agent(init=network.init, q_values=network.apply, explore=explore, loss=loss, store=network.store)
+    return Agent(
+        init=network.init,
+        q_values=network.apply,
+        explore=explore,
+        loss=loss,
+        to_storage_layout=network.to_storage_layout,
+    )

@@ -6,22 +6,24 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def store_stack(store: Callable[[Array], Array], obs: Array, frame_stack: int) -> Array:
+def stack_to_storage_layout(to_storage_layout: Callable[[Array], Array], obs: Array, frame_stack: int) -> Array:
     """Returns stacks of frames as stacks of stored frames.
 
     Args:
-      store: of the network.
+      to_storage_layout: of the network.
       obs: `[batch, *agent_observation_shape]`.
       frame_stack: frames of each; 1 has no axis.
     """
-    return store(obs) if frame_stack == 1 else jnp.moveaxis(store(jnp.moveaxis(obs, -1, 1)), 1, -1)
+    return (
+        to_storage_layout(obs) if frame_stack == 1 else jnp.moveaxis(to_storage_layout(jnp.moveaxis(obs, -1, 1)), 1, -1)
+    )
 
 
 def init_view(obs: Array, frame_stack: int) -> Array:
     """Returns what the agent sees of each lane's first observation: zeros, then it.
 
     Args:
-      obs: `[lanes, *observation_shape]`, as the network's `store` keeps them.
+      obs: `[lanes, *observation_shape]`, as the network's `to_storage_layout` keeps them.
       frame_stack: frames seen at once; 1 adds no axis.
 
     Returns:

@@ -9,7 +9,7 @@ from jax import Array
 from qfleet.core.replay import CONTINUED, NO_STEP, TRUNCATED, sealed_outcomes
 
 
-class Valued(NamedTuple):
+class ValuedRows(NamedTuple):
     """Consecutive rows, `[rows, lanes]`, and what the actor thought of them."""
 
     reward: Array
@@ -20,14 +20,14 @@ class Valued(NamedTuple):
     """Greatest value of the observation."""
 
 
-def nothing_before(num_rows: int, num_lanes: int) -> Valued:
+def padding_rows(num_rows: int, num_lanes: int) -> ValuedRows:
     """Returns rows to stand before an actor's first ones: what starts there has an error that nobody knows, NaN."""
     shape = (num_rows, num_lanes)
     unknown = jnp.full(shape, jnp.nan)
-    return Valued(jnp.zeros(shape), jnp.full(shape, NO_STEP), unknown, unknown)
+    return ValuedRows(jnp.zeros(shape), jnp.full(shape, NO_STEP), unknown, unknown)
 
 
-def own_errors(rows: Valued, n_step: int, discount: float) -> Array:
+def initial_td_errors(rows: ValuedRows, n_step: int, discount: float) -> Array:
     """Returns the TD error of the transition that each row but the last n starts, by the actor's own values.
 
     Args:

@@ -75,7 +75,7 @@ def over_axis(name: str, size: int, *, as_vector: bool = False) -> Replicas:
     )
 
 
-def own_numbers(replicas: Replicas, count: int) -> Array:
+def local_lane_ids(replicas: Replicas, count: int) -> Array:
     """Returns which of all lanes (or episodes) are the `count` that are this replica's: `[count]` uint32."""
     return replicas.rank() * jnp.uint32(count) + jnp.arange(count, dtype=jnp.uint32)
 

@@ -32,7 +32,7 @@ class EnvSpec:
         return self.observation_shape if self.frame_stack == 1 else (*self.observation_shape, self.frame_stack)
 
 
-def as_it_comes(obs: jax.Array) -> jax.Array:
+def identity(obs: jax.Array) -> jax.Array:
     """Returns the observation itself: how it is kept where a network has no wish of its own."""
     return obs
 
@@ -44,17 +44,17 @@ class Network(NamedTuple):
     """`init(key) -> params`."""
     apply: Callable[[Params, jax.Array], jax.Array]
     """`apply(params, observations) -> q_values`: `[batch, ...]` to `[batch, num_actions]` float32."""
-    store: Callable[[jax.Array], jax.Array] = as_it_comes
-    """`store(obs) -> obs`, `[..., *observation_shape]` to `[..., *stored_shape]`: how the agent and its replay keep
+    to_storage_layout: Callable[[jax.Array], jax.Array] = identity
+    """`to_storage_layout(obs) -> obs`, `[..., *observation_shape]` to `[..., *stored_shape]`: how the agent and its replay keep
     each observation, or each frame of a stack. `apply` sees these, frames stacked along a last axis."""
     partition: Mapping[tuple[str, ...], tuple[str | None, ...]] = {}
     """How parameters are to be divided over a mesh, where a module says so: by path, the mesh axis of each of their
     axes."""
 
 
-def stored_spec(spec: EnvSpec, store: Callable[[jax.Array], jax.Array]) -> EnvSpec:
-    """Returns the spec of observations as a network's `store` keeps them."""
-    obs = jax.eval_shape(store, jax.ShapeDtypeStruct(spec.observation_shape, spec.observation_dtype))
+def stored_spec(spec: EnvSpec, to_storage_layout: Callable[[jax.Array], jax.Array]) -> EnvSpec:
+    """Returns the spec of observations as a network's `to_storage_layout` keeps them."""
+    obs = jax.eval_shape(to_storage_layout, jax.ShapeDtypeStruct(spec.observation_shape, spec.observation_dtype))
     return dataclasses.replace(spec, observation_shape=obs.shape, observation_dtype=obs.dtype)
 
 

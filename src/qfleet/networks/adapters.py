@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.types import EnvSpec, Network, Params, stored_spec
 from qfleet.networks.heads import QNetwork
-from qfleet.networks.torsos import make_store
+from qfleet.networks.torsos import make_storage_layout
 
 
 def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
@@ -18,7 +18,9 @@ def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
     Raises:
       ConfigError: if the torso doesn't fit the observations.
     """
-    return from_nnx(lambda rngs: QNetwork(spec, config, rngs))._replace(store=make_store(spec, config))
+    return from_nnx(lambda rngs: QNetwork(spec, config, rngs))._replace(
+        to_storage_layout=make_storage_layout(spec, config)
+    )
 
 
 def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
@@ -77,7 +79,7 @@ def check_network(network: Network, spec: EnvSpec) -> int:
       ConfigError: if it can't be traced with such observations, or returns another shape or type.
     """
     batch = 3  # unlikely to be a size of the network's own
-    stored = stored_spec(spec, network.store)
+    stored = stored_spec(spec, network.to_storage_layout)
     observations = jax.ShapeDtypeStruct((batch, *stored.agent_observation_shape), stored.observation_dtype)
     seen = f"observations {observations.dtype}{list(observations.shape)} of {spec.name}"
     wanted = f"float32{[batch, spec.num_actions]}"

@@ -11,8 +11,8 @@ from flax import nnx
 from jax import lax
 
 from qfleet.config import AgentConfig, ConfigError
-from qfleet.core.frame_stack import store_stack
-from qfleet.core.types import EnvSpec, as_it_comes
+from qfleet.core.frame_stack import stack_to_storage_layout
+from qfleet.core.types import EnvSpec, identity
 from qfleet.networks.convolution import Lowering, convolve, kernel_of_blocks, to_blocks
 
 TorsoName = Literal["mlp", "minatar", "nature"]
@@ -139,7 +139,7 @@ def block_size(spec: EnvSpec, config: AgentConfig) -> int:
     return 1 if any(side % stride for side in (kernel_size, *image[:2])) else stride
 
 
-def make_store(spec: EnvSpec, config: AgentConfig) -> Callable[[jax.Array], jax.Array]:
+def make_storage_layout(spec: EnvSpec, config: AgentConfig) -> Callable[[jax.Array], jax.Array]:
     """Returns how a replay keeps frames for the torso: in the layout that its first layer wants.
 
     With blocks of s x s pixels, `[..., height, width(, channels)]` becomes
@@ -148,11 +148,11 @@ def make_store(spec: EnvSpec, config: AgentConfig) -> Callable[[jax.Array], jax.
     """
     size = block_size(spec, config)
 
-    def store(obs: jax.Array) -> jax.Array:
+    def to_storage_layout(obs: jax.Array) -> jax.Array:
         image = obs if len(spec.observation_shape) == 3 else obs[..., None]
         return jnp.moveaxis(to_blocks(image, size), -1, -3)
 
-    return store if size > 1 else as_it_comes
+    return to_storage_layout if size > 1 else identity
 
 
 class Torso(nnx.Module):
@@ -167,7 +167,7 @@ class Torso(nnx.Module):
         self.num_features = math.prod(spec.agent_observation_shape)
         self.block_size = block_size(spec, config)
         self.raw_shape, self.frame_stack = spec.agent_observation_shape, spec.frame_stack
-        self.store = make_store(spec, config)
+        self.to_storage_layout = make_storage_layout(spec, config)
         self.convolutions: nnx.List[Hidden] = nnx.List([])
         if self.image_shape is None:
             return
@@ -181,7 +181,7 @@ class Torso(nnx.Module):
 
     def __call__(self, observations: jax.Array) -> jax.Array:
         if observations.shape[1:] == self.raw_shape:
-            observations = store_stack(self.store, observations, self.frame_stack)
+            observations = stack_to_storage_layout(self.to_storage_layout, observations, self.frame_stack)
         x = observations.astype(jnp.float32)
         if observations.dtype == jnp.uint8:
             x = x / 255

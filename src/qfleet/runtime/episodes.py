@@ -11,7 +11,7 @@ import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.core.frame_stack import init_view, push_frame
-from qfleet.core.types import EnvSpec, as_it_comes
+from qfleet.core.types import EnvSpec, identity
 from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes
 from qfleet.envs.rendering import draw_observation, is_picture
@@ -20,8 +20,8 @@ from qfleet.runtime.evaluation import MAX_EPISODE_STEPS
 
 QValues = Callable[[Any], Any]
 """`q_values(view) -> q`: `[1, ...]` stored frames, stacked, to `[1, num_actions]`."""
-Store = Callable[[jax.Array], jax.Array]
-"""How `q_values` wants each observation: `Network.store`."""
+ToStorageLayout = Callable[[jax.Array], jax.Array]
+"""How `q_values` wants each observation: `Network.to_storage_layout`."""
 
 
 class Moment(NamedTuple):
@@ -40,7 +40,11 @@ class Moment(NamedTuple):
 
 
 def play(
-    env: InGraphEnv | HostEnv, q_values: QValues, num_episodes: int, seed: int, store: Store = as_it_comes
+    env: InGraphEnv | HostEnv,
+    q_values: QValues,
+    num_episodes: int,
+    seed: int,
+    to_storage_layout: ToStorageLayout = identity,
 ) -> Generator[Iterator[Moment], None, None]:
     """Yields greedy episodes, each an iterator over its moments, which is to be used up before the next is taken.
 
@@ -54,7 +58,7 @@ def play(
       RunFailed: if the environment fails.
     """
     if isinstance(env, InGraphEnv):
-        yield from _play_in_graph(env, q_values, num_episodes, seed, store)
+        yield from _play_in_graph(env, q_values, num_episodes, seed, to_storage_layout)
         return
     if env.make_rendered_lanes is None:
         _check_is_picture(env.spec, "HostEnv `make_rendered_lanes`")
@@ -63,7 +67,7 @@ def play(
     lanes = env.make_rendered_lanes(options) if env.make_rendered_lanes else _Observed(env, options)
     try:
         for episode in range(num_episodes):
-            yield _play_host(lanes, env.spec, q_values, seed + episode, store)
+            yield _play_host(lanes, env.spec, q_values, seed + episode, to_storage_layout)
     finally:
         lanes.close()
 
@@ -83,7 +87,7 @@ def check_can_play(env: InGraphEnv | HostEnv) -> None:
 
 
 def _play_in_graph(
-    env: InGraphEnv, q_values: QValues, num_episodes: int, seed: int, store: Store
+    env: InGraphEnv, q_values: QValues, num_episodes: int, seed: int, to_storage_layout: ToStorageLayout
 ) -> Iterator[Iterator[Moment]]:
     render = env.render
     if render is None:
@@ -93,13 +97,15 @@ def _play_in_graph(
     @jax.jit
     def begin(episode: jax.Array) -> tuple:
         env_state, obs = env.reset(jax.random.fold_in(reset_key, episode))
-        return env_state, obs, init_view(store(obs[None]), env.spec.frame_stack)
+        return env_state, obs, init_view(to_storage_layout(obs[None]), env.spec.frame_stack)
 
     @jax.jit
     def step(env_state: Any, view: jax.Array, action: jax.Array, time: jax.Array, episode: jax.Array) -> tuple:
         key = jax.random.fold_in(jax.random.fold_in(step_key, time), episode)
         result = env.step(env_state, action, key)
-        return result, push_frame(view, store(result.observation[None]), jnp.zeros(1, bool), env.spec.frame_stack)
+        return result, push_frame(
+            view, to_storage_layout(result.observation[None]), jnp.zeros(1, bool), env.spec.frame_stack
+        )
 
     def episode_of(episode: int) -> Iterator[Moment]:
         env_state, obs, view = begin(episode)
@@ -118,9 +124,11 @@ def _play_in_graph(
     yield from map(episode_of, range(num_episodes))
 
 
-def _play_host(lanes: RenderedLanes, spec: EnvSpec, q_values: QValues, seed: int, store: Store) -> Iterator[Moment]:
+def _play_host(
+    lanes: RenderedLanes, spec: EnvSpec, q_values: QValues, seed: int, to_storage_layout: ToStorageLayout
+) -> Iterator[Moment]:
     push = functools.partial(push_frame, is_first=jnp.zeros(1, bool), frame_stack=spec.frame_stack)
-    view = init_view(store(jnp.asarray(lanes.reset(seed))), spec.frame_stack)
+    view = init_view(to_storage_layout(jnp.asarray(lanes.reset(seed))), spec.frame_stack)
     total, ended = 0.0, False
     for time in range(_limit(spec) + 1):
         moment = _moment(spec, lanes.render(), q_values(view), ended, total, time)
@@ -129,7 +137,7 @@ def _play_host(lanes: RenderedLanes, spec: EnvSpec, q_values: QValues, seed: int
             return
         lanes.send(np.array([moment.action], np.int32))
         step = lanes.recv()
-        view = push(view, store(jnp.asarray(step.observation)))
+        view = push(view, to_storage_layout(jnp.asarray(step.observation)))
         total, ended = total + float(step.reward[0]), bool(step.terminated[0] | step.truncated[0])
 
 

@@ -10,8 +10,8 @@ from jax import Array
 
 from qfleet.core import exploration
 from qfleet.core.frame_stack import init_view, push_frame
-from qfleet.core.replicas import ALONE, Replicas, own_numbers
-from qfleet.core.types import EnvSpec, Params, as_it_comes
+from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
+from qfleet.core.types import EnvSpec, Params, identity
 from qfleet.envs.host import HostLanes
 from qfleet.envs.spec import InGraphEnv
 
@@ -30,7 +30,7 @@ def greedy_returns(
     params: Params,
     key: Array,
     num_episodes: int,
-    store: Callable[[Array], Array] = as_it_comes,
+    to_storage_layout: Callable[[Array], Array] = identity,
     replicas: Replicas = ALONE,
 ) -> Array:
     """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32, all stepped at once.
@@ -39,13 +39,13 @@ def greedy_returns(
       q_values: `q_values(params, obs) -> q`, over a batch.
       key: of these episodes; never one that training has used.
       num_episodes: in total.
-      store: how `q_values` wants each observation, `Network.store`.
+      to_storage_layout: how `q_values` wants each observation, `Network.to_storage_layout`.
       replicas: who each play their share of them.
     """
     limit = env.spec.time_limit or MAX_EPISODE_STEPS
     frame_stack = env.spec.frame_stack
     num_own = -(-num_episodes // replicas.size)
-    numbers = own_numbers(replicas, num_own)
+    numbers = local_lane_ids(replicas, num_own)
 
     def keys_of(key: Array) -> Array:
         return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
@@ -60,14 +60,14 @@ def greedy_returns(
         result = jax.vmap(env.step)(env_state, action, keys_of(jax.random.fold_in(step_key, time)))
         returns += jnp.where(has_ended, 0.0, result.reward)
         has_ended |= result.terminated | result.truncated
-        view = push_frame(view, store(result.observation), nobody, frame_stack)
+        view = push_frame(view, to_storage_layout(result.observation), nobody, frame_stack)
         return time + 1, result.state, view, has_ended, returns
 
     def is_running(carry: tuple) -> Array:
         time, _, _, has_ended, _ = carry
         return (time < limit) & ~jnp.all(has_ended)
 
-    start = (jnp.int32(0), env_state, init_view(store(obs), frame_stack), nobody, jnp.zeros(num_own))
+    start = (jnp.int32(0), env_state, init_view(to_storage_layout(obs), frame_stack), nobody, jnp.zeros(num_own))
     returns = jax.lax.while_loop(is_running, step, start)[-1]
     return replicas.gather(returns).reshape(-1)[:num_episodes]
 
@@ -78,7 +78,7 @@ def host_greedy_returns(
     act: Callable[[Array], Array],
     num_episodes: int,
     seed: int,
-    store: Callable[[Array], Array] = as_it_comes,
+    to_storage_layout: Callable[[Array], Array] = identity,
 ) -> np.ndarray:
     """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32.
 
@@ -94,13 +94,13 @@ def host_greedy_returns(
       act: `act(view) -> action`, `[lanes, ...]` stored frames, stacked, to `[lanes]`.
       num_episodes: in total.
       seed: of these episodes; never one that training has used.
-      store: how `act` wants each observation, `Network.store`.
+      to_storage_layout: how `act` wants each observation, `Network.to_storage_layout`.
     """
     limit = spec.time_limit or MAX_EPISODE_STEPS
-    push = jax.jit(lambda view, obs, is_first: push_frame(view, store(obs), is_first, spec.frame_stack))
+    push = jax.jit(lambda view, obs, is_first: push_frame(view, to_storage_layout(obs), is_first, spec.frame_stack))
     obs = lanes.reset(seed)
     num_lanes = len(obs)
-    view = init_view(store(jnp.asarray(obs)), spec.frame_stack)
+    view = init_view(to_storage_layout(jnp.asarray(obs)), spec.frame_stack)
     is_final, total, steps = np.zeros(num_lanes, bool), np.zeros(num_lanes), np.zeros(num_lanes, np.int64)
     under_way = np.arange(num_lanes)  # the episode of each lane, numbered in the order in which they start
     returns: dict[int, float] = {}

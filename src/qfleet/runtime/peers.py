@@ -36,9 +36,9 @@ def gather(values: np.ndarray) -> np.ndarray:
         return values[None]
     from jax.experimental import multihost_utils
 
-    everybodys = np.asarray(multihost_utils.process_allgather(values))
+    replicated = np.asarray(multihost_utils.process_allgather(values))
     widen_send_buffers()
-    return everybodys
+    return replicated
 
 
 _SEND_BUFFER_BYTES = 2**22
@@ -76,15 +76,15 @@ def firsts(number: float) -> float:
 
 def any_of(*flags: bool) -> tuple[bool, ...]:
     """Returns of each flag whether it is set in any process."""
-    everybodys = gather(np.array(flags))
-    return tuple(bool(everybodys[:, i].any()) for i in range(len(flags)))
+    replicated = gather(np.array(flags))
+    return tuple(bool(replicated[:, i].any()) for i in range(len(flags)))
 
 
 def check_agreed(settings: Mapping[str, int]) -> None:
     """Leaves the others and raises ConfigError, as all of them do, unless all have the same settings."""
     values = np.array(list(settings.values()), np.int64)
-    everybodys = gather(values.view(np.int32)).view(np.int64)  # JAX would cut them to 32 bits
-    for name, each in zip(settings, everybodys.T.tolist(), strict=True):
+    replicated = gather(values.view(np.int32)).view(np.int64)  # JAX would cut them to 32 bits
+    for name, each in zip(settings, replicated.T.tolist(), strict=True):
         if len(set(each)) > 1:
             leave()  # in order, or one that ends first would take the others along before they have said why
             raise ConfigError(

@@ -42,7 +42,7 @@ class Recorder:
         self._period = config.video_period_env_steps
         self._trained_seed = config.seed if config.num_seeds > 1 else None  # the first of many
         self._env = env
-        self._q_values, self._store = jax.jit(network.apply), network.store
+        self._q_values, self._store = jax.jit(network.apply), network.to_storage_layout
         self.num_videos = 0
         """Written so far."""
         self.num_failures = 0

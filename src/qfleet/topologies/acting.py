@@ -38,7 +38,7 @@ class RowReport(NamedTuple):
 def init_actor(env: InGraphEnv, agent: Agent, key: Array, numbers: Array) -> ActorState:
     """Returns an actor in the lanes of these numbers, `[lanes]` integers, each at the start of an episode."""
     lanes = init_lanes(env, key, numbers)
-    view = init_view(agent.store(lanes.observation), env.spec.frame_stack)
+    view = init_view(agent.to_storage_layout(lanes.observation), env.spec.frame_stack)
     return ActorState(lanes, view, jnp.zeros(len(numbers)))
 
 
@@ -55,7 +55,7 @@ def act(
     action = agent.explore(q, exploration, uniform)
     lanes, step = step_lanes(env, lanes_tm1, action, draws)
     outcome = outcome_of(step.terminated, step.truncated, lanes_tm1.final)
-    row = Row(agent.store(lanes_tm1.observation), action, step.reward, outcome)
+    row = Row(agent.to_storage_layout(lanes_tm1.observation), action, step.reward, outcome)
     episode_return = jnp.where(lanes_tm1.final, 0.0, actor.episode_return + step.reward)
     report = RowReport(
         episode_ended=lanes.final,
@@ -64,7 +64,7 @@ def act(
         q_max=jnp.max(q, axis=-1),
         is_bad=~(jnp.isfinite(step.reward) & _is_finite(lanes.observation)),
     )
-    view = push_frame(actor.view, agent.store(lanes.observation), lanes_tm1.final, env.spec.frame_stack)
+    view = push_frame(actor.view, agent.to_storage_layout(lanes.observation), lanes_tm1.final, env.spec.frame_stack)
     return ActorState(lanes, view, episode_return), row, report, q
 
 

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from qfleet.config import AgentConfig, RunFailed
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
-from qfleet.core.replay.layout import relaid
+from qfleet.core.replay.layout import resharded
 from qfleet.core.replay.ring import Ring, Row
 from qfleet.core.types import Params
 from qfleet.runtime.checkpoints import Checkpoints
@@ -154,7 +154,7 @@ def read_as(
     if like.get("replay"):
         wanted: SavedReplay = like["replay"]
         num_rows, num_lanes = wanted.ring.rows.outcome.shape
-        saved = fitting(
+        saved = resharded_replay(
             saved_replay(checkpoints.restore_item("replay", env_steps=checkpoint)),
             (num_rows, num_lanes, 1),
             config,
@@ -175,12 +175,12 @@ def saved_replay(item: dict[str, Any]) -> SavedReplay:
     return SavedReplay(Ring(**{**ring, "rows": Row(**ring["rows"])}), item.get("leaves", ()), item["max_priority"])
 
 
-def fitting(
+def resharded_replay(
     saved: SavedReplay, shape: tuple[int, int, int], config: AgentConfig, frame_stack: int, *, is_prioritised: bool
 ) -> SavedReplay:
     """Returns a saved replay divided anew: `shape` is rows, lanes and segments. Says so if that drops something."""
     num_rows, num_lanes, num_segments = shape
-    saved, num_dropped = relaid(
+    saved, num_dropped = resharded(
         saved,
         num_rows,
         num_lanes,

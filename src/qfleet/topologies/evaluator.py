@@ -47,7 +47,7 @@ class Evaluator:
             lambda view: self._greedy(params, view),
             num_episodes,
             seed_of(*numbers),
-            self._agent.store,
+            self._agent.to_storage_layout,
         )
         return returns[None]
 
@@ -67,6 +67,6 @@ class Evaluator:
 
         def returns(params: Params, key: jax.Array, num_episodes: int) -> jax.Array:
             assert isinstance(env, InGraphEnv)
-            return greedy_returns(env, agent.q_values, params, key, num_episodes, agent.store)
+            return greedy_returns(env, agent.q_values, params, key, num_episodes, agent.to_storage_layout)
 
         return jax.jit(returns, static_argnums=2)

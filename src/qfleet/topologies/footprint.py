@@ -125,7 +125,7 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
     """Returns the shapes of one replica's share of what it learns from: a batch of transitions, or a whole rollout.
 
     Args:
-      stored: the spec of observations as the network's `store` keeps them.
+      stored: the spec of observations as the network's `to_storage_layout` keeps them.
       config: the agent's.
       num_lanes: of all replicas.
       num_replicas: how many there are.

@@ -16,7 +16,7 @@ from qfleet.networks.partition import MODEL_AXIS, partition_like, partition_para
 DATA_AXIS = "data"
 """Over which lanes, replay and batches are divided; each device along it is a replica of the learner."""
 
-EVERYBODYS: Any = PartitionSpec()
+REPLICATED: Any = PartitionSpec()
 
 
 class Placement:
@@ -53,7 +53,7 @@ class Placement:
             params=params,
             target_params=params if state.target_params else (),
             optimiser_state=partition_like(state.optimiser_state, state.params, params),
-            target_age=EVERYBODYS,
+            target_age=REPLICATED,
         )
 
     def jit(self, function: Callable, in_specs: Any, out_specs: Any, donate_argnums: tuple[int, ...] = ()) -> Any:

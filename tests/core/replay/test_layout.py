@@ -11,7 +11,7 @@ import oracle
 import pytest
 
 from qfleet.config import AgentConfig
-from qfleet.core.replay import NO_STEP, TRUNCATED, Row, SavedReplay, make_replay, relaid
+from qfleet.core.replay import NO_STEP, TRUNCATED, Row, SavedReplay, make_replay, resharded
 from qfleet.core.replay.ring import Ring
 from qfleet.core.types import EnvSpec
 
@@ -155,7 +155,7 @@ def run(case, end_probability=0.25):
         state = replay.insert(state, row_of(next(left[k])), jnp.int32(k), error)
     saved = jax.device_get(SavedReplay(state.ring, replay.leaves(state), state.max_priority))
     before = jax.tree.map(np.copy, saved)
-    result, num_dropped = relaid(
+    result, num_dropped = resharded(
         saved,
         *case.new,
         n_step=case.n_step,
@@ -327,7 +327,7 @@ def test_lanes_of_like_length_share_a_segment():
     rows = Row(obs, zeros.astype(np.int32), zeros.astype(np.float32), outcome)
     ring = Ring(rows, np.int32([0]), np.int32([31]), np.uint32([31]))
     saved = SavedReplay(ring, (), np.float32(1))
-    result, num_dropped = relaid(saved, 32, 4, 2, n_step=1, frame_stack=1, is_prioritised=False)
+    result, num_dropped = resharded(saved, 32, 4, 2, n_step=1, frame_stack=1, is_prioritised=False)
     np.testing.assert_array_equal(result.ring.size, [21, 10])
     np.testing.assert_array_equal(result.ring.cursor, [21, 10])
     assert num_dropped == 1  # the newest step of the second lane
@@ -337,7 +337,7 @@ def test_an_empty_replay_stays_empty():
     replay = make(FLEET, PRIORITISED, 3, 4)
     state = replay.init()
     saved = SavedReplay(state.ring, replay.leaves(state), state.max_priority)
-    result, num_dropped = relaid(saved, *WIDE, n_step=3, frame_stack=4, is_prioritised=True)
+    result, num_dropped = resharded(saved, *WIDE, n_step=3, frame_stack=4, is_prioritised=True)
     assert num_dropped == 0
     wide = make(WIDE, PRIORITISED, 3, 4)
     jax.tree.map(np.testing.assert_array_equal, wide.restore(result), wide.init())
@@ -345,4 +345,4 @@ def test_an_empty_replay_stays_empty():
 
 def test_lanes_must_divide_over_the_segments():
     with pytest.raises(ValueError, match="got num_lanes=4, num_segments=3; try 6"):
-        relaid(run(CASES[0]).saved, 12, 4, 3, n_step=1, frame_stack=1, is_prioritised=False)
+        resharded(run(CASES[0]).saved, 12, 4, 3, n_step=1, frame_stack=1, is_prioritised=False)

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from qfleet.config import AgentConfig
-from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Part, Row, make_replay, outcome_of
+from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, DrawShare, Row, make_replay, outcome_of
 from qfleet.core.replay.replay import MIN_PRIORITY
 from qfleet.core.types import EnvSpec
 
@@ -205,7 +205,7 @@ def test_several_replays_are_drawn_from_as_if_they_were_one():
     together, state, alone, states = filled()
     totals = np.array([float(jnp.sum(alone.leaves(own))) for own in states])
     num_transitions = sum(int(own.num_transitions[0]) for own in states)
-    sample_part = jax.jit(alone.sample_part, static_argnums=5)
+    sample_share = jax.jit(alone.sample_share, static_argnums=5)
     random = np.random.default_rng(0)
     weights, counts = {}, {}
     num_batches, batch_size = 400, 60
@@ -213,10 +213,10 @@ def test_several_replays_are_drawn_from_as_if_they_were_one():
         ends = np.floor(np.cumsum(totals / totals.sum()) * batch_size + random.random()).astype(int)
         ends[-1] = batch_size
         for own, num, total in zip(states, np.diff(ends, prepend=0), totals, strict=True):
-            part = Part(jnp.int32(num), jnp.float32(total / totals.sum()), jnp.float32(num_transitions))
+            part = DrawShare(jnp.int32(num), jnp.float32(total / totals.sum()), jnp.float32(num_transitions))
             for first in range(0, num, 16):  # in turns
                 key = jax.random.key(random.integers(2**31))
-                turn = sample_part(own, key, BETA, part, first, 16)
+                turn = sample_share(own, key, BETA, part, first, 16)
                 assert np.sum(turn.is_mine) == min(16, num - first)
                 drawn = jax.tree.map(lambda x, turn=turn: np.asarray(x)[turn.is_mine], turn.transition)
                 for obs, weight in zip(drawn.obs[:, -1], drawn.weight, strict=True):

@@ -12,13 +12,13 @@ from scipy import stats
 
 import qfleet
 from qfleet.config import ActorLearnerConfig, AgentConfig, ConfigError, TrainConfig
-from qfleet.core.replay import NO_STEP, Part, SavedReplay
+from qfleet.core.replay import NO_STEP, DrawShare, SavedReplay
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.topologies.actor_learner import learner as learner_module
 from qfleet.topologies.actor_learner.learner import GlobalLearner, batches_per_round
 from qfleet.topologies.fleet.actor import Actor, Chunk
-from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, Limiter
+from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, RateLimiter
 from qfleet.topologies.fleet.replay_shard import ReplayShard, Writer, deal, join_shards, share_of
 
 BATCH = 64
@@ -160,7 +160,7 @@ def test_errors_that_come_back_late_or_for_nothing_do_no_harm():
     shard = ReplayShard(config, 0)
     for k in range(6):
         shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
-    draws = Part(np.int32(10), np.float32(1), np.float32(80))
+    draws = DrawShare(np.int32(10), np.float32(1), np.float32(80))
     stock, transition = shard.sample(5, 1, 0.4, draws, BATCH)
     assert len(transition.obs) == 10 and stock.num_transitions > 0
     for k in range(6, 40):  # round the ring and further
@@ -177,7 +177,7 @@ def test_errors_become_the_priorities_of_the_transitions_that_they_are_of(num_dr
     shard = ReplayShard(config, 0)
     for k in range(6):
         shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
-    _, transition = shard.sample(1, 3, 0.4, Part(np.int32(num_draws), np.float32(1), np.float32(80)), BATCH)
+    _, transition = shard.sample(1, 3, 0.4, DrawShare(np.int32(num_draws), np.float32(1), np.float32(80)), BATCH)
     assert len(transition.obs) == num_draws
     errors = transition.obs[:, 2] + 1
     shard.set_priorities(1, errors)
@@ -196,7 +196,7 @@ def test_what_is_drawn_over_shards_is_as_from_one_replay(num_shards, kind):
     for actor in range(4):
         for k in range(2 + actor * 3):  # some go round, some are hardly begun
             shards[actor % num_shards].insert(actor // num_shards, Writer(0, k), numbered(config, actor, 0, k))
-    whole = join_shards([shard.snapshot() for shard in shards], topology.crew)
+    whole = join_shards([shard.snapshot() for shard in shards], topology.actor_pool)
     stocks = [shard.stock() for shard in shards]
     num_transitions = sum(stock.num_transitions for stock in stocks)
     assert num_transitions == np.sum(whole.leaves > 0)
@@ -207,7 +207,7 @@ def test_what_is_drawn_over_shards_is_as_from_one_replay(num_shards, kind):
         assert dealt.sum() == BATCH
         for shard, count, share in zip(shards, dealt, shares, strict=True):
             if count:
-                draws = Part(np.int32(count), np.float32(share), np.float32(num_transitions))
+                draws = DrawShare(np.int32(count), np.float32(share), np.float32(num_transitions))
                 _, drawn = shard.sample(number, int(random.integers(2**32)), exponent, draws, BATCH)
                 for obs, weight in zip(drawn.obs, drawn.weight, strict=True):
                     key = (int(obs[0]), int(obs[2]), int(obs[3]))
@@ -230,34 +230,36 @@ def test_a_replay_goes_on_in_another_number_of_shards():
     for actor in range(4):
         for k in range(3 + actor):
             shards[actor % 2].insert(actor // 2, Writer(0, k), numbered(config, actor, 0, k))
-    whole = join_shards([shard.snapshot() for shard in shards], config.topology.crew)
+    whole = join_shards([shard.snapshot() for shard in shards], config.topology.actor_pool)
     for actor in range(4):
         lanes = whole.ring.rows.obs[: int(whole.ring.size[actor]), 2 * actor : 2 * actor + 2, 0]
         assert np.all(lanes == actor) and lanes.size
     wider = config_of(num_replay_shards=4)
     again = [ReplayShard(wider, i) for i in range(4)]
     for i, shard in enumerate(again):
-        shard.restore(share_of(whole, wider.topology.crew, i))
-    same = join_shards([shard.snapshot() for shard in again], wider.topology.crew)
+        shard.restore(share_of(whole, wider.topology.actor_pool, i))
+    same = join_shards([shard.snapshot() for shard in again], wider.topology.actor_pool)
     jax.tree.map(np.testing.assert_array_equal, same, whole)
 
 
-# --- The limiter ---
+# --- The rate_limiter ---
 
 
 def test_the_learner_owes_what_the_replay_ratio_says_and_the_actors_wait_for_it():
     config = config_of(env_steps=10_000)
-    limiter = Limiter(config, num_batches=4)
-    assert [limiter.due(n) for n in (0, 64, 68, 464)] == [0, 0, 1, 100], "nothing in the warm-up, then one in four"
+    rate_limiter = RateLimiter(config, num_batches=4)
+    assert [rate_limiter.due(n) for n in (0, 64, 68, 464)] == [0, 0, 1, 100], "nothing in the warm-up, then one in four"
     wave = CHUNKS_AHEAD * 8 * 8 // 4  # all actors' chunks, in learner steps; and three rounds of four
-    assert not limiter.is_far_ahead(4_064, 1_000 - wave - 12)
-    assert limiter.is_far_ahead(4_064, 1_000 - wave - 13)
-    assert limiter.is_far_ahead(9_980, limiter.due(9_980) - 6), "nobody waits after the end: it must be near before"
-    assert not limiter.is_far_ahead(9_980, limiter.due(9_980) - 5)
-    limiter.begin_anew(5_000, 777)
-    assert [limiter.due(n) for n in (5_000, 5_064, 5_068)] == [777, 777, 778]
-    limiter.go_on(0, 464, 90)
-    assert [limiter.due(n) for n in (464, 504)] == [90, 100], "what it owed elsewhere is forgotten"
+    assert not rate_limiter.is_far_ahead(4_064, 1_000 - wave - 12)
+    assert rate_limiter.is_far_ahead(4_064, 1_000 - wave - 13)
+    assert rate_limiter.is_far_ahead(9_980, rate_limiter.due(9_980) - 6), (
+        "nobody waits after the end: it must be near before"
+    )
+    assert not rate_limiter.is_far_ahead(9_980, rate_limiter.due(9_980) - 5)
+    rate_limiter.begin_anew(5_000, 777)
+    assert [rate_limiter.due(n) for n in (5_000, 5_064, 5_068)] == [777, 777, 778]
+    rate_limiter.resume(0, 464, 90)
+    assert [rate_limiter.due(n) for n in (464, 504)] == [90, 100], "what it owed elsewhere is forgotten"
 
 
 # --- The learner ---
@@ -374,7 +376,7 @@ def test_a_fleet_trains_is_saved_and_goes_on_in_other_sizes_and_elsewhere(cluste
     summary = run.summary
     assert summary["stopped"] == "env steps" and summary["env_steps"] == 4_096
     ratio = (4_096 - 64) / summary["learner_steps"]
-    assert 4.0 <= ratio < 4.3, "the limiter holds the replay ratio"
+    assert 4.0 <= ratio < 4.3, "the rate_limiter holds the replay ratio"
     assert sum(record.new_env_steps for record in records) == 4_096
     assert any(record.fleet["replay_transitions"] > 1_000 for record in records)
     assert not caplog.records, "nothing was replaced, nothing fell silent"

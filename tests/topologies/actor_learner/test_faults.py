@@ -31,7 +31,7 @@ pytest.importorskip("ray")
 
 from qfleet.topologies.fleet import director as director_module
 from qfleet.topologies.fleet import supervisor as supervisor_module
-from qfleet.topologies.fleet.supervisor import Parts, _Ask
+from qfleet.topologies.fleet.supervisor import Supervisor, _Request
 
 TESTS = Path(__file__).resolve().parents[2]
 
@@ -66,7 +66,7 @@ def test_the_judge_finds_what_a_fault_could_do_to_a_replay():
         chunk = actor.collect(0.1)[1]
         chunk = actor.collect(0.1)[1] if writer == Writer(0, 3) else chunk
         shard.insert(1, writer, chunk)
-    saved = join_shards([shard.snapshot()], config.topology.crew)
+    saved = join_shards([shard.snapshot()], config.topology.actor_pool)
     verdict = witness.judge(saved, config)
     assert verdict == (80, 4, 4, ())
 
@@ -106,8 +106,8 @@ class Silent:
     """A part that never answers what it was asked."""
 
     def __init__(self, method: str, needs: list[Any]) -> None:
-        self.name, self.is_there, self.heard_at, self.has_answered = "part", True, 1000.0, {"insert"}
-        self.asks = collections.deque([_Ask(method, [object()], print, needs, None, print, 1000.0)])
+        self.name, self.is_ready, self.replied_at, self.has_replied_to = "part", True, 1000.0, {"insert"}
+        self.requests = collections.deque([_Request(method, [object()], print, needs, None, print, 1000.0)])
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def silence_of(monkeypatch) -> Callable[..., float | None]:
         clock, part, replaced = Clock(), Silent(method, needs), []
         monkeypatch.setattr(supervisor_module, "time", clock)
         monkeypatch.setattr(supervisor_module, "_are_there", lambda references: all(references))
-        parts: Any = Parts(silence_seconds=10.0, max_restarts=5)
-        parts._parts.append(part)
+        parts: Any = Supervisor(silence_seconds=10.0, max_restarts=5)
+        parts._processes.append(part)
         monkeypatch.setattr(parts, "replace", lambda *_, **__: replaced.append(clock.now - 1000))
         for second in range(200):
             clock.now += 1.0

@@ -20,7 +20,7 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import saved_replay
 from qfleet.topologies.fleet.replay_shard import join_shards, share_of
 from qfleet.topologies.gossip.averaging import consensus_distance, mean_of, mixed, shares_of
-from qfleet.topologies.gossip.peer import GossipPeer, Place, crew_of_peers, peer_config
+from qfleet.topologies.gossip.peer import GossipPeer, Place, actor_pool_of_peers, peer_config
 from qfleet.topologies.gossip.topology import env_steps_per_chunk
 from qfleet.topologies.mesh import leaves_of
 from qfleet.training.assembly import footprint, make_own_learner
@@ -91,14 +91,14 @@ class World:
         config = config_of(num_processes=num_peers, num_envs=2 * num_peers, env_steps=10**9, seed=seed)
         self.random, self.drift, self.learned = np.random.default_rng(seed), drift, 0.0
         self.director = director.GossipDirector(config, make_own_learner, 100, lambda *_: [], None, is_in_graph=True)
-        self.director._parts = self
+        self.director._supervisor = self
         self.numbers = self.random.normal(size=num_peers)
         self.steps = np.zeros(num_peers, int)
         self.asked: list[list] = [[] for _ in range(num_peers)]
         self.director._peers = [director._Peer(i, i, stage="training") for i in range(num_peers)]
         self.report = director.Report
 
-    def ask(self, part: int, method: str, *arguments, then, **_) -> None:
+    def submit(self, part: int, method: str, *arguments, then, **_) -> None:
         if method == "prepare":
             return
         assert method == "advance" and len(self.asked[part]) < 2
@@ -178,14 +178,14 @@ def test_a_peer_whose_share_is_empty_warms_up_anew_and_one_that_has_steps_goes_o
         share = empty.state()[2]
         monkeypatch.setattr(world.director, "share_of_newest_checkpoint", lambda _, share=share: share)
         peer = world.director._peers[0]
-        peer.env_steps, peer.replay_starts_at, peer.part = 5_000, 0, Part()
+        peer.env_steps, peer.replay_starts_at, peer.process = 5_000, 0, RemoteProcess()
         world.director._bring_in(peer, None)
     num_steps = int(np.sum(share.ring.rows.outcome[: int(share.ring.size[0])] != NO_STEP))
     assert 48 < num_steps < 64, "the rest are final observations"
     assert asked == [Place(5_000, 0, 5_000), Place(5_000, 0, 5_000 - num_steps)]
 
 
-class Part:
+class RemoteProcess:
     """One that has been replaced."""
 
     name, failed_at = "peer 0", (0.0,)
@@ -251,16 +251,16 @@ def test_a_peer_goes_on_where_another_stopped_and_takes_half_of_the_way_to_it(pr
 @pytest.mark.parametrize("preset", ["dqn", "rainbow_lite"])
 def test_replays_are_joined_lane_by_lane_and_divided_again(preset):
     config = config_of(preset)
-    crew = crew_of_peers(config.topology)
+    pool = actor_pool_of_peers(config.topology)
     peers = [prepared(config, i) for i in range(2)]
     for i, peer in enumerate(peers):
         peer.begin(Place(0, 0, 0), peer.learner()[1], None)
         peer.advance(64 + 128 * i)
     replays = [peer.state()[2] for peer in peers]
-    whole = join_shards(replays, crew)
+    whole = join_shards(replays, pool)
     assert whole.ring.rows.action.shape == (512, 4) and whole.ring.size.tolist() == [32, 96]
     for i, replay in enumerate(replays):
-        jax.tree.map(np.testing.assert_array_equal, share_of(whole, crew, i)._replace(max_priority=0),
+        jax.tree.map(np.testing.assert_array_equal, share_of(whole, pool, i)._replace(max_priority=0),
                      replay._replace(max_priority=0))  # fmt: skip
 
 
@@ -373,7 +373,7 @@ def test_the_others_go_on_when_a_peer_is_killed_and_it_comes_back_as_one_of_them
         has_trained_at = env_steps
         while (checkpoints.latest() or 0) <= has_trained_at:
             go_on()
-        os.kill(victim.part.place[0], signal.SIGKILL)
+        os.kill(victim.process.place[0], signal.SIGKILL)
         while victim.stage == "training":
             go_on()
         before = [peer.env_steps for peer in (victim, *others)]

@@ -131,7 +131,9 @@ def test_how_frames_are_stored_changes_nothing_that_is_learned(kind):
         assert view.shape[1:] == (1, *env.spec.agent_observation_shape)
         return plain.apply(params, view[:, 0] / 2)
 
-    picky = Network(plain.init, apply, store=lambda obs: jnp.expand_dims(2 * obs, -1 - len(env.spec.observation_shape)))
+    picky = Network(
+        plain.init, apply, to_storage_layout=lambda obs: jnp.expand_dims(2 * obs, -1 - len(env.spec.observation_shape))
+    )
     for make in (
         lambda network: Fused(config_of(kind, FusedConfig(num_envs=NUM_ENVS)), env, network),
         lambda network: make_overlapped(kind, env, network=network),
@@ -148,7 +150,9 @@ def test_how_frames_are_stored_changes_nothing_that_is_learned(kind):
         np.testing.assert_allclose(*(policy.q_values(seen) for policy in policies), rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(*(policy.evaluate(5) for policy in policies))
         episodes = (
-            play(env._replace(render=lambda *_: np.zeros((2, 2, 3), np.uint8)), q_values, 1, 0, network.store)
+            play(
+                env._replace(render=lambda *_: np.zeros((2, 2, 3), np.uint8)), q_values, 1, 0, network.to_storage_layout
+            )
             for network in (plain, picky)
             for q_values in [functools.partial(network.apply, learned[0][0])]
         )

@@ -284,7 +284,7 @@ class Reference:
 
     def __init__(self) -> None:
         self.value: Any = None
-        self.is_there = self.has_failed = False
+        self.is_ready = self.has_failed = False
 
 
 @dataclasses.dataclass
@@ -304,7 +304,7 @@ class FakePart:
         self._make = functools.partial(next(base for base in kind.__mro__ if base.__name__ in KINDS), *arguments)
         self.worker = self._make()
         self.asks: list[Ask] = []
-        self.is_there = True
+        self.is_ready = True
 
     def die(self) -> None:
         """Is replaced by another."""
@@ -321,7 +321,7 @@ class FakePart:
         if not self.asks:
             return False
         needs = [x for x in self.asks[0].arguments if isinstance(x, Reference)]
-        if not all(need.is_there or need.has_failed for need in needs):
+        if not all(need.is_ready or need.has_failed for need in needs):
             return False
         ask = self.asks.pop(0)
         if any(need.has_failed for need in needs):
@@ -331,7 +331,7 @@ class FakePart:
         result = self._call(ask.method, values)
         results = result if len(ask.references) > 1 else [result]
         for reference, value in zip(ask.references, results, strict=True):
-            reference.value, reference.is_there = value, True
+            reference.value, reference.is_ready = value, True
         ask.then(ask.references[0].value, *ask.references[1:])
         return True
 
@@ -348,19 +348,19 @@ KINDS = ("Worker", "ServerShard")
 
 
 class FakeParts:
-    """`Parts` without processes."""
+    """`Supervisor` without processes."""
 
     num_restarts = 0
 
     def add(self, part: FakePart) -> FakePart:
         return part
 
-    def ask(
-        self, part, method, *arguments, then=lambda *_: None, num_returns=1, needs=(), is_repeated=False,
-        dropped=lambda: None,
+    def submit(
+        self, part, method, *arguments, on_reply=lambda *_: None, num_returns=1, needs=(), is_repeated=False,
+        on_dropped=lambda: None,
     ):  # fmt: skip
         references = [Reference() for _ in range(num_returns)]
-        part.asks.append(Ask(method, arguments, references, then, dropped))
+        part.asks.append(Ask(method, arguments, references, on_reply, on_dropped))
         return references
 
 
@@ -381,9 +381,9 @@ def simulated(monkeypatch) -> Callable[..., Any]:
             raise AssertionError("there is no checkpoint to read")
 
         director = module.ServerDirector(config, division_of(config), nothing, nothing)
-        director._parts = FakeParts()
-        director._make_part = FakePart
-        director._make_parts()
+        director._supervisor = FakeParts()
+        director._make_process = FakePart
+        director._start_processes()
         return director
 
     return make
@@ -397,7 +397,7 @@ def step(director: Any, parts: list[FakePart]) -> None:
 
 
 def workers_of(director: Any) -> list[FakePart]:
-    return [worker.part for worker in director._actors]
+    return [worker.process for worker in director._actors]
 
 
 def answer_all(parts: list[FakePart]) -> None:
@@ -503,7 +503,7 @@ def test_a_worker_that_is_lost_begins_with_an_empty_replay_and_warms_up_again(si
     held = director._actors[2].stock.num_transitions
     assert held > 0
     with caplog.at_level(logging.WARNING, logger="qfleet"):
-        director._actors[2].part.die()
+        director._actors[2].process.die()
     assert f"worker 2 held {held} transitions; 0 are back: there is no checkpoint that has them" in caplog.text
     assert director.incarnations == [0, 0, 1, 0]
     train(director, 120)
@@ -634,7 +634,7 @@ def test_it_survives_the_loss_of_a_worker_and_of_a_shard_of_the_server(cluster, 
             learner_steps = progress.learner_steps
             break
         name, waiting_for = to_kill.pop(0), director.num_restarts + 1
-        part = next(part for part in director._parts._parts if part.name == name)
+        part = next(part for part in director._supervisor._processes if part.name == name)
         os.kill(part.place[0], signal.SIGKILL)
     assert learner_steps > 0 and run.summary["num_restarts"] == 2
     assert run.summary["learner_steps"] >= learner_steps

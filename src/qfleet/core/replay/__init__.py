@@ -1,8 +1,8 @@
 """Replay: a ring of rows, priorities beside it, and transitions put together when sampled."""
 
-from qfleet.core.replay.layout import relaid
+from qfleet.core.replay.layout import resharded
 from qfleet.core.replay.replay import (
-    Part,
+    DrawShare,
     Replay,
     ReplayState,
     Sample,
@@ -18,7 +18,7 @@ __all__ = [
     "NO_STEP",
     "TERMINATED",
     "TRUNCATED",
-    "Part",
+    "DrawShare",
     "Replay",
     "ReplayState",
     "Row",
@@ -28,6 +28,6 @@ __all__ = [
     "outcome_of",
     "partition",
     "partition_saved",
-    "relaid",
+    "resharded",
     "sealed_outcomes",
 ]

@@ -34,7 +34,7 @@ class _Places(NamedTuple):
     """Of its rows, the newest; 0 where it is dropped."""
 
 
-def relaid(
+def resharded(
     saved: SavedReplay,
     num_rows: int,
     num_lanes: int,

@@ -58,7 +58,7 @@ class Sample(NamedTuple):
     """`[segments]` uint32, `Ring.insertions` when it was drawn."""
 
 
-class Part(NamedTuple):
+class DrawShare(NamedTuple):
     """Some draws of a batch that is drawn from several replays as if they were one."""
 
     num_draws: Array
@@ -85,9 +85,9 @@ class Replay(NamedTuple):
     sample: Callable[[ReplayState, Array, Array], Sample]
     """`sample(state, key, importance_exponent) -> sample`, once n_step + 1 rows are in. Uniform sampling ignores the
     exponent: its weights are 1."""
-    sample_part: Callable[[ReplayState, Array, Array, Part, Array, int], Sample]
-    """`sample_part(state, key, importance_exponent, part, first, size) -> sample` of `size` draws of the part, from its
-    `first` on; those beyond `part.num_draws` don't count. Of prioritised replay only, and of one that isn't divided
+    sample_share: Callable[[ReplayState, Array, Array, DrawShare, Array, int], Sample]
+    """`sample_share(state, key, importance_exponent, share, first, size) -> sample` of `size` draws of the share, from
+    its `first` on; those beyond `share.num_draws` don't count. Of prioritised replay only, and of one that isn't divided
     over replicas."""
     set_priorities: Callable[[ReplayState, Sample, Array], ReplayState]
     """`set_priorities(state, sample, td_error) -> state`, with the errors of `sample.transition`; those of overwritten
@@ -100,11 +100,11 @@ class Replay(NamedTuple):
 
 def partition(state: ReplayState, axis: str) -> Any:
     """Returns how the state's arrays are spread over the replicas along a mesh axis, as `PartitionSpec`s."""
-    mine, everybodys = cast(Any, PartitionSpec(axis)), cast(Any, PartitionSpec())
+    mine, replicated = cast(Any, PartitionSpec(axis)), cast(Any, PartitionSpec())
     return ReplayState(
         ring=_partition_ring(axis),
         tree=jax.tree.map(lambda level: mine, state.tree),
-        max_priority=everybodys,
+        max_priority=replicated,
         num_transitions=mine,
         num_expiring=mine,
     )
@@ -117,8 +117,8 @@ def partition_saved(state: ReplayState, axis: str) -> Any:
 
 
 def _partition_ring(axis: str) -> Any:
-    lanes, everybodys = cast(Any, PartitionSpec(None, axis)), cast(Any, PartitionSpec())
-    return Ring(Row(lanes, lanes, lanes, lanes), everybodys, everybodys, everybodys)
+    lanes, replicated = cast(Any, PartitionSpec(None, axis)), cast(Any, PartitionSpec())
+    return Ring(Row(lanes, lanes, lanes, lanes), replicated, replicated, replicated)
 
 
 def make_replay(
@@ -206,16 +206,16 @@ def make_replay(
         transition = transitions(state.ring, slot, weight)
         return Sample(replicas.deal(transition, is_mine), slot, is_mine, state.ring.insertions)
 
-    def sample_part(
-        state: ReplayState, key: Array, importance_exponent: Array, part: Part, first: Array, size: int
+    def sample_share(
+        state: ReplayState, key: Array, importance_exponent: Array, share: DrawShare, first: Array, size: int
     ) -> Sample:
         assert isinstance(state.tree, priorities.SumTree)
         uniforms, total = jax.random.uniform(key, (size,)), priorities.total(state.tree)
-        slot, _, share = priorities.sample_leaves(
-            state.tree, uniforms, total[None], jnp.uint32(0), part.num_draws, first
+        slot, _, probability = priorities.sample_leaves(
+            state.tree, uniforms, total[None], jnp.uint32(0), share.num_draws, first
         )
-        weight = (part.num_transitions * part.probability * share) ** -importance_exponent
-        counts = first + jnp.arange(size) < part.num_draws
+        weight = (share.num_transitions * share.probability * probability) ** -importance_exponent
+        counts = first + jnp.arange(size) < share.num_draws
         return Sample(transitions(state.ring, slot, weight), slot, counts, state.ring.insertions)
 
     def transitions(ring: Ring, slot: Array, weight: Array) -> Transition:
@@ -270,4 +270,4 @@ def make_replay(
             num_expiring=jnp.sum(expiring.reshape(num_segments, -1), axis=1, dtype=jnp.int32),
         )
 
-    return Replay(init, insert, seal, cut, sample, sample_part, set_priorities, leaves, restore)
+    return Replay(init, insert, seal, cut, sample, sample_share, set_priorities, leaves, restore)

@@ -1,4 +1,4 @@
-"""Who directs the parts of a fleet. See `qfleet.topologies.actor_learner`."""
+"""Who directs the processes of a fleet. See `qfleet.topologies.actor_learner`."""
 
 import functools
 import logging
@@ -14,16 +14,16 @@ from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner, RemoteShard
-from qfleet.topologies.fleet.actors_director import CrewDirector, CrewMember, CrewTally
+from qfleet.topologies.fleet.actors_director import ActorsDirector, PooledActor, PoolStats
 from qfleet.topologies.fleet.rate_limiter import ROUNDS_AHEAD
 from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.fleet.sharded_replay import Drawn, ShardedReplay
-from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, Part, default_resources, has_failed
+from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, default_resources, has_failed
 
 logger = logging.getLogger("qfleet")
 
 
-class FleetTally(CrewTally):
+class FleetTally(PoolStats):
     """What happened in a fleet since the last record."""
 
     def __init__(self, num_actors: int) -> None:
@@ -52,7 +52,7 @@ class _Chunk(NamedTuple):
     staleness: int
 
 
-class FleetDirector(CrewDirector[FleetTally, CrewMember]):
+class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
     """Directs actors, the shards of the replay, and the learner."""
 
     _needs_in_words = "the learner, all shards of the replay and an actor"
@@ -76,7 +76,9 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
         assert isinstance(config.topology, ActorLearnerConfig)
         self._topology, self._num_batches, self._read_learner = config.topology, num_batches, read_learner
         super().__init__(config, num_batches, read_replay)
-        self._replay: ShardedReplay = ShardedReplay(config, self._parts, functools.partial(self._note_busy, "shards"))
+        self._replay: ShardedReplay = ShardedReplay(
+            config, self._supervisor, functools.partial(self._note_busy, "shards")
+        )
         self._broadcast: _Broadcast | None = None
         self._is_broadcast_asked = False
         self._rounds: set[int] = set()  # under way
@@ -110,8 +112,8 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
         Raises:
           StateIsLost: if one has no place.
         """
-        for part in self._replay.parts:
-            yield self._answer_of(part, "snapshot", gives_up=True)
+        for process in self._replay.processes:
+            yield self._answer_of(process, "snapshot", gives_up=True)
 
     def _new_tally(self) -> FleetTally:
         return FleetTally(self._topology.num_actors)
@@ -121,15 +123,15 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
         each: Mapping[str, float] = topology.actor_resources or ONE_CPU
         return [each] * (topology.num_actors + topology.num_replay_shards) + [topology.learner_resources or ONE_CPU]
 
-    def _missing(self) -> Part | None:
-        missing = next((part for part in self._vital() if not part.is_there), None)
-        return missing or (None if self.num_actors_there else self._actors[0].part)
+    def _missing(self) -> RemoteProcess | None:
+        missing = next((process for process in self._vital() if not process.is_ready), None)
+        return missing or (None if self.num_ready_actors else self._actors[0].process)
 
-    def _vital(self) -> list[Part]:
-        return [self._learner, *self._replay.parts]
+    def _vital(self) -> list[RemoteProcess]:
+        return [self._learner, *self._replay.processes]
 
-    def _is_at_work(self) -> bool:
-        return bool(self._rounds) or self._replay.is_at_work
+    def _is_busy(self) -> bool:
+        return bool(self._rounds) or self._replay.is_busy
 
     def _issue(self) -> None:
         arrived, self._arrived = self._arrived, []
@@ -162,9 +164,9 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
             if any(map(has_failed, broadcast.box)):  # the node that kept the parameters has left
                 broadcast.box.clear()
 
-        self._parts.ask(
-            actor.part, "fetch_and_collect", broadcast.version, broadcast.box, self._topology.epsilon(i),
-            then=arrived, num_returns=2, dropped=lost, needs=tuple(broadcast.box),
+        self._supervisor.submit(
+            actor.process, "fetch_and_collect", broadcast.version, broadcast.box, self._topology.epsilon(i),
+            on_reply=arrived, num_returns=2, on_dropped=lost, needs=tuple(broadcast.box),
         )  # fmt: skip
 
     def _store(self, chunk: _Chunk) -> None:
@@ -187,10 +189,10 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
 
     def _issue_rounds(self) -> None:
         agent, size = self._config.agent, self._num_batches * self._config.agent.batch_size
-        due = self.limiter.due(self.env_steps)
+        due = self.rate_limiter.due(self.env_steps)
         while (
             len(self._rounds) < ROUNDS_AHEAD
-            and self._learner.is_there
+            and self._learner.is_ready
             and self.learner_steps + self._num_batches * (len(self._rounds) + 1) <= due
         ):
             exponent = float(importance_exponent_at(agent, np.array(self.env_steps)))
@@ -198,10 +200,10 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
             if drawn is None:
                 return
             self._rounds.add(drawn.number)
-            self._parts.ask(
+            self._supervisor.submit(
                 self._learner, "learn", drawn.places, *drawn.references, num_returns=1 + len(drawn.references),
-                needs=tuple(drawn.references), then=functools.partial(self._learned, drawn),
-                dropped=functools.partial(self._rounds.discard, drawn.number),
+                needs=tuple(drawn.references), on_reply=functools.partial(self._learned, drawn),
+                on_dropped=functools.partial(self._rounds.discard, drawn.number),
             )  # fmt: skip
 
     def _learned(self, drawn: Drawn, lesson: Any, *errors: Any) -> None:
@@ -218,7 +220,7 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
         newest = self._broadcast
         period = self._topology.broadcast_period_learner_steps
         is_due = newest is None or not newest.box or self.learner_steps >= newest.learner_steps + period
-        if not is_due or self._is_broadcast_asked or not self._learner.is_there:
+        if not is_due or self._is_broadcast_asked or not self._learner.is_ready:
             return
         self._is_broadcast_asked = True
 
@@ -227,7 +229,7 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
             version = self._broadcast.version + 1 if self._broadcast else 1
             self._broadcast = _Broadcast(version, learner_steps, [reference])
 
-        self._parts.ask(self._learner, "params", num_returns=2, then=there)
+        self._supervisor.submit(self._learner, "params", num_returns=2, on_reply=there)
 
     def _learner_is_lost(self) -> None:
         self._is_broadcast_asked = False
@@ -244,10 +246,10 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
 
     def _give_learner(self, state: LearnerState) -> None:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-        self._parts.ask(self._learner, "restore", self.learner_steps, leaves)
+        self._supervisor.submit(self._learner, "restore", self.learner_steps, leaves)
 
-    def _make_parts(self) -> None:
-        topology, make, add = self._topology, self._make_part, self._parts.add
+    def _start_processes(self) -> None:
+        topology, make, add = self._topology, self._make_process, self._supervisor.add
         resources = dict(topology.learner_resources) or default_resources(topology.mesh.num_devices)
         actor_resources = dict(topology.actor_resources) or ONE_CPU
         environment = {} if resources.get("GPU") else {"JAX_PLATFORMS": "cpu"}
@@ -259,15 +261,15 @@ class FleetDirector(CrewDirector[FleetTally, CrewMember]):
         for i in range(topology.num_actors):
             name, lost = f"actor {i}", functools.partial(self._actor_is_lost, i)
             self._actors.append(
-                CrewMember(add(make(name, RemoteActor, (self._config, i), actor_resources, IN_LINE, lost)))
+                PooledActor(add(make(name, RemoteActor, (self._config, i), actor_resources, IN_LINE, lost)))
             )
             self._begin(i, 0)
 
-    def _restore_parts(self, state: dict[str, Any], incarnation: int, version: int) -> None:
+    def _restore_processes(self, state: dict[str, Any], incarnation: int, version: int) -> None:
         self._broadcast = _Broadcast(version, self.learner_steps, [])  # which nobody takes: it has no parameters
         self._give_learner(state["learner"])
         if "replay" in state:
-            for i in range(len(self._replay.parts)):
+            for i in range(len(self._replay.processes)):
                 self._replay.give(i, state["replay"])
         for i in range(len(self._actors)):
             self._begin(i, incarnation)

@@ -19,7 +19,7 @@ from qfleet.networks import check_network, make_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.devices import limit_cpu_threads, reuse_freed_memory, set_cpu_devices
 from qfleet.topologies.fleet.replay_shard import put_together
-from qfleet.topologies.mesh import DATA_AXIS, EVERYBODYS, Placement, leaves_of
+from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement, leaves_of
 
 ROUND_BYTES = 16_000_000
 """Of observations that the learner asks for at once, about."""
@@ -78,9 +78,9 @@ class GlobalLearner:
 
         specs = self._placement.partition_learner(jax.eval_shape(init, np.uint32(0)))
         batches = PartitionSpec(None, DATA_AXIS)
-        self._learn = self._placement.jit(learn, (specs, batches), (specs, EVERYBODYS, batches), donate_argnums=(0,))
+        self._learn = self._placement.jit(learn, (specs, batches), (specs, REPLICATED, batches), donate_argnums=(0,))
         self._specs = specs
-        self._state = self._placement.jit(init, (EVERYBODYS,), specs)(np.uint32(config.seed))
+        self._state = self._placement.jit(init, (REPLICATED,), specs)(np.uint32(config.seed))
         self._learner_steps = 0
 
     def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[Lesson, list[np.ndarray]]:

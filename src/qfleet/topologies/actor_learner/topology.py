@@ -7,8 +7,8 @@ This process directs the others, in a thread of its own. Arrays go between them 
     learner --TD errors-->   replay shard
     learner --parameters-->  actors             those of them that are about to act
 
-A limiter keeps the learner from running ahead of what the replay ratio allows, and the actors from running far ahead of
-the learner. Whatever is under way at once is bounded: chunks of each actor, rounds of the learner.
+A rate limiter keeps the learner from running ahead of what the replay ratio allows, and the actors from running far
+ahead of the learner. Whatever is under way at once is bounded: chunks of each actor, rounds of the learner.
 
 A part that dies, raises or falls silent is replaced. An actor comes back with its epsilon; its segment of the replay is
 cut where the last one's chunks end. A shard comes back with what the newest checkpoint has of it, the learner with that
@@ -48,7 +48,7 @@ class ActorLearner(OnRay):
           ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
         """
         assert isinstance(config.topology, ActorLearnerConfig)
-        super().__init__(config, env, network, config.topology.crew)
+        super().__init__(config, env, network, config.topology.actor_pool)
         from qfleet.topologies.actor_learner.director import FleetDirector  # here, for most of qfleet does without Ray
 
         self._topology = config.topology
@@ -63,7 +63,7 @@ class ActorLearner(OnRay):
         Raises:
           RunFailed: if a part has failed too often, or the loss isn't finite.
         """
-        tally = self._director.go_on(until_env_steps)
+        tally = self._director.resume(until_env_steps)
         self.env_steps, self.learner_steps = tally.end
         check_loss(tally.loss, self.learner_steps, self._config.agent)
         return self._progress(tally)
@@ -98,7 +98,7 @@ class ActorLearner(OnRay):
             "actor_env_steps_per_second_min": float(rates.min()),
             "actor_env_steps_per_second_median": float(np.median(rates)),
             "actor_env_steps_per_second_max": float(rates.max()),
-            "actors_there": director.num_actors_there,
+            "actors_there": director.num_ready_actors,
             "staleness_max": float(max(tally.staleness, default=0)),
             "replay_transitions": director.num_transitions,
             "replay_ratio": (
@@ -125,13 +125,13 @@ class ActorLearner(OnRay):
         Raises:
           StateIsLost: if the learner or a shard was lost, and has no place yet.
         """
-        self._director.rest()
+        self._director.quiesce()
         self.env_steps = self._director.env_steps
         # By its own count: it may be lost meanwhile, and another one go on from the checkpoint before.
         self.learner_steps, leaves = self._director.learner_state()
         state = {"learner": jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)}
         if self._config.checkpoint_replay:
-            state["replay"] = join_shards(self._director.snapshots(), self._crew)
+            state["replay"] = join_shards(self._director.snapshots(), self._pool)
         return state
 
     @property
@@ -140,7 +140,7 @@ class ActorLearner(OnRay):
         return {
             "env_steps": self.env_steps,
             "learner_steps": self.learner_steps,
-            "replay_starts_at": self._director.limiter.replay_starts_at,
+            "replay_starts_at": self._director.rate_limiter.replay_starts_at,
             "version": self._director.version,
             "incarnations": list(self._director.incarnations),
             "epsilons": self._epsilons,

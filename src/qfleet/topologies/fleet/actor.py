@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import Crew, RunFailed, TrainConfig, crew_of
+from qfleet.config import ActorPool, RunFailed, TrainConfig, actor_pool_of
 from qfleet.core.agent import Agent, make_agent
 from qfleet.core.frame_stack import push_frame
-from qfleet.core.initial_priorities import Valued, nothing_before, own_errors
+from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
 from qfleet.core.keys import key_of
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.targets import take_action
@@ -88,26 +88,26 @@ class Actor:
           number: of the actor, from 0.
         """
         enable_compilation_cache()
-        crew = crew_of(config.topology)
+        pool = actor_pool_of(config.topology)
         env = make_env(config.env, **config.env_options)
         network = make_network(env.spec, config.agent)
         agent = make_agent(network, config.agent)
         self._structure = jax.tree.structure(jax.eval_shape(lambda: agent.init(jax.random.key(0))))
         if isinstance(env, InGraphEnv):
-            self._make_lanes: Callable[..., _Lanes] = functools.partial(_InGraphLanes, env, agent, crew)
+            self._make_lanes: Callable[..., _Lanes] = functools.partial(_InGraphLanes, env, agent, pool)
         else:
             options = lane_options(config.topology)
-            self._make_lanes = functools.partial(_HostLanes, env, agent, crew, options)
+            self._make_lanes = functools.partial(_HostLanes, env, agent, pool, options)
         self._numbers = (config.seed, _ACTING, number)
         self._lanes: _Lanes | None = None
         n_step, discount = config.agent.n_step, config.agent.discount
 
-        def errors(before: Valued, new: Valued) -> tuple[Valued, Array]:
+        def errors(before: ValuedRows, new: ValuedRows) -> tuple[ValuedRows, Array]:
             rows = jax.tree.map(lambda *x: jnp.concatenate(x), before, new)
-            return jax.tree.map(lambda x: x[-n_step:], rows), own_errors(rows, n_step, discount)
+            return jax.tree.map(lambda x: x[-n_step:], rows), initial_td_errors(rows, n_step, discount)
 
         self._errors = jax.jit(errors)
-        self._nothing_before = nothing_before(n_step, crew.lanes_per_actor)
+        self._padding_rows = padding_rows(n_step, pool.lanes_per_actor)
         self._version = -1
         self._params: Params = None
         self._received_bytes = 0
@@ -120,7 +120,7 @@ class Actor:
         """
         self.close()
         self._lanes = self._make_lanes((*self._numbers, incarnation))
-        self._before = self._nothing_before
+        self._before = self._padding_rows
 
     @property
     def version(self) -> int:
@@ -145,7 +145,7 @@ class Actor:
         assert self._lanes is not None
         started = time.perf_counter()
         steps = self._lanes.take(self._params, np.float32(exploration))
-        new = Valued(steps.rows.reward, steps.rows.outcome, steps.q_taken, steps.q_max)
+        new = ValuedRows(steps.rows.reward, steps.rows.outcome, steps.q_taken, steps.q_max)
         self._before, td_error = self._errors(self._before, new)
         report = Report(
             returns=steps.returns,
@@ -171,10 +171,10 @@ class _InGraphLanes:
         self,
         env: InGraphEnv,
         agent: Agent,
-        crew: Crew,
+        pool: ActorPool,
         numbers: tuple[int, ...],
     ) -> None:
-        num_lanes, num_rows = crew.lanes_per_actor, crew.rows_per_chunk
+        num_lanes, num_rows = pool.lanes_per_actor, pool.rows_per_chunk
         lane_numbers = jnp.arange(num_lanes, dtype=jnp.uint32)
         self._name = env.spec.name
 
@@ -224,15 +224,15 @@ class _HostLanes:
         self,
         env: HostEnv,
         agent: Agent,
-        crew: Crew,
+        pool: ActorPool,
         options: LaneOptions,
         numbers: tuple[int, ...],
     ) -> None:
-        num_lanes, spec = crew.lanes_per_actor, env.spec
-        self._shape, self._random = (crew.rows_per_chunk, num_lanes), np.random.default_rng(numbers)
+        num_lanes, spec = pool.lanes_per_actor, env.spec
+        self._shape, self._random = (pool.rows_per_chunk, num_lanes), np.random.default_rng(numbers)
         self._lanes = env.make_lanes(num_lanes, options)
         self._obs = self._lanes.reset(int(self._random.integers(2**32)))
-        stored = stored_spec(spec, agent.store)
+        stored = stored_spec(spec, agent.to_storage_layout)
         self._view = jnp.zeros((num_lanes, *stored.agent_observation_shape), stored.observation_dtype)
         self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
         self._episodes = Episodes(num_lanes)
@@ -240,7 +240,7 @@ class _HostLanes:
         def choose(
             params: Params, view: Array, obs: Array, is_first: Array, uniform: Array, exploration: Array
         ) -> tuple:
-            frame = agent.store(obs)
+            frame = agent.to_storage_layout(obs)
             view = push_frame(view, frame, is_first, spec.frame_stack)
             q = agent.q_values(params, view)
             action = agent.explore(q, exploration, uniform)

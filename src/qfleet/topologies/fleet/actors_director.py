@@ -1,4 +1,4 @@
-"""What directors share whose parts act on their own: actors are asked for chunks in turn, as many as a limiter lets."""
+"""Base class of directors that drive a pool of actors: it asks them for chunks in turn, as many as are due."""
 
 import abc
 import dataclasses
@@ -12,13 +12,13 @@ from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fleet.actor import Report
 from qfleet.topologies.fleet.director import Director, Tally
-from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, Limiter
+from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, RateLimiter
 from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
-from qfleet.topologies.fleet.supervisor import Part
+from qfleet.topologies.fleet.supervisor import RemoteProcess
 
 
-class CrewTally(Tally):
+class PoolStats(Tally):
     """What happened since the last record where actors act."""
 
     def __init__(self, num_actors: int, who: tuple[str, ...]) -> None:
@@ -36,10 +36,10 @@ class CrewTally(Tally):
 
 
 @dataclasses.dataclass
-class CrewMember:
+class PooledActor:
     """What a director knows of an actor."""
 
-    part: Part
+    process: RemoteProcess
     num_chunks: int = 0
     """That it was asked for, and that are not in the replay yet."""
     num_asked: int = 0
@@ -48,11 +48,11 @@ class CrewMember:
     """When, counted in requests to all of them."""
 
 
-T = TypeVar("T", bound=CrewTally)
-M = TypeVar("M", bound=CrewMember)
+T = TypeVar("T", bound=PoolStats)
+M = TypeVar("M", bound=PooledActor)
 
 
-class CrewDirector(Director[T], Generic[T, M]):
+class ActorsDirector(Director[T], Generic[T, M]):
     """Directs actors, and whoever keeps and learns from what they do."""
 
     _replay: ShardedReplay | None
@@ -70,10 +70,10 @@ class CrewDirector(Director[T], Generic[T, M]):
         """
         topology = config.topology
         assert isinstance(topology, ActorLearnerConfig | ParameterServerConfig)
-        self._config, self._crew, self._read_replay = config, topology.crew, read_replay
+        self._config, self._pool, self._read_replay = config, topology.actor_pool, read_replay
         super().__init__(topology.ray_address, topology.silence_seconds, topology.max_restarts)
-        self.limiter = Limiter(config, num_batches)
-        self.incarnations = [0] * self._crew.num_actors
+        self.rate_limiter = RateLimiter(config, num_batches)
+        self.incarnations = [0] * self._pool.num_actors
         """Of each actor, how many had its place before."""
         self._actors: list[M] = []
         self._num_requests = 0
@@ -83,7 +83,7 @@ class CrewDirector(Director[T], Generic[T, M]):
         """Asks actor `i`, which has a place, for a chunk by that writer."""
 
     @abc.abstractmethod
-    def _restore_parts(self, state: dict[str, Any], incarnation: int, version: int) -> None:
+    def _restore_processes(self, state: dict[str, Any], incarnation: int, version: int) -> None:
         """Has all parts go on from a checkpoint.
 
         Args:
@@ -95,18 +95,18 @@ class CrewDirector(Director[T], Generic[T, M]):
     # --- For other threads ---
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Has all parts go on from a checkpoint, before the first `go_on`; without a replay, from an empty one."""
+        """Has all parts go on from a checkpoint, before the first `resume`; without a replay, from an empty one."""
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
         starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
-        self.limiter.go_on(starts_at, self.env_steps, self.learner_steps)
+        self.rate_limiter.resume(starts_at, self.env_steps, self.learner_steps)
         # There may have been more of them, or fewer, or none.
         incarnation = max(counters.get("incarnations", []), default=-1) + 1
-        self._post(lambda: self._restore_parts(state, incarnation, counters.get("version", 0)))
+        self._post(lambda: self._restore_processes(state, incarnation, counters.get("version", 0)))
 
     @property
-    def num_actors_there(self) -> int:
+    def num_ready_actors(self) -> int:
         """Actors that have a place."""
-        return sum(actor.part.is_there for actor in self._actors)
+        return sum(actor.process.is_ready for actor in self._actors)
 
     # --- What its own thread does ---
 
@@ -116,7 +116,7 @@ class CrewDirector(Director[T], Generic[T, M]):
     def _begin(self, i: int, incarnation: int) -> None:
         """Has an actor begin, as the one of so many before it that its place has had."""
         self.incarnations[i], self._actors[i].num_asked = incarnation, 0
-        self._parts.ask(self._actors[i].part, "begin", incarnation)
+        self._supervisor.submit(self._actors[i].process, "begin", incarnation)
 
     def _actor_is_lost(self, i: int) -> None:
         self._begin(i, self.incarnations[i] + 1)
@@ -125,7 +125,7 @@ class CrewDirector(Director[T], Generic[T, M]):
         assert self._replay is not None
         newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
         if not self._replay.was_lost(i, newest):  # then few are learned from over and over, but for a new warm-up
-            self.limiter.begin_anew(self.env_steps, self.learner_steps)
+            self.rate_limiter.begin_anew(self.env_steps, self.learner_steps)
 
     def _in_turn(self) -> list[int]:
         return sorted(range(len(self._actors)), key=lambda i: self._actors[i].asked_last)
@@ -136,16 +136,16 @@ class CrewDirector(Director[T], Generic[T, M]):
 
     @property
     def _env_steps_per_chunk(self) -> int:
-        return self._crew.rows_per_chunk * self._crew.lanes_per_actor
+        return self._pool.rows_per_chunk * self._pool.lanes_per_actor
 
     def _issue_chunks(self) -> None:
         steps, num_flying = self._env_steps_per_chunk, sum(actor.num_chunks for actor in self._actors)
         for _ in range(CHUNKS_AHEAD):
             for i in self._in_turn():
                 coming, actor = self.env_steps + num_flying * steps, self._actors[i]
-                if coming >= self._config.env_steps or self.limiter.is_far_ahead(coming, self.learner_steps):
+                if coming >= self._config.env_steps or self.rate_limiter.is_far_ahead(coming, self.learner_steps):
                     return
-                if actor.num_chunks < CHUNKS_AHEAD and actor.part.is_there:
+                if actor.num_chunks < CHUNKS_AHEAD and actor.process.is_ready:
                     writer = Writer(self.incarnations[i], actor.num_asked)
                     actor.num_asked += 1
                     actor.num_chunks += 1

@@ -1,4 +1,4 @@
-"""Who directs the parts of a run on Ray: a thread that asks them for work, hears of it, and replaces what is lost.
+"""Who directs the processes of a run on Ray: a thread that asks them for work, hears of it, and replaces what is lost.
 
 What is asked for is bounded, and what comes back is passed on by reference.
 """
@@ -18,10 +18,10 @@ from qfleet.config import ConfigError
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.fleet.cluster import connected, in_words, room
-from qfleet.topologies.fleet.supervisor import Part, Parts, cpus_for
+from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor, cpus_for
 
 _CHUNK_SECONDS = 0.5
-"""What `go_on` takes at most: it is how long Ctrl-C waits."""
+"""What `resume` takes at most: it is how long Ctrl-C waits."""
 
 _WAIT_SECONDS = 0.1
 """For an answer, before anything else is looked at."""
@@ -30,10 +30,10 @@ _NOTIFY_SECONDS = 0.01
 """Between two looks of who waits for this thread while it is busy: each costs a switch of threads."""
 
 _LOST_SECONDS = 30.0
-"""After which a part that has no place isn't waited for any more, where something else can be done."""
+"""After which a process that has no place isn't waited for any more, where something else can be done."""
 
 _PATIENCE = 5
-"""Times `silence_seconds` that the parts may take to find their places at the start."""
+"""Times `silence_seconds` that the processes may take to find their places at the start."""
 
 
 class Tally:
@@ -51,7 +51,7 @@ T = TypeVar("T", bound=Tally)
 
 
 class Director(abc.ABC, Generic[T]):
-    """Directs the parts of one run. Public methods are for other threads than its own."""
+    """Directs the processes of one run. Public methods are for other threads than its own."""
 
     _needs_in_words: str
     """What a run can't begin without."""
@@ -63,13 +63,13 @@ class Director(abc.ABC, Generic[T]):
 
         Args:
           ray_address: of the cluster.
-          silence_seconds: after which a part that was asked for something is replaced.
-          max_restarts: times that one part may be replaced.
+          silence_seconds: after which a process that was asked for something is replaced.
+          max_restarts: times that one process may be replaced.
         """
         self._ray_address, self._silence_seconds = ray_address, silence_seconds
-        self._parts = Parts(silence_seconds, max_restarts)
+        self._supervisor = Supervisor(silence_seconds, max_restarts)
         self.checkpoints_path: Path | None = None
-        """Where parts that are replaced find what they were; without it they begin anew."""
+        """Where processes that are replaced find what they were; without it they begin anew."""
         self.env_steps = 0
         """Taken so far, and not lost since."""
         self.learner_steps = 0
@@ -91,45 +91,45 @@ class Director(abc.ABC, Generic[T]):
 
     @abc.abstractmethod
     def _resources(self) -> list[Mapping[str, float]]:
-        """Returns what the parts will take, but GPUs."""
+        """Returns what the processes will take, but GPUs."""
 
     @abc.abstractmethod
-    def _make_parts(self) -> None:
-        """Starts all parts, by `self._make_part` and `self._parts.add`; Ray is there."""
+    def _start_processes(self) -> None:
+        """Starts all processes, by `self._make_process` and `self._supervisor.add`; Ray is there."""
 
     @abc.abstractmethod
-    def _missing(self) -> Part | None:
-        """Returns a part without which the run can't begin, and which isn't there; None if all are."""
+    def _missing(self) -> RemoteProcess | None:
+        """Returns a process without which the run can't begin, and which isn't there; None if all are."""
 
     @abc.abstractmethod
-    def _vital(self) -> list[Part]:
-        """Returns the parts that keep what a checkpoint holds."""
+    def _vital(self) -> list[RemoteProcess]:
+        """Returns the processes that keep what a checkpoint holds."""
 
     @abc.abstractmethod
     def _issue(self) -> None:
         """Asks for all that may be under way now."""
 
     @abc.abstractmethod
-    def _is_at_work(self) -> bool:
-        """Returns whether anything is under way to the vital parts."""
+    def _is_busy(self) -> bool:
+        """Returns whether anything is under way to the vital processes."""
 
     @abc.abstractmethod
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Has all parts go on from a checkpoint, before the first `go_on`; without a replay, from an empty one."""
+        """Has all processes go on from a checkpoint, before the first `resume`; without a replay, from an empty one."""
 
     # --- For other threads ---
 
     def start(self) -> None:
-        """Starts all parts, and returns when what is needed is there; nothing is learned yet.
+        """Starts all processes, and returns when what is needed is there; nothing is learned yet.
 
         Raises:
           ConfigError: if the cluster isn't there, or has no room for them.
         """
         num_cpus = cpus_for(self._resources())
         inherits = self._stack.enter_context(connected(self._ray_address, num_cpus, "ray_address"))
-        self._make_part = functools.partial(Part, inherits=inherits)
-        self._stack.callback(self._parts.end)
-        self._make_parts()
+        self._make_process = functools.partial(RemoteProcess, inherits=inherits)
+        self._stack.callback(self._supervisor.end)
+        self._start_processes()
         self._thread = threading.Thread(target=self._direct, name="qfleet-director", daemon=True)
         self._thread.start()
         patience = _PATIENCE * self._silence_seconds
@@ -146,7 +146,7 @@ class Director(abc.ABC, Generic[T]):
                 self._lock.wait(_WAIT_SECONDS)
 
     def close(self) -> None:
-        """Ends all parts, and the connection to Ray; may be called twice, and before `start`."""
+        """Ends all processes, and the connection to Ray; may be called twice, and before `start`."""
         if self._thread is not None:
             with self._lock:
                 self._must_end = True
@@ -154,8 +154,8 @@ class Director(abc.ABC, Generic[T]):
             self._thread = None
         self._stack.close()
 
-    def go_on(self, until_env_steps: int) -> T:
-        """Lets the parts train for half a second, or until so many environment steps; they don't stop then.
+    def resume(self, until_env_steps: int) -> T:
+        """Lets the processes train for half a second, or until so many environment steps; they don't stop then.
 
         Returns:
           What happened since the last call.
@@ -173,31 +173,31 @@ class Director(abc.ABC, Generic[T]):
             tally.end = (self.env_steps, self.learner_steps)
             return tally
 
-    def rest(self) -> None:
-        """Returns once nothing is under way to what a checkpoint holds; until `go_on`, nothing is stored or learned.
+    def quiesce(self) -> None:
+        """Returns once nothing is under way to what a checkpoint holds; until `resume`, nothing is stored or learned.
 
         Raises:
           StateIsLost: if part of it has no place.
         """
         with self._lock:
             self._is_paused = True
-            while self._is_at_work():
+            while self._is_busy():
                 self.raise_error()
                 self._check_have_places(self._vital())
                 self._lock.wait(_WAIT_SECONDS)
 
     @property
     def num_restarts(self) -> int:
-        """Parts that were replaced."""
-        return self._parts.num_restarts
+        """Processes that were replaced."""
+        return self._supervisor.num_restarts
 
     def raise_error(self) -> None:
         """Raises in this thread what has ended the other."""
         if self._error is not None:
             raise self._error
 
-    def _answer_of(self, part: Part, method: str, *, gives_up: bool = False) -> Any:
-        """Returns what a part answers, or the one that replaces it meanwhile.
+    def _answer_of(self, process: RemoteProcess, method: str, *, gives_up: bool = False) -> Any:
+        """Returns what a process answers, or the one that replaces it meanwhile.
 
         Raises:
           StateIsLost: if it gives up, for there is neither.
@@ -205,7 +205,7 @@ class Director(abc.ABC, Generic[T]):
         answer: concurrent.futures.Future = concurrent.futures.Future()
 
         def ask() -> None:
-            self._parts.ask(part, method, then=answer.set_result, is_repeated=True)
+            self._supervisor.submit(process, method, on_reply=answer.set_result, is_repeated=True)
 
         self._post(ask)
         while True:
@@ -214,12 +214,12 @@ class Director(abc.ABC, Generic[T]):
             except TimeoutError:
                 self.raise_error()
                 if gives_up:
-                    self._check_have_places([part])
+                    self._check_have_places([process])
 
-    def _check_have_places(self, parts: list[Part]) -> None:
-        for part in parts:
-            if not part.is_there and time.monotonic() - part.started_at > _LOST_SECONDS:
-                raise StateIsLost(f"{part.name} is lost, and has no place with {in_words(part.resources)} yet")
+    def _check_have_places(self, processes: list[RemoteProcess]) -> None:
+        for process in processes:
+            if not process.is_ready and time.monotonic() - process.started_at > _LOST_SECONDS:
+                raise StateIsLost(f"{process.name} is lost, and has no place with {in_words(process.resources)} yet")
 
     def _post(self, function: Callable[[], None]) -> None:
         """Has the director's thread call a function."""
@@ -239,9 +239,9 @@ class Director(abc.ABC, Generic[T]):
                         self._requests.popleft()()
                     if not self._is_paused:
                         self._issue()
-                self._parts.wait(_WAIT_SECONDS)
+                self._supervisor.wait(_WAIT_SECONDS)
                 with self._lock:
-                    self._parts.hear()
+                    self._supervisor.process_replies()
                     if self._is_paused or time.monotonic() - notified_at >= _NOTIFY_SECONDS:
                         notified_at = time.monotonic()
                         self._lock.notify_all()

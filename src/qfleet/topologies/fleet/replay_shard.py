@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import Crew, TrainConfig, crew_of
+from qfleet.config import ActorPool, TrainConfig, actor_pool_of
 from qfleet.core.keys import key_of
-from qfleet.core.replay import NO_STEP, Part, Replay, ReplayState, Sample, SavedReplay, make_replay, priorities
+from qfleet.core.replay import NO_STEP, DrawShare, Replay, ReplayState, Sample, SavedReplay, make_replay, priorities
 from qfleet.core.types import EnvSpec, Transition, stored_spec
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
@@ -32,7 +32,7 @@ _HEADS = ("cursor", "size", "insertions")
 """Fields of a ring with one number for each segment."""
 
 
-class Stock(NamedTuple):
+class ShardStats(NamedTuple):
     """What a shard holds."""
 
     priority: float
@@ -43,7 +43,7 @@ class Stock(NamedTuple):
     """That it took to answer."""
 
 
-NOTHING = Stock(0.0, 0, 0.0)
+EMPTY_SHARD = ShardStats(0.0, 0, 0.0)
 
 
 class Writer(NamedTuple):
@@ -64,20 +64,20 @@ class ReplayShard:
           config: of the run.
           number: of the shard, from 0.
         """
-        crew = crew_of(config.topology)
+        pool = actor_pool_of(config.topology)
         enable_compilation_cache()
         self.replay = make_shard_replay(config, number, stored_spec_of(config))
-        self._writers = [Writer()] * len(crew.actors_of(number))
+        self._writers = [Writer()] * len(pool.actors_of(number))
         self.state: ReplayState = jax.jit(self.replay.init)()
         self._samples: collections.OrderedDict[int, list[Sample]] = collections.OrderedDict()
-        self._num_shards = crew.num_shards
+        self._num_shards = pool.num_shards
         self._insert = jax.jit(self._insert_rows, donate_argnums=0)
         self._cut = jax.jit(self.replay.cut, donate_argnums=0)
-        self._draw = jax.jit(self._draw_part, static_argnums=5)
+        self._draw = jax.jit(self._draw_share, static_argnums=5)
         self._set_priorities = jax.jit(self.replay.set_priorities, donate_argnums=0)
         self._stock = jax.jit(lambda state: (priorities.total(state.tree), state.num_transitions[0]))
 
-    def insert(self, segment: int, writer: Writer, chunk: Chunk) -> tuple[Stock, bool]:
+    def insert(self, segment: int, writer: Writer, chunk: Chunk) -> tuple[ShardStats, bool]:
         """Stores a chunk, unless it has been stored already or its actor has been replaced since.
 
         Args:
@@ -99,24 +99,24 @@ class ReplayShard:
         return self.stock(started), is_new
 
     def sample(
-        self, number: int, seed: int, importance_exponent: float, part: Part, most: int
-    ) -> tuple[Stock, Transition]:
+        self, number: int, seed: int, importance_exponent: float, share: DrawShare, most: int
+    ) -> tuple[ShardStats, Transition]:
         """Draws its part of a batch.
 
         Args:
           number: by which the errors will come back.
           seed: of the draws, 32 bits, another one for each.
           importance_exponent: beta.
-          part: how much of the whole it is.
+          share: how much of the whole it is.
           most: that fall to one part.
 
         Returns:
-          What it holds, and the transitions, `[part.num_draws, ...]` NumPy arrays.
+          What it holds, and the transitions, `[share.num_draws, ...]` NumPy arrays.
         """
         started = time.perf_counter()
-        num_draws, size = int(part.num_draws), min(most, math.ceil(_SPARE * most / self._num_shards))
+        num_draws, size = int(share.num_draws), min(most, math.ceil(_SPARE * most / self._num_shards))
         samples = [  # of one size, for a program of each size would take some 10 MB
-            self._draw(self.state, np.uint32(seed), np.float32(importance_exponent), part, np.int32(first), size)
+            self._draw(self.state, np.uint32(seed), np.float32(importance_exponent), share, np.int32(first), size)
             for first in range(0, num_draws, size)
         ]
         transition = jax.tree.map(
@@ -128,7 +128,7 @@ class ReplayShard:
             self._samples.popitem(last=False)
         return self.stock(started), transition
 
-    def set_priorities(self, number: int, td_error: np.ndarray) -> Stock:
+    def set_priorities(self, number: int, td_error: np.ndarray) -> ShardStats:
         """Gives the transitions of a draw, `[num_draws]`, the priorities of their errors.
 
         What has been overwritten since then keeps its own; so do all, where the draw is forgotten.
@@ -144,11 +144,11 @@ class ReplayShard:
             first += size
         return self.stock(started)
 
-    def stock(self, started: float | None = None) -> Stock:
+    def stock(self, started: float | None = None) -> ShardStats:
         """Returns what it holds; `started` is when the work began, by the performance counter."""
         priority, num_transitions = jax.device_get(self._stock(self.state))
         busy_seconds = 0.0 if started is None else time.perf_counter() - started
-        return Stock(float(priority), int(num_transitions), busy_seconds)
+        return ShardStats(float(priority), int(num_transitions), busy_seconds)
 
     def snapshot(self) -> SavedReplay:
         """Returns all that it must keep, as NumPy arrays."""
@@ -158,7 +158,7 @@ class ReplayShard:
         )
         return saved
 
-    def restore(self, saved: SavedReplay) -> Stock:
+    def restore(self, saved: SavedReplay) -> ShardStats:
         """Goes on from a snapshot, and returns what it holds then. Nothing goes on where its segments end."""
         self.state = jax.jit(self.replay.restore)(jax.tree.map(jnp.array, saved))
         self._writers = [Writer()] * len(self._writers)
@@ -173,10 +173,10 @@ class ReplayShard:
 
         return jax.lax.scan(insert, state, (chunk.rows, chunk.td_error))[0]
 
-    def _draw_part(
-        self, state: ReplayState, seed: Array, exponent: Array, part: Part, first: Array, size: int
+    def _draw_share(
+        self, state: ReplayState, seed: Array, exponent: Array, share: DrawShare, first: Array, size: int
     ) -> Sample:
-        return self.replay.sample_part(state, key_of(seed, first), exponent, part, first, size)
+        return self.replay.sample_share(state, key_of(seed, first), exponent, share, first, size)
 
 
 def make_shard_replay(config: TrainConfig, number: int, stored: EnvSpec) -> Replay:
@@ -187,20 +187,20 @@ def make_shard_replay(config: TrainConfig, number: int, stored: EnvSpec) -> Repl
     Args:
       config: of the run.
       number: of the shard.
-      stored: the spec of observations as the network's `store` keeps them.
+      stored: the spec of observations as the network's `to_storage_layout` keeps them.
     """
-    return _make_replay(config, len(crew_of(config.topology).actors_of(number)), stored)
+    return _make_replay(config, len(actor_pool_of(config.topology).actors_of(number)), stored)
 
 
 def make_whole_replay(config: TrainConfig, stored: EnvSpec) -> Replay:
     """Returns what the replays of all shards are together, as one."""
-    return _make_replay(config, crew_of(config.topology).num_actors, stored)
+    return _make_replay(config, actor_pool_of(config.topology).num_actors, stored)
 
 
 def _make_replay(config: TrainConfig, num_segments: int, stored: EnvSpec) -> Replay:
-    crew = crew_of(config.topology)
-    num_lanes = num_segments * crew.lanes_per_actor
-    num_rows = config.agent.replay_capacity // crew.num_lanes
+    pool = actor_pool_of(config.topology)
+    num_lanes = num_segments * pool.lanes_per_actor
+    num_rows = config.agent.replay_capacity // pool.num_lanes
     agent = dataclasses.replace(config.agent, replay_capacity=num_rows * num_lanes, replay="prioritised")
     if config.agent.replay == "uniform":
         agent = dataclasses.replace(agent, priority_exponent=0.0)
@@ -237,7 +237,7 @@ def put_together(places: list[np.ndarray], parts: tuple[Transition, ...]) -> Tra
     return together
 
 
-def join_shards(parts: Iterable[SavedReplay], crew: Crew) -> SavedReplay:
+def join_shards(parts: Iterable[SavedReplay], pool: ActorPool) -> SavedReplay:
     """Returns the whole replay, lanes and segments in the order of their actors, from what each shard keeps.
 
     Each part is copied before the next is asked for: it may be large. The arrays are not for writing to.
@@ -245,26 +245,26 @@ def join_shards(parts: Iterable[SavedReplay], crew: Crew) -> SavedReplay:
     whole: Any = None
     greatest = []
     for number, part in enumerate(parts):
-        whole = whole or _empty_whole(part, crew)
-        _copy_share(whole, part, crew, number)
+        whole = whole or _empty_whole(part, pool)
+        _copy_share(whole, part, pool, number)
         greatest.append(part.max_priority)
     jax.tree.map(lambda x: x.setflags(write=False), (whole.ring, whole.leaves))
     joined: SavedReplay = whole._replace(max_priority=max(greatest, key=float))
     return joined
 
 
-def _empty_whole(part: SavedReplay, crew: Crew) -> SavedReplay:
+def _empty_whole(part: SavedReplay, pool: ActorPool) -> SavedReplay:
     def lanes(x: Any) -> Any:
-        return np.empty((len(x), crew.num_lanes, *x.shape[2:]), x.dtype)
+        return np.empty((len(x), pool.num_lanes, *x.shape[2:]), x.dtype)
 
-    heads: Any = {name: np.empty(crew.num_actors, getattr(part.ring, name).dtype) for name in _HEADS}
+    heads: Any = {name: np.empty(pool.num_actors, getattr(part.ring, name).dtype) for name in _HEADS}
     ring = part.ring._replace(rows=jax.tree.map(lanes, part.ring.rows), **heads)
     return part._replace(ring=ring, leaves=jax.tree.map(lanes, part.leaves))
 
 
-def _copy_share(whole: Any, part: SavedReplay, crew: Crew, number: int) -> None:
-    actors = crew.actors_of(number)
-    lanes = _lanes_of(actors, crew)
+def _copy_share(whole: Any, part: SavedReplay, pool: ActorPool, number: int) -> None:
+    actors = pool.actors_of(number)
+    lanes = _lanes_of(actors, pool)
     for to, own in zip(
         jax.tree.leaves((whole.ring.rows, whole.leaves)), jax.tree.leaves((part.ring.rows, part.leaves)), strict=True
     ):
@@ -273,21 +273,21 @@ def _copy_share(whole: Any, part: SavedReplay, crew: Crew, number: int) -> None:
         getattr(whole.ring, name)[actors] = getattr(part.ring, name)
 
 
-def share_of(saved: SavedReplay, crew: Crew, number: int) -> SavedReplay:
+def share_of(saved: SavedReplay, pool: ActorPool, number: int) -> SavedReplay:
     """Returns what one shard keeps of the whole replay."""
-    actors = crew.actors_of(number)
-    lanes = _lanes_of(actors, crew)
+    actors = pool.actors_of(number)
+    lanes = _lanes_of(actors, pool)
     heads: Any = {name: np.asarray(getattr(saved.ring, name))[actors] for name in _HEADS}
     rows, own = jax.tree.map(lambda x: np.asarray(x)[:, lanes], (saved.ring.rows, saved.leaves))
     return SavedReplay(saved.ring._replace(rows=rows, **heads), own, saved.max_priority)
 
 
-def _lanes_of(actors: list[int], crew: Crew) -> np.ndarray:
-    each = crew.lanes_per_actor
+def _lanes_of(actors: list[int], pool: ActorPool) -> np.ndarray:
+    each = pool.lanes_per_actor
     return np.concatenate([actor * each + np.arange(each) for actor in actors])
 
 
 def stored_spec_of(config: TrainConfig) -> EnvSpec:
-    """Returns the spec of a run's environment, with observations as its network's `store` keeps them."""
+    """Returns the spec of a run's environment, with observations as its network's `to_storage_layout` keeps them."""
     env: Any = make_env(config.env, **config.env_options)
-    return stored_spec(env.spec, make_network(env.spec, config.agent).store)
+    return stored_spec(env.spec, make_network(env.spec, config.agent).to_storage_layout)

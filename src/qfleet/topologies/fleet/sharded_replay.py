@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qfleet.config import TrainConfig, crew_of
-from qfleet.core.replay import Part as Draws
-from qfleet.core.replay import SavedReplay
-from qfleet.topologies.fleet.replay_shard import NOTHING, Stock, Writer, deal, share_of
-from qfleet.topologies.fleet.supervisor import Part, Parts
+from qfleet.config import TrainConfig, actor_pool_of
+from qfleet.core.replay import DrawShare, SavedReplay
+from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer, deal, share_of
+from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
 
 logger = logging.getLogger("qfleet")
 
@@ -31,34 +30,34 @@ class Drawn(NamedTuple):
 
 @dataclasses.dataclass
 class _Shard:
-    part: Part
-    stock: Stock = NOTHING
+    process: RemoteProcess
+    stock: ShardStats = EMPTY_SHARD
 
 
 class ShardedReplay:
     """The shards of a replay. For the director's thread."""
 
-    def __init__(self, config: TrainConfig, parts: Parts, note_busy: Callable[[float], None]) -> None:
+    def __init__(self, config: TrainConfig, supervisor: Supervisor, note_busy: Callable[[float], None]) -> None:
         """Has no shards yet.
 
         Args:
           config: of the run.
-          parts: by whom the shards are asked.
+          supervisor: by whom the shards are asked.
           note_busy: told the seconds that a shard was at work.
         """
-        self._crew, self._parts, self._note_busy = crew_of(config.topology), parts, note_busy
+        self._pool, self._supervisor, self._note_busy = actor_pool_of(config.topology), supervisor, note_busy
         self._shards: list[_Shard] = []
         self._random = np.random.default_rng((config.seed, 3))
         self._num_drawn = self._num_inserting = self._num_returning = 0
 
-    def add(self, part: Part) -> None:
+    def add(self, process: RemoteProcess) -> None:
         """Takes the next shard."""
-        self._shards.append(_Shard(part))
+        self._shards.append(_Shard(process))
 
     @property
-    def parts(self) -> list[Part]:
+    def processes(self) -> list[RemoteProcess]:
         """Its shards."""
-        return [shard.part for shard in self._shards]
+        return [shard.process for shard in self._shards]
 
     @property
     def num_transitions(self) -> int:
@@ -66,7 +65,7 @@ class ShardedReplay:
         return sum(shard.stock.num_transitions for shard in self._shards)
 
     @property
-    def is_at_work(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether chunks or errors are on their way to it."""
         return bool(self._num_inserting or self._num_returning)
 
@@ -89,15 +88,15 @@ class ShardedReplay:
             self._num_inserting -= 1
             gone()
 
-        def answered(answer: tuple[Stock, bool]) -> None:
+        def answered(answer: tuple[ShardStats, bool]) -> None:
             self._note_stock(shard, answer[0])
             if answer[1]:
                 stored()
             ended()
 
-        self._parts.ask(
-            shard.part, "insert", actor // len(self._shards), writer, reference, then=answered, needs=(reference,),
-            dropped=ended, is_repeated=True,
+        self._supervisor.submit(
+            shard.process, "insert", actor // len(self._shards), writer, reference, on_reply=answered,
+            needs=(reference,), on_dropped=ended, is_repeated=True,
         )  # fmt: skip
 
     def draw(self, size: int, importance_exponent: float) -> Drawn | None:
@@ -112,11 +111,11 @@ class ShardedReplay:
         drawn = Drawn(number, [place for place in np.split(order, np.cumsum(counts)[:-1]) if len(place)], [], [])
         for shard, count, share in zip(self._shards, counts, shares, strict=True):
             if count:
-                draws = Draws(np.int32(count), np.float32(share), np.float32(num_transitions))  # type: ignore[arg-type]
+                draws = DrawShare(np.int32(count), np.float32(share), np.float32(num_transitions))  # type: ignore[arg-type]
                 seed = int(self._random.integers(2**32))
-                asked = self._parts.ask(
-                    shard.part, "sample", number, seed, importance_exponent, draws, size, num_returns=2,
-                    then=lambda stock, _, shard=shard: self._note_stock(shard, stock),
+                asked = self._supervisor.submit(
+                    shard.process, "sample", number, seed, importance_exponent, draws, size, num_returns=2,
+                    on_reply=lambda stock, _, shard=shard: self._note_stock(shard, stock),
                 )  # fmt: skip
                 drawn.references.append(asked[1])
                 drawn.shards.append(shard)
@@ -130,19 +129,25 @@ class ShardedReplay:
             def gone() -> None:  # set, or lost with the shard or the node that kept them
                 self._num_returning -= 1
 
-            def returned(stock: Stock, shard: _Shard = shard, gone: Callable[[], None] = gone) -> None:
+            def returned(stock: ShardStats, shard: _Shard = shard, gone: Callable[[], None] = gone) -> None:
                 gone()
                 self._note_stock(shard, stock)
 
-            self._parts.ask(
-                shard.part, "set_priorities", drawn.number, reference, then=returned, needs=(reference,), dropped=gone
+            self._supervisor.submit(
+                shard.process,
+                "set_priorities",
+                drawn.number,
+                reference,
+                on_reply=returned,
+                needs=(reference,),
+                on_dropped=gone,
             )
 
     def give(self, i: int, saved: SavedReplay) -> int:
         """Has a shard go on from its lanes of a saved replay, and returns how many transitions they hold."""
         shard = self._shards[i]
-        own = share_of(saved, self._crew, i)
-        self._parts.ask(shard.part, "restore", own, then=functools.partial(self._note_stock, shard))
+        own = share_of(saved, self._pool, i)
+        self._supervisor.submit(shard.process, "restore", own, on_reply=functools.partial(self._note_stock, shard))
         return int(np.sum(np.asarray(own.leaves) > 0))
 
     def was_lost(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> bool:
@@ -152,15 +157,15 @@ class ShardedReplay:
           Whether there are any transitions yet, in this shard or another.
         """
         shard, lost = self._shards[i], self._shards[i].stock.num_transitions
-        shard.stock = NOTHING
+        shard.stock = EMPTY_SHARD
         found, whence = 0, "there is no checkpoint that has them"
         if newest:
             saved, counters = newest
             found = self.give(i, saved)
             whence = f"from the checkpoint at environment step {counters['env_steps']}"
-        logger.warning("%s held %d transitions; %d are back: %s", shard.part.name, lost, found, whence)
+        logger.warning("%s held %d transitions; %d are back: %s", shard.process.name, lost, found, whence)
         return bool(found or self.num_transitions)
 
-    def _note_stock(self, shard: _Shard, stock: Stock) -> None:
+    def _note_stock(self, shard: _Shard, stock: ShardStats) -> None:
         shard.stock = stock
         self._note_busy(stock.busy_seconds)

@@ -1,4 +1,4 @@
-"""The parts of a run on Ray: each is started, asked, watched, and replaced where it fails."""
+"""The processes of a run on Ray: each is started, asked, watched, and replaced where it fails."""
 
 import collections
 import dataclasses
@@ -19,7 +19,7 @@ from qfleet.topologies.fleet.cluster import last_line, variables
 logger = logging.getLogger("qfleet")
 
 _FORGOTTEN_SECONDS = 600.0
-"""After which a part's failure doesn't count any more."""
+"""After which a process's failure doesn't count any more."""
 
 _SLOW_STARTS = 5
 """Times the usual patience for what a process is asked for the first time, for which it compiles."""
@@ -29,10 +29,10 @@ _LOOK_SECONDS = 1.0
 
 
 class Remote:
-    """What every part can do beside its work: runs in the part's process."""
+    """What every process can do beside its work: runs in the process's process."""
 
     def __init__(self, variables: Mapping[str, str], *arguments: Any) -> None:
-        """Makes the part, before which JAX wasn't used here.
+        """Makes the process, before which JAX wasn't used here.
 
         Args:
           variables: of the environment, to set first. The process may be one that Ray had ready.
@@ -52,22 +52,22 @@ class Remote:
 
 
 @dataclasses.dataclass
-class _Ask:
-    """Something that a part was asked for."""
+class _Request:
+    """Something that a process was asked for."""
 
     method: str
     references: list[Any]
-    """Of all that it returns; the first is told to `then`, the others only passed on."""
-    then: Callable[..., None]
+    """Of all that it returns; the first is told to `on_reply`, the others only passed on."""
+    on_reply: Callable[..., None]
     needs: list[Any]
     """References that came with it."""
     arguments: tuple | None
-    """To ask again with, if the part is replaced; None to forget it then."""
-    dropped: Callable[[], None]
+    """To ask again with, if the process is replaced; None to forget it then."""
+    on_dropped: Callable[[], None]
     since: float
 
 
-class Part:
+class RemoteProcess:
     """A place in the run, and the process that has it at the moment."""
 
     def __init__(
@@ -104,10 +104,10 @@ class Part:
         self.name, self.resources = name, dict(resources)
         self._make: Any = ray.remote(kind).options(**options)
         self._arguments, self.on_lost = (dict(environment), *arguments), on_lost
-        self.asks: collections.deque[_Ask] = collections.deque()
-        self.has_answered: set[str] = set()
+        self.requests: collections.deque[_Request] = collections.deque()
+        self.has_replied_to: set[str] = set()
         """Methods that its process has compiled by now."""
-        self.heard_at = self.started_at = 0.0
+        self.replied_at = self.started_at = 0.0
         """When it last answered, or nothing could be heard of it for reasons of others."""
         self.place: tuple[int, str] | None = None
         """Process and node, once it is there."""
@@ -115,14 +115,14 @@ class Part:
         self.handle: Any = None
 
     @property
-    def is_there(self) -> bool:
+    def is_ready(self) -> bool:
         """Whether its process has said that it is made."""
         return self.place is not None
 
     def start(self) -> None:
         """Has Ray start a process in this place."""
-        self.place, self.has_answered = None, set()
-        self.started_at = self.heard_at = time.monotonic()
+        self.place, self.has_replied_to = None, set()
+        self.started_at = self.replied_at = time.monotonic()
         self.handle = self._make.remote(*self._arguments)
 
     def end(self, *, is_alive: bool = False) -> None:
@@ -142,57 +142,60 @@ class Part:
         self.handle = None
 
 
-class Parts:
-    """All parts of one run, for one thread."""
+class Supervisor:
+    """All processes of one run, for one thread."""
 
     def __init__(self, silence_seconds: float, max_restarts: int) -> None:
         self._silence_seconds, self._max_restarts = silence_seconds, max_restarts
-        self._parts: list[Part] = []
+        self._processes: list[RemoteProcess] = []
         self._done: set[Any] = set()
         self._looked_at = time.monotonic()
         self.num_restarts = 0
 
-    def add(self, part: Part) -> Part:
-        """Starts a part, and returns it."""
-        self._parts.append(part)
-        self._start(part)
-        return part
+    def add(self, process: RemoteProcess) -> RemoteProcess:
+        """Starts a process, and returns it."""
+        self._processes.append(process)
+        self._start(process)
+        return process
 
-    def ask(
+    def submit(
         self,
-        part: Part,
+        process: RemoteProcess,
         method: str,
         *arguments: Any,
-        then: Callable[..., None] = lambda *_: None,
+        on_reply: Callable[..., None] = lambda *_: None,
         num_returns: int = 1,
         needs: tuple[Any, ...] = (),
         is_repeated: bool = False,
-        dropped: Callable[[], None] = lambda: None,
+        on_dropped: Callable[[], None] = lambda: None,
     ) -> list[Any]:
-        """Asks a part for something, and returns references to what it returns.
+        """Asks a process for something, and returns references to what it returns.
 
-        A part does what it was asked for in order, and `then` is called in that order.
+        A process does what it was asked for in order, and `on_reply` is called in that order.
 
         Args:
-          part: whom.
+          process: whom.
           method: of its class.
           *arguments: of the method; references among them are what they refer to by then.
-          then: called with what came first, and the references of the rest.
+          on_reply: called with what came first, and the references of the rest.
           num_returns: how many values the method returns.
-          needs: references among the arguments: if these fail, it isn't the part that has failed.
+          needs: references among the arguments: if these fail, it isn't the process that has failed.
           is_repeated: whether to ask the one that replaces it again.
-          dropped: called instead of `then` if nothing will come.
+          on_dropped: called instead of `on_reply` if nothing will come.
         """
-        references = getattr(part.handle, method).options(num_returns=num_returns).remote(*arguments)
+        references = getattr(process.handle, method).options(num_returns=num_returns).remote(*arguments)
         references = references if num_returns > 1 else [references]
         kept = arguments if is_repeated else None
-        part.asks.append(_Ask(method, references, then, list(needs), kept, dropped, time.monotonic()))
+        process.requests.append(_Request(method, references, on_reply, list(needs), kept, on_dropped, time.monotonic()))
         return references
 
     def wait(self, seconds: float) -> None:
         """Waits so long for an answer, at most."""
         waiting = [
-            ask.references[0] for part in self._parts for ask in part.asks if ask.references[0] not in self._done
+            request.references[0]
+            for process in self._processes
+            for request in process.requests
+            if request.references[0] not in self._done
         ]
         if waiting:
             ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
@@ -202,71 +205,75 @@ class Parts:
         else:
             time.sleep(seconds)
 
-    def hear(self) -> None:
-        """Deals with all answers that are there, and with parts that have failed.
+    def process_replies(self) -> None:
+        """Deals with all answers that are there, and with processes that have failed.
 
         Raises:
           RunFailed: if one has failed too often.
         """
-        for part in self._parts:
-            while part.asks and part.asks[0].references[0] in self._done:
-                self._hear(part, part.asks.popleft())
+        for process in self._processes:
+            while process.requests and process.requests[0].references[0] in self._done:
+                self._process_reply(process, process.requests.popleft())
         self._look_for_silence()
 
-    def _hear(self, part: Part, ask: _Ask) -> None:
-        self._done.discard(ask.references[0])
+    def _process_reply(self, process: RemoteProcess, request: _Request) -> None:
+        self._done.discard(request.references[0])
         try:
-            value = ray.get(ask.references[0])
+            value = ray.get(request.references[0])
         except ray.exceptions.RayError as error:
-            if any(map(has_failed, ask.needs)):
-                ask.dropped()
+            if any(map(has_failed, request.needs)):
+                request.on_dropped()
             else:
-                part.asks.appendleft(ask)
-                self.replace(part, _fate(error), error, is_alive=not isinstance(error, ray.exceptions.ActorDiedError))
+                process.requests.appendleft(request)
+                self.replace(
+                    process, _cause(error), error, is_alive=not isinstance(error, ray.exceptions.ActorDiedError)
+                )
             return
-        part.has_answered.add(ask.method)
-        part.heard_at = time.monotonic()
-        ask.then(value, *ask.references[1:])
+        process.has_replied_to.add(request.method)
+        process.replied_at = time.monotonic()
+        request.on_reply(value, *request.references[1:])
 
-    def replace(self, part: Part, fate: str, error: Exception | None = None, *, is_alive: bool = False) -> None:
-        """Ends a part's process, if there is one, and starts another in its place.
+    def replace(
+        self, process: RemoteProcess, cause: str, error: Exception | None = None, *, is_alive: bool = False
+    ) -> None:
+        """Ends a process, if there is one, and starts another in its place.
 
         Raises:
           RunFailed: if that has been done too often.
         """
         now = time.monotonic()
-        part.failed_at.append(now)
-        while now - part.failed_at[0] > _FORGOTTEN_SECONDS:
-            part.failed_at.popleft()
-        if len(part.failed_at) > self._max_restarts:
+        process.failed_at.append(now)
+        while now - process.failed_at[0] > _FORGOTTEN_SECONDS:
+            process.failed_at.popleft()
+        if len(process.failed_at) > self._max_restarts:
             raise RunFailed(
-                f"{part.name} {fate}; it has failed {len(part.failed_at)} times within "
+                f"{process.name} {cause}; it has failed {len(process.failed_at)} times within "
                 f"{_FORGOTTEN_SECONDS / 60:g} minutes, more than max_restarts={self._max_restarts}"
                 + (f":\n{error}" if error else "")
             )
-        logger.warning("%s %s, and is replaced (%d in all)", part.name, fate, self.num_restarts + 1)
+        logger.warning("%s %s, and is replaced (%d in all)", process.name, cause, self.num_restarts + 1)
         self.num_restarts += 1
-        part.end(is_alive=is_alive)
-        asks, part.asks = part.asks, collections.deque()
-        self._start(part)
-        part.on_lost()
-        for ask in asks:
-            self._done.discard(ask.references[0])
-            if ask.arguments is None:
-                ask.dropped()
+        process.end(is_alive=is_alive)
+        requests, process.requests = process.requests, collections.deque()
+        self._start(process)
+        process.on_lost()
+        for request in requests:
+            self._done.discard(request.references[0])
+            if request.arguments is None:
+                request.on_dropped()
             else:
-                self.ask(
-                    part, ask.method, *ask.arguments, then=ask.then, needs=tuple(ask.needs), is_repeated=True,
-                    dropped=ask.dropped,
+                self.submit(
+                    process, request.method, *request.arguments, on_reply=request.on_reply,
+                    needs=tuple(request.needs), is_repeated=True, on_dropped=request.on_dropped,
                 )  # fmt: skip
 
-    def _start(self, part: Part) -> None:
-        part.start()
+    def _start(self, process: RemoteProcess) -> None:
+        process.start()
 
-        def is_there(place: tuple[int, str]) -> None:
-            part.place = place
+        def is_ready(place: tuple[int, str]) -> None:
+            process.place = place
 
-        self.ask(part, "where", then=is_there)
+        self.submit(process, "where", on_reply=is_ready)
 
     def _look_for_silence(self) -> None:
         now = time.monotonic()
@@ -274,29 +281,31 @@ class Parts:
             return
         has_listened = now - self._looked_at < 2 * _LOOK_SECONDS
         self._looked_at = now
-        for part in self._parts:
-            if not part.asks:
+        for process in self._processes:
+            if not process.requests:
                 continue
-            ask = part.asks[0]
-            if not has_listened or not _are_there(ask.needs):
-                part.heard_at = now  # it was this process that didn't listen, or it waits for others
+            request = process.requests[0]
+            if not has_listened or not _are_there(request.needs):
+                process.replied_at = now  # it was this process that didn't listen, or it waits for others
                 continue
-            silence = now - max(ask.since, part.heard_at)
-            patience = self._silence_seconds * (1 if ask.method in part.has_answered else _SLOW_STARTS)
-            if not part.is_there:
+            silence = now - max(request.since, process.replied_at)
+            patience = self._silence_seconds * (1 if request.method in process.has_replied_to else _SLOW_STARTS)
+            if not process.is_ready:
                 if silence > self._silence_seconds:
-                    wanted = " and ".join(f"{amount:g} {name}" for name, amount in part.resources.items())
-                    logger.warning("%s has waited %.0f s for a place with %s", part.name, now - part.started_at, wanted)
-                    part.heard_at = now
+                    wanted = " and ".join(f"{amount:g} {name}" for name, amount in process.resources.items())
+                    logger.warning(
+                        "%s has waited %.0f s for a place with %s", process.name, now - process.started_at, wanted
+                    )
+                    process.replied_at = now
             elif silence > patience:
-                fate = f"has said nothing for {silence:.0f} s, asked to {ask.method}"
-                self.replace(part, fate, is_alive=True)
+                cause = f"has said nothing for {silence:.0f} s, asked to {request.method}"
+                self.replace(process, cause, is_alive=True)
 
     def end(self) -> None:
         """Ends all of them."""
-        for part in self._parts:
-            part.asks.clear()
-            part.end()
+        for process in self._processes:
+            process.requests.clear()
+            process.end()
 
 
 def has_failed(reference: Any) -> bool:
@@ -314,7 +323,7 @@ def _are_there(references: list[Any]) -> bool:
     return not references or not ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)[1]
 
 
-def _fate(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     if isinstance(error, ray.exceptions.RayTaskError):
         return f"raised {last_line(error)}"
     if isinstance(error, ray.exceptions.ActorDiedError) and getattr(error, "_actor_init_failed", False):
@@ -323,10 +332,10 @@ def _fate(error: Exception) -> str:
 
 
 ONE_CPU = {"CPU": 1.0}
-"""What a part takes by default."""
+"""What a process takes by default."""
 
 ON_CPU = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "OMP_NUM_THREADS": "1"}
-"""Variables of a part that computes on the CPU, with one thread."""
+"""Variables of a process that computes on the CPU, with one thread."""
 
 IN_LINE = {**ON_CPU, "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
 """The same, where it does nothing else meanwhile."""
@@ -338,6 +347,6 @@ def default_resources(num_devices: int) -> dict[str, float]:
     return {**ONE_CPU, "GPU": num_devices} if has_gpus else ONE_CPU
 
 
-def cpus_for(parts: list[Mapping[str, float]]) -> int:
+def cpus_for(processes: list[Mapping[str, float]]) -> int:
     """Returns how many CPUs a Ray of this machine must claim to have for all of these to have a place."""
-    return max(os.cpu_count() or 1, math.ceil(sum(resources.get("CPU", 0) for resources in parts)))
+    return max(os.cpu_count() or 1, math.ceil(sum(resources.get("CPU", 0) for resources in processes)))

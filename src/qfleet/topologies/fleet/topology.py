@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from qfleet.config import ConfigError, Crew, DecentralisedConfig, TrainConfig, topology_name
+from qfleet.config import ActorPool, ConfigError, DecentralisedConfig, TrainConfig, topology_name
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner
 from qfleet.core.replay import SavedReplay
@@ -17,29 +17,29 @@ from qfleet.core.types import Network, stored_spec
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.base import StateIsLost, Topology, fitting, saved_replay
+from qfleet.topologies.base import StateIsLost, Topology, resharded_replay, saved_replay
 from qfleet.topologies.evaluator import Evaluator
 from qfleet.topologies.fleet.replay_shard import make_whole_replay
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
-from qfleet.topologies.mesh import EVERYBODYS
+from qfleet.topologies.mesh import REPLICATED
 
 if TYPE_CHECKING:
     from qfleet.topologies.fleet.director import Director
 
 
 class OnRay(Topology):
-    """Parts that act on their own, and who learns; this process directs them, and plays what is evaluated."""
+    """Processes that act on their own, and who learns; this process directs them, and plays what is evaluated."""
 
     _director: "Director[Any]"
 
-    def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network, crew: Crew) -> None:
+    def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network, pool: ActorPool) -> None:
         """Checks what is the same for all.
 
         Args:
           config: of the run.
           env: to learn.
           network: as in all parts.
-          crew: who acts.
+          pool: who acts.
 
         Raises:
           ConfigError: if Ray isn't there, or it has many seeds.
@@ -51,9 +51,9 @@ class OnRay(Topology):
                 f"num_seeds must be 1 with {what}, got num_seeds={config.num_seeds}; start one run for each seed"
             )
         importlib.import_module("qfleet.topologies.fleet.cluster")  # which says so if Ray isn't there
-        self._config, self._crew, self._env = config, crew, env
+        self._config, self._pool, self._env = config, pool, env
         self._agent = make_agent(network, config.agent)
-        self._stored_spec = stored_spec(env.spec, network.store)
+        self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
         learner = make_learner(self._agent, config.agent)
         self._init = functools.partial(init_from_seed, learner, self._agent)
         self._shapes: LearnerState = jax.eval_shape(self._init, np.uint32(0))
@@ -70,10 +70,10 @@ class OnRay(Topology):
         return make_footprint(
             {"data": 1, "model": 1},
             tuple(jax.local_devices()[:1]),
-            learner=(self._shapes, jax.tree.map(lambda x: EVERYBODYS, self._shapes)),
-            lanes=((), EVERYBODYS),
-            replay=(replay, jax.tree.map(lambda x: EVERYBODYS, replay)),
-            batch=(batch_shapes(self._stored_spec, self._config.agent, self._crew.num_lanes, 1), EVERYBODYS),
+            learner=(self._shapes, jax.tree.map(lambda x: REPLICATED, self._shapes)),
+            lanes=((), REPLICATED),
+            replay=(replay, jax.tree.map(lambda x: REPLICATED, replay)),
+            batch=(batch_shapes(self._stored_spec, self._config.agent, self._pool.num_lanes, 1), REPLICATED),
         )
 
     def start(self) -> float:
@@ -102,7 +102,7 @@ class OnRay(Topology):
         """
         if batch:
             with contextlib.suppress(StateIsLost):
-                self._director.rest()
+                self._director.quiesce()
         return self._evaluator.returns(self.params, self.env_steps, num_episodes, batch)
 
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -120,17 +120,17 @@ class OnRay(Topology):
     def _read_replay(self, checkpoints: Checkpoints, checkpoint: int | None = None) -> SavedReplay:
         """Returns the replay of a checkpoint as these parts would have saved it."""
         saved = saved_replay(checkpoints.restore_item("replay", env_steps=checkpoint))
-        shape = (*self._replay_shape, self._crew.num_actors)
+        shape = (*self._replay_shape, self._pool.num_actors)
         is_ours = (*saved.ring.rows.outcome.shape, len(saved.ring.cursor)) == shape
         if is_ours and isinstance(saved.leaves, tuple) != self._is_prioritised:
             return saved
         frame_stack = self._stored_spec.frame_stack
-        return fitting(saved, shape, self._config.agent, frame_stack, is_prioritised=self._is_prioritised)
+        return resharded_replay(saved, shape, self._config.agent, frame_stack, is_prioritised=self._is_prioritised)
 
     @property
     def _replay_shape(self) -> tuple[int, int]:
         """Rows and lanes of the replays of all, together."""
-        return self._config.agent.replay_capacity // self._crew.num_lanes, self._crew.num_lanes
+        return self._config.agent.replay_capacity // self._pool.num_lanes, self._pool.num_lanes
 
     @property
     def _is_prioritised(self) -> bool:

@@ -14,7 +14,7 @@ from qfleet.core.agent import Agent
 from qfleet.core.keys import key_of
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_replay, partition
-from qfleet.core.replicas import ALONE, Replicas, own_numbers
+from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import Params, stored_spec
 from qfleet.core.updates import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
 from qfleet.envs.in_graph import draw
@@ -73,12 +73,12 @@ class Program(NamedTuple):
 
 def partition_state(state: FusedState, axis: str) -> Any:
     """Returns how the state's arrays are spread over the replicas along a mesh axis, as `PartitionSpec`s."""
-    mine, everybodys = cast(Any, PartitionSpec(axis)), cast(Any, PartitionSpec())
+    mine, replicated = cast(Any, PartitionSpec(axis)), cast(Any, PartitionSpec())
     return FusedState(
-        learner=jax.tree.map(lambda x: everybodys, state.learner),
+        learner=jax.tree.map(lambda x: replicated, state.learner),
         actor=jax.tree.map(lambda x: mine, state.actor),
         replay=state.replay and partition(state.replay, axis),
-        key=everybodys,
+        key=replicated,
     )
 
 
@@ -88,7 +88,7 @@ def make_program(
     """Returns the program that trains one learner in `config.topology.num_envs` lanes of `env`."""
     num_lanes = config.topology.num_envs // replicas.size
     has_replay = config.agent.replay != "none"
-    spec = stored_spec(env.spec, agent.store)
+    spec = stored_spec(env.spec, agent.to_storage_layout)
     replay = make_replay(spec, config.agent, config.topology.num_envs, replicas) if has_replay else None
     iterate = (
         _replay_iteration(env, agent, learner, replay, num_lanes, replicas)
@@ -99,7 +99,7 @@ def make_program(
 
     def init(seed: Array) -> FusedState:
         params_key, lanes_key, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _TRAINING), 3)
-        actor = init_actor(env, agent, lanes_key, own_numbers(replicas, num_lanes))
+        actor = init_actor(env, agent, lanes_key, local_lane_ids(replicas, num_lanes))
         return FusedState(learner.init(agent.init(params_key)), actor, replay.init() if replay else (), state_key)
 
     def run(state: FusedState, plan: Plan, num_iterations: Array) -> tuple[FusedState, Tally]:
@@ -113,7 +113,7 @@ def make_program(
 
     def evaluate(params: Params, seed: Array, moment: Array, batch: Array) -> Array:
         key = key_of(seed, _EVALUATION, moment, batch)
-        return greedy_returns(env, agent.q_values, params, key, config.eval_episodes, agent.store, replicas)
+        return greedy_returns(env, agent.q_values, params, key, config.eval_episodes, agent.to_storage_layout, replicas)
 
     def leaves(state: ReplayState) -> Array | tuple[()]:
         return replay.leaves(state) if replay else ()
@@ -133,7 +133,7 @@ def _replay_iteration(
     def iteration(state: FusedState, plan: Plan) -> tuple[FusedState, RowReport, Losses]:
         num_rows = plan.exploration.size
         key, env_key, explore_key, learn_key = jax.random.split(state.key, 4)
-        draws = draw(env, env_key, num_rows, own_numbers(replicas, num_lanes))
+        draws = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
         uniforms = _uniforms(explore_key, num_rows, num_lanes, replicas)
 
         def row(carry: tuple, inputs: tuple) -> tuple[Any, RowReport]:
@@ -163,7 +163,7 @@ def _rollout_iteration(
     def iteration(state: FusedState, plan: Plan) -> tuple[FusedState, RowReport, Losses]:
         num_rows = plan.exploration.size
         key, env_key, explore_key, shuffle_key = jax.random.split(state.key, 4)
-        draws = draw(env, env_key, num_rows, own_numbers(replicas, num_lanes))
+        draws = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
         uniforms = _uniforms(explore_key, num_rows, num_lanes, replicas)
         params = state.learner.params
 
@@ -198,7 +198,7 @@ def _add(tally: Tally, reports: RowReport, losses: Losses, first_row: Array, rep
     ended = reports.episode_ended
     num_lanes = ended.shape[1]
     bad_row, bad_lane = jnp.divmod(jnp.argmax(reports.is_bad), num_lanes)
-    bad_step = (first_row + bad_row) * (num_lanes * replicas.size) + own_numbers(replicas, num_lanes)[bad_lane]
+    bad_step = (first_row + bad_row) * (num_lanes * replicas.size) + local_lane_ids(replicas, num_lanes)[bad_lane]
     bad_step = jnp.where(jnp.any(reports.is_bad), bad_step.astype(jnp.int32), NO_BAD_STEP)
     return Tally(
         num_episodes=tally.num_episodes + jnp.sum(ended),

@@ -31,7 +31,7 @@ from qfleet.runtime.records import Progress
 from qfleet.topologies.base import OwnLearner, check_loss, read_as
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.fused.program import NO_BAD_STEP, FusedState, Program, Tally, make_program, partition_state
-from qfleet.topologies.mesh import DATA_AXIS, EVERYBODYS, Placement
+from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
 from qfleet.topologies.schedule import Plan, learner_steps, make_plan, rows_per_iteration
 
 MAX_ITERATIONS = 256
@@ -64,7 +64,7 @@ class Fused(OwnLearner):
         self._program = self._make_program(self._placement.replicas)
         self._config = config
         self._env_name = env.spec.name
-        self._stored_spec = stored_spec(env.spec, network.store)
+        self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
         self.env_steps = 0
         """Taken so far, over all lanes of one seed."""
         self.learner_steps = 0
@@ -96,7 +96,7 @@ class Fused(OwnLearner):
         placement, (shapes, state) = self._placement, self._layout
         learner = state.learner
         saved = shapes.replay and partition_saved(shapes.replay, DATA_AXIS)
-        program, whole = self._program, EVERYBODYS
+        program, whole = self._program, REPLICATED
         return Program(
             init=placement.jit(program.init, (whole,), state),
             run=placement.jit(program.run, (state, whole, whole), (state, whole), donate_argnums=(0,)),

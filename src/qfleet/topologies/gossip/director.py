@@ -16,9 +16,9 @@ from qfleet.runtime.records import Progress
 from qfleet.topologies.base import OwnLearner
 from qfleet.topologies.fleet.director import Director, Tally
 from qfleet.topologies.fleet.replay_shard import share_of
-from qfleet.topologies.fleet.supervisor import ON_CPU, ONE_CPU, Part, Remote, default_resources
+from qfleet.topologies.fleet.supervisor import ON_CPU, ONE_CPU, Remote, RemoteProcess, default_resources
 from qfleet.topologies.gossip.averaging import Leaves, shares_of
-from qfleet.topologies.gossip.peer import GossipPeer, Place, Report, crew_of_peers, peer_config
+from qfleet.topologies.gossip.peer import GossipPeer, Place, Report, actor_pool_of_peers, peer_config
 from qfleet.topologies.mesh import leaves_of
 
 logger = logging.getLogger("qfleet")
@@ -72,7 +72,7 @@ class _Peer:
     """What this process knows of a peer."""
 
     number: int
-    part: Part
+    process: RemoteProcess
     env_steps: int = 0
     learner_steps: int = 0
     replay_starts_at: int = 0
@@ -138,7 +138,7 @@ class GossipDirector(Director[GossipTally]):
         self._origin = Origin(learner, replay)
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Has all peers go on from a checkpoint, each from its share, before the first `go_on`."""
+        """Has all peers go on from a checkpoint, each from its share, before the first `resume`."""
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
         for peer, env_steps in zip(self._peers, shares_of(self.env_steps, len(self._peers)), strict=True):
             peer.env_steps, peer.learner_steps = env_steps, self.learner_steps
@@ -150,7 +150,7 @@ class GossipDirector(Director[GossipTally]):
         return sum(peer.replay_starts_at for peer in self._peers)
 
     @property
-    def num_peers_there(self) -> int:
+    def num_ready_peers(self) -> int:
         """Peers that train."""
         return sum(peer.stage == "training" for peer in self._peers)
 
@@ -173,12 +173,12 @@ class GossipDirector(Director[GossipTally]):
           StateIsLost: if one was lost meanwhile, and has no place.
         """
         for peer in self._peers:
-            yield None if peer.stage == "absent" else self._answer_of(peer.part, "state", gives_up=True)
+            yield None if peer.stage == "absent" else self._answer_of(peer.process, "state", gives_up=True)
 
     def share_of_newest_checkpoint(self, number: int) -> SavedReplay | None:
         """Returns a peer's share of the replay that the newest checkpoint holds; None if there is none."""
         newest = self._read_replay and self._of_newest_checkpoint(self._read_replay)
-        return share_of(newest[0], crew_of_peers(self._topology), number) if newest else None
+        return share_of(newest[0], actor_pool_of_peers(self._topology), number) if newest else None
 
     def _new_tally(self) -> GossipTally:
         return GossipTally(self._topology.num_processes)
@@ -186,13 +186,13 @@ class GossipDirector(Director[GossipTally]):
     def _resources(self) -> list[Mapping[str, float]]:
         return [ONE_CPU] * self._topology.num_processes
 
-    def _missing(self) -> Part | None:
-        return next((peer.part for peer in self._peers if peer.stage == "absent"), None)
+    def _missing(self) -> RemoteProcess | None:
+        return next((peer.process for peer in self._peers if peer.stage == "absent"), None)
 
-    def _vital(self) -> list[Part]:
+    def _vital(self) -> list[RemoteProcess]:
         return []  # a checkpoint holds what those have that are there
 
-    def _is_at_work(self) -> bool:
+    def _is_busy(self) -> bool:
         return any(peer.num_flying for peer in self._peers)
 
     def _issue(self) -> None:
@@ -200,7 +200,7 @@ class GossipDirector(Director[GossipTally]):
         self._arrange_meetings()
         self._ask_for_chunks()
 
-    def _make_parts(self) -> None:
+    def _start_processes(self) -> None:
         topology = self._topology
         num_devices = topology.devices_per_process
         resources = default_resources(topology.num_processes * num_devices)
@@ -211,10 +211,10 @@ class GossipDirector(Director[GossipTally]):
             environment = ON_CPU if topology.num_processes > 1 else {"JAX_PLATFORMS": "cpu"}
         for i in range(topology.num_processes):
             own = peer_config(self._config, i, is_in_graph=self._is_in_graph)
-            part = self._make_part(
+            part = self._make_process(
                 f"peer {i}", RemotePeer, (own, self._make_run), resources, environment, functools.partial(self._lost, i)
             )
-            self._peers.append(_Peer(i, self._parts.add(part)))
+            self._peers.append(_Peer(i, self._supervisor.add(part)))
             self._prepare(self._peers[i])
 
     # Peers that come and go.
@@ -234,7 +234,7 @@ class GossipDirector(Director[GossipTally]):
         def is_prepared(_: None) -> None:
             peer.stage = "prepared"
 
-        self._parts.ask(peer.part, "prepare", then=is_prepared)
+        self._supervisor.submit(peer.process, "prepare", on_reply=is_prepared)
 
     def _bring_in_newcomers(self) -> None:
         """Has those begin that are prepared, with what one of the others has learned, if there is one."""
@@ -261,23 +261,25 @@ class GossipDirector(Director[GossipTally]):
 
         def has_begun(_: None) -> None:
             peer.stage = "training"
-            if peer.part.failed_at:
-                name, env_steps = peer.part.name, peer.env_steps
+            if peer.process.failed_at:
+                name, env_steps = peer.process.name, peer.env_steps
                 logger.warning("%s goes on from its environment step %d, %s%s", name, env_steps, whence, kept)
 
         def dropped() -> None:  # whom it was to learn from is lost
             peer.stage = "prepared" if peer.stage == "beginning" else peer.stage
 
-        self._parts.ask(
-            peer.part, "begin", place, learner, replay, then=has_begun, dropped=dropped,
+        self._supervisor.submit(
+            peer.process, "begin", place, learner, replay, on_reply=has_begun, on_dropped=dropped,
             needs=(learner,) if teacher is not None else (),
         )  # fmt: skip
 
     def _learner_for(self, peer: _Peer, teacher: _Peer | None) -> tuple[Any, str]:
         """Returns leaves of a `LearnerState` to begin with, or a reference to them, and whence they are, in words."""
         if teacher is not None:
-            return self._parts.ask(teacher.part, "learner", num_returns=2)[1], f"as {teacher.part.name} is now"
-        if peer.part.failed_at and (newest := self._of_newest_checkpoint(self._read_learner)):
+            return self._supervisor.submit(teacher.process, "learner", num_returns=2)[
+                1
+            ], f"as {teacher.process.name} is now"
+        if peer.process.failed_at and (newest := self._of_newest_checkpoint(self._read_learner)):
             return newest[0], "with the newest checkpoint, for no other is there"
         assert self._origin is not None
         return self._origin.learner, "as it began, for no other is there"
@@ -286,8 +288,8 @@ class GossipDirector(Director[GossipTally]):
         """Returns its share of the newest replay that is kept; None if none is."""
         assert self._origin is not None
         if self._origin.replay is not None:
-            return share_of(self._origin.replay, crew_of_peers(self._topology), peer.number)
-        return self.share_of_newest_checkpoint(peer.number) if peer.part.failed_at else None
+            return share_of(self._origin.replay, actor_pool_of_peers(self._topology), peer.number)
+        return self.share_of_newest_checkpoint(peer.number) if peer.process.failed_at else None
 
     @property
     def _replay_capacity(self) -> int:
@@ -351,9 +353,9 @@ class GossipDirector(Director[GossipTally]):
         # If one of the two snapshots is lost, for the node that kept it has left, Ray doesn't even begin the chunk.
         met = () if mix is None else (mix.own.reference, mix.other)
         arguments = () if mix is None else (mix.own.learner_steps, *met)
-        self._parts.ask(
-            peer.part, "advance", self._env_steps_per_chunk, *arguments, then=arrived, num_returns=2, dropped=lost,
-            needs=met,
+        self._supervisor.submit(
+            peer.process, "advance", self._env_steps_per_chunk, *arguments, on_reply=arrived, num_returns=2,
+            on_dropped=lost, needs=met,
         )  # fmt: skip
 
     def _count(self, peer: _Peer, report: Report) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qfleet.config import Crew, DecentralisedConfig, FusedConfig, MeshConfig, OverlappedConfig, TrainConfig
+from qfleet.config import ActorPool, DecentralisedConfig, FusedConfig, MeshConfig, OverlappedConfig, TrainConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.core.replay.ring import cut
@@ -81,10 +81,10 @@ def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> Train
     )
 
 
-def crew_of_peers(topology: DecentralisedConfig) -> Crew:
+def actor_pool_of_peers(topology: DecentralisedConfig) -> ActorPool:
     """Returns the peers as those who each have a segment of the replay, and a shard of their own for it."""
     num_peers = topology.num_processes
-    return Crew(num_peers, topology.num_envs // num_peers, 1, num_peers)
+    return ActorPool(num_peers, topology.num_envs // num_peers, 1, num_peers)
 
 
 class GossipPeer:

@@ -33,7 +33,7 @@ from qfleet.topologies.fleet.replay_shard import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.gossip.averaging import Leaves, consensus_distance, mean_of
-from qfleet.topologies.gossip.peer import crew_of_peers, peer_config
+from qfleet.topologies.gossip.peer import actor_pool_of_peers, peer_config
 from qfleet.topologies.mesh import leaves_of
 from qfleet.topologies.schedule import rows_per_iteration
 
@@ -65,7 +65,7 @@ class Gossip(OnRay):
           ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
         """
         assert isinstance(config.topology, DecentralisedConfig)
-        super().__init__(config, env, network, crew_of_peers(config.topology))
+        super().__init__(config, env, network, actor_pool_of_peers(config.topology))
         from qfleet.topologies.gossip.director import GossipDirector  # here, for most needs no Ray
 
         self._topology = config.topology
@@ -109,7 +109,7 @@ class Gossip(OnRay):
         Raises:
           RunFailed: if a peer has failed too often.
         """
-        tally, before = self._director.go_on(until_env_steps), self.learner_steps
+        tally, before = self._director.resume(until_env_steps), self.learner_steps
         self.env_steps, self.learner_steps = tally.end
         return self._progress(tally, self.learner_steps - before)
 
@@ -143,7 +143,7 @@ class Gossip(OnRay):
             "peer_env_steps_per_second_min": float(rates.min()),
             "peer_env_steps_per_second_median": float(np.median(rates)),
             "peer_env_steps_per_second_max": float(rates.max()),
-            "peers_there": self._director.num_peers_there,
+            "peers_there": self._director.num_ready_peers,
             "meetings_per_second": tally.num_meetings / tally.seconds,
             "mix_staleness_mean": mean(tally.staleness) or 0.0,
             "mix_staleness_max": float(max(tally.staleness, default=0)),
@@ -167,7 +167,7 @@ class Gossip(OnRay):
         Raises:
           StateIsLost: if no peer is there, or one was lost meanwhile, and has no place yet.
         """
-        self._director.rest()
+        self._director.quiesce()
         self.env_steps, self.learner_steps = self._director.env_steps, self._director.learner_steps
         learners, replay = self._gathered()
         if not learners:
@@ -192,7 +192,7 @@ class Gossip(OnRay):
                 pass
             return learners, None
         own = (replay or self._share_of_absent(number) for number, replay in enumerate(replays()))
-        return learners, join_shards(own, self._crew)
+        return learners, join_shards(own, self._pool)
 
     def _share_of_absent(self, number: int) -> SavedReplay:
         """Returns what a peer keeps that is being replaced: what it will begin with."""
@@ -213,7 +213,7 @@ class Gossip(OnRay):
 
     @property
     def _replay_shape(self) -> tuple[int, int]:
-        return self._own.agent.replay_capacity // self._crew.lanes_per_actor, self._crew.num_lanes
+        return self._own.agent.replay_capacity // self._pool.lanes_per_actor, self._pool.num_lanes
 
     @property
     def _is_prioritised(self) -> bool:
@@ -222,7 +222,7 @@ class Gossip(OnRay):
     @property
     def layout(self) -> str:
         """What a checkpoint must have been saved by to hold the very arrays of this one."""
-        return f"gossip, {self._crew.num_actors} x {self._crew.lanes_per_actor} lanes"
+        return f"gossip, {self._pool.num_actors} x {self._pool.lanes_per_actor} lanes"
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up.

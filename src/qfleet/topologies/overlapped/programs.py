@@ -94,13 +94,13 @@ def make_programs(
     def act(
         params: Params, view: Array, obs: Array, is_first: Array, exploration: Array, uniform: Array
     ) -> tuple[Array, Array, Array]:
-        view = push_frame(view, agent.store(obs), is_first, spec.frame_stack)
+        view = push_frame(view, agent.to_storage_layout(obs), is_first, spec.frame_stack)
         q = agent.q_values(params, view)
         return view, agent.explore(q, exploration, uniform), jnp.max(q, axis=-1)
 
     def insert(replay_state: ReplayState, row: HostRow) -> ReplayState:
         assert replay is not None
-        return replay.insert(replay.seal(replay_state, row.no_step), row.with_obs(agent.store(row.obs)))
+        return replay.insert(replay.seal(replay_state, row.no_step), row.with_obs(agent.to_storage_layout(row.obs)))
 
     def learn_with_replay(
         learner_state: LearnerState,
@@ -126,7 +126,7 @@ def make_programs(
         next_is_first: Array,
     ) -> Regression:
         stored = rows.with_obs(jnp.stack(views))
-        next_view = push_frame(views[-1], agent.store(next_obs), next_is_first, spec.frame_stack)
+        next_view = push_frame(views[-1], agent.to_storage_layout(next_obs), next_is_first, spec.frame_stack)
         next_value = jnp.max(agent.q_values(params, next_view), axis=-1)
         return regression(_sealed(stored), jnp.stack(q_max), next_value, config)
 

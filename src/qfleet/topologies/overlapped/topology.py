@@ -35,7 +35,7 @@ from qfleet.runtime.stopwatch import OTHER, Stopwatch
 from qfleet.topologies.acting import Episodes
 from qfleet.topologies.base import OwnLearner, check_loss, read_as
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
-from qfleet.topologies.mesh import DATA_AXIS, EVERYBODYS, Placement
+from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
 from qfleet.topologies.overlapped import profile as overlapped_profile
 from qfleet.topologies.overlapped.programs import Draws, HostRow, Programs, make_programs
 from qfleet.topologies.overlapped.tally import Tally
@@ -74,7 +74,7 @@ class Overlapped(OwnLearner):
         self._agent = make_agent(network, config.agent)
         self._learner_functions = make_learner(self._agent, config.agent, optimiser)
         self._has_replay = config.agent.replay != "none"
-        self._stored_spec = stored_spec(env.spec, network.store)
+        self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
         self._placement = Placement(self._topology.mesh, network)
         self._num_lanes = self._topology.num_envs // jax.process_count()
         """Of this process."""
@@ -131,7 +131,7 @@ class Overlapped(OwnLearner):
     def _jitted(self) -> Any:
         """Returns the programs, jitted: each device of the mesh has its share of the lanes."""
         placement, programs, shapes = self._placement, self._programs, self._shapes
-        learner, whole, lanes = placement.partition_learner(shapes[0]), EVERYBODYS, PartitionSpec(DATA_AXIS)
+        learner, whole, lanes = placement.partition_learner(shapes[0]), REPLICATED, PartitionSpec(DATA_AXIS)
         replay = shapes[1] and partition(shapes[1], DATA_AXIS)
         saved = shapes[1] and partition_saved(shapes[1], DATA_AXIS)
         if self._has_replay:
@@ -403,11 +403,11 @@ class Overlapped(OwnLearner):
             lambda view: self._greedy(params, view),
             num_own,
             seed,
-            self._agent.store,
+            self._agent.to_storage_layout,
         )
         if num_processes > 1:
-            everybodys = peers.gather(np.pad(returns, (0, num_own - len(returns)), constant_values=np.nan))
-            returns = everybodys[np.isfinite(everybodys)][:num_episodes]
+            replicated = peers.gather(np.pad(returns, (0, num_own - len(returns)), constant_values=np.nan))
+            returns = replicated[np.isfinite(replicated)][:num_episodes]
         return returns[None]
 
     @property

@@ -16,10 +16,10 @@ from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fleet.actor import Report
-from qfleet.topologies.fleet.actors_director import CrewDirector, CrewMember, CrewTally
-from qfleet.topologies.fleet.replay_shard import NOTHING, Stock, Writer, share_of
+from qfleet.topologies.fleet.actors_director import ActorsDirector, PooledActor, PoolStats
+from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer, share_of
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
-from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, Part, has_failed
+from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, has_failed
 from qfleet.topologies.parameter_server.gradient_filter import Gate
 from qfleet.topologies.parameter_server.remote import RemoteReplayShard, RemoteServerShard, RemoteWorker
 from qfleet.topologies.parameter_server.server_shard import Division, Leaves, TargetClock
@@ -29,7 +29,7 @@ from qfleet.topologies.parameter_server.worker import Lesson
 logger = logging.getLogger("qfleet")
 
 
-class ServerTally(CrewTally):
+class ServerTally(PoolStats):
     """What happened since the last record; losses, TD errors and staleness are those of gradients that were applied."""
 
     def __init__(self, num_workers: int) -> None:
@@ -61,7 +61,7 @@ class _Snapshot(NamedTuple):
 
 
 @dataclasses.dataclass
-class _Worker(CrewMember):
+class _Worker(PooledActor):
     """What this process knows of a worker."""
 
     is_learning: bool = False
@@ -70,11 +70,11 @@ class _Worker(CrewMember):
     """Of the parameters that it was sent last."""
     target_version: int = -1
     """The same, of the target network."""
-    stock: Stock = NOTHING
+    stock: ShardStats = EMPTY_SHARD
     """Of its own replay."""
 
 
-class ServerDirector(CrewDirector[ServerTally, _Worker]):
+class ServerDirector(ActorsDirector[ServerTally, _Worker]):
     """Directs the workers, the server, and the replay if they share one."""
 
     _needs_in_words = "all shards of the server and of the replay, and a worker"
@@ -101,10 +101,10 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         self.version = 0
         """Steps that the server was sent, whatever has become of them: it never goes back."""
         self._gate = Gate(self._topology)
-        self._server: list[Part] = []
+        self._server: list[RemoteProcess] = []
         self._replay: ShardedReplay | None = None
         if self._topology.num_replay_shards:
-            self._replay = ShardedReplay(config, self._parts, functools.partial(self._note_busy, "shards"))
+            self._replay = ShardedReplay(config, self._supervisor, functools.partial(self._note_busy, "shards"))
         self._parameters: _Parameters | None = None
         self._target_clock = TargetClock(config.agent.target_update_period)
         self._is_asked_for_snapshot = False
@@ -141,8 +141,8 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         Raises:
           StateIsLost: if one has no place.
         """
-        for part in self._keepers():
-            yield self._answer_of(part, "snapshot", gives_up=True)
+        for process in self._keepers():
+            yield self._answer_of(process, "snapshot", gives_up=True)
 
     def _of_server(self, method: str, num_returns: int, *, gives_up: bool) -> list[Any]:
         """Returns what each shard returns second, all after the same step; asked again if one is lost at it."""
@@ -169,22 +169,22 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         each: Mapping[str, float] = topology.worker_resources or ONE_CPU
         return [each] * topology.num_workers + [ONE_CPU] * (topology.num_server_shards + topology.num_replay_shards)
 
-    def _keepers(self) -> list[Part]:
+    def _keepers(self) -> list[RemoteProcess]:
         """Returns who keeps the replay."""
-        return self._replay.parts if self._replay is not None else [worker.part for worker in self._actors]
+        return self._replay.processes if self._replay is not None else [worker.process for worker in self._actors]
 
-    def _missing(self) -> Part | None:
-        needed = [*self._server, *(self._replay.parts if self._replay is not None else [])]
-        missing = next((part for part in needed if not part.is_there), None)
-        return missing or (None if self.num_actors_there else self._actors[0].part)
+    def _missing(self) -> RemoteProcess | None:
+        needed = [*self._server, *(self._replay.processes if self._replay is not None else [])]
+        missing = next((process for process in needed if not process.is_ready), None)
+        return missing or (None if self.num_ready_actors else self._actors[0].process)
 
-    def _vital(self) -> list[Part]:
+    def _vital(self) -> list[RemoteProcess]:
         return [*self._server, *self._keepers()]
 
-    def _is_at_work(self) -> bool:
+    def _is_busy(self) -> bool:
         flying = any(worker.num_chunks or worker.is_learning for worker in self._actors)
         is_stepping = self._is_stepping or bool(self._waiting)
-        return flying or is_stepping or (self._replay is not None and self._replay.is_at_work)
+        return flying or is_stepping or (self._replay is not None and self._replay.is_busy)
 
     def _issue(self) -> None:
         if self._parameters is None:
@@ -218,13 +218,15 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
                 is_dropped = True
                 dropped()
 
-        for i, part in enumerate(self._server):
-            self._parts.ask(part, method, num_returns=num_returns, then=functools.partial(answered, i), dropped=lost)
+        for i, process in enumerate(self._server):
+            self._supervisor.submit(
+                process, method, num_returns=num_returns, on_reply=functools.partial(answered, i), on_dropped=lost
+            )
 
     # Parameters, and the steps that move them.
 
     def _all_parameters(self) -> _Parameters:
-        asked = [self._parts.ask(part, "params", num_returns=3) for part in self._server]
+        asked = [self._supervisor.submit(process, "params", num_returns=3) for process in self._server]
         _, params, target_params = zip(*asked, strict=True)
         params, target_params = (Vector(references, None, references) for references in (params, target_params))
         return _Parameters(self.version, params, self.version, target_params)
@@ -286,8 +288,10 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         rooms = self._vectors.server_rooms(slots)
         num_returns = 3 if rooms[0] is None else 1
         asked = [
-            self._parts.ask(part, method, room, *inputs, num_returns=num_returns, needs=needs, then=done, dropped=lost)
-            for part, room, (method, inputs, needs) in zip(self._server, rooms, self._inputs(gradients), strict=True)
+            self._supervisor.submit(
+                process, method, room, *inputs, num_returns=num_returns, needs=needs, on_reply=done, on_dropped=lost
+            )
+            for process, room, (method, inputs, needs) in zip(self._server, rooms, self._inputs(gradients), strict=True)
         ]
         if self._parameters is not None:
             params, target = handed_out(asked, rooms, slots)
@@ -304,13 +308,13 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         squares = tuple(self._add_up(*each) for each in zip(self._server, columns, needs, strict=True))
         return [("apply", squares, squares)] * len(self._server)
 
-    def _add_up(self, part: Part, gradients: tuple[Any, ...], needs: tuple[Any, ...]) -> Any:
+    def _add_up(self, process: RemoteProcess, gradients: tuple[Any, ...], needs: tuple[Any, ...]) -> Any:
         """Has a shard add up its pieces of some gradients, and returns a reference to the sums of their squares."""
 
         def done(seconds: float, _: Any) -> None:
             self._note_busy("server", seconds)
 
-        return self._parts.ask(part, "add_up", *gradients, num_returns=2, needs=needs, then=done)[1]
+        return self._supervisor.submit(process, "add_up", *gradients, num_returns=2, needs=needs, on_reply=done)[1]
 
     def _issue_snapshot(self) -> None:
         last = self._snapshot.learner_steps if self._snapshot else None
@@ -345,8 +349,8 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         if snapshot is not None and not any(map(has_failed, snapshot.leaves)):
             self.learner_steps, whence = snapshot.learner_steps, "the newest snapshot"
             self._target_clock.age = snapshot.target_age
-            for part, leaves in zip(self._server, snapshot.leaves, strict=True):
-                self._parts.ask(part, "restore", leaves)
+            for process, leaves in zip(self._server, snapshot.leaves, strict=True):
+                self._supervisor.submit(process, "restore", leaves)
         elif newest := self._of_newest_checkpoint(self._read_learner):
             self._snapshot = None  # which is gone; the next is taken at once
             learner, counters = newest
@@ -356,16 +360,16 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
             self._snapshot = None
             self.learner_steps, whence = 0, "the beginning: there is neither snapshot nor checkpoint"
             self._target_clock.age = 0
-            for part in self._server:
-                self._parts.ask(part, "reset")
+            for process in self._server:
+                self._supervisor.submit(process, "reset")
         logger.warning(
             "%s: the server goes back from learner step %d to %d, %s", why, before, self.learner_steps, whence
         )
 
     def _give_server(self, learner: LearnerState) -> None:
         self._target_clock.age = int(learner.target_age)
-        for part, leaves in zip(self._server, self._division.split(learner), strict=True):
-            self._parts.ask(part, "restore", leaves)
+        for process, leaves in zip(self._server, self._division.split(learner), strict=True):
+            self._supervisor.submit(process, "restore", leaves)
 
     # Workers: what they do, and what they learn from.
 
@@ -378,22 +382,22 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         self._actor_is_lost(i)
         if self._replay is not None:
             return
-        worker.stock = NOTHING
+        worker.stock = EMPTY_SHARD
         found, whence = 0, "there is no checkpoint that has them"
         newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
         if newest:
             saved, counters = newest
-            own = share_of(saved, self._topology.crew, i)
+            own = share_of(saved, self._topology.actor_pool, i)
             self._give_worker(i, own)
             found = int(np.sum(np.asarray(own.leaves) > 0))
             whence = f"from the checkpoint at environment step {counters['env_steps']}"
-        logger.warning("%s held %d transitions; %d are back: %s", worker.part.name, lost, found, whence)
+        logger.warning("%s held %d transitions; %d are back: %s", worker.process.name, lost, found, whence)
 
     def _give_worker(self, i: int, own: SavedReplay) -> None:
-        def has(stock: Stock) -> None:
+        def has(stock: ShardStats) -> None:
             self._actors[i].stock = stock
 
-        self._parts.ask(self._actors[i].part, "restore", own, then=has)
+        self._supervisor.submit(self._actors[i].process, "restore", own, on_reply=has)
 
     def _ask_for_chunk(self, i: int, writer: Writer) -> None:
         worker = self._actors[i]
@@ -403,7 +407,7 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         def gone() -> None:
             worker.num_chunks -= 1
 
-        def arrived(answer: tuple[Report, Stock | None], reference: Any) -> None:
+        def arrived(answer: tuple[Report, ShardStats | None], reference: Any) -> None:
             report, stock = answer
             count = functools.partial(self._count, i, report)
             if self._replay is not None:
@@ -419,9 +423,9 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
             self._has_not_pulled(worker, pulled)
 
         exploration = float(exploration_at(self._config.agent, np.array(self.env_steps)))
-        self._parts.ask(
-            worker.part, "pull_and_act", worker.version, exploration, *handed, num_returns=2, needs=needs,
-            then=arrived, dropped=lost,
+        self._supervisor.submit(
+            worker.process, "pull_and_act", worker.version, exploration, *handed, num_returns=2, needs=needs,
+            on_reply=arrived, on_dropped=lost,
         )  # fmt: skip
 
     def _count(self, i: int, report: Report) -> None:
@@ -433,7 +437,7 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         if self._waiting:  # then there are newer parameters soon
             return
         each = topology.gradients_per_learner_step
-        due = (self.limiter.due(self.env_steps) - self.learner_steps) * each
+        due = (self.rate_limiter.due(self.env_steps) - self.learner_steps) * each
         # With so many under way, none that is asked for now is stale unless others overtake it.
         most = min(due, (topology.max_staleness + 1) * each)
         num_coming = len(self._gradients) + sum(worker.is_learning for worker in self._actors)
@@ -441,7 +445,7 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
             if num_coming >= most:
                 return
             # One at a time: parameters that waited for the one before would be older by a step of every other worker.
-            if not worker.is_learning and worker.part.is_there and self._is_warm(worker):
+            if not worker.is_learning and worker.process.is_ready and self._is_warm(worker):
                 if not self._ask_for_gradient(worker):
                     return
                 num_coming += 1
@@ -480,16 +484,16 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
                 self._replay.return_errors(drawn, errors)
 
         if drawn is None:
-            self._parts.ask(
-                worker.part, "pull_and_learn", version, exponent, room, *handed, num_returns=1 + num_pieces,
-                needs=needs, then=arrived, dropped=lost,
+            self._supervisor.submit(
+                worker.process, "pull_and_learn", version, exponent, room, *handed, num_returns=1 + num_pieces,
+                needs=needs, on_reply=arrived, on_dropped=lost,
             )  # fmt: skip
         else:
             num_handed, *handed_on = handed
-            parts = tuple(drawn.references)
-            self._parts.ask(
-                worker.part, "pull_and_learn_of", version, drawn.places, room, num_handed, *parts, *handed_on,
-                num_returns=1 + num_pieces + len(parts), needs=(*parts, *needs), then=arrived, dropped=lost,
+            shares = tuple(drawn.references)
+            self._supervisor.submit(
+                worker.process, "pull_and_learn_of", version, drawn.places, room, num_handed, *shares, *handed_on,
+                num_returns=1 + num_pieces + len(shares), needs=(*shares, *needs), on_reply=arrived, on_dropped=lost,
             )  # fmt: skip
         return True
 
@@ -513,8 +517,8 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
 
     # The beginning.
 
-    def _make_parts(self) -> None:
-        topology, make, add, config = self._topology, self._make_part, self._parts.add, self._config
+    def _start_processes(self) -> None:
+        topology, make, add, config = self._topology, self._make_process, self._supervisor.add, self._config
         resources = dict(topology.worker_resources) or ONE_CPU
         environment = {} if resources.get("GPU") else IN_LINE
         memory = self._vectors.share(self._stack)
@@ -531,7 +535,7 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
             self._actors.append(_Worker(add(worker)))
             self._begin(i, 0)
 
-    def _restore_parts(self, state: dict[str, Any], incarnation: int, version: int) -> None:
+    def _restore_processes(self, state: dict[str, Any], incarnation: int, version: int) -> None:
         self.version = self._gate.oldest_version = version + 1
         self._give_server(state["learner"])
         for i in range(len(self._actors)):
@@ -539,8 +543,8 @@ class ServerDirector(CrewDirector[ServerTally, _Worker]):
         if "replay" not in state:
             return
         if self._replay is not None:
-            for i in range(len(self._replay.parts)):
+            for i in range(len(self._replay.processes)):
                 self._replay.give(i, state["replay"])
         else:
             for i in range(len(self._actors)):
-                self._give_worker(i, share_of(state["replay"], self._topology.crew, i))
+                self._give_worker(i, share_of(state["replay"], self._topology.actor_pool, i))

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from qfleet.topologies.fleet.actor import Chunk, Report
-from qfleet.topologies.fleet.replay_shard import ReplayShard, Stock
+from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats
 from qfleet.topologies.fleet.supervisor import Remote
 from qfleet.topologies.parameter_server.server_shard import ServerShard
 from qfleet.topologies.parameter_server.worker import GradientRoom, Worker
@@ -28,7 +28,7 @@ class RemoteWorker(Remote, Worker):
 
     def pull_and_act(
         self, version: int, exploration: float, num_handed: int, *handed: Any
-    ) -> tuple[tuple[Report, Stock | None], Chunk | None]:
+    ) -> tuple[tuple[Report, ShardStats | None], Chunk | None]:
         """Pulls the first of what comes last, and returns what `act` does, the chunk by itself."""
         self.pull(version, handed[:num_handed])
         report, stock, chunk = self.act(exploration)

@@ -9,7 +9,7 @@ memory that they share where all are on one machine, and else by Ray's object st
 
 The server is divided: its shards have equal parts of the vector of parameters, with the optimiser's state for them, and
 take the same steps in the same order, which is that in which gradients arrive here. A gradient whose parameters are too
-many steps old is dropped, as is one whose loss is far from the usual. A limiter keeps the replay ratio.
+many steps old is dropped, as is one whose loss is far from the usual. A rate limiter keeps the replay ratio.
 
 A worker that dies, raises or falls silent is replaced, and has again what the newest checkpoint has of its replay. When
 a shard of the server is lost, all go back to their newest snapshot, and gradients of before are refused.
@@ -49,7 +49,7 @@ class ParameterServer(OnRay):
           ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
         """
         assert isinstance(config.topology, ParameterServerConfig)
-        super().__init__(config, env, network, config.topology.crew)
+        super().__init__(config, env, network, config.topology.actor_pool)
         from qfleet.topologies.parameter_server.director import ServerDirector  # here, as not all need Ray
 
         self._topology = config.topology
@@ -62,7 +62,7 @@ class ParameterServer(OnRay):
         Raises:
           RunFailed: if a part has failed too often, or the loss isn't finite.
         """
-        tally = self._director.go_on(until_env_steps)
+        tally = self._director.resume(until_env_steps)
         self.env_steps, self.learner_steps = tally.end
         check_loss(sum(tally.losses), self.learner_steps, self._config.agent)
         return Progress(
@@ -93,7 +93,7 @@ class ParameterServer(OnRay):
             "worker_env_steps_per_second_min": float(rates.min()),
             "worker_env_steps_per_second_median": float(np.median(rates)),
             "worker_env_steps_per_second_max": float(rates.max()),
-            "workers_there": director.num_actors_there,
+            "workers_there": director.num_ready_actors,
             "staleness_max": float(max(tally.staleness, default=0)),
             "gradients_per_second": sum(tally.num_gradients.values()) / seconds,
             "gradients_stale": tally.num_gradients["stale"],
@@ -123,7 +123,7 @@ class ParameterServer(OnRay):
         Raises:
           StateIsLost: if a shard of the server or of the replay was lost, and has no place yet.
         """
-        self._director.rest()
+        self._director.quiesce()
         self.env_steps = self._director.env_steps
         leaves = self._director.learner_state()
         self.learner_steps = self._director.learner_steps
@@ -131,7 +131,7 @@ class ParameterServer(OnRay):
         learner = jax.tree.unflatten(jax.tree.structure(self._shapes), jax.tree.leaves(self._division.join(leaves)))
         state = {"learner": learner}
         if self._config.checkpoint_replay:
-            state["replay"] = join_shards(self._director.snapshots(), self._crew)
+            state["replay"] = join_shards(self._director.snapshots(), self._pool)
         return state
 
     @property
@@ -140,7 +140,7 @@ class ParameterServer(OnRay):
         return {
             "env_steps": self.env_steps,
             "learner_steps": self.learner_steps,
-            "replay_starts_at": self._director.limiter.replay_starts_at,
+            "replay_starts_at": self._director.rate_limiter.replay_starts_at,
             "version": self._director.version,
             "incarnations": list(self._director.incarnations),
         }

@@ -20,7 +20,7 @@ from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.topologies.fleet.actor import Actor, Chunk, Report
-from qfleet.topologies.fleet.replay_shard import ReplayShard, Stock, Writer, put_together
+from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer, put_together
 from qfleet.topologies.parameter_server.server_shard import Division
 from qfleet.topologies.parameter_server.shared_memory import Place, Window
 
@@ -114,7 +114,7 @@ class Worker(Actor):
         self._version = version
         self._received_bytes += sum(vector.nbytes for vector in vectors)
 
-    def act(self, exploration: float) -> tuple[Report, Stock | None, Chunk | None]:
+    def act(self, exploration: float) -> tuple[Report, ShardStats | None, Chunk | None]:
         """Takes the steps of one chunk.
 
         Returns:
@@ -176,7 +176,7 @@ class Worker(Actor):
         assert self._store is not None
         return self._store.snapshot()
 
-    def restore(self, saved: SavedReplay) -> Stock:
+    def restore(self, saved: SavedReplay) -> ShardStats:
         """Has its replay go on from a snapshot, and returns what it holds then."""
         assert self._store is not None
         return self._store.restore(saved)
