@@ -12,8 +12,9 @@ import numpy as np
 from qfleet.config import ConfigError
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import EnvSpec, Network, Params
-from qfleet.envs.host import HostEnv, LaneOptions
+from qfleet.envs.host import HostEnv, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.episodes import play
 from qfleet.runtime.evaluation import MAX_LOST, greedy_returns, host_greedy_returns
@@ -60,14 +61,15 @@ class Policy:
                 min(num_episodes, EVAL_LANES), LaneOptions(max_failures=MAX_LOST * num_episodes)
             )
             try:
+                lanes_seed = seed_of(seed, Stream.POLICY)
                 return host_greedy_returns(
-                    lanes, env.spec, self._greedy, num_episodes, seed, self._network.to_storage_layout
+                    lanes, env.spec, self._greedy, num_episodes, lanes_seed, self._network.to_storage_layout
                 )
             finally:
                 lanes.close()
         apply, to_storage_layout = self._network.apply, self._network.to_storage_layout
         run = jax.jit(lambda params, key: greedy_returns(env, apply, params, key, num_episodes, to_storage_layout))
-        return np.asarray(run(self.params, jax.random.key(seed)))
+        return np.asarray(run(self.params, key_of(seed, Stream.POLICY)))
 
     def film(
         self, out_dir: str | os.PathLike[str], num_episodes: int = 1, seed: int = 0, frames_per_second: int = 30

@@ -16,6 +16,7 @@ from qfleet.cli.main import main
 from qfleet.cli.show import environments
 from qfleet.cli.train_command import config_of, parse
 from qfleet.config import ActorLearnerConfig, FusedConfig, OverlappedConfig
+from qfleet.core.keys import Stream, key_of
 from qfleet.presets import make_config
 from qfleet.topologies.fused.topology import Fused
 
@@ -160,7 +161,7 @@ def test_watch_in_python_plays_a_plain_greedy_loop(run_dir: Path, tmp_path: Path
     pytest.importorskip("av")
     (video,) = qfleet.watch(run_dir, checkpoint=256, seed=4, out_dir=tmp_path / "out")
     policy, env = qfleet.load(run_dir), qfleet.make_env("CartPole-v1")
-    reset_key, step_key = jax.random.split(jax.random.key(4))
+    reset_key, step_key = jax.random.split(key_of(4, Stream.POLICY))
     state, obs = env.reset(jax.random.split(reset_key, 1)[0])
     total, terminated = 0.0, False
     while not terminated and total < env.spec.time_limit:

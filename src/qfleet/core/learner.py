@@ -11,6 +11,7 @@ from jax import Array
 
 from qfleet.config import AgentConfig, ConfigError, suggest
 from qfleet.core.agent import Agent
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import Batch, Params
 
 ELEMENTWISE = (
@@ -95,7 +96,7 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
 
 def init_from_seed(learner: Learner, agent: Agent, seed: Array) -> LearnerState:
     """Returns the learner that a run with this seed, `[]` uint32, begins with, wherever it runs."""
-    return learner.init(agent.init(jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)[0]))
+    return learner.init(agent.init(jax.random.split(key_of(seed, Stream.TRAINING), 3)[0]))
 
 
 def update(

@@ -11,9 +11,10 @@ import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.core.frame_stack import init_view, push_frame
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import EnvSpec, identity
 from qfleet.envs.failures import describe
-from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes
+from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes, seed_of
 from qfleet.envs.rendering import draw_observation, is_picture
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import MAX_EPISODE_STEPS
@@ -51,7 +52,8 @@ def play(
     What draws them is closed after the last one, or with the generator.
 
     An episode of n steps has n + 1 moments. In an environment written in JAX they begin as those of `greedy_returns`
-    do with `jax.random.key(seed)`; in others, episode i begins as lane 0 does with seed + i.
+    do with `key_of(seed, Stream.POLICY)`, the key of `Policy.evaluate`; in others, episode i begins as lane 0 of
+    `Policy.evaluate` does with seed + i.
 
     Raises:
       ConfigError: if there is no way to draw the environment, or it draws what isn't a picture.
@@ -67,7 +69,7 @@ def play(
     lanes = env.make_rendered_lanes(options) if env.make_rendered_lanes else _Observed(env, options)
     try:
         for episode in range(num_episodes):
-            yield _play_host(lanes, env.spec, q_values, seed + episode, to_storage_layout)
+            yield _play_host(lanes, env.spec, q_values, seed_of(seed + episode, Stream.POLICY), to_storage_layout)
     finally:
         lanes.close()
 
@@ -92,7 +94,7 @@ def _play_in_graph(
     render = env.render
     if render is None:
         _check_is_picture(env.spec, "InGraphEnv a `render`")
-    reset_key, step_key = jax.random.split(jax.random.key(seed))
+    reset_key, step_key = jax.random.split(key_of(seed, Stream.POLICY))
 
     @jax.jit
     def begin(episode: jax.Array) -> tuple:

@@ -9,14 +9,11 @@ import numpy as np
 from qfleet.config import TrainConfig
 from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
-from qfleet.core.keys import key_of
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import Params
 from qfleet.envs.host import HostEnv, HostLanes, lane_options, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
-
-_EVALUATION = 1
-"""What a seed's random numbers are for; 0, 2, 3 and 4 are training's."""
 
 
 class Evaluator:
@@ -35,7 +32,7 @@ class Evaluator:
           num_episodes: to play.
           batch: evaluations of the same parameters with different numbers see different episodes.
         """
-        env, numbers = self._env, (self._config.seed, _EVALUATION, env_steps % 2**32, batch)
+        env, numbers = self._env, (self._config.seed, Stream.EVALUATION, env_steps % 2**32, batch)
         if isinstance(env, InGraphEnv):
             return np.asarray(self._in_graph(params, key_of(*numbers), num_episodes))[None]
         if self._lanes is None:

@@ -268,6 +268,7 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
     def _restore_processes(self, state: dict[str, Any], incarnation: int, version: int) -> None:
         self._broadcast = _Broadcast(version, self.learner_steps, [])  # which nobody takes: it has no parameters
         self._give_learner(state["learner"])
+        self._replay.resume_at(self.env_steps)
         if "replay" in state:
             for i in range(len(self._replay.processes)):
                 self._replay.give(i, state["replay"])

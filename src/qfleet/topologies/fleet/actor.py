@@ -14,7 +14,7 @@ from qfleet.config import ActorPool, RunFailed, TrainConfig, actor_pool_of
 from qfleet.core.agent import Agent, make_agent
 from qfleet.core.frame_stack import push_frame
 from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
-from qfleet.core.keys import key_of
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.targets import take_action
 from qfleet.core.types import Params, stored_spec
@@ -25,9 +25,6 @@ from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.topologies.acting import ActorState, Episodes, act, init_actor
-
-_ACTING = 2
-"""What a seed's random numbers are for; 0 and 1 are a learner's and evaluation's."""
 
 
 class Chunk(NamedTuple):
@@ -98,7 +95,7 @@ class Actor:
         else:
             options = lane_options(config.topology)
             self._make_lanes = functools.partial(_HostLanes, env, agent, pool, options)
-        self._numbers = (config.seed, _ACTING, number)
+        self._numbers = (config.seed, Stream.ACTING, number)
         self._lanes: _Lanes | None = None
         n_step, discount = config.agent.n_step, config.agent.discount
 

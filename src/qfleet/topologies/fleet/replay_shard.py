@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.config import ActorPool, TrainConfig, actor_pool_of
-from qfleet.core.keys import key_of
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.replay import NO_STEP, DrawShare, Replay, ReplayState, Sample, SavedReplay, make_replay, priorities
 from qfleet.core.types import EnvSpec, Transition, stored_spec
 from qfleet.envs.registry import make_env
@@ -176,7 +176,7 @@ class ReplayShard:
     def _draw_share(
         self, state: ReplayState, seed: Array, exponent: Array, share: DrawShare, first: Array, size: int
     ) -> Sample:
-        return self.replay.sample_share(state, key_of(seed, first), exponent, share, first, size)
+        return self.replay.sample_share(state, key_of(seed, Stream.REPLAY_SHARD, first), exponent, share, first, size)
 
 
 def make_shard_replay(config: TrainConfig, number: int, stored: EnvSpec) -> Replay:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qfleet.config import TrainConfig, actor_pool_of
+from qfleet.core.keys import Stream
 from qfleet.core.replay import DrawShare, SavedReplay
 from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer, deal, share_of
 from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
@@ -47,12 +48,17 @@ class ShardedReplay:
         """
         self._pool, self._supervisor, self._note_busy = actor_pool_of(config.topology), supervisor, note_busy
         self._shards: list[_Shard] = []
-        self._random = np.random.default_rng((config.seed, 3))
+        self._seed = config.seed
+        self._random = np.random.default_rng((self._seed, Stream.REPLAY_SHARES))
         self._num_drawn = self._num_inserting = self._num_returning = 0
 
     def add(self, process: RemoteProcess) -> None:
         """Takes the next shard."""
         self._shards.append(_Shard(process))
+
+    def resume_at(self, env_steps: int) -> None:
+        """Draws anew from a stream that depends on where a resumed run goes on, so that it repeats no draws."""
+        self._random = np.random.default_rng((self._seed, Stream.REPLAY_SHARES, env_steps))
 
     @property
     def processes(self) -> list[RemoteProcess]:

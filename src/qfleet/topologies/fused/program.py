@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from qfleet.config import AgentConfig, TrainConfig
 from qfleet.core.agent import Agent
-from qfleet.core.keys import key_of
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_replay, partition
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
@@ -22,9 +22,6 @@ from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns
 from qfleet.topologies.acting import ActorState, RowReport, act, init_actor
 from qfleet.topologies.schedule import Plan, rows_per_iteration
-
-# What a seed's random numbers are for: evaluation must not see training's.
-_TRAINING, _EVALUATION = 0, 1
 
 NO_BAD_STEP = np.iinfo(np.int32).max
 
@@ -98,7 +95,7 @@ def make_program(
     num_rows = rows_per_iteration(config.agent)
 
     def init(seed: Array) -> FusedState:
-        params_key, lanes_key, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _TRAINING), 3)
+        params_key, lanes_key, state_key = jax.random.split(key_of(seed, Stream.TRAINING), 3)
         actor = init_actor(env, agent, lanes_key, local_lane_ids(replicas, num_lanes))
         return FusedState(learner.init(agent.init(params_key)), actor, replay.init() if replay else (), state_key)
 
@@ -112,7 +109,7 @@ def make_program(
         return state, _joined(tally, replicas)
 
     def evaluate(params: Params, seed: Array, moment: Array, batch: Array) -> Array:
-        key = key_of(seed, _EVALUATION, moment, batch)
+        key = key_of(seed, Stream.EVALUATION, moment, batch)
         return greedy_returns(env, agent.q_values, params, key, config.eval_episodes, agent.to_storage_layout, replicas)
 
     def leaves(state: ReplayState) -> Array | tuple[()]:

@@ -10,6 +10,7 @@ import numpy as np
 import ray
 
 from qfleet.config import DecentralisedConfig, TrainConfig
+from qfleet.core.keys import Stream
 from qfleet.core.replay import NO_STEP, SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.records import Progress
@@ -26,9 +27,6 @@ logger = logging.getLogger("qfleet")
 CHUNKS_AHEAD = 2
 """Chunks of one peer under way: while it is at one, the next is decided. A mix goes with the next that is asked for, so
 the snapshot that holds it comes back two chunks after the one that led to it."""
-
-_MEETINGS = 5
-"""What a seed's random numbers are for; 0 to 4 are training's."""
 
 
 class RemotePeer(Remote, GossipPeer):
@@ -128,7 +126,7 @@ class GossipDirector(Director[GossipTally]):
         super().__init__(address, silence_seconds, self._topology.max_restarts)
         self._env_steps_per_chunk, self._is_in_graph = env_steps_per_chunk, is_in_graph
         self._read_learner, self._read_replay = read_learner, read_replay
-        self._random = np.random.default_rng((config.seed, _MEETINGS))
+        self._random = np.random.default_rng((config.seed, Stream.EXCHANGES))
         self._peers: list[_Peer] = []
         self._num_requests = 0  # for chunks, to all peers
         self._origin: Origin | None = None
@@ -140,6 +138,7 @@ class GossipDirector(Director[GossipTally]):
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Has all peers go on from a checkpoint, each from its share, before the first `resume`."""
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
+        self._random = np.random.default_rng((self._config.seed, Stream.EXCHANGES, self.env_steps))
         for peer, env_steps in zip(self._peers, shares_of(self.env_steps, len(self._peers)), strict=True):
             peer.env_steps, peer.learner_steps = env_steps, self.learner_steps
         self.begin_with(leaves_of(state["learner"]), state.get("replay"))

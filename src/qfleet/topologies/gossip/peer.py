@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config import ActorPool, DecentralisedConfig, FusedConfig, MeshConfig, OverlappedConfig, TrainConfig
+from qfleet.core.keys import Stream
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.core.replay.ring import cut
@@ -20,9 +21,6 @@ from qfleet.runtime.records import Progress
 from qfleet.topologies.base import OwnLearner
 from qfleet.topologies.gossip.averaging import Leaves, mixed
 from qfleet.topologies.mesh import leaves_of
-
-_PEER = 4
-"""What a seed's random numbers are for; 0 to 3 are a run's in one process, actors', and those of a replay in shards."""
 
 
 class Report(NamedTuple):
@@ -77,7 +75,7 @@ def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> Train
             replay_capacity=max(1, agent.replay_capacity // num_peers),
             **{name: math.ceil(getattr(agent, name) / num_peers) for name in divided},
         ),
-        seed=seed_of(config.seed, _PEER, number),
+        seed=seed_of(config.seed, Stream.PEER, number),
     )
 
 

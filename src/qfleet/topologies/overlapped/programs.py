@@ -10,6 +10,7 @@ from jax import Array
 from qfleet.config import AgentConfig
 from qfleet.core.agent import Agent
 from qfleet.core.frame_stack import push_frame
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, outcome_of, sealed_outcomes
 from qfleet.core.replicas import ALONE, Replicas
@@ -82,7 +83,7 @@ def make_programs(
     """
 
     def init(seed: Array) -> tuple[LearnerState, ReplayState | tuple[()], Array]:
-        params_key, _, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
+        params_key, _, state_key = jax.random.split(key_of(seed, Stream.TRAINING), 3)
         return learner.init(agent.init(params_key)), replay.init() if replay else (), state_key
 
     def draw(key: Array) -> tuple[Array, Draws]:

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from qfleet.config import ConfigError, DecentralisedConfig, OverlappedConfig, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.exploration import greedy
+from qfleet.core.keys import Stream
 from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.replay import Replay, ReplayState, SavedReplay, make_replay, partition, partition_saved
 from qfleet.core.replicas import ALONE, Replicas
@@ -44,9 +45,6 @@ from qfleet.topologies.schedule import learner_steps as planned_learner_steps
 
 CHUNK_SECONDS = 0.5
 """What a chunk should take at most, where one iteration is shorter: it is how long Ctrl-C waits."""
-
-_TRAINING, _EVALUATION = 0, 1
-"""What a seed's random numbers are for: evaluation must not see training's."""
 
 
 class Overlapped(OwnLearner):
@@ -227,7 +225,7 @@ class Overlapped(OwnLearner):
 
     def _begin_episodes(self) -> None:
         num_lanes, spec = self._num_lanes, self._stored_spec
-        seed = seed_of(self._config.seed, _TRAINING, self.env_steps, jax.process_index())
+        seed = seed_of(self._config.seed, Stream.TRAINING, self.env_steps, jax.process_index())
         self._obs = self._to_device(self._lanes.reset(seed))
         self._view = self._to_device(np.zeros((num_lanes, *spec.agent_observation_shape), spec.observation_dtype))
         self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
@@ -394,7 +392,7 @@ class Overlapped(OwnLearner):
         """
         if self._eval_lanes is None:
             self._eval_lanes = self._env.make_eval_lanes(self._num_eval_lanes, self._options)
-        seed = seed_of(self._config.seed, _EVALUATION, self.env_steps, batch, jax.process_index())
+        seed = seed_of(self._config.seed, Stream.EVALUATION, self.env_steps, batch, jax.process_index())
         params, num_processes = self._placement.own_copy(self.params), jax.process_count()
         num_own = -(-num_episodes // num_processes)
         returns = host_greedy_returns(

@@ -540,6 +540,8 @@ class ServerDirector(ActorsDirector[ServerTally, _Worker]):
         self._give_server(state["learner"])
         for i in range(len(self._actors)):
             self._begin(i, incarnation)
+        if self._replay is not None:
+            self._replay.resume_at(self.env_steps)
         if "replay" not in state:
             return
         if self._replay is not None:

@@ -12,7 +12,7 @@ from jax import Array
 from qfleet.config import ParameterServerConfig, TrainConfig
 from qfleet.core import sharded_learner as pieces
 from qfleet.core.agent import make_agent
-from qfleet.core.keys import key_of
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import LearnerState, UpdateInfo
 from qfleet.core.replay import ReplayState, SavedReplay
 from qfleet.core.types import Params, Transition
@@ -23,10 +23,6 @@ from qfleet.topologies.fleet.actor import Actor, Chunk, Report
 from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer, put_together
 from qfleet.topologies.parameter_server.server_shard import Division
 from qfleet.topologies.parameter_server.shared_memory import Place, Window
-
-_DRAWING = 6
-"""What a seed's random numbers are for; 0 to 5 are others'."""
-
 
 GradientRoom = list[Place] | None
 """Where each piece of a gradient goes, in memory that is shared with the server; None to return them."""
@@ -136,9 +132,10 @@ class Worker(Actor):
         """
         assert self._store is not None
         started = time.perf_counter()
-        numbers = (self._seed, _DRAWING, self._number, self._writer.incarnation, self._num_gradients % 2**32)
+        stream = (self._seed, Stream.WORKER_BATCHES, self._number, self._writer.incarnation)
+        count = self._num_gradients % 2**32
         self._num_gradients += 1
-        key = self._key_of(*map(np.uint32, numbers))
+        key = self._key_of(*map(np.uint32, (*stream, count)))
         self._store.state, gradient, means = self._learn(
             self._store.state, self._params, self._target, key, np.float32(importance_exponent)
         )
