@@ -35,6 +35,7 @@ TOPOLOGIES = ("fused", "overlapped", "actor_learner", "parameter_server", "all_r
 CORE_MAY_IMPORT = {
     "collections",
     "dataclasses",
+    "enum",
     "functools",
     "inspect",
     "itertools",

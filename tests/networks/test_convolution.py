@@ -1,4 +1,4 @@
-"""Both lowerings against each other; which of them a program contains."""
+"""Compares the two lowerings of a convolution, and checks which of them a program contains."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_a_convolution_worked_by_hand_is_a_correlation_without_padding():
 
 
 def test_auto_compiles_to_the_wanted_lowering_alone():
-    """In a scan of vmapped gradients, as training uses it: no branch on the platform is left to pay for."""
+    """In a scan of vmapped gradients, as in training, no branch on the platform is left in the program."""
     kernels = jnp.ones((2, 3, 3, 4, 8))
     images = jnp.ones((3, 5, 10, 10, 4))
 
@@ -79,6 +79,6 @@ def test_a_kernel_that_does_not_fit_the_image_is_an_error(kernel, lowering):
 
 
 def test_blocks_worked_by_hand():
-    """Pixel numbers of a 2 x 4 image with two channels: the left block, then the right one."""
+    """The numbers are those of a 2 x 4 image with two channels: first its left block, then its right block."""
     x = jnp.arange(16).reshape(2, 4, 2)
     np.testing.assert_array_equal(to_blocks(x, 2), [[[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]])
