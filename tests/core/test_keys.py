@@ -29,7 +29,7 @@ def as_numbers(key: jax.Array) -> Key:
 
 
 def test_the_streams_of_a_few_seeds_have_keys_of_their_own() -> None:
-    """Also apart from the seed's own key, which a user may pass to an environment or a network."""
+    """They also differ from the key of the seed itself, which a user may use elsewhere."""
     keys = [as_numbers(key_of(seed, stream)) for seed in SEEDS for stream in Stream]
     keys += [as_numbers(jax.random.key(seed)) for seed in SEEDS]
     assert len(set(keys)) == len(keys) == len(SEEDS) * (len(Stream) + 1)
@@ -46,7 +46,7 @@ def test_the_seeds_of_environments_outside_jax_differ_by_stream() -> None:
 
 
 def test_nothing_starts_from_the_key_of_a_seed_itself() -> None:
-    """Its parts, `split(key(seed), n)[i]`, are the streams' own keys: what began there would see their numbers."""
+    """JAX's `split(key(seed), n)[i]` is the key of stream i, so code that started there would reuse its numbers."""
     for i, key in enumerate(jax.random.split(jax.random.key(5), len(Stream))):
         assert as_numbers(key) == as_numbers(key_of(5, Stream(i)))
     sources = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}

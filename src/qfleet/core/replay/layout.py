@@ -4,6 +4,8 @@ This runs on the host, in NumPy. It first decides which slot of the old ring eac
 copies every array once.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -93,18 +95,16 @@ def resharded(
     places = _deal(pieces, num_rows, num_lanes)
     size, source = _source(ring, pieces, places, num_rows, num_lanes, num_segments)
 
-    def moved(buffer: Any, padding: Any = 0) -> Any:
-        return _moved(np.asarray(buffer), source, num_rows, padding)
-
+    move: Callable[..., Any] = functools.partial(_moved, source=source, num_rows=num_rows)
     rows = Row(
-        obs=moved(ring.rows.obs),
-        action=moved(ring.rows.action),
-        reward=moved(ring.rows.reward),
-        outcome=moved(outcome, NO_STEP),
+        obs=move(ring.rows.obs),
+        action=move(ring.rows.action),
+        reward=move(ring.rows.reward),
+        outcome=move(outcome, padding=NO_STEP),
     )
     leaves: Any = ()
     if is_prioritised:
-        old = () if isinstance(saved.leaves, tuple) else moved(saved.leaves)
+        old = () if isinstance(saved.leaves, tuple) else move(np.asarray(saved.leaves))
         leaves = _leaves(rows, size, old, float(saved.max_priority), n_step, frame_stack)
     counters: Any = (size % num_rows).astype(np.int32), size.astype(np.int32), size.astype(np.uint32)
     dropped = _num_steps(ring) - int(np.sum(np.asarray(rows.outcome) != NO_STEP))
@@ -179,7 +179,7 @@ def _source(
     return size, source
 
 
-def _moved(buffer: np.ndarray, source: np.ndarray, num_rows: int, padding: Any) -> np.ndarray:
+def _moved(buffer: np.ndarray, source: np.ndarray, num_rows: int, padding: Any = 0) -> np.ndarray:
     """Returns what a buffer, `[old rows, old lanes, ...]`, holds in the source slots, as `[num_rows, lanes, ...]`."""
     new = np.zeros((num_rows, source.shape[1], *buffer.shape[2:]), buffer.dtype)
     if padding:

@@ -59,7 +59,7 @@ def set_leaves(tree: SumTree, indices: jax.Array, values: jax.Array) -> SumTree:
     leaves, *sums = tree.levels
     indices = indices.astype(jnp.uint32)  # a negative index becomes greater than any leaf's
     leaves = leaves.at[jnp.where(indices < tree.num_leaves, indices, jnp.uint32(leaves.size))].set(values, mode="drop")
-    # A dropped index may walk up from any leaf: computing a sum again is right whether or not a child changed.
+    # For a dropped index, any leaf will do: computing a sum again is right whether or not a child changed.
     nodes = jnp.minimum(indices, jnp.uint32(tree.num_leaves - 1))
     levels = [leaves]
     for level in sums:

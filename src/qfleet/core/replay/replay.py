@@ -81,7 +81,7 @@ class Replay(NamedTuple):
     """`insert(state, row, segment=0, td_error=None) -> state` stores one step of all lanes of a segment.
 
     The row completes the transitions that started n rows earlier. They enter with the priority of `td_error`,
-    `[lanes]` float32. Where it is NaN, or None is given, they enter with the greatest priority so far."""
+    `[lanes]` float32, or with the greatest priority so far where `td_error` is NaN or if it is None."""
     seal: Callable[..., ReplayState]
     """`seal(state, lanes, segment=0) -> state` cuts the newest step short in some lanes of a segment, `[lanes]` bool.
     The next row must hold the observation that this step led to, with the outcome `NO_STEP`."""

@@ -80,9 +80,9 @@ def draw_uniformly(
         attempt, _, _, is_step = carry
         return (attempt < MAX_DRAWS) & ~jnp.all(is_step)
 
-    nobody = jnp.zeros(batch_size, bool)
+    none_yet = jnp.zeros(batch_size, bool)
     _, slot, is_mine, is_step = jax.lax.while_loop(
-        has_rejected, draw, (jnp.int32(0), jnp.zeros(batch_size, jnp.uint32), nobody, nobody)
+        has_rejected, draw, (jnp.int32(0), jnp.zeros(batch_size, jnp.uint32), none_yet, none_yet)
     )
     return slot, is_mine, is_step.astype(jnp.float32)
 
