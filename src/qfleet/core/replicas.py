@@ -64,7 +64,8 @@ def over_axis(name: str, size: int, *, as_vector: bool = False) -> Replicas:
         return unravel(jax.lax.pmean(vector, name))
 
     def deal(tree: Any, is_mine: Array) -> Any:
-        words, unpack = _as_words(tree)  # one message; sums of bits are exact, as all but one are 0
+        # As words, the whole tree is one message. The sum is exact, because all replicas but one contribute 0.
+        words, unpack = _as_words(tree)
         return unpack(jax.lax.psum_scatter(jnp.where(is_mine[:, None], words, 0), name, tiled=True))
 
     return Replicas(
