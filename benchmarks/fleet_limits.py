@@ -201,7 +201,7 @@ def updates_per_second_in_process(seconds: float) -> float:
     from qfleet.core.updates import learn_from_replay, no_losses
     from qfleet.envs.registry import make_env
     from qfleet.networks import make_network
-    from qfleet.runtime.devices import reuse_freed_memory
+    from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
     from qfleet.topologies.fleet.replay_shard import stored_spec_of
 
     config = atari_config()

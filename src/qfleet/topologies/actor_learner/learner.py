@@ -17,7 +17,8 @@ from qfleet.core.updates import Losses, add_losses, no_losses
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.cache import enable_compilation_cache
-from qfleet.runtime.devices import limit_cpu_threads, reuse_freed_memory, set_cpu_devices
+from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices
+from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
 from qfleet.topologies.fleet.replay_shard import put_together
 from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement, leaves_of
 

@@ -28,10 +28,10 @@ from qfleet.core.updates import Losses
 from qfleet.envs.host import HostEnv, HostLanes, lane_options, seed_of
 from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.evaluation import host_greedy_returns
 from qfleet.runtime.records import Progress, mean
 from qfleet.runtime.stopwatch import OTHER, Stopwatch
+from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
 from qfleet.topologies.acting import Episodes
 from qfleet.topologies.base import OwnLearner, check_loss, read_as
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint

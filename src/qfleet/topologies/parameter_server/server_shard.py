@@ -20,7 +20,7 @@ from qfleet.core.types import Params
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
-from qfleet.runtime.devices import reuse_freed_memory
+from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
 from qfleet.topologies.parameter_server.shared_memory import Place, Window
 
 Leaves = list[np.ndarray]

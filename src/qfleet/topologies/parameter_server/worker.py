@@ -18,7 +18,7 @@ from qfleet.core.replay import ReplayState, SavedReplay
 from qfleet.core.types import Params, Transition
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
-from qfleet.runtime.devices import reuse_freed_memory
+from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
 from qfleet.topologies.fleet.actor import Actor, Chunk, Report
 from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer, put_together
 from qfleet.topologies.parameter_server.server_shard import Division
