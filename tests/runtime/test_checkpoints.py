@@ -20,7 +20,8 @@ import optax
 import pytest
 
 from qfleet.config import ConfigError
-from qfleet.runtime.checkpoints import CheckpointError, Checkpoints
+from qfleet.runtime.checkpoint_files import CheckpointError
+from qfleet.runtime.checkpoints import Checkpoints
 
 
 class State(NamedTuple):
@@ -270,7 +271,7 @@ def test_a_save_that_fails_in_the_background_is_raised_by_the_next_call(
 
     save_some(tmp_path, 1)
     with monkeypatch.context() as patch, Checkpoints(tmp_path) as checkpoints:
-        patch.setattr("qfleet.runtime.checkpoints._size_and_crc32", fail)
+        patch.setattr("qfleet.runtime.checkpoint_files.size_and_crc32", fail)
         checkpoints.save(2, {"learner": jnp.zeros(2)}, {})
         with pytest.raises(OSError, match=r"No space left on device; .*resume from checkpoint 1"):
             checkpoints.wait()
@@ -289,14 +290,15 @@ def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path: 
     code = """
         import os, signal, sys
         import numpy as np
-        from qfleet.runtime import checkpoints as module
+        from qfleet.runtime import checkpoint_files
+        from qfleet.runtime.checkpoints import Checkpoints
         directory, moment = sys.argv[1:]
         kill = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        checkpoints = module.Checkpoints(directory, keep=1)
+        checkpoints = Checkpoints(directory, keep=1)
         checkpoints.save(1, {"learner": np.arange(4)}, {})
         checkpoints.wait()
         if moment == "just before it is complete":
-            module._size_and_crc32 = kill
+            checkpoint_files.size_and_crc32 = kill
         checkpoints.save(2, {"learner": np.random.default_rng(0).random(4_000_000)}, {})
         if moment == "while arrays are written":
             kill()
