@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back is what was saved, and what was damaged never comes back."""
+"""Checkpoints: a restored state is the one that was saved, and a damaged checkpoint is never restored."""
 
 import functools
 import json
@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,7 +61,7 @@ def save_some(directory: Path, *env_steps: int, keep: int = 10) -> None:
 
 @pytest.fixture(scope="module")
 def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints 10 and 20, to be copied before they are damaged."""
+    """Returns a folder with checkpoints 10 and 20. Tests that damage them use a copy."""
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     save_some(directory, 10, 20)
     return directory
@@ -313,9 +312,9 @@ def test_a_process_killed_while_it_saves_leaves_the_checkpoint_before(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
-def test_saving_is_silent_and_the_process_ends_at_once(tmp_path: Path) -> None:
+def test_saving_is_silent_and_the_process_ends_even_if_checkpoints_are_left_open(tmp_path: Path) -> None:
     code = """
-        import sys, time
+        import sys
         import jax.numpy as jnp
         from qfleet.runtime.checkpoints import Checkpoints
         assert not any(name.startswith("orbax") for name in sys.modules), "start-up must not import Orbax"
@@ -326,12 +325,9 @@ def test_saving_is_silent_and_the_process_ends_at_once(tmp_path: Path) -> None:
             checkpoints.restore_item("learner")
             if ending == "closed":
                 checkpoints.close()
-        print(time.time())
     """
-    result = run_python(code, tmp_path)
-    ended = time.time()
-    assert (result.returncode, result.stderr) == (0, "")
-    assert ended - float(result.stdout) < 2.0
+    result = run_python(code, tmp_path)  # raises if the process doesn't end
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert Checkpoints(tmp_path / "closed").all() == Checkpoints(tmp_path / "left open").all() == [1, 2]
 
 

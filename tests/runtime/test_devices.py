@@ -1,4 +1,4 @@
-"""How the cores of a CPU are shared out, before JAX is first used."""
+"""Settings of CPU devices before JAX is first used, and the memory of devices."""
 
 import os
 import subprocess

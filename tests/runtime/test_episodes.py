@@ -1,4 +1,4 @@
-"""Episodes to be looked at: the policy's own greedy ones, whole, each moment once."""
+"""Episodes to watch: they are the policy's own greedy episodes, complete, with each moment once."""
 
 import itertools
 
@@ -87,11 +87,14 @@ def test_host_observations_that_are_pictures_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (probes.constant_reward(), r"observations float32 \[1\], which are no picture; give the InGraphEnv a `render`"),
+        (
+            probes.constant_reward(),
+            r"observations float32 \[1\], which are not pictures; give the InGraphEnv a `render`",
+        ),
         (backend.make("counters:LimitedCounter-v0"), "give the HostEnv `make_rendered_lanes`"),
         (
             probes.constant_reward()._replace(render=lambda state, observation: np.zeros((4, 6))),
-            r"must be a uint8 array \[height, width, 3\], got float64 \[4, 6\]; mend what renders it",
+            r"must be a uint8 array \[height, width, 3\], got float64 \[4, 6\]; fix its renderer",
         ),
     ],
     ids=["in graph", "host", "no picture"],

@@ -1,4 +1,4 @@
-"""What the process knows of itself."""
+"""Facts about the process: its age and its memory."""
 
 import subprocess
 import sys
@@ -25,9 +25,11 @@ def test_age_counts_from_the_start_of_the_process() -> None:
 
 
 def test_age_grows_with_time() -> None:
+    started = time.monotonic()
     before = seconds_since_process_start()
     time.sleep(0.1)
-    assert seconds_since_process_start() - before == pytest.approx(0.1, abs=0.05)
+    growth = seconds_since_process_start() - before
+    assert 0.1 - 1e-3 <= growth <= time.monotonic() - started + 1e-3  # two clocks may differ by a little
 
 
 def test_peak_memory_remembers_what_was_freed() -> None:
@@ -64,7 +66,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 40
     [
         ({}, None),
         (MEMINFO, 4000 * 1024),
-        # Version 2: the group's own limit is none, but its parent's counts; files that are cached count as free.
+        # Version 2. The group has no limit of its own, but its parent has one. Cached files count as free.
         (
             MEMINFO
             | {
@@ -77,7 +79,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 40
             },
             400_000,
         ),
-        # Version 1, as a container sees it: the path is the host's, and the limit lies at the top.
+        # Version 1 as a container sees it: the path is that of the host, but the limit is at the top.
         (
             MEMINFO
             | {
@@ -88,7 +90,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 40
             },
             150_000,
         ),
-        # A limit above all that there is.
+        # The limit is higher than the available memory.
         (
             MEMINFO
             | {

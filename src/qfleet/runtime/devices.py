@@ -1,4 +1,4 @@
-"""How XLA uses the cores and the memory of a CPU."""
+"""Settings of JAX devices: which ones XLA uses, with how many threads and how much memory."""
 
 import os
 from collections.abc import Sequence

@@ -18,10 +18,10 @@ from qfleet.envs.spec import InGraphEnv
 logger = logging.getLogger("qfleet")
 
 MAX_LOST = 3
-"""Episodes that failures may take for each one that an evaluation asks for."""
+"""Number of episodes that an evaluation may lose to failures, per episode that it asks for."""
 
 MAX_EPISODE_STEPS = 27_000
-"""Where an episode of an environment without a time limit is cut: half an hour of Atari at 60 frames/s."""
+"""Length at which an episode is cut if its environment has no time limit: half an hour of Atari at 60 frames/s."""
 
 
 def greedy_returns(
@@ -33,14 +33,14 @@ def greedy_returns(
     to_storage_layout: Callable[[Array], Array] = identity,
     replicas: Replicas = ALONE,
 ) -> Array:
-    """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32, all stepped at once.
+    """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32. All are stepped at once.
 
     Args:
-      q_values: `q_values(params, obs) -> q`, over a batch.
-      key: of these episodes; never one that training has used.
-      num_episodes: in total.
-      to_storage_layout: how `q_values` wants each observation, `Network.to_storage_layout`.
-      replicas: who each play their share of them.
+      q_values: `q_values(params, obs) -> q`, for a batch of observations.
+      key: random key of these episodes. Training must not have used it.
+      num_episodes: number of episodes, over all replicas.
+      to_storage_layout: converts observations to the layout that `q_values` takes; `Network.to_storage_layout`.
+      replicas: the replicas among which the episodes are divided.
     """
     limit = env.spec.time_limit or MAX_EPISODE_STEPS
     frame_stack = env.spec.frame_stack
@@ -82,19 +82,20 @@ def host_greedy_returns(
 ) -> np.ndarray:
     """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32.
 
-    They are the first ones to start whose environment doesn't fail. To take the first ones to end would favour the
-    short, and to have a lane play anew what failed in it might never end, where it always fails at the same place.
+    They are the first episodes to start whose environment doesn't fail. Taking the first ones to end would favour short
+    episodes. Replaying an episode that failed might never end, because it may always fail at the same place.
 
-    Where failures take more than `MAX_LOST` times as many episodes as are asked for, the evaluation warns and returns
-    the whole ones that it got, maybe none: in an environment that fails every 1,000 steps, none of 1,000 can be had.
+    If failures cost more than `MAX_LOST` times as many episodes as are asked for, the evaluation logs a warning and
+    returns the complete episodes that it has, perhaps none. For example, an environment that fails every 1,000 steps
+    never completes an episode of 1,000 steps.
 
     Args:
-      lanes: at least one; they are reset.
-      spec: of their environment.
-      act: `act(view) -> action`, `[lanes, ...]` stored frames, stacked, to `[lanes]`.
-      num_episodes: in total.
-      seed: of these episodes; never one that training has used.
-      to_storage_layout: how `act` wants each observation, `Network.to_storage_layout`.
+      lanes: lanes to play in, at least one. They are reset first.
+      spec: spec of their environment.
+      act: `act(view) -> action`, from `[lanes, ...]` stacked frames in the storage layout to `[lanes]`.
+      num_episodes: number of episodes.
+      seed: seed of these episodes. Training must not have used it.
+      to_storage_layout: converts observations to the layout that `act` takes; `Network.to_storage_layout`.
     """
     limit = spec.time_limit or MAX_EPISODE_STEPS
     push = jax.jit(lambda view, obs, is_first: push_frame(view, to_storage_layout(obs), is_first, spec.frame_stack))
