@@ -61,7 +61,7 @@ def kept_by_overlapped(overlapped):
     learner, replay, _ = overlapped._jitted().init(np.uint32(0))
     overlapped._lanes = NoLanes()
     overlapped._begin_episodes()
-    return parts_of(learner, (overlapped._obs, overlapped._view), replay)
+    return parts_of(learner, (overlapped._acting.obs, overlapped._view), replay)
 
 
 def parts_of(learner, lanes, replay):

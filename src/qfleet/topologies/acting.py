@@ -1,9 +1,8 @@
-"""What topologies share of acting: in lanes written in JAX, inside whatever program wants it, and in others."""
+"""Acting in lanes written in JAX, as a function that any compiled program may call."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from qfleet.core.agent import Agent
@@ -71,20 +70,3 @@ def act(
 def _is_finite(obs: Array) -> Array:
     """Returns whether each lane's observation is finite: `[lanes, ...]` to `[lanes]` bool."""
     return jnp.all(jnp.isfinite(obs).reshape(obs.shape[0], -1), axis=1)
-
-
-class Episodes:
-    """Episodes under way in lanes outside the program."""
-
-    def __init__(self, num_lanes: int) -> None:
-        """All are at their first step."""
-        self._returns, self._steps = np.zeros(num_lanes), np.zeros(num_lanes, np.int64)
-
-    def add(self, reward: np.ndarray, no_step: np.ndarray, has_ended: np.ndarray) -> tuple[list[float], list[int]]:
-        """Adds a row, `[lanes]` each, and returns the returns and lengths of the episodes that ended in it.
-
-        Where it holds no step, a new episode begins after it.
-        """
-        self._returns = np.where(no_step, 0.0, self._returns + reward)
-        self._steps = np.where(no_step, 0, self._steps + 1)
-        return self._returns[has_ended].tolist(), self._steps[has_ended].tolist()

@@ -24,7 +24,8 @@ from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
-from qfleet.topologies.acting import ActorState, Episodes, act, init_actor
+from qfleet.runtime.host_acting import HostActing, ReceivedRow
+from qfleet.topologies.acting import ActorState, act, init_actor
 
 _ACTING = 2
 """What a seed's random numbers are for; 0 and 1 are a learner's and evaluation's."""
@@ -231,11 +232,9 @@ class _HostLanes:
         num_lanes, spec = pool.lanes_per_actor, env.spec
         self._shape, self._random = (pool.rows_per_chunk, num_lanes), np.random.default_rng(numbers)
         self._lanes = env.make_lanes(num_lanes, options)
-        self._obs = self._lanes.reset(int(self._random.integers(2**32)))
+        self._acting = HostActing(self._lanes, int(self._random.integers(2**32)))
         stored = stored_spec(spec, agent.to_storage_layout)
         self._view = jnp.zeros((num_lanes, *stored.agent_observation_shape), stored.observation_dtype)
-        self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
-        self._episodes = Episodes(num_lanes)
 
         def choose(
             params: Params, view: Array, obs: Array, is_first: Array, uniform: Array, exploration: Array
@@ -251,30 +250,31 @@ class _HostLanes:
 
     def take(self, params: Params, exploration: np.float32) -> _Steps:
         """Takes the steps of one chunk."""
+        acting = self._acting
         seen: list[tuple] = []
-        columns: list[tuple] = []
-        returns: list[float] = []
-        lengths: list[int] = []
-        num_failures = 0
+        received: list[ReceivedRow] = []
         for uniform in self._random.random(self._shape, np.float32):
             self._view, frame, action, q_taken, q_max = self._choose(
-                params, self._view, self._obs, self._is_first, uniform, exploration
+                params, self._view, acting.obs, acting.is_first, uniform, exploration
             )
-            seen.append((frame, action, q_taken, q_max))  # fetched at the end: each transfer has its price
-            self._lanes.send(np.asarray(action))
-            step = self._lanes.recv()
-            no_step = self._is_final | step.failed
-            columns.append((step.reward, step.terminated, step.truncated, no_step))
-            self._obs = step.observation
-            self._is_first, self._is_final = no_step, (step.terminated | step.truncated) & ~no_step
-            ended = self._episodes.add(step.reward, no_step, self._is_final)
-            returns += ended[0]
-            lengths += ended[1]
-            num_failures += int(np.sum(step.failed))
-        reward, *ends = (np.stack(column) for column in zip(*columns, strict=True))
+            seen.append((frame, action, q_taken, q_max))  # stays on the device until the end: each transfer has a cost
+            acting.send(np.asarray(action))
+            received.append(acting.receive())
         obs, action, q_taken, q_max = self._stacked(seen)
-        rows = Row(obs, action, jnp.asarray(reward, np.float32), outcome_of(*ends))
-        return _Steps(rows, q_taken, q_max, returns, lengths, num_failures)
+        reward = np.stack([row.reward for row in received])
+        terminated, truncated, no_step = (
+            np.stack(column)
+            for column in zip(*((row.terminated, row.truncated, row.no_step) for row in received), strict=True)
+        )
+        rows = Row(obs, action, jnp.asarray(reward, np.float32), outcome_of(terminated, truncated, no_step))
+        return _Steps(
+            rows=rows,
+            q_taken=q_taken,
+            q_max=q_max,
+            returns=[value for row in received for value in row.returns],
+            lengths=[value for row in received for value in row.lengths],
+            num_failures=sum(row.num_failures for row in received),
+        )
 
     def close(self) -> None:
         """Ends their processes and threads."""

@@ -2,15 +2,13 @@
 
 import numpy as np
 
-from qfleet.topologies.acting import Episodes
-from qfleet.topologies.overlapped.programs import HostRow
+from qfleet.runtime.host_acting import ReceivedRow
 
 
 class Tally:
     """What the rows of one chunk tell of themselves."""
 
-    def __init__(self, episodes: Episodes) -> None:
-        self._episodes = episodes
+    def __init__(self) -> None:
         self.returns: list[float] = []
         """Of the episodes that ended."""
         self.lengths: list[int] = []
@@ -18,10 +16,9 @@ class Tally:
         self.staleness: list[int] = []
         self.num_failures = 0
 
-    def add(self, row: HostRow, q_max: np.ndarray, has_ended: np.ndarray, failed: np.ndarray) -> None:
-        """Adds a row; its no-step lanes begin a new episode after it."""
-        returns, lengths = self._episodes.add(row.reward, row.no_step, has_ended)
-        self.returns += returns
-        self.lengths += lengths
+    def add(self, row: ReceivedRow, q_max: np.ndarray) -> None:
+        """Adds a row, and the greatest values of the observations acted on."""
+        self.returns += row.returns
+        self.lengths += row.lengths
         self.q_max.append(float(np.mean(q_max)))
-        self.num_failures += int(np.sum(failed))
+        self.num_failures += row.num_failures

@@ -30,9 +30,9 @@ from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.evaluation import host_greedy_returns
+from qfleet.runtime.host_acting import HostActing
 from qfleet.runtime.records import Progress, mean
 from qfleet.runtime.stopwatch import OTHER, Stopwatch
-from qfleet.topologies.acting import Episodes
 from qfleet.topologies.base import OwnLearner, check_loss, read_as
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
@@ -103,6 +103,8 @@ class Overlapped(OwnLearner):
         programs = self._jitted()
         self._learner, self._replay, self._key = programs.init(np.uint32(self._config.seed))
         self._lanes = self._env.make_lanes(self._num_lanes, self._options)
+        if self._topology.profile:
+            self._lanes = overlapped_profile.timed_lanes(self._lanes, self._stopwatch)
         self._begin_episodes()
         with ThreadPoolExecutor() as pool:  # XLA compiles one program while Python traces the next
             if self._topology.profile:
@@ -110,8 +112,8 @@ class Overlapped(OwnLearner):
             else:
                 learn = programs.learn.lower(*self._arguments_to_learn())
                 compiling = pool.submit(learn.compile)
-            is_first, zeros = self._over_lanes((self._is_first, np.zeros(self._num_lanes, np.float32)))
-            act = programs.act.lower(self.params, self._view, self._obs, is_first, np.float32(0), zeros)
+            is_first, zeros = self._over_lanes((self._acting.is_first, np.zeros(self._num_lanes, np.float32)))
+            act = programs.act.lower(self.params, self._view, self._acting.obs, is_first, np.float32(0), zeros)
             self._act: Callable[..., Any] = act.compile()
             self._draw: Callable[..., Any] = programs.draw.lower(self._key).compile()
             self._learn: Callable[..., tuple] = compiling.result()
@@ -194,9 +196,10 @@ class Overlapped(OwnLearner):
     def _time_parts(self) -> None:
         """Has the stopwatch time whatever isn't learning."""
         timed = self._stopwatch.timed
-        self._lanes = overlapped_profile.timed_lanes(self._lanes, self._stopwatch)
         number = np.zeros(self._num_lanes, np.float32)
-        self._act = overlapped_profile.timed_act(self._act, self._stopwatch, (self._is_first, np.float32(0), number))
+        self._act = overlapped_profile.timed_act(
+            self._act, self._stopwatch, (self._acting.is_first, np.float32(0), number)
+        )
         self._draw = timed(OTHER, self._draw)
         self._to_host, self._all_to_host, self._to_device = (
             timed("transfer", function) for function in (self._to_host, self._all_to_host, self._to_device)
@@ -207,12 +210,12 @@ class Overlapped(OwnLearner):
         flag, number = np.zeros(self._num_lanes, bool), np.zeros(self._num_lanes, np.float32)
         row = HostRow((), np.zeros(self._num_lanes, np.int32), number, flag, flag, flag)
         if self._has_replay:
-            row = self._over_lanes(row)._replace(obs=self._obs)
+            row = self._over_lanes(row)._replace(obs=self._acting.obs)
             return self._learner, self._replay, row, self._key, np.float32(0), np.int32(0)
         num_rows = rows_per_iteration(self._config.agent)
         rows = self._rows_over_lanes([row] * num_rows)
         views, q_max = (self._view,) * num_rows, (self._to_device(number),) * num_rows
-        return self._learner, rows, views, q_max, self._obs, self._over_lanes(flag), self._key
+        return self._learner, rows, views, q_max, self._acting.obs, self._over_lanes(flag), self._key
 
     def _rows_over_lanes(self, rows: list[HostRow]) -> HostRow:
         stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
@@ -228,10 +231,8 @@ class Overlapped(OwnLearner):
     def _begin_episodes(self) -> None:
         num_lanes, spec = self._num_lanes, self._stored_spec
         seed = seed_of(self._config.seed, _TRAINING, self.env_steps, jax.process_index())
-        self._obs = self._to_device(self._lanes.reset(seed))
+        self._acting = HostActing(self._lanes, seed, lambda obs: self._to_device(obs))
         self._view = self._to_device(np.zeros((num_lanes, *spec.agent_observation_shape), spec.observation_dtype))
-        self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
-        self._episodes = Episodes(num_lanes)
 
     @property
     def env_steps_per_iteration(self) -> int:
@@ -256,7 +257,7 @@ class Overlapped(OwnLearner):
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out."""
         self._learn_pending()
-        state = {"learner": self._learner, "key": self._key, "observation": self._obs}
+        state = {"learner": self._learner, "key": self._key, "observation": self._acting.obs}
         if self._has_replay and self._config.checkpoint_replay:
             replay = self._replay
             state["replay"] = SavedReplay(replay.ring, self._leaves(replay), replay.max_priority)
@@ -271,7 +272,7 @@ class Overlapped(OwnLearner):
         started = time.perf_counter()
         self._stopwatch.start()
         env_steps, learner_steps = self.env_steps, self.learner_steps
-        tally = Tally(self._episodes)
+        tally = Tally()
         num_iterations = math.ceil((until_env_steps - self.env_steps) / self.env_steps_per_iteration)
         wanted = peers.firsts(CHUNK_SECONDS / self._seconds_per_iteration)
         num_iterations = max(1, min(num_iterations, math.ceil(wanted)))
@@ -329,18 +330,16 @@ class Overlapped(OwnLearner):
         Returns:
           The row, and the greatest value of each lane's observation.
         """
-        obs = self._obs
-        is_first, uniform = self._over_lanes((self._is_first, uniform))
+        acting = self._acting
+        obs = acting.obs
+        is_first, uniform = self._over_lanes((acting.is_first, uniform))
         self._view, action, q_max = self._act(params, self._view, obs, is_first, exploration, uniform)
         action = self._to_host(action)  # waits for the learner steps under way, if it is their result that acts
-        self._lanes.send(action)
+        acting.send(action)
         self._learn_pending()
-        step = self._lanes.recv()
-        self._obs = self._to_device(step.observation)
-        no_step = self._is_final | step.failed
-        row = HostRow(obs, action, step.reward, step.terminated, step.truncated, no_step)
-        self._is_first, self._is_final = no_step, (step.terminated | step.truncated) & ~no_step
-        tally.add(row, self._to_host(q_max), self._is_final, step.failed)
+        received = acting.receive()
+        row = HostRow(obs, action, received.reward, received.terminated, received.truncated, received.no_step)
+        tally.add(received, self._to_host(q_max))
         return row, q_max
 
     def _learn_pending(self) -> None:
@@ -368,9 +367,9 @@ class Overlapped(OwnLearner):
             rows.append(row._replace(obs=()))
             views.append(self._view)
             q_max.append(row_q_max)
-        stacked, is_first = self._rows_over_lanes(rows), self._over_lanes(self._is_first)
+        stacked, is_first = self._rows_over_lanes(rows), self._over_lanes(self._acting.is_first)
         self._learner, losses = self._learn(
-            self._learner, stacked, tuple(views), tuple(q_max), self._obs, is_first, draws.learn_keys
+            self._learner, stacked, tuple(views), tuple(q_max), self._acting.obs, is_first, draws.learn_keys
         )
         self._losses.append((losses, planned_learner_steps(self._config.agent, plan, 1)))
 
