@@ -58,7 +58,7 @@ def kept_by_fused(fused):
 
 
 def kept_by_overlapped(overlapped):
-    learner, replay, _ = overlapped._jitted().init(np.uint32(0))
+    learner, replay, _ = overlapped._on_mesh.jitted().init(np.uint32(0))
     overlapped._lanes = NoLanes()
     overlapped._begin_episodes()
     return parts_of(learner, (overlapped._acting.obs, overlapped._view), replay)
@@ -118,11 +118,12 @@ def test_the_batch_of_a_footprint_is_what_is_learned_from(kind):
     config = AGENTS[kind]
     if kind == "pqn":
         overlapped = make_overlapped(kind, MeshConfig())
-        learner, _, _ = overlapped._jitted().init(np.uint32(0))
-        overlapped._lanes, overlapped._learner, overlapped._key = NoLanes(), learner, None
+        on_mesh = overlapped._on_mesh
+        learner, _, key = on_mesh.jitted().init(np.uint32(0))
+        overlapped._lanes = NoLanes()
         overlapped._begin_episodes()
-        _, *arguments, _ = overlapped._arguments_to_learn()
-        batch = jax.eval_shape(overlapped._programs.rollout_batch, learner.params, *arguments)
+        _, *rollout, _ = on_mesh.learn_arguments(learner, (), key, overlapped._acting.obs, overlapped._view)
+        batch = jax.eval_shape(on_mesh.programs.rollout_batch, learner.params, *rollout)
     else:
         replay = make_replay(stored_spec(ENV.spec, make_network(ENV.spec, config).to_storage_layout), config, NUM_ENVS)
         batch = jax.eval_shape(lambda: replay.sample(replay.init(), jax.random.key(0), np.float32(1)).transition)

@@ -328,8 +328,8 @@ def test_learning_goes_on_while_environments_step():
     """Not a time, but an order: the learner gets a row while the environments take the next; staleness says so."""
     overlapped, lanes = scripted([["go"] * 2] * 7 + [["cut"] * 2], AGENTS["uniform"])
     order = []
-    learn, recv = overlapped._learn, lanes.recv
-    overlapped._learn = lambda *arguments: order.append("learn") or learn(*arguments)
+    learn, recv = overlapped._learning.learn, lanes.recv
+    overlapped._learning.learn = lambda *arguments: order.append("learn") or learn(*arguments)
     lanes.recv = lambda: order.append("recv") or recv()
     progress = overlapped.advance(640)
     assert order[:5] == ["recv", "learn", "recv", "learn", "recv"]
