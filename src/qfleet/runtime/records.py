@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,78 @@ class Progress:
         return values
 
 
+class Sum(NamedTuple):
+    """Values added up, and how many they are."""
+
+    total: float = 0.0
+    num_values: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        """The mean of the values, None if there are none."""
+        return self.total / self.num_values if self.num_values else None
+
+
+def sum_of(values: Sequence[float]) -> Sum:
+    """Returns the sum of values."""
+    return Sum(sum(values), len(values))
+
+
+def weighted_sum(means: Sequence[float | None], counts: Sequence[int]) -> Sum:
+    """Returns the sum of values that are known by the means of groups; the mean of an empty group may be None."""
+    total = sum((group_mean or 0.0) * count for group_mean, count in zip(means, counts, strict=True))
+    return Sum(total, sum(counts))
+
+
 def mean(values: Sequence[float]) -> float | None:
-    """Returns the mean, None of nothing."""
-    return sum(values) / len(values) if values else None
+    """Returns the mean of values, None if there are none."""
+    return sum_of(values).mean
+
+
+def make_progress(
+    *,
+    env_steps: int,
+    learner_steps: int,
+    train_seconds: float,
+    new_env_steps: int,
+    new_learner_steps: int,
+    episode_return: Sum,
+    episode_length: Sum,
+    q_max: Sum,
+    loss: Sum,
+    td_error: Sum,
+    exploration: float,
+    staleness: Sum = Sum(),  # noqa: B008, an immutable value
+    num_env_failures: int = 0,
+    part_seconds: Mapping[str, float] | None = None,
+    fleet: Mapping[str, float] | None = None,
+) -> Progress:
+    """Returns the record of one chunk from what its steps add up to.
+
+    Args:
+      env_steps: as in `Progress`, like every argument that isn't named below.
+      episode_return: the returns of the episodes that ended, over all seeds.
+      episode_length: their lengths, in environment steps.
+      q_max: the greatest value of each observation acted on, or their mean in each row.
+      loss: the loss of each learner step; only the steps whose loss is known by now.
+      td_error: the mean absolute TD error of the same steps.
+      staleness: learner steps between the parameters that acted and the newest, in each row.
+    """
+    return Progress(
+        env_steps=env_steps,
+        learner_steps=learner_steps,
+        train_seconds=train_seconds,
+        new_env_steps=new_env_steps,
+        new_learner_steps=new_learner_steps,
+        num_episodes=episode_return.num_values,
+        episode_return_mean=episode_return.mean,
+        episode_length_mean=episode_length.mean,
+        q_mean=q_max.mean or 0.0,
+        loss=loss.mean,
+        td_error_mean=td_error.mean,
+        exploration=exploration,
+        staleness=staleness.mean or 0.0,
+        num_env_failures=num_env_failures,
+        part_seconds=part_seconds,
+        fleet=fleet,
+    )

@@ -26,7 +26,7 @@ from qfleet.config import ActorLearnerConfig, TrainConfig
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
-from qfleet.runtime.records import Progress, mean
+from qfleet.runtime.records import Progress, Sum, make_progress, mean, sum_of
 from qfleet.topologies.actor_learner.learner import batches_per_round
 from qfleet.topologies.base import check_loss
 from qfleet.topologies.fleet.replay_shard import join_shards
@@ -69,23 +69,19 @@ class ActorLearner(OnRay):
         return self._progress(tally)
 
     def _progress(self, tally: "FleetTally") -> Progress:
-        def per_learner_step(total: float) -> float | None:
-            return total / tally.learner_steps if tally.learner_steps else None
-
-        return Progress(
+        return make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
             train_seconds=tally.seconds,
             new_env_steps=tally.env_steps,
             new_learner_steps=tally.learner_steps,
-            num_episodes=len(tally.returns),
-            episode_return_mean=mean(tally.returns),
-            episode_length_mean=mean(tally.lengths),
-            q_mean=mean(tally.q_mean) or 0.0,
-            loss=per_learner_step(tally.loss),
-            td_error_mean=per_learner_step(tally.td_error),
+            episode_return=sum_of(tally.returns),
+            episode_length=sum_of(tally.lengths),
+            q_max=sum_of(tally.q_mean),
+            loss=Sum(tally.loss, tally.learner_steps),
+            td_error=Sum(tally.td_error, tally.learner_steps),
             exploration=mean(self._epsilons) or 0.0,
-            staleness=mean(tally.staleness) or 0.0,
+            staleness=sum_of(tally.staleness),
             num_env_failures=tally.num_failures,
             fleet=self._fleet_figures(tally),
         )

@@ -27,7 +27,7 @@ from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import num_shards
-from qfleet.runtime.records import Progress
+from qfleet.runtime.records import Progress, Sum, make_progress
 from qfleet.topologies.base import OwnLearner, check_loss, read_as
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.fused.program import NO_BAD_STEP, FusedState, Program, Tally, make_program, partition_state
@@ -221,26 +221,17 @@ class Fused(OwnLearner):
         self.learner_steps += new_learner_steps
         self._check(tally, env_steps_before)
         num_episodes = int(np.sum(tally.num_episodes))
-        num_rows = num_iterations * rows_per_iteration(self._config.agent)
-
-        def per_episode(total: np.ndarray) -> float | None:
-            return float(np.sum(total)) / num_episodes if num_episodes else None
-
-        def per_learner_step(total: np.ndarray) -> float | None:
-            return float(np.mean(total)) / new_learner_steps if new_learner_steps else None
-
-        return Progress(
+        return make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
             train_seconds=seconds,
             new_env_steps=self.env_steps - env_steps_before,
             new_learner_steps=new_learner_steps,
-            num_episodes=num_episodes,
-            episode_return_mean=per_episode(tally.episode_return),
-            episode_length_mean=per_episode(tally.episode_steps),
-            q_mean=float(np.mean(tally.q_max)) / num_rows,
-            loss=per_learner_step(tally.losses.loss),
-            td_error_mean=per_learner_step(tally.losses.td_error),
+            episode_return=Sum(float(np.sum(tally.episode_return)), num_episodes),
+            episode_length=Sum(float(np.sum(tally.episode_steps)), num_episodes),
+            q_max=Sum(float(np.mean(tally.q_max)), num_iterations * rows_per_iteration(self._config.agent)),
+            loss=Sum(float(np.mean(tally.losses.loss)), new_learner_steps),
+            td_error=Sum(float(np.mean(tally.losses.td_error)), new_learner_steps),
             exploration=float(plan.exploration[num_iterations - 1, -1]),
         )
 

@@ -27,7 +27,7 @@ from qfleet.core.replay import SavedReplay, make_replay
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
-from qfleet.runtime.records import Progress, mean
+from qfleet.runtime.records import Progress, make_progress, mean, sum_of, weighted_sum
 from qfleet.topologies.base import OwnLearner, StateIsLost
 from qfleet.topologies.fleet.replay_shard import join_shards
 from qfleet.topologies.fleet.topology import OnRay
@@ -117,20 +117,19 @@ class Gossip(OnRay):
         chunks = tally.progress
         num_updates = [chunk.new_learner_steps for chunk in chunks]
         num_episodes = [chunk.num_episodes for chunk in chunks]
-        return Progress(
+        return make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
             train_seconds=tally.seconds,
             new_env_steps=int(tally.peer_env_steps.sum()),
             new_learner_steps=new_learner_steps,
-            num_episodes=sum(num_episodes),
-            episode_return_mean=_weighted([chunk.episode_return_mean for chunk in chunks], num_episodes),
-            episode_length_mean=_weighted([chunk.episode_length_mean for chunk in chunks], num_episodes),
-            q_mean=mean([chunk.q_mean for chunk in chunks]) or 0.0,
-            loss=_weighted([chunk.loss for chunk in chunks], num_updates),
-            td_error_mean=_weighted([chunk.td_error_mean for chunk in chunks], num_updates),
+            episode_return=weighted_sum([chunk.episode_return_mean for chunk in chunks], num_episodes),
+            episode_length=weighted_sum([chunk.episode_length_mean for chunk in chunks], num_episodes),
+            q_max=sum_of([chunk.q_mean for chunk in chunks]),
+            loss=weighted_sum([chunk.loss for chunk in chunks], num_updates),
+            td_error=weighted_sum([chunk.td_error_mean for chunk in chunks], num_updates),
             exploration=chunks[-1].exploration if chunks else 0.0,
-            staleness=mean([chunk.staleness for chunk in chunks]) or 0.0,
+            staleness=sum_of([chunk.staleness for chunk in chunks]),
             num_env_failures=sum(chunk.num_env_failures for chunk in chunks),
             fleet=self._fleet_figures(tally),
         )
@@ -248,10 +247,3 @@ def env_steps_per_chunk(config: TrainConfig, period_learner_steps: int) -> int:
         else per_iteration / agent.env_steps_per_learner_step
     )
     return per_iteration * max(1, math.ceil(period_learner_steps / 2 / learner_steps))
-
-
-def _weighted(values: list[float | None], weights: list[int]) -> float | None:
-    """Returns the mean of values by weights, None where there is no weight; a value of no weight may be None."""
-    if not (total := sum(weights)):
-        return None
-    return sum((value or 0.0) * weight for value, weight in zip(values, weights, strict=True)) / total

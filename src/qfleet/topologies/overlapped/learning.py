@@ -9,6 +9,7 @@ import numpy as np
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import ReplayState, SavedReplay
 from qfleet.core.updates import Losses
+from qfleet.runtime.records import Sum
 from qfleet.topologies.overlapped.programs import HostRow, Programs
 from qfleet.topologies.overlapped.programs_on_mesh import ProgramsOnMesh
 
@@ -91,15 +92,15 @@ class Learning:
         self.learner, losses = self.learn(self.learner, *rollout, key)
         self._losses.append((losses, num_updates))
 
-    def sum_losses(self) -> tuple[float, float, int]:
-        """Returns sums over the learner steps since the last call: loss, TD error, and the number of steps."""
+    def sum_losses(self) -> tuple[Sum, Sum]:
+        """Returns the losses and TD errors of the learner steps since the last call, added up."""
         losses, self._losses = self._losses, []
         num_updates = sum(n for _, n in losses)
         if not num_updates:
-            return 0.0, 0.0, 0
+            return Sum(), Sum()
         sums = self.losses_to_host([each for each, _ in losses])
-        loss, td_error = (float(np.sum(values)) for values in zip(*sums, strict=True))
-        return loss, td_error, num_updates
+        loss, td_error = (Sum(float(np.sum(values)), num_updates) for values in zip(*sums, strict=True))
+        return loss, td_error
 
     def saved_replay(self) -> SavedReplay:
         """Returns what a checkpoint holds of the replay."""

@@ -16,7 +16,7 @@ from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.host_acting import HostActing, ReceivedRow
-from qfleet.runtime.records import Progress, mean
+from qfleet.runtime.records import Progress, Sum, make_progress, sum_of
 from qfleet.runtime.stopwatch import OTHER, Stopwatch
 from qfleet.topologies.base import OwnLearner, check_loss, read_as
 from qfleet.topologies.evaluator import HostEvaluator
@@ -180,24 +180,23 @@ class Overlapped(OwnLearner):
             self._iterate(plan, stats)
             self.env_steps += self.env_steps_per_iteration
             self.learner_steps += planned_learner_steps(self._config.agent, plan, 1)
-        loss, td_error, num_updates = self._learning.sum_losses()
-        check_loss(loss, self.learner_steps, self._config.agent)
+        loss, td_error = self._learning.sum_losses()
+        check_loss(loss.total, self.learner_steps, self._config.agent)
         seconds = time.perf_counter() - started
         self._seconds_per_iteration = seconds / num_iterations
-        return Progress(
+        return make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
             train_seconds=seconds,
             new_env_steps=self.env_steps - env_steps,
             new_learner_steps=self.learner_steps - learner_steps,
-            num_episodes=len(stats.returns),
-            episode_return_mean=mean(stats.returns),
-            episode_length_mean=mean(stats.lengths),
-            q_mean=float(np.mean(stats.q_max)),
-            loss=loss / num_updates if num_updates else None,
-            td_error_mean=td_error / num_updates if num_updates else None,
+            episode_return=sum_of(stats.returns),
+            episode_length=sum_of(stats.lengths),
+            q_max=Sum(float(np.sum(stats.q_max)), len(stats.q_max)),
+            loss=loss,
+            td_error=td_error,
             exploration=float(plan.exploration[-1, -1]),
-            staleness=float(np.mean(stats.staleness)),
+            staleness=sum_of(stats.staleness),
             num_env_failures=stats.num_failures,
             part_seconds=self._stopwatch.split(seconds) if self._topology.profile else None,
         )

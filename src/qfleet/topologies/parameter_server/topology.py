@@ -27,7 +27,7 @@ from qfleet.core.exploration import exploration_at
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
-from qfleet.runtime.records import Progress, mean
+from qfleet.runtime.records import Progress, make_progress, sum_of
 from qfleet.topologies.base import check_loss
 from qfleet.topologies.fleet.replay_shard import join_shards
 from qfleet.topologies.fleet.topology import OnRay
@@ -65,20 +65,19 @@ class ParameterServer(OnRay):
         tally = self._director.resume(until_env_steps)
         self.env_steps, self.learner_steps = tally.end
         check_loss(sum(tally.losses), self.learner_steps, self._config.agent)
-        return Progress(
+        return make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
             train_seconds=tally.seconds,
             new_env_steps=tally.env_steps,
             new_learner_steps=tally.learner_steps,
-            num_episodes=len(tally.returns),
-            episode_return_mean=mean(tally.returns),
-            episode_length_mean=mean(tally.lengths),
-            q_mean=mean(tally.q_mean) or 0.0,
-            loss=mean(tally.losses),
-            td_error_mean=mean(tally.td_errors),
+            episode_return=sum_of(tally.returns),
+            episode_length=sum_of(tally.lengths),
+            q_max=sum_of(tally.q_mean),
+            loss=sum_of(tally.losses),
+            td_error=sum_of(tally.td_errors),
             exploration=float(exploration_at(self._config.agent, np.array(self.env_steps))),
-            staleness=mean(tally.staleness) or 0.0,
+            staleness=sum_of(tally.staleness),
             num_env_failures=tally.num_failures,
             fleet=self._figures(tally),
         )
