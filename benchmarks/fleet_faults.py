@@ -32,7 +32,7 @@ import fleet
 
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.topologies.base import saved_replay
+from qfleet.topologies.restoring import saved_replay
 
 sys.path.insert(0, str(common.HERE.parent / "tests"))
 import witness

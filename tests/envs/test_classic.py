@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qfleet.envs import acrobot, cartpole, mountain_car
-from qfleet.envs.in_graph import Draws, Lanes, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, StepKeys, draw, init_lanes, step_lanes
 from qfleet.envs.spec import InGraphEnv, StepResult
 
 Case = tuple[InGraphEnv, Any, float]
@@ -141,7 +141,7 @@ def test_the_time_limit_truncates_in_gymnasiums_step(case: Case) -> None:
     limit = env.spec.time_limit
     assert limit is not None
 
-    def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, Any]:
+    def row(lanes: Lanes, draws: StepKeys) -> tuple[Lanes, Any]:
         action = hold_out(env.spec.name, lanes.observation[0])[None]
         after, step = step_lanes(env, lanes, action, draws)
         return after, (lanes.env_state, action[0], at_first_lane(step), after.final[0])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qfleet.config import ConfigError
-from qfleet.envs.in_graph import Draws, Lanes, LaneStep, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, LaneStep, StepKeys, draw, init_lanes, step_lanes
 from qfleet.envs.registry import _MINATAR, check_env, list_envs, make_env
 from qfleet.envs.spec import StepResult
 
@@ -51,7 +51,7 @@ def test_the_time_limit_shows_as_truncation() -> None:
     env = make_env("gymnax:MountainCar-v0")
     assert env.spec.time_limit == 200
 
-    def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, LaneStep]:
+    def row(lanes: Lanes, draws: StepKeys) -> tuple[Lanes, LaneStep]:
         return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
 
     _, rows = jax.lax.scan(
@@ -65,7 +65,7 @@ def test_termination_is_not_truncation() -> None:
     """Catch terminates when the ball lands, in its ninth step."""
     env = make_env("gymnax:Catch-bsuite")
 
-    def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, LaneStep]:
+    def row(lanes: Lanes, draws: StepKeys) -> tuple[Lanes, LaneStep]:
         return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
 
     _, rows = jax.lax.scan(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qfleet.envs import cartpole
-from qfleet.envs.in_graph import Draws, Lanes, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, StepKeys, draw, init_lanes, step_lanes
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 
@@ -40,7 +40,7 @@ def play(env: InGraphEnv, actions: Any) -> Any:
     actions = jnp.asarray(actions)
     lanes = init_lanes(env, jax.random.key(0), jnp.arange(actions.shape[1]))
 
-    def row(lanes: Lanes, x: tuple[jax.Array, Draws]) -> tuple[Lanes, Any]:
+    def row(lanes: Lanes, x: tuple[jax.Array, StepKeys]) -> tuple[Lanes, Any]:
         after, step = step_lanes(env, lanes, *x)
         return after, (lanes.observation, lanes.final, *step)
 

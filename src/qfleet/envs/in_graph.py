@@ -25,8 +25,8 @@ class Lanes(NamedTuple):
     """`[lanes]` int32, steps taken in this episode."""
 
 
-class Draws(NamedTuple):
-    """All the randomness that a block of rows may need. Leading axes `[rows, lanes]`; one row is `[lanes]`."""
+class StepKeys(NamedTuple):
+    """The random inputs of a block of rows. Leading axes `[rows, lanes]`; one row is `[lanes]`."""
 
     keys: jax.Array
     """Keys for `env.step`."""
@@ -52,32 +52,32 @@ def init_lanes(env: InGraphEnv, key: jax.Array, numbers: jax.Array) -> Lanes:
     return Lanes(env_state, observation, jnp.zeros(num_lanes, bool), jnp.zeros(num_lanes, jnp.int32))
 
 
-def draw(env: InGraphEnv, key: jax.Array, num_rows: int, numbers: jax.Array) -> Draws:
-    """Returns the draws for `num_rows` rows, to be scanned over together with `step_lanes`.
+def draw(env: InGraphEnv, key: jax.Array, num_rows: int, numbers: jax.Array) -> StepKeys:
+    """Returns the random inputs of `num_rows` rows, to be scanned over together with `step_lanes`.
 
     They are made in bulk because random bits come from a loop of their own on CPU: inside the loop over rows that
-    costs more than stepping a classic environment does. A lane's draws depend on its number, and on nothing else of
-    the lanes, `[lanes]` integers.
+    costs more than stepping a classic environment does. A lane's random inputs depend on the lane's number alone;
+    `numbers` is `[lanes]` integers.
     """
     split = jax.vmap(lambda lane_key: jax.random.split(lane_key, num_rows), out_axes=1)
     # One key for both: a lane either steps or starts anew.
     keys = split(_lane_keys(key, numbers))
-    return Draws(keys, jax.vmap(jax.vmap(env.reset))(keys))
+    return StepKeys(keys, jax.vmap(jax.vmap(env.reset))(keys))
 
 
-def step_lanes(env: InGraphEnv, lanes: Lanes, action: jax.Array, draws: Draws) -> tuple[Lanes, LaneStep]:
+def step_lanes(env: InGraphEnv, lanes: Lanes, action: jax.Array, step_keys: StepKeys) -> tuple[Lanes, LaneStep]:
     """Takes one step in every lane, or starts a new episode where the last one has ended.
 
     Args:
       env: the environment of every lane.
       lanes: where they stand.
       action: `[lanes]` int32, ignored where `lanes.final`.
-      draws: one row of `draw`.
+      step_keys: one row of `draw`.
 
     Returns:
       The lanes after the row, and what it produced.
     """
-    result = jax.vmap(env.step)(lanes.env_state, action, draws.keys)
+    result = jax.vmap(env.step)(lanes.env_state, action, step_keys.keys)
     episode_steps = lanes.episode_steps + 1
     truncated = result.truncated
     if env.spec.time_limit is not None:
@@ -89,7 +89,7 @@ def step_lanes(env: InGraphEnv, lanes: Lanes, action: jax.Array, draws: Draws) -
     def continued(stepped: jax.Array, fresh: jax.Array) -> jax.Array:
         return jnp.where(live.reshape(-1, *(1,) * (stepped.ndim - 1)), stepped, fresh)
 
-    env_state, observation = jax.tree.map(continued, (result.state, result.observation), draws.fresh)
+    env_state, observation = jax.tree.map(continued, (result.state, result.observation), step_keys.fresh)
     return Lanes(env_state, observation, row.terminated | row.truncated, jnp.where(live, episode_steps, 0)), row
 
 

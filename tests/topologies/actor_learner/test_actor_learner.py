@@ -404,7 +404,7 @@ def test_a_fleet_trains_is_saved_and_goes_on_in_other_sizes_and_elsewhere(cluste
 
 def replay_of(run_dir: str | None) -> SavedReplay:
     from qfleet.runtime.checkpoints import Checkpoints
-    from qfleet.topologies.base import saved_replay
+    from qfleet.topologies.restoring import saved_replay
 
     return saved_replay(Checkpoints(Path(run_dir or "") / "checkpoints").restore_item("replay"))
 
@@ -416,7 +416,7 @@ def test_what_a_checkpoint_says_it_has_taken_its_replay_holds(cluster, tmp_path)
     for _ in qfleet.iterate(config):
         pass
     from qfleet.runtime.checkpoints import Checkpoints
-    from qfleet.topologies.base import saved_replay
+    from qfleet.topologies.restoring import saved_replay
 
     checkpoints = Checkpoints(Path(config.run_dir or "") / "checkpoints")
     assert len(checkpoints.all()) > 1

@@ -23,9 +23,9 @@ from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.topologies.base import saved_replay
 from qfleet.topologies.fleet.actor import Actor
 from qfleet.topologies.fleet.replay_shard import ReplayShard, Writer, join_shards
+from qfleet.topologies.restoring import saved_replay
 
 pytest.importorskip("ray")
 

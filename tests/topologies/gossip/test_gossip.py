@@ -17,12 +17,12 @@ from qfleet.cli.train_command import parse
 from qfleet.config import ConfigError, DecentralisedConfig, FusedConfig, OverlappedConfig, TrainConfig, is_launched
 from qfleet.core.replay import NO_STEP
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.base import saved_replay
 from qfleet.topologies.fleet.replay_shard import join_shards, share_of
 from qfleet.topologies.gossip.averaging import consensus_distance, mean_of, mixed, shares_of
 from qfleet.topologies.gossip.peer import GossipPeer, Place, actor_pool_of_peers, peer_config
 from qfleet.topologies.gossip.topology import env_steps_per_chunk
 from qfleet.topologies.mesh import leaves_of
+from qfleet.topologies.restoring import saved_replay
 from qfleet.training.assembly import footprint, make_own_learner
 from qfleet.training.launched import with_processes
 

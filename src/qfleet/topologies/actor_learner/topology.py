@@ -28,7 +28,7 @@ from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.records import Progress, Sum, make_progress, mean, sum_of
 from qfleet.topologies.actor_learner.learner import batches_per_round
-from qfleet.topologies.base import check_loss
+from qfleet.topologies.base import Layout, check_loss
 from qfleet.topologies.fleet.replay_shard import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 
@@ -143,6 +143,7 @@ class ActorLearner(OnRay):
         }
 
     @property
-    def layout(self) -> str:
-        """What a checkpoint must have been saved by to hold the very arrays of this one."""
-        return f"actor-learner, {self._topology.num_actors} x {self._topology.lanes_per_actor} lanes"
+    def layout(self) -> Layout:
+        """The layout of the checkpoints that it saves."""
+        num_segments, num_lanes = self._topology.num_actors, self._topology.lanes_per_actor
+        return Layout(topology="actor-learner", num_segments=num_segments, lanes_per_segment=num_lanes)

@@ -186,15 +186,15 @@ class _InGraphLanes:
         def take(params: Params, state: tuple[ActorState, Array], exploration: Array) -> tuple:
             actor, key = state
             key, env_key, explore_key = jax.random.split(key, 3)
-            draws = draw(env, env_key, num_rows, lane_numbers)
+            step_keys = draw(env, env_key, num_rows, lane_numbers)
             uniforms = jax.random.uniform(explore_key, (num_rows, num_lanes))
 
             def row(actor: ActorState, inputs: tuple) -> tuple:
-                draws, uniform = inputs
-                actor, new_row, report, q = act(env, agent, params, actor, draws, uniform, exploration)
-                return actor, (new_row, report, take_action(q, new_row.action))
+                keys, uniform = inputs
+                actor, new_row, stats, q = act(env, agent, params, actor, keys, uniform, exploration)
+                return actor, (new_row, stats, take_action(q, new_row.action))
 
-            scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (draws, uniforms))
+            scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (step_keys, uniforms))
             return (scanned[0], key), scanned[1]
 
         self._take = jax.jit(take, donate_argnums=1)
@@ -202,17 +202,17 @@ class _InGraphLanes:
 
     def take(self, params: Params, exploration: np.float32) -> _Steps:
         """Takes the steps of one chunk."""
-        self._state, (rows, reports, q_taken) = self._take(params, self._state, exploration)
-        reports = jax.device_get(reports)
-        if np.any(reports.is_bad):
-            row, lane = np.argwhere(reports.is_bad)[0]
+        self._state, (rows, stats, q_taken) = self._take(params, self._state, exploration)
+        stats = jax.device_get(stats)
+        if np.any(stats.is_bad):
+            row, lane = np.argwhere(stats.is_bad)[0]
             raise RunFailed(
                 f"rewards and observations must be finite, but {self._name} returned one that isn't in row {row} of a "
                 f"chunk, in lane {lane}"
             )
-        ended = reports.episode_ended
-        returns, lengths = reports.episode_return[ended].tolist(), reports.episode_steps[ended].tolist()
-        return _Steps(rows, q_taken, reports.q_max, returns, lengths, 0)
+        ended = stats.episode_ended
+        returns, lengths = stats.episode_return[ended].tolist(), stats.episode_steps[ended].tolist()
+        return _Steps(rows, q_taken, stats.q_max, returns, lengths, 0)
 
     def close(self) -> None:
         """Ends nothing: it is all in one program."""

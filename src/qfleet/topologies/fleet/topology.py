@@ -17,11 +17,12 @@ from qfleet.core.types import Network, stored_spec
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.base import StateIsLost, Topology, resharded_replay, saved_replay
+from qfleet.topologies.base import StateIsLost, Topology
 from qfleet.topologies.evaluator import Evaluator
 from qfleet.topologies.fleet.replay_shard import make_whole_replay
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.mesh import REPLICATED
+from qfleet.topologies.restoring import resharded_replay, saved_replay
 
 if TYPE_CHECKING:
     from qfleet.topologies.fleet.director import Director

@@ -28,7 +28,7 @@ from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.records import Progress, make_progress, mean, sum_of, weighted_sum
-from qfleet.topologies.base import OwnLearner, StateIsLost
+from qfleet.topologies.base import Layout, OwnLearner, StateIsLost
 from qfleet.topologies.fleet.replay_shard import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 from qfleet.topologies.footprint import Footprint
@@ -219,9 +219,10 @@ class Gossip(OnRay):
         return self._config.agent.replay == "prioritised"
 
     @property
-    def layout(self) -> str:
-        """What a checkpoint must have been saved by to hold the very arrays of this one."""
-        return f"gossip, {self._pool.num_actors} x {self._pool.lanes_per_actor} lanes"
+    def layout(self) -> Layout:
+        """The layout of the checkpoints that it saves."""
+        num_segments, num_lanes = self._pool.num_actors, self._pool.lanes_per_actor
+        return Layout(topology="gossip", num_segments=num_segments, lanes_per_segment=num_lanes)
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up.

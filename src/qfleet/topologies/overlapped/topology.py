@@ -18,13 +18,14 @@ from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.host_acting import HostActing, ReceivedRow
 from qfleet.runtime.records import Progress, Sum, make_progress, sum_of
 from qfleet.runtime.stopwatch import OTHER, Stopwatch
-from qfleet.topologies.base import OwnLearner, check_loss, read_as
+from qfleet.topologies.base import Layout, OwnLearner, check_loss
 from qfleet.topologies.evaluator import HostEvaluator
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.overlapped.learning import Learning
 from qfleet.topologies.overlapped.profile import parts_of, timed_act, timed_lanes
 from qfleet.topologies.overlapped.programs import HostRow, RandomInputs
 from qfleet.topologies.overlapped.programs_on_mesh import ProgramsOnMesh
+from qfleet.topologies.restoring import read_state
 from qfleet.topologies.schedule import Plan, make_plan, rows_per_iteration
 from qfleet.topologies.schedule import learner_steps as planned_learner_steps
 
@@ -276,14 +277,14 @@ class Overlapped(OwnLearner):
         return returns[None]
 
     @property
-    def layout(self) -> str:
-        """What a checkpoint must have been saved by to hold the very arrays of this one."""
-        return f"overlapped, {self._topology.num_envs} lanes"
+    def layout(self) -> Layout:
+        """The layout of the checkpoints that it saves."""
+        return Layout(topology="overlapped", num_segments=1, lanes_per_segment=self._topology.num_envs)
 
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state that a checkpoint holds; of another topology or size it has no random key."""
+        """Returns the state that a checkpoint holds; in another layout it has no random key and no observations."""
         frame_stack = self._on_mesh.stored_spec.frame_stack
-        return read_as(self, checkpoints, checkpoint, metadata, self._config.agent, frame_stack)
+        return read_state(self, checkpoints, checkpoint, metadata, self._config.agent, frame_stack)
 
     def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
         """Goes on from a checkpoint; if it has no replay, from an empty one, after a new warm-up.

@@ -28,7 +28,7 @@ from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.records import Progress, make_progress, sum_of
-from qfleet.topologies.base import check_loss
+from qfleet.topologies.base import Layout, check_loss
 from qfleet.topologies.fleet.replay_shard import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 from qfleet.topologies.parameter_server.server_shard import Division
@@ -145,6 +145,7 @@ class ParameterServer(OnRay):
         }
 
     @property
-    def layout(self) -> str:
-        """What a checkpoint must have been saved by to hold the very arrays of this one."""
-        return f"parameter-server, {self._topology.num_workers} x {self._topology.lanes_per_worker} lanes"
+    def layout(self) -> Layout:
+        """The layout of the checkpoints that it saves."""
+        num_segments, num_lanes = self._topology.num_workers, self._topology.lanes_per_worker
+        return Layout(topology="parameter-server", num_segments=num_segments, lanes_per_segment=num_lanes)
