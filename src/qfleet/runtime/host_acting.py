@@ -10,7 +10,7 @@ from qfleet.envs.host import HostLanes
 
 
 class ReceivedRow(NamedTuple):
-    """The results of one step of all lanes. `[lanes]` everywhere."""
+    """The results of one step of all lanes. `[lanes]` everywhere, or `[rows, lanes]` where rows are stacked."""
 
     reward: np.ndarray
     """float32."""

@@ -53,7 +53,7 @@ def act(
     """Takes one step of all lanes.
 
     Returns:
-      The actor after the step, the row, the row's stats, and the values that chose the actions, `[lanes, num_actions]`.
+      The actor after the step, the row, its stats, and the values that chose the actions, `[lanes, num_actions]`.
     """
     lanes_tm1 = actor.lanes
     q = agent.q_values(params, actor.view)

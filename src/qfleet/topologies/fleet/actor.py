@@ -166,7 +166,7 @@ class Actor:
 
 
 class _InGraphLanes:
-    """Lanes of an environment written in JAX: a chunk is one program."""
+    """Lanes of an environment written in JAX: each chunk is one call of a program."""
 
     def __init__(
         self,
@@ -215,11 +215,11 @@ class _InGraphLanes:
         return _Steps(rows, q_taken, stats.q_max, returns, lengths, 0)
 
     def close(self) -> None:
-        """Ends nothing: it is all in one program."""
+        """Does nothing, because the lanes are arrays of this process."""
 
 
 class _HostLanes:
-    """Lanes of an environment outside the program, which only acts."""
+    """Lanes of an environment outside the program: each row is one call of a program that chooses actions."""
 
     def __init__(
         self,
@@ -261,21 +261,11 @@ class _HostLanes:
             acting.send(np.asarray(action))
             received.append(acting.receive())
         obs, action, q_taken, q_max = self._stacked(seen)
-        reward = np.stack([row.reward for row in received])
-        terminated, truncated, no_step = (
-            np.stack(column)
-            for column in zip(*((row.terminated, row.truncated, row.no_step) for row in received), strict=True)
-        )
-        rows = Row(obs, action, jnp.asarray(reward, np.float32), outcome_of(terminated, truncated, no_step))
-        return _Steps(
-            rows=rows,
-            q_taken=q_taken,
-            q_max=q_max,
-            returns=[value for row in received for value in row.returns],
-            lengths=[value for row in received for value in row.lengths],
-            num_failures=sum(row.num_failures for row in received),
-        )
+        steps = ReceivedRow(*(np.stack(column) for column in zip(*received, strict=True)))  # [rows, lanes]
+        outcome = outcome_of(steps.terminated, steps.truncated, steps.no_step)
+        rows = Row(obs, action, jnp.asarray(steps.reward, np.float32), outcome)
+        return _Steps(rows, q_taken, q_max, steps.returns, steps.lengths, steps.num_failures)
 
     def close(self) -> None:
-        """Ends their processes and threads."""
+        """Ends the processes and threads of the lanes."""
         self._lanes.close()
