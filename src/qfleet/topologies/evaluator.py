@@ -16,7 +16,7 @@ from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
 
 _EVALUATION = 1
-"""What a seed's random numbers are for; 0, 2, 3 and 4 are training's."""
+"""Purpose of a seed's random numbers; 0, 2, 3 and 4 belong to training."""
 
 
 class HostEvaluator:

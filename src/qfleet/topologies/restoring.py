@@ -25,7 +25,7 @@ def read_state(
     config: AgentConfig,
     frame_stack: int,
 ) -> dict[str, Any]:
-    """Returns what `Topology.read` does, for a topology that keeps all state as JAX arrays, in one segment.
+    """Implements `Topology.read` for a topology that keeps all state as JAX arrays, in one segment.
 
     Args:
       topology: the topology that will be restored.

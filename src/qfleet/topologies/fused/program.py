@@ -24,7 +24,7 @@ from qfleet.topologies.acting import ActorState, RowStats, act, init_actor
 from qfleet.topologies.schedule import Plan, rows_per_iteration
 
 _TRAINING, _EVALUATION = 0, 1
-"""What a seed's random numbers are for: evaluation must not see training's."""
+"""Purposes of a seed's random numbers: evaluation must not see training's."""
 
 NO_BAD_STEP = np.iinfo(np.int32).max
 """`ChunkStats.bad_step` of a chunk whose numbers are all finite."""

@@ -33,7 +33,7 @@ CHUNK_SECONDS = 0.5
 """The longest that a chunk of several iterations should take: an interrupted run stops at the end of a chunk."""
 
 _TRAINING, _EVALUATION = 0, 1
-"""What a seed's random numbers are for: evaluation must not see training's."""
+"""Purposes of a seed's random numbers: evaluation must not see training's."""
 
 
 class ChunkStats:
