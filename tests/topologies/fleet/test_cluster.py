@@ -124,6 +124,25 @@ def test_nothing_of_a_local_ray_listens_to_other_machines(local) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_ray_that_is_started_otherwise_listens_to_other_machines() -> None:
+    """Tells when `ray_internals.on_loopback` is no longer needed."""
+    start = (
+        "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False, logging_level='WARNING'); "
+        "print('ready', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        found = [address for pid in descendants(process.pid) for address in addresses_of(pid)]
+        process.communicate()  # closes its input, and so ends it
+    assert found and not all(address.is_loopback for address in found), (
+        "a local Ray now keeps to loopback by itself: delete ray_internals.on_loopback, and its call in cluster"
+    )
+
+
+@pytest.mark.slow
 def test_a_local_ray_refuses_those_without_its_token(local, tmp_path: Path) -> None:
     from ray._raylet import AuthenticationMode, get_authentication_mode
 
