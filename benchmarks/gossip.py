@@ -48,9 +48,9 @@ def main() -> None:
     parser.add_argument("--timeout-seconds", type=float, default=300.0, help="after which nothing is solved any more")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
-    if arguments.process == "cartpole":
+    if arguments.part == "cartpole":
         common.report("gossip cartpole", [solve(arguments, seed) for seed in range(arguments.seeds)])
-    elif arguments.process == "faults":
+    elif arguments.part == "faults":
         common.report("gossip faults", [fault(arguments, name) for name in FAULTS])
     else:
         config = qfleet.make_config(
@@ -123,7 +123,7 @@ def back_after(arguments: argparse.Namespace, name: str) -> list[float]:
     rng, back = random.Random(0), []
 
     def is_whole(record: dict[str, Any]) -> bool:
-        is_ready = record["fleet_peers_there"] == arguments.num_processes
+        is_ready = record["fleet_peers_ready"] == arguments.num_processes
         return is_ready and record["fleet_peer_env_steps_per_second_min"] > 0
 
     with contextlib.ExitStack() as stack:

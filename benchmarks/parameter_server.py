@@ -27,14 +27,14 @@ from qfleet.config import ParameterServerConfig
 from qfleet.core.agent import make_agent
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
-from qfleet.topologies.fleet.actor import Report
+from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.replay_shard import ShardStats
 from qfleet.topologies.parameter_server import director as director_module
 from qfleet.topologies.parameter_server.remote import RemoteWorker
 from qfleet.topologies.parameter_server.server_shard import Division
 from qfleet.topologies.parameter_server.worker import Lesson
 
-CHUNK = Report([], [], 0.0, 0, 0.0, 0)
+CHUNK = ChunkStats([], [], 0.0, 0, 0.0, 0)
 
 
 class StubWorker(RemoteWorker):
@@ -82,10 +82,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--shards", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.process == "throughput":
+    if arguments.part == "throughput":
         rows = [throughput(arguments, dtype) for dtype in ("float32", "bfloat16")]
         common.report("parameter server throughput", rows)
-    elif arguments.process == "cartpole":
+    elif arguments.part == "cartpole":
         common.report("parameter server cartpole", list(cartpole(arguments.seeds, arguments.workers)))
     else:
         config = qfleet.make_config(

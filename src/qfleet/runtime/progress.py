@@ -142,7 +142,7 @@ def _of_fleet(latest: Mapping[str, float]) -> list[tuple[str, str]]:
         names = {name: name.removeprefix("fleet_").removesuffix(end) for name in latest if name.endswith(end)}
         return {short: latest[name] for name, short in names.items()}
 
-    columns = [(name, f"{count:.0f}") for name, count in named("_there").items()]
+    columns = [(name, f"{count:.0f}") for name, count in named("_ready").items()]
     if waiting := named("_waiting"):
         columns.append(("waiting", " ".join(f"{name} {share:.0%}" for name, share in waiting.items())))
         columns.append(("staleness", f"{latest['staleness']:.0f}"))

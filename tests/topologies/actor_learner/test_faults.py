@@ -1,4 +1,4 @@
-"""What becomes of a fleet whose parts are lost: it goes on, its replay stays sound, and it ends in order."""
+"""What happens to a fleet that loses processes: it goes on, its replay stays sound, and it ends in order."""
 
 import collections
 import json
@@ -25,7 +25,8 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.topologies.base import saved_replay
 from qfleet.topologies.fleet.actor import Actor
-from qfleet.topologies.fleet.replay_shard import ReplayShard, Writer, join_shards
+from qfleet.topologies.fleet.replay_shard import ReplayShard, Writer
+from qfleet.topologies.fleet.replay_shares import join_shards
 
 pytest.importorskip("ray")
 
@@ -103,7 +104,7 @@ class Clock:
 
 
 class Silent:
-    """A part that never answers what it was asked."""
+    """A process that never replies to a request."""
 
     def __init__(self, method: str, needs: list[Any]) -> None:
         self.name, self.is_ready, self.replied_at, self.has_replied_to = "part", True, 1000.0, {"insert"}
@@ -112,12 +113,12 @@ class Silent:
 
 @pytest.fixture
 def silence_of(monkeypatch) -> Callable[..., float | None]:
-    """Returns after how many seconds such a part is replaced, with 10 s of patience; `at` happens at its second."""
+    """Returns after how many seconds such a process is replaced, with 10 s of patience; `at` happens at its second."""
 
     def seconds(method: str, needs: list[Any], at: dict[int, Callable[[Clock], None]]) -> float | None:
         clock, part, replaced = Clock(), Silent(method, needs), []
         monkeypatch.setattr(supervisor_module, "time", clock)
-        monkeypatch.setattr(supervisor_module, "_are_there", lambda references: all(references))
+        monkeypatch.setattr(supervisor_module, "_are_ready", lambda references: all(references))
         parts: Any = Supervisor(silence_seconds=10.0, max_restarts=5)
         parts._processes.append(part)
         monkeypatch.setattr(parts, "replace", lambda *_, **__: replaced.append(clock.now - 1000))
@@ -132,7 +133,7 @@ def silence_of(monkeypatch) -> Callable[..., float | None]:
     return seconds
 
 
-def test_a_part_is_silent_only_by_its_own_fault(silence_of):
+def test_a_process_is_silent_only_by_its_own_fault(silence_of):
     assert silence_of("insert", [], {}) == pytest.approx(11, abs=1)
     assert silence_of("sample", [], {}) == pytest.approx(51, abs=1), "a first time compiles"
     needs = [False]
@@ -163,7 +164,7 @@ class Driver:
             )
 
     def parts(self, kind: str = "Remote") -> list[int]:
-        """Returns its processes of a kind of parts."""
+        """Returns the IDs of its remote processes of a kind."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -179,7 +180,7 @@ class Driver:
         return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
 
     def wait_until_whole(self, restarts: int = 0) -> None:
-        """Returns once so many parts have been replaced, and all are at work."""
+        """Returns once so many processes have been replaced, and all are at work."""
         num_records, num_replaced = len(self.records()), None
 
         def is_whole() -> bool:
@@ -189,7 +190,7 @@ class Driver:
                 num_replaced = next((i for i, record in enumerate(new) if record["fleet_restarts"] >= restarts), None)
                 return False
             since = new[num_replaced + 1 :]  # on a busy machine not all of it happens within one of them
-            are_there = [record for record in since if record["fleet_actors_there"] == SETTINGS["num_actors"]]
+            are_there = [record for record in since if record["fleet_actors_ready"] == SETTINGS["num_actors"]]
             act = any(record["fleet_actor_env_steps_per_second_min"] > 0 for record in are_there)
             return act and any(record["learner_steps_per_second"] > 0 for record in are_there)
 
@@ -230,7 +231,7 @@ def train(drive: Callable[..., Driver], folder: Path, **flags: Any) -> Driver:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_fleet_survives_the_loss_of_each_of_its_parts_and_its_replay_is_sound(drive, tmp_path: Path) -> None:
+def test_a_fleet_survives_the_loss_of_each_of_its_processes_and_its_replay_is_sound(drive, tmp_path: Path) -> None:
     driver = train(drive, tmp_path, checkpoint_period_seconds=2.0)
     driver.wait_until_whole()
     for restarts, kind in enumerate(("RemoteActor", "RemoteShard", "RemoteLearner"), start=1):
@@ -258,7 +259,7 @@ def test_a_fleet_survives_the_loss_of_each_of_its_parts_and_its_replay_is_sound(
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_part_that_is_lost_too_often_fails_the_run_which_can_be_resumed(drive, tmp_path: Path) -> None:
+def test_a_process_that_is_lost_too_often_fails_the_run_which_can_be_resumed(drive, tmp_path: Path) -> None:
     driver = train(drive, tmp_path, checkpoint_period_seconds=1.0, max_restarts=0, **SMALLEST)
     checkpoints = Checkpoints(driver.run_dir / "checkpoints")
     driver.wait_for(
@@ -275,7 +276,7 @@ def test_a_part_that_is_lost_too_often_fails_the_run_which_can_be_resumed(drive,
 
 @pytest.mark.slow
 def test_a_checkpoint_counts_the_steps_of_the_learner_that_it_holds(tmp_path: Path, monkeypatch, caplog) -> None:
-    """And where the learner has no place, there is none, and the run goes on."""
+    """And if the learner finds no node, there is no checkpoint, and the run goes on."""
     run = qfleet.iterate(config_of(run_dir=str(tmp_path / "run"), checkpoint_period_seconds=1e6, **SMALLEST))
     topology: Any = run._topology
     learner = topology._director._learner

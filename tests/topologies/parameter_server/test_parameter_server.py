@@ -425,7 +425,7 @@ def train(director: Any, until_learner_steps: int, *, slow: tuple[int, ...] = ()
 def test_with_as_many_gradients_a_step_as_workers_and_no_staleness_all_are_in_step(simulated):
     director = simulated(num_server_shards=2, gradients_per_learner_step=4, max_staleness=0)
     train(director, 40)
-    tally = director._tally
+    tally = director._stats
     assert set(tally.staleness) == {0} and tally.num_gradients["stale"] == 0
     assert len(tally.losses) == 4 * 40
 
@@ -433,7 +433,7 @@ def test_with_as_many_gradients_a_step_as_workers_and_no_staleness_all_are_in_st
 def test_learning_goes_on_without_a_slow_worker_whose_gradients_are_refused(simulated):
     director = simulated(num_server_shards=2, max_staleness=8)
     train(director, 900, slow=(3,))
-    tally = director._tally
+    tally = director._stats
     assert max(tally.staleness) <= 8
     assert tally.num_gradients["stale"] >= 3 and tally.num_gradients["outlier"] == 0
     assert tally.num_gradients["applied"] == director.learner_steps
@@ -446,7 +446,7 @@ def test_learning_goes_on_without_a_slow_worker_whose_gradients_are_refused(simu
 def test_a_lost_shard_has_all_go_back_to_one_snapshot_and_refuses_older_gradients(simulated, caplog):
     director = simulated(num_server_shards=2, snapshot_period_learner_steps=20)
     train(director, 110)
-    version, applied = director.version, director._tally.num_gradients["applied"]
+    version, applied = director.version, director._stats.num_gradients["applied"]
     answer_all(director._server)
     director._issue()
     pending = sum(worker.is_learning for worker in director._actors)
@@ -461,8 +461,8 @@ def test_a_lost_shard_has_all_go_back_to_one_snapshot_and_refuses_older_gradient
     answer_all(director._server)
     assert target_ages(director) == [back_at % 7] * 2, "all shards go on from the same step"
     train(director, 160)
-    assert director._tally.num_gradients["stale"] == pending
-    assert director._tally.num_gradients["applied"] >= applied + 160 - back_at
+    assert director._stats.num_gradients["stale"] == pending
+    assert director._stats.num_gradients["applied"] >= applied + 160 - back_at
 
 
 def test_steps_that_wait_when_a_shard_is_lost_are_refused_and_learning_goes_on(simulated):
@@ -476,7 +476,7 @@ def test_steps_that_wait_when_a_shard_is_lost_are_refused_and_learning_goes_on(s
     assert director._is_stepping and director._waiting
     waiting, learner_steps = len(director._waiting), director.learner_steps
     director._server[0].die()
-    assert not director._waiting and director._tally.num_gradients["stale"] >= waiting
+    assert not director._waiting and director._stats.num_gradients["stale"] >= waiting
     assert director.learner_steps < learner_steps
     train(director, 100)
     answer_all(director._server)
@@ -592,7 +592,7 @@ def test_it_trains_is_saved_and_goes_on_in_other_sizes_and_elsewhere(cluster, tm
     steps = summary["learner_steps"]
     assert steps > 300 and summary["num_restarts"] == 0
     found = records(path)
-    assert max(record.get("fleet_workers_there", 0) for record in found) == 2
+    assert max(record.get("fleet_workers_ready", 0) for record in found) == 2
     assert any(record.get("fleet_pushed_bytes_per_second", 0) > 0 for record in found)
     policy = qfleet.load(path)
     assert np.isfinite(policy.evaluate(num_episodes=2)).all()
@@ -625,7 +625,7 @@ def test_it_survives_the_loss_of_a_worker_and_of_a_shard_of_the_server(cluster, 
     for progress in run:
         assert progress.env_steps >= env_steps, "environment steps never go back"
         env_steps = progress.env_steps
-        is_whole = progress.fleet["workers_there"] == 2 and progress.new_learner_steps and progress.new_env_steps
+        is_whole = progress.fleet["workers_ready"] == 2 and progress.new_learner_steps and progress.new_env_steps
         if waiting_for is not None and director.num_restarts < waiting_for:
             continue
         if not is_whole:

@@ -1,4 +1,4 @@
-"""An actor that works on its own: lanes, a copy of the parameters, and the last n steps."""
+"""An actor: steps lanes of an environment with a copy of the parameters, and returns what it did in chunks."""
 
 import functools
 import time
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import ActorPool, RunFailed, TrainConfig, actor_pool_of
-from qfleet.core.agent import Agent, make_agent
+from qfleet.config import ActorPool, RunFailed, TrainConfig
+from qfleet.core.agent import Agent
 from qfleet.core.frame_stack import push_frame
 from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
 from qfleet.core.keys import key_of
@@ -20,44 +20,44 @@ from qfleet.core.targets import take_action
 from qfleet.core.types import Params, stored_spec
 from qfleet.envs.host import HostEnv, LaneOptions, lane_options
 from qfleet.envs.in_graph import draw
-from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
-from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.topologies.acting import ActorState, Episodes, act, init_actor
+from qfleet.topologies.fleet.env_and_agent import EnvAndAgent, actor_pool_of, make_env_and_agent
 
 _ACTING = 2
-"""What a seed's random numbers are for; 0 and 1 are a learner's and evaluation's."""
+"""Number of the random stream of actors within a seed; 0 and 1 are the learner's and the evaluation's."""
 
 
 class Chunk(NamedTuple):
-    """What one actor's lanes produced, as it goes to the replay. NumPy arrays."""
+    """What the lanes of one actor produced, in the form that the replay stores. NumPy arrays."""
 
     rows: Row
     """`[rows, lanes, ...]`, with stored observations."""
     td_error: np.ndarray
-    """`[rows, lanes]` float32, of the transitions that these rows complete, by the actor's own values; NaN where it
-    doesn't know them."""
+    """`[rows, lanes]` float32, TD errors of the transitions that these rows complete, by the actor's own values; NaN
+    where the actor doesn't know them."""
 
 
-class Report(NamedTuple):
-    """What an actor tells of a chunk."""
+class ChunkStats(NamedTuple):
+    """Statistics of one chunk."""
 
     returns: list[float]
-    """Of the episodes that ended."""
+    """Returns of the episodes that ended."""
     lengths: list[int]
+    """Lengths of the episodes that ended, in environment steps."""
     q_mean: float
-    """Greatest value of the observations acted on, mean."""
+    """Mean of the greatest values of the observations that the actor acted on."""
     num_failures: int
-    """Environments that were replaced."""
+    """Environments that failed and were replaced."""
     busy_seconds: float
-    """That it took."""
+    """Time that the chunk took."""
     received_bytes: int
-    """Of parameters, since the one before."""
+    """Parameters received since the previous chunk."""
 
 
 class _Steps(NamedTuple):
-    """A chunk before it is put together. `[rows, lanes]`."""
+    """The steps of one chunk, before their TD errors are known. `[rows, lanes]`."""
 
     rows: Row
     q_taken: Any
@@ -73,25 +73,24 @@ class _Lanes(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what they started."""
+        """Ends the processes and threads that the lanes have started."""
         ...
 
 
 class Actor:
     """Acts with the newest parameters that it was given."""
 
-    def __init__(self, config: TrainConfig, number: int) -> None:
-        """Makes an actor that is still to `begin`.
+    def __init__(self, config: TrainConfig, number: int, built: EnvAndAgent | None = None) -> None:
+        """Makes an actor that has no lanes until `begin` is called.
 
         Args:
           config: of the run.
           number: of the actor, from 0.
+          built: environment and agent, if this process has built them already.
         """
         enable_compilation_cache()
-        pool = actor_pool_of(config.topology)
-        env = make_env(config.env, **config.env_options)
-        network = make_network(env.spec, config.agent)
-        agent = make_agent(network, config.agent)
+        pool = actor_pool_of(config)
+        env, _, agent = built or make_env_and_agent(config)
         self._structure = jax.tree.structure(jax.eval_shape(lambda: agent.init(jax.random.key(0))))
         if isinstance(env, InGraphEnv):
             self._make_lanes: Callable[..., _Lanes] = functools.partial(_InGraphLanes, env, agent, pool)
@@ -113,10 +112,10 @@ class Actor:
         self._received_bytes = 0
 
     def begin(self, incarnation: int) -> None:
-        """Starts the lanes' first episodes.
+        """Starts the first episodes of the lanes.
 
         Args:
-          incarnation: how many had its place before; their random numbers are not used again.
+          incarnation: number of actors that held this place before. Their random numbers are not used again.
         """
         self.close()
         self._lanes = self._make_lanes((*self._numbers, incarnation))
@@ -124,7 +123,7 @@ class Actor:
 
     @property
     def version(self) -> int:
-        """Of its parameters; -1 before there are any."""
+        """Version of its parameters; -1 before it has any."""
         return self._version
 
     def receive(self, version: int, leaves: list[np.ndarray]) -> None:
@@ -133,21 +132,22 @@ class Actor:
         self._version = version
         self._received_bytes += sum(leaf.nbytes for leaf in leaves)
 
-    def collect(self, exploration: float) -> tuple[Report, Chunk]:
-        """Returns the next chunk.
+    def collect(self, exploration: float) -> tuple[ChunkStats, Chunk]:
+        """Returns the next chunk and its statistics.
 
         Args:
-          exploration: epsilon or temperature, of all lanes.
+          exploration: epsilon or temperature, the same for all lanes.
 
         Raises:
-          RunFailed: if too many environments have failed, or one written in JAX returned a number that isn't finite.
+          RunFailed: if too many environments have failed, or an environment written in JAX returned a number that isn't
+            finite.
         """
         assert self._lanes is not None
         started = time.perf_counter()
         steps = self._lanes.take(self._params, np.float32(exploration))
         new = ValuedRows(steps.rows.reward, steps.rows.outcome, steps.q_taken, steps.q_max)
         self._before, td_error = self._errors(self._before, new)
-        report = Report(
+        stats = ChunkStats(
             returns=steps.returns,
             lengths=steps.lengths,
             q_mean=float(np.mean(steps.q_max)),
@@ -156,7 +156,7 @@ class Actor:
             received_bytes=self._received_bytes,
         )
         self._received_bytes = 0
-        return report, Chunk(jax.tree.map(np.asarray, steps.rows), np.asarray(td_error))
+        return stats, Chunk(jax.tree.map(np.asarray, steps.rows), np.asarray(td_error))
 
     def close(self) -> None:
         """Ends the processes and threads of its environments."""

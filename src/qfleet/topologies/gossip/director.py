@@ -14,9 +14,9 @@ from qfleet.core.replay import NO_STEP, SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.records import Progress
 from qfleet.topologies.base import OwnLearner
-from qfleet.topologies.fleet.director import Director, Tally
-from qfleet.topologies.fleet.replay_shard import share_of
-from qfleet.topologies.fleet.supervisor import ON_CPU, ONE_CPU, Remote, RemoteProcess, default_resources
+from qfleet.topologies.fleet.director import Director, DirectorStats
+from qfleet.topologies.fleet.replay_shares import share_of
+from qfleet.topologies.fleet.supervisor import ON_CPU, ONE_CPU, InRemoteProcess, RemoteProcess, default_resources
 from qfleet.topologies.gossip.averaging import Leaves, shares_of
 from qfleet.topologies.gossip.peer import GossipPeer, Place, Report, actor_pool_of_peers, peer_config
 from qfleet.topologies.mesh import leaves_of
@@ -31,11 +31,11 @@ _MEETINGS = 5
 """What a seed's random numbers are for; 0 to 4 are training's."""
 
 
-class RemotePeer(Remote, GossipPeer):
+class RemotePeer(InRemoteProcess, GossipPeer):
     """A peer in a process of its own."""
 
 
-class GossipTally(Tally):
+class GossipTally(DirectorStats):
     """What happened among peers since the last record."""
 
     def __init__(self, num_peers: int) -> None:
@@ -180,7 +180,7 @@ class GossipDirector(Director[GossipTally]):
         newest = self._read_replay and self._of_newest_checkpoint(self._read_replay)
         return share_of(newest[0], actor_pool_of_peers(self._topology), number) if newest else None
 
-    def _new_tally(self) -> GossipTally:
+    def _new_stats(self) -> GossipTally:
         return GossipTally(self._topology.num_processes)
 
     def _resources(self) -> list[Mapping[str, float]]:
@@ -320,7 +320,7 @@ class GossipDirector(Director[GossipTally]):
         pair[0].mix, pair[1].mix = _Mix(first, second.reference), _Mix(second, first.reference)
         for peer in pair:
             peer.is_mixing, peer.met_at = True, peer.learner_steps
-        self._tally.num_meetings += 1
+        self._stats.num_meetings += 1
 
     # Chunks.
 
@@ -359,7 +359,7 @@ class GossipDirector(Director[GossipTally]):
         )  # fmt: skip
 
     def _count(self, peer: _Peer, report: Report) -> None:
-        tally, env_steps = self._tally, sum(progress.new_env_steps for progress in report.progress)
+        tally, env_steps = self._stats, sum(progress.new_env_steps for progress in report.progress)
         peer.env_steps += env_steps
         peer.learner_steps = report.learner_steps
         self.env_steps += env_steps

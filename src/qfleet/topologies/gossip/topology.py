@@ -29,7 +29,7 @@ from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.records import Progress, mean
 from qfleet.topologies.base import OwnLearner, StateIsLost
-from qfleet.topologies.fleet.replay_shard import join_shards
+from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.gossip.averaging import Leaves, consensus_distance, mean_of
@@ -143,7 +143,7 @@ class Gossip(OnRay):
             "peer_env_steps_per_second_min": float(rates.min()),
             "peer_env_steps_per_second_median": float(np.median(rates)),
             "peer_env_steps_per_second_max": float(rates.max()),
-            "peers_there": self._director.num_ready_peers,
+            "peers_ready": self._director.num_ready_peers,
             "meetings_per_second": tally.num_meetings / tally.seconds,
             "mix_staleness_mean": mean(tally.staleness) or 0.0,
             "mix_staleness_max": float(max(tally.staleness, default=0)),

@@ -15,9 +15,10 @@ from qfleet.core.exploration import exploration_at, importance_exponent_at
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.fleet.actor import Report
+from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.actors_director import ActorsDirector, PooledActor, PoolStats
-from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer, share_of
+from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer
+from qfleet.topologies.fleet.replay_shares import share_of
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
 from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, has_failed
 from qfleet.topologies.parameter_server.gradient_filter import Gate
@@ -97,14 +98,18 @@ class ServerDirector(ActorsDirector[ServerTally, _Worker]):
         """
         assert isinstance(config.topology, ParameterServerConfig)
         self._topology, self._division, self._read_learner = config.topology, division, read_learner
-        super().__init__(config, 1, read_replay)
+        super().__init__(
+            config, self._topology.actor_pool, 1, read_replay, ray_address=self._topology.ray_address,
+            silence_seconds=self._topology.silence_seconds, max_restarts=self._topology.max_restarts,
+        )  # fmt: skip
         self.version = 0
         """Steps that the server was sent, whatever has become of them: it never goes back."""
         self._gate = Gate(self._topology)
         self._server: list[RemoteProcess] = []
         self._replay: ShardedReplay | None = None
         if self._topology.num_replay_shards:
-            self._replay = ShardedReplay(config, self._supervisor, functools.partial(self._note_busy, "shards"))
+            note_busy = functools.partial(self._note_busy, "shards")
+            self._replay = ShardedReplay(config.seed, self._pool, self._supervisor, note_busy)
         self._parameters: _Parameters | None = None
         self._target_clock = TargetClock(config.agent.target_update_period)
         self._is_asked_for_snapshot = False
@@ -161,7 +166,7 @@ class ServerDirector(ActorsDirector[ServerTally, _Worker]):
 
     # --- What its own thread does ---
 
-    def _new_tally(self) -> ServerTally:
+    def _new_stats(self) -> ServerTally:
         return ServerTally(self._topology.num_workers)
 
     def _resources(self) -> list[Mapping[str, float]]:
@@ -262,8 +267,8 @@ class ServerDirector(ActorsDirector[ServerTally, _Worker]):
         slots = [self._vectors.slot() for _ in range(1 + moves_target)]
         self.version += len(steps)
         self.learner_steps += len(steps)
-        self._tally.learner_steps += len(steps)
-        self._tally.num_gradients["applied"] += len(gradients)
+        self._stats.learner_steps += len(steps)
+        self._stats.num_gradients["applied"] += len(gradients)
         self._is_stepping = True
         version, left = self.version, len(self._server)
         kept: list[Any] = [*gradients, *slots]
@@ -343,7 +348,7 @@ class ServerDirector(ActorsDirector[ServerTally, _Worker]):
         self.version += 1
         self._gate.oldest_version = self.version  # gradients of parameters that are no more are refused
         num_gradients = len(self._waiting) * self._topology.gradients_per_learner_step + len(self._gradients)
-        self._tally.num_gradients["stale"] += num_gradients
+        self._stats.num_gradients["stale"] += num_gradients
         self._waiting, self._gradients, self._parameters = [], [], None
         snapshot = self._snapshot
         if snapshot is not None and not any(map(has_failed, snapshot.leaves)):
@@ -407,7 +412,7 @@ class ServerDirector(ActorsDirector[ServerTally, _Worker]):
         def gone() -> None:
             worker.num_chunks -= 1
 
-        def arrived(answer: tuple[Report, ShardStats | None], reference: Any) -> None:
+        def arrived(answer: tuple[ChunkStats, ShardStats | None], reference: Any) -> None:
             report, stock = answer
             count = functools.partial(self._count, i, report)
             if self._replay is not None:
@@ -428,7 +433,7 @@ class ServerDirector(ActorsDirector[ServerTally, _Worker]):
             on_reply=arrived, on_dropped=lost,
         )  # fmt: skip
 
-    def _count(self, i: int, report: Report) -> None:
+    def _count(self, i: int, report: ChunkStats) -> None:
         super()._count(i, report)
         self._note_busy("workers", report.busy_seconds)
 
@@ -499,7 +504,7 @@ class ServerDirector(ActorsDirector[ServerTally, _Worker]):
 
     def _gradient_has_come(self, worker: _Worker, version: int, lesson: Lesson, gradient: Vector) -> None:
         worker.is_learning = False
-        tally, newest_version = self._tally, self.version + len(self._waiting)
+        tally, newest_version = self._stats, self.version + len(self._waiting)
         self._note_busy("workers", lesson.busy_seconds)
         verdict = self._gate.verdict(version, newest_version, lesson.loss)
         tally.pushed_bytes += self._division.num_params * (2 if self._topology.gradient_dtype == "bfloat16" else 4)

@@ -4,22 +4,22 @@ from typing import Any
 
 import numpy as np
 
-from qfleet.topologies.fleet.actor import Chunk, Report
+from qfleet.topologies.fleet.actor import Chunk, ChunkStats
 from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats
-from qfleet.topologies.fleet.supervisor import Remote
+from qfleet.topologies.fleet.supervisor import InRemoteProcess
 from qfleet.topologies.parameter_server.server_shard import ServerShard
 from qfleet.topologies.parameter_server.worker import GradientRoom, Worker
 
 
-class RemoteServerShard(Remote, ServerShard):
+class RemoteServerShard(InRemoteProcess, ServerShard):
     """A shard of the server in a process of its own."""
 
 
-class RemoteReplayShard(Remote, ReplayShard):
+class RemoteReplayShard(InRemoteProcess, ReplayShard):
     """A shard of the replay that all workers share, in a process of its own."""
 
 
-class RemoteWorker(Remote, Worker):
+class RemoteWorker(InRemoteProcess, Worker):
     """A worker in a process of its own.
 
     What is pulled comes along with what is asked for, as references that Ray fetches before it begins, or while the
@@ -28,7 +28,7 @@ class RemoteWorker(Remote, Worker):
 
     def pull_and_act(
         self, version: int, exploration: float, num_handed: int, *handed: Any
-    ) -> tuple[tuple[Report, ShardStats | None], Chunk | None]:
+    ) -> tuple[tuple[ChunkStats, ShardStats | None], Chunk | None]:
         """Pulls the first of what comes last, and returns what `act` does, the chunk by itself."""
         self.pull(version, handed[:num_handed])
         report, stock, chunk = self.act(exploration)

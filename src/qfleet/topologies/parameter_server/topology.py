@@ -29,7 +29,7 @@ from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.records import Progress, mean
 from qfleet.topologies.base import check_loss
-from qfleet.topologies.fleet.replay_shard import join_shards
+from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 from qfleet.topologies.parameter_server.server_shard import Division
 
@@ -93,7 +93,7 @@ class ParameterServer(OnRay):
             "worker_env_steps_per_second_min": float(rates.min()),
             "worker_env_steps_per_second_median": float(np.median(rates)),
             "worker_env_steps_per_second_max": float(rates.max()),
-            "workers_there": director.num_ready_actors,
+            "workers_ready": director.num_ready_actors,
             "staleness_max": float(max(tally.staleness, default=0)),
             "gradients_per_second": sum(tally.num_gradients.values()) / seconds,
             "gradients_stale": tally.num_gradients["stale"],

@@ -19,8 +19,9 @@ from qfleet.core.types import Params, Transition
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.runtime.devices import reuse_freed_memory
-from qfleet.topologies.fleet.actor import Actor, Chunk, Report
-from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer, put_together
+from qfleet.topologies.fleet.actor import Actor, Chunk, ChunkStats
+from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer
+from qfleet.topologies.fleet.replay_shares import put_together
 from qfleet.topologies.parameter_server.server_shard import Division
 from qfleet.topologies.parameter_server.shared_memory import Place, Window
 
@@ -114,7 +115,7 @@ class Worker(Actor):
         self._version = version
         self._received_bytes += sum(vector.nbytes for vector in vectors)
 
-    def act(self, exploration: float) -> tuple[Report, ShardStats | None, Chunk | None]:
+    def act(self, exploration: float) -> tuple[ChunkStats, ShardStats | None, Chunk | None]:
         """Takes the steps of one chunk.
 
         Returns:
