@@ -212,15 +212,6 @@ class Supervisor:
         else:
             time.sleep(seconds)
 
-    @staticmethod
-    def get(reference: Any) -> Any:
-        """Returns the value that a reference refers to, and waits for it.
-
-        Raises:
-          ray.exceptions.RayError: if the value is lost, or will never come.
-        """
-        return ray.get(reference)
-
     def process_replies(self) -> None:
         """Processes all replies that have arrived, and replaces processes that have failed.
 
@@ -235,7 +226,7 @@ class Supervisor:
     def _process_reply(self, process: RemoteProcess, request: _Request) -> None:
         self._done.discard(request.references[0])
         try:
-            value = self.get(request.references[0])
+            value = ray.get(request.references[0])
         except ray.exceptions.RayError as error:
             if any(map(has_failed, request.needs)):
                 request.on_dropped()
