@@ -246,7 +246,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         self._actor_is_lost(i)
         if isinstance(self._replays, WorkerReplays):
             newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
-            self._replays.was_lost(i, newest)
+            self._replays.refill(i, newest)
 
     def _start_processes(self) -> None:
         topology, make, add, config = self._topology, self._make_process, self._supervisor.add, self._config

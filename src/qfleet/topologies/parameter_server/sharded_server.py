@@ -168,7 +168,7 @@ class ShardedServer:
             return
         params, target_params = published_vectors(replies, buffers, leases)
         self._newest = self._newest._replace(version=batch.version, params=params)
-        if batch.updates_target:
+        if target_params is not None:
             self._newest = self._newest._replace(target_version=batch.version, target_params=target_params)
 
     def _requests(self, gradients: Sequence[VectorHandle], buffers: Sequence[Any]) -> list[Any]:

@@ -5,7 +5,6 @@ the buffers, and passes on handles of vectors. It never touches their numbers.
 """
 
 import contextlib
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -88,24 +87,22 @@ class Transport:
 
 def published_vectors(
     replies: Sequence[Sequence[Any]], buffers: Sequence[ParameterBuffers | None], leases: Sequence[Lease | None]
-) -> tuple[VectorHandle, VectorHandle]:
-    """Returns handles of the parameters and of the target network that the server will have published.
-
-    The second is meaningless if the target network stays the same.
+) -> tuple[VectorHandle, VectorHandle | None]:
+    """Returns handles of the parameters that the server will have published, and of the target network if it changes.
 
     Args:
-      replies: for each shard, references to the time, the parameters and the target network that it will return. If it
-        writes to buffers, it returns the time alone.
-      buffers: of each shard.
-      leases: of these buffers.
+      replies: for each shard, references to what it will return: the time that it took and, unless it writes to
+        buffers, its pieces of the parameters and of the target network.
+      buffers: buffers of each shard.
+      leases: leases of these buffers: one for the parameters, and another if the target network changes too.
     """
     seconds, *returned = (tuple(column) for column in zip(*replies, strict=True))
     if returned:
-        params, target_params = returned
-        return VectorHandle(params, None, params), VectorHandle(target_params, None, target_params)
-    # The vector lies in buffers, and it is there once every shard has returned the time that it took.
+        params, target_params = (VectorHandle(references, None, references) for references in returned)
+        return params, target_params if len(leases) > 1 else None
+    # The vectors lie in buffers. They are there once every shard has returned the time that it took.
     written = [each for each in buffers if each is not None]
-    columns: Any = ([each.params for each in written], [each.target_params for each in written])
-    pairs = itertools.zip_longest(columns, leases)
-    params_handle, target_handle = (VectorHandle(tuple(column), lease, seconds) for column, lease in pairs)
-    return params_handle, target_handle
+    params = VectorHandle(tuple(each.params for each in written), leases[0], seconds)
+    if len(leases) == 1:
+        return params, None
+    return params, VectorHandle(tuple(each.target_params for each in written), leases[1], seconds)

@@ -84,7 +84,7 @@ class WorkerReplays:
         self._supervisor.submit(worker.process, "restore", own, on_reply=restored)
         return int(np.sum(np.asarray(own.leaves) > 0))
 
-    def was_lost(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> None:
+    def refill(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> None:
         """Has a worker that was replaced continue with its lanes of the newest checkpoint.
 
         Args:
