@@ -13,7 +13,7 @@ from small_servers import config_of, learner_of
 
 
 class Reference:
-    """What a part returned, or will."""
+    """Refers to what a process has returned, or will return."""
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -21,78 +21,78 @@ class Reference:
 
 
 @dataclasses.dataclass
-class Ask:
+class Request:
     method: str
     arguments: tuple
     references: list[Reference]
-    then: Callable[..., None]
-    dropped: Callable[[], None]
+    on_reply: Callable[..., None]
+    on_dropped: Callable[[], None]
 
 
-class FakePart:
-    """A part of the run, as the object itself."""
+class FakeProcess:
+    """A process of the run: the object that would run in it, without the process."""
 
     def __init__(self, name: str, kind: type, arguments: tuple, resources: Any, environment: Any, on_lost: Any) -> None:
         self.name, self.resources, self.on_lost = name, resources, on_lost
         self._kind = kind
         self._make = functools.partial(next(base for base in kind.__mro__ if base.__name__ in KINDS), *arguments)
         self.worker = self._make()
-        self.asks: list[Ask] = []
+        self.requests: list[Request] = []
         self.is_ready = True
 
     def die(self) -> None:
-        """Is replaced by another."""
-        self.worker, asks = self._make(), self.asks
-        self.asks = []
+        """Loses the object and all requests, as when a process dies and is replaced."""
+        self.worker, requests = self._make(), self.requests
+        self.requests = []
         self.on_lost()
-        for ask in asks:
-            for reference in ask.references:
+        for request in requests:
+            for reference in request.references:
                 reference.has_failed = True
-            ask.dropped()
+            request.on_dropped()
 
     def answer(self) -> bool:
-        """Answers the first ask, and returns whether it could: what the ask needs must be there."""
-        if not self.asks:
+        """Answers the first request; returns False if there is none, or something that it needs is missing."""
+        if not self.requests:
             return False
-        needs = [x for x in self.asks[0].arguments if isinstance(x, Reference)]
+        needs = [x for x in self.requests[0].arguments if isinstance(x, Reference)]
         if not all(need.is_ready or need.has_failed for need in needs):
             return False
-        ask = self.asks.pop(0)
+        request = self.requests.pop(0)
         if any(need.has_failed for need in needs):
-            ask.dropped()
+            request.on_dropped()
             return True
-        values = [x.value if isinstance(x, Reference) else x for x in ask.arguments]
-        result = getattr(self._kind, ask.method)(self.worker, *values)
-        results = result if len(ask.references) > 1 else [result]
-        for reference, value in zip(ask.references, results, strict=True):
+        values = [x.value if isinstance(x, Reference) else x for x in request.arguments]
+        result = getattr(self._kind, request.method)(self.worker, *values)
+        results = result if len(request.references) > 1 else [result]
+        for reference, value in zip(request.references, results, strict=True):
             reference.value, reference.is_ready = value, True
-        ask.then(ask.references[0].value, *ask.references[1:])
+        request.on_reply(request.references[0].value, *request.references[1:])
         return True
 
 
 KINDS = ("Worker", "ServerShard")
 
 
-class FakeParts:
+class FakeSupervisor:
     """`Supervisor` without processes."""
 
     num_restarts = 0
 
-    def add(self, part: FakePart) -> FakePart:
-        return part
+    def add(self, process: FakeProcess) -> FakeProcess:
+        return process
 
     def submit(
-        self, part, method, *arguments, on_reply=lambda *_: None, num_returns=1, needs=(), is_repeated=False,
+        self, process, method, *arguments, on_reply=lambda *_: None, num_returns=1, needs=(), is_repeated=False,
         on_dropped=lambda: None,
     ):  # fmt: skip
         references = [Reference() for _ in range(num_returns)]
-        part.asks.append(Ask(method, arguments, references, on_reply, on_dropped))
+        process.requests.append(Request(method, arguments, references, on_reply, on_dropped))
         return references
 
 
 @pytest.fixture
 def simulated(monkeypatch) -> Callable[..., Any]:
-    """Returns a maker of directors of parts in this process."""
+    """Returns a function that makes directors of fake processes."""
     pytest.importorskip("ray")
     from qfleet.topologies.parameter_server import director as module
     from qfleet.topologies.parameter_server import remote, sharded_server, transport
@@ -108,43 +108,43 @@ def simulated(monkeypatch) -> Callable[..., Any]:
             raise AssertionError("there is no checkpoint to read")
 
         director = module.ServerDirector(config, learner_of(config), nothing, nothing)
-        director._supervisor = director._server._supervisor = director._gradient_requests._supervisor = FakeParts()
-        director._make_process = FakePart
+        director._supervisor = director._server._supervisor = director._gradient_requests._supervisor = FakeSupervisor()
+        director._make_process = FakeProcess
         director._start_processes()
         return director
 
     return make
 
 
-def step(director: Any, parts: list[FakePart]) -> None:
-    """Lets the director ask, and some parts answer one ask each."""
+def step(director: Any, processes: list[FakeProcess]) -> None:
+    """Lets the director make its requests, and some processes answer one request each."""
     director._issue()
-    for part in parts:
-        part.answer()
+    for process in processes:
+        process.answer()
 
 
-def workers_of(director: Any) -> list[FakePart]:
+def workers_of(director: Any) -> list[FakeProcess]:
     return [worker.process for worker in director._actors]
 
 
-def answer_all(parts: list[FakePart]) -> None:
-    while any(part.answer() for part in parts):
+def answer_all(processes: list[FakeProcess]) -> None:
+    while any(process.answer() for process in processes):
         pass
 
 
 def target_ages(director: Any) -> list[int]:
     """Returns how old the target network of each shard is, in learner steps."""
-    states = [part.worker.state().leaves for part in director._server.processes]
+    states = [process.worker.state().leaves for process in director._server.processes]
     return [int(director._learner.shard_state(leaves, i).target_age) for i, leaves in enumerate(states)]
 
 
 def train(director: Any, until_learner_steps: int, *, slow: tuple[int, ...] = (), every: int = 100) -> None:
-    """Lets all answer in turn; the slow workers once every so many turns."""
+    """Lets all processes answer in turn; the slow workers answer once every so many turns."""
     for turn in range(100_000):
         if director.learner_steps >= until_learner_steps:
             return
         workers = workers_of(director)
-        ready = [part for i, part in enumerate(workers) if i not in slow or turn % every == 0]
+        ready = [process for i, process in enumerate(workers) if i not in slow or turn % every == 0]
         step(director, [*director._server.processes, *ready])
     raise AssertionError("it came to a standstill")
 
@@ -208,7 +208,7 @@ def test_steps_that_wait_when_a_shard_is_lost_are_refused_and_learning_goes_on(s
     train(director, 100)
     answer_all(director._server.processes)
     assert target_ages(director) == [director.learner_steps % 7] * 2
-    states = [part.worker.state().leaves for part in director._server.processes]
+    states = [process.worker.state().leaves for process in director._server.processes]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states))
 
 
@@ -238,7 +238,7 @@ def test_a_worker_that_is_lost_begins_with_an_empty_replay_and_warms_up_again(si
 
 
 def test_vectors_in_shared_memory_are_kept_as_long_as_anybody_needs_them(simulated, monkeypatch):
-    """What is free is spoilt: whoever read it, or gave back what another still reads, would learn something else."""
+    """Free buffers are filled with NaN: if one were read, or freed too soon, the runs would learn different things."""
     from qfleet.topologies.parameter_server import transport as module
     from qfleet.topologies.parameter_server.shared_memory import Lease, RegionMapping, SharedRegion
 
@@ -256,7 +256,7 @@ def test_vectors_in_shared_memory_are_kept_as_long_as_anybody_needs_them(simulat
             return lease
 
     class FewVectors(SpoiltRegion):
-        """Some vectors go by Ray, and others of the same step don't."""
+        """Some vectors of a step go through Ray, and others through shared memory."""
 
         def __init__(self, num_vectors: int, piece_lengths: list[int]) -> None:
             super().__init__(min(num_vectors, 5), piece_lengths)
@@ -270,14 +270,14 @@ def test_vectors_in_shared_memory_are_kept_as_long_as_anybody_needs_them(simulat
         monkeypatch.setattr(module, "SharedRegion", memory)
         director = simulated(**settings)
         for turn in range(400):  # a server that is late, and takes several steps at once
-            parts = workers_of(director)
-            step(director, [*parts[:3], *(parts[3:] if turn % 17 == 0 else [])])
-            for part in director._server.processes if turn % 5 == 4 else []:
-                while part.answer():
+            processes = workers_of(director)
+            step(director, [*processes[:3], *(processes[3:] if turn % 17 == 0 else [])])
+            for process in director._server.processes if turn % 5 == 4 else []:
+                while process.answer():
                     pass
         answer_all(director._server.processes)
         assert director.learner_steps > 40
-        learned.append([part.worker.state().leaves for part in director._server.processes])
+        learned.append([process.worker.state().leaves for process in director._server.processes])
     assert num_leased > 120
     for other in learned[1:]:
         jax.tree.map(np.testing.assert_array_equal, learned[0], other)

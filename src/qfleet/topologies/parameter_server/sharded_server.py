@@ -33,14 +33,14 @@ class NewestParameters(NamedTuple):
 
 
 class ServerEvents(NamedTuple):
-    """What the server tells the director, in the director's thread."""
+    """Functions of the director that the server calls, in the director's thread."""
 
     busy: Callable[[float], None]
-    """A shard was at work for so many seconds."""
+    """Called with the seconds that a shard was at work."""
     steps_sent: Callable[[int, int], None]
-    """So many learner steps, with so many gradients, were sent to all shards."""
+    """Called when learner steps are sent to all shards: how many steps, and how many gradients in them."""
     went_back: Callable[[int], None]
-    """The server went back to an earlier state; so many accepted gradients were dropped."""
+    """Called when the server has gone back to an earlier state, with the number of accepted gradients it dropped."""
 
 
 class _Snapshot(NamedTuple):
@@ -87,8 +87,8 @@ class ShardedServer:
           learner: the learner that is divided over the shards.
           supervisor: supervisor of the shards.
           transport: leases buffers for the parameters.
-          events: what the director wants to be told.
-          newest_checkpoint: returns the newest checkpoint's learner and its learner steps, None if there is none.
+          events: functions of the director to call when something happens.
+          newest_checkpoint: returns the learner of the newest checkpoint and its learner steps; None if there is none.
         """
         assert isinstance(config.topology, ParameterServerConfig)
         self._topology, self._learner, self._supervisor = config.topology, learner, supervisor

@@ -55,10 +55,10 @@ class WorkerReplays:
     """The replays that workers keep for themselves. For the director's thread."""
 
     def __init__(self, workers: list[PooledWorker], pool: ActorPool, supervisor: Supervisor) -> None:
-        """Knows the replays of these workers, of which the list may be filled later.
+        """Manages the replays of these workers.
 
         Args:
-          workers: the workers.
+          workers: the workers. More of them may be added to the list later.
           pool: their number and their lanes.
           supervisor: supervisor of the workers.
         """
