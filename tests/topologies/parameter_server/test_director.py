@@ -95,11 +95,11 @@ def simulated(monkeypatch) -> Callable[..., Any]:
     """Returns a function that makes directors of fake processes."""
     pytest.importorskip("ray")
     from qfleet.topologies.parameter_server import director as module
-    from qfleet.topologies.parameter_server import remote, sharded_server, transport
+    from qfleet.topologies.parameter_server import remote, sharded_server
 
     monkeypatch.setattr(remote, "is_reference", lambda value: isinstance(value, Reference))
     monkeypatch.setattr(sharded_server, "has_failed", lambda reference: reference.has_failed)
-    monkeypatch.setattr(transport, "is_local", lambda: True)
+    monkeypatch.setattr(module, "is_local", lambda: True)
 
     def make(**settings: Any) -> Any:
         config = config_of(env_steps=10**9, **settings)

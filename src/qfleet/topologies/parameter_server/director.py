@@ -19,6 +19,7 @@ from qfleet.core.sharded_learner import ShardedLearner, StateLeaves
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fleet.actor import Report
 from qfleet.topologies.fleet.actors_director import ActorsDirector, PoolStats
+from qfleet.topologies.fleet.cluster import is_local
 from qfleet.topologies.fleet.replay_shard import ShardStats, Writer
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
 from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, has_failed
@@ -252,7 +253,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         topology, make, add, config = self._topology, self._make_process, self._supervisor.add, self._config
         resources = dict(topology.worker_resources) or ONE_CPU
         environment = {} if resources.get("GPU") else IN_LINE
-        memory = self._transport.open_region(self._stack)
+        memory = self._transport.open_region(self._stack) if is_local() else None
         for i in range(topology.num_server_shards):
             name, on_lost = f"server shard {i}", functools.partial(self._server.shard_was_lost, i)
             self._server.add(add(make(name, RemoteServerShard, (config, i, memory), ONE_CPU, IN_LINE, on_lost)))

@@ -135,5 +135,5 @@ class ParameterServer(OnRay):
 
     @property
     def layout(self) -> str:
-        """Name of the layout of a checkpoint. Checkpoints of the same layout hold the same arrays."""
+        """What a checkpoint must have been saved by to hold the very arrays of this one."""
         return f"parameter-server, {self._topology.num_workers} x {self._topology.lanes_per_worker} lanes"

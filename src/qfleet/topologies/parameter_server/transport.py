@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from qfleet.config import ParameterServerConfig
 from qfleet.core.sharded_learner import ShardedLearner
-from qfleet.topologies.fleet.cluster import is_local
 from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD
 from qfleet.topologies.parameter_server.shared_memory import Buffer, Lease, ParameterBuffers, SharedRegion, can_share
 
@@ -52,9 +51,9 @@ class Transport:
         self._region: SharedRegion | None = None
 
     def open_region(self, stack: contextlib.ExitStack) -> str | None:
-        """Reserves memory until the stack ends, and returns its path; None if not all processes are on this machine."""
+        """Reserves memory that processes on this machine can map, until the stack ends; returns its path, or None."""
         config = self._config
-        if not is_local() or not can_share():
+        if not can_share():
             return None
         # Each worker can hold different parameters for every chunk that it was asked for and for its gradient, and can
         # have two gradients on their way. In addition there are the newest parameters, the target network, and the
