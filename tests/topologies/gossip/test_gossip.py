@@ -98,17 +98,17 @@ class World:
         self.director._peers = [director._Peer(i, i, stage="training") for i in range(num_peers)]
         self.report = director.Report
 
-    def submit(self, part: int, method: str, *arguments, then, **_) -> None:
+    def submit(self, part: int, method: str, *arguments, on_reply, **_) -> None:
         if method == "prepare":
             return
         assert method == "advance" and len(self.asked[part]) < 2
-        self.asked[part].append((arguments, then))
+        self.asked[part].append((arguments, on_reply))
 
     def go_on(self, num_chunks: int) -> None:
         for _ in range(num_chunks):
             self.director._issue()
             i = self.random.choice([i for i, asked in enumerate(self.asked) if asked])
-            (_, *met), then = self.asked[i].pop(0)
+            (_, *met), on_reply = self.asked[i].pop(0)
             if met:
                 _, own, other = met
                 self.numbers[i] = mixed([self.numbers[i]], [own], [other])[0]
@@ -116,7 +116,7 @@ class World:
             self.numbers[i] += step
             self.learned += step
             self.steps[i] += 20
-            then(self.report([], int(self.steps[i]), 0 if met else None, 0), self.numbers[i])
+            on_reply(self.report([], int(self.steps[i]), 0 if met else None, 0), self.numbers[i])
 
 
 @pytest.mark.parametrize("num_peers", [2, 3, 8])
@@ -171,7 +171,7 @@ def test_a_peer_whose_share_is_empty_warms_up_anew_and_one_that_has_steps_goes_o
     world = World(2, drift=0.0, seed=0)
     world.director.begin_with([], None)
     asked: list[Place] = []
-    monkeypatch.setattr(world, "ask", lambda _part, _method, place, *_, **__: asked.append(place))
+    monkeypatch.setattr(world, "submit", lambda _part, _method, place, *_, **__: asked.append(place))
     for num_env_steps in (0, 64):
         if num_env_steps:
             empty.advance(num_env_steps)
