@@ -148,7 +148,7 @@ def _of_fleet(latest: Mapping[str, float]) -> list[tuple[str, str]]:
         columns.append(("staleness", f"{latest['staleness']:.0f}"))
     if "fleet_consensus_distance" in latest:
         columns.append(("apart", f"{latest['fleet_consensus_distance']:.1%}"))
-        columns.append(("meetings/s", f"{latest['fleet_meetings_per_second']:.1f}"))
+        columns.append(("exchanges/s", f"{latest['fleet_exchanges_per_second']:.1f}"))
     if "fleet_replay_transitions" in latest:
         columns.append(("replay", f"{latest['fleet_replay_transitions']:,.0f}"))
     if latest.get("fleet_restarts"):
