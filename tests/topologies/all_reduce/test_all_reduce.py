@@ -1,4 +1,4 @@
-"""Equal processes: that they learn what one does, and that none that dies, hangs or is left behind goes unnoticed."""
+"""Equal processes learn what one process does, and none that dies, hangs or is left behind goes unnoticed."""
 
 import contextlib
 import itertools
@@ -17,11 +17,11 @@ import pytest
 
 import qfleet
 from qfleet.config import ConfigError, DecentralisedConfig, RunFailed
-from qfleet.topologies.all_reduce import processes as local_processes
+from qfleet.topologies.all_reduce import local_processes
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.training.launched import with_processes
 
-# --- The launcher, with processes that only pretend ---
+# --- The launcher, with processes that learn nothing ---
 
 STUB = """
 import json, os, signal, subprocess, sys, time
@@ -42,7 +42,7 @@ def live(seconds, first=0):
 
 
 class Stubs:
-    """Processes that run a few lines each: what they do is up to `number`, `attempt`, and the functions of STUB."""
+    """Processes that run a few lines each. The lines may use `number`, `attempt`, and the functions of STUB."""
 
     def __init__(self, folder: Path, lines: str, **settings) -> None:
         self.folder, script = folder / "started", folder / "stub.py"
@@ -102,7 +102,7 @@ def test_one_that_is_lost_restarts_all_and_is_named(tmp_path: Path, caplog, line
     stubs.assert_none_lives()
 
 
-def test_the_one_that_was_killed_is_named_and_not_those_that_fail_for_want_of_it(tmp_path: Path, caplog) -> None:
+def test_the_process_that_was_killed_is_named_and_not_those_that_fail_without_it(tmp_path: Path, caplog) -> None:
     lines = """
     if attempt == 0:
         live(0.3)
@@ -192,7 +192,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -
         DecentralisedConfig(**settings)
 
 
-# --- GPUs, of which there are none here: only their names are looked at ---
+# --- GPUs: the machine needs none, because only their names matter ---
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_one_two_and_four_processes_learn_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
-    """Replay, counters and schedules included; in environments outside the compiled program, each with its own."""
+    """So do its replay, counters and schedules; the environments are outside the compiled program."""
     run_dir = tmp_path / "run"
     settings = {"num_envs": 8, "replay_capacity": 2000, "warmup_env_steps": 500, "batch_size": 32}
     run = qfleet.iterate(config_for(run_dir, 2, "gym:CartPole-v1", "rainbow_lite", env_steps=10**6, **settings))

@@ -1,4 +1,4 @@
-"""Equal processes on Ray: that they learn what others do, and that none that is lost goes unnoticed."""
+"""Equal processes on Ray learn what they do without it, and none that is lost goes unnoticed."""
 
 import itertools
 import json
@@ -51,7 +51,7 @@ SETTINGS = {"env_steps": 2048, "eval_period_env_steps": 1024, "eval_episodes": 8
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """Not started by qfleet, which must leave it as it was."""
+    """A cluster that qfleet did not start, and must leave as it was."""
     ray = pytest.importorskip("ray")
     from qfleet.topologies.fleet.cluster import _init
 
@@ -112,7 +112,7 @@ def live(seconds, first=0):
 
 
 def stubs(folder: Path, lines: str, **settings) -> Launcher:
-    """Returns the launcher of processes that run a few lines each: what they do is up to `number` and `attempt`."""
+    """Returns the launcher of processes that run a few lines each. The lines may use `number` and `attempt`."""
     (folder / "stub.py").write_text(STUB + textwrap.dedent(lines))
     (folder / "started").mkdir()
     command = ["-S", str(folder / "stub.py")]
@@ -212,11 +212,11 @@ def test_a_cluster_without_room_is_told_what_it_lacks(cluster, tmp_path: Path) -
 def test_a_node_that_does_not_see_the_runs_folder_is_named(cluster, tmp_path: Path, monkeypatch) -> None:
     from qfleet.topologies.all_reduce import ray_processes
 
-    class Elsewhere(ray_processes._Host):
-        def place(self, folder: str):
-            return super().place("/nowhere" + folder)
+    class Elsewhere(ray_processes._ProcessActor):
+        def placement(self, folder: str):
+            return super().placement("/nowhere" + folder)
 
-    monkeypatch.setattr(ray_processes, "_Host", Elsewhere)
+    monkeypatch.setattr(ray_processes, "_ProcessActor", Elsewhere)
     with pytest.raises(ConfigError, match=rf"all nodes of the Ray cluster see, got {tmp_path}, which node .* lacks"):
         env_steps_of(stubs(tmp_path, ""))
 
@@ -225,11 +225,11 @@ def test_a_node_that_does_not_see_the_runs_folder_is_named(cluster, tmp_path: Pa
 def test_a_node_that_can_not_run_qfleet_is_an_error_with_its_reason(cluster, tmp_path: Path, monkeypatch) -> None:
     from qfleet.topologies.all_reduce import ray_processes
 
-    class Lacking(ray_processes._Host):
+    class Lacking(ray_processes._ProcessActor):
         def __init__(self) -> None:
             raise ModuleNotFoundError("No module named 'qfleet'")
 
-    monkeypatch.setattr(ray_processes, "_Host", Lacking)
+    monkeypatch.setattr(ray_processes, "_ProcessActor", Lacking)
     with pytest.raises(ConfigError, match=r"one isn't \(ModuleNotFoundError: No module named 'qfleet'\); install"):
         env_steps_of(stubs(tmp_path, ""))
 
