@@ -38,12 +38,15 @@ with StopFlag() as flag:
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
         assert child.stdout is not None and child.stderr is not None
-        assert child.stdout.readline() == "ready\n"
-        child.send_signal(first)
-        assert child.stdout.readline() == f"{first.name}\n"
-        child.send_signal(second)
-        assert child.wait(timeout=5) == -second
-        assert child.stderr.read() == ""
+        try:
+            assert child.stdout.readline() == "ready\n"
+            child.send_signal(first)
+            assert child.stdout.readline() == f"{first.name}\n"
+            child.send_signal(second)
+            assert child.wait() == -second
+            assert child.stderr.read() == ""
+        finally:
+            child.kill()
 
 
 def test_outside_the_main_thread_it_does_nothing() -> None:
