@@ -336,11 +336,11 @@ def test_each_epoch_visits_every_sample_once_in_an_order_of_its_own(num_rows, nu
 def test_a_kept_learner_stays_while_the_others_train_on(kind):
     fused, free = make(kind, seed=5, num_seeds=3), make(kind, seed=5, num_seeds=3)
     for each in (fused, free):
-        each.advance(4 * CHUNK)
+        advance(each, 4 * CHUNK)
     fused.keep(1)
     before = jax.device_get(fused.params)
     for each in (fused, free):
-        each.advance(8 * CHUNK)
+        advance(each, 8 * CHUNK)
     after, expected = jax.device_get((fused.params, free.params))
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1], y[1]), after, before)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[[0, 2]], y[[0, 2]]), after, expected)

@@ -279,8 +279,7 @@ def test_nothing_is_stitched_where_environments_fail(lock_step, n_step):
         n_step=n_step, discount=discount, replay_capacity=10_000, warmup_env_steps=9_000, batch_size=512
     )
     overlapped, _ = scripted(script, agent, lock_step)
-    while overlapped.env_steps < num_rows * num_lanes:
-        assert overlapped.advance(num_rows * num_lanes).num_env_failures > 0
+    assert sum(record.num_env_failures for record in advance(overlapped, num_rows * num_lanes)) > 0
     replay = make_replay(EnvSpec(
         name="script", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2
     ), agent, num_lanes)  # fmt: skip
@@ -327,9 +326,10 @@ def test_learning_goes_on_while_environments_step():
     learn, recv = overlapped._learn, lanes.recv
     overlapped._learn = lambda *arguments: order.append("learn") or learn(*arguments)
     lanes.recv = lambda: order.append("recv") or recv()
-    progress = overlapped.advance(640)
+    records = advance(overlapped, 640)
     assert order[:5] == ["recv", "learn", "recv", "learn", "recv"]
-    assert progress.staleness == pytest.approx(overlapped.learner_steps / 320, rel=0.05)  # of 320 rows
+    staleness = sum(record.staleness * record.new_env_steps / 2 for record in records)  # of each row of two lanes
+    assert staleness == pytest.approx(overlapped.learner_steps, rel=0.05) and staleness > 50
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_new_episodes_and_seals_the_old_ones():
