@@ -93,12 +93,13 @@ def test_an_environment_that_fails_whenever_it_begins_uses_up_the_budget_at_once
         play(lanes, 1, 1)
 
 
-@pytest.mark.parametrize(("fault", "message"), [("hang", "gave no answer for 1 s"), ("die", r"died \(exit code -9\)")])
+@pytest.mark.parametrize(("fault", "message"), [("hang", "gave no answer for 5 s"), ("die", r"died \(exit code -9\)")])
 def test_a_worker_that_is_lost_takes_its_lanes_and_no_others(
     fault: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    seconds = 5.0 if fault == "hang" else 60.0
     lanes = make_lanes(
-        4, fault=fault, at=9, once=str(tmp_path / "once"), num_workers=2, step_timeout_seconds=1.0, max_failures=1
+        4, fault=fault, at=9, once=str(tmp_path / "once"), num_workers=2, step_timeout_seconds=seconds, max_failures=1
     )
     with caplog.at_level(logging.WARNING, "qfleet"):
         recorded = play(lanes, 25, 4)
