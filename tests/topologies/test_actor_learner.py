@@ -410,7 +410,7 @@ def replay_of(run_dir: str | None) -> SavedReplay:
 @pytest.mark.slow
 def test_what_a_checkpoint_says_it_has_taken_its_replay_holds(cluster, tmp_path):
     """The stated cut: as many environment steps are counted as rows were stored, whatever is under way."""
-    config = small(tmp_path, replay_capacity=65_536, checkpoint_period_seconds=0.5, env_steps=20_000)
+    config = small(tmp_path, replay_capacity=65_536, checkpoint_period_seconds=1e-9, env_steps=6_000)
     for _ in qfleet.iterate(config):
         pass
     from qfleet.runtime.checkpoints import Checkpoints

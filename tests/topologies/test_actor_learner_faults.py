@@ -2,6 +2,7 @@
 
 import collections
 import json
+import math
 import os
 import signal
 import subprocess
@@ -33,8 +34,6 @@ from qfleet.topologies import ray_director, ray_parts
 from qfleet.topologies.ray_parts import Parts, _Ask
 
 TESTS = Path(__file__).resolve().parents[1]
-
-PATIENCE_SECONDS = 100.0
 
 SETTINGS: dict[str, Any] = {
     "num_actors": 2, "lanes_per_actor": 2, "num_replay_shards": 2, "rows_per_chunk": 8, "hidden_sizes": (16,),
@@ -183,6 +182,7 @@ class Driver:
 
         def is_whole() -> bool:
             nonlocal num_replaced
+            assert self.process.poll() is None
             new = self.records()[num_records:]
             if num_replaced is None:
                 num_replaced = next((i for i, record in enumerate(new) if record["fleet_restarts"] >= restarts), None)
@@ -194,13 +194,19 @@ class Driver:
 
         self.wait_for(is_whole)
 
-    def wait_for(self, is_it: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_for(self, is_it: Callable[[], bool]) -> None:
+        """Returns once it is so; where it never is, the test's own time runs out."""
         while not is_it():
-            assert time.monotonic() < deadline, self.log_path.read_text()
             time.sleep(0.05)
 
+    def wait_until_saved(self) -> None:
+        """Returns once there is a checkpoint of what has happened until now."""
+        checkpoints, env_steps = Checkpoints(self.run_dir / "checkpoints"), self.records()[-1]["env_steps"]
+        self.wait_for(lambda: (checkpoints.latest() or 0) > env_steps)
+
     def end(self) -> None:
+        """Ends all of it, and shows what it said, for a test that fails."""
+        print(self.log_path.read_text())
         for pid in (self.process.pid, *self.parts("")):
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -230,23 +236,24 @@ def train(drive: Callable[..., Driver], folder: Path, **flags: Any) -> Driver:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_fleet_survives_the_loss_of_each_of_its_parts_and_its_replay_is_sound(drive, tmp_path: Path) -> None:
-    driver = train(drive, tmp_path, checkpoint_period_seconds=2.0)
+    driver = train(drive, tmp_path, checkpoint_period_seconds=0.5)
     driver.wait_until_whole()
     for restarts, kind in enumerate(("RemoteActor", "RemoteShard", "RemoteLearner"), start=1):
         os.kill(driver.parts(kind)[0], signal.SIGKILL)
         driver.wait_until_whole(restarts)
+        driver.wait_until_saved()  # or what comes next would hide it: lost parts go on from the newest checkpoint
 
     driver.process.kill()
     driver.process.wait()
-    driver.wait_for(lambda: not driver.parts(), seconds=20.0)
+    driver.wait_for(lambda: not driver.parts())
     driver = drive("resume", str(driver.run_dir))
     driver.wait_for(lambda: len(driver.parts("RemoteActor")) == 2)
     driver.wait_until_whole()
 
     os.kill(driver.parts("RemoteActor")[0], signal.SIGSTOP)
     driver.process.send_signal(signal.SIGTERM)
-    assert driver.process.wait(PATIENCE_SECONDS) == 0, driver.log_path.read_text()
-    driver.wait_for(lambda: not driver.parts(), seconds=10.0)
+    assert driver.process.wait() == 0
+    driver.wait_for(lambda: not driver.parts())
 
     summary = json.loads((driver.run_dir / "summary.json").read_text())
     assert summary["stopped"] == "interrupted"
@@ -264,11 +271,11 @@ def test_a_part_that_is_lost_too_often_fails_the_run_which_can_be_resumed(drive,
         lambda: checkpoints.latest() is not None and checkpoints.read_metadata()["counters"]["learner_steps"] > 0
     )
     os.kill(driver.parts("RemoteLearner")[0], signal.SIGKILL)
-    assert driver.process.wait(PATIENCE_SECONDS) == 1
+    assert driver.process.wait() == 1
     assert "learner died; it has failed 1 times within 10 minutes" in driver.log_path.read_text()
     summary = json.loads((driver.run_dir / "summary.json").read_text())
     assert summary["stopped"] == "failed" and "max_restarts=0" in summary["error"]
-    assert not driver.parts()
+    driver.wait_for(lambda: not driver.parts())
     checkpoints.restore_item("learner"), checkpoints.restore_item("replay")
 
 
@@ -288,6 +295,7 @@ def test_a_checkpoint_counts_the_steps_of_the_learner_that_it_holds(tmp_path: Pa
     progress = iter(run)
     while next(progress).learner_steps < 50:
         pass
+    monkeypatch.setattr(ray_director, "_LOST_SECONDS", math.inf)
     lose()
     assert topology.state and topology.learner_steps == topology.counters["learner_steps"] == 0
 
