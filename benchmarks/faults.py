@@ -42,8 +42,8 @@ def attempt(number: signal.Signals, num_processes: int, seed: int) -> dict[str, 
     with common.scratch() as folder:
         run_dir = Path(folder) / "run"
         config = qfleet.make_config(
-            "CartPole-v1", "pqn", "decentralised", num_processes=num_processes, seed=seed, stop_return=475.0,
-            run_dir=str(run_dir), peer_timeout_seconds=TIMEOUT_SECONDS, checkpoint_period_seconds=2.0,
+            "CartPole-v1", "pqn", "all-reduce", num_processes=num_processes, seed=seed, stop_return=475.0,
+            run_dir=str(run_dir), silence_seconds=TIMEOUT_SECONDS, checkpoint_period_seconds=2.0,
         )  # fmt: skip
         run = qfleet.iterate(config)
         for progress in run:

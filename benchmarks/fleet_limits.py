@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qfleet
-from qfleet.config import TrainConfig
+from qfleet.config import ActorLearnerConfig, TrainConfig
 
 SLEEP_SECONDS = 0.01
 
@@ -88,7 +88,7 @@ def scaling(num_actors: list[int], lanes: int, ratio: float, seconds: float) -> 
     for count in num_actors:
         config = qfleet.make_config(
             "fleet_limits:Sleeper-v0", "rainbow_lite", "actor-learner", num_actors=count, lanes_per_actor=lanes,
-            num_workers=0 if lanes == 1 else lanes,
+            num_env_workers=0 if lanes == 1 else lanes,
             rows_per_chunk=32, env_steps=10**9, warmup_env_steps=500, env_steps_per_learner_step=ratio, batch_size=64,
             hidden_sizes=(64, 64),
         )  # fmt: skip
@@ -156,7 +156,7 @@ def full_replay(config: TrainConfig) -> Any:
     rows = Row(obs, zeros.astype(np.int32), zeros, zeros.astype(np.uint8))  # type: ignore[arg-type]
     leaves = random.random(shape, np.float32)
     leaves[-1] = leaves[:4] = 0.0
-    num_segments = topology.num_actors  # type: ignore[union-attr]
+    num_segments = config.topology_as(ActorLearnerConfig).num_actors
     heads = np.zeros(num_segments, np.int32)
     ring = Ring(rows, heads, np.full(num_segments, shape[0]), np.full(num_segments, shape[0], np.uint32))  # type: ignore[arg-type]
     return SavedReplay(ring, leaves, np.float32(1.0))  # type: ignore[arg-type]

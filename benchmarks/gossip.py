@@ -54,7 +54,7 @@ def main() -> None:
         common.report("gossip faults", [fault(arguments, name) for name in FAULTS])
     else:
         config = qfleet.make_config(
-            "CartPole-v1", arguments.preset, "decentralised", exchange="gossip", num_processes=arguments.num_processes,
+            "CartPole-v1", arguments.preset, "gossip", num_processes=arguments.num_processes,
             gossip_period_learner_steps=arguments.period, env_steps=10**9,
         )  # fmt: skip
         peers = fleet_limits.topology_of(config)
@@ -65,8 +65,7 @@ def flags_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the flags of any run."""
     return {
         "preset": arguments.preset,
-        "topology": "decentralised",
-        "exchange": "gossip",
+        "topology": "gossip",
         "num-processes": arguments.num_processes,
         "gossip-period-learner-steps": arguments.period,
         "max-restarts": 100,

@@ -70,7 +70,7 @@ def measure(setting: str, num_processes: int, seconds: float) -> float:
     """Returns environment steps/s, each process having one core."""
     if num_processes == 1 and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    topology = {"topology": "decentralised", "num_processes": 2} if num_processes > 1 else {"topology": "fused"}
+    topology = {"topology": "all-reduce", "num_processes": 2} if num_processes > 1 else {"topology": "fused"}
     never = 10**9
     with common.scratch() as folder:
         config = qfleet.make_config(

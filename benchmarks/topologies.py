@@ -50,12 +50,12 @@ WAYS = {
     "overlapped": Way(
         ("--topology", "overlapped", "--num-envs", "16", *LIKE_CARTPOLE), lambda run: 0.0, "gym:CartPole-v1"
     ),
-    "decentralised, all-reduce": Way(
-        ("--topology", "decentralised", "--num-envs", "16", "--num-processes", "2"),
+    "all-reduce": Way(
+        ("--topology", "all-reduce", "--num-envs", "16", "--num-processes", "2"),
         lambda run: run["per_env_step"] * (2 * run["params"] + run["batch_size"] * TRANSITION_BYTES),
     ),
-    "decentralised, gossip": Way(
-        ("--topology", "decentralised", "--exchange", "gossip", "--num-envs", "16", "--num-processes", "4"),
+    "gossip": Way(
+        ("--topology", "gossip", "--num-envs", "16", "--num-processes", "4"),
         lambda run: run["fleet_bytes_per_env_step"],
     ),
     "actor-learner": Way(

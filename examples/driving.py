@@ -1,7 +1,7 @@
 """Drives on a motorway: overtake, keep right, don't crash. highway-env's five manoeuvres as actions.
 
     pip install 'qfleet[driving]'
-    python examples/driving.py [--num-workers N] [--env-steps N] [--run-dir DIR]
+    python examples/driving.py [--num-env-workers N] [--env-steps N] [--run-dir DIR]
 
 highway-env is slow (some 80 steps/s on a core), so that worker processes pay. EnvPool has the same road a hundred times
 faster: `pip install 'qfleet[envpool]'` and `--env envpool:highway-fast-v0`.
@@ -16,7 +16,7 @@ def main() -> None:
     """Trains, and prints how far it drives; a perfect drive of 30 s returns 30."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="highway_env:highway-fast-v0")
-    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--num-env-workers", type=int, default=2)
     parser.add_argument("--env-steps", type=int, default=60_000)
     parser.add_argument("--run-dir")
     arguments = parser.parse_args()
@@ -25,7 +25,7 @@ def main() -> None:
         arguments.env,
         "double_dqn",
         num_envs=8,
-        num_workers=0 if arguments.env.startswith("envpool:") else arguments.num_workers,
+        num_env_workers=0 if arguments.env.startswith("envpool:") else arguments.num_env_workers,
         n_step=3,
         discount=0.9,
         layer_norm=True,

@@ -29,7 +29,7 @@ def main() -> None:
         num_actors=arguments.num_actors,
         lanes_per_actor=8,
         broadcast_period_learner_steps=50,
-        ladder_exponent=3.0,  # with few actors: the paper's 7 leaves one of two that explores, and one that doesn't
+        actor_epsilon_exponent=3.0,  # with few actors: the paper's 7 leaves one of two that explores, and one that doesn't
         ray_address=arguments.ray_address,
         env_steps=arguments.env_steps,
         stop_return=475,

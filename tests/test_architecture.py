@@ -143,4 +143,4 @@ def text_files() -> Iterator[Path]:
     for directory, subdirectories, names in os.walk(ROOT):
         left = {"runs", "dist", "build", "__pycache__"}
         subdirectories[:] = [d for d in subdirectories if d not in left and (d == ".ci" or not d.startswith("."))]
-        yield from (Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".mp4")))
+        yield from (Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".mp4", ".gz")))

@@ -1,33 +1,25 @@
 """Training runs and what they leave: `train`, `iterate`, `resume`, `load`, `watch`."""
 
-import dataclasses
 import functools
 import os
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from qfleet.config import (
-    ActorLearnerConfig,
-    ConfigError,
-    DecentralisedConfig,
-    ParameterServerConfig,
-    TopologyConfig,
-    TrainConfig,
-    is_launched,
-)
+from qfleet.config import ConfigError, TopologyConfig, TrainConfig
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
-from qfleet.runtime import peers
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import limit_cpu_threads
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.video import Video, params_label
-from qfleet.training.launched import LaunchedRun, directory_of_all, with_processes
-from qfleet.training.run import Run, check_network_is_given
+from qfleet.training.assembly import check_is_built_in
+from qfleet.training.launched import LaunchedRun, directory_of_all
+from qfleet.training.resuming import check_network_is_given, config_to_resume
+from qfleet.training.run import Run
 
 if TYPE_CHECKING:
     import optax
@@ -61,9 +53,8 @@ def iterate(
 
     Args and Raises: as for `train`.
     """
-    if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig | ParameterServerConfig):
-        _check_is_built_in(network, optimiser)
-    if is_launched(config.topology):
+    check_is_built_in(config, network, optimiser)
+    if config.topology.runs_in == "joined processes":
         return LaunchedRun(config, lambda: directory_of_all(config))
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
@@ -90,12 +81,13 @@ def resume(
       topology: another place to go on in, or the same in another size. Its lanes begin new episodes, and the replay is
         divided anew over them: a run that has begun on a laptop may go on as a fleet, or the other way round. The run's
         folder keeps the config that it began with, so give it each time.
-      num_processes: of a decentralised run, how many it goes on with. This and the next three are by default those
-        that it began with.
-      coordinator: HOST:PORT of its first process, to start each by hand; `local` starts all on this machine.
-      process_id: of processes started by hand, the one to start here. The others are started with the same arguments
-        else; the first alone locks the folder, sets checkpoints aside, and returns progress.
-      ray_address: of the Ray cluster that places its processes, or the parts of a run.
+      num_processes: how many processes an all-reduce or gossip run goes on with. This argument and the next three
+        default to what the run began with.
+      coordinator: HOST:PORT of the first process of an all-reduce run, to start each by hand; `local` starts all on
+        this machine.
+      process_id: which process to start here, where each is started by hand. Start the others with otherwise the same
+        arguments. Only the first one locks the folder, sets checkpoints aside, and returns progress.
+      ray_address: address of the Ray cluster that the processes run on.
       network: what `train` was given, if anything.
       optimiser: what `train` was given, if anything.
 
@@ -104,20 +96,17 @@ def resume(
         trains it.
     """
     directory = RunDirectory.open(run_dir)
-    config = directory.config
-    if env_steps is not None:
-        config = dataclasses.replace(config, env_steps=env_steps)
-    if topology is not None:
-        config = dataclasses.replace(config, topology=topology)
-    if isinstance(config.topology, ActorLearnerConfig | ParameterServerConfig) and ray_address is not None:
-        config = dataclasses.replace(config, topology=dataclasses.replace(config.topology, ray_address=ray_address))
-        ray_address = None
-    config = with_processes(
-        config, num_processes=num_processes, coordinator=coordinator, process_id=process_id, ray_address=ray_address
+    config = config_to_resume(
+        directory.config,
+        env_steps=env_steps,
+        topology=topology,
+        num_processes=num_processes,
+        coordinator=coordinator,
+        process_id=process_id,
+        ray_address=ray_address,
     )
-    if isinstance(config.topology, DecentralisedConfig | ActorLearnerConfig | ParameterServerConfig):
-        _check_is_built_in(network, optimiser)
-    if is_launched(config.topology):
+    check_is_built_in(config, network, optimiser)
+    if config.topology.runs_in == "joined processes":
         return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 
@@ -186,54 +175,6 @@ def watch(
     policy = load(run_dir, checkpoint=checkpoint, seed=train_seed, network=network)
     out_dir = RunDirectory.open(run_dir).videos_path if out_dir is None else out_dir
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
-
-
-def run_peer(
-    run_dir: str | os.PathLike[str],
-    *,
-    process_id: int,
-    num_processes: int,
-    coordinator: str,
-    timeout_seconds: float,
-    env_steps: int | None,
-    reporter: "peers.Reporter",
-) -> None:
-    """Trains a decentralised run to its end, as one of its processes; for its launcher.
-
-    Args:
-      run_dir: the run's folder, the same for all.
-      process_id: of this process, from 0.
-      num_processes: in total, which may be others than the run began with.
-      coordinator: HOST:PORT of the first one.
-      timeout_seconds: after which JAX tells the others that a silent one is lost.
-      env_steps: where the run ends.
-      reporter: to whom progress is told.
-
-    Raises:
-      ConfigError, RunFailed: as `train` does.
-    """
-    directory = RunDirectory.open(run_dir)
-    config = dataclasses.replace(directory.config, env_steps=env_steps or directory.config.env_steps)
-    config = with_processes(config, num_processes=num_processes)
-    assert isinstance(config.topology, DecentralisedConfig)
-    in_step = dataclasses.replace(config.topology, exchange="all-reduce")  # whatever the run began with
-    config = dataclasses.replace(config, topology=in_step)
-    peers.join(coordinator, num_processes, process_id, in_step.devices_per_process, timeout_seconds)
-    if num_processes > 1:  # each launcher has its own flags and, by mistake or delay, its own view of the folder
-        newest = Checkpoints(directory.checkpoints_path).latest()
-        peers.check_agreed({"env_steps": config.env_steps, "newest checkpoint": newest or 0})
-    run = Run(config, lambda: directory, None, None, is_resumed=True)
-    for progress in run:
-        if process_id == 0:
-            reporter.tell("progress", **dataclasses.asdict(progress))
-
-
-def _check_is_built_in(network: Network | None, optimiser: Any) -> None:
-    if network is not None or optimiser is not None:
-        raise ConfigError(
-            "a run in several processes must build network and optimiser from its config, for functions can't go to "
-            "others, got some of its own; train it with topology fused or overlapped"
-        )
 
 
 def _params_of(network: Network, stored: Any) -> Params:

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, check_suits, suggest, suits
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
+from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
 from qfleet.envs.registry import default_topology
 
 
@@ -99,8 +100,8 @@ PRESETS: dict[str, Preset] = {
             "rows_per_chunk": 50,
             "lanes_per_actor": 1,
             "broadcast_period_learner_steps": 1,
-            "ladder_base": 0.4,
-            "ladder_exponent": 7.0,
+            "actor_epsilon_base": 0.4,
+            "actor_epsilon_exponent": 7.0,
             "env_steps": 50_000_000,
             "eval_period_env_steps": 500_000,
             "eval_episodes": 16,
@@ -259,10 +260,9 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
+    topology = without_alias(topology, settings.pop("exchange", None))
     topology = topology or PRESETS[preset].topology or default_topology(env)
-    if topology not in TOPOLOGIES:
-        hint = suggest(topology, TOPOLOGIES)
-        raise ConfigError(f"topology must be one of {', '.join(TOPOLOGIES)}, got {topology!r}.{hint}")
+    check_topology_name(topology)
     starts_from = {**PRESETS[preset].settings, **TUNED.get((preset, env), {})}
     merged = {**{name: value for name, value in starts_from.items() if suits(name, topology)}, **settings}
     kinds = (AgentConfig, TOPOLOGIES[topology], TrainConfig)

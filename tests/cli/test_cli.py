@@ -67,7 +67,7 @@ def exit_code(arguments: list[str]) -> int:
         (["devices", "--mesh.data", "2"], "Missing from qfleet devices"),
         (["devices", "CartPole-v1", "--mesh.model", "1024"], "at most the number of devices"),
         (["devices", "CartPole-v1", "--mesh.data", "3"], "num_envs must divide over mesh.data"),
-        (["check-env", "CartPole-v1", "--num-workers", "-1"], "num_workers must be at least 0"),
+        (["check-env", "CartPole-v1", "--num-env-workers", "-1"], "num_env_workers must be at least 0"),
     ],
     ids=" ".join,
 )
@@ -95,7 +95,7 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(
     ("arguments", "place"),
     [
         (["CartPole-v1"], "CartPole-v1 (in-graph) with pqn"),
-        (["FrozenLake-v1", "--num-workers", "1"], "FrozenLake-v1 (gymnasium, 4 in 1 worker process) with pqn"),
+        (["FrozenLake-v1", "--num-env-workers", "1"], "FrozenLake-v1 (gymnasium, 4 in 1 worker process) with pqn"),
     ],
 )
 def test_a_run_says_where_its_environments_step(
@@ -112,7 +112,7 @@ def test_a_run_says_where_its_environments_step(
         ("in-graph", FusedConfig(), "in-graph"),
         ("gymnax", FusedConfig(), "gymnax, in-graph"),
         ("gymnasium", OverlappedConfig(), "gymnasium, 8 in this process"),
-        ("gymnasium", OverlappedConfig(num_workers=2), "gymnasium, 8 in 2 worker processes"),
+        ("gymnasium", OverlappedConfig(num_env_workers=2), "gymnasium, 8 in 2 worker processes"),
         ("ale", OverlappedConfig(num_envs=4), "ale, 4 on its own threads"),
         ("registered", OverlappedConfig(), "registered, 8 at once"),
     ],

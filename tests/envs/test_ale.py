@@ -36,8 +36,8 @@ def test_bad_input_is_one_clear_error() -> None:
         ale.make("Pongg")
     with pytest.raises(ConfigError, match=r"repeat_action_probability must be in \[0, 1\], got 25"):
         ale.make("Pong", repeat_action_probability=25)
-    with pytest.raises(ConfigError, match="num_workers must be 0 for ale:Pong"):
-        ale.make("Pong").make_lanes(1, LaneOptions(num_workers=1))
+    with pytest.raises(ConfigError, match="num_env_workers must be 0 for ale:Pong"):
+        ale.make("Pong").make_lanes(1, LaneOptions(num_env_workers=1))
 
 
 def area_weights(size: int) -> np.ndarray:

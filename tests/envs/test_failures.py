@@ -57,12 +57,12 @@ def no_process_is_left() -> Any:
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_env_workers", [0, 2])
 @pytest.mark.parametrize("fault", ["raise", "nan observation", "nan reward"])
 def test_a_failed_environment_is_replaced_by_a_fresh_one(
-    fault: str, num_workers: int, caplog: pytest.LogCaptureFixture
+    fault: str, num_env_workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lanes = make_lanes(2, fault=fault, at=7, num_workers=num_workers)
+    lanes = make_lanes(2, fault=fault, at=7, num_env_workers=num_env_workers)
     with caplog.at_level(logging.WARNING, "qfleet"):
         recorded = play(lanes, 20, 2)
     # Five steps, the start of another episode, a step, and the seventh fails.
@@ -77,18 +77,18 @@ def test_a_failed_environment_is_replaced_by_a_fresh_one(
     assert words in told and "in lane 1" in told and f"seed {lane_seed(0, 1)}" in told and "failure 2 of 10" in told
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_one_failure_too_many_ends_the_run(num_workers: int) -> None:
-    lanes = make_lanes(1, fault="raise", at=2, num_workers=num_workers, max_failures=2)
+@pytest.mark.parametrize("num_env_workers", [0, 1])
+def test_one_failure_too_many_ends_the_run(num_env_workers: int) -> None:
+    lanes = make_lanes(1, fault="raise", at=2, num_env_workers=num_env_workers, max_failures=2)
     with pytest.raises(
         RunFailed, match=r"max_failures=2 times, gym:counters:Counter-v0 failed 3 times, last in lane 0 .*out of order"
     ):
         play(lanes, 20, 1)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_environment_that_fails_whenever_it_begins_uses_up_the_budget_at_once(num_workers: int) -> None:
-    lanes = make_lanes(1, fault="raise in reset", num_workers=num_workers)
+@pytest.mark.parametrize("num_env_workers", [0, 1])
+def test_an_environment_that_fails_whenever_it_begins_uses_up_the_budget_at_once(num_env_workers: int) -> None:
+    lanes = make_lanes(1, fault="raise in reset", num_env_workers=num_env_workers)
     with pytest.raises(RunFailed, match=r"failed 11 times, last in lane 0 .*OSError: no game today"):
         play(lanes, 1, 1)
 
@@ -98,7 +98,7 @@ def test_a_worker_that_is_lost_takes_its_lanes_and_no_others(
     fault: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lanes = make_lanes(
-        4, fault=fault, at=9, once=str(tmp_path / "once"), num_workers=2, step_timeout_seconds=1.0, max_failures=1
+        4, fault=fault, at=9, once=str(tmp_path / "once"), num_env_workers=2, step_timeout_seconds=1.0, max_failures=1
     )
     with caplog.at_level(logging.WARNING, "qfleet"):
         recorded = play(lanes, 25, 4)
@@ -116,7 +116,7 @@ def test_a_worker_that_is_lost_takes_its_lanes_and_no_others(
 
 @pytest.mark.parametrize("is_under_way", [False, True])
 def test_a_worker_killed_from_outside_is_replaced(is_under_way: bool) -> None:
-    lanes = make_lanes(2, num_workers=2)
+    lanes = make_lanes(2, num_env_workers=2)
     try:
         lanes.reset(0)
         for _ in range(2):
@@ -139,7 +139,7 @@ def test_a_worker_killed_from_outside_is_replaced(is_under_way: bool) -> None:
 
 
 def test_a_worker_that_always_dies_ends_the_run() -> None:
-    lanes = make_lanes(1, fault="die", num_workers=1, max_failures=1)
+    lanes = make_lanes(1, fault="die", num_env_workers=1, max_failures=1)
     with pytest.raises(RunFailed, match=r"failed 2 times, last in lane 0 .*died"):
         play(lanes, 9, 1)
 
@@ -153,7 +153,7 @@ def test_a_vector_environment_that_fails_is_replaced_as_a_whole() -> None:
 
 
 def test_closing_twice_is_harmless_and_leaves_no_process() -> None:
-    lanes = make_lanes(2, fault="hang", num_workers=2)
+    lanes = make_lanes(2, fault="hang", num_env_workers=2)
     lanes.reset(0)
     lanes.send(zeros(1, 2)[0])  # hangs; closing must not wait for it
     lanes.close()

@@ -17,9 +17,9 @@ from qfleet.envs.host import HostEnv, LaneOptions
 NUM_LANES = 3
 
 
-def play(env: HostEnv, rows: int, num_workers: int = 0, seed: int = 0, num_lanes: int = NUM_LANES) -> Recording:
+def play(env: HostEnv, rows: int, num_env_workers: int = 0, seed: int = 0, num_lanes: int = NUM_LANES) -> Recording:
     actions = np.random.default_rng(1).integers(env.spec.num_actions, size=(rows, num_lanes), dtype=np.int32)
-    lanes = env.make_lanes(num_lanes, LaneOptions(num_workers=num_workers))
+    lanes = env.make_lanes(num_lanes, LaneOptions(num_env_workers=num_env_workers))
     try:
         return record(lanes, seed, actions)
     finally:
@@ -27,7 +27,7 @@ def play(env: HostEnv, rows: int, num_workers: int = 0, seed: int = 0, num_lanes
 
 
 @pytest.mark.parametrize(
-    ("name", "num_workers"),
+    ("name", "num_env_workers"),
     [
         ("CartPole-v1", 0),
         ("CartPole-v1", 2),
@@ -36,10 +36,10 @@ def play(env: HostEnv, rows: int, num_workers: int = 0, seed: int = 0, num_lanes
         ("counters:LimitedCounter-v0", 2),
     ],
 )
-def test_conformance(name: str, num_workers: int) -> None:
+def test_conformance(name: str, num_env_workers: int) -> None:
     if name == "LunarLander-v3":
         pytest.importorskip("Box2D")
-    assert [c for c in check(backend.make(name), num_steps=200, num_workers=num_workers) if not c.is_ok] == []
+    assert [c for c in check(backend.make(name), num_steps=200, num_env_workers=num_env_workers) if not c.is_ok] == []
 
 
 def plain_loop(name: str, lane: int, recorded: Recording) -> tuple[list[np.ndarray], list[float], list[bool]]:
@@ -60,9 +60,9 @@ def plain_loop(name: str, lane: int, recorded: Recording) -> tuple[list[np.ndarr
     return observations, rewards, ends
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_rows_are_those_of_a_plain_loop_over_one_environment(num_workers: int) -> None:
-    recorded = play(backend.make("MountainCar-v0"), 250, num_workers)
+@pytest.mark.parametrize("num_env_workers", [0, 2])
+def test_rows_are_those_of_a_plain_loop_over_one_environment(num_env_workers: int) -> None:
+    recorded = play(backend.make("MountainCar-v0"), 250, num_env_workers)
     assert recorded.ended.any()
     for lane in range(NUM_LANES):
         observations, rewards, ends = plain_loop("MountainCar-v0", lane, recorded)
@@ -73,13 +73,13 @@ def test_rows_are_those_of_a_plain_loop_over_one_environment(num_workers: int) -
 
 def test_a_lane_does_not_depend_on_how_many_there_are_nor_on_workers() -> None:
     env = backend.make("MountainCar-v0")
-    few, many = play(env, 50, num_lanes=1), play(env, 50, num_workers=3, num_lanes=4)
+    few, many = play(env, 50, num_lanes=1), play(env, 50, num_env_workers=3, num_lanes=4)
     np.testing.assert_array_equal(few.observation[0, 0], many.observation[0, 0])
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_time_limit_truncates_and_the_final_observation_is_kept(num_workers: int) -> None:
-    recorded = play(backend.make("counters:LimitedCounter-v0"), 8, num_workers)
+@pytest.mark.parametrize("num_env_workers", [0, 2])
+def test_a_time_limit_truncates_and_the_final_observation_is_kept(num_env_workers: int) -> None:
+    recorded = play(backend.make("counters:LimitedCounter-v0"), 8, num_env_workers)
     assert not recorded.terminated.any()
     np.testing.assert_array_equal(np.argwhere(recorded.truncated[:, 0]).ravel(), [2, 6])
     np.testing.assert_array_equal(recorded.observation[:, 0, 1], [0, 1, 2, 3, 0, 1, 2, 3, 0])
@@ -135,7 +135,7 @@ def test_an_environment_that_workers_cannot_make_is_one_clear_error(tmp_path: Pa
     finally:
         sys.path.remove(str(tmp_path))
     with pytest.raises(ConfigError, match=r"a worker process can make, got: ModuleNotFoundError: .*'only_here'"):
-        env.make_lanes(2, LaneOptions(num_workers=1))
+        env.make_lanes(2, LaneOptions(num_env_workers=1))
     assert multiprocessing.active_children() == []
 
 
@@ -148,7 +148,7 @@ def test_an_environment_without_a_name_elsewhere_travels_to_workers_which_do_wit
         return Counter(length=2)
 
     gymnasium.register("Closure-v0", entry_point=make_where_jax_is_missing)
-    recorded = play(backend.make("Closure-v0"), 4, num_workers=1)
+    recorded = play(backend.make("Closure-v0"), 4, num_env_workers=1)
     np.testing.assert_array_equal(recorded.terminated[:, 0], [False, True, False, False])
 
 
@@ -181,5 +181,5 @@ def test_a_same_step_vector_version_gives_way_to_single_environments(monkeypatch
 
 
 def test_workers_need_single_environments() -> None:
-    with pytest.raises(ConfigError, match="num_workers must be 0 for gym:counters:VectorCounter-v0"):
-        backend.make("counters:VectorCounter-v0").make_lanes(2, LaneOptions(num_workers=1))
+    with pytest.raises(ConfigError, match="num_env_workers must be 0 for gym:counters:VectorCounter-v0"):
+        backend.make("counters:VectorCounter-v0").make_lanes(2, LaneOptions(num_env_workers=1))

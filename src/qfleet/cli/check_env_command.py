@@ -16,7 +16,7 @@ class _CheckFlags:
     """The environment, as `qfleet envs` lists them."""
     steps: int = 500
     """Steps of each of the four lanes."""
-    num_workers: int = 0
+    num_env_workers: int = 0
     """Processes to step it in, for Gymnasium's environments."""
     seed: int = 0
     """Of the environment and the random actions."""
@@ -25,14 +25,14 @@ class _CheckFlags:
 def run(arguments: Sequence[str]) -> int:
     """Checks the environment that the flags name."""
     flags = tyro.cli(_CheckFlags, prog="qfleet check-env", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
-    for name, least in (("steps", 1), ("num_workers", 0), ("seed", 0)):
+    for name, least in (("steps", 1), ("num_env_workers", 0), ("seed", 0)):
         if getattr(flags, name) < least:
             raise ConfigError(f"{name} must be at least {least}, got {getattr(flags, name)}")
     from qfleet.envs import conformance
     from qfleet.envs.registry import backend_of, make_env
 
     checks = conformance.check(
-        make_env(flags.env), num_steps=flags.steps, seed=flags.seed, num_workers=flags.num_workers
+        make_env(flags.env), num_steps=flags.steps, seed=flags.seed, num_env_workers=flags.num_env_workers
     )
     print(f"{flags.env} ({backend_of(flags.env)})")
     for found in checks:

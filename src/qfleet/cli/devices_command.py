@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qfleet.cli.train_command import config_of, parse
-from qfleet.config import ConfigError, TrainConfig, topology_name
+from qfleet.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
     from qfleet.topologies.footprint import Footprint
@@ -87,7 +87,7 @@ def _run_as_dict(config: TrainConfig, footprint: "Footprint", refusal: str | Non
     return {
         "env": config.env,
         "preset": config.preset,
-        "topology": topology_name(config.topology),
+        "topology": config.topology.name,
         "platform": footprint.devices[0].platform,
         "mesh": dict(footprint.axes),
         "parts": [dataclasses.asdict(part) for part in footprint.parts],

@@ -1,11 +1,13 @@
-"""One process of a decentralised run; its launcher starts it, as `python -m qfleet.cli.peer`."""
+"""One process of an all-reduce run; its launcher starts it, as `python -m qfleet.cli.peer`."""
 
 import argparse
+import json
 import os
 import sys
 import traceback
 
-from qfleet.config import ConfigError, RunFailed
+from qfleet.config import AllReduceConfig, ConfigError, RunFailed
+from qfleet.config.encoding import decode_topology
 
 
 def main() -> int:
@@ -13,11 +15,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="qfleet.cli.peer")
     parser.add_argument("run")
     parser.add_argument("--process-id", type=int, required=True)
-    parser.add_argument("--num-processes", type=int, required=True)
+    parser.add_argument("--topology", required=True, help="as `encode_topology` writes it, in JSON")
     parser.add_argument("--coordinator", required=True)
     parser.add_argument("--timeout-seconds", type=float, required=True)
     parser.add_argument("--report-descriptor", type=int, required=True)
-    parser.add_argument("--env-steps", type=int)
+    parser.add_argument("--env-steps", type=int, required=True)
     arguments = parser.parse_args()
     from qfleet.runtime import peers
 
@@ -25,12 +27,15 @@ def main() -> int:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that MODULE:NAME finds the user's module
     try:
-        from qfleet.api import run_peer
+        from qfleet.training.peer import run_peer
+
+        topology = decode_topology(json.loads(arguments.topology))
+        assert isinstance(topology, AllReduceConfig)
 
         run_peer(
             arguments.run,
             process_id=arguments.process_id,
-            num_processes=arguments.num_processes,
+            topology=topology,
             coordinator=arguments.coordinator,
             timeout_seconds=arguments.timeout_seconds,
             env_steps=arguments.env_steps,

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import tyro
 
 from qfleet.cli.show import follow
-from qfleet.config import TOPOLOGIES, ConfigError, TopologyConfig, check_suits, suggest, topology_name
+from qfleet.cli.topology_flags import check_flags, replace_alias
+from qfleet.config import TOPOLOGIES, TopologyConfig
+from qfleet.config.topologies import check_topology_name, field_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,14 +27,16 @@ class _ResumeFlags:
     checkpoint: int | None = None
     """The environment step of another checkpoint than the newest; newer ones are set aside."""
     num_processes: int | None = None
-    """Of a decentralised run: how many it goes on with; their lanes and replay are divided anew. By default those that
-    it began with, as for the next three."""
+    """How many processes an all-reduce or gossip run goes on with; lanes and replay are divided anew over them. This
+    flag and the next three default to what the run began with."""
     coordinator: str | None = None
-    """HOST:PORT of its first process, to start each by hand; `local` starts all of them on this machine."""
+    """HOST:PORT of the first process of an all-reduce run, to start each by hand; `local` starts all of them on this
+    machine."""
     process_id: int | None = None
-    """Of processes started by hand: which to start here, from 0. Start the others with the same flags else."""
+    """Which process to start here, from 0, where each is started by hand. Start the others with otherwise the same
+    flags."""
     ray_address: str | None = None
-    """Address of the Ray cluster that places its processes, or the parts of a fleet."""
+    """Address of the Ray cluster that the processes run on."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -71,18 +75,13 @@ def _topology_of(run_dir: str, arguments: list[str]) -> TopologyConfig:
 
     recorded = RunDirectory.open(run_dir).config.topology
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--topology", default=topology_name(recorded))
-    chosen, flags = chooser.parse_known_args(arguments)
-    if chosen.topology not in TOPOLOGIES:
-        hint = suggest(chosen.topology, TOPOLOGIES)
-        raise ConfigError(f"topology must be one of {', '.join(TOPOLOGIES)}, got {chosen.topology!r}.{hint}")
-    for flag in flags:
-        if flag.startswith("--"):
-            check_suits(flag.removeprefix("--").partition("=")[0].replace("-", "_"), chosen.topology)
+    chooser.add_argument("--topology", default=recorded.name)
+    chosen, flags = chooser.parse_known_args(replace_alias(arguments))
+    check_topology_name(chosen.topology)
+    check_flags(flags, chosen.topology)
     kind = TOPOLOGIES[chosen.topology]
     default = recorded
-    if not isinstance(recorded, kind):
-        has_lanes = any(field.name == "num_envs" for field in dataclasses.fields(kind))
-        default = kind(**({"num_envs": recorded.num_envs} if has_lanes else {}))  # type: ignore[arg-type]
+    if chosen.topology != recorded.name:
+        default = kind(**({"num_envs": recorded.num_envs} if "num_envs" in field_names(kind) else {}))
     topology: TopologyConfig = tyro.cli(kind, prog="qfleet resume", args=flags, default=default, config=_CONFIG)
     return topology

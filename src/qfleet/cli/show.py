@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from qfleet.config import ActorLearnerConfig, DecentralisedConfig, FusedConfig, ParameterServerConfig, TopologyConfig
+from qfleet.config import TopologyConfig
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
@@ -26,24 +26,8 @@ def follow(run: "Run | LaunchedRun", *, quiet: bool) -> int:
 
 def environments(backend: str, topology: TopologyConfig) -> str:
     """Returns what makes a run's environments and where they step, such as "gymnasium, 8 in this process"."""
-    if isinstance(topology, DecentralisedConfig):
-        return f"{backend}, {topology.num_envs} over {topology.num_processes} processes"
-    if isinstance(topology, ActorLearnerConfig):
-        return f"{backend}, {topology.num_envs} over {topology.num_actors} actors"
-    if isinstance(topology, ParameterServerConfig):
-        return f"{backend}, {topology.num_envs} over {topology.num_workers} workers"
-    if isinstance(topology, FusedConfig):
-        return backend if backend == "in-graph" else f"{backend}, in-graph"
-    num_workers = min(topology.num_workers, topology.num_envs)
-    if num_workers:
-        where = f"in {num_workers} worker process{'es' if num_workers > 1 else ''}"
-    elif backend in ("ale", "envpool"):
-        where = "on its own threads"
-    elif backend == "gymnasium":
-        where = "in this process"
-    else:
-        where = "at once"  # as their maker likes
-    return f"{backend}, {topology.num_envs} {where}"
+    lanes = topology.describe_lanes(backend)
+    return backend if backend == lanes else f"{backend}, {lanes}"
 
 
 def outcome(summary: dict[str, Any], path: str) -> str:

@@ -2,29 +2,24 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import tyro
 
 from qfleet.cli.show import follow
-from qfleet.config import (
-    EXPLORATION_SCHEDULE,
-    TOPOLOGIES,
-    ActorLearnerConfig,
-    AgentConfig,
-    DecentralisedConfig,
-    FusedConfig,
-    OverlappedConfig,
-    ParameterServerConfig,
-    TrainConfig,
-    check_suits,
-    topology_name,
-)
+from qfleet.cli.topology_flags import check_flags, replace_alias, value_of
+from qfleet.config import TOPOLOGIES, AgentConfig, TopologyConfig, TrainConfig
 from qfleet.presets import make_config
 
 DEFAULT_PRESET = "pqn"
 
 _FLAT = tyro.conf.arg(name="")  # its fields' flags have no prefix
+
+_TOPOLOGY_HELP = (
+    "Where it runs; by default what suits the environment. "
+    + " ".join(f"{name}: {kind.summary}." for name, kind in TOPOLOGIES.items())
+    + " (`decentralised --exchange all-reduce` and `--exchange gossip` are earlier names of two of them.)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,56 +34,18 @@ class _TrainFlags(TrainConfig):
     preset: str = DEFAULT_PRESET
     """Where the settings below start from, as `qfleet presets` lists them."""
     agent: Annotated[AgentConfig, _FLAT] = dataclasses.field(default_factory=AgentConfig)
-    topology_name: Annotated[
-        Literal["fused", "overlapped", "decentralised", "actor-learner", "parameter-server"],
-        tyro.conf.arg(name="topology"),
-    ] = "fused"
-    """Where it runs. fused: acting and learning in one compiled program, for environments written in JAX. overlapped:
-    the others step in threads or processes while the learner learns. decentralised: either, in several processes.
-    actor-learner: either, many actors and one learner on Ray. parameter-server: either, many workers send gradients
-    to a server on Ray."""
+    topology_name: Annotated[str, tyro.conf.arg(name="topology", metavar="NAME", help=_TOPOLOGY_HELP)] = "fused"
     quiet: bool = False
     """Print nothing but errors."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _FusedFlags(_TrainFlags):
-    __doc__ = _TrainFlags.__doc__
-    topology: Annotated[FusedConfig, _FLAT] = dataclasses.field(default_factory=FusedConfig)
+def _flags_of(kind: type[TopologyConfig]) -> type[_TrainFlags]:
+    """Returns the flags of one topology: all in one class, or each topology's flags would be a subcommand."""
+    topology = ("topology", Annotated[kind, _FLAT], dataclasses.field(default_factory=kind))
+    flags = dataclasses.make_dataclass("_Flags", [topology], bases=(_TrainFlags,), frozen=True, kw_only=True)
+    flags.__doc__ = _TrainFlags.__doc__
+    return flags
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _OverlappedFlags(_TrainFlags):
-    __doc__ = _TrainFlags.__doc__
-    topology: Annotated[OverlappedConfig, _FLAT] = dataclasses.field(default_factory=OverlappedConfig)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _DecentralisedFlags(_TrainFlags):
-    __doc__ = _TrainFlags.__doc__
-    topology: Annotated[DecentralisedConfig, _FLAT] = dataclasses.field(default_factory=DecentralisedConfig)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _ActorLearnerFlags(_TrainFlags):
-    __doc__ = _TrainFlags.__doc__
-    topology: Annotated[ActorLearnerConfig, _FLAT] = dataclasses.field(default_factory=ActorLearnerConfig)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _ParameterServerFlags(_TrainFlags):
-    __doc__ = _TrainFlags.__doc__
-    topology: Annotated[ParameterServerConfig, _FLAT] = dataclasses.field(default_factory=ParameterServerConfig)
-
-
-# Or each topology's flags would be a subcommand.
-_FLAGS = {
-    "fused": _FusedFlags,
-    "overlapped": _OverlappedFlags,
-    "decentralised": _DecentralisedFlags,
-    "actor-learner": _ActorLearnerFlags,
-    "parameter-server": _ParameterServerFlags,
-}
 
 _CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 
@@ -113,42 +70,27 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> _TrainFlags:
       arguments: of the command.
       prog: what errors and the help call it.
     """
-    preset = _value_of("--preset", arguments) or DEFAULT_PRESET
-    topology = _value_of("--topology", arguments)
+    arguments = replace_alias(arguments)
+    preset = value_of("--preset", arguments) or DEFAULT_PRESET
+    topology = value_of("--topology", arguments)
     if arguments and not arguments[0].startswith("-"):
         return _parse(arguments, make_config(arguments[0], preset, topology), is_env_known=True, prog=prog)
     flags = _parse(arguments, make_config("ENV", preset, topology or "fused"), is_env_known=False, prog=prog)
-    return _parse(
-        arguments, make_config(flags.env, preset, topology), is_env_known=True, prog=prog
-    )  # which may be tuned
+    tuned = make_config(flags.env, preset, topology)
+    return _parse(arguments, tuned, is_env_known=True, prog=prog)
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool, prog: str) -> _TrainFlags:
     defaults = {name: getattr(config, name) for name in _CONFIG_FIELDS}
     if not is_env_known:
         defaults["env"] = tyro.MISSING
-    name = topology_name(config.topology)
-    flags = _FLAGS[name]
-    of_topologies = (field.name for kind in TOPOLOGIES.values() for field in dataclasses.fields(kind))
-    for setting in (*of_topologies, *EXPLORATION_SCHEDULE):
-        flag = f"--{setting.replace('_', '-')}"
-        if any(argument == flag or argument.startswith(f"{flag}=") for argument in arguments):
-            check_suits(setting, name)  # of one that isn't there tyro would only say so
+    check_flags(arguments, config.topology.name)
+    flags = _flags_of(type(config.topology))
     parsed = tyro.cli(
         flags,
         prog=prog,
         args=list(arguments),
-        default=flags(**defaults, topology_name=name),
+        default=flags(**defaults, topology_name=config.topology.name),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    return cast(_TrainFlags, parsed)
-
-
-def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """Returns the value of a flag before the whole is parsed, for other flags' defaults depend on it."""
-    for i, argument in enumerate(arguments):
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.removeprefix(f"{flag}=")
-    return None
+    return parsed

@@ -4,50 +4,36 @@ Nothing here imports JAX, so that the command line can explain itself at once. E
 it is constructed and never changed afterwards; `dataclasses.replace` makes another.
 """
 
-from qfleet.config.train import (
-    EXPLORATION_SCHEDULE,
-    TOPOLOGIES,
+from qfleet.config.agent import AgentConfig
+from qfleet.config.errors import ConfigError, RunFailed, suggest
+from qfleet.config.lane_options import LaneOptions
+from qfleet.config.ray_topologies import (
     ActorLearnerConfig,
     ActorPool,
-    AgentConfig,
-    ConfigError,
-    DecentralisedConfig,
-    FusedConfig,
-    MeshConfig,
-    OverlappedConfig,
+    GossipConfig,
     ParameterServerConfig,
-    RunFailed,
-    TopologyConfig,
-    TrainConfig,
-    actor_pool_of,
-    check_lane_options,
-    check_suits,
-    is_launched,
-    suggest,
-    suits,
-    topology_name,
+    RayTopologyConfig,
 )
+from qfleet.config.topologies import TOPOLOGIES, AllReduceConfig, FusedConfig, OverlappedConfig
+from qfleet.config.topology import MeshConfig, TopologyConfig
+from qfleet.config.train import TrainConfig
 
 __all__ = [
-    "EXPLORATION_SCHEDULE",
     "TOPOLOGIES",
     "ActorLearnerConfig",
     "ActorPool",
     "AgentConfig",
+    "AllReduceConfig",
     "ConfigError",
-    "DecentralisedConfig",
     "FusedConfig",
+    "GossipConfig",
+    "LaneOptions",
     "MeshConfig",
     "OverlappedConfig",
     "ParameterServerConfig",
+    "RayTopologyConfig",
     "RunFailed",
     "TopologyConfig",
     "TrainConfig",
-    "actor_pool_of",
-    "check_lane_options",
-    "check_suits",
-    "is_launched",
     "suggest",
-    "suits",
-    "topology_name",
 ]

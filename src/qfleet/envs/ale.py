@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qfleet.config import ConfigError, RunFailed, suggest
+from qfleet.config.errors import ConfigError, RunFailed, suggest
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, HostStep, LaneOptions, RenderedLanes
 from qfleet.envs.vector_lanes import VectorLanes, VectorStep
 
@@ -106,9 +106,10 @@ class _Atari(NamedTuple):
     def _vector_lanes(
         self, num_lanes: int, options: LaneOptions, *, lives_end_episodes: bool = False, **settings: Any
     ) -> HostLanes:
-        if options.num_workers:
+        if options.num_env_workers:
             raise ConfigError(
-                f"num_workers must be 0 for {self.name}, which has threads of its own, got {options.num_workers}"
+                f"num_env_workers must be 0 for {self.name}, which has threads of its own, "
+                f"got {options.num_env_workers}"
             )
 
         def make_backend(num_lanes: int) -> AleVector:

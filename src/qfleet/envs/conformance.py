@@ -47,20 +47,20 @@ class Recording(NamedTuple):
         return np.concatenate([np.zeros_like(self.ended[:1]), self.ended[:-1]])
 
 
-def check(env: InGraphEnv | HostEnv, *, num_steps: int = 500, seed: int = 0, num_workers: int = 0) -> list[Check]:
+def check(env: InGraphEnv | HostEnv, *, num_steps: int = 500, seed: int = 0, num_env_workers: int = 0) -> list[Check]:
     """Plays random actions in a few lanes, several times over, and returns what each check found.
 
     Args:
       env: the environment, in JAX or not.
       num_steps: steps of each lane.
       seed: of the lanes and the actions.
-      num_workers: processes for environments that can be stepped by them.
+      num_env_workers: processes for environments that can be stepped by them.
 
     Raises:
       RunFailed: if the environment fails too often.
       ConfigError: if lanes of it can't be made.
     """
-    options = LaneOptions(num_workers=num_workers)
+    options = LaneOptions(num_env_workers=num_env_workers)
     host = env if isinstance(env, HostEnv) else as_host(env)
     actions = np.random.default_rng(seed).integers(env.spec.num_actions, size=(num_steps, NUM_LANES), dtype=np.int32)
     lanes = host.make_lanes(NUM_LANES, options)

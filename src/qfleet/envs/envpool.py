@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from qfleet.config import ConfigError, suggest
+from qfleet.config.errors import ConfigError, suggest
 from qfleet.envs.ale import FRAME_SKIP, NOOP_MAX, SCREEN, TIME_LIMIT_FRAMES
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
 from qfleet.envs.observations import discrete_actions, make_encoder
@@ -60,10 +60,10 @@ def make(name: str, **options: Any) -> HostEnv:
 
     def make_lanes_with(**further: Any) -> Callable[[int, LaneOptions], HostLanes]:
         def make_lanes(num_lanes: int, lane_options: LaneOptions) -> HostLanes:
-            if lane_options.num_workers:
+            if lane_options.num_env_workers:
                 raise ConfigError(
-                    f"num_workers must be 0 for {spec.name}, which has threads of its own, "
-                    f"got {lane_options.num_workers}"
+                    f"num_env_workers must be 0 for {spec.name}, which has threads of its own, "
+                    f"got {lane_options.num_env_workers}"
                 )
 
             def backend(num_lanes: int) -> EnvPoolVector:

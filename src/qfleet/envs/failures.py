@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qfleet.config import RunFailed
+from qfleet.config.errors import RunFailed
 
 logger = logging.getLogger("qfleet")
 

@@ -9,7 +9,7 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec as GymnasiumSpec
 from gymnasium.vector import AutoresetMode
 
-from qfleet.config import ConfigError, suggest
+from qfleet.config.errors import ConfigError, suggest
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
 from qfleet.envs.lane_group import SingleEnv, make_single
 from qfleet.envs.names import import_module_of
@@ -40,7 +40,7 @@ def make(name: str, **options: Any) -> HostEnv:
     Discrete. An action mask in `info` isn't looked at. The time limit is Gymnasium's `max_episode_steps`.
 
     Lanes are the environment's own vector version where it has one that can make the rows of `HostStep` exactly, else
-    single environments in this process; with `LaneOptions.num_workers`, single environments in worker processes.
+    single environments in this process; with `LaneOptions.num_env_workers`, single environments in worker processes.
 
     Args:
       name: the id, such as `LunarLander-v3`; with `MODULE:` before it, once that module is imported.
@@ -136,16 +136,16 @@ def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -
 
 
 def _make_lanes(kind: _Kind, use_vector: bool, num_lanes: int, lane_options: LaneOptions) -> HostLanes:
-    if lane_options.num_workers and kind.registered.entry_point is None:
-        raise ConfigError(f"num_workers must be 0 for {kind.spec.name}, of which there are no single environments")
-    if use_vector and not lane_options.num_workers:
+    if lane_options.num_env_workers and kind.registered.entry_point is None:
+        raise ConfigError(f"num_env_workers must be 0 for {kind.spec.name}, of which there are no single environments")
+    if use_vector and not lane_options.num_env_workers:
 
         def make_backend(num_lanes: int) -> GymnasiumVector:
             env = _make_vector(kind.registered, kind.options, num_lanes)
             return GymnasiumVector(env, kind.encoder, kind.first_action)
 
         return VectorLanes(kind.spec.name, make_backend, num_lanes, lane_options)
-    lanes = WorkerLanes if lane_options.num_workers else SingleLanes
+    lanes = WorkerLanes if lane_options.num_env_workers else SingleLanes
     return lanes(kind.single(), num_lanes, lane_options)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qfleet.config import ConfigError, suggest
+from qfleet.config.errors import ConfigError, suggest
 from qfleet.envs.spec import EnvSpec, EnvState, InGraphEnv, StepResult
 
 

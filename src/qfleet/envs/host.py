@@ -4,16 +4,15 @@ Lanes step together and follow NEXT_STEP autoreset, as those inside the program 
 step ignores its action, pays nothing and starts a new episode. So what `recv` returns becomes a row as it stands.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from qfleet.config import FusedConfig, ParameterServerConfig, TopologyConfig, check_lane_options
+from qfleet.config.lane_options import LaneOptions
 from qfleet.core.types import EnvSpec
 
-__all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes", "lane_options", "seed_of"]
+__all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes", "seed_of"]
 
 
 class HostStep(NamedTuple):
@@ -67,33 +66,6 @@ class RenderedLanes(HostLanes, Protocol):
     def render(self) -> np.ndarray:
         """Returns a picture of where the lane stands, `[height, width, 3]` uint8, RGB. Not with a step under way."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LaneOptions:
-    """How lanes run and what they may suffer."""
-
-    num_workers: int = 0
-    """Processes that step the lanes, for backends without threads of their own; 0 steps them in this one."""
-    step_timeout_seconds: float = 60.0
-    """A worker that takes longer over a step or a reset counts as hung, and is replaced."""
-    max_failures: int = 10
-    """Failures that a run survives; a worker that hangs or dies is one, though it takes all its lanes with it."""
-
-    def __post_init__(self) -> None:
-        check_lane_options(self.num_workers, self.step_timeout_seconds, self.max_failures)
-
-
-def lane_options(config: TopologyConfig) -> LaneOptions:
-    """Returns the options that the config of a topology for such environments describes."""
-    assert not isinstance(config, FusedConfig)
-    if isinstance(config, ParameterServerConfig):  # whose workers step them themselves
-        return LaneOptions(max_failures=config.max_failures)
-    return LaneOptions(
-        num_workers=config.num_workers,
-        step_timeout_seconds=config.step_timeout_seconds,
-        max_failures=config.max_failures,
-    )
 
 
 def seed_of(*numbers: int) -> int:

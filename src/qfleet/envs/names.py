@@ -2,7 +2,7 @@
 
 import importlib
 
-from qfleet.config import ConfigError, suggest
+from qfleet.config.errors import ConfigError, suggest
 
 BACKENDS = {
     "gymnax": "qfleet.envs.gymnax",

@@ -6,7 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from qfleet.config import ConfigError
+from qfleet.config.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

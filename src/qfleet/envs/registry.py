@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qfleet.config import ConfigError, suggest
+from qfleet.config.errors import ConfigError, suggest
 from qfleet.envs.names import BACKENDS, import_module_of
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector.utils import CloudpickleWrapper
 
-from qfleet.config import ConfigError
+from qfleet.config.errors import ConfigError
 from qfleet.envs.failures import Failure, FailureBudget, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.lane_group import SingleEnv, make_arrays, num_bytes
@@ -24,7 +24,7 @@ _CLOSE_SECONDS = 2.0  # to close them, before the worker is killed
 
 
 class WorkerLanes:
-    """`HostLanes` in `options.num_workers` processes, or as many as there are lanes."""
+    """`HostLanes` in `options.num_env_workers` processes, or as many as there are lanes."""
 
     def __init__(self, env: SingleEnv, num_lanes: int, options: LaneOptions) -> None:
         self._options = options
@@ -32,7 +32,7 @@ class WorkerLanes:
         context = multiprocessing.get_context("spawn")
         buffer = context.RawArray("B", num_bytes(num_lanes, env.encoder))
         self._arrays = make_arrays(num_lanes, env.encoder, buffer)
-        shares = np.array_split(np.arange(num_lanes), min(options.num_workers, num_lanes))
+        shares = np.array_split(np.arange(num_lanes), min(options.num_env_workers, num_lanes))
         env = env._replace(make=CloudpickleWrapper(env.make))  # environments of notebooks and closures travel as well
         self._workers = []
         for lanes in shares:

@@ -17,15 +17,14 @@ import math
 import os
 import re
 import time
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import filelock
 
 from qfleet.config import ConfigError, TrainConfig
+from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ class RunDirectory:
           ConfigError: if the folder holds something already or can't be made.
         """
         run = cls(Path(path) if path is not None else _free_default_path(config), config, _version())
-        content = {"qfleet_version": run.version, "config": dataclasses.asdict(config)}
+        content = {"qfleet_version": run.version, "schema_version": SCHEMA_VERSION, "config": encode(config)}
         try:
             text = json.dumps(content, indent=2, allow_nan=False)
         except ValueError as error:
@@ -89,11 +88,11 @@ class RunDirectory:
             ) from error
         except ValueError as error:
             raise ConfigError(f"a run's config.json must be JSON, got {file} ({error}); {_RESTORE}") from error
-        if not isinstance(content, dict) or set(content) != {"qfleet_version", "config"}:
+        if not isinstance(content, dict) or set(content) - {"schema_version"} != {"qfleet_version", "config"}:
             raise ConfigError(f"a run's config.json must hold qfleet_version and config, {file} doesn't; {_RESTORE}")
         version = content["qfleet_version"]
         try:
-            return cls(path, _decode(TrainConfig, content["config"], "config"), version)
+            return cls(path, decode(content["config"], content.get("schema_version", 1)), version)
         except ConfigError as error:
             raise ConfigError(
                 f"a run's config.json must hold a valid configuration, got {file}: {error}; it was written by "
@@ -203,60 +202,3 @@ def _version() -> str:
         return importlib.metadata.version("qfleet")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"  # run from a source tree that was never installed
-
-
-def _decode(kind: Any, value: Any, name: str) -> Any:
-    """Returns the `kind` that `value`, read from JSON, stands for; the inverse of `dataclasses.asdict` and JSON."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _decode_dataclass(kind, value, name)
-    if origin in (typing.Union, types.UnionType):
-        return _decode_union(arguments, value, name)
-    if origin is Literal:
-        fits = value in arguments
-    elif origin is tuple:  # tuple[X, ...]
-        if isinstance(value, list):
-            return tuple(_decode(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-        fits = False
-    elif origin is Mapping:
-        if isinstance(value, dict):
-            return {key: _decode(arguments[1], item, f"{name}[{key}]") for key, item in value.items()}
-        fits = False
-    elif kind is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    elif kind is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
-        raise ConfigError(f"{name} must be {_describe(kind)}, got {value!r}")
-    return value
-
-
-def _decode_dataclass(kind: type, value: Any, name: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    fields = {field.name for field in dataclasses.fields(kind)}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} must be an object, got {value!r}")
-    if fields != set(value):
-        missing, unknown = sorted(fields - set(value)), sorted(set(value) - fields)
-        raise ConfigError(f"{name} must have exactly its known fields, got missing {missing}, unknown {unknown}")
-    return kind(**{field: _decode(hints[field], item, f"{name}.{field}") for field, item in value.items()})
-
-
-def _decode_union(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
-    errors = []
-    for kind in kinds:
-        try:
-            return _decode(kind, value, name)
-        except ConfigError as error:
-            errors.append(str(error))
-    raise ConfigError(" or ".join(errors))
-
-
-def _describe(kind: Any) -> str:
-    if kind is types.NoneType:
-        return "null"
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
-    return str(getattr(kind, "__name__", kind))

@@ -11,7 +11,7 @@ from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
 from qfleet.core.keys import key_of
 from qfleet.core.types import Params
-from qfleet.envs.host import HostEnv, HostLanes, lane_options, seed_of
+from qfleet.envs.host import HostEnv, HostLanes, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
 
@@ -40,7 +40,7 @@ class Evaluator:
             return np.asarray(self._in_graph(params, key_of(*numbers), num_episodes))[None]
         if self._lanes is None:
             num_lanes = min(self._config.topology.num_envs, self._config.eval_episodes)
-            self._lanes = env.make_eval_lanes(num_lanes, lane_options(self._config.topology))
+            self._lanes = env.make_eval_lanes(num_lanes, self._config.topology.lane_options)
         returns = host_greedy_returns(
             self._lanes,
             env.spec,

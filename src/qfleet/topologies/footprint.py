@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from qfleet.config import AgentConfig, ConfigError, DecentralisedConfig, ParameterServerConfig, TrainConfig
+from qfleet.config import AgentConfig, ConfigError, TrainConfig
+from qfleet.config.topologies import field_names
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import ReplayState
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
@@ -214,15 +215,15 @@ def _with_less_replay(config: TrainConfig, footprint: Footprint, limit: int) -> 
 def _with_more_devices(config: TrainConfig) -> _Others:
     """Returns the config on larger meshes; on a CPU they'd have no more memory than this one."""
     topology = config.topology
-    if isinstance(topology, DecentralisedConfig | ParameterServerConfig):
+    if "mesh" not in field_names(topology):  # it has no mesh to choose
         return []
     if config.num_seeds > 1 or jax.default_backend() == "cpu":
         return []
     mesh = topology.mesh
 
     def make(data: int) -> TrainConfig:
-        larger = dataclasses.replace(topology, mesh=dataclasses.replace(mesh, data=data))
-        return dataclasses.replace(config, topology=larger)
+        larger: Any = {"mesh": dataclasses.replace(mesh, data=data)}
+        return dataclasses.replace(config, topology=dataclasses.replace(topology, **larger))
 
     sizes = range(mesh.data + 1, jax.device_count() // mesh.model + 1)
     return [(data, functools.partial(make, data)) for data in sizes]

@@ -1,16 +1,20 @@
 """What a run is made of: environment, network and topology, and what they take up on which devices."""
 
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from qfleet.config import (
     ActorLearnerConfig,
+    AllReduceConfig,
     ConfigError,
-    DecentralisedConfig,
+    FusedConfig,
+    GossipConfig,
+    OverlappedConfig,
     ParameterServerConfig,
     TrainConfig,
-    is_launched,
-    topology_name,
 )
+from qfleet.config.topology import EnvironmentKind
 from qfleet.core.types import Network
 from qfleet.envs.host import HostEnv
 from qfleet.envs.registry import make_env
@@ -36,24 +40,21 @@ def footprint(
 
     Args: as for `qfleet.train`.
     """
-    if is_launched(config.topology):
-        set_cpu_devices(config.topology.mesh.num_devices)  # for all processes, which this one isn't
+    if config.topology.runs_in == "joined processes":
+        set_cpu_devices(config.topology.mesh.num_devices)  # as if this process had the devices of all of them
     env, network = make_env_and_network(config, network)
     return make_topology(config, env, network, optimiser).footprint()
 
 
 def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
-    """Returns both, once the CPU is divided into the devices that the run wants: that is for before JAX is used."""
-    topology, mesh = config.topology, config.topology.mesh
-    if isinstance(topology, ActorLearnerConfig | ParameterServerConfig):
+    """Returns both, once the CPU is divided into the devices that the run wants, which must come before JAX is used."""
+    topology = config.topology
+    if topology.runs_in == "ray":
         use_cpu_only()  # this process only directs the others, of which one may want all of the GPU
-    elif isinstance(topology, DecentralisedConfig) and topology.gossips:
-        use_cpu_only()  # the same
-        set_cpu_devices(topology.devices_per_process)  # to tell from shapes what each of them will keep
-    elif config.num_seeds > 1:
+    if config.num_seeds > 1:
         split_cpu(config.num_seeds)
-    elif mesh.num_devices > 1 and not is_launched(topology):  # whose processes have theirs
-        set_cpu_devices(mesh.num_devices)
+    elif topology.cpu_devices > 1:
+        set_cpu_devices(topology.cpu_devices)
     env = make_env(config.env, **config.env_options)
     network = network or make_network(env.spec, config.agent)
     limit_cpu_threads(check_network(network, env.spec))
@@ -68,25 +69,13 @@ def make_topology(
     Raises:
       ConfigError: if the topology doesn't suit the environment.
     """
-    wanted = topology_name(config.topology)
-    if wanted == "actor-learner":
-        return ActorLearner(config, env, network)
-    if wanted == "parameter-server":
-        return ParameterServer(config, env, network)
-    if isinstance(config.topology, DecentralisedConfig) and config.topology.gossips:
-        return Gossip(config, env, network, make_own_learner)
-    if isinstance(env, InGraphEnv):
-        if wanted in ("fused", "decentralised"):
-            return Fused(config, env, network, optimiser)
-        kind, fitting = "written in JAX", "fused"
-    else:
-        if wanted in ("overlapped", "decentralised"):
-            return Overlapped(config, env, network, optimiser)
-        kind, fitting = "not written in JAX", "overlapped"
-    raise ConfigError(
-        f"a topology must suit the environment, got {wanted} for {config.env}, which is {kind}; "
-        f"give --topology {fitting}"
-    )
+    if _kind_of(env) not in config.topology.environment_kinds:
+        is_in_graph = isinstance(env, InGraphEnv)
+        raise ConfigError(
+            f"a topology must suit the environment, got {config.topology.name} for {config.env}, which is "
+            f"{'' if is_in_graph else 'not '}written in JAX; give --topology {'fused' if is_in_graph else 'overlapped'}"
+        )
+    return _MAKERS[config.topology.name](config, env, network, optimiser)
 
 
 def make_own_learner(config: TrainConfig) -> OwnLearner:
@@ -95,3 +84,48 @@ def make_own_learner(config: TrainConfig) -> OwnLearner:
     topology = make_topology(config, env, network, None)
     assert isinstance(topology, OwnLearner)
     return topology
+
+
+def check_is_built_in(config: TrainConfig, network: Network | None, optimiser: Any) -> None:
+    """Raises ConfigError if network or optimiser is given to a topology whose processes build their own."""
+    if config.topology.builds_own_network and (network is not None or optimiser is not None):
+        given = " and ".join(
+            name for name, value in (("network", network), ("optimiser", optimiser)) if value is not None
+        )
+        raise ConfigError(
+            f"a run in several processes builds its network and optimiser from the config, because functions cannot be "
+            f"sent to them, got {given} with topology {config.topology.name}; train with topology fused or overlapped"
+        )
+
+
+def _kind_of(env: InGraphEnv | HostEnv) -> EnvironmentKind:
+    return "in-graph" if isinstance(env, InGraphEnv) else "host"
+
+
+def _make_all_reduce(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
+    """Returns what one of the equal processes runs: fused or overlapped, on the mesh of all of them."""
+    topology = config.topology_as(AllReduceConfig).in_one_process(_kind_of(env))
+    return make_topology(dataclasses.replace(config, topology=topology), env, network, optimiser)
+
+
+def _make_gossip(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
+    return Gossip(config, env, network, make_own_learner)
+
+
+def _make_actor_learner(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
+    return ActorLearner(config, env, network)
+
+
+def _make_parameter_server(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
+    return ParameterServer(config, env, network)
+
+
+_MAKERS: dict[str, Callable[[TrainConfig, Any, Network, Any], Topology]] = {
+    FusedConfig.name: Fused,
+    OverlappedConfig.name: Overlapped,
+    AllReduceConfig.name: _make_all_reduce,
+    GossipConfig.name: _make_gossip,
+    ActorLearnerConfig.name: _make_actor_learner,
+    ParameterServerConfig.name: _make_parameter_server,
+}
+"""Makers of topologies by name. Those of several processes build their network and optimiser from the config."""

@@ -1,12 +1,14 @@
-"""Runs in processes of their own, seen from the one that launches them."""
+"""An all-reduce run, seen from the process that launches the processes which train it."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qfleet.config import ConfigError, DecentralisedConfig, TrainConfig, topology_name
+from qfleet.config import AllReduceConfig, ConfigError, TrainConfig
+from qfleet.config.encoding import encode_topology
 from qfleet.core.learner import make_optimiser
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.networks import check_network, make_network
@@ -15,10 +17,11 @@ from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import Peer
+from qfleet.training.resuming import check_goes_on
 
 
 class LaunchedRun:
-    """A decentralised run under way, in processes of its own: iterate over it as over a `Run`."""
+    """An all-reduce run under way, in processes of its own: iterate over it as over a `Run`."""
 
     def __init__(
         self,
@@ -28,9 +31,9 @@ class LaunchedRun:
         is_resumed: bool = False,
         checkpoint: int | None = None,
     ) -> None:
-        assert isinstance(config.topology, DecentralisedConfig)
+        self._topology = config.topology_as(AllReduceConfig)
         # What can be wrong is found here, once, before the folder is touched; this process uses no device.
-        check_places(config.topology)
+        check_places(self._topology)
         env = make_env(config.env, **config.env_options)
         check_network(make_network(env.spec, config.agent), env.spec)
         make_optimiser(config.agent)
@@ -39,7 +42,6 @@ class LaunchedRun:
         """What makes the environments, as `backend_of` names it."""
         self.directory = open_directory()
         """Where the run is written, by all of its processes."""
-        self._topology = config.topology
         self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
         if is_resumed and self._checkpoints.latest() is not None:
             metadata = self._checkpoints.read_metadata(checkpoint)
@@ -73,9 +75,9 @@ class LaunchedRun:
         times = 3 if topology.coordinator is None else 1
         arguments = {
             "process-id": peer.number,
-            "num-processes": topology.num_processes,
+            "topology": json.dumps(encode_topology(topology)),
             "coordinator": peer.coordinator,
-            "timeout-seconds": times * topology.peer_timeout_seconds,
+            "timeout-seconds": times * topology.silence_seconds,
             "report-descriptor": peer.report_descriptor,
             "env-steps": self.config.env_steps,
         }
@@ -97,8 +99,7 @@ def directory_of_all(config: TrainConfig) -> RunDirectory:
     Raises:
       ConfigError: if it can't be made, doesn't come, or is of a run with other settings.
     """
-    topology = config.topology
-    assert isinstance(topology, DecentralisedConfig)
+    topology = config.topology_as(AllReduceConfig)
     if topology.coordinator is not None and config.run_dir is None:
         raise ConfigError(
             f"processes started by hand must share a folder, got none with coordinator {topology.coordinator}; "
@@ -107,12 +108,12 @@ def directory_of_all(config: TrainConfig) -> RunDirectory:
     if topology.process_id in (None, 0):
         return RunDirectory.create(config.run_dir, config)
     assert config.run_dir is not None
-    deadline = time.monotonic() + topology.peer_timeout_seconds
+    deadline = time.monotonic() + topology.silence_seconds
     while not (Path(config.run_dir) / "config.json").exists():
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"the first process must make the run's folder, and {config.run_dir} hasn't come for "
-                f"{topology.peer_timeout_seconds:g} s; start it with --process-id 0, and see that all share the folder"
+                f"{topology.silence_seconds:g} s; start it with --process-id 0, and see that all share the folder"
             )
         time.sleep(0.1)
     directory = RunDirectory.open(config.run_dir)
@@ -123,63 +124,3 @@ def directory_of_all(config: TrainConfig) -> RunDirectory:
             f"all processes must be started with the same settings, got {config} here and {directory.config} first"
         )
     return directory
-
-
-def with_processes(
-    config: TrainConfig,
-    *,
-    num_processes: int | None = None,
-    coordinator: str | None = None,
-    process_id: int | None = None,
-    ray_address: str | None = None,
-) -> TrainConfig:
-    """Returns the config with other processes, or the same ones started in another way.
-
-    Args:
-      config: of the run.
-      num_processes: how many; None leaves the config's, as of all that follow.
-      coordinator: HOST:PORT of the first one, to start each by hand, or `local` to start all on this machine. It
-        replaces a Ray cluster.
-      process_id: which one to start here.
-      ray_address: of the cluster that places them. It replaces processes started by hand.
-
-    Raises:
-      ConfigError: if it isn't that of a decentralised run, its sizes don't divide over so many, or these don't go
-        together.
-    """
-    settings = {
-        "num_processes": num_processes,
-        "coordinator": coordinator,
-        "process_id": process_id,
-        "ray_address": ray_address,
-    }
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
-    if not given:
-        return config
-    if not isinstance(config.topology, DecentralisedConfig):
-        raise ConfigError(
-            f"{' and '.join(given)} must come with topology decentralised, got {topology_name(config.topology)}; leave "
-            f"{'it' if len(given) == 1 else 'them'} out"
-        )
-    by_hand = coordinator is not None or process_id is not None
-    if coordinator == "local":
-        if process_id is not None or ray_address is not None:
-            raise ConfigError(
-                f"coordinator local starts all processes on this machine, so it must come without process_id and "
-                f"ray_address, got {process_id} and {ray_address}; leave them out, or give HOST:PORT"
-            )
-        given |= {"coordinator": None, "process_id": None, "ray_address": None}
-    elif by_hand:
-        given.setdefault("ray_address", None)
-    elif ray_address is not None:
-        given |= {"coordinator": None, "process_id": None}
-    return dataclasses.replace(config, topology=dataclasses.replace(config.topology, **given))
-
-
-def check_goes_on(metadata: dict[str, Any], config: TrainConfig) -> None:
-    """Raises ConfigError if a run whose checkpoint has this metadata is at its end already."""
-    if metadata["counters"]["env_steps"] >= config.env_steps:
-        raise ConfigError(
-            f"a run ends after env_steps={config.env_steps}, and this one has taken "
-            f"{metadata['counters']['env_steps']}; give a larger --env-steps"
-        )

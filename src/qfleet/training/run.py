@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from qfleet.config import ConfigError, RunFailed, TrainConfig, is_launched, topology_name
+from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.types import Network
 from qfleet.envs.registry import backend_of
 from qfleet.runtime import peers
@@ -26,7 +26,7 @@ from qfleet.runtime.stopwatch import TimeShares
 from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
-from qfleet.training.launched import check_goes_on
+from qfleet.training.resuming import check_goes_on, check_network_is_given
 
 if TYPE_CHECKING:
     import optax
@@ -70,7 +70,8 @@ class Run:
         metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
         if is_resumed:  # not before the network is known to be the run's
             check_fits(config, self._topology.footprint(), footprint_of)
-        self._lock = None if is_launched(config.topology) else self.directory.lock()  # or its launcher holds it
+        is_launched = config.topology.runs_in == "joined processes"
+        self._lock = None if is_launched else self.directory.lock()  # the launcher of all of them holds it
         self.summary: dict[str, Any] = {}
         """What summary.json holds, once the run is over."""
         self._solved_at: list[int | None] = [None] * config.num_seeds
@@ -226,7 +227,7 @@ class Run:
             "env": config.env,
             "backend": self.backend,
             "preset": config.preset,
-            "topology": topology_name(config.topology),
+            "topology": config.topology.name,
             "seed": config.seed,
             "num_seeds": config.num_seeds,
             "stopped": stopped,
@@ -250,17 +251,6 @@ class Run:
         }
         if self._writes:
             self.directory.write_summary(self.summary)
-
-
-def check_network_is_given(is_given: bool, is_needed: bool) -> None:
-    """Raises ConfigError if a network of the caller's own is given where the run has none, or the other way round."""
-    if is_given != is_needed:
-        own = (
-            "its own network, so `network` must be given"
-            if is_needed
-            else "a built-in network, so `network` must not be"
-        )
-        raise ConfigError(f"a run goes on with the network it was trained with: this one has {own}, got the contrary")
 
 
 class _Speed:

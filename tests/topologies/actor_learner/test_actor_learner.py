@@ -332,8 +332,11 @@ def test_a_learner_goes_on_where_another_stopped():
         ({"exploration": "softmax"}, "exploration must be epsilon_greedy.*got softmax"),
         ({"num_replay_shards": 5}, "num_replay_shards must be at most num_actors=4, got 5"),
         ({"num_envs": 8}, "num_envs must come with topology fused.*got topology actor-learner"),
-        ({"exploration_end": 0.01}, "exploration_end must come with a topology whose exploration decays.*ladder_base"),
-        ({"ladder_base": 0.0}, r"ladder_base must be in \(0, 1\], got 0.0"),
+        (
+            {"exploration_end": 0.01},
+            "exploration_end must come with a topology whose exploration decays.*actor_epsilon_base",
+        ),
+        ({"actor_epsilon_base": 0.0}, r"actor_epsilon_base must be in \(0, 1\], got 0.0"),
         ({"ray_address": "nowhere"}, "ray_address must be auto, local or HOST:PORT, got nowhere"),
     ],
 )

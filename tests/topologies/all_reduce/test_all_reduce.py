@@ -16,10 +16,9 @@ import numpy as np
 import pytest
 
 import qfleet
-from qfleet.config import ConfigError, DecentralisedConfig, RunFailed
+from qfleet.config import TOPOLOGIES, AllReduceConfig, ConfigError, RunFailed
 from qfleet.topologies.all_reduce import processes as local_processes
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
-from qfleet.training.launched import with_processes
 
 # --- The launcher, with processes that only pretend ---
 
@@ -48,7 +47,7 @@ class Stubs:
         self.folder, script = folder / "started", folder / "stub.py"
         self.folder.mkdir()
         script.write_text(STUB + textwrap.dedent(lines))
-        self._config = DecentralisedConfig(**{"num_processes": 3, "num_envs": 3, "peer_timeout_seconds": 5, **settings})
+        self._config = AllReduceConfig(**{"num_processes": 3, "num_envs": 3, "silence_seconds": 5, **settings})
         self.launcher = Launcher(
             self._config,
             lambda peer: [
@@ -183,13 +182,13 @@ def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
         ({"ray_address": "ray://host:1"}, "ray_address must be auto, local or HOST:PORT, got ray://host:1"),
         ({"coordinator": "host:1", "process_id": 2}, "process_id must be 0 to num_processes - 1 = 1, got 2"),
         ({"num_processes": 0}, "num_processes must be a whole number, at least 1, got 0"),
-        ({"peer_timeout_seconds": 1}, "peer_timeout_seconds must be at least 5, got 1"),
-        ({"num_workers": 20}, "num_workers must be at most num_envs / num_processes=16, got 20"),
+        ({"silence_seconds": 1}, "silence_seconds must be at least 5, got 1"),
+        ({"num_env_workers": 20}, "num_env_workers must be at most num_envs / num_processes=16, got 20"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        DecentralisedConfig(**settings)
+        AllReduceConfig(**settings)
 
 
 # --- GPUs, of which there are none here: only their names are looked at ---
@@ -225,7 +224,7 @@ def test_a_host_with_fewer_gpus_than_its_processes_want_is_refused_before_the_fo
 )
 def test_only_the_processes_of_this_host_count(gpus, settings: dict, is_enough: bool) -> None:
     with contextlib.nullcontext() if is_enough else pytest.raises(ConfigError, match="got 2 visible here"):
-        check_places(DecentralisedConfig(**settings))
+        check_places(AllReduceConfig(**settings))
 
 
 @pytest.mark.parametrize(
@@ -235,7 +234,7 @@ def test_where_gpus_are_hidden_there_may_be_any_number_of_processes_and_they_sta
     gpus, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
 ) -> None:
     monkeypatch.setenv(variable, value)
-    check_places(DecentralisedConfig(num_processes=4))
+    check_places(AllReduceConfig(num_processes=4))
     visible = os.environ["CUDA_VISIBLE_DEVICES"]
     assert local_processes._environment(3, 4, 1)["CUDA_VISIBLE_DEVICES"] == visible
 
@@ -255,8 +254,8 @@ SETTINGS = {"env_steps": 4096, "eval_period_env_steps": 2048, "eval_episodes": 8
 
 
 def config_for(run_dir: Path, num_processes: int, env: str = "CartPole-v1", preset: str = "pqn", **settings):
-    settings = {**SETTINGS, "run_dir": str(run_dir), "peer_timeout_seconds": 30, **settings}
-    return qfleet.make_config(env, preset, "decentralised", num_processes=num_processes, **settings)
+    settings = {**SETTINGS, "run_dir": str(run_dir), "silence_seconds": 30, **settings}
+    return qfleet.make_config(env, preset, "all-reduce", num_processes=num_processes, **settings)
 
 
 def params_of(run_dir: Path):
@@ -344,7 +343,7 @@ def command_of(pid: int) -> list[str]:
 @pytest.mark.slow
 def test_nothing_is_left_behind_when_the_launcher_is_killed(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    flags = ["--topology", "decentralised", "--num-processes", "2", "--env-steps", "100000000"]
+    flags = ["--topology", "all-reduce", "--num-processes", "2", "--env-steps", "100000000"]
     command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", *flags, "--run-dir", str(run_dir)]
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -370,7 +369,7 @@ def test_processes_started_by_hand_find_each_other_and_go_on_by_hand(tmp_path: P
 
     def train_by_hand() -> list[subprocess.Popen]:
         flags = {
-            "topology": "decentralised", "num-processes": 2, "coordinator": "127.0.0.1:29517", "env-steps": 2048,
+            "topology": "all-reduce", "num-processes": 2, "coordinator": "127.0.0.1:29517", "env-steps": 2048,
             "run-dir": run_dir,
         }  # fmt: skip
         words = [f"--{name}={value}" for name, value in flags.items()]
@@ -403,8 +402,7 @@ def outputs_of(processes: list[subprocess.Popen], code: int = 0) -> list[str]:
     return outputs
 
 
-def addresses(config: qfleet.TrainConfig) -> tuple:
-    topology = config.topology
+def addresses(topology: AllReduceConfig) -> tuple:
     return topology.num_processes, topology.coordinator, topology.process_id, topology.ray_address
 
 
@@ -426,38 +424,42 @@ BY_HAND = {"coordinator": "host:1", "process_id": 0}
     ],
 )
 def test_a_resumed_run_is_started_as_it_was_or_as_is_said(recorded: dict, given: dict, expected: tuple) -> None:
-    config = qfleet.make_config("CartPole-v1", "pqn", "decentralised", num_processes=2, **recorded)
-    assert addresses(with_processes(config, **given)) == expected
+    config = qfleet.make_config("CartPole-v1", "pqn", "all-reduce", num_processes=2, **recorded)
+    assert addresses(config.topology.with_processes(given)) == expected
 
 
 @pytest.mark.parametrize(
     ("topology", "given", "message"),
     [
-        ("fused", {"process_id": 1}, "process_id must come with topology decentralised, got fused; leave it out"),
+        ("fused", {"process_id": 1}, "process_id must come with topology all-reduce, got fused; leave it out"),
         ("fused", {"coordinator": "host:1", "process_id": 1}, "coordinator and process_id must come .*leave them out"),
-        ("decentralised", {"coordinator": "host:1"}, "coordinator and process_id must be given together"),
-        ("decentralised", {"process_id": 1}, "coordinator and process_id must be given together"),
-        ("decentralised", {"coordinator": "local", "process_id": 1}, "local .* without process_id .* got 1 and None"),
-        ("decentralised", {"coordinator": "h:1", "process_id": 1, "ray_address": "auto"}, "ray_address must be given"),
+        ("all-reduce", {"coordinator": "host:1"}, "coordinator and process_id must be given together"),
+        ("all-reduce", {"process_id": 1}, "coordinator and process_id must be given together"),
+        ("all-reduce", {"coordinator": "local", "process_id": 1}, "local .* without process_id .* got 1 and None"),
+        ("all-reduce", {"coordinator": "h:1", "process_id": 1, "ray_address": "auto"}, "ray_address must be given"),
     ],
 )
 def test_a_way_to_start_processes_that_makes_no_sense_is_refused(topology: str, given: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        with_processes(qfleet.make_config("CartPole-v1", "pqn", topology), **given)
+        TOPOLOGIES[topology]().with_processes(given)
 
 
 def test_a_process_that_raises_ends_at_once_though_leaving_in_order_would_wait_for_the_others(tmp_path: Path) -> None:
     script = """
-    import atexit, os, sys, time
-    import qfleet.api
+    import atexit, json, os, sys, time
+    from qfleet.config import AllReduceConfig
+    from qfleet.config.encoding import encode_topology
+    import qfleet.training.peer
     from qfleet.cli import peer
 
     def run_peer(*arguments, **settings):
         raise ValueError("not foreseen")
 
-    qfleet.api.run_peer = run_peer
+    qfleet.training.peer.run_peer = run_peer
     atexit.register(time.sleep, 600)
-    sys.argv = ["peer", "run", "--process-id=0", "--num-processes=2", "--coordinator=x:1", "--timeout-seconds=5"]
+    topology = json.dumps(encode_topology(AllReduceConfig()))
+    sys.argv = ["peer", "run", "--process-id=0", f"--topology={topology}", "--coordinator=x:1", "--timeout-seconds=5"]
+    sys.argv.append("--env-steps=1")
     sys.argv.append(f"--report-descriptor={os.open(os.devnull, os.O_WRONLY)}")
     peer.main()
     """

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import qfleet
-from qfleet.config import ConfigError, DecentralisedConfig, RunFailed
+from qfleet.config import AllReduceConfig, ConfigError, RunFailed
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 
 
@@ -26,11 +26,11 @@ def test_ray_that_is_missing_is_named_with_the_command_that_adds_it(
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "qfleet.topologies.fleet.cluster", raising=False)
     run_dir = tmp_path / "run"
-    config = qfleet.make_config("CartPole-v1", "pqn", "decentralised", ray_address="auto", run_dir=str(run_dir))
+    config = qfleet.make_config("CartPole-v1", "pqn", "all-reduce", ray_address="auto", run_dir=str(run_dir))
     with pytest.raises(ConfigError, match=r"needs Ray \(.*\); pip install 'qfleet\[ray\]'"):
         qfleet.iterate(config)
     assert not run_dir.exists()
-    check_places(DecentralisedConfig())  # without it, Ray isn't needed
+    check_places(AllReduceConfig())  # without it, Ray isn't needed
 
 
 def test_an_address_without_a_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_an_address_without_a_cluster_is_refused(tmp_path: Path, monkeypatch: py
 
 # --- On a cluster of this machine alone, which the tests share ---
 
-SETTINGS = {"env_steps": 2048, "eval_period_env_steps": 1024, "eval_episodes": 8, "peer_timeout_seconds": 30}
+SETTINGS = {"env_steps": 2048, "eval_period_env_steps": 1024, "eval_episodes": 8, "silence_seconds": 30}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def cluster() -> Iterator[None]:
 
 def config_for(run_dir: Path, num_processes: int = 2, **settings):
     settings = {**SETTINGS, "run_dir": str(run_dir), "num_processes": num_processes, **settings}
-    return qfleet.make_config("CartPole-v1", "pqn", "decentralised", **settings)
+    return qfleet.make_config("CartPole-v1", "pqn", "all-reduce", **settings)
 
 
 def params_of(run_dir: Path):
@@ -116,7 +116,7 @@ def stubs(folder: Path, lines: str, **settings) -> Launcher:
     (folder / "stub.py").write_text(STUB + textwrap.dedent(lines))
     (folder / "started").mkdir()
     command = ["-S", str(folder / "stub.py")]
-    config = DecentralisedConfig(**{"ray_address": "auto", "peer_timeout_seconds": 5, **settings})
+    config = AllReduceConfig(**{"ray_address": "auto", "silence_seconds": 5, **settings})
     return Launcher(
         config,
         lambda peer: [peer.python, *command, str(peer.number), str(peer.report_descriptor), str(folder / "started")],
@@ -242,7 +242,7 @@ def test_a_node_that_can_not_run_qfleet_is_an_error_with_its_reason(cluster, tmp
 def test_nothing_is_left_behind_of_a_local_ray(tmp_path: Path, ending: str) -> None:
     pytest.importorskip("ray")
     run_dir = tmp_path / "run"
-    flags = ["--topology=decentralised", "--num-processes=2", "--ray-address=local", f"--run-dir={run_dir}"]
+    flags = ["--topology=all-reduce", "--num-processes=2", "--ray-address=local", f"--run-dir={run_dir}"]
     env_steps = 2048 if ending == "its end" else 100_000_000
     command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", *flags, f"--env-steps={env_steps}"]
     output = (tmp_path / "output").open("w+")

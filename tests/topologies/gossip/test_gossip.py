@@ -14,29 +14,28 @@ import pytest
 import qfleet
 from qfleet.cli.train_command import config_of as config_of_flags
 from qfleet.cli.train_command import parse
-from qfleet.config import ConfigError, DecentralisedConfig, FusedConfig, OverlappedConfig, TrainConfig, is_launched
+from qfleet.config import ConfigError, FusedConfig, GossipConfig, OverlappedConfig, TrainConfig
 from qfleet.core.replay import NO_STEP
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import saved_replay
 from qfleet.topologies.fleet.replay_shard import join_shards, share_of
 from qfleet.topologies.gossip.averaging import consensus_distance, mean_of, mixed, shares_of
-from qfleet.topologies.gossip.peer import GossipPeer, Place, actor_pool_of_peers, peer_config
+from qfleet.topologies.gossip.peer import GossipPeer, Place, peer_config
 from qfleet.topologies.gossip.topology import env_steps_per_chunk
 from qfleet.topologies.mesh import leaves_of
 from qfleet.training.assembly import footprint, make_own_learner
-from qfleet.training.launched import with_processes
 
 
 def config_of(preset: str = "dqn", env: str = "CartPole-v1", **settings: Any) -> TrainConfig:
     """A small run of two peers."""
     defaults = {
         "num_processes": 2, "num_envs": 4, "hidden_sizes": (16,), "env_steps": 4_096, "eval_period_env_steps": 2_048,
-        "eval_episodes": 8, "exchange": "gossip", "gossip_period_learner_steps": 32,
+        "eval_episodes": 8, "gossip_period_learner_steps": 32,
     }  # fmt: skip
     if preset != "pqn":
         defaults |= {"replay_capacity": 2_048, "warmup_env_steps": 128, "batch_size": 16}
         defaults |= {"env_steps_per_learner_step": 4.0}
-    return qfleet.make_config(env, preset, "decentralised", **{**defaults, **settings})
+    return qfleet.make_config(env, preset, "gossip", **{**defaults, **settings})
 
 
 def prepared(config: TrainConfig, number: int, *, is_in_graph: bool = True) -> GossipPeer:
@@ -203,8 +202,8 @@ def test_a_peer_has_its_share_of_what_counts_environment_steps_and_batches_of_it
     assert agent.batch_size == 16 and agent.replay_ratio == config.agent.replay_ratio
     assert len({first.seed, second.seed, config.seed}) == 3
     assert first == peer_config(config, 0, is_in_graph=True)
-    host = peer_config(config_of(num_workers=1, lock_step=True), 0, is_in_graph=False)
-    assert host.topology == OverlappedConfig(num_envs=2, num_workers=1, lock_step=True)
+    host = peer_config(config_of(num_env_workers=1, lock_step=True), 0, is_in_graph=False)
+    assert host.topology == OverlappedConfig(num_envs=2, num_env_workers=1, lock_step=True)
 
 
 def test_a_chunk_is_half_a_period_in_whole_iterations():
@@ -251,7 +250,7 @@ def test_a_peer_goes_on_where_another_stopped_and_takes_half_of_the_way_to_it(pr
 @pytest.mark.parametrize("preset", ["dqn", "rainbow_lite"])
 def test_replays_are_joined_lane_by_lane_and_divided_again(preset):
     config = config_of(preset)
-    pool = actor_pool_of_peers(config.topology)
+    pool = config.topology.actor_pool
     peers = [prepared(config, i) for i in range(2)]
     for i, peer in enumerate(peers):
         peer.begin(Place(0, 0, 0), peer.learner()[1], None)
@@ -270,9 +269,11 @@ def test_replays_are_joined_lane_by_lane_and_divided_again(preset):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"exchange": "gosip"}, "exchange must be one of all-reduce, gossip, got 'gosip'. Did you mean gossip"),
         ({"gossip_period_learner_steps": 0}, "gossip_period_learner_steps must be a whole number, at least 1"),
-        ({"coordinator": "h:1", "process_id": 0}, "coordinator and process_id must be left out with exchange gossip"),
+        (
+            {"coordinator": "h:1", "process_id": 0},
+            "coordinator must come with topology all-reduce, got topology gossip; leave",
+        ),
         ({"num_envs": 5}, "num_envs must divide over num_processes x devices_per_process"),
         ({"devices_per_process": 2, "batch_size": 3}, "batch_size must divide over devices_per_process"),
     ],
@@ -285,10 +286,10 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 def test_what_peers_cannot_do_is_refused_before_the_run_is_made(tmp_path):
     pytest.importorskip("ray")
     config = config_of(num_processes=1, num_seeds=2, run_dir=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="num_seeds must be 1 with exchange gossip"):
+    with pytest.raises(ConfigError, match="num_seeds must be 1 with topology gossip"):
         qfleet.iterate(config)
-    with pytest.raises(ConfigError, match="coordinator and process_id must be left out"):
-        with_processes(config_of(), coordinator="host:1", process_id=0)
+    with pytest.raises(ConfigError, match="coordinator and process_id must come with topology all-reduce, got gossip"):
+        config_of().topology.with_processes({"coordinator": "host:1", "process_id": 0})
     assert not (tmp_path / "run").exists()
 
 
@@ -296,11 +297,9 @@ def test_a_batch_of_each_peer_need_not_divide_over_the_peers():
     assert config_of(batch_size=17).agent.batch_size == 17
 
 
-def test_the_command_line_has_it_and_it_is_no_launchers_run():
-    flags = ["CartPole-v1", "--topology", "decentralised", "--exchange", "gossip", "--num-processes", "4"]
-    config = config_of_flags(parse(flags))
-    assert config.topology == DecentralisedConfig(num_processes=4, exchange="gossip")
-    assert not is_launched(config.topology) and is_launched(DecentralisedConfig())
+def test_the_command_line_has_it():
+    config = config_of_flags(parse(["CartPole-v1", "--topology", "gossip", "--num-processes", "4"]))
+    assert config.topology == GossipConfig(num_processes=4)
 
 
 def test_the_footprint_is_that_of_all_peers():
@@ -345,7 +344,7 @@ def test_peers_train_are_saved_and_go_on_in_other_numbers_and_elsewhere(cluster,
     summary = goes_on(env_steps=7_000, topology=qfleet.FusedConfig(num_envs=6))
     assert summary["topology"] == "fused"
     summary = goes_on(env_steps=8_500)  # back, as the run began
-    assert summary["topology"] == "decentralised" and qfleet.load(config.run_dir) is not None
+    assert summary["topology"] == "gossip" and qfleet.load(config.run_dir) is not None
 
 
 @pytest.mark.slow
@@ -390,7 +389,7 @@ def test_the_others_go_on_when_a_peer_is_killed_and_it_comes_back_as_one_of_them
 @pytest.mark.slow
 def test_peers_solve_cartpole_together(cluster, tmp_path):
     config = qfleet.make_config(
-        "CartPole-v1", "pqn", "decentralised", exchange="gossip", num_processes=4, stop_return=475.0,
+        "CartPole-v1", "pqn", "gossip", num_processes=4, stop_return=475.0,
         env_steps=500_000, run_dir=str(tmp_path / "run"),
     )  # fmt: skip
     assert qfleet.train(config)["stopped"] == "return reached"

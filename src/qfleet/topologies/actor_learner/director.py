@@ -73,8 +73,8 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
           read_learner: reads the learner of a checkpoint.
           read_replay: reads its replay, as one for all shards.
         """
-        assert isinstance(config.topology, ActorLearnerConfig)
-        self._topology, self._num_batches, self._read_learner = config.topology, num_batches, read_learner
+        self._topology = config.topology_as(ActorLearnerConfig)
+        self._num_batches, self._read_learner = num_batches, read_learner
         super().__init__(config, num_batches, read_replay)
         self._replay: ShardedReplay = ShardedReplay(
             config, self._supervisor, functools.partial(self._note_busy, "shards")

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from qfleet.config import ActorLearnerConfig, TrainConfig
+from qfleet.config import TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner, update
 from qfleet.core.types import EnvSpec, Transition
@@ -48,7 +48,6 @@ class GlobalLearner:
         Raises:
           ConfigError: if its mesh wants more devices than there are.
         """
-        assert isinstance(config.topology, ActorLearnerConfig)
         mesh = config.topology.mesh
         if mesh.num_devices > 1:
             set_cpu_devices(mesh.num_devices)

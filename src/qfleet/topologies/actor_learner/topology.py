@@ -47,12 +47,11 @@ class ActorLearner(OnRay):
         Raises:
           ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
         """
-        assert isinstance(config.topology, ActorLearnerConfig)
-        super().__init__(config, env, network, config.topology.actor_pool)
+        self._topology = config.topology_as(ActorLearnerConfig)
+        super().__init__(config, env, network, self._topology.actor_pool)
         from qfleet.topologies.actor_learner.director import FleetDirector  # here, for most of qfleet does without Ray
 
-        self._topology = config.topology
-        self._epsilons = [config.topology.epsilon(i) for i in range(config.topology.num_actors)]
+        self._epsilons = [self._topology.epsilon(i) for i in range(self._topology.num_actors)]
         self._director = FleetDirector(
             config, batches_per_round(config, env.spec), self._read_learner, self._read_replay
         )

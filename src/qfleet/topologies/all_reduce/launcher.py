@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qfleet.config import ConfigError, DecentralisedConfig, RunFailed
+from qfleet.config import AllReduceConfig, ConfigError, RunFailed
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.processes import LocalProcesses, Peer, PeerLost, Processes, check_gpus
 
 logger = logging.getLogger("qfleet")
 
 MOST_SILENT_PROGRESS = 10
-"""Times `peer_timeout_seconds` without any progress, though every process lives, after which all start again."""
+"""Times `silence_seconds` without any progress, though every process lives, after which all start again."""
 
 _POLL_SECONDS = 0.05
 
@@ -32,7 +32,7 @@ _GATHER_SECONDS = 0.3
 """After the first process has ended, for the others that it takes along: to tell cause from effect."""
 
 
-def check_places(config: DecentralisedConfig) -> None:
+def check_places(config: AllReduceConfig) -> None:
     """Raises ConfigError if Ray is to place the processes and isn't installed, or this host has too few GPUs for them.
 
     How many a Ray cluster has is found when it is asked for them.
@@ -46,9 +46,7 @@ def check_places(config: DecentralisedConfig) -> None:
 class Launcher:
     """Starts the processes and sees them through to their end."""
 
-    def __init__(
-        self, config: DecentralisedConfig, make_command: Callable[[Peer], list[str]], log_folder: Path
-    ) -> None:
+    def __init__(self, config: AllReduceConfig, make_command: Callable[[Peer], list[str]], log_folder: Path) -> None:
         """Starts nothing yet.
 
         Args:
@@ -108,7 +106,7 @@ class Launcher:
         repeated = max(0, self._env_steps - checkpoint)
         if self.num_restarts == self._config.max_restarts:
             raise RunFailed(
-                f"a decentralised run may lose a process max_restarts={self._config.max_restarts} times, and {lost}; "
+                f"an all-reduce run may lose a process max_restarts={self._config.max_restarts} times, and {lost}; "
                 f"see {self._log_folder}, then resume from environment step {checkpoint} with `qfleet resume`"
             )
         self.num_restarts += 1
@@ -126,7 +124,7 @@ class Launcher:
 class _Group:
     """The processes of one launcher, from one start to their end."""
 
-    def __init__(self, config: DecentralisedConfig, processes: Processes) -> None:
+    def __init__(self, config: AllReduceConfig, processes: Processes) -> None:
         self._config, self._processes = config, processes
         self._heard_at: dict[int, float] = {}
         self._unread: dict[int, bytes] = {}
@@ -179,7 +177,7 @@ class _Group:
 
     def _check_silent(self, progressed_at: float) -> None:
         """Raises PeerLost if a process has said nothing for too long, or nothing goes on though all live."""
-        now, patience, codes = time.monotonic(), self._config.peer_timeout_seconds, self._processes.codes()
+        now, patience, codes = time.monotonic(), self._config.silence_seconds, self._processes.codes()
         for i, code in codes.items():
             if code is None and now - self._heard_at[i] > patience:
                 raise PeerLost(f"{self._processes.name(i)} gave no sign of life for {patience:g} s")
@@ -189,7 +187,7 @@ class _Group:
     def stop(self) -> None:
         """Asks all processes to stop, and gives them time to leave a checkpoint."""
         self._processes.ask_to_stop()
-        deadline = time.monotonic() + self._config.peer_timeout_seconds
+        deadline = time.monotonic() + self._config.silence_seconds
         while None in self._processes.codes().values() and time.monotonic() < deadline:
             for _ in self._read():  # or they might wait for somebody to listen
                 pass

@@ -1,4 +1,4 @@
-"""The processes of a decentralised run, as its launcher sees them wherever they run, and those of this host."""
+"""The processes of an all-reduce run, as its launcher sees them wherever they run, and those of this host."""
 
 import contextlib
 import importlib.metadata
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from qfleet.config import ConfigError, DecentralisedConfig
+from qfleet.config import AllReduceConfig, ConfigError
 
 
 class Peer(NamedTuple):
@@ -140,9 +140,7 @@ class Child:
 class LocalProcesses:
     """Processes on this host: all of a run, or the one that was asked for."""
 
-    def __init__(
-        self, config: DecentralisedConfig, make_command: Callable[[Peer], list[str]], log_folder: Path
-    ) -> None:
+    def __init__(self, config: AllReduceConfig, make_command: Callable[[Peer], list[str]], log_folder: Path) -> None:
         """Starts nothing yet; the arguments are the launcher's."""
         self._config, self._make_command, self._log_folder = config, make_command, log_folder
         self._children: dict[int, Child] = {}
@@ -225,7 +223,7 @@ def _keep_to_its_cores(pid: int, place: int, num_here: int) -> None:
         os.sched_setaffinity(pid, cores[place * share : (place + 1) * share])
 
 
-def check_gpus(config: DecentralisedConfig) -> None:
+def check_gpus(config: AllReduceConfig) -> None:
     """Raises ConfigError if this host has GPUs, but too few for the processes that are to be started on it."""
     num_gpus, num_here = len(_visible_gpus()), len(_numbers_here(config))
     wanted = num_here * config.devices_per_process
@@ -238,7 +236,7 @@ def check_gpus(config: DecentralisedConfig) -> None:
         )
 
 
-def _numbers_here(config: DecentralisedConfig) -> Sequence[int]:
+def _numbers_here(config: AllReduceConfig) -> Sequence[int]:
     """Returns which processes are to be started on this host, where Ray doesn't place them."""
     return range(config.num_processes) if config.process_id is None else [config.process_id]
 

@@ -1,4 +1,4 @@
-"""The processes of a decentralised run on a Ray cluster, each started by an actor on the node that Ray chose for it.
+"""The processes of an all-reduce run on a Ray cluster, each started by an actor on the node that Ray chose for it.
 
 Ray only finds the places, and carries signs of life and progress, a few hundred bytes each. What the processes exchange
 while they learn goes between them directly.
@@ -19,7 +19,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from qfleet.config import ConfigError, DecentralisedConfig
+from qfleet.config import AllReduceConfig, ConfigError
 from qfleet.topologies.all_reduce.processes import Child, Peer, PeerLost, Processes, fate_of, free_port, share_cores
 from qfleet.topologies.fleet.cluster import connected, in_words, last_line, room, variables
 
@@ -97,7 +97,7 @@ class _Host:
 
 @contextlib.contextmanager
 def on_ray(
-    config: DecentralisedConfig, make_command: Callable[[Peer], list[str]], log_folder: Path
+    config: AllReduceConfig, make_command: Callable[[Peer], list[str]], log_folder: Path
 ) -> Iterator[Callable[[], Processes]]:
     """Yields what makes processes on a Ray cluster, while this process is connected to it.
 
@@ -124,7 +124,7 @@ class _RayProcesses:
     """All processes of a run, placed by Ray."""
 
     def __init__(
-        self, config: DecentralisedConfig, make_command: Callable[[Peer], list[str]], log_folder: Path, is_first: bool
+        self, config: AllReduceConfig, make_command: Callable[[Peer], list[str]], log_folder: Path, is_first: bool
     ) -> None:
         self._config, self._make_command, self._log_folder = config, make_command, log_folder.absolute()
         self._is_first = is_first
@@ -160,7 +160,7 @@ class _RayProcesses:
 
     def _reserve(self, must_stop: Callable[[], bool]) -> None:
         """Reserves a place for each process, on as many nodes as there are, and has actors started there."""
-        patience, num_gpus = self._config.peer_timeout_seconds, 0
+        patience, num_gpus = self._config.silence_seconds, 0
         if ray.cluster_resources().get("GPU", 0) and os.environ.get("JAX_PLATFORMS") != "cpu":
             num_gpus = self._config.devices_per_process
         bundle = {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
@@ -183,12 +183,12 @@ class _RayProcesses:
     def _all(self, method: str, arguments: list[tuple], must_stop: Callable[[], bool]) -> list[Any]:
         """Returns what a method of each actor returns for its arguments."""
         references = [getattr(host, method).remote(*each) for host, each in zip(self._hosts, arguments, strict=True)]
-        deadline = time.monotonic() + self._config.peer_timeout_seconds
+        deadline = time.monotonic() + self._config.silence_seconds
         while ray.wait(references, num_returns=len(references), timeout=_LISTEN_SECONDS)[1]:
             if must_stop():
                 raise KeyboardInterrupt
             if time.monotonic() > deadline:
-                raise PeerLost(f"a Ray actor didn't answer for {self._config.peer_timeout_seconds:g} s")
+                raise PeerLost(f"a Ray actor didn't answer for {self._config.silence_seconds:g} s")
         try:
             return ray.get(references)
         except ray.exceptions.RayError as error:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import ActorPool, RunFailed, TrainConfig, actor_pool_of
+from qfleet.config import ActorPool, RayTopologyConfig, RunFailed, TrainConfig
 from qfleet.core.agent import Agent, make_agent
 from qfleet.core.frame_stack import push_frame
 from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
@@ -18,7 +18,7 @@ from qfleet.core.keys import key_of
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.targets import take_action
 from qfleet.core.types import Params, stored_spec
-from qfleet.envs.host import HostEnv, LaneOptions, lane_options
+from qfleet.envs.host import HostEnv, LaneOptions
 from qfleet.envs.in_graph import draw
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
@@ -88,7 +88,7 @@ class Actor:
           number: of the actor, from 0.
         """
         enable_compilation_cache()
-        pool = actor_pool_of(config.topology)
+        pool = config.topology_as(RayTopologyConfig).actor_pool
         env = make_env(config.env, **config.env_options)
         network = make_network(env.spec, config.agent)
         agent = make_agent(network, config.agent)
@@ -96,7 +96,7 @@ class Actor:
         if isinstance(env, InGraphEnv):
             self._make_lanes: Callable[..., _Lanes] = functools.partial(_InGraphLanes, env, agent, pool)
         else:
-            options = lane_options(config.topology)
+            options = config.topology.lane_options
             self._make_lanes = functools.partial(_HostLanes, env, agent, pool, options)
         self._numbers = (config.seed, _ACTING, number)
         self._lanes: _Lanes | None = None

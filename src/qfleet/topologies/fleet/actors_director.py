@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from qfleet.config import ActorLearnerConfig, ParameterServerConfig, TrainConfig
+from qfleet.config import RayTopologyConfig, TrainConfig
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fleet.actor import Report
@@ -68,8 +68,7 @@ class ActorsDirector(Director[T], Generic[T, M]):
           num_batches: that are learned from at once.
           read_replay: reads the replay of a checkpoint, as one for all.
         """
-        topology = config.topology
-        assert isinstance(topology, ActorLearnerConfig | ParameterServerConfig)
+        topology = config.topology_as(RayTopologyConfig)
         self._config, self._pool, self._read_replay = config, topology.actor_pool, read_replay
         super().__init__(topology.ray_address, topology.silence_seconds, topology.max_restarts)
         self.rate_limiter = RateLimiter(config, num_batches)

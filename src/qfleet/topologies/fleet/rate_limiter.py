@@ -1,6 +1,6 @@
 """How many learner steps are due, and who waits for whom, where acting and learning go on by themselves."""
 
-from qfleet.config import TrainConfig, actor_pool_of
+from qfleet.config import RayTopologyConfig, TrainConfig
 
 CHUNKS_AHEAD = 2
 """That each actor has been asked for, so that it never waits for the next request."""
@@ -19,7 +19,8 @@ class RateLimiter:
           config: of the run.
           num_batches: learner steps of one round.
         """
-        self._agent, self._pool, self._num_batches = config.agent, actor_pool_of(config.topology), num_batches
+        self._agent, self._num_batches = config.agent, num_batches
+        self._pool = config.topology_as(RayTopologyConfig).actor_pool
         self._end_env_steps = config.env_steps
         self.replay_starts_at = 0
         """Environment steps when the replay was last empty."""

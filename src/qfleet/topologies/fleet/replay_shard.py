@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import ActorPool, TrainConfig, actor_pool_of
+from qfleet.config import ActorPool, RayTopologyConfig, TrainConfig
 from qfleet.core.keys import key_of
 from qfleet.core.replay import NO_STEP, DrawShare, Replay, ReplayState, Sample, SavedReplay, make_replay, priorities
 from qfleet.core.types import EnvSpec, Transition, stored_spec
@@ -64,7 +64,7 @@ class ReplayShard:
           config: of the run.
           number: of the shard, from 0.
         """
-        pool = actor_pool_of(config.topology)
+        pool = config.topology_as(RayTopologyConfig).actor_pool
         enable_compilation_cache()
         self.replay = make_shard_replay(config, number, stored_spec_of(config))
         self._writers = [Writer()] * len(pool.actors_of(number))
@@ -189,16 +189,16 @@ def make_shard_replay(config: TrainConfig, number: int, stored: EnvSpec) -> Repl
       number: of the shard.
       stored: the spec of observations as the network's `to_storage_layout` keeps them.
     """
-    return _make_replay(config, len(actor_pool_of(config.topology).actors_of(number)), stored)
+    return _make_replay(config, len(config.topology_as(RayTopologyConfig).actor_pool.actors_of(number)), stored)
 
 
 def make_whole_replay(config: TrainConfig, stored: EnvSpec) -> Replay:
     """Returns what the replays of all shards are together, as one."""
-    return _make_replay(config, actor_pool_of(config.topology).num_actors, stored)
+    return _make_replay(config, config.topology_as(RayTopologyConfig).actor_pool.num_actors, stored)
 
 
 def _make_replay(config: TrainConfig, num_segments: int, stored: EnvSpec) -> Replay:
-    pool = actor_pool_of(config.topology)
+    pool = config.topology_as(RayTopologyConfig).actor_pool
     num_lanes = num_segments * pool.lanes_per_actor
     num_rows = config.agent.replay_capacity // pool.num_lanes
     agent = dataclasses.replace(config.agent, replay_capacity=num_rows * num_lanes, replay="prioritised")

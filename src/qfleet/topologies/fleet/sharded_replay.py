@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qfleet.config import TrainConfig, actor_pool_of
+from qfleet.config import RayTopologyConfig, TrainConfig
 from qfleet.core.replay import DrawShare, SavedReplay
 from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer, deal, share_of
 from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
@@ -45,7 +45,8 @@ class ShardedReplay:
           supervisor: by whom the shards are asked.
           note_busy: told the seconds that a shard was at work.
         """
-        self._pool, self._supervisor, self._note_busy = actor_pool_of(config.topology), supervisor, note_busy
+        self._pool = config.topology_as(RayTopologyConfig).actor_pool
+        self._supervisor, self._note_busy = supervisor, note_busy
         self._shards: list[_Shard] = []
         self._random = np.random.default_rng((config.seed, 3))
         self._num_drawn = self._num_inserting = self._num_returning = 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from qfleet.config import ActorPool, ConfigError, DecentralisedConfig, TrainConfig, topology_name
+from qfleet.config import ActorPool, ConfigError, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner
 from qfleet.core.replay import SavedReplay
@@ -45,10 +45,9 @@ class OnRay(Topology):
           ConfigError: if Ray isn't there, or it has many seeds.
         """
         if config.num_seeds > 1:
-            is_gossip = isinstance(config.topology, DecentralisedConfig)
-            what = "exchange gossip" if is_gossip else f"topology {topology_name(config.topology)}"
             raise ConfigError(
-                f"num_seeds must be 1 with {what}, got num_seeds={config.num_seeds}; start one run for each seed"
+                f"num_seeds must be 1 with topology {config.topology.name}, got num_seeds="
+                f"{config.num_seeds}; start one run for each seed"
             )
         importlib.import_module("qfleet.topologies.fleet.cluster")  # which says so if Ray isn't there
         self._config, self._pool, self._env = config, pool, env

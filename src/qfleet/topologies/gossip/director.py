@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import ray
 
-from qfleet.config import DecentralisedConfig, TrainConfig
+from qfleet.config import GossipConfig, TrainConfig
 from qfleet.core.replay import NO_STEP, SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.records import Progress
@@ -18,7 +18,7 @@ from qfleet.topologies.fleet.director import Director, Tally
 from qfleet.topologies.fleet.replay_shard import share_of
 from qfleet.topologies.fleet.supervisor import ON_CPU, ONE_CPU, Remote, RemoteProcess, default_resources
 from qfleet.topologies.gossip.averaging import Leaves, shares_of
-from qfleet.topologies.gossip.peer import GossipPeer, Place, Report, actor_pool_of_peers, peer_config
+from qfleet.topologies.gossip.peer import GossipPeer, Place, Report, peer_config
 from qfleet.topologies.mesh import leaves_of
 
 logger = logging.getLogger("qfleet")
@@ -122,10 +122,9 @@ class GossipDirector(Director[GossipTally]):
           read_replay: reads its replay, as this run would have saved it; None if checkpoints have none.
           is_in_graph: whether the environment is written in JAX.
         """
-        assert isinstance(config.topology, DecentralisedConfig)
-        self._config, self._topology, self._make_run = config, config.topology, make_run
-        address, silence_seconds = self._topology.ray_address or "local", self._topology.peer_timeout_seconds
-        super().__init__(address, silence_seconds, self._topology.max_restarts)
+        self._config, self._topology, self._make_run = config, config.topology_as(GossipConfig), make_run
+        topology = self._topology
+        super().__init__(topology.ray_address, topology.silence_seconds, topology.max_restarts)
         self._env_steps_per_chunk, self._is_in_graph = env_steps_per_chunk, is_in_graph
         self._read_learner, self._read_replay = read_learner, read_replay
         self._random = np.random.default_rng((config.seed, _MEETINGS))
@@ -178,7 +177,7 @@ class GossipDirector(Director[GossipTally]):
     def share_of_newest_checkpoint(self, number: int) -> SavedReplay | None:
         """Returns a peer's share of the replay that the newest checkpoint holds; None if there is none."""
         newest = self._read_replay and self._of_newest_checkpoint(self._read_replay)
-        return share_of(newest[0], actor_pool_of_peers(self._topology), number) if newest else None
+        return share_of(newest[0], self._topology.actor_pool, number) if newest else None
 
     def _new_tally(self) -> GossipTally:
         return GossipTally(self._topology.num_processes)
@@ -288,7 +287,7 @@ class GossipDirector(Director[GossipTally]):
         """Returns its share of the newest replay that is kept; None if none is."""
         assert self._origin is not None
         if self._origin.replay is not None:
-            return share_of(self._origin.replay, actor_pool_of_peers(self._topology), peer.number)
+            return share_of(self._origin.replay, self._topology.actor_pool, peer.number)
         return self.share_of_newest_checkpoint(peer.number) if peer.process.failed_at else None
 
     @property

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qfleet.config import ActorPool, DecentralisedConfig, FusedConfig, MeshConfig, OverlappedConfig, TrainConfig
+from qfleet.config import FusedConfig, GossipConfig, MeshConfig, OverlappedConfig, TrainConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.core.replay.ring import cut
@@ -60,14 +60,13 @@ def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> Train
       number: of the peer, from 0.
       is_in_graph: whether the environment is written in JAX.
     """
-    topology, agent = config.topology, config.agent
-    assert isinstance(topology, DecentralisedConfig)
+    topology, agent = config.topology_as(GossipConfig), config.agent
     num_peers = topology.num_processes
     num_envs, mesh = topology.num_envs // num_peers, MeshConfig(data=topology.devices_per_process)
     own: FusedConfig | OverlappedConfig = FusedConfig(num_envs=num_envs, mesh=mesh)
     if not is_in_graph:
-        names = ("num_workers", "step_timeout_seconds", "max_failures", "lock_step")
-        own = OverlappedConfig(num_envs=num_envs, mesh=mesh, **{name: getattr(topology, name) for name in names})
+        options = dataclasses.asdict(topology.lane_options)
+        own = OverlappedConfig(num_envs=num_envs, mesh=mesh, lock_step=topology.lock_step, **options)
     divided = ("warmup_env_steps", "exploration_env_steps", "importance_exponent_env_steps")
     return dataclasses.replace(
         config,
@@ -79,12 +78,6 @@ def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> Train
         ),
         seed=seed_of(config.seed, _PEER, number),
     )
-
-
-def actor_pool_of_peers(topology: DecentralisedConfig) -> ActorPool:
-    """Returns the peers as those who each have a segment of the replay, and a shard of their own for it."""
-    num_peers = topology.num_processes
-    return ActorPool(num_peers, topology.num_envs // num_peers, 1, num_peers)
 
 
 class GossipPeer:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from qfleet.config import DecentralisedConfig, TrainConfig
+from qfleet.config import GossipConfig, TrainConfig
 from qfleet.core.replay import SavedReplay, make_replay
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
@@ -33,7 +33,7 @@ from qfleet.topologies.fleet.replay_shard import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.gossip.averaging import Leaves, consensus_distance, mean_of
-from qfleet.topologies.gossip.peer import actor_pool_of_peers, peer_config
+from qfleet.topologies.gossip.peer import peer_config
 from qfleet.topologies.mesh import leaves_of
 from qfleet.topologies.schedule import rows_per_iteration
 
@@ -64,17 +64,16 @@ class Gossip(OnRay):
         Raises:
           ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
         """
-        assert isinstance(config.topology, DecentralisedConfig)
-        super().__init__(config, env, network, actor_pool_of_peers(config.topology))
+        self._topology = config.topology_as(GossipConfig)
+        super().__init__(config, env, network, self._topology.actor_pool)
         from qfleet.topologies.gossip.director import GossipDirector  # here, for most needs no Ray
 
-        self._topology = config.topology
         self._own = peer_config(config, 0, is_in_graph=isinstance(env, InGraphEnv))
         self._run_of_one = make_run(self._own)  # never started
         self._director = GossipDirector(
             config,
             make_run,
-            env_steps_per_chunk(self._own, config.topology.gossip_period_learner_steps),
+            env_steps_per_chunk(self._own, self._topology.gossip_period_learner_steps),
             lambda checkpoints, checkpoint: leaves_of(self._read_learner(checkpoints, checkpoint)),
             self._read_replay if self._has_replay else None,
             is_in_graph=isinstance(env, InGraphEnv),

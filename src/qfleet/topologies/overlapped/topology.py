@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from qfleet.config import ConfigError, DecentralisedConfig, OverlappedConfig, TrainConfig
+from qfleet.config import ConfigError, OverlappedConfig, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.exploration import greedy
 from qfleet.core.learner import LearnerState, make_learner
@@ -25,7 +25,7 @@ from qfleet.core.replay import Replay, ReplayState, SavedReplay, make_replay, pa
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Network, Params, stored_spec
 from qfleet.core.updates import Losses
-from qfleet.envs.host import HostEnv, HostLanes, lane_options, seed_of
+from qfleet.envs.host import HostEnv, HostLanes, seed_of
 from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import reuse_freed_memory
@@ -64,13 +64,12 @@ class Overlapped(OwnLearner):
         Raises:
           ConfigError: if the sizes in `config` don't fit each other, its optimiser isn't known, or it has many seeds.
         """
-        assert isinstance(config.topology, OverlappedConfig | DecentralisedConfig)
         if config.num_seeds > 1:
             raise ConfigError(
                 f"num_seeds must be 1 with environments outside the compiled program, got num_seeds={config.num_seeds} "
                 f"for {config.env}; start one run for each seed"
             )
-        self._config, self._env, self._topology = config, env, config.topology
+        self._config, self._env, self._topology = config, env, config.topology_as(OverlappedConfig)
         self._agent = make_agent(network, config.agent)
         self._learner_functions = make_learner(self._agent, config.agent, optimiser)
         self._has_replay = config.agent.replay != "none"
@@ -83,7 +82,7 @@ class Overlapped(OwnLearner):
         self._to_host: Callable[[Any], Any] = self._placement.to_host
         self._all_to_host: Callable[[Any], Any] = jax.device_get
         self._to_device: Callable[[Any], Any] = self._copy_to_device
-        self._options = lane_options(self._topology)
+        self._options = self._topology.lane_options
         self.env_steps = 0
         """Taken so far, over all lanes."""
         self.learner_steps = 0

@@ -95,8 +95,8 @@ class ServerDirector(ActorsDirector[ServerTally, _Worker]):
           read_learner: reads the learner of a checkpoint.
           read_replay: reads its replay, as one for all workers.
         """
-        assert isinstance(config.topology, ParameterServerConfig)
-        self._topology, self._division, self._read_learner = config.topology, division, read_learner
+        self._topology = config.topology_as(ParameterServerConfig)
+        self._division, self._read_learner = division, read_learner
         super().__init__(config, 1, read_replay)
         self.version = 0
         """Steps that the server was sent, whatever has become of them: it never goes back."""

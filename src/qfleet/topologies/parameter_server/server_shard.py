@@ -134,13 +134,13 @@ class ServerShard:
           number: of the shard, from 0.
           memory: that it shares with the workers, if it does.
         """
-        assert isinstance(config.topology, ParameterServerConfig)
+        topology = config.topology_as(ParameterServerConfig)
         enable_compilation_cache()
         reuse_freed_memory()
         env = make_env(config.env, **config.env_options)
         agent = make_agent(make_network(env.spec, config.agent), config.agent)
-        self._division = division = Division(agent, config.agent, config.topology.num_server_shards)
-        self._number, self._num_gradients = number, config.topology.gradients_per_learner_step
+        self._division = division = Division(agent, config.agent, topology.num_server_shards)
+        self._number, self._num_gradients = number, topology.gradients_per_learner_step
         most = config.agent.max_gradient_norm
 
         def mean(gradients: tuple[Array, ...]) -> Array:

@@ -48,12 +48,11 @@ class ParameterServer(OnRay):
         Raises:
           ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
         """
-        assert isinstance(config.topology, ParameterServerConfig)
-        super().__init__(config, env, network, config.topology.actor_pool)
+        self._topology = config.topology_as(ParameterServerConfig)
+        super().__init__(config, env, network, self._topology.actor_pool)
         from qfleet.topologies.parameter_server.director import ServerDirector  # here, as not all need Ray
 
-        self._topology = config.topology
-        self._division = Division(self._agent, config.agent, config.topology.num_server_shards)
+        self._division = Division(self._agent, config.agent, self._topology.num_server_shards)
         self._director = ServerDirector(config, self._division, self._read_learner, self._read_replay)
 
     def advance(self, until_env_steps: int) -> Progress:

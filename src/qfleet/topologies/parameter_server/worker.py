@@ -56,8 +56,7 @@ class Worker(Actor):
         super().__init__(config, number)
         reuse_freed_memory()
         self._window = Window(memory)
-        topology = config.topology
-        assert isinstance(topology, ParameterServerConfig)
+        topology = config.topology_as(ParameterServerConfig)
         self._store = None if topology.num_replay_shards else ReplayShard(config, number)
         env = make_env(config.env, **config.env_options)
         agent = make_agent(make_network(env.spec, config.agent), config.agent)

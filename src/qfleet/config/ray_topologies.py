@@ -1,0 +1,322 @@
+"""Configs of the topologies whose processes Ray starts and watches: actor-learner, parameter-server and gossip."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from qfleet.config.agent import AgentConfig
+from qfleet.config.checks import (
+    check,
+    check_choices,
+    check_count,
+    check_counts,
+    check_ray_address,
+    check_resources,
+    check_silence,
+)
+from qfleet.config.lane_options import LaneOptions
+from qfleet.config.topology import Division, MeshConfig, TopologyConfig, check_learns_while_others_act
+
+_EPSILON_PER_ACTOR = (
+    "a topology whose exploration decays, got topology actor-learner, whose actors have an epsilon each; give "
+    "actor_epsilon_base and actor_epsilon_exponent instead"
+)
+
+
+class ActorPool(NamedTuple):
+    """Processes that act on their own, and the shards of the replay that keep what they do."""
+
+    num_actors: int
+    lanes_per_actor: int
+    rows_per_chunk: int
+    """Steps of each lane that an actor takes at once."""
+    num_shards: int
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of all actors."""
+        return self.num_actors * self.lanes_per_actor
+
+    def actors_of(self, shard: int) -> list[int]:
+        """Returns the actors whose transitions a shard, numbered from 0, keeps."""
+        return list(range(shard, self.num_actors, self.num_shards))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RayTopologyConfig(TopologyConfig):
+    """Where it runs: in processes on Ray, which this one directs."""
+
+    runs_in: ClassVar[Any] = "ray"
+
+    ray_address: str = "local"
+    """Address of a Ray cluster, as `auto` or HOST:PORT; `local` starts one on this machine and ends it."""
+    silence_seconds: float = 90.0
+    """A process that was asked for something and says nothing for so long is replaced, like one that died."""
+    max_restarts: int = 5
+    """Times that one process may be replaced within ten minutes before the run fails."""
+
+    if TYPE_CHECKING:
+
+        @property
+        def actor_pool(self) -> ActorPool:
+            """Who acts, and who keeps what was done."""
+
+    def __post_init__(self) -> None:
+        check_ray_address(self.ray_address)
+        check_silence(self.silence_seconds)
+        check_count("max_restarts", self.max_restarts, minimum=0)
+
+    @property
+    def cpu_devices(self) -> int:
+        """One: this process only directs the others."""
+        return 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
+    """Where it runs: many actors feed a global replay, and one learner learns from it (Ape-X), on Ray.
+
+    Source: Horgan et al. 2018, arXiv 1803.00933.
+    """
+
+    name: ClassVar[str] = "actor-learner"
+    summary: ClassVar[str] = "many actors feed a replay, and one learner learns from it, on Ray"
+    settings_without_effect: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps"), _EPSILON_PER_ACTOR
+    )
+
+    num_actors: int = 4
+    """Processes that act, each with lanes and an epsilon of its own."""
+    lanes_per_actor: int = 4
+    """Environments that each of them steps at once."""
+    num_replay_shards: int = 1
+    """Processes that share the replay, each with the transitions of some actors."""
+    rows_per_chunk: int = 32
+    """Steps of each lane that an actor sends at once. For each chunk it takes the parameters that were the newest when
+    it was asked, which is a chunk ahead."""
+    broadcast_period_learner_steps: int = 100
+    """Learner steps between parameters that actors can take."""
+    actor_epsilon_base: float = 0.4
+    """Epsilon of the first actor."""
+    actor_epsilon_exponent: float = 7.0
+    """Actor i of N explores with epsilon `actor_epsilon_base ** (1 + i / (N - 1) * actor_epsilon_exponent)`."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    """The learner's devices."""
+    actor_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Ray resources that each actor takes, and each shard of the replay; by default a CPU."""
+    learner_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Ray resources that the learner takes; by default a CPU, and a GPU for each device of its mesh if the cluster has
+    so many."""
+
+    def __post_init__(self) -> None:
+        RayTopologyConfig.__post_init__(self)
+        LaneOptions.__post_init__(self)
+        check_counts(
+            self, "num_actors", "lanes_per_actor", "num_replay_shards", "rows_per_chunk",
+            "broadcast_period_learner_steps",
+        )  # fmt: skip
+        fits = self.num_replay_shards <= self.num_actors
+        check(fits, "num_replay_shards", f"at most num_actors={self.num_actors}", self.num_replay_shards)
+        fits = self.num_env_workers <= self.lanes_per_actor
+        check(fits, "num_env_workers", f"at most lanes_per_actor={self.lanes_per_actor}", self.num_env_workers)
+        check(0.0 < self.actor_epsilon_base <= 1.0, "actor_epsilon_base", "in (0, 1]", self.actor_epsilon_base)
+        fits = 0.0 <= self.actor_epsilon_exponent < math.inf
+        check(fits, "actor_epsilon_exponent", "at least 0", self.actor_epsilon_exponent)
+        check(
+            not self.num_env_workers or self.silence_seconds > self.step_timeout_seconds,
+            "silence_seconds", f"above step_timeout_seconds={self.step_timeout_seconds:g}, or hung workers take their "
+            f"actor with them", self.silence_seconds,
+        )  # fmt: skip
+        for name in ("actor_resources", "learner_resources"):
+            check_resources(name, getattr(self, name))
+
+    @property
+    def num_envs(self) -> int:
+        """Lanes of all actors."""
+        return self.num_actors * self.lanes_per_actor
+
+    @property
+    def actor_pool(self) -> ActorPool:
+        """The actors, and the shards of the replay."""
+        return ActorPool(self.num_actors, self.lanes_per_actor, self.rows_per_chunk, self.num_replay_shards)
+
+    @property
+    def lane_division(self) -> Division:
+        """Lanes are each actor's own, and need not divide over anything."""
+        return Division("", 1)
+
+    @property
+    def batch_division(self) -> Division:
+        """Each batch divides over the learner's devices."""
+        return Division("mesh.data", self.mesh.data)
+
+    def epsilon(self, actor: int) -> float:
+        """Returns with which probability an actor, numbered from 0, takes a random action.
+
+        Source: Horgan et al. 2018, arXiv 1803.00933, section 4.1.
+        """
+        position = actor / (self.num_actors - 1) if self.num_actors > 1 else 0.0
+        return float(self.actor_epsilon_base ** (1.0 + position * self.actor_epsilon_exponent))
+
+    def check_agent(self, agent: AgentConfig) -> None:
+        """Checks that the agent has a replay and explores by epsilon, of which each actor has its own."""
+        check_learns_while_others_act(self.name, agent)
+        rule = "epsilon_greedy with topology actor-learner"
+        check(agent.exploration == "epsilon_greedy", "exploration", rule, agent.exploration)
+
+    def describe_lanes(self, backend: str) -> str:
+        """Returns the number of lanes and of actors."""
+        return f"{self.num_envs} over {self.num_actors} actors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterServerConfig(RayTopologyConfig):
+    """Where it runs: workers act and send gradients to a server, which applies them as they come (Gorila), on Ray.
+
+    Source: Nair et al. 2015, arXiv 1507.04296.
+    """
+
+    name: ClassVar[str] = "parameter-server"
+    summary: ClassVar[str] = "many workers act and send gradients to a server, on Ray"
+
+    num_workers: int = 4
+    """Processes that act and compute gradients, each with lanes of its own."""
+    lanes_per_worker: int = 4
+    """Environments that each of them steps at once."""
+    num_server_shards: int = 1
+    """Processes that share the parameters, each with an equal part of them."""
+    num_replay_shards: int = 0
+    """Processes that keep what all workers do, for all to learn from. 0: each worker keeps its own transitions, and
+    learns from these."""
+    rows_per_chunk: int = 16
+    """Steps of each lane that a worker takes at once."""
+    max_staleness: int = 16
+    """Learner steps that the server may have taken since the parameters of a gradient; older gradients are dropped."""
+    gradients_per_learner_step: int = 1
+    """Gradients whose mean the server applies at once. As many as workers, with a max_staleness of 0, is one learner
+    with batches so much larger (synchronous)."""
+    max_loss_deviations: float | None = 10.0
+    """Gradients whose loss is above the running mean by more standard deviations than this are dropped. None keeps
+    all."""
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which gradients travel; the server computes in float32."""
+    snapshot_period_learner_steps: int = 200
+    """Learner steps between copies of the server's state, kept in Ray's object store: what a lost shard goes on
+    from."""
+    max_failures: int = 10
+    """Environments that may raise or die in a worker before the run fails; each is replaced until then."""
+    worker_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Ray resources that each worker takes; by default a CPU, like each shard of the server and of the replay."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts(
+            self, "num_workers", "lanes_per_worker", "num_server_shards", "rows_per_chunk",
+            "gradients_per_learner_step", "snapshot_period_learner_steps",
+        )  # fmt: skip
+        check_counts(self, "num_replay_shards", "max_staleness", "max_failures", minimum=0)
+        check_choices(self)
+        fits = self.num_replay_shards <= self.num_workers
+        check(fits, "num_replay_shards", f"at most num_workers={self.num_workers}", self.num_replay_shards)
+        limit = self.max_loss_deviations
+        check(limit is None or limit > 0, "max_loss_deviations", "positive, or None", limit)
+        check_resources("worker_resources", self.worker_resources)
+
+    @property
+    def num_envs(self) -> int:
+        """Lanes of all workers."""
+        return self.num_workers * self.lanes_per_worker
+
+    @property
+    def mesh(self) -> MeshConfig:
+        """One device: each worker has its own."""
+        return MeshConfig()
+
+    @property
+    def actor_pool(self) -> ActorPool:
+        """The workers, and the shards of the replay: each worker is one, unless they share a replay."""
+        num_shards = self.num_replay_shards or self.num_workers
+        return ActorPool(self.num_workers, self.lanes_per_worker, self.rows_per_chunk, num_shards)
+
+    @property
+    def lane_options(self) -> LaneOptions:
+        """How each worker's environments step: in the worker itself."""
+        return LaneOptions(max_failures=self.max_failures)
+
+    @property
+    def lane_division(self) -> Division:
+        """Lanes and batches are each worker's own, and need not divide over anything."""
+        return Division("", 1)
+
+    def check_agent(self, agent: AgentConfig) -> None:
+        """Checks that the agent has a replay."""
+        check_learns_while_others_act(self.name, agent)
+
+    def describe_lanes(self, backend: str) -> str:
+        """Returns the number of lanes and of workers."""
+        return f"{self.num_envs} over {self.num_workers} workers"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GossipConfig(LaneOptions, RayTopologyConfig):
+    """Where it runs: peers that each learn on their own, and now and then average parameters with another, on Ray.
+
+    Each peer runs the fused or the overlapped topology, whichever suits the environment. Nobody waits for anybody.
+    Source: Lian et al. 2018, arXiv 1710.06952.
+    """
+
+    name: ClassVar[str] = "gossip"
+    summary: ClassVar[str] = "peers that learn on their own and now and then average parameters in pairs, on Ray"
+
+    silence_seconds: float = 60.0
+    """A peer that says nothing for so long counts as lost, like one that died, and is replaced."""
+    max_restarts: int = 3
+    """Times that one peer may be replaced within ten minutes before the run fails."""
+    lock_step: bool = False
+    """As in the overlapped topology: wait for each row's learning before the next action."""
+    num_envs: int = 32
+    """Lanes: environments stepped at once, over all peers."""
+    num_processes: int = 2
+    """Peers."""
+    devices_per_process: int = 1
+    """Devices of each peer. A CPU is divided into so many."""
+    gossip_period_learner_steps: int = 100
+    """Learner steps after which a peer that has exchanged with nobody exchanges with another, chosen at random."""
+
+    def __post_init__(self) -> None:
+        RayTopologyConfig.__post_init__(self)
+        LaneOptions.__post_init__(self)
+        check_counts(self, "num_envs", "num_processes", "devices_per_process", "gossip_period_learner_steps")
+        each = self.num_envs // self.num_processes
+        fits = self.num_env_workers <= each
+        check(fits, "num_env_workers", f"at most num_envs / num_processes={each}", self.num_env_workers)
+
+    @property
+    def mesh(self) -> MeshConfig:
+        """The devices of all peers."""
+        return MeshConfig(data=self.num_processes * self.devices_per_process)
+
+    @property
+    def cpu_devices(self) -> int:
+        """As many as a peer has, so that this process can tell from shapes what each peer will keep."""
+        return self.devices_per_process
+
+    @property
+    def actor_pool(self) -> ActorPool:
+        """The peers: each keeps its own segment of the replay, as its own shard."""
+        return ActorPool(self.num_processes, self.num_envs // self.num_processes, 1, self.num_processes)
+
+    @property
+    def lane_division(self) -> Division:
+        """Lanes divide over the devices of all peers."""
+        return Division("num_processes x devices_per_process", self.mesh.data)
+
+    @property
+    def batch_division(self) -> Division:
+        """Each batch is a peer's own, and divides over that peer's devices."""
+        return Division("devices_per_process", self.devices_per_process)
+
+    def describe_lanes(self, backend: str) -> str:
+        """Returns the number of lanes and of peers."""
+        return f"{self.num_envs} over {self.num_processes} peers"

@@ -1,0 +1,126 @@
+"""What the config of every topology says of itself, so that nobody has to ask which one it is."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from qfleet.config.agent import AgentConfig
+from qfleet.config.checks import check, check_count
+from qfleet.config.errors import ConfigError
+from qfleet.config.lane_options import LaneOptions
+
+EnvironmentKind = Literal["in-graph", "host"]
+"""in-graph: written in JAX. host: of another library, outside the compiled program."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The devices of a run, arranged as `data` times `model`. The same program runs on 1 x 1 as on any other."""
+
+    data: int = 1
+    """Devices over which lanes, replay and each batch are divided; gradients are averaged over them."""
+    model: int = 1
+    """Devices over which the network, its target and the optimiser's moments are divided."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "model"):
+            check_count(f"mesh.{name}", getattr(self, name))
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all."""
+        return self.data * self.model
+
+
+class Division(NamedTuple):
+    """A number over which another one must divide, and what users call it."""
+
+    name: str
+    num_shares: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopologyConfig:
+    """Where a run takes place. Each topology has a subclass, which answers what the rest of qfleet must know of it."""
+
+    name: ClassVar[str]
+    """What users call the topology, as in `--topology NAME`."""
+    summary: ClassVar[str]
+    """One sentence on it, for the help of the command line."""
+    environment_kinds: ClassVar[tuple[EnvironmentKind, ...]] = ("in-graph", "host")
+    """Environments that it takes."""
+    runs_in: ClassVar[Literal["this process", "joined processes", "ray"]] = "this process"
+    """Where the work is done. joined processes: a launcher starts equal processes, each of which trains the run. ray:
+    this process directs others on a Ray cluster, and plays the episodes of evaluations."""
+    settings_without_effect: ClassVar[Mapping[str, str]] = {}
+    """Fields of `AgentConfig` that it has no use for, each with the reason and the remedy."""
+
+    if TYPE_CHECKING:  # fields of some topologies and properties of others
+
+        @property
+        def num_envs(self) -> int:
+            """Lanes: environments stepped at once, over all devices and processes."""
+
+        @property
+        def mesh(self) -> MeshConfig:
+            """Devices that share one learner."""
+
+    @property
+    def builds_own_network(self) -> bool:
+        """Whether its processes build network and optimiser from the config, because functions cannot be sent."""
+        return self.runs_in != "this process"
+
+    @property
+    def cpu_devices(self) -> int:
+        """CPU devices that the process which starts the run must divide its CPU into."""
+        return self.mesh.num_devices
+
+    @property
+    def lane_options(self) -> LaneOptions:
+        """How environments outside the compiled program step; the defaults where there are none."""
+        return LaneOptions()
+
+    @property
+    def lane_division(self) -> Division:
+        """What the lanes divide over."""
+        return Division("mesh.data", self.mesh.data)
+
+    @property
+    def batch_division(self) -> Division:
+        """What each batch divides over."""
+        return self.lane_division
+
+    def check_agent(self, agent: AgentConfig) -> None:
+        """Checks that it can train such an agent.
+
+        Raises:
+          ConfigError: if it cannot.
+        """
+
+    def describe_lanes(self, backend: str) -> str:
+        """Returns who steps the environments, for the first line of a run, such as "8 over 2 processes"."""
+        raise NotImplementedError
+
+    def with_processes(self, settings: Mapping[str, Any]) -> "TopologyConfig":
+        """Returns the config with other processes, or with the same ones started in another way.
+
+        Args:
+          settings: some of `num_processes`, `coordinator`, `process_id` and `ray_address`, none of them None.
+
+        Raises:
+          ConfigError: if it has no such processes.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        if unknown := [name for name in settings if name not in names]:
+            homes = "all-reduce" if {"coordinator", "process_id"} & set(unknown) else "all-reduce or gossip"
+            raise ConfigError(
+                f"{' and '.join(unknown)} must come with topology {homes}, got {self.name}; leave "
+                f"{'it' if len(unknown) == 1 else 'them'} out"
+            )
+        return dataclasses.replace(self, **settings)
+
+
+def check_learns_while_others_act(name: str, agent: AgentConfig) -> None:
+    """Checks that an agent has a replay, which acting and learning at once need."""
+    rule = f"uniform or prioritised with topology {name}, which learns while others act"
+    check(agent.replay != "none", "replay", rule, agent.replay)

@@ -1,0 +1,47 @@
+"""The part of an all-reduce run that each of its processes plays."""
+
+import dataclasses
+import os
+
+from qfleet.config import AllReduceConfig
+from qfleet.runtime import peers
+from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.run_directory import RunDirectory
+from qfleet.training.run import Run
+
+
+def run_peer(
+    run_dir: str | os.PathLike[str],
+    *,
+    topology: AllReduceConfig,
+    process_id: int,
+    coordinator: str,
+    timeout_seconds: float,
+    env_steps: int,
+    reporter: peers.Reporter,
+) -> None:
+    """Trains a run to its end as one of equal processes, for their launcher.
+
+    Args:
+      run_dir: the run's folder, the same for all.
+      topology: where the run goes on, which may be another place than where it began.
+      process_id: number of this process, from 0.
+      coordinator: HOST:PORT of the first process.
+      timeout_seconds: after which JAX tells the others that a silent process is lost.
+      env_steps: where the run ends.
+      reporter: gets the progress, from the first process.
+
+    Raises:
+      ConfigError, RunFailed: as `train` does.
+    """
+    directory = RunDirectory.open(run_dir)
+    config = dataclasses.replace(directory.config, env_steps=env_steps, topology=topology)
+    peers.join(coordinator, topology.num_processes, process_id, topology.devices_per_process, timeout_seconds)
+    if topology.num_processes > 1:
+        # Each launcher has its own flags and, by mistake or delay, its own view of the folder.
+        newest = Checkpoints(directory.checkpoints_path).latest()
+        peers.check_agreed({"env_steps": config.env_steps, "newest checkpoint": newest or 0})
+    run = Run(config, lambda: directory, None, None, is_resumed=True)
+    for progress in run:
+        if process_id == 0:
+            reporter.tell("progress", **dataclasses.asdict(progress))

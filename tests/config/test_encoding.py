@@ -1,0 +1,143 @@
+import dataclasses
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qfleet
+from qfleet.config import (
+    TOPOLOGIES,
+    ActorLearnerConfig,
+    AllReduceConfig,
+    ConfigError,
+    FusedConfig,
+    GossipConfig,
+    MeshConfig,
+    OverlappedConfig,
+    ParameterServerConfig,
+)
+from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
+from qfleet.runtime.run_directory import RunDirectory
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+AS_RUN = [
+    FusedConfig(num_envs=8, mesh=MeshConfig(data=2)),
+    OverlappedConfig(num_env_workers=2, profile=True),
+    AllReduceConfig(num_processes=4, coordinator="host:1", process_id=2),
+    GossipConfig(num_processes=4, gossip_period_learner_steps=7, lock_step=True),
+    ActorLearnerConfig(num_actors=3, actor_resources={"CPU": 2.0}, actor_epsilon_base=0.3),
+    ParameterServerConfig(num_workers=3, max_loss_deviations=None, gradient_dtype="bfloat16"),
+]
+
+
+def test_every_topology_is_tried_below():
+    assert {topology.name for topology in AS_RUN} == set(TOPOLOGIES)
+
+
+@pytest.mark.parametrize("topology", AS_RUN, ids=lambda topology: topology.name)
+def test_a_config_comes_back_from_json(topology):
+    config = dataclasses.replace(
+        qfleet.make_config("CartPole-v1", "double_dqn", env_steps=96_000, batch_size=96), topology=topology
+    )
+    assert decode(json.loads(json.dumps(encode(config)))) == config
+
+
+def v1(topology: dict) -> dict:
+    """Returns what the first version wrote of a run: it told topologies by their fields."""
+    agent = dataclasses.asdict(qfleet.make_config("CartPole-v1", "double_dqn").agent)
+    run = encode(qfleet.make_config("CartPole-v1", "double_dqn"))
+    return json.loads(json.dumps({**run, "agent": agent, "topology": topology}))
+
+
+LANES = {"num_workers": 1, "step_timeout_seconds": 60.0, "max_failures": 10}
+DECENTRALISED = {
+    **LANES, "lock_step": False, "num_envs": 16, "num_processes": 2, "gossip_period_learner_steps": 50,
+    "devices_per_process": 1, "coordinator": None, "process_id": None, "ray_address": None,
+    "peer_timeout_seconds": 30.0, "max_restarts": 3,
+}  # fmt: skip
+ON_RAY = {"ray_address": "local", "silence_seconds": 90.0, "max_restarts": 5}
+MESH = {"data": 1, "model": 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "expected"),
+    [
+        ({"num_envs": 16, "mesh": MESH}, FusedConfig(num_envs=16)),
+        (
+            {**LANES, "lock_step": True, "num_envs": 8, "mesh": MESH, "profile": False},
+            OverlappedConfig(num_env_workers=1, lock_step=True),
+        ),
+        (
+            {**DECENTRALISED, "exchange": "all-reduce"},
+            AllReduceConfig(num_env_workers=1, num_envs=16, silence_seconds=30.0),
+        ),
+        (
+            {**DECENTRALISED, "exchange": "gossip"},
+            GossipConfig(num_env_workers=1, num_envs=16, silence_seconds=30.0, gossip_period_learner_steps=50),
+        ),
+        (
+            {
+                **LANES, **ON_RAY, "num_actors": 2, "lanes_per_actor": 4, "num_replay_shards": 1, "rows_per_chunk": 32,
+                "broadcast_period_learner_steps": 100, "ladder_base": 0.5, "ladder_exponent": 3.0, "mesh": MESH,
+                "actor_resources": {}, "learner_resources": {},
+            },
+            ActorLearnerConfig(num_actors=2, num_env_workers=1, actor_epsilon_base=0.5, actor_epsilon_exponent=3.0),
+        ),
+        (
+            {
+                **ON_RAY, "num_workers": 2, "lanes_per_worker": 4, "num_server_shards": 1, "num_replay_shards": 0,
+                "rows_per_chunk": 16, "max_staleness": 16, "gradients_per_learner_step": 1, "max_loss_deviations": 10.0,
+                "gradient_dtype": "float32", "snapshot_period_learner_steps": 200, "max_failures": 10,
+                "worker_resources": {},
+            },
+            ParameterServerConfig(num_workers=2),
+        ),
+    ],
+    ids=["fused", "overlapped", "all-reduce", "gossip", "actor-learner", "parameter-server"],
+)  # fmt: skip
+def test_what_the_first_version_wrote_is_read(old, expected):
+    assert decode(v1(old), schema_version=1).topology == expected
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "2"])
+def test_a_version_that_is_not_known_is_refused(version):
+    with pytest.raises(ConfigError, match=r"schema_version must be 1 to 2, got"):
+        decode(v1({}), schema_version=version)
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ({"name": "fused"}, "missing .'mesh', 'num_envs'."),
+        ({"name": "fusd", "num_envs": 8}, "config.topology must have a name, one of fused, overlapped"),
+        ({"name": "fused", "num_envs": 0, "mesh": MESH}, "num_envs must be a whole number, at least 1, got 0"),
+        (None, "config.topology must have a name"),
+    ],
+)
+def test_a_topology_that_is_none_is_refused(topology, message):
+    content = {**v1({}), "topology": topology}
+    with pytest.raises(ConfigError, match=message):
+        decode(content)
+
+
+@pytest.fixture
+def old_run(tmp_path) -> Path:
+    """The folder of an overlapped run with two environment workers, as the first version left it."""
+    with tarfile.open(DATA / "overlapped_run_of_schema_1.tar.gz") as archive:
+        archive.extractall(tmp_path / "run", filter="data")
+    return tmp_path / "run"
+
+
+def test_a_folder_of_the_first_version_still_gives_its_policy(old_run):
+    config = RunDirectory.open(old_run).config
+    assert config.topology == OverlappedConfig(num_env_workers=2, lock_step=True)
+    values = qfleet.load(old_run).q_values(np.array([[0.5, -1, 0.2, 1.5], [-2, 1, 0, -3]], np.float32))
+    np.testing.assert_allclose(values, [[-0.33472, 0.10989], [-2.05486, 0.19002]], atol=1e-4)
+
+
+def test_a_folder_of_the_first_version_goes_on(old_run):
+    run = qfleet.resume(old_run, env_steps=2_048, topology=OverlappedConfig(lock_step=True))
+    assert [progress.env_steps > 1_024 for progress in run] and run.summary["env_steps"] == 2_048
