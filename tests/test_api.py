@@ -255,13 +255,13 @@ def test_an_own_network_of_lists_and_an_own_optimiser_go_all_the_way(tmp_path: P
     with pytest.raises(ConfigError, match="must be the one that the run was trained with.*params/0"):
         qfleet.load(tmp_path / "run", network=list_network(9))
     for without in (qfleet.load, lambda path: qfleet.resume(path, env_steps=1024)):
-        with pytest.raises(ConfigError, match="`network` must be given"):
+        with pytest.raises(ConfigError, match="this run has its own network; give `network`"):
             without(tmp_path / "run")
 
 
 def test_a_network_given_to_a_run_with_a_built_in_one_is_refused(tmp_path: Path) -> None:
     qfleet.train(tiny(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="`network` must not be"):
+    with pytest.raises(ConfigError, match="this run has a built-in network; leave it out"):
         qfleet.load(tmp_path / "run", network=list_network(8))
 
 

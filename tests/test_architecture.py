@@ -1,4 +1,4 @@
-"""The plan of the house: imports point one way, the core is pure, and start-up doesn't wait for JAX."""
+"""The core is pure, start-up doesn't wait for JAX, and no file names a package index."""
 
 import ast
 import os
@@ -13,24 +13,6 @@ import qfleet
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
-
-LAYERS = (
-    "config",
-    "core",
-    "networks",
-    "envs",
-    "presets",
-    "runtime",
-    "topologies",
-    "policy",
-    "training",
-    "api",
-    "cli",
-)
-"""A module imports from its own layer and the ones before it; `qfleet` itself and `__main__` from all."""
-
-TOPOLOGIES = ("fused", "overlapped", "actor_learner", "parameter_server", "all_reduce", "gossip")
-"""A topology is a package in `topologies/`."""
 
 CORE_MAY_IMPORT = {
     "collections",
@@ -67,41 +49,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer(module: str) -> int:
-    """Returns how late a module's layer comes; what is in no layer, such as `qfleet` itself, comes last."""
-    part = [*module.split("."), ""][1]
-    return LAYERS.index(part) if part in LAYERS else len(LAYERS)
-
-
-def topology(module: str) -> str | None:
-    """Returns the topology that a module belongs to, if any."""
-    parts = module.split(".")
-    if parts[1:2] != ["topologies"] or len(parts) < 3:
-        return None
-    return parts[2] if parts[2] in TOPOLOGIES else None
-
-
 MODULES = modules()
-
-
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_point_one_way_through_the_layers(module: str) -> None:
-    ours = [name for name in imports(MODULES[module]) if name.split(".")[0] == "qfleet"]
-    assert [name for name in ours if layer(name) > layer(module)] == []
-
-
-def test_every_module_is_in_a_layer() -> None:
-    assert {name for name in MODULES if layer(name) == len(LAYERS)} == {"qfleet", "qfleet.__main__"}
-
-
-def test_no_topology_imports_another() -> None:
-    crossings = [
-        (module, name)
-        for module, path in MODULES.items()
-        for name in imports(path)
-        if topology(module) and topology(name) not in (None, topology(module))
-    ]
-    assert crossings == []
 
 
 def test_the_core_imports_nothing_that_could_make_it_impure() -> None:

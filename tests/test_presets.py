@@ -5,7 +5,7 @@ import dataclasses
 import gymnasium
 import pytest
 
-from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, FusedConfig, TrainConfig, topology_name
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, FusedConfig, TrainConfig
 from qfleet.envs.registry import list_envs
 from qfleet.presets import PRESETS, TUNED, make_config
 
@@ -85,11 +85,11 @@ def test_every_setting_belongs_to_one_config_only(topology: type) -> None:
 
 
 def test_the_topology_suits_the_environment_and_brings_its_settings() -> None:
-    assert topology_name(make_config("CartPole-v1").topology) == "fused"
-    assert topology_name(make_config("gymnax:Breakout-MinAtar").topology) == "fused"
+    assert make_config("CartPole-v1").topology.name == "fused"
+    assert make_config("gymnax:Breakout-MinAtar").topology.name == "fused"
     config = make_config("LunarLander-v3", lock_step=True)
-    assert topology_name(config.topology) == "overlapped" and config.topology.lock_step
-    assert topology_name(make_config("gym:CartPole-v1").topology) == "overlapped"
+    assert config.topology.name == "overlapped" and config.topology.lock_step
+    assert make_config("gym:CartPole-v1").topology.name == "overlapped"
     for setting in ("lock_step", "profile"):
         with pytest.raises(ConfigError, match=f"{setting} must come with topology overlapped.* got topology fused"):
             make_config("CartPole-v1", **{setting: True})

@@ -160,7 +160,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_made_and_told_wha
     capacity = int(re.search(r"try replay_capacity (\d+)$", message).group(1))
     assert 10_000 < capacity < 40_000
     fitting = dataclasses.replace(config, agent=dataclasses.replace(config.agent, replay_capacity=capacity))
-    assert 0.8e6 < qfleet.assembly.footprint(fitting).bytes_per_device <= 1e6
+    assert 0.8e6 < qfleet.training.assembly.footprint(fitting).bytes_per_device <= 1e6
 
 
 def test_a_resumed_run_must_fit_as_well(tmp_path, monkeypatch):
