@@ -92,7 +92,7 @@ def change(content: dict[str, Any], path: str, value: Any) -> None:
         ("config.agent.optimiser_options", [], "config.agent.optimiser_options must be Mapping"),
         ("config.stop_return", "high", "config.stop_return must be float.* or config.stop_return must be null"),
         ("config.seed", True, "config.seed must be int, got True"),
-        ("config.topology", None, "config.topology must be an object"),
+        ("config.topology", None, "config.topology must have a name"),
         ("config.agent.colour", "red", r"config.agent must have .*missing \[\], unknown \['colour'\]"),
         ("config.env", ..., r"config must have .*missing \['env'\], unknown \[\]"),
         ("qfleet_version", ..., "must hold qfleet_version and config"),
