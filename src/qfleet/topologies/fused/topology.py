@@ -82,8 +82,9 @@ class Fused(OwnLearner):
         with ThreadPoolExecutor() as pool:  # XLA compiles one program, the largest first, while Python traces the next
             compiled_run = pool.submit(run.lower(state, self._plan(), np.int32(0)).compile)
             lowered = init.lower(self._seeds)
-            # It runs once: the time to optimise it would never come back.
-            compiled_init = pool.submit(lowered.compile, compiler_options={"xla_backend_optimization_level": "0"})
+            # It runs once: the time to optimise it would never come back. XLA can leave it out on a CPU only.
+            unoptimised = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+            compiled_init = pool.submit(lowered.compile, compiler_options=unoptimised)
             lowered = evaluate.lower(state.learner.params, self._seeds, np.uint32(0), np.int32(0))
             compiled_evaluate = pool.submit(lowered.compile)
             self._state: FusedState = compiled_init.result()(self._seeds)
