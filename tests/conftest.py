@@ -10,7 +10,7 @@ NUM_DEVICES = 8
 
 def pytest_configure(config: pytest.Config) -> None:
     """Settles both before the first test imports JAX; processes that tests start inherit them."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda runs the tests on a GPU
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda,cpu runs them on a GPU
     os.environ.setdefault("QFLEET_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "xla"))
     import jax
 
