@@ -48,13 +48,18 @@ def peer(python: str, script: str, *arguments: str) -> dict[str, Any]:
 
 def report(benchmark: str, results: Sequence[dict[str, Any]]) -> None:
     """Prints results, which have the same fields, as a table and as JSON lines."""
+    print_table(results)
+    for result in results:
+        print(json.dumps({"benchmark": benchmark, **result}))
+
+
+def print_table(results: Sequence[dict[str, Any]]) -> None:
+    """Prints results, which have the same fields, one a row."""
     rows = [[_cell(value) for value in result.values()] for result in results]
     names = list(results[0])
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
     for row in (names, *rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    for result in results:
-        print(json.dumps({"benchmark": benchmark, **result}))
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:

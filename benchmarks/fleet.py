@@ -2,15 +2,16 @@
 
     python benchmarks/fleet.py [--part speed|solve] [--side qfleet|rllib] [--num-actors 4] [--lanes-per-actor 8]
 
-- speed: environment steps/s once they learn, with RLlib's defaults and with its example for CartPole. RLlib's counters
-  say how many transitions it trains per environment step, its replay ratio; ours is set to that, and so are network,
-  replay and optimiser. It is also measured with larger batches at the same ratio.
+- speed: environment steps/s while both learn, with RLlib's defaults and with its example for CartPole. RLlib's counters
+  give its replay ratio: how many transitions it trains on per environment step. We use the same replay ratio, network,
+  replay and optimiser. We also measure ours with larger batches at the same ratio.
 - solve: seconds from process start until 20 greedy episodes have a mean return of 475 and 100 fresh ones confirm it.
   RLlib runs with both settings: compare with the faster. We run `rainbow_lite` as tuned for CartPole, and once more
-  with the replay ratio of RLlib's example. Our evaluations count in our time, RLlib's don't in its.
+  with the replay ratio of RLlib's example. Our time includes our evaluations; RLlib's time doesn't include its own.
 
-RLlib's speed depends on how many threads PyTorch takes: it is measured with as many as PyTorch chooses and with one,
-and solves with what was faster. Each run is alone, and when it ends, nothing of its Ray is left.
+RLlib's speed depends on how many threads PyTorch takes. It is measured with the number that PyTorch chooses and with
+one thread, and solves CartPole with the faster of the two. Each run is alone on the machine, and none of its Ray
+processes is left when it ends.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import common
 
 SETTINGS = ("default", "example")  # of RLlib
 REPLAY_RATIO = {"default": 16.0, "example": 3.2}
-"""As RLlib's counters have it with two environment runners; measured anew wherever its speed is."""
+"""According to RLlib's counters with two environment runners. It is measured again whenever RLlib's speed is."""
 
 LIKE_RLLIB: dict[str, Any] = {
     "preset": "dqn",
@@ -55,22 +56,24 @@ def main() -> None:
     parser.add_argument("--num-actors", type=int, default=4)
     parser.add_argument("--lanes-per-actor", type=int, default=8)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 256], help="of ours; RLlib's is 32")
-    parser.add_argument("--seconds", type=float, default=60.0, help="that RLlib's speed is measured")
-    parser.add_argument("--env-steps", type=int, default=200_000, help="over which ours is measured")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for which RLlib's speed is measured")
+    parser.add_argument("--env-steps", type=int, default=200_000, help="over which our speed is measured")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--timeout-seconds", type=float, default=600.0, help="after which nothing is solved any more")
+    parser.add_argument(
+        "--timeout-seconds", type=float, default=600.0, help="after which a run that has not solved CartPole is stopped"
+    )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that Ray ends first
     measured: list[dict[str, Any]] = []
-    if arguments.process != "solve":
+    if arguments.part != "solve":
         measured = compare_speed(arguments)
         common.report("fleet speed", measured)
-    if arguments.process != "speed":
+    if arguments.part != "speed":
         common.report("fleet solve", compare_solve(arguments, measured))
 
 
 def compare_speed(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns RLlib's rows, and ours at the replay ratio of each of its settings."""
+    """Returns RLlib's rows, and our rows at the replay ratio of each of its settings."""
     rows = []
     for settings in arguments.settings:
         ratio = REPLAY_RATIO[settings]
@@ -86,7 +89,7 @@ def compare_solve(arguments: argparse.Namespace, measured: list[dict[str, Any]])
     """Returns the rows of both sides, one seed after the other.
 
     Args:
-      measured: what `compare_speed` returned, if it ran: it says how many threads suit RLlib.
+      measured: what `compare_speed` returned, if it ran. It tells with how many threads RLlib is fastest.
     """
     rows = []
     for seed in range(arguments.seeds):
@@ -103,7 +106,7 @@ def compare_solve(arguments: argparse.Namespace, measured: list[dict[str, Any]])
 
 
 def rllib_speed(arguments: argparse.Namespace, settings: str, torch_threads: int) -> dict[str, Any]:
-    """Returns a row of RLlib's."""
+    """Returns one of RLlib's rows."""
     words = (
         "speed",
         "--settings",
@@ -113,7 +116,7 @@ def rllib_speed(arguments: argparse.Namespace, settings: str, torch_threads: int
         "--torch-threads",
         str(torch_threads),
     )
-    # It counts whole iterations of 1,000 environment steps, of which one can take a minute where threads are too many.
+    # It counts whole iterations of 1,000 environment steps. With too many threads, one iteration can take a minute.
     found = rllib(arguments.peers_python, *words, timeout_seconds=arguments.seconds + 600)
     return {
         "side": "rllib",
@@ -127,7 +130,7 @@ def rllib_speed(arguments: argparse.Namespace, settings: str, torch_threads: int
 
 
 def qfleet_speed(arguments: argparse.Namespace, settings: str, batch_size: int, replay_ratio: float) -> dict[str, Any]:
-    """Returns a row of ours, with the replay ratio that the run really had."""
+    """Returns one of our rows, with the replay ratio that the run really had."""
     env_steps_per_learner_step = batch_size / replay_ratio
     flags = LIKE_RLLIB | {
         "n-step": N_STEP[settings],
@@ -151,7 +154,7 @@ def qfleet_speed(arguments: argparse.Namespace, settings: str, batch_size: int, 
 
 
 def rllib_solve(arguments: argparse.Namespace, settings: str, torch_threads: int, seed: int) -> dict[str, Any]:
-    """Returns a row of RLlib's."""
+    """Returns one of RLlib's rows."""
     seconds = arguments.timeout_seconds
     words = ["solve", "--settings", settings, "--torch-threads", str(torch_threads)]
     words += ["--seed", str(seed), "--timeout-seconds", str(seconds)]
@@ -171,7 +174,7 @@ def rllib_solve(arguments: argparse.Namespace, settings: str, torch_threads: int
 def qfleet_solve(
     arguments: argparse.Namespace, name: str, seed: int, replay_ratio: float | None = None
 ) -> dict[str, Any]:
-    """Returns a row of ours, with the tuned replay ratio or another one."""
+    """Returns one of our rows, with the tuned replay ratio or another one."""
     flags: dict[str, Any] = {"preset": "rainbow_lite", "seed": seed, "stop-return": 475, "env-steps": 1_000_000}
     if replay_ratio is not None:
         flags |= {"batch-size": 64, "env-steps-per-learner-step": 64 / replay_ratio}
@@ -196,11 +199,11 @@ def rllib(python: str, *words: str, timeout_seconds: float) -> dict[str, Any]:
 
 
 def qfleet_train(arguments: argparse.Namespace, *words: str, **flags: Any) -> dict[str, Any]:
-    """Runs `qfleet train` with actors and a learner, and returns its summary.
+    """Runs `qfleet train` with the actor-learner topology, and returns its summary.
 
     Args:
-      words: further flags, which have no value.
-      flags: names and values; a tuple is several values.
+      words: further flags, without values.
+      flags: names and values; a tuple stands for several values.
     """
     flags |= {
         "topology": "actor-learner",
@@ -218,18 +221,18 @@ def qfleet_train(arguments: argparse.Namespace, *words: str, **flags: Any) -> di
 
 
 def run(command: list[str], timeout_seconds: float) -> str:
-    """Runs a program in a session of its own, whose other processes end with it, and returns what it printed.
+    """Runs a program in a session of its own, ends what is left of the session, and returns what the program printed.
 
     Args:
       command: of the program.
-      timeout_seconds: after which it is interrupted.
+      timeout_seconds: time after which the program is interrupted.
 
     Raises:
-      subprocess.CalledProcessError: if it fails, or doesn't end in order when interrupted after the timeout.
+      subprocess.CalledProcessError: if it fails, or doesn't end in order when it is interrupted.
       subprocess.TimeoutExpired: if it doesn't end at all.
     """
     with common.scratch() as folder, contextlib.ExitStack() as stack:
-        # Ray's own clean-up ends a whole process group, which had better not be this one's.
+        # Ray's own clean-up ends a whole process group, which must not be the group of this process.
         process = subprocess.Popen(
             command, env=os.environ | {"RAY_TMPDIR": folder}, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -237,7 +240,7 @@ def run(command: list[str], timeout_seconds: float) -> str:
         try:
             output, _ = process.communicate(timeout=timeout_seconds)
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # upon which qfleet writes its summary and ends in order
+            process.send_signal(signal.SIGINT)  # qfleet then writes its summary and ends in order
             output, _ = process.communicate(timeout=60)
         if process.returncode:
             raise subprocess.CalledProcessError(process.returncode, command, output)
@@ -245,7 +248,7 @@ def run(command: list[str], timeout_seconds: float) -> str:
 
 
 def end_session(process: subprocess.Popen[str]) -> None:
-    """Kills what there is of the session that this process leads, and waits until none of it is left."""
+    """Kills all processes of the session that this process leads, and waits until none is left."""
     while members := session_members(process.pid):
         for pid in members:
             with contextlib.suppress(ProcessLookupError):

@@ -1,14 +1,15 @@
-"""A fleet of which one part is lost after the other: how soon it is back, what is lost, and whether it still learns.
+"""Faults in a fleet: how soon a lost process is back, what is lost with it, and whether the run still learns.
 
     python benchmarks/fleet_faults.py [--topology actor-learner|parameter-server] [--faults "kill an actor" ...]
                                       [--tries 5] [--part witness|cartpole]
 
-- witness: an environment whose observations tell where they come from. The fault comes so often in one run; then the
-  replay of its last checkpoint must hold what the environments did, all in order, in its place, and once. `back` is
-  the time until a record of the run has all parts there, new rows of every actor and new learner steps.
-- cartpole: the fault comes once while CartPole is learned, which must still reach a mean greedy return of 475.
+- witness: an environment whose observations tell where they come from. The fault happens `--tries` times in one run.
+  Afterwards the replay of the last checkpoint must hold what the environments did: all in order, in its place, and
+  once. `back` is the time until a record of the run shows all processes ready, new rows of every actor, and new learner
+  steps.
+- cartpole: the fault happens once while the run learns CartPole, and it must still reach a mean greedy return of 475.
 
-The node that leaves and the one that joins are those of Ray's own test cluster, on this machine.
+The nodes that leave and join belong to Ray's own test cluster, on this machine.
 """
 
 import argparse
@@ -32,16 +33,16 @@ import fleet
 
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.topologies.base import saved_replay
+from qfleet.topologies.restoring import saved_replay
 
 sys.path.insert(0, str(common.HERE.parent / "tests"))
 import witness
 
 NUM_ACTORS = 4
-"""Or workers, who act too."""
+"""Number of actors, or of workers of a parameter server, which also act."""
 
 TIMEOUT_SECONDS = 90.0
-"""For a fleet to start, and to be whole again."""
+"""Longest time that a fleet may take to start, and to be whole again."""
 
 SILENCE_SECONDS = 5.0
 
@@ -58,10 +59,10 @@ CARTPOLE = {"preset": "rainbow_lite", "stop-return": 475, "env-steps": 300_000}
 
 
 class Driver:
-    """A `qfleet` process, what it says, and the parts of its fleet."""
+    """A `qfleet` process, its log, and the processes of its fleet."""
 
     def __init__(self, folder: Path, *words: str, **flags: Any) -> None:
-        """Starts it in a session of its own."""
+        """Starts the process in a session of its own."""
         command = [sys.executable, "-m", "qfleet", *words]
         for name, value in flags.items():
             values = value if isinstance(value, tuple) else (value,)
@@ -86,28 +87,28 @@ class Driver:
 
     @property
     def log(self) -> str:
-        """What it has said until now."""
+        """Everything that the process has printed until now."""
         return self._log.read_text()
 
-    def parts(self, kind: str) -> list[int]:
-        """Returns the processes of `RemoteActor`, `RemoteWorker` and so on, oldest first."""
+    def remote_processes(self, kind: str) -> list[int]:
+        """Returns the IDs of the processes whose class name begins with `kind`, oldest first."""
         return [pid for pid in self.processes() if _title(pid).startswith(f"ray::{kind}")]
 
     def processes(self) -> list[int]:
-        """Returns itself and all that it has started."""
+        """Returns the IDs of this process and of all that it has started."""
         return sorted(fleet.session_members(self.process.pid))
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns what metrics.jsonl holds."""
+        """Returns the records of metrics.jsonl."""
         path = self.run_dir / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return [json.loads(line) for line in lines]
 
     def wait_for(self, is_it: Callable[[dict[str, Any]], bool], since: int = 0) -> dict[str, Any]:
-        """Returns the first record from number `since` on of which this holds.
+        """Returns the first record, from number `since` on, for which `is_it` returns True.
 
         Raises:
-          RuntimeError: if none comes, or the process ends.
+          RuntimeError: if there is no such record in time, or the process ends.
         """
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
@@ -119,29 +120,32 @@ class Driver:
         raise RuntimeError(f"waited in vain for a record of {self.run_dir}\n{self.log}")
 
     def wait_for_restarts(self, restarts: int, since: int) -> None:
-        """Returns once so many parts are being replaced."""
+        """Returns once so many processes have been lost, and their replacements started."""
         self.wait_for(lambda record: record["fleet_restarts"] >= restarts, since)
 
     def wait_for_replaced(self, restarts: int, since: int) -> None:
-        """Returns once so many parts have been replaced, and are at work."""
+        """Returns once so many processes have been replaced, and all are at work."""
         self.wait_for_restarts(restarts, since)
-        self.wait_for(is_whole, len(self.records()))  # not in the record of that very moment
+        self.wait_for(is_whole, len(self.records()))  # a later record, because the newest may be from before the loss
 
     def check(self) -> None:
-        """Raises RuntimeError if it has ended."""
+        """Raises RuntimeError if the process has ended."""
         if self.process.poll() is not None:
             raise RuntimeError(f"the driver has ended with exit code {self.process.returncode}\n{self.log}")
 
     def stop(self) -> tuple[int, float]:
-        """Asks it to end, and returns its exit code and the seconds that took."""
+        """Asks the process to end, and returns its exit code and how long it took, in seconds."""
         asked_at = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(TIMEOUT_SECONDS), time.monotonic() - asked_at
 
     def orphan_seconds(self) -> float:
-        """Returns after how many seconds none of its parts was left; two idle agents of Ray's may stay a minute."""
+        """Returns how long it took until no remote process was left, in seconds.
+
+        Two idle agents of Ray may stay for a minute; they don't count.
+        """
         ended_at = time.monotonic()
-        while self.parts("Remote") and time.monotonic() < ended_at + TIMEOUT_SECONDS:
+        while self.remote_processes("Remote") and time.monotonic() < ended_at + TIMEOUT_SECONDS:
             time.sleep(0.05)
         return time.monotonic() - ended_at
 
@@ -151,26 +155,26 @@ class Fault:
     """Something that happens to a fleet."""
 
     happen: Callable[[Driver, random.Random], int]
-    """Makes it happen, and returns how many parts must be replaced."""
+    """Makes the fault happen, and returns how many processes must be replaced."""
     checkpoint_period_seconds: float = 2.0
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def kill_one(kind: str, number: signal.Signals = signal.SIGKILL) -> Callable[[Driver, random.Random], int]:
-    """Returns a fault: a process of that kind gets a signal."""
+    """Returns a fault that sends a signal to one process of that kind."""
 
     def happen(driver: Driver, rng: random.Random) -> int:
-        os.kill(rng.choice(driver.parts(kind)), number)
+        os.kill(rng.choice(driver.remote_processes(kind)), number)
         return 1
 
     return happen
 
 
 def kill_all(kind: str) -> Callable[[Driver, random.Random], int]:
-    """Returns a fault: all processes of that kind are killed at once."""
+    """Returns a fault that kills all processes of that kind at once."""
 
     def happen(driver: Driver, _: random.Random) -> int:
-        processes = driver.parts(kind)
+        processes = driver.remote_processes(kind)
         for pid in processes:
             os.kill(pid, signal.SIGKILL)
         return len(processes)
@@ -217,15 +221,15 @@ def main() -> None:
     parser.add_argument("--part", choices=("witness", "cartpole"), help="both by default")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that Ray ends first
     results = []
     is_fleet = arguments.topology == "actor-learner"
     trials = TRIALS if is_fleet else ("kill the driver", "a slow one")
     for name in arguments.faults or [*(OF_FLEETS if is_fleet else OF_SERVERS), *trials]:
         row: dict[str, Any] = {"fault": name, **dict.fromkeys(COLUMNS)}
-        if arguments.process != "cartpole":
-            row |= TRIALS.get(name, of_parts)(name, arguments)
-        if arguments.process != "witness" and name in (*FAULTS, "kill the driver"):
+        if arguments.part != "cartpole":
+            row |= TRIALS.get(name, of_processes)(name, arguments)
+        if arguments.part != "witness" and name in (*FAULTS, "kill the driver"):
             row |= cartpole(name, arguments)
         results.append(row)
         print(row, flush=True)
@@ -239,8 +243,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def of_parts(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Has one fault happen several times in a run of the witness, and returns its row."""
+def of_processes(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Makes one fault happen several times in a run of the witness, and returns its row."""
     fault, rng = FAULTS[name], random.Random(arguments.seed)
     back = []
     flags = {"checkpoint-period-seconds": fault.checkpoint_period_seconds, **fault.flags}
@@ -276,11 +280,11 @@ def of_driver(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def kill_and_resume(driver: Driver, folder: Path) -> tuple[Driver, float, float]:
-    """Kills a driver, waits until all that it had started is gone, and has another go on with its run.
+    """Kills a driver, waits until all processes that it had started are gone, and resumes its run in another driver.
 
     Returns:
-      The other, once it has dropped the records after its checkpoint; how long the first one's parts outlived it, in
-      seconds; and when the other was started.
+      The new driver, once it has dropped the records after its checkpoint; how long the remote processes outlived the
+      old driver, in seconds; and the time when the new driver was started.
     """
     driver.process.kill()
     driver.process.wait()
@@ -292,7 +296,7 @@ def kill_and_resume(driver: Driver, folder: Path) -> tuple[Driver, float, float]
 
 
 def of_slow_actor(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measures what the others do while one takes 50 ms longer over each step, and returns its row."""
+    """Measures the speed of the other actors while one takes 50 ms longer for each step, and returns its row."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(common.scratch())
         options = {"env-options": ("slow_seconds", 0.05, "once", folder + "/slow")}
@@ -309,7 +313,7 @@ def of_slow_actor(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def of_nodes(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Has a node leave, with the learner or with actors and a shard, and another one join; returns its row."""
+    """Removes a node with the learner, or with actors and a shard, and adds another one; returns its row."""
     import ray.cluster_utils
 
     # Parameters large enough for Ray to keep them where they were made.
@@ -346,7 +350,7 @@ TRIALS = {
 
 
 def cartpole(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Has one fault happen while CartPole is learned, and returns whether it is."""
+    """Makes one fault happen while CartPole is learned, and returns whether the run still solves it."""
     fault, seed = FAULTS.get(name), arguments.seed
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(common.scratch()))
@@ -373,42 +377,42 @@ def cartpole(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 def train(arguments: argparse.Namespace, folder: Path, env: str, flags: dict[str, Any]) -> Driver:
     """Returns the driver of a new run."""
     who = "actor" if arguments.topology == "actor-learner" else "worker"
-    parts = {f"num-{who}s": NUM_ACTORS, "max-restarts": 100}
+    sizes = {f"num-{who}s": NUM_ACTORS, "max-restarts": 100}
     if env != "CartPole-v1":
-        parts |= {f"lanes-per-{who}": 2}
+        sizes |= {f"lanes-per-{who}": 2}
     return Driver(
-        folder, "train", env, "--quiet", topology=arguments.topology, **parts, **flags, run_dir=folder / "run"
+        folder, "train", env, "--quiet", topology=arguments.topology, **sizes, **flags, run_dir=folder / "run"
     )
 
 
 @contextlib.contextmanager
 def driver_of_witness(arguments: argparse.Namespace, **flags: Any) -> Iterator[Driver]:
-    """Keeps a run of the witness going, in a folder of its own."""
+    """Runs the witness in a folder of its own, until the block ends."""
     with common.scratch() as folder, train(arguments, Path(folder), "witness:Witness-v0", WITNESS | flags) as driver:
         yield driver
 
 
 def is_whole(record: dict[str, Any]) -> bool:
-    """Returns whether all parts were there and at work."""
+    """Returns whether all processes were ready and at work."""
     return (
-        NUM_ACTORS in (record.get("fleet_actors_there"), record.get("fleet_workers_there"))
+        NUM_ACTORS in (record.get("fleet_actors_ready"), record.get("fleet_workers_ready"))
         and min(env_steps_per_second(record, "min")) > 0
         and record["learner_steps_per_second"] > 0
     )
 
 
 def env_steps_per_second(record: dict[str, Any], which: str) -> list[float]:
-    """Returns the `min` or `median` of actors or workers, which a record has if it is of a while of training."""
+    """Returns the `min` or `median` over the actors or workers; 0 if the record covers no training."""
     return [value for name, value in record.items() if name.endswith(f"_env_steps_per_second_{which}")] or [0.0]
 
 
 def seconds(back: list[float]) -> dict[str, float]:
-    """Returns the fields of how long it took to be back."""
+    """Returns the fields of a row that say how long it took until the fleet was whole again."""
     return {"back_seconds": statistics.median(back), "back_seconds_max": max(back)}
 
 
 def end(driver: Driver) -> dict[str, Any]:
-    """Ends the run in order, judges the replay that it leaves, and returns these fields."""
+    """Ends the run in order, judges the replay that it leaves, and returns the fields of a row that tell of it."""
     code, stop_seconds = driver.stop()
     orphan_seconds = driver.orphan_seconds()
     config = RunDirectory.open(driver.run_dir).config

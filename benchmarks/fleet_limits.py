@@ -1,9 +1,9 @@
-"""What a fleet's parts can do: how actors scale, what the learner loses to the messages, what the replay takes in.
+"""Limits of a fleet: how actors scale, how much the learner loses to messages, how much the replay takes in.
 
-python benchmarks/fleet_limits.py scaling     environments that sleep: environment steps/s from 1 to 32 actors
-python benchmarks/fleet_limits.py starvation  the learner of a fleet against the same one with the replay in its process
-python benchmarks/fleet_limits.py insert      Atari's frames into two shards
-python benchmarks/fleet_limits.py soak        20 minutes: the memory of every part, and the object store's
+python benchmarks/fleet_limits.py scaling     environments that sleep: environment steps/s with 1 to 32 actors
+python benchmarks/fleet_limits.py starvation  the learner of a fleet against one with the replay in its own process
+python benchmarks/fleet_limits.py insert      frames of Atari, inserted into two shards
+python benchmarks/fleet_limits.py soak        the memory of every process and of the object store, over time
 """
 
 import argparse
@@ -29,7 +29,7 @@ SLEEP_SECONDS = 0.01
 
 
 class Sleeper(gymnasium.Env):
-    """Takes 10 ms for each step, of which it computes nothing."""
+    """Sleeps for 10 ms in each step, and computes nothing."""
 
     observation_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
@@ -51,38 +51,40 @@ gymnasium.register("Sleeper-v0", "fleet_limits:Sleeper")
 
 
 def main() -> None:
-    """Measures what is asked for."""
+    """Runs the chosen measurement and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("scaling", "starvation", "insert", "soak", "in-process"))
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--lanes", type=int, default=1, help="of each actor, stepped by so many processes")
+    parser.add_argument(
+        "--lanes", type=int, default=1, help="of each actor, each stepped by a process of its own if there are several"
+    )
     parser.add_argument("--ratio", type=float, default=16.0, help="environment steps for each learner step")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    if arguments.process == "scaling":
+    if arguments.part == "scaling":
         common.report(
             "fleet scaling", list(scaling(arguments.actors, arguments.lanes, arguments.ratio, arguments.seconds))
         )
-    elif arguments.process == "starvation":
+    elif arguments.part == "starvation":
         common.report("fleet starvation", list(starvation(arguments.seconds, arguments.repeats)))
-    elif arguments.process == "insert":
+    elif arguments.part == "insert":
         common.report("fleet insert", [insert(arguments.seconds)])
-    elif arguments.process == "soak":
+    elif arguments.part == "soak":
         common.report("fleet soak", list(soak(arguments.seconds)))
     else:
         print(updates_per_second_in_process(arguments.seconds))
 
 
 def topology_of(config: TrainConfig) -> Any:
-    """Returns the config's topology, which isn't started, without a run around it."""
+    """Returns the topology of a config, without a run around it and before its start."""
     from qfleet.training.assembly import make_env_and_network, make_topology
 
     return make_topology(config, *make_env_and_network(config, None), None)
 
 
 def scaling(num_actors: list[int], lanes: int, ratio: float, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yields the speed of fleets of growing numbers of actors with sleeping environments, against one environment."""
+    """Yields the speed of fleets of more and more actors with sleeping environments, against one environment."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     alone = 1 / speed_alone(seconds)
     for count in num_actors:
@@ -112,7 +114,7 @@ def scaling(num_actors: list[int], lanes: int, ratio: float, seconds: float) -> 
 
 
 def speed_alone(seconds: float) -> float:
-    """Returns how many steps one sleeping environment takes in a second, with nothing around it."""
+    """Returns the steps per second of one sleeping environment, with nothing around it."""
     env = Sleeper()
     env.reset(seed=0)
     started, count = time.perf_counter(), 0
@@ -123,7 +125,7 @@ def speed_alone(seconds: float) -> float:
 
 
 def run_for(fleet: Any, seconds: float) -> tuple[int, int, float]:
-    """Returns environment steps, learner steps and the seconds that they took."""
+    """Returns environment steps, learner steps, and how long they took, in seconds."""
     env_steps = learner_steps = 0
     took = 0.0
     while took < seconds:
@@ -135,7 +137,7 @@ def run_for(fleet: Any, seconds: float) -> tuple[int, int, float]:
 
 
 def atari_config(**settings: Any) -> TrainConfig:
-    """Returns the config of a learner of the Nature network on batches of 64, which never has to wait for actors."""
+    """Returns the config of a learner that never waits for actors: the Nature network, batches of 64."""
     return qfleet.make_config(
         "ale:Pong", "atari_dqn", "actor-learner", num_actors=2, lanes_per_actor=4, replay="prioritised", batch_size=64,
         replay_capacity=40_000, warmup_env_steps=1_000, env_steps_per_learner_step=0.001, env_steps=10**9, **settings,
@@ -143,12 +145,12 @@ def atari_config(**settings: Any) -> TrainConfig:
 
 
 def full_replay(config: TrainConfig) -> Any:
-    """Returns a replay full of noise, as a checkpoint holds it."""
+    """Returns a replay full of random numbers, in the form that a checkpoint holds."""
     from qfleet.core.replay import SavedReplay
     from qfleet.core.replay.ring import Ring, Row
-    from qfleet.topologies.fleet.replay_shard import stored_spec_of
+    from qfleet.topologies.fleet.env_and_agent import make_env_and_agent
 
-    spec, topology = stored_spec_of(config), config.topology
+    spec, topology = make_env_and_agent(config).stored_spec, config.topology
     random = np.random.default_rng(0)
     shape = (config.agent.replay_capacity // topology.num_envs, topology.num_envs)
     obs = random.integers(0, 256, (*shape, *spec.observation_shape), np.uint8)
@@ -163,7 +165,7 @@ def full_replay(config: TrainConfig) -> Any:
 
 
 def starvation(seconds: float, repeats: int) -> Iterator[dict[str, Any]]:
-    """Yields the updates/s of a fleet's learner, and of one that samples in its own process, one after the other."""
+    """Yields the updates/s of a fleet's learner and of one that samples in its own process, measured in turn."""
     for shards in (1, 2):
         ratios = []
         for _ in range(repeats):
@@ -194,22 +196,18 @@ def starvation(seconds: float, repeats: int) -> Iterator[dict[str, Any]]:
 
 
 def updates_per_second_in_process(seconds: float) -> float:
-    """Returns the updates/s of the same learner with the same replay in one process, as `overlapped` has it."""
-    from qfleet.core.agent import make_agent
+    """Returns the updates/s of the same learner with the same replay in one process, as in `overlapped`."""
     from qfleet.core.learner import make_learner
     from qfleet.core.replay import make_replay
     from qfleet.core.updates import learn_from_replay, no_losses
-    from qfleet.envs.registry import make_env
-    from qfleet.networks import make_network
-    from qfleet.runtime.devices import reuse_freed_memory
-    from qfleet.topologies.fleet.replay_shard import stored_spec_of
+    from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
+    from qfleet.topologies.fleet.env_and_agent import make_env_and_agent
 
     config = atari_config()
     reuse_freed_memory()
-    network = make_network(make_env(config.env).spec, config.agent)
-    agent = make_agent(network, config.agent)
-    learner = make_learner(agent, config.agent)
-    replay = make_replay(stored_spec_of(config), config.agent, config.topology.num_envs)
+    built = make_env_and_agent(config)
+    agent, learner = built.agent, make_learner(built.agent, config.agent)
+    replay = make_replay(built.stored_spec, config.agent, config.topology.num_envs)
     saved = full_replay(config)
     one = saved.ring._replace(**{name: getattr(saved.ring, name)[:1] for name in ("cursor", "size", "insertions")})
     state = (
@@ -230,7 +228,7 @@ def updates_per_second_in_process(seconds: float) -> float:
 
 
 def insert(seconds: float) -> dict[str, Any]:
-    """Returns how many transitions of single 84x84 frames two shards take in, from two processes that make them."""
+    """Returns how many transitions of single 84x84 frames two shards take in from two processes that produce them."""
     import ray
 
     from qfleet.topologies.actor_learner.remote import RemoteShard
@@ -279,42 +277,45 @@ def insert(seconds: float) -> dict[str, Any]:
             if not started and stored[0] > 20_000:
                 started, before = time.perf_counter(), stored[0]
         rate = (stored[0] - before) / (time.perf_counter() - started)
-        supervisor.end()
+        supervisor.terminate()
         moved = len(ray.cloudpickle.dumps(chunk))
     return {"transitions_per_second": rate, "bytes_per_frame_byte": moved / chunk.rows.obs.nbytes}
 
 
 class _Producer:
-    """What an actor would be whose environments and network cost nothing."""
+    """Stands for an actor whose environments and network cost nothing."""
 
     def where(self) -> tuple[int, str]:
-        """Returns no place."""
+        """Returns placeholders for process ID and node ID."""
         return 0, ""
 
     def keep(self, chunk: Any) -> None:
-        """Takes the chunk that it produces."""
+        """Keeps a copy of the chunk, which `produce` returns."""
         self._chunk = jax.tree.map(np.array, chunk)
 
     def produce(self) -> tuple[None, Any]:
-        """Returns it."""
+        """Returns the chunk."""
         return None, self._chunk
 
 
 def private_bytes(process: int) -> int:
-    """Returns the memory that a process of this machine has to itself, by Linux's own account."""
+    """Returns the memory that only this process uses, according to Linux."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private"))
 
 
 def object_store_bytes(worker: int) -> int:
-    """Returns the memory of this machine's object store that was ever used, as its keeper has it: a worker's parent."""
+    """Returns the memory of this machine's object store that was ever used.
+
+    The parent of a worker process keeps the object store.
+    """
     keeper = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1]
     lines = Path(f"/proc/{keeper}/status").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("RssShmem"))
 
 
 def soak(seconds: float) -> Iterator[dict[str, Any]]:
-    """Yields the growth of the memory of every part after warm-up, in percent of it per 10 minutes."""
+    """Yields the growth of the memory of every process after the warm-up, in percent per 10 minutes."""
     config = qfleet.make_config(
         "CartPole-v1", "rainbow_lite", "actor-learner", num_actors=4, num_replay_shards=2, env_steps=10**9
     )
@@ -322,14 +323,14 @@ def soak(seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def growth(fleet: Any, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yields the growth of the memory of every part of a topology on Ray, as `soak` does."""
+    """Yields the growth of the memory of every process of a topology on Ray, as `soak` does."""
     samples: dict[str, list[tuple[float, float]]] = {}
     started = time.monotonic()
     try:
         fleet.start()
         while (now := time.monotonic() - started) < seconds:
             run_for(fleet, 5.0)
-            processes = {part.name: part.place[0] for part in fleet._director._supervisor._processes}
+            processes = {process.name: process.place[0] for process in fleet._director._supervisor._processes}
             worker = next(iter(processes.values()))
             sizes = {"object store": object_store_bytes(worker), "director": private_bytes(os.getpid())}
             sizes |= {name: private_bytes(process) for name, process in processes.items()}
@@ -341,7 +342,7 @@ def growth(fleet: Any, seconds: float) -> Iterator[dict[str, Any]]:
         times, sizes = np.array([each for each in values if each[0] > seconds / 4]).T
         slope = np.polyfit(times, sizes, 1)[0] * 600
         yield {
-            "part": name,
+            "process": name,
             "megabytes": float(np.mean(sizes)) / 1e6,
             "percent_per_10_minutes": 100 * slope / max(np.mean(sizes), 1.0),
         }

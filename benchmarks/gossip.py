@@ -1,4 +1,4 @@
-"""CartPole with peers that gossip: whether and when they solve it, and what becomes of them when one dies.
+"""CartPole with peers that gossip: whether and when they solve it, and how a run recovers when a peer dies.
 
     python benchmarks/gossip.py cartpole [--num-processes 4] [--preset rainbow_lite] [--period 100] [--seeds 5]
     python benchmarks/gossip.py faults [--num-processes 4] [--preset rainbow_lite] [--period 100] [--tries 5]
@@ -6,10 +6,10 @@
 
 - cartpole: seconds from process start until 20 greedy episodes of the peers' mean have a mean return of 475 and 100
   fresh ones confirm it.
-- faults: a peer, or the driver, is killed so often in one run; `back` is the time until a record of the run has all
-  peers there, and new environment steps of each. Then it is killed once while CartPole is learned, which must still
-  reach a mean greedy return of 475.
-- soak: the memory of every peer, and the object store's, after warm-up.
+- faults: a peer, or the driver, is killed `--tries` times in one run. `back` is the time until a record of the run
+  shows that all peers are ready and that each has taken new environment steps. Then one of them is killed once while
+  CartPole is learned, and the run must still reach a mean greedy return of 475.
+- soak: the memory of every peer and of the object store, after warm-up.
 """
 
 import argparse
@@ -41,16 +41,16 @@ def main() -> None:
     parser.add_argument("part", choices=("cartpole", "faults", "soak"))
     parser.add_argument("--num-processes", type=int, default=4)
     parser.add_argument("--preset", default="rainbow_lite")
-    parser.add_argument("--period", type=int, default=100, help="of meetings, in learner steps")
+    parser.add_argument("--period", type=int, default=100, help="learner steps between exchanges")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tries", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=600.0, help="of the soak")
-    parser.add_argument("--timeout-seconds", type=float, default=300.0, help="after which nothing is solved any more")
+    parser.add_argument("--seconds", type=float, default=600.0, help="duration of the soak")
+    parser.add_argument("--timeout-seconds", type=float, default=300.0, help="after this a run counts as not solved")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not before Ray has ended
-    if arguments.process == "cartpole":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that Ray ends first
+    if arguments.part == "cartpole":
         common.report("gossip cartpole", [solve(arguments, seed) for seed in range(arguments.seeds)])
-    elif arguments.process == "faults":
+    elif arguments.part == "faults":
         common.report("gossip faults", [fault(arguments, name) for name in FAULTS])
     else:
         config = qfleet.make_config(
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def flags_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the flags of any run."""
+    """Returns the flags that all runs have."""
     return {
         "preset": arguments.preset,
         "topology": "gossip",
@@ -118,11 +118,11 @@ def fault(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def back_after(arguments: argparse.Namespace, name: str) -> list[float]:
-    """Has one fault happen several times in a run, and returns how many seconds it took each time to be whole again."""
+    """Causes one fault several times in a run, and returns the seconds until the run was whole again, for each."""
     rng, back = random.Random(0), []
 
     def is_whole(record: dict[str, Any]) -> bool:
-        is_ready = record["fleet_peers_there"] == arguments.num_processes
+        is_ready = record["fleet_peers_ready"] == arguments.num_processes
         return is_ready and record["fleet_peer_env_steps_per_second_min"] > 0
 
     with contextlib.ExitStack() as stack:

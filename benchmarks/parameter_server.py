@@ -1,10 +1,10 @@
-"""The parameter server: how many gradients it applies, how soon CartPole is solved, and the memory of its parts.
+"""The parameter server: how many gradients it applies, how soon CartPole is solved, and the memory it takes.
 
 python benchmarks/parameter_server.py throughput  gradients of the Nature network, from workers that compute nothing
 python benchmarks/parameter_server.py cartpole    five seeds, until a mean greedy return of 475
-python benchmarks/parameter_server.py soak        the memory of every part, and the object store's
+python benchmarks/parameter_server.py soak        the memory of every process, and the object store's
 
-What it survives: benchmarks/fleet_faults.py --topology parameter-server.
+benchmarks/fleet_faults.py --topology parameter-server measures which faults it survives.
 """
 
 import argparse
@@ -24,17 +24,13 @@ import ray
 
 import qfleet
 from qfleet.config import ParameterServerConfig
-from qfleet.core.agent import make_agent
-from qfleet.envs.registry import make_env
-from qfleet.networks import make_network
-from qfleet.topologies.fleet.actor import Report
+from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.replay_shard import ShardStats
 from qfleet.topologies.parameter_server import director as director_module
 from qfleet.topologies.parameter_server.remote import RemoteWorker
-from qfleet.topologies.parameter_server.server_shard import Division
-from qfleet.topologies.parameter_server.worker import Lesson
+from qfleet.topologies.parameter_server.worker import ActReply, GradientReply, UpdateResult
 
-CHUNK = Report([], [], 0.0, 0, 0.0, 0)
+CHUNK = ChunkStats([], [], 0.0, 0, 0.0, 0)
 
 
 class StubWorker(RemoteWorker):
@@ -43,38 +39,32 @@ class StubWorker(RemoteWorker):
     def __init__(self, variables: Any, config: qfleet.TrainConfig, number: int, memory: str | None) -> None:
         """Makes the gradient."""
         super().__init__(variables, config, number, memory)
-        assert isinstance(config.topology, ParameterServerConfig)
-        agent = make_agent(make_network(make_env(config.env).spec, config.agent), config.agent)
-        division = Division(agent, config.agent, config.topology.num_server_shards)
-        dtype = jnp.dtype(config.topology.gradient_dtype)
+        dtype = jnp.dtype(config.topology_as(ParameterServerConfig).gradient_dtype)
         self._pulls: collections.deque[float] = collections.deque(maxlen=1000)
-        self._pieces = [np.full(end - start, 1e-3, dtype) for start, end in division.bounds]
+        self._pieces: Any = [np.full(end - start, 1e-3, dtype) for start, end in self._learner.piece_bounds]
 
-    def pull_and_act(self, version: int, exploration: float, num_handed: int, *handed: Any) -> Any:
+    def act(self, exploration: float) -> ActReply:
         """Returns a chunk that took no time."""
-        self.pull(version, handed[:num_handed])
-        return (CHUNK, ShardStats(1.0, 10**6, 0.0)), None
+        return ActReply(CHUNK, ShardStats(1.0, 10**6, 0.0), None)
 
-    def pull_and_learn(self, version: int, importance_exponent: float, room: Any, num_handed: int, *handed: Any) -> Any:
-        """Returns a gradient that took no time but that of handing it on."""
-        self.pull(version, handed[:num_handed])
-        lesson, pieces = Lesson(1.0, 1.0, 0.0), self._handed_out(self._pieces, room)
-        return (lesson, *pieces) if pieces else lesson
+    def compute_gradient(self, importance_exponent: float, buffers: Any = None) -> GradientReply:
+        """Returns a gradient that took no time except that of writing it to its buffers."""
+        return GradientReply(UpdateResult(1.0, 1.0, 0.0), self._write_pieces(self._pieces, buffers), [])
 
-    def pull(self, version: int, handed: Any) -> None:
-        """Notes the seconds that it takes, until the parameters are as they are used."""
+    def pull(self, version: int, params: Any, target_params: Any = ()) -> None:
+        """Notes how many seconds it takes until the parameters can be used."""
         started = time.perf_counter()
-        super().pull(version, handed)
-        if handed:
+        super().pull(version, params, target_params)
+        if params:
             self._pulls.append(time.perf_counter() - started)
 
     def pull_seconds(self) -> float:
-        """Returns their median."""
+        """Returns the median of these seconds."""
         return statistics.median(self._pulls)
 
 
 def main() -> None:
-    """Measures what is asked for."""
+    """Runs the measurement that is named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("throughput", "cartpole", "soak"))
     parser.add_argument("--seconds", type=float, default=20.0)
@@ -82,10 +72,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--shards", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.process == "throughput":
+    if arguments.part == "throughput":
         rows = [throughput(arguments, dtype) for dtype in ("float32", "bfloat16")]
         common.report("parameter server throughput", rows)
-    elif arguments.process == "cartpole":
+    elif arguments.part == "cartpole":
         common.report("parameter server cartpole", list(cartpole(arguments.seeds, arguments.workers)))
     else:
         config = qfleet.make_config(
@@ -98,9 +88,9 @@ def main() -> None:
 
 
 def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    """Returns how many gradients of 1.7 million parameters the server applies in a second, and what a pull takes."""
+    """Returns how many gradients of 1.7 million parameters the server applies per second, and how long a pull takes."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    setattr(director_module, "RemoteWorker", StubWorker)  # noqa: B010, it isn't the module's own
+    setattr(director_module, "RemoteWorker", StubWorker)  # noqa: B010, the module imports this name from another
     config = qfleet.make_config(
         "ale:Pong", "atari_dqn", "parameter-server", num_workers=arguments.workers, num_server_shards=arguments.shards,
         lanes_per_worker=1, rows_per_chunk=1, env_steps=100, warmup_env_steps=1, env_steps_per_learner_step=1e-6,
@@ -110,8 +100,8 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     try:
         server.start()
         director = server._director
-        director._is_warm = lambda worker: True  # without a replay
-        director.env_steps = config.env_steps  # nobody acts
+        director._gradient_requests.is_warm = lambda worker: True  # the workers' replays stay empty
+        director.env_steps = config.env_steps  # so that no worker is asked to act
         fleet_limits.run_for(server, 5.0)
         taken = [server.advance(10**9) for _ in range(round(arguments.seconds / 0.5))]
         seconds = sum(progress.train_seconds for progress in taken)
@@ -124,7 +114,7 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
         "workers": arguments.workers,
         "shards": arguments.shards,
         "dtype": dtype,
-        "megabytes": 4 * server._division.num_params / 1e6,
+        "megabytes": 4 * server._learner.num_params / 1e6,
         "gradients_per_second": sum(progress.new_learner_steps for progress in taken) / seconds,
         "staleness": staleness,
         "pull_milliseconds": 1000 * pull,

@@ -28,8 +28,8 @@ from qfleet.core.learner import make_learner, update
 from qfleet.core.replay import make_replay
 from qfleet.core.types import Transition, stored_spec
 from qfleet.networks import make_network
-from qfleet.runtime.devices import reuse_freed_memory
 from qfleet.runtime.process import peak_rss_bytes
+from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
 
 BATCH_SIZE, NUM_ENVS = 32, 8
 UPDATE_GFLOP = 2.19  # two passes of the online network (forward; backward takes twice that), one of the target's

@@ -1,7 +1,7 @@
 """Environment steps/s of two processes on two cores, against one process on one core.
 
-The same lanes, learner steps and replay ratio in both; MinAtar Breakout with `pqn`, by its tuned settings and with the
-convolutional network. Wants two cores that have nothing else to do.
+Both have the same lanes, learner steps and replay ratio. They learn MinAtar Breakout with the preset `pqn`, with its
+tuned settings and with the convolutional network. Run it on a machine with two cores that are otherwise idle.
 
     python benchmarks/processes.py
 """
@@ -28,16 +28,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "convolutions, 2 minibatches": {**CONVOLUTIONS, "num_minibatches": 2},
     "convolutions, 1 minibatch": {**CONVOLUTIONS, "num_minibatches": 1},
 }
-"""Fewer minibatches are fewer learner steps, on as many samples, and fewer messages between processes."""
+"""With fewer minibatches there are fewer learner steps on the same samples, and fewer messages between processes."""
 
 
 def main() -> None:
-    """Runs both by turns, so that what else the machine does befalls both."""
+    """Alternates between both, so that other work on the machine affects both alike."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each run, about")
-    parser.add_argument("--only", default="", help="settings whose name contains this")
-    parser.add_argument("--measure", nargs=2, metavar=("SETTING", "PROCESSES"), help="measure this one, here")
+    parser.add_argument("--seconds", type=float, default=15.0, help="approximate duration of each run")
+    parser.add_argument("--only", default="", help="measure only settings whose name contains this")
+    parser.add_argument("--measure", nargs=2, metavar=("SETTING", "PROCESSES"), help="measure one run in this process")
     arguments = parser.parse_args()
     if arguments.measure:
         print(measure(arguments.measure[0], int(arguments.measure[1]), arguments.seconds))
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(setting: str, num_processes: int, seconds: float) -> float:
-    """Returns environment steps/s, each process having one core."""
+    """Returns environment steps/s of a run whose processes have one core each."""
     if num_processes == 1 and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     topology = {"topology": "all-reduce", "num_processes": 2} if num_processes > 1 else {"topology": "fused"}
@@ -79,7 +79,7 @@ def measure(setting: str, num_processes: int, seconds: float) -> float:
         )  # fmt: skip
         steps, spent = 0, 0.0
         for i, progress in enumerate(run := qfleet.iterate(config)):
-            if i >= 5:  # the first chunks find out how long they should be
+            if i >= 5:  # the first chunks are shorter: the run is still choosing their length
                 steps, spent = steps + progress.new_env_steps, spent + progress.train_seconds
             if spent > seconds:
                 break

@@ -1,9 +1,9 @@
-"""Pong from pixels, by the standard protocol: four frames a step, 84x84 grey, sticky actions if wanted.
+"""Learns Pong from pixels, by the standard protocol: four frames a step, 84x84 grey, and sticky actions if wanted.
 
     pip install 'qfleet[atari]'
     python examples/atari_pong.py [--sticky] [--env-steps N] [--run-dir DIR]
 
-A day on two cores, under an hour on a GPU. Interrupt it with Ctrl-C and go on with `qfleet resume`.
+It takes a day on two cores and less than an hour on a GPU. Interrupt it with Ctrl-C and continue with `qfleet resume`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import qfleet
 
 
 def main() -> None:
-    """Trains until 18 points ahead on average."""
+    """Trains until the agent wins by 18 points on average."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sticky", action="store_true", help="repeat the last action with probability 0.25")
     parser.add_argument("--env-steps", type=int, default=10_000_000)
@@ -27,7 +27,7 @@ def main() -> None:
         double=True,
         replay_capacity=arguments.replay_capacity,
         warmup_env_steps=min(20_000, arguments.env_steps // 2),
-        # Pong needs no more exploring than this, and Adam learns it sooner than the published RMSProp.
+        # Pong needs no more exploration than this, and Adam learns it sooner than the published RMSProp.
         exploration_end=0.01,
         exploration_env_steps=200_000,
         optimiser="adam",

@@ -1,10 +1,10 @@
-"""Drives on a motorway: overtake, keep right, don't crash. highway-env's five manoeuvres as actions.
+"""Learns to drive on a motorway: overtake, keep right, don't crash. The actions are highway-env's five manoeuvres.
 
     pip install 'qfleet[driving]'
     python examples/driving.py [--num-env-workers N] [--env-steps N] [--run-dir DIR]
 
-highway-env is slow (some 80 steps/s on a core), so that worker processes pay. EnvPool has the same road a hundred times
-faster: `pip install 'qfleet[envpool]'` and `--env envpool:highway-fast-v0`.
+highway-env is slow (some 80 steps/s on a core), so worker processes are worth their cost. EnvPool has the same road and
+is a hundred times faster: `pip install 'qfleet[envpool]'` and `--env envpool:highway-fast-v0`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import qfleet
 
 
 def main() -> None:
-    """Trains, and prints how far it drives; a perfect drive of 30 s returns 30."""
+    """Trains and prints the mean return. A perfect drive of 30 s returns 30."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="highway_env:highway-fast-v0")
     parser.add_argument("--num-env-workers", type=int, default=2)
@@ -45,5 +45,5 @@ def main() -> None:
             print(f"{progress.env_steps:>7,} steps: mean greedy return {progress.eval_return_mean:.1f}")
 
 
-if __name__ == "__main__":  # workers import this file anew: without this line they would train as well
+if __name__ == "__main__":  # workers import this file too, and without this line they would train as well
     main()

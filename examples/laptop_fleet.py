@@ -1,11 +1,11 @@
-"""A fleet on one machine: actors, a replay and a learner, each in a process of its own, started by Ray.
+"""Trains with a fleet on one machine: Ray starts actors, a replay and a learner, each in a process of its own.
 
     pip install 'qfleet[ray]'
     python examples/laptop_fleet.py [--num-actors N] [--env-steps N] [--ray-address auto] [--run-dir DIR]
 
-It is for trying a fleet out: the topology `fused` trains CartPole several times as fast, for there nothing leaves the
-program. With `--ray-address auto`, on a machine of a Ray cluster, the same script trains on all of it. What it prints
-of who waits, docs/fleet.md explains.
+This is for trying out a fleet. The topology `fused` trains CartPole several times as fast, because nothing there leaves
+the program. On a machine of a Ray cluster, `--ray-address auto` makes the same script train on the whole cluster.
+docs/fleet.md explains the waiting times that it prints.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import qfleet
 
 
 def main() -> None:
-    """Trains, and prints who waits for whom."""
+    """Trains, and prints how much of their time actors and learner spend waiting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-actors", type=int, default=2)
     parser.add_argument("--env-steps", type=int, default=60_000)
@@ -29,7 +29,7 @@ def main() -> None:
         num_actors=arguments.num_actors,
         lanes_per_actor=8,
         broadcast_period_learner_steps=50,
-        actor_epsilon_exponent=3.0,  # with few actors: the paper's 7 leaves one of two that explores, and one that doesn't
+        actor_epsilon_exponent=3.0,  # of the paper's 7 with two actors, only one would explore
         ray_address=arguments.ray_address,
         env_steps=arguments.env_steps,
         stop_return=475,

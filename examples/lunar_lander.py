@@ -1,10 +1,10 @@
-"""Lands on the moon: Gymnasium's LunarLander-v3, until a mean greedy return of 220 is confirmed.
+"""Learns to land on the moon: Gymnasium's LunarLander-v3, until a mean greedy return of 220 is confirmed.
 
     pip install 'qfleet[box2d]'
     python examples/lunar_lander.py [--env-steps N] [--run-dir DIR]
 
-About a minute on two cores. The settings are the tuned ones of `double_dqn`: sixteen landers step while the learner
-learns.
+It takes about a minute on two cores. The settings are the tuned ones of `double_dqn`. Sixteen landers step while the
+learner learns.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import qfleet
 
 
 def main() -> None:
-    """Trains, then evaluates what was learned."""
+    """Trains, then evaluates the policy that was learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env-steps", type=int, default=1_500_000)
     parser.add_argument("--run-dir")

@@ -1,9 +1,9 @@
-"""Trades one asset: an environment of your own, written as a plain Gymnasium one and registered in two lines.
+"""Learns to trade one asset, in an environment of your own: a plain Gymnasium environment, registered in one line.
 
     python examples/trading.py [--env-steps N] [--run-dir DIR]
 
-Prices are generated, but look real: volatility comes in clusters, and returns lean back towards a slowly moving mean.
-So there is something to learn, and buying and holding is a fair opponent. It is no advice.
+Prices are generated but look real: volatility comes in clusters, and prices are drawn back to a slowly moving mean. So
+there is something to learn, and buying and holding is a fair opponent. This is not financial advice.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import numpy as np
 
 import qfleet
 
-WINDOW, EPISODE_DAYS, COST = 16, 250, 0.0005  # returns seen; days an episode; share of what is traded
+WINDOW = 16  # daily returns that the agent sees
+EPISODE_DAYS = 250
+COST = 0.0005  # of trading, as a fraction of the amount traded
 
 
 def generate_prices(rng: np.random.Generator, num_days: int) -> np.ndarray:
@@ -29,27 +31,27 @@ def generate_prices(rng: np.random.Generator, num_days: int) -> np.ndarray:
 
 
 class TradingEnv(gymnasium.Env):
-    """Each day: sell short, stay out, or hold. The reward is the day's log return in percent, after costs."""
+    """Each day: sell short, stay out, or hold. The reward is the log return of the day in percent, after costs."""
 
     def __init__(self) -> None:
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (WINDOW + 2,), np.float32)
         self.action_space = gymnasium.spaces.Discrete(3)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        """Begins a year with prices of its own, and no position."""
+        """Starts a year with new prices and without a position."""
         super().reset(seed=seed)
         self._log_prices = np.log(generate_prices(self.np_random, WINDOW + EPISODE_DAYS + 1))
         self._day, self._position = WINDOW, 0
         return self._observe(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Takes the position `action - 1` for a day."""
+        """Holds the position `action - 1` for one day."""
         cost = COST * abs(int(action) - 1 - self._position)
         self._position = int(action) - 1
         self._day += 1
         change = self._log_prices[self._day] - self._log_prices[self._day - 1]
         is_last = self._day == WINDOW + EPISODE_DAYS
-        # The year ends, the market doesn't: truncated, so that the last day's value still counts.
+        # The year ends but the market doesn't. So the episode is truncated, and its last state still has a value.
         return self._observe(), 100 * (self._position * change - cost), False, is_last, {}
 
     def _observe(self) -> np.ndarray:
@@ -61,7 +63,7 @@ gymnasium.register("Trading-v0", TradingEnv)
 
 
 def main() -> None:
-    """Trains, then trades twenty years that it has never seen."""
+    """Trains, then trades twenty years that the agent has never seen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env-steps", type=int, default=400_000)
     parser.add_argument("--run-dir")

@@ -9,9 +9,10 @@ NUM_DEVICES = 8
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Settles both before the first test imports JAX; processes that tests start inherit them."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda runs the tests on a GPU
+    """Settles that before the first test imports JAX; processes that tests start inherit it."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda,cpu runs the tests on a GPU
     os.environ.setdefault("QFLEET_CACHE_DIR", str(config.rootpath / ".pytest_cache" / "xla"))
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 leaves its processes nothing of a busy machine
     import jax
 
     from qfleet.runtime.cache import enable_compilation_cache

@@ -1,7 +1,7 @@
-"""A slow replay in plain Python, to check the fast one against, and a random stream of experience to feed to both.
+"""A slow replay in plain Python, to compare the fast one with, and a random stream of experience to feed to both.
 
-Every row keeps its place in history and every observation carries its own number, so that a sampled transition
-tells where it came from.
+Every row keeps its place in history, and every observation carries a number of its own, so a sampled transition shows
+where it came from.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 CONTINUED, TERMINATED, TRUNCATED, NO_STEP = range(4)
 
 BLANK = 0
-"""Number of the frame of zeros that stands for what came before an episode."""
+"""The number of the frame of zeros that stands for the time before an episode."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Step:
     """One lane's part of a row."""
 
     number: int
-    """Of the observation: unique, above `BLANK`."""
+    """The number of the observation, which is unique and above `BLANK`."""
     action: int
     reward: float
     terminated: bool
     truncated: bool
     final: bool
-    """The observation is an episode's last: no step was taken."""
+    """Whether the observation is the last one of an episode, so that no step was taken."""
 
     @property
     def outcome(self) -> int:
@@ -37,7 +37,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class OracleTransition:
-    """What a sample must be; frames are numbers, oldest first."""
+    """What a sampled transition must be. Frames are numbers, oldest first."""
 
     frames: tuple[int, ...]
     action: int
@@ -47,9 +47,9 @@ class OracleTransition:
 
 
 def random_stream(seed: int, num_rows: int, num_lanes: int, end_probability: float = 0.25) -> list[list[Step]]:
-    """Returns rows of random steps: each ends its episode by termination, truncation or both at once, or goes on.
+    """Returns rows of random steps. Each step continues its episode, or ends it by termination, truncation or both.
 
-    What a final row says of action and reward is meaningless, so it is something that would show if it were used.
+    The action and the reward of a final row mean nothing, so they are numbers that would show if they were used.
     """
     rng = random.Random(seed)
     rows, is_final = [], [False] * num_lanes
@@ -67,7 +67,7 @@ def random_stream(seed: int, num_rows: int, num_lanes: int, end_probability: flo
 
 
 class OracleReplay:
-    """Keeps all history, and knows which of it the replay may still show."""
+    """Keeps all history, and knows which part of it the replay may still show."""
 
     def __init__(self, num_rows: int, num_lanes: int, n_step: int, frame_stack: int, discount: float) -> None:
         self.num_rows, self.num_lanes = num_rows, num_lanes
@@ -79,11 +79,11 @@ class OracleReplay:
 
     @property
     def times(self) -> range:
-        """Of the rows that the replay still holds."""
+        """Times of the rows that the replay still holds."""
         return range(max(0, len(self.history) - self.num_rows), len(self.history))
 
     def frames(self, t: int, lane: int) -> tuple[int, ...]:
-        """What the agent saw at row t: it looks back as far as its memory, or its episode, goes."""
+        """Returns the frames that the agent saw at row t, as far back as its frame stack and its episode reach."""
         frames = [self.history[t][lane].number]
         while len(frames) < self.frame_stack:
             t -= 1
@@ -93,7 +93,7 @@ class OracleReplay:
         return (BLANK,) * (self.frame_stack - len(frames)) + tuple(frames)
 
     def transition(self, t: int, lane: int) -> OracleTransition:
-        """What starts at row t: n steps, or fewer if the episode ends before."""
+        """Returns the transition that starts at row t: n steps, or fewer if the episode ends earlier."""
         reward, discount = 0.0, 1.0
         end = t
         while end < t + self.n_step:
@@ -112,11 +112,11 @@ class OracleReplay:
     def drawable(self, forgets_early: bool = False) -> list[tuple[int, int]]:
         """Returns time and lane of every transition that can be drawn now, oldest first.
 
-        A step, with the n rows after it in the ring, and the frames that it may be stacked on. Those that would lie
-        before the first row of all are missed by nobody until the ring is full.
+        A transition can be drawn if the ring holds its step, the n rows after it, and the frames below it. Frames that
+        would lie before the very first row are blank, so they are not missed until the ring is full.
 
         Args:
-          forgets_early: they are missed as soon as the places in the ring are used that they would lie at.
+          forgets_early: whether such frames are missed earlier: as soon as their places in the ring are used.
         """
         never_full = len(self.history) < self.num_rows
         return [
@@ -130,7 +130,7 @@ class OracleReplay:
 
 
 class OraclePriorities:
-    """The priorities that the transitions of an `OracleReplay` should have, to the power alpha."""
+    """The priorities that the transitions of an `OracleReplay` must have, to the power alpha."""
 
     def __init__(self, replay: OracleReplay, exponent: float, smallest: float) -> None:
         self.replay, self.exponent, self.smallest = replay, exponent, smallest
@@ -138,13 +138,13 @@ class OraclePriorities:
         self.of: dict[tuple[int, int], float] = {}
 
     def insert(self, row: list[Step]) -> None:
-        """Inserts `row` into the replay: what can be drawn for the first time enters at the greatest priority."""
+        """Inserts `row` into the replay. Transitions that it makes drawable enter at the greatest priority."""
         self.replay.insert(row)
         drawable = self.replay.drawable(forgets_early=True)
         self.of = {start: self.of.get(start, self.greatest) for start in drawable}
 
     def set(self, errors: dict[tuple[int, int], float]) -> None:
-        """Sets the priorities of transitions, by time and lane, from their TD errors; of those that are left."""
+        """Sets the priorities of transitions, by time and lane, from their TD errors, unless they are overwritten."""
         for start, error in errors.items():
             priority = (abs(error) + self.smallest) ** self.exponent
             self.greatest = max(self.greatest, priority)
@@ -152,7 +152,7 @@ class OraclePriorities:
                 self.of[start] = priority
 
     def leaves(self) -> np.ndarray:
-        """Returns the priority at each place of the ring, `[rows * lanes]`, 0 where no transition can start."""
+        """Returns the priority at each slot of the ring, `[rows * lanes]`, which is 0 where no transition can start."""
         leaves = np.zeros((self.replay.num_rows, self.replay.num_lanes))
         for (t, lane), priority in self.of.items():
             leaves[t % self.replay.num_rows, lane] = priority
@@ -166,7 +166,7 @@ def encode(numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def decode(observations: np.ndarray) -> np.ndarray:
-    """The inverse of `encode`."""
+    """Returns the numbers that `encode` encoded."""
     places = np.array([[1, 256], [256**2, 256**3]])
     return (observations.astype(np.int64) * places).sum((-2, -1))
 

@@ -1,4 +1,4 @@
-"""Probe environments: each is so small that its values are known, and fails to be learned in one case only.
+"""Probe environments. Each is so small that its values are known, and can fail to be learned for one reason only.
 
 The idea is Andy Jones's ("Debugging RL, without the agonizing pain", 2021). If a probe fails while those before it
 pass, its docstring says what is wrong. Observations are `[1]` float32.
@@ -15,21 +15,24 @@ from qfleet.core.types import Network
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 FIRST, SECOND = 0.0, 1.0
-"""Observations of `delayed_reward` and of the probes with one state (always FIRST)."""
+"""Observations of `delayed_reward`. The probes with one state have FIRST only."""
 
 
 def constant_reward() -> InGraphEnv:
-    """One step, one action, reward 1: the value is 1. Failure: the loss, its gradient or the optimiser is wrong."""
+    """One step, one action, reward 1, so the value is 1. Failure: the loss, its gradient or the optimiser is wrong."""
     return _make("constant-reward", 1, _always_first, lambda observation, action: jnp.float32(1.0))
 
 
 def observation_reward() -> InGraphEnv:
-    """One step, one action, reward -1 or 1, the observation itself. Failure: the network doesn't see its input."""
+    """One step, one action; the reward is the observation, -1 or 1. Failure: the network doesn't see its input."""
     return _make("observation-reward", 1, _random_sign, lambda observation, action: observation)
 
 
 def delayed_reward() -> InGraphEnv:
-    """Two steps (FIRST, SECOND), reward 0 then 1: values discount, 1. Failure: the bootstrap or discount is wrong."""
+    """Two steps (FIRST, SECOND) with rewards 0 and 1, so the values are the discount and 1.
+
+    Failure: the bootstrap or the discount is wrong.
+    """
 
     def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.float32(FIRST), jnp.array([FIRST])
@@ -43,14 +46,14 @@ def delayed_reward() -> InGraphEnv:
 
 
 def action_reward() -> InGraphEnv:
-    """One step, reward -1 for action 0 and 1 for action 1. Failure: actions and values are paired wrongly."""
+    """One step, with reward -1 for action 0 and 1 for action 1. Failure: actions and values are paired wrongly."""
     return _make("action-reward", 2, _always_first, lambda observation, action: 2.0 * action - 1.0)
 
 
 def observation_action_reward() -> InGraphEnv:
-    """One step, reward 1 if the action is 1 just where the observation is positive, else -1.
+    """One step. Its reward is 1 if the action is 1 and the observation positive, or neither is so; otherwise it is -1.
 
-    Failure: rows of a batch are mixed up: an observation, an action and a reward don't belong together.
+    Failure: rows of a batch are mixed up, so that an observation, an action and a reward don't belong together.
     """
     return _make(
         "observation-action-reward", 2, _random_sign, lambda observation, action: observation * (2.0 * action - 1.0)
@@ -58,9 +61,9 @@ def observation_action_reward() -> InGraphEnv:
 
 
 def time_limit(steps: int = 5) -> InGraphEnv:
-    """Never terminates, one observation, reward 1, cut short after a few steps: the value is 1 / (1 - discount).
+    """Endless steps with reward 1 and one observation, truncated after a few steps: the value is 1 / (1 - discount).
 
-    Failure: truncation is taken for termination, and the value is about what the few steps are worth.
+    Failure: truncation is treated as termination, so the value is about that of the few steps.
     """
 
     def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
@@ -70,7 +73,7 @@ def time_limit(steps: int = 5) -> InGraphEnv:
 
 
 def nan_reward(at_step: int = 20) -> InGraphEnv:
-    """Never ends; the reward is 1, and NaN in every episode's step `at_step` (the first is 1). For error tests."""
+    """Endless steps with reward 1, except NaN in step `at_step`, counted from 1. For tests of errors."""
 
     def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.int32(0), jnp.array([FIRST])
@@ -104,7 +107,7 @@ def _random_sign(key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def random_walk(frame_stack: int = 2) -> InGraphEnv:
-    """Every kind of chance at once: where an episode starts, how each step ends, and by a time limit when."""
+    """A random walk with chance everywhere: in the start of an episode, in each step, in its end; and a time limit."""
 
     def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = jax.random.normal(key)
@@ -127,7 +130,7 @@ def random_walk(frame_stack: int = 2) -> InGraphEnv:
 
 
 def linear_network(spec: EnvSpec) -> Network:
-    """A linear Q-network of an environment whose observations are small."""
+    """Returns a linear Q-network for an environment with small observations."""
     num_inputs = math.prod(spec.agent_observation_shape)
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
@@ -142,7 +145,7 @@ def _make(
     reset: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     reward: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> InGraphEnv:
-    """Returns an environment of one step, whose state is its observation and whose reward is a function of it."""
+    """Returns an environment of one step. Its state is its observation, and its reward depends on state and action."""
 
     def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
         return StepResult(state, state[None], jnp.float32(reward(state, action)), jnp.bool_(True), jnp.bool_(False))

@@ -1,5 +1,6 @@
 """The public API: what a run leaves, and that stopping, resuming and loading change nothing."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -146,12 +147,13 @@ def test_a_run_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
 
 
 def test_an_older_checkpoint_can_be_resumed_and_newer_ones_are_set_aside(tmp_path: Path) -> None:
-    config = tiny(tmp_path / "run", checkpoint_period_seconds=1e-9)
+    # A record for each iteration: else how many there are is up to how long an iteration takes.
+    config = tiny(tmp_path / "run", checkpoint_period_seconds=1e-9, eval_period_env_steps=64)
     qfleet.train(config)
-    assert checkpoints(tmp_path / "run") == [64, 128, 256]
+    assert checkpoints(tmp_path / "run") == [128, 192, 256]
     finished = qfleet.load(tmp_path / "run").params
     run = qfleet.resume(tmp_path / "run", checkpoint=128)
-    assert checkpoints(tmp_path / "run") == [64, 128]
+    assert checkpoints(tmp_path / "run") == [128]
     follow(run)
     assert_same(qfleet.load(tmp_path / "run").params, finished)
 
@@ -266,12 +268,13 @@ def test_a_network_given_to_a_run_with_a_built_in_one_is_refused(tmp_path: Path)
 
 
 def test_a_reward_that_is_not_finite_fails_the_run_and_keeps_its_checkpoint(tmp_path: Path) -> None:
-    run = qfleet.iterate(tiny(tmp_path / "run", env="NaN-v0", env_steps=1024, checkpoint_period_seconds=1e-9))
+    config = tiny(tmp_path / "run", env="NaN-v0", env_steps=1024, checkpoint_period_seconds=1e-9)
+    run = qfleet.iterate(dataclasses.replace(config, eval_period_env_steps=64))  # a record for each iteration
     with pytest.raises(qfleet.RunFailed, match="environment step 396 in lane 0"):
         follow(run)
     assert run.summary["stopped"] == "failed"
     assert "lane 0" in json.loads((tmp_path / "run" / "summary.json").read_text())["error"]
-    assert checkpoints(tmp_path / "run") == [128, 256, 384]
+    assert checkpoints(tmp_path / "run") == [256, 320, 384]
     assert qfleet.load(tmp_path / "run").q_values(np.zeros((1, 1), np.float32)).shape == (1, 2)
 
 

@@ -17,6 +17,7 @@ SOURCE = ROOT / "src"
 CORE_MAY_IMPORT = {
     "collections",
     "dataclasses",
+    "enum",
     "functools",
     "inspect",
     "itertools",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from qfleet.config import ActorPool, TrainConfig, actor_pool_of
+from qfleet.config import ActorPool, RayTopologyConfig, TrainConfig
 from qfleet.core.replay import SavedReplay
 from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED
 from qfleet.envs.failures import lane_seed
@@ -87,7 +87,7 @@ def length_of(episode: Any) -> Any:
 
 def judge(saved: SavedReplay, config: TrainConfig) -> Verdict:
     """Returns whether the replay of actors or workers holds what their environments did: in order, in place, once."""
-    pool = actor_pool_of(config.topology)
+    pool = config.topology_as(RayTopologyConfig).actor_pool
     ring, seeds = saved.ring, _seeds(config, pool)
     faults: dict[str, list[str]] = {}
     known: set[int] = set()  # environments

@@ -1,4 +1,4 @@
-"""What a run has learned, ready to act."""
+"""The policy that a run has learned, ready to act."""
 
 import contextlib
 import functools
@@ -12,47 +12,52 @@ import numpy as np
 from qfleet.config import ConfigError
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import EnvSpec, Network, Params
-from qfleet.envs.host import HostEnv, LaneOptions
+from qfleet.envs.host import HostEnv, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.episodes import play
 from qfleet.runtime.evaluation import MAX_LOST, greedy_returns, host_greedy_returns
 from qfleet.runtime.video import Video, check_extra, film, video_name
 
 EVAL_LANES = 8
-"""Lanes that environments outside the compiled program are evaluated in."""
+"""Number of lanes for the evaluation of an environment that is not written in JAX."""
 
 
 class Policy:
-    """Greedy actions of one Q-network: `policy(obs)`."""
+    """The greedy policy of one Q-network: `policy(obs)` returns actions."""
 
     def __init__(self, env: InGraphEnv | HostEnv, network: Network, params: Params, label: str) -> None:
         self.params = params
-        """The network's parameters, a tree of arrays."""
+        """Parameters of the network, a tree of arrays."""
         self.spec: EnvSpec = env.spec
-        """Of the environment it was trained in."""
+        """Spec of the environment it was trained in."""
         self.label = label
-        """Tells it from other policies of its run: the checkpoint, and the seed if the run trained many."""
+        """Name among the policies of its run: the checkpoint, and the seed if the run trained many."""
         self._env = env
         self._network = network
-        self._q_values = jax.jit(network.apply)
-        self._stored = jax.jit(
+        self._apply_network = jax.jit(network.apply)
+        self._to_view = jax.jit(
             lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, env.spec.frame_stack)
         )
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Returns greedy actions, `[batch]` int32, for observations `[batch, *agent_observation_shape]`."""
-        return np.asarray(self._greedy(self._stored(obs)))
+        return np.asarray(self._greedy(self._to_view(obs)))
 
     def q_values(self, obs: np.ndarray) -> np.ndarray:
-        """Returns `[batch, num_actions]` float32 in units of discounted reward, for a batch of observations."""
-        return np.asarray(self._q_values(self.params, self._stored(obs)))
+        """Returns Q-values, `[batch, num_actions]` float32 in units of discounted reward.
+
+        Args:
+          obs: observations, `[batch, *agent_observation_shape]`.
+        """
+        return np.asarray(self._apply_network(self.params, self._to_view(obs)))
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
         """Returns the undiscounted returns of greedy episodes in its environment, `[num_episodes]` float32.
 
         Raises:
-          RunFailed: if the environment fails in so many that no such number of whole ones can be had.
+          RunFailed: if the environment fails more than `MAX_LOST` times per episode that is asked for.
         """
         env = self._env
         if isinstance(env, HostEnv):
@@ -60,28 +65,29 @@ class Policy:
                 min(num_episodes, EVAL_LANES), LaneOptions(max_failures=MAX_LOST * num_episodes)
             )
             try:
+                lanes_seed = seed_of(seed, Stream.POLICY)
                 return host_greedy_returns(
-                    lanes, env.spec, self._greedy, num_episodes, seed, self._network.to_storage_layout
+                    lanes, env.spec, self._greedy, num_episodes, lanes_seed, self._network.to_storage_layout
                 )
             finally:
                 lanes.close()
         apply, to_storage_layout = self._network.apply, self._network.to_storage_layout
         run = jax.jit(lambda params, key: greedy_returns(env, apply, params, key, num_episodes, to_storage_layout))
-        return np.asarray(run(self.params, jax.random.key(seed)))
+        return np.asarray(run(self.params, key_of(seed, Stream.POLICY)))
 
     def film(
         self, out_dir: str | os.PathLike[str], num_episodes: int = 1, seed: int = 0, frames_per_second: int = 30
     ) -> Iterator[Video]:
         """Yields the videos of greedy episodes in its environment, each as soon as it is written.
 
-        Under the picture stand the step, the return so far, and every action's Q-value, the greedy one marked. Episodes
-        of environments written in JAX begin as those of `evaluate` with the same arguments.
+        Below the picture they show the step, the return so far and the Q-value of every action; the greedy action is
+        marked. In an environment written in JAX, the episodes begin like those of `evaluate` with the same arguments.
 
         Args:
-          out_dir: the folder for `<label>-seed<seed>-episode<i>.mp4` and `.gif`, made if absent.
-          num_episodes: to play; each at most 27,000 steps long.
-          seed: of these episodes.
-          frames_per_second: of the mp4, where each step is one frame.
+          out_dir: folder for `<label>-seed<seed>-episode<i>.mp4` and `.gif`. It is made if absent.
+          num_episodes: number of episodes, each at most 27,000 steps long.
+          seed: seed of these episodes.
+          frames_per_second: frame rate of the mp4, where each step is one frame.
 
         Raises:
           ConfigError: if PyAV or Pillow is missing, there is no way to draw the environment, or an argument is wrong.
@@ -90,15 +96,15 @@ class Policy:
         _check_at_least(1, num_episodes=num_episodes, frames_per_second=frames_per_second)
         _check_at_least(0, seed=seed)
         check_extra()
-        q_values = functools.partial(self._q_values, self.params)
+        q_values = functools.partial(self._apply_network, self.params)
         episodes = play(self._env, q_values, num_episodes, seed, self._network.to_storage_layout)
-        with contextlib.closing(episodes):  # and with it what draws, wherever this ends
+        with contextlib.closing(episodes):  # this also closes the lanes that draw, even if the caller stops early
             for i, moments in enumerate(episodes):
                 name = video_name(self.label, seed, i)
                 yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
 
     def _greedy(self, view: jax.Array) -> jax.Array:
-        return greedy(self._q_values(self.params, view))
+        return greedy(self._apply_network(self.params, view))
 
 
 def _check_at_least(least: int, **values: int) -> None:

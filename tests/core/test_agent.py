@@ -1,4 +1,4 @@
-"""What an agent is told it should have said, and the settings that describe it."""
+"""The loss of an agent, and the settings that describe the agent."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ BATCH = Transition(
 
 
 def expected_target(double):
-    """By the definitions, row by row."""
+    """Returns the targets by their definitions, row by row."""
     rows = []
     for reward, discount, next_obs in zip(BATCH.reward, BATCH.discount, np.asarray(BATCH.next_obs), strict=True):
         values = next_obs @ np.asarray(TARGET_PARAMS)
@@ -54,7 +54,7 @@ def test_td_errors_and_the_weighted_loss_follow_the_definitions(double):
 
 @pytest.mark.parametrize("double", [False, True])
 def test_the_gradient_moves_the_value_of_the_action_taken_and_nothing_else(double):
-    """No gradient through the bootstrap, by either network, nor to the target parameters."""
+    """No gradient flows through the bootstrap of either network, or to the target parameters."""
     agent = make_agent(LINEAR, AgentConfig(double=double, loss="squared"))
     gradient, target_gradient = jax.grad(lambda *args: agent.loss(*args)[0], (0, 1))(PARAMS, TARGET_PARAMS, BATCH)
     _, td_error = agent.loss(PARAMS, TARGET_PARAMS, BATCH)
@@ -82,7 +82,7 @@ def test_huber_clips_the_gradient_of_each_transition():
 
 @pytest.mark.parametrize(("exploration", "expected"), [("epsilon_greedy", [0, 0]), ("softmax", [1, 1])])
 def test_the_config_names_how_to_explore(exploration, expected):
-    """Value 9 against 0: by epsilon 1, the first third of the numbers is action 0; by temperature 1 hardly any."""
+    """The values are 9 and 0. At epsilon 1 a third of the numbers means action 0; at temperature 1 hardly any does."""
     agent = make_agent(LINEAR, AgentConfig(exploration=exploration))
     q = jnp.array([[0.0, 9.0, 0.0]] * 2)
     np.testing.assert_array_equal(agent.explore(q, jnp.float32(1.0), jnp.array([0.1, 0.3])), expected)
@@ -169,7 +169,7 @@ def test_a_misspelt_choice_is_refused_rather_than_taken_for_another(settings):
 
 
 def test_an_infinite_temperature_is_refused():
-    """It would decay to no number at all."""
+    """It would decay to NaN."""
     with pytest.raises(ConfigError, match="exploration_start"):
         AgentConfig(exploration="softmax", exploration_start=math.inf)
 

@@ -1,4 +1,4 @@
-"""Exploration: the exact measure of the numbers that lead to each action, and schedules."""
+"""Exploration: the exact share of uniform numbers that lead to each action, and the schedules."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ from qfleet.config import AgentConfig
 from qfleet.core import exploration
 
 GRID = (np.arange(30_000) + 0.5) / 30_000
-"""Midpoints of equal cells of [0, 1): the share that leads to an action is its probability, to a cell per edge."""
+"""Midpoints of equal cells of [0, 1). The share of them that leads to an action is its probability, up to a cell per
+edge."""
 
 
 def measure(explore, q, level):

@@ -1,4 +1,4 @@
-"""What an agent sees."""
+"""The view of an agent."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from qfleet.core.frame_stack import init_view, push_frame, stack_to_storage_layo
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 @pytest.mark.parametrize("frame_stack", [1, 2, 4])
 def test_the_agent_acts_on_the_stacks_that_the_replay_rebuilds(frame_stack, dtype):
-    """Also at an episode's first steps, and where it looks at a final observation."""
+    """Also at the first steps of an episode, and at a final observation."""
     num_rows, num_lanes = 40, 3
     stream = oracle.random_stream(0, num_rows, num_lanes)
     known = oracle.OracleReplay(num_rows, num_lanes, 1, frame_stack, 1.0)

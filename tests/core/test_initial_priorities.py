@@ -1,4 +1,4 @@
-"""An actor's own TD errors, against a loop over single steps."""
+"""Compares an actor's initial TD errors with a loop over single steps."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ DISCOUNT = 0.9
 
 
 def by_hand(rows, start, lane, n_step):
-    """The n-step return from one step, by its actor's values, less the value that it gave the step."""
+    """Returns the n-step return from one step, by the actor's values, minus the value that the actor gave the step."""
     total, factor = 0.0, 1.0
     for t in range(start, start + n_step):
         total += factor * rows.reward[t, lane]
@@ -19,7 +19,7 @@ def by_hand(rows, start, lane, n_step):
         outcome = rows.outcome[t, lane]
         if outcome == TERMINATED:
             break
-        is_lost = outcome == CONTINUED and rows.outcome[t + 1, lane] == NO_STEP  # its environment failed there
+        is_lost = outcome == CONTINUED and rows.outcome[t + 1, lane] == NO_STEP  # the environment failed there
         if outcome == TRUNCATED or is_lost or t == start + n_step - 1:
             total += factor * rows.q_max[t + 1, lane]
             break
@@ -27,7 +27,7 @@ def by_hand(rows, start, lane, n_step):
 
 
 @pytest.mark.parametrize("n_step", [1, 3, 5])
-def test_errors_are_those_of_single_steps(n_step):
+def test_initial_td_errors_equal_those_of_single_steps(n_step):
     random = np.random.default_rng(n_step)
     num_rows, num_lanes = 60, 4
     outcome = np.full((num_rows, num_lanes), CONTINUED)
@@ -36,7 +36,8 @@ def test_errors_are_those_of_single_steps(n_step):
         while t < num_rows - 1:
             t += int(random.integers(1, 9))
             if t < num_rows - 1:
-                # An end and its final observation; or a failed environment, which leaves a row without a step.
+                # An episode ends, and its final observation follows; or an environment fails and leaves a row without a
+                # step.
                 outcome[t, lane] = random.choice([TERMINATED, TRUNCATED, CONTINUED])
                 outcome[t + 1, lane] = NO_STEP
                 t += 2
@@ -52,7 +53,7 @@ def test_errors_are_those_of_single_steps(n_step):
                 )
 
 
-def test_an_actor_knows_no_error_of_what_was_before_its_first_row():
+def test_padding_before_an_actors_first_row_has_unknown_errors():
     before, ones = padding_rows(3, 2), jnp.ones((4, 2))
     rows = ValuedRows(
         *(

@@ -1,4 +1,4 @@
-"""The learner against steps worked by hand, and against the learner on the other side of a split."""
+"""Compares the learner with steps worked out by hand, and with a learner whose batch is split over replicas."""
 
 import functools
 
@@ -90,7 +90,7 @@ def test_a_step_of_plain_gradient_descent_by_hand(batch):
 
 @pytest.mark.parametrize(("norm", "scale"), [(2.5, 0.5), (5.0, 1.0), (100.0, 1.0)])
 def test_gradients_are_scaled_down_to_the_greatest_norm_but_never_up(norm, scale):
-    """A gradient of norm 5, spread over both leaves."""
+    """The gradient has a norm of 5, spread over both leaves."""
     learner, state, _ = make(optimiser="sgd", learning_rate=1.0, max_gradient_norm=norm)
     grads = jax.tree.map(jnp.zeros_like, state.params)
     grads = {"hidden": grads["hidden"].at[0, 0].set(3.0), "head": grads["head"].at[1, 1].set(4.0)}
@@ -118,7 +118,7 @@ def test_the_target_network_is_copied_exactly_once_every_period(batch):
 
 
 def test_a_copy_is_exact_where_target_and_online_parameters_are_far_apart():
-    """The target plus the whole difference would round a small parameter away."""
+    """Adding the whole difference to the target would round a small parameter away."""
     learner, state, _ = make(optimiser="sgd", learning_rate=1.0, max_gradient_norm=None, target_update_period=1)
     state = state._replace(target_params=jax.tree.map(lambda x: jnp.full_like(x, 1e8), state.params))
     after = jax.jit(learner.apply)(state, jax.tree.map(jnp.zeros_like, state.params))
@@ -144,7 +144,7 @@ def test_polyak_averaging_moves_the_target_its_share_of_the_way(batch, period):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("rate", [1.0, 0.1])
 def test_a_learner_step_keeps_the_type_of_every_number(batch, dtype, rate):
-    """Else a loop over learner steps can't be compiled."""
+    """Otherwise a loop over learner steps can't be compiled."""
     learner, state, agent = make(target_update_period=1, target_update_rate=rate)
     params = jax.tree.map(lambda x: x.astype(dtype), agent.init(jax.random.key(0)))
     state = learner.init(params)
@@ -153,7 +153,7 @@ def test_a_learner_step_keeps_the_type_of_every_number(batch, dtype, rate):
 
 
 def test_targets_come_from_the_target_network(batch):
-    """What the network learns towards stays put between two copies."""
+    """The target parameters stay the same between two copies."""
     learner, state, agent = make(target_update_period=1000)
     for after in step_repeatedly(learner, state, batch, 3):
         _, info = learner.gradients(after, batch)
@@ -195,7 +195,7 @@ def test_rows_without_weight_teach_nothing(batch):
 
 @pytest.mark.parametrize("replay", ["uniform", "none"])
 def test_a_learner_state_may_be_donated_again_and_again(batch, replay):
-    """No buffer is held twice, neither at first nor after the target network was copied."""
+    """No buffer is held twice, neither at first nor after the target network has been copied."""
     learner, state, _ = make(replay=replay, target_update_period=1)
     if replay == "none":
         batch = Regression(batch.obs, batch.action, batch.reward, batch.weight)
@@ -220,7 +220,7 @@ RATES = {
 
 @pytest.mark.parametrize("schedule", RATES)
 def test_the_learning_rate_follows_its_schedule(schedule):
-    """At the first learner step, half way, at the end, and long after it."""
+    """It is checked at the first learner step, half way, at the end, and long after it."""
     settings, expected = RATES[schedule]
     optimiser = make_optimiser(
         AgentConfig(

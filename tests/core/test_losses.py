@@ -1,4 +1,4 @@
-"""Losses, against answers worked by hand and against rlax."""
+"""Compares losses with answers worked out by hand, and with rlax."""
 
 import warnings
 
@@ -10,7 +10,7 @@ import pytest
 from qfleet.config import AgentConfig
 from qfleet.core import losses
 
-with warnings.catch_warnings():  # what rlax imports is behind the times, but not what it computes
+with warnings.catch_warnings():  # rlax imports outdated names, but what it computes is right
     warnings.simplefilter("ignore")
     import rlax
 
@@ -37,19 +37,19 @@ def test_the_huber_loss_and_its_gradient_are_rlaxs(delta):
 
 @pytest.mark.parametrize("delta", [0.5, 3.0, 1e8])
 def test_the_gradient_of_huber_is_the_clipped_error_exactly(delta):
-    """A delta that no error reaches leaves the squared loss, small errors included."""
+    """If no error reaches delta, the loss is the squared loss, also for small errors."""
     gradient = jax.grad(total(lambda x: losses.huber_loss(x, delta)))(ERRORS)
     np.testing.assert_allclose(gradient, np.clip(ERRORS, -delta, delta), rtol=1e-6)
 
 
 def test_huber_by_hand():
-    """0.5 * 1**2 within delta 2; 0.5 * 2**2 + 2 * (5 - 2) beyond."""
+    """The loss is 0.5 * 1**2 within delta 2, and 0.5 * 2**2 + 2 * (5 - 2) beyond."""
     np.testing.assert_array_equal(losses.huber_loss(jnp.array([1.0, -1.0, 5.0, -5.0, 0.0]), 2.0), [0.5, 0.5, 8, 8, 0])
 
 
 @pytest.mark.parametrize("error", [0.0, 1.0, -1.0])
 def test_huber_has_a_gradient_at_its_joints(error):
-    """At zero, and where the parabola meets the line."""
+    """The joints are zero, and the points where the parabola meets the line."""
     assert jax.grad(lambda x: losses.huber_loss(x, 1.0))(jnp.float32(error)) == error
 
 

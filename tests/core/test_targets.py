@@ -1,4 +1,4 @@
-"""Targets, against answers worked by hand and against rlax."""
+"""Compares targets with answers worked out by hand, and with rlax."""
 
 import warnings
 
@@ -9,7 +9,7 @@ import pytest
 
 from qfleet.core import targets
 
-with warnings.catch_warnings():  # what rlax imports is behind the times, but not what it computes
+with warnings.catch_warnings():  # rlax imports outdated names, but what it computes is right
     warnings.simplefilter("ignore")
     import rlax
 
@@ -26,7 +26,7 @@ def normal(rng, *shape):
 
 
 def random_discounts(rng, *shape):
-    """Terminated here and there, and otherwise as n steps and truncations leave them."""
+    """Returns discounts of which some are 0 (terminated), and the others have values that n-step windows can have."""
     return jnp.asarray(rng.choice([0.0, 0.99, 0.99**2, 1.0], size=shape), jnp.float32)
 
 
@@ -60,7 +60,7 @@ def test_lambda_returns_by_hand():
 
 
 def test_a_lambda_of_zero_bootstraps_there_and_looks_no_further():
-    """As at a truncated step: what comes after belongs to another episode."""
+    """This is a truncated step: the steps after it belong to another episode."""
     returns = targets.lambda_returns(
         r_t=jnp.array([1.0, 2.0, 1e6]),
         discount_t=jnp.array([0.5, 0.5, 0.5]),

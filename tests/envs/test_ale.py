@@ -41,7 +41,7 @@ def test_bad_input_is_one_clear_error() -> None:
 
 
 def area_weights(size: int) -> np.ndarray:
-    """`[84, size]`: how much of each of the 84 averages comes from which pixel."""
+    """Returns the share of each pixel in each of the 84 averages, `[84, size]`."""
     edges, pixels = np.arange(85) * size / 84, np.arange(size)
     covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
     return np.clip(covered, 0, None) * 84 / size
@@ -52,7 +52,10 @@ ROWS, COLUMNS = area_weights(210), area_weights(160)
 
 @pytest.mark.parametrize("is_training", [False, True])
 def test_rows_are_those_of_a_plain_loop_over_the_emulator(is_training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frame skip, max-pooling, rewards, lives, game over and restart; without no-ops, whose number only ALE knows."""
+    """Covers frame skip, max-pooling, rewards, lives, game over and restart, but not the no-ops at the start.
+
+    Only ALE knows their number.
+    """
     monkeypatch.setattr(ale, "NOOP_MAX", 0)
     env = ale.make("Breakout")
     actions = np.random.default_rng(0).integers(4, size=(260, 1), dtype=np.int32)
@@ -72,7 +75,7 @@ def test_rows_are_those_of_a_plain_loop_over_the_emulator(is_training: bool, mon
             screens = [emulator.getScreenGrayscale()]
         else:
             screens = []
-            for _ in range(4):  # of no-ops, after a lost life
+            for _ in range(4):  # after a lost life, all four are no-ops
                 if not emulator.game_over():
                     reward += emulator.act(emulator.getMinimalActionSet()[ale.NOOP if starts else action])
                     screens.append(emulator.getScreenGrayscale())
@@ -99,7 +102,7 @@ def test_training_clips_rewards_and_ends_at_lives_where_evaluation_does_not() ->
 
 
 class ScriptedAle:
-    """Stands in for ALE's vector environment: one lane, whose lives and ends follow a script; screens count rows."""
+    """Stands in for ALE's vector environment. The lives and ends of its only lane are scripted; screens count rows."""
 
     num_envs = 1
 
@@ -152,7 +155,7 @@ def test_without_lives_left_the_game_ends_only_once() -> None:
 
 @pytest.mark.parametrize("end", [(True, False), (False, True)])
 def test_a_game_that_ends_in_that_no_op_is_told_one_row_later(end: tuple[bool, bool]) -> None:
-    """Row 2 can't tell (it starts an episode), row 3 is where ALE starts a new game; its screen is that of row 2."""
+    """Row 2 starts an episode, so it can't report the end. Row 3 does, and shows the screen of row 2 again."""
     sent, rows = run_script([(2, False, False), (2, *end), (3, False, False), (3, False, False), (3, False, False)])
     assert rows[1:] == [(2, *end), (2, *end), (4, False, False), (5, False, False)]
     assert sent == [2, ale.NOOP, 2, ale.NOOP, 2]

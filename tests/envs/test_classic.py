@@ -1,4 +1,4 @@
-"""Our classic environments against Gymnasium's own, which compute in float64."""
+"""The classic environments, compared with Gymnasium's own, which compute in float64."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from qfleet.envs import acrobot, cartpole, mountain_car
-from qfleet.envs.in_graph import Draws, Lanes, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, StepKeys, draw, init_lanes, step_lanes
 from qfleet.envs.spec import InGraphEnv, StepResult
 
 Case = tuple[InGraphEnv, Any, float]
 
-# name, module, lowest and highest states to try (beyond what episodes reach, so that limits are passed), and how far
-# one step's rounding may take them apart: Acrobot's Runge-Kutta step magnifies it at high speeds.
+# Name, module, lowest and highest state to try, and tolerance for the rounding of one step. The states go beyond what
+# episodes reach, so that limits are passed. At high speeds, Acrobot's Runge-Kutta step magnifies rounding.
 CLASSIC = [
     ("CartPole-v1", cartpole, [-3.0, -4.0, -0.3, -4.0], [3.0, 4.0, 0.3, 4.0], 2e-6),
     ("Acrobot-v1", acrobot, [-3.1, -3.1, -12.5, -28.0], [3.1, 3.1, 12.5, 28.0], 2e-3),
@@ -72,7 +72,7 @@ def test_a_step_from_any_state_is_gymnasiums(
 
 
 def test_every_step_of_long_rollouts_is_gymnasiums(case: Case) -> None:
-    """The states that episodes really pass through, from our own resets, under random actions held for a while."""
+    """Compares states that episodes pass through, starting from our resets. Random actions are held for a while."""
     env, reference, tolerance = case
     rng = np.random.default_rng(1)
     actions = rng.integers(env.spec.num_actions, size=(60, 8)).repeat(5, axis=0)
@@ -103,7 +103,7 @@ def test_an_episode_stays_beside_gymnasiums_without_correction(case: Case) -> No
 
 
 def test_episodes_start_where_gymnasiums_do(case: Case) -> None:
-    """Bounds and means of 4,000 first observations, ours and theirs."""
+    """Compares bounds and means of 4,000 first observations."""
     env, reference, _ = case
     _, ours = jax.vmap(env.reset)(jax.random.split(jax.random.key(4), 4_000))
     theirs = np.stack([reference.unwrapped.reset(seed=i)[0] for i in range(4_000)])
@@ -141,7 +141,7 @@ def test_the_time_limit_truncates_in_gymnasiums_step(case: Case) -> None:
     limit = env.spec.time_limit
     assert limit is not None
 
-    def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, Any]:
+    def row(lanes: Lanes, draws: StepKeys) -> tuple[Lanes, Any]:
         action = hold_out(env.spec.name, lanes.observation[0])[None]
         after, step = step_lanes(env, lanes, action, draws)
         return after, (lanes.env_state, action[0], at_first_lane(step), after.final[0])
@@ -152,10 +152,10 @@ def test_the_time_limit_truncates_in_gymnasiums_step(case: Case) -> None:
     states, actions, ours = jax.tree.map(np.asarray, (states[:, 0], actions, ours))
 
     for i in range(limit):
-        # Beside ours at every step: float32 and float64 would drift apart on the way.
+        # Set to our state at every step, because float32 and float64 would drift apart on the way.
         reference.unwrapped.state = states[i].astype(np.float64)
         _, _, terminated, truncated, _ = reference.step(actions[i])
         assert (ours.terminated[i], ours.truncated[i]) == (terminated, truncated) == (False, i == limit - 1)
-    # The row with the final observation yields nothing; the one after it belongs to a new episode.
+    # The row with the final observation yields nothing. The row after it belongs to a new episode.
     assert final[-3:].tolist() == [True, False, False]
     assert ours.reward[-2] == 0 and ours.reward[-1] != 0

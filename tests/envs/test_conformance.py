@@ -1,4 +1,4 @@
-"""The suite finds what breaks the contract, one thing at a time."""
+"""The conformance suite finds each breach of the contract, one at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ def test_a_reward_that_is_not_a_number_is_found() -> None:
 
 
 class Broken:
-    """Lanes that pass everything on but for what `change` makes of each step."""
+    """Lanes that pass everything on, except that `change` alters each step."""
 
     def __init__(self, lanes: Any, change: Callable[["Broken", HostStep], HostStep]) -> None:
         self.lanes, self.change, self.close = lanes, change, lanes.close

@@ -1,4 +1,4 @@
-"""EnvPool's environments, where it is installed."""
+"""EnvPool's environments, if it is installed."""
 
 import numpy as np
 import pytest

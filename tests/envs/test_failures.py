@@ -1,4 +1,4 @@
-"""Environments that raise, hang, die or return NaN: replaced, told, counted, and nothing stitched together."""
+"""Environments that raise, hang, die or return NaN: they are replaced, logged and counted, and no row joins two."""
 
 import logging
 import multiprocessing
@@ -42,7 +42,7 @@ def shown_seed(lane: int, rebuilds: int) -> int:
 
 
 def assert_nothing_is_stitched(recorded: Recording) -> None:
-    """Every step goes on from the row before, or a new episode begins; where one fails, nothing is paid or ends."""
+    """Asserts that each step continues from the row before or starts an episode, and that failed steps pay nothing."""
     steps = recorded.observation[..., 1]
     starts = recorded.begins | recorded.failed
     np.testing.assert_array_equal(steps[1:], np.where(starts, 0, steps[:-1] + 1))
@@ -65,7 +65,7 @@ def test_a_failed_environment_is_replaced_by_a_fresh_one(
     lanes = make_lanes(2, fault=fault, at=7, num_env_workers=num_env_workers)
     with caplog.at_level(logging.WARNING, "qfleet"):
         recorded = play(lanes, 20, 2)
-    # Five steps, the start of another episode, a step, and the seventh fails.
+    # An episode of five steps, the start of another one and one step of it: then the environment's seventh step fails.
     np.testing.assert_array_equal(np.argwhere(recorded.failed[:, 1]).ravel(), [7, 15])
     assert_nothing_is_stitched(recorded)
     for lane in (0, 1):
@@ -93,16 +93,23 @@ def test_an_environment_that_fails_whenever_it_begins_uses_up_the_budget_at_once
         play(lanes, 1, 1)
 
 
-@pytest.mark.parametrize(("fault", "message"), [("hang", "gave no answer for 1 s"), ("die", r"died \(exit code -9\)")])
+@pytest.mark.parametrize(("fault", "message"), [("hang", "gave no answer for 5 s"), ("die", r"died \(exit code -9\)")])
 def test_a_worker_that_is_lost_takes_its_lanes_and_no_others(
     fault: str, message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    seconds = 5.0 if fault == "hang" else 60.0
     lanes = make_lanes(
-        4, fault=fault, at=9, once=str(tmp_path / "once"), num_env_workers=2, step_timeout_seconds=1.0, max_failures=1
+        4,
+        fault=fault,
+        at=9,
+        once=str(tmp_path / "once"),
+        num_env_workers=2,
+        step_timeout_seconds=seconds,
+        max_failures=1,
     )
     with caplog.at_level(logging.WARNING, "qfleet"):
         recorded = play(lanes, 25, 4)
-    # Whichever worker came first: its lanes fail in the same row, once.
+    # The lanes of the worker that came first fail once, in the same row.
     assert recorded.failed.sum() == 2 and recorded.failed[9].sum() == 2
     lost = np.flatnonzero(recorded.failed[9]).tolist()
     assert lost in ([0, 1], [2, 3])
@@ -155,6 +162,6 @@ def test_a_vector_environment_that_fails_is_replaced_as_a_whole() -> None:
 def test_closing_twice_is_harmless_and_leaves_no_process() -> None:
     lanes = make_lanes(2, fault="hang", num_env_workers=2)
     lanes.reset(0)
-    lanes.send(zeros(1, 2)[0])  # hangs; closing must not wait for it
+    lanes.send(zeros(1, 2)[0])  # this step hangs, and closing must not wait for it
     lanes.close()
     lanes.close()

@@ -43,7 +43,7 @@ def test_conformance(name: str, num_env_workers: int) -> None:
 
 
 def plain_loop(name: str, lane: int, recorded: Recording) -> tuple[list[np.ndarray], list[float], list[bool]]:
-    """What a loop over one environment sees, written as anyone would."""
+    """Returns the observations, rewards and ends that a plain loop over one environment sees."""
     env = gymnasium.make(name)
     observation, _ = env.reset(seed=lane_seed(0, lane))
     observations, rewards, ends = [observation], [], []
@@ -144,7 +144,7 @@ def test_an_environment_without_a_name_elsewhere_travels_to_workers_which_do_wit
 
     def make_where_jax_is_missing() -> Counter:
         is_worker = multiprocessing.parent_process() is not None
-        assert not (is_worker and "jax" in sys.modules)  # a worker has no use for the time and memory that takes
+        assert not (is_worker and "jax" in sys.modules)  # importing JAX would cost workers time and memory for nothing
         return Counter(length=2)
 
     gymnasium.register("Closure-v0", entry_point=make_where_jax_is_missing)
@@ -177,7 +177,7 @@ def test_a_same_step_vector_version_gives_way_to_single_environments(monkeypatch
 
     make_vector = counters.counter_vector
     monkeypatch.setattr(counters, "counter_vector", lambda **options: make_vector(mode="SameStep", **options))
-    assert play(backend.make("counters:BothCounter-v0"), 6).observation[-1, 0, 1] == 0  # 1 if it didn't
+    assert play(backend.make("counters:BothCounter-v0"), 6).observation[-1, 0, 1] == 0  # the vector version gives 1
 
 
 def test_workers_need_single_environments() -> None:

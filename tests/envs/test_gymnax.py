@@ -1,4 +1,4 @@
-"""The adapter against gymnax's own functions, called with the same keys."""
+"""The adapter of gymnax, compared with gymnax's own functions under the same keys."""
 
 import functools
 from typing import Any
@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from qfleet.config import ConfigError
-from qfleet.envs.in_graph import Draws, Lanes, LaneStep, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, LaneStep, StepKeys, draw, init_lanes, step_lanes
 from qfleet.envs.registry import _MINATAR, check_env, list_envs, make_env
 from qfleet.envs.spec import StepResult
 
 gymnax = pytest.importorskip("gymnax")
 
-# Here compiling takes the time, not running.
+# These tests spend their time on compiling, not on running.
 UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -38,7 +38,7 @@ def test_every_step_is_gymnaxs(name: str) -> None:
     actions = np.random.default_rng(1).integers(env.spec.num_actions, size=100)
     for action, key in zip(actions, jax.random.split(jax.random.key(1), 100), strict=True):
         ours, (their_observation, their_state, reward, terminated, _) = both_step(state, action, key)
-        # bool against float where the environment is MinAtar's: nothing of the observation is lost.
+        # MinAtar's observations are bool here and float in gymnax, but nothing of them is lost.
         np.testing.assert_array_equal(ours.observation, their_observation)
         jax.tree.map(np.testing.assert_array_equal, ours.state, their_state)
         assert (ours.reward, ours.terminated, ours.truncated) == (reward, terminated, False)
@@ -51,7 +51,7 @@ def test_the_time_limit_shows_as_truncation() -> None:
     env = make_env("gymnax:MountainCar-v0")
     assert env.spec.time_limit == 200
 
-    def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, LaneStep]:
+    def row(lanes: Lanes, draws: StepKeys) -> tuple[Lanes, LaneStep]:
         return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
 
     _, rows = jax.lax.scan(
@@ -65,7 +65,7 @@ def test_termination_is_not_truncation() -> None:
     """Catch terminates when the ball lands, in its ninth step."""
     env = make_env("gymnax:Catch-bsuite")
 
-    def row(lanes: Lanes, draws: Draws) -> tuple[Lanes, LaneStep]:
+    def row(lanes: Lanes, draws: StepKeys) -> tuple[Lanes, LaneStep]:
         return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
 
     _, rows = jax.lax.scan(

@@ -1,4 +1,4 @@
-"""NEXT_STEP autoreset, worked by hand on a counting environment, and against a plain loop over one environment."""
+"""NEXT_STEP autoreset, worked by hand on a counting environment and compared with a plain loop."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from qfleet.envs import cartpole
-from qfleet.envs.in_graph import Draws, Lanes, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, StepKeys, draw, init_lanes, step_lanes
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 
 def counting(time_limit: int | None = None) -> InGraphEnv:
-    """Counts up by the action from 0; the observation is [count, count]; terminates at 3 or more, truncates at 2.
+    """Adds up the actions. The observation is [count, count]. Terminates at a count of 3 or more, truncates at 2.
 
     The reward is the new count, so that a reward tells which action was counted.
     """
@@ -40,7 +40,7 @@ def play(env: InGraphEnv, actions: Any) -> Any:
     actions = jnp.asarray(actions)
     lanes = init_lanes(env, jax.random.key(0), jnp.arange(actions.shape[1]))
 
-    def row(lanes: Lanes, x: tuple[jax.Array, Draws]) -> tuple[Lanes, Any]:
+    def row(lanes: Lanes, x: tuple[jax.Array, StepKeys]) -> tuple[Lanes, Any]:
         after, step = step_lanes(env, lanes, *x)
         return after, (lanes.observation, lanes.final, *step)
 
@@ -91,7 +91,7 @@ def test_termination_before_the_time_limit_is_no_truncation() -> None:
 
 
 def test_nothing_of_a_nan_state_survives_the_reset() -> None:
-    """An environment may return anything when its final state is stepped: the row must not show it."""
+    """An environment may return anything when its final state is stepped. The row must not show it."""
     poisoned = counting()
     poisoned = poisoned._replace(
         step=lambda state, action, key: (result := counting().step(state, action, key))._replace(
@@ -103,7 +103,7 @@ def test_nothing_of_a_nan_state_survives_the_reset() -> None:
 
 
 def test_lanes_play_the_episodes_that_a_plain_loop_plays() -> None:
-    """Same draws, same actions: every reward, flag and observation of 4 lanes over 200 rows."""
+    """With the same draws and actions, compares every reward, flag and observation of 4 lanes over 200 rows."""
     env = cartpole.make()
     env = env._replace(spec=EnvSpec(**{**vars(env.spec), "time_limit": 25}))
     actions = np.random.default_rng(0).integers(2, size=(200, 4))
@@ -128,7 +128,7 @@ def test_lanes_play_the_episodes_that_a_plain_loop_plays() -> None:
                 ended = bool(terminated or truncated)
                 ends.add((bool(terminated), truncated))
             assert [x[i, lane] for x in rows[2:]] == [reward, terminated, truncated]
-    assert {(True, False), (False, True)} <= ends  # both kinds of ending were met
+    assert {(True, False), (False, True)} <= ends  # both kinds of ending occurred
 
 
 def test_a_lanes_draws_do_not_depend_on_how_many_lanes_there_are() -> None:

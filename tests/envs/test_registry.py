@@ -1,4 +1,4 @@
-"""Names, user registrations and what is said when they are wrong."""
+"""Names of environments, registrations by users, and the errors for wrong ones."""
 
 import dataclasses
 import pathlib
@@ -60,7 +60,7 @@ def test_registering_again_replaces() -> None:
 
 @pytest.mark.parametrize("name", ["", "a:b", "CartPole-v1"])
 def test_names_that_would_hide_others_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="must be new and hold no colon"):
+    with pytest.raises(ConfigError, match="must be new and contain no colon"):
         register_env(name, cartpole.make)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of environments: uint8 RGB, of one size, and different where the state differs."""
+"""Pictures of environments: they are uint8 RGB, have one size, and differ if the states differ."""
 
 import sys
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def test_a_renderer_draws_every_state_anew(name: str) -> None:
 
 
 def orange(picture: np.ndarray) -> np.ndarray:
-    """Returns the rows and columns of what is orange: `[pixels, 2]`."""
+    """Returns the rows and columns of orange pixels, `[pixels, 2]`."""
     return np.argwhere(np.all(picture == (0xEE, 0x85, 0x4A), axis=-1))
 
 

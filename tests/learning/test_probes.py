@@ -1,6 +1,6 @@
-"""Every probe environment, learned from end to end, has the values that were worked out by hand.
+"""Learns every probe environment from end to end, and compares the values with those worked out by hand.
 
-The probes come in an order: the first that fails says what is wrong (`probes`).
+The probes are ordered: the first one that fails says what is wrong (see `probes`).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Networks as pure functions: from modules and from a user's own pair."""
+"""Networks as pure functions, made from modules or given as a pair of functions."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ CONFIG = AgentConfig(hidden_sizes=(8,), layer_norm=True)
 
 
 class UserModule(nnx.Module):
-    """A user's own, with layers in lists, one of them longer than ten: "10" sorts before "2"."""
+    """A user's module with layers in lists. One list has more than ten, because "10" sorts before "2"."""
 
     def __init__(self, rngs, inputs=4, actions=2):
         self.layers = nnx.Sequential(nnx.Linear(inputs, 8, rngs=rngs), jax.nn.tanh)

@@ -25,7 +25,7 @@ def make_spec(shape, dtype=np.float32, frame_stack=1, num_actions=3):
 
 
 def random_params(network):
-    """Every parameter drawn anew, biases and scales too; a fifth of the time of initialising."""
+    """Returns random parameters, biases and scales included. This takes a fifth of the time of `init`."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     return jax.tree.map(lambda leaf: (rng.normal(size=leaf.shape) / 4).astype(leaf.dtype), shapes)
@@ -64,7 +64,7 @@ def test_every_observation_becomes_one_float_per_action(case, dueling):
 
 
 def test_the_nature_network_has_the_published_sizes():
-    """Mnih et al. 2015, with 6 actions: 1,687,206 parameters."""
+    """The network of Mnih et al. 2015 has 1,687,206 parameters with 6 actions."""
     spec = make_spec((84, 84), np.uint8, frame_stack=4, num_actions=6)
     network = make_network(spec, AgentConfig(hidden_sizes=(512,)))
     params = jax.eval_shape(network.init, jax.random.key(0))
@@ -120,7 +120,7 @@ def test_layer_norm_equals_flax_and_keeps_its_digits_far_from_zero():
 
 @pytest.mark.parametrize("spec", [VECTOR, make_spec((10, 10, 4))], ids=["mlp", "minatar"])
 def test_layer_norm_hides_the_scale_of_every_hidden_layer(spec):
-    """With normalisation before each activation, no layer's scale matters except the last one's."""
+    """With normalisation before each activation, only the scale of the last layer matters."""
     network = make_network(spec, AgentConfig(hidden_sizes=(16, 16), layer_norm=True, dueling=True))
     params = random_params(network)
     x = jax.random.normal(jax.random.key(1), (4, *spec.observation_shape))
@@ -152,7 +152,7 @@ def test_dueling_streams_have_their_own_last_hidden_layer():
 
 
 def test_hidden_units_start_with_the_variance_of_their_inputs():
-    """He initialisation keeps the mean square through ReLU layers: 1 in, about 1 out."""
+    """He's initialisation keeps the mean square through ReLU layers: it is 1 at the input and about 1 at the output."""
     network = QNetwork(make_spec((256,)), AgentConfig(hidden_sizes=(256,) * 4), nnx.Rngs(0))
     features = network.hidden(jax.random.normal(jax.random.key(1), (512, 256)))
     assert 0.7 < float((features**2).mean()) < 1.4
@@ -184,7 +184,7 @@ def test_the_lowering_of_convolutions_changes_no_q_value():
 
 
 def nature_by_pixels(params, x):
-    """The Nature network as published: strided convolutions of raw images, stacked frames as channels."""
+    """Returns the Q-values of the Nature network as published: strided convolutions of images, frames as channels."""
     x = x.astype(jnp.float32).reshape(*x.shape[:3], -1) / 255
     for i, stride in enumerate((4, 2, 1)):
         layer = params["torso"]["convolutions"][str(i)]["linear"]

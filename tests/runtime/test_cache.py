@@ -1,4 +1,4 @@
-"""The compilation cache: the second process compiles nothing, and nothing is written where it shouldn't be."""
+"""The compilation cache: a second process compiles nothing, and nothing is written where it shouldn't be."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ print(directory, jax.config.jax_compilation_cache_dir, len(hits))
 
 
 def run(**variables: str) -> tuple[list[str], str]:
-    """Returns the words a fresh process prints, and its stderr."""
+    """Returns the words that a fresh process prints, and its stderr."""
     kept = {k: v for k, v in os.environ.items() if k not in ("JAX_COMPILATION_CACHE_DIR", "QFLEET_CACHE_DIR")}
     result = subprocess.run(
         [sys.executable, "-c", CODE], env=kept | variables, capture_output=True, text=True, check=True

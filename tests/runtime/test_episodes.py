@@ -1,4 +1,4 @@
-"""Episodes to be looked at: the policy's own greedy ones, whole, each moment once."""
+"""Episodes to watch: they are the policy's own greedy episodes, complete, with each moment once."""
 
 import itertools
 
@@ -10,10 +10,11 @@ import probes
 import pytest
 
 from qfleet.config import ConfigError, RunFailed
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import EnvSpec
 from qfleet.envs import gymnasium as backend
 from qfleet.envs.failures import lane_seed
-from qfleet.envs.host import HostEnv, LaneOptions
+from qfleet.envs.host import HostEnv, LaneOptions, seed_of
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.episodes import Moment, play
@@ -35,7 +36,7 @@ def test_episodes_are_those_of_evaluation(frame_stack: int) -> None:
     env = drawn(probes.random_walk(frame_stack))
     network = probes.linear_network(env.spec)
     params = network.init(jax.random.key(1))
-    expected = greedy_returns(env, network.apply, params, jax.random.key(5), 8)
+    expected = greedy_returns(env, network.apply, params, key_of(5, Stream.POLICY), 8)
     episodes = played(env, 8, 5)
     np.testing.assert_allclose([moments[-1].episode_return for moments in episodes], expected, rtol=1e-5)
     assert len({len(moments) for moments in episodes}) > 1
@@ -63,7 +64,7 @@ def test_a_gymnasium_episode_is_that_of_a_plain_greedy_loop() -> None:
     episodes = played(env, 2, 7)
     for i, moments in enumerate(episodes):
         plain = gymnasium.make("CartPole-v1")
-        obs, _ = plain.reset(seed=lane_seed(7 + i, 0))
+        obs, _ = plain.reset(seed=lane_seed(seed_of(7 + i, Stream.POLICY), 0))
         total, ended, actions = 0.0, False, []
         while not ended:
             actions.append(int(np.argmax(network.apply(params, jnp.asarray(obs)[None])[0])))
@@ -87,11 +88,14 @@ def test_host_observations_that_are_pictures_are_drawn() -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        (probes.constant_reward(), r"observations float32 \[1\], which are no picture; give the InGraphEnv a `render`"),
+        (
+            probes.constant_reward(),
+            r"observations float32 \[1\], which are not pictures; give the InGraphEnv a `render`",
+        ),
         (backend.make("counters:LimitedCounter-v0"), "give the HostEnv `make_rendered_lanes`"),
         (
             probes.constant_reward()._replace(render=lambda state, observation: np.zeros((4, 6))),
-            r"must be a uint8 array \[height, width, 3\], got float64 \[4, 6\]; mend what renders it",
+            r"must be a uint8 array \[height, width, 3\], got float64 \[4, 6\]; fix its renderer",
         ),
     ],
     ids=["in graph", "host", "no picture"],

@@ -1,4 +1,4 @@
-"""Greedy episodes: their returns are those of whole episodes, each counted once."""
+"""Returns of greedy episodes: each complete episode counts once."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def test_an_episode_counts_up_to_its_time_limit() -> None:
 
 
 def test_a_step_after_the_end_does_not_count() -> None:
-    env = probes.delayed_reward()  # stepped further than its end, it would go on to give rewards of 1
+    env = probes.delayed_reward()  # if it were stepped beyond its end, it would continue to pay 1
     returns = greedy_returns(env, constant_q, jnp.zeros(1), jax.random.key(0), 4)
     np.testing.assert_array_equal(returns, np.ones(4))
 
@@ -55,7 +55,7 @@ def test_the_key_decides_the_episodes() -> None:
 
 
 class CountedLanes:
-    """Host lanes whose episodes pay 1 a step and are as long as `lengths` says; some fail in some rows."""
+    """Host lanes whose episodes last as long as `lengths` says and pay 1 a step. `fails(row, lane)` says which fail."""
 
     def __init__(
         self, num_lanes: int, lengths: Iterator[int], fails: Callable[[int, int], bool] = lambda row, lane: False
@@ -96,7 +96,7 @@ def host_returns(lanes: CountedLanes, num_episodes: int, time_limit: int | None 
 
 def test_the_host_counts_the_episodes_that_start_first_not_those_that_end_first() -> None:
     lanes = CountedLanes(2, iter([9, 2, 3, 4, 5, 6, 7]))
-    # The second lane plays 2, 3 and 4 steps while the first plays its 9: the fourth episode to start is that of 4.
+    # The second lane plays 2, 3 and 4 steps while the first plays its 9. The fourth episode to start has 4 steps.
     assert host_returns(lanes, 4) == [9, 2, 3, 4]
     assert host_returns(CountedLanes(3, iter([5, 6, 7, 8, 9, 9])), 2) == [5, 6]
 
@@ -116,7 +116,7 @@ def test_an_episode_that_fails_does_not_count_and_the_next_to_start_does() -> No
 @pytest.mark.parametrize("length", [100, 600, 990])
 @pytest.mark.parametrize("moves", [0, 1, 3])
 def test_evaluation_ends_however_failures_and_episodes_fall_together(length: int, moves: int) -> None:
-    """Two workers of 8 lanes: in each, one lane fails every 125 rows, always the same one or each in its turn."""
+    """Two workers have 8 lanes each. Every 125 rows one lane of each fails: always the same lane, or each in turn."""
 
     def fails(row: int, lane: int) -> bool:
         return row % 125 == 124 and lane % 8 == (row // 125) * moves % 8
@@ -130,7 +130,7 @@ def test_an_endless_episode_is_cut_and_its_rest_counts_as_another(monkeypatch: p
 
 
 def test_an_evaluation_that_gets_too_few_whole_episodes_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
-    """Of three episodes of 10 steps, one ends before failures every third row take ten."""
+    """Episodes last 10 steps. One is complete before failures in every third row have cost ten."""
     lanes = CountedLanes(2, itertools.repeat(10), fails=lambda row, lane: row % 3 == 2 and (lane == 1 or row > 12))
     assert host_returns(lanes, 3) == [10]
     assert "lost 10 episodes to environments that failed, and was given up with 1 whole ones of 3" in caplog.text

@@ -1,4 +1,4 @@
-"""Metrics: each step once, in JSON that any parser reads, and the same in TensorBoard."""
+"""Metrics: each step appears once, in JSON that any parser reads, and equally in TensorBoard."""
 
 import json
 import math

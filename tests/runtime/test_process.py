@@ -1,4 +1,4 @@
-"""What the process knows of itself."""
+"""Facts about the process: its age and its memory."""
 
 import subprocess
 import sys
@@ -25,9 +25,12 @@ def test_age_counts_from_the_start_of_the_process() -> None:
 
 
 def test_age_grows_with_time() -> None:
-    before = seconds_since_process_start()
-    time.sleep(0.1)
-    assert seconds_since_process_start() - before == pytest.approx(0.1, abs=0.05)
+    """By as much as another clock says, which is read before and after it on both sides."""
+    earliest, before, early = time.monotonic(), seconds_since_process_start(), time.monotonic()
+    while time.monotonic() < early + 0.1:
+        pass
+    late, after, latest = time.monotonic(), seconds_since_process_start(), time.monotonic()
+    assert late - early - 1e-3 <= after - before <= latest - earliest + 1e-3
 
 
 def test_peak_memory_remembers_what_was_freed() -> None:
@@ -64,7 +67,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 40
     [
         ({}, None),
         (MEMINFO, 4000 * 1024),
-        # Version 2: the group's own limit is none, but its parent's counts; files that are cached count as free.
+        # Version 2. The group has no limit of its own, but its parent has one. Cached files count as free.
         (
             MEMINFO
             | {
@@ -77,7 +80,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 40
             },
             400_000,
         ),
-        # Version 1, as a container sees it: the path is the host's, and the limit lies at the top.
+        # Version 1 as a container sees it: the path is that of the host, but the limit is at the top.
         (
             MEMINFO
             | {
@@ -88,7 +91,7 @@ MEMINFO = {"proc/meminfo": "MemTotal: 8000 kB\nMemFree: 100 kB\nMemAvailable: 40
             },
             150_000,
         ),
-        # A limit above all that there is.
+        # The limit is higher than the available memory.
         (
             MEMINFO
             | {

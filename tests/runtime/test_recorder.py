@@ -1,4 +1,4 @@
-"""Videos while a run trains: they change nothing of it, and what fails in one costs nothing but that video."""
+"""Videos during training: they change nothing about the run, and a failure costs only the video."""
 
 import logging
 import signal
@@ -23,7 +23,7 @@ BLACK = np.zeros((4, 6, 3), np.uint8)
 
 
 class Renderer:
-    """Draws black, and does something else in one picture; the first one is the check before the run."""
+    """Draws black pictures, and calls `action` from picture `at` on. The first picture is the check before the run."""
 
     def __init__(self) -> None:
         self.pictures, self.at, self.action = 0, 0, lambda: None
@@ -151,7 +151,7 @@ def test_a_renderer_that_fails_later_is_told_once_and_costs_no_run(
         summary = qfleet.train(tiny(tmp_path / "run", video_period_env_steps=128))
     assert (summary["stopped"], summary["num_videos"], summary["num_video_failures"]) == ("env steps", 0, 4)
     (message,) = caplog.messages
-    assert message.startswith("the video of environment step 128 failed, the run goes on: OSError: no display")
+    assert message.startswith("the video of environment step 128 failed, the run continues: OSError: no display")
     assert names(tmp_path / "run") == []
 
 
@@ -165,7 +165,7 @@ def test_a_signal_gives_up_the_video_and_keeps_the_run(tmp_path: Path, renderer:
 
 
 class Lanes:
-    """Lanes of one episode's length each, which count those that are open."""
+    """Lanes whose episodes all have the same length. The class counts the instances that are open."""
 
     num_open = 0
 
@@ -205,8 +205,8 @@ def test_nothing_of_a_videos_environment_stays_open(fails_at: int, num_videos: i
     qfleet.register_env("Counted-v0", make)
     before = Lanes.num_open
     run = qfleet.iterate(tiny(tmp_path / "run", "Counted-v0", video_period_env_steps=128))
-    assert Lanes.num_open == before + 1  # training's
+    assert Lanes.num_open == before + 1  # the lanes of training
     for _ in run:
-        assert Lanes.num_open == before + 1 + (run.directory.path / "videos").exists()  # and evaluation's
+        assert Lanes.num_open == before + 1 + (run.directory.path / "videos").exists()  # and those of evaluation
     assert Lanes.num_open == before
     assert (run.summary["num_videos"], run.summary["num_video_failures"]) == (num_videos, 4 - num_videos)

@@ -1,4 +1,4 @@
-"""The run's folder: reads back what it was told, refuses what isn't a run, overwrites nothing."""
+"""The folder of a run: it returns what was written, refuses folders that aren't runs, and overwrites nothing."""
 
 import dataclasses
 import json

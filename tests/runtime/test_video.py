@@ -1,4 +1,4 @@
-"""Videos: they decode to the frames that were put in, and nothing half written is left."""
+"""Videos: they decode to the frames that were put in, and no half-written file is left."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_a_long_episodes_gif_stays_small_and_ends_where_it_ends(
     monkeypatch.setattr("qfleet.runtime.video.GIF_FRAMES", 10)
     video = film(moments(34), tmp_path / "film", 30)
     with Image.open(video.gif) as gif:
-        # Every fourth of 35 frames, for twice there were 10 already, and the last.
+        # The GIF was full twice, so it keeps every fourth of the 35 frames, and the last one.
         assert gif.n_frames == 10
         gif.seek(gif.n_frames - 1)
         assert gif.convert("RGB").getpixel((200, 200)) == pytest.approx((34,) * 3, abs=4)

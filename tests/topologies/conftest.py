@@ -1,4 +1,4 @@
-"""What tests of topologies on Ray share."""
+"""Fixtures for tests of topologies on Ray."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A Ray of this machine, started once for all tests of a file: it takes some seconds."""
+    """A Ray cluster on this machine. Starting it takes some seconds, so all tests of a file share it."""
     pytest.importorskip("ray")
     from qfleet.topologies.fleet.cluster import connected
 

@@ -1,4 +1,4 @@
-"""What a run is said to keep on its devices is what it keeps, to the byte; and what doesn't fit is refused at once."""
+"""A footprint equals the bytes of the real arrays, and a run that doesn't fit is refused at once."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices"
 
 ENV = probes.random_walk(frame_stack=2)
 NUM_ENVS = 8
-WIDE = {"hidden_sizes": (160, 160)}  # so wide that the optimiser's moments lie where their parameters do
+WIDE = {"hidden_sizes": (160, 160)}  # wide enough that the optimiser's moments are divided as the parameters are
 AGENTS = {
     "pqn": AgentConfig(replay="none", rollout_length=16, num_minibatches=4, **WIDE),
     "uniform": AgentConfig(batch_size=16, replay_capacity=800, optimiser="rmsprop", **WIDE),
@@ -58,10 +58,10 @@ def kept_by_fused(fused):
 
 
 def kept_by_overlapped(overlapped):
-    learner, replay, _ = overlapped._jitted().init(np.uint32(0))
+    learner, replay, _ = overlapped._on_mesh.jitted().init(np.uint32(0))
     overlapped._lanes = NoLanes()
     overlapped._begin_episodes()
-    return parts_of(learner, (overlapped._obs, overlapped._view), replay)
+    return parts_of(learner, (overlapped._acting.obs, overlapped._view), replay)
 
 
 def parts_of(learner, lanes, replay):
@@ -118,11 +118,12 @@ def test_the_batch_of_a_footprint_is_what_is_learned_from(kind):
     config = AGENTS[kind]
     if kind == "pqn":
         overlapped = make_overlapped(kind, MeshConfig())
-        learner, _, _ = overlapped._jitted().init(np.uint32(0))
-        overlapped._lanes, overlapped._learner, overlapped._key = NoLanes(), learner, None
+        on_mesh = overlapped._on_mesh
+        learner, _, key = on_mesh.jitted().init(np.uint32(0))
+        overlapped._lanes = NoLanes()
         overlapped._begin_episodes()
-        _, *arguments, _ = overlapped._arguments_to_learn()
-        batch = jax.eval_shape(overlapped._programs.rollout_batch, learner.params, *arguments)
+        _, *rollout, _ = on_mesh.learn_arguments(learner, (), key, overlapped._acting.obs, overlapped._view)
+        batch = jax.eval_shape(on_mesh.programs.rollout_batch, learner.params, *rollout)
     else:
         replay = make_replay(stored_spec(ENV.spec, make_network(ENV.spec, config).to_storage_layout), config, NUM_ENVS)
         batch = jax.eval_shape(lambda: replay.sample(replay.init(), jax.random.key(0), np.float32(1)).transition)
@@ -156,7 +157,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_made_and_told_wha
     message = refusal(config)
     assert re.search(r"got 2\.50 MB replay \+ 457 kB priorities \+ .* = 3\.\d\d MB per device of 1\.00 MB", message)
     assert list(tmp_path.iterdir()) == []
-    assert message.count("try ") == 1 and "mesh.data" not in message  # more CPU devices have no more memory
+    assert message.count("try ") == 1 and "mesh.data" not in message  # more CPU devices would have no more memory
     capacity = int(re.search(r"try replay_capacity (\d+)$", message).group(1))
     assert 10_000 < capacity < 40_000
     fitting = dataclasses.replace(config, agent=dataclasses.replace(config.agent, replay_capacity=capacity))

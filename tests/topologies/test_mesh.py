@@ -1,4 +1,4 @@
-"""Meshes of devices: whatever their shape, what is learned is what one device learns, up to rounding."""
+"""Meshes of devices: a mesh of any shape learns what one device learns, up to rounding."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def name_of(mesh):
 
 
 def random_batches(spec, agent, num_batches, seed=0):
-    """Batches as a replay or a rollout would have them, `[batches, samples, ...]`."""
+    """Returns random batches of the kind that the agent learns from, `[batches, samples, ...]`."""
     rng = np.random.default_rng(seed)
     shape = (num_batches, BATCH_SIZE)
 
@@ -58,7 +58,7 @@ def random_batches(spec, agent, num_batches, seed=0):
 
 
 def learned(mesh, spec, config, batches):
-    """The learner's state after these batches, on that mesh, from the same start as on any other."""
+    """Returns the learner's state after these batches on a mesh; the start is the same on every mesh."""
     network = make_network(spec, config)
     learner = make_learner(make_agent(network, config), config)
     placement = Placement(mesh, network)
@@ -96,10 +96,12 @@ def agent_for(kind, preset):
     if kind != "mlp":
         config = dataclasses.replace(config, hidden_sizes=(64,))
     if kind == "nature":
-        config = dataclasses.replace(config, learning_rate=6.25e-5)  # as published for Adam; more, and noise grows
+        config = dataclasses.replace(
+            config, learning_rate=6.25e-5
+        )  # as published for Adam; a higher rate amplifies noise
     if config.optimiser != "rmsprop":
-        # Adam divides by the gradient's own size. Where that is rounding and nothing else, another order of summation
-        # makes another step, unless eps is above it.
+        # Adam divides by the gradient's own size. If a gradient is only rounding error, a different order of summation
+        # leads to a different step, unless eps is larger than the error.
         config = dataclasses.replace(config, optimiser_options={"eps": 1e-4})
     return dataclasses.replace(config, torso=kind)
 
@@ -121,7 +123,7 @@ def test_every_preset_learns_the_same_on_a_mesh(preset):
 
 
 def test_a_network_over_devices_takes_its_share_of_each():
-    """4,096 units wide: parameters and the optimiser's moments, in bytes."""
+    """With layers of 4,096 units, each device has its share of the parameters and of the optimiser's moments."""
     config = AgentConfig(hidden_sizes=(4096, 4096), optimiser="adam")
     spec, num_devices = SPECS["mlp"], 4
     network = make_network(spec, config)
@@ -199,7 +201,7 @@ def make_fused(kind, mesh, env=None, **settings):
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=4), MeshConfig(data=8), MeshConfig(data=4, model=2)], ids=name_of)
 def test_the_whole_fused_program_takes_the_same_steps_on_any_mesh(mesh):
-    """Without replay all of it: episodes, exploration, minibatches, and evaluation."""
+    """Without a replay everything is the same: episodes, exploration, minibatches and evaluation."""
     one, many = (make_fused("pqn", each) for each in (ONE, mesh))
     for _ in range(6):
         records = [fused.advance(fused.env_steps + 1) for fused in (one, many)]
@@ -224,7 +226,7 @@ def on_host(tree):
 
 @pytest.mark.parametrize("kind", ["uniform", "prioritised"])
 def test_what_is_stored_and_when_is_learned_is_the_same_on_any_mesh(kind):
-    """Lanes see the same until the first learner step; after it batches are others, equally likely."""
+    """Lanes see the same until the first learner step. Then the batches differ, but are equally likely."""
     one, many = (make_fused(kind, each) for each in (ONE, MeshConfig(data=4)))
     for fused in (one, many):
         fused.advance(NUM_ENVS * 16)
@@ -236,7 +238,7 @@ def test_what_is_stored_and_when_is_learned_is_the_same_on_any_mesh(kind):
 
 @pytest.mark.parametrize("kind", AGENTS)
 def test_a_run_goes_on_on_another_mesh_as_on_its_own(kind):
-    """The state that one mesh leaves is another's: what the next step makes of it is the same up to rounding."""
+    """Another mesh goes on from the state of the first, and its next step gives the same result, up to rounding."""
     first = make_fused(kind, MeshConfig(data=4))
     while first.env_steps < 1600:
         first.advance(1600)
@@ -276,7 +278,7 @@ def test_a_run_resumed_on_the_same_mesh_is_one_that_never_stopped(kind):
 
 @pytest.mark.parametrize("kind", AGENTS)
 def test_a_learner_step_reduces_gradients_once(kind):
-    """Read off the compiled program: of all its all-reduces, one carries something as large as the parameters."""
+    """The text of the compiled program has one all-reduce."""
     spec = SPECS["mlp"]
     config = dataclasses.replace(AGENTS[kind], hidden_sizes=(64, 64))
     network = make_network(spec, config)
@@ -298,7 +300,7 @@ def all_reduces(program):
 
 
 def test_a_fused_run_reduces_gradients_once_a_learner_step():
-    """The whole program has one all-reduce of gradients in its text, which is the body of the loop of learner steps."""
+    """The text of the compiled program has one all-reduce as large as the parameters: in the loop of learner steps."""
     fused = make_fused("prioritised", MeshConfig(data=4))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(fused.params))
     sizes = [
@@ -306,7 +308,7 @@ def test_a_fused_run_reduces_gradients_once_a_learner_step():
         for line in all_reduces(fused._run.as_text())
     ]
     assert sizes.count(num_params) == 1
-    assert all(size <= 8 for size in sizes if size != num_params)  # counts and sums, of a chunk or for sampling
+    assert all(size <= 8 for size in sizes if size != num_params)  # counts and sums over a chunk, or for sampling
 
 
 def elements(dimensions):

@@ -1,4 +1,4 @@
-"""An agent: how a Q-network acts, and what it is told it should have said."""
+"""An agent: how a Q-network acts, and the loss that it learns from."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,16 +20,16 @@ class Agent(NamedTuple):
     q_values: Callable[[Params, Array], Array]
     """`q_values(params, obs) -> q`, `[batch, ...]` to `[batch, num_actions]`."""
     explore: Callable[[Array, Array, Array], Array]
-    """`explore(q, exploration, uniform) -> action`: `[lanes, num_actions]`, epsilon or temperature `[]`, and one
-    uniform number per lane `[lanes]`, to `[lanes]` int32."""
+    """`explore(q, exploration, uniform) -> action`, `[lanes]` int32. Here `q` is `[lanes, num_actions]`, `exploration`
+    is epsilon or the temperature, `[]`, and `uniform` is one uniform number per lane, `[lanes]`."""
     loss: Callable[[Params, Params, Batch], tuple[Array, Array]]
-    """`loss(params, target_params, batch) -> loss, td_error`: `[]` and `[batch]`."""
+    """`loss(params, target_params, batch) -> loss, td_error`, which are `[]` and `[batch]`."""
     to_storage_layout: Callable[[Array], Array]
-    """`to_storage_layout(obs) -> obs`, how each observation is kept: `Network.to_storage_layout`."""
+    """`to_storage_layout(obs) -> obs`, the same as `Network.to_storage_layout`."""
 
 
 def make_agent(network: Network, config: AgentConfig) -> Agent:
-    """Returns the agent that `config` describes, with `network` for its values."""
+    """Returns the agent that `config` describes. Its Q-values are those of `network`."""
     elementwise_loss = losses.make_loss(config)
 
     def td_targets(params: Params, target_params: Params, batch: Transition) -> Array:

@@ -1,6 +1,6 @@
 """How actions are drawn, and how exploration decays.
 
-One uniform number per lane decides an action, so a whole block of steps can draw its numbers at once.
+One uniform number per lane decides an action, so the numbers of many steps can be drawn at once.
 """
 
 import jax
@@ -12,7 +12,7 @@ from qfleet.config import AgentConfig
 
 
 def epsilon_greedy(q: Array, epsilon: Array, uniform: Array) -> Array:
-    """Returns a uniformly random action with probability `epsilon`, else the greedy one (the first, in a tie).
+    """Returns a uniformly random action with probability `epsilon`, and otherwise the greedy one (the first, in a tie).
 
     Args:
       q: `[..., num_actions]` float.
@@ -34,24 +34,24 @@ def softmax(q: Array, temperature: Array, uniform: Array) -> Array:
     Args:
       q: `[..., num_actions]` float.
       temperature: `[]` or `[...]` float above 0, in units of discounted reward.
-      uniform: `[...]` float in [0, 1): where it falls on the cumulated probabilities is the action.
+      uniform: `[...]` float in [0, 1). Its place among the cumulated probabilities is the action.
 
     Returns:
       `[...]` int32.
     Source: Sutton and Barto 2018, section 2.8.
     """
     cumulated = jnp.cumsum(jax.nn.softmax(q / jnp.asarray(temperature)[..., None], axis=-1), axis=-1)
-    # Rounding may leave the last sum below 1: scale, so that the last action keeps its share.
+    # Rounding may leave the last sum below 1. Scaling by it keeps the last action's share.
     return jnp.sum(uniform[..., None] * cumulated[..., -1:] >= cumulated[..., :-1], axis=-1, dtype=jnp.int32)
 
 
 def greedy(q: Array) -> Array:
-    """Returns the action of greatest value, the first in a tie: `[..., num_actions]` to `[...]` int32."""
+    """Returns the action with the greatest value, the first one in a tie: `[..., num_actions]` to `[...]` int32."""
     return jnp.argmax(q, axis=-1).astype(jnp.int32)
 
 
 def exploration_at(config: AgentConfig, env_steps: np.ndarray) -> np.ndarray:
-    """Returns epsilon, or the temperature, after so many environment steps.
+    """Returns epsilon, or the temperature, after `env_steps` environment steps.
 
     Args:
       env_steps: any shape, int64, over all lanes.
@@ -67,7 +67,7 @@ def exploration_at(config: AgentConfig, env_steps: np.ndarray) -> np.ndarray:
 
 
 def importance_exponent_at(config: AgentConfig, env_steps: np.ndarray) -> np.ndarray:
-    """Returns beta, the share of the sampling bias that weights correct, after so many environment steps.
+    """Returns beta, the share of the sampling bias that weights correct, after `env_steps` environment steps.
 
     Args:
       env_steps: any shape, int64, over all lanes.

@@ -1,4 +1,4 @@
-"""The TD errors that an actor knows of its own steps, before a learner has seen them: its initial priorities."""
+"""Initial priorities: the TD errors that an actor computes for its own steps, before a learner has seen them."""
 
 from typing import NamedTuple
 
@@ -10,34 +10,36 @@ from qfleet.core.replay import CONTINUED, NO_STEP, TRUNCATED, sealed_outcomes
 
 
 class ValuedRows(NamedTuple):
-    """Consecutive rows, `[rows, lanes]`, and what the actor thought of them."""
+    """Consecutive rows, `[rows, lanes]`, with the values that the actor gave them."""
 
     reward: Array
+    """Float32."""
     outcome: Array
+    """`Row.outcome`, uint8."""
     q_taken: Array
-    """Value of the action that was taken."""
+    """Float32, the value of the action that was taken."""
     q_max: Array
-    """Greatest value of the observation."""
+    """Float32, the greatest action value of the observation."""
 
 
 def padding_rows(num_rows: int, num_lanes: int) -> ValuedRows:
-    """Returns rows to stand before an actor's first ones: what starts there has an error that nobody knows, NaN."""
+    """Returns padding to put before an actor's first rows. It starts no transition, and its TD errors are NaN."""
     shape = (num_rows, num_lanes)
     unknown = jnp.full(shape, jnp.nan)
     return ValuedRows(jnp.zeros(shape), jnp.full(shape, NO_STEP), unknown, unknown)
 
 
 def initial_td_errors(rows: ValuedRows, n_step: int, discount: float) -> Array:
-    """Returns the TD error of the transition that each row but the last n starts, by the actor's own values.
+    """Returns the TD error, by the actor's own values, of the transition that starts at each row except the last n.
 
     Args:
       rows: `[n_step + rows, lanes]`.
-      n_step: rewards summed, fewer where the episode ends before.
+      n_step: number of rewards summed, or fewer if the episode ends earlier.
       discount: per environment step.
 
     Returns:
-      `[rows, lanes]` float32: element i is of the transition that row `n_step + i` completes. It means nothing where a
-      row starts none.
+      `[rows, lanes]` float32. Element i belongs to the transition that row i starts and row `n_step + i` completes. It
+      means nothing if row i starts no transition.
     Source: Horgan et al. 2018, arXiv 1803.00933, section 3 and algorithm 1.
     """
     num_rows = len(rows.reward) - n_step

@@ -1,11 +1,46 @@
-"""Random keys by number."""
+"""The random streams of a run, and keys by number.
+
+Every random number of a run is named by a path of numbers that begins with the seed and a `Stream`, so that no number
+serves two purposes. JAX takes its keys from `key_of(seed, Stream.X, ...)`. NumPy takes a generator from
+`np.random.default_rng((seed, Stream.X, ...))`, and environments outside JAX take `seed_of(seed, Stream.X, ...)`.
+"""
+
+import enum
 
 import jax
 from jax import Array
 
 
+class Stream(enum.IntEnum):
+    """What each random stream of a seed is for. A member keeps its number forever: it decides what a seed means."""
+
+    TRAINING = 0
+    """A learner in one program with its environments: initial parameters, episodes, exploration, batches."""
+    EVALUATION = 1
+    """The episodes with which a run evaluates itself."""
+    ACTING = 2
+    """The episodes and the exploration of an actor in a process of its own."""
+    REPLAY_SHARES = 3
+    """How a batch is divided over the shards of a replay, and the seeds of the shards' draws."""
+    PEER = 4
+    """The seed of each peer that gossips. A peer is a run of its own, with all the streams of that seed."""
+    EXCHANGES = 5
+    """Which of the peers that gossip exchange parameters."""
+    WORKER_BATCHES = 6
+    """The batches that a worker of a parameter server draws from a replay of its own."""
+    REPLAY_SHARD = 7
+    """The transitions that a shard of a replay draws, by a seed from `REPLAY_SHARES`."""
+    POLICY = 8
+    """The episodes of a trained policy, evaluated or filmed. They begin alike, so that a film shows what was scored."""
+
+
 def key_of(seed: Array | int, *numbers: Array | int) -> Array:
-    """Returns the key that a seed and some numbers name, each below 2**32: another one for any others."""
+    """Returns the key at the path that begins with `seed`. Different paths have different keys.
+
+    Args:
+      seed: `[]`, below 2**32.
+      numbers: `[]` each, below 2**32; the first is a `Stream`.
+    """
     key = jax.random.key(seed)
     for number in numbers:
         key = jax.random.fold_in(key, number)

@@ -1,4 +1,4 @@
-"""One learner: gradients of a batch, and what they do to the parameters."""
+"""A learner: the gradients of a batch, and the step that they make the parameters take."""
 
 import inspect
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from jax import Array
 
 from qfleet.config import AgentConfig, ConfigError, suggest
 from qfleet.core.agent import Agent
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import Batch, Params
 
 ELEMENTWISE = (
@@ -25,30 +26,30 @@ ELEMENTWISE = (
     "rmsprop",
     "sgd",
 )
-"""Optimisers that treat each parameter alike, whatever array it is in: these may see all of them as one vector."""
+"""Optimisers that treat each parameter alike, whatever array it is in. They may see all parameters as one vector."""
 
 SMALL = 20_000
-"""Parameters up to which one vector is faster than many small arrays: a sixth of a small network's learner step on CPU
-and a quarter of its compile time. Beyond, copying into the vector costs more than it saves."""
+"""Number of parameters up to which one vector is faster than many small arrays. On a CPU it saves a sixth of a small
+network's learner step and a quarter of its compile time. For larger networks, copying costs more than it saves."""
 
 
 class LearnerState(NamedTuple):
-    """All that a learner keeps from one step to the next."""
+    """Everything that a learner keeps from one step to the next."""
 
     params: Params
     target_params: Params
-    """A copy of some earlier `params`; `()` when learning has no target network."""
+    """A copy of earlier `params`, or `()` if learning has no target network."""
     optimiser_state: optax.OptState
     target_age: Array
-    """`[]` int32, learner steps since the target network was updated. It starts over at each update, so it can't
-    wrap; learner steps in total are the shell's to count, in integers without a limit."""
+    """`[]` int32, learner steps since the last update of the target network. It restarts at each update, so it can't
+    wrap. The total of learner steps is counted outside the core, in integers without a limit."""
 
 
 class UpdateInfo(NamedTuple):
-    """What one learner step tells of itself."""
+    """Measurements of one learner step."""
 
     loss: Array
-    """`[]` float32, weighted mean over the batch."""
+    """`[]` float32, the weighted mean over the batch."""
     td_error: Array
     """`[batch]` float32, target minus value, in units of discounted reward."""
 
@@ -57,17 +58,20 @@ class Learner(NamedTuple):
     """The pure functions of one learner; a topology decides where each of them runs."""
 
     init: Callable[[Params], LearnerState]
+    """`init(params) -> state`."""
     gradients: Callable[[LearnerState, Batch], tuple[Params, UpdateInfo]]
+    """`gradients(state, batch) -> grads, info`. The gradients have the structure of the parameters."""
     apply: Callable[[LearnerState, Params], LearnerState]
+    """`apply(state, grads) -> state`, after one step of the optimiser and, if it is due, of the target network."""
 
 
 def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTransformation | None = None) -> Learner:
-    """Returns the learner of `agent`; `optimiser` replaces the one that `config` names."""
+    """Returns the learner of `agent`. If an `optimiser` is given, it replaces the one that `config` names."""
     optimiser = optimiser or make_optimiser(config)
     has_target = config.replay != "none"
 
     def init(params: Params) -> LearnerState:
-        # A copy, not an alias: a donated state must not hold one buffer twice.
+        # This must be a copy, because a donated state must not hold the same buffer twice.
         target_params = jax.tree.map(jnp.copy, params) if has_target else ()
         return LearnerState(params, target_params, optimiser.init(params), jnp.zeros((), jnp.int32))
 
@@ -76,7 +80,7 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
         (value, td_error), grads = loss(state.params, state.target_params, batch)
         return grads, UpdateInfo(value, td_error)
 
-    def moved(target: Params, online: Params) -> Params:
+    def next_target(target: Params, online: Params) -> Params:
         rate = config.target_update_rate
         return online if rate == 1.0 else jax.tree.map(lambda t, o: t + rate * (o - t), target, online)
 
@@ -87,21 +91,22 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
             return LearnerState(params, (), optimiser_state, state.target_age)
         age = state.target_age + 1
         is_due = age >= config.target_update_period
-        target_params = jax.lax.cond(is_due, lambda: moved(state.target_params, params), lambda: state.target_params)
+        target = state.target_params
+        target_params = jax.lax.cond(is_due, lambda: next_target(target, params), lambda: target)
         return LearnerState(params, target_params, optimiser_state, jnp.where(is_due, 0, age))
 
     return Learner(init, gradients, apply)
 
 
 def init_from_seed(learner: Learner, agent: Agent, seed: Array) -> LearnerState:
-    """Returns the learner that a run with this seed, `[]` uint32, begins with, wherever it runs."""
-    return learner.init(agent.init(jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)[0]))
+    """Returns the state with which a run with this seed, `[]` uint32, begins. It is the same in every topology."""
+    return learner.init(agent.init(jax.random.split(key_of(seed, Stream.TRAINING), 3)[0]))
 
 
 def update(
     learner: Learner, state: LearnerState, batch: Batch, reduce: Callable[[Params], Params] = lambda grads: grads
 ) -> tuple[LearnerState, UpdateInfo]:
-    """One learner step: `reduce` is the identity on one device, a mean over replicas for all-reduce."""
+    """Takes one learner step. `reduce` is the identity for one learner, and the mean over replicas for several."""
     grads, info = learner.gradients(state, batch)
     return learner.apply(state, reduce(grads)), info
 
@@ -110,7 +115,7 @@ def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
     """Returns gradient clipping followed by the Optax optimiser that `config` names.
 
     Raises:
-      ConfigError: if Optax has no such optimiser, or it doesn't take these options.
+      ConfigError: if Optax has no such optimiser, or the optimiser doesn't take these options.
     """
     known = _optimisers()
     if config.optimiser not in known:
@@ -118,7 +123,7 @@ def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
             f"optimiser must be one of Optax's, got {config.optimiser!r}.{suggest(config.optimiser, known)}"
         )
     make = known[config.optimiser]
-    options = [name for name in _parameters(make) if name != "learning_rate"]  # which is a setting of its own
+    options = [name for name in _parameters(make) if name != "learning_rate"]  # a setting of its own
     unknown = sorted(set(config.optimiser_options) - set(options))
     if unknown:
         raise ConfigError(
@@ -132,7 +137,7 @@ def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
 
 
 def _flattened_if_small(optimiser: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns the same optimiser, seeing a small network's parameters as one vector."""
+    """Returns the same optimiser, but it sees the parameters of a small network as one vector."""
     flattened = optax.flatten(optimiser)
 
     def choose(tree: Params) -> optax.GradientTransformation:
@@ -148,7 +153,7 @@ def _flattened_if_small(optimiser: optax.GradientTransformation) -> optax.Gradie
 
 
 def _optimisers() -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """Returns Optax's optimisers by name; but L-BFGS, whose line search must evaluate the loss itself."""
+    """Returns Optax's optimisers by name, except L-BFGS, whose line search must evaluate the loss itself."""
     functions = {name: vars(optax).get(name) for name in optax.__all__}  # getattr would warn of deprecated names
     return {
         name: function

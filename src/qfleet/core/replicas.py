@@ -1,8 +1,8 @@
-"""Replicas of one learner, in step: each has its share of the lanes, the replay and every batch.
+"""Replicas: copies of one learner that run in step. Each has a share of the lanes, the replay and every batch.
 
-Everything that they tell each other goes through these functions, so that the rest of the core reads as for one
-learner, and is compiled as for one where there is only one. With the same seed, replicas do together what one would
-do alone, up to rounding: whatever is drawn at random is drawn by its number in the whole, not in a share.
+The replicas exchange data only through these functions. So the rest of the core is written for one learner, and it is
+compiled for one learner if there is only one. With the same seed, replicas do together what one learner does alone, up
+to rounding, because each random number is drawn by its index in the whole, not in a replica's share.
 """
 
 from collections.abc import Callable
@@ -16,20 +16,21 @@ from jax.flatten_util import ravel_pytree
 
 
 class Replicas(NamedTuple):
-    """How many there are, and how they agree. The functions are for use inside the program that all of them run."""
+    """The number of replicas, and the functions by which they agree. All replicas call them, inside their program."""
 
     size: int
     rank: Callable[[], Array]
-    """`rank() -> []` uint32, which of them this is."""
+    """`rank() -> []` uint32, the number of this replica, from 0."""
     mean: Callable[[Any], Any]
-    """`mean(tree) -> tree`, the same for all."""
+    """`mean(tree) -> tree`, the mean over the replicas, the same for all of them."""
     sum: Callable[[Any], Any]
-    """`sum(tree) -> tree`, the same for all."""
+    """`sum(tree) -> tree`, the sum over the replicas, the same for all of them."""
     gather: Callable[[Array], Array]
-    """`gather(x) -> [replicas, ...]`, everybody's `x`, the same for all."""
+    """`gather(x) -> [replicas, ...]`, the `x` of every replica, the same for all of them."""
     deal: Callable[[Any, Array], Any]
-    """`deal(tree, is_mine) -> tree`: from `[batch, ...]`, of which each replica holds those that `is_mine`, `[batch]`
-    bool, and one of them each, to an equal share of it for each, `[batch / replicas, ...]`, in order."""
+    """`deal(tree, is_mine) -> tree` gives each replica an equal share of a batch, in order: from `[batch, ...]` to
+    `[batch / replicas, ...]`. Before, each element is held by exactly one replica, whose `is_mine`, `[batch]` bool, is
+    True there."""
 
 
 ALONE = Replicas(
@@ -40,17 +41,18 @@ ALONE = Replicas(
     gather=lambda x: x[None],
     deal=lambda tree, is_mine: tree,
 )
-"""One learner."""
+"""A single learner."""
 
 
 def over_axis(name: str, size: int, *, as_vector: bool = False) -> Replicas:
-    """Returns the replicas along a mesh axis of `size` devices, for use under `jax.shard_map` over it.
+    """Returns the replicas along a mesh axis of `size` devices, for use under `jax.shard_map` over that axis.
 
     Args:
-      name: of the axis.
-      size: of it.
-      as_vector: means of many arrays are taken of one vector. Between processes on CPUs each array is a message of
-        its own, at a quarter of a millisecond; but arrays that are divided over another axis must stay apart.
+      name: the axis.
+      size: the number of devices along the axis.
+      as_vector: whether `mean` joins all arrays into one vector first. Between processes on CPUs each array is a
+        message of its own, which takes a quarter of a millisecond. But arrays that are divided over another axis can't
+        be joined.
     """
     if size == 1:
         return ALONE
@@ -62,7 +64,8 @@ def over_axis(name: str, size: int, *, as_vector: bool = False) -> Replicas:
         return unravel(jax.lax.pmean(vector, name))
 
     def deal(tree: Any, is_mine: Array) -> Any:
-        words, unpack = _as_words(tree)  # one message, and numbers that only one replica knows: they add up exactly
+        # As words, the whole tree is one message. The sum is exact, because all replicas but one contribute 0.
+        words, unpack = _as_words(tree)
         return unpack(jax.lax.psum_scatter(jnp.where(is_mine[:, None], words, 0), name, tiled=True))
 
     return Replicas(
@@ -76,12 +79,12 @@ def over_axis(name: str, size: int, *, as_vector: bool = False) -> Replicas:
 
 
 def local_lane_ids(replicas: Replicas, count: int) -> Array:
-    """Returns which of all lanes (or episodes) are the `count` that are this replica's: `[count]` uint32."""
+    """Returns the numbers, among all lanes (or episodes), of this replica's `count` ones: `[count]` uint32."""
     return replicas.rank() * jnp.uint32(count) + jnp.arange(count, dtype=jnp.uint32)
 
 
 def _as_words(tree: Any) -> tuple[Array, Callable[[Array], Any]]:
-    """Returns a tree of `[batch, ...]` as `[batch, words]` uint32, bit for bit, and the way back for any batch."""
+    """Returns the bits of a tree of `[batch, ...]` as `[batch, words]` uint32, and the inverse, for any batch size."""
     leaves, structure = jax.tree.flatten(tree)
 
     def as_bytes(x: Array) -> Array:

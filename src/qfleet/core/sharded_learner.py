@@ -1,10 +1,17 @@
-"""A learner in pieces: its parameters as one vector, cut where several servers each keep a part of it.
+"""One learner, divided over the shards of a parameter server.
 
-Every optimiser that treats each parameter alike does to a piece what it does to that part of the whole. The others need
-all of a network at once, and so one piece.
+The parameters are seen as one vector. Each shard keeps a piece of it, together with the optimiser's state for that
+piece. An optimiser that treats every parameter alike changes a piece exactly as it would change this part of the whole
+vector. Any other optimiser must see the whole network, so it needs a server with a single shard.
+
+The functions here are pure. A worker computes `ShardedLearner.gradients`, each shard computes `mean_gradient` and
+`ShardedLearner.apply`, and whoever writes or reads a checkpoint uses `join` and `split`.
 """
 
+import dataclasses
+import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,17 +19,135 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.core.learner import LearnerState
-from qfleet.core.types import Params
+from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.agent import Agent
+from qfleet.core.learner import ELEMENTWISE, LearnerState, UpdateInfo, init_from_seed, make_learner
+from qfleet.core.types import Batch, Params
+
+StateLeaves = list[np.ndarray]
+"""A `LearnerState` as NumPy arrays, in the order of `jax.tree.leaves`."""
 
 
-def bounds(num_params: int, num_pieces: int) -> list[tuple[int, int]]:
-    """Returns where each piece begins and ends, all as long as each other but for one parameter."""
+class ShardedLearner:
+    """The functions of one learner whose parameters are divided over `num_shards` shards."""
+
+    def __init__(self, agent: Agent, config: AgentConfig, num_shards: int) -> None:
+        """Divides the learner of `agent`.
+
+        Raises:
+          ConfigError: if there are several shards, but the optimiser must see the whole network at once.
+        """
+        if num_shards > 1 and config.optimiser not in ELEMENTWISE:
+            raise ConfigError(
+                f"num_server_shards must be 1 with an optimiser that looks at more than one parameter at once, got "
+                f"num_server_shards={num_shards} and optimiser={config.optimiser}; choose one of "
+                f"{', '.join(ELEMENTWISE)}"
+            )
+        self._agent, self.num_shards = agent, num_shards
+        self._max_gradient_norm = config.max_gradient_norm
+        # `apply` clips by the norm of the whole gradient, which the optimiser of one piece could not know.
+        self.learner = make_learner(agent, dataclasses.replace(config, max_gradient_norm=None))
+        self.shapes: LearnerState = jax.eval_shape(self.init, np.uint32(0))
+        """Shapes of the whole learner."""
+        self.num_params = count_params(self.shapes.params)
+        self.piece_bounds = piece_bounds(self.num_params, num_shards)
+        """Start and end of each shard's piece in the vector of parameters."""
+
+    # --- The initial state ---
+
+    def init(self, seed: Array) -> LearnerState:
+        """Returns the whole learner that a run with this seed, `[]` uint32, begins with, in any topology."""
+        return init_from_seed(self.learner, self._agent, seed)
+
+    def init_shard(self, seed: Array, shard: int) -> LearnerState:
+        """Returns the initial state of one shard.
+
+        With a single shard, the parameters stay a tree. With several, they are that shard's piece of the vector.
+        """
+        whole = self.init(seed)
+        if self.num_shards == 1:
+            return whole
+        start, end = self.piece_bounds[shard]
+        return self.learner.init(to_vector(whole.params)[start:end])
+
+    # --- One learner step ---
+
+    def gradients(
+        self, params: Params, target_params: Params, batch: Batch, dtype: Any
+    ) -> tuple[list[Array], UpdateInfo]:
+        """Returns each shard's piece of the gradient of a batch, `[piece]` of type `dtype`, and the update's losses."""
+        state = LearnerState(params, target_params, (), jnp.int32(0))
+        gradient, info = self.learner.gradients(state, batch)
+        vector = to_vector(gradient).astype(dtype)
+        return [vector[start:end] for start, end in self.piece_bounds], info
+
+    def apply(self, state: LearnerState, piece: Array, squared_norm: Array) -> LearnerState:
+        """Returns the state of a shard after one learner step.
+
+        Args:
+          state: of the shard.
+          piece: `[piece]` float32, the shard's piece of the gradient.
+          squared_norm: `[]` float32, squared norm of the whole gradient, over all shards. The gradient is clipped by
+            it, as `optax.clip_by_global_norm` would clip the whole gradient.
+        """
+        if self._max_gradient_norm is not None:
+            norm = jnp.sqrt(squared_norm)
+            piece = jnp.where(norm < self._max_gradient_norm, piece, piece / norm * self._max_gradient_norm)
+        return self.learner.apply(state, to_tree(piece, state.params) if self.num_shards == 1 else piece)
+
+    def assemble_params(self, pieces: Sequence[np.ndarray]) -> Params:
+        """Returns the parameters, as a tree, from the pieces of all shards, `[piece]` float32 each."""
+        return to_tree(jnp.concatenate(pieces), self.shapes.params)
+
+    # --- The whole state and the states of its shards ---
+
+    def split(self, whole: LearnerState) -> list[StateLeaves]:
+        """Returns the state of each shard, as leaves, from the state of the whole learner in NumPy arrays."""
+        if self.num_shards == 1:
+            return [[np.asarray(leaf) for leaf in jax.tree.leaves(whole)]]
+        return [
+            jax.tree.leaves(_cut_piece(whole, like, bounds, self.num_params))
+            for like, bounds in zip(self._shard_shapes, self.piece_bounds, strict=True)
+        ]
+
+    def join(self, leaves: list[StateLeaves]) -> LearnerState:
+        """Returns the state of the whole learner from the leaves of all shards: the inverse of `split`."""
+        states = [self.shard_state(own, shard) for shard, own in enumerate(leaves)]
+        return states[0] if self.num_shards == 1 else _join_pieces(states, self.shapes)
+
+    def shard_state(self, leaves: StateLeaves, shard: int) -> LearnerState:
+        """Returns one shard's state from its leaves."""
+        state: LearnerState = jax.tree.unflatten(jax.tree.structure(self._shard_shapes[shard]), leaves)
+        return state
+
+    @functools.cached_property
+    def _shard_shapes(self) -> list[LearnerState]:
+        shards = range(self.num_shards)
+        return [jax.eval_shape(functools.partial(self.init_shard, shard=i), np.uint32(0)) for i in shards]
+
+
+class TargetUpdateTracker:
+    """Tracks target-network updates for processes that do not run `Learner.apply`."""
+
+    def __init__(self, period: int) -> None:
+        """Begins with a target network that has just been updated; `period` is in learner steps."""
+        self._period = period
+        self.age = 0
+        """Learner steps since the last update. Set it when the learner's state is replaced by another."""
+
+    def advance(self, num_learner_steps: int = 1) -> bool:
+        """Counts learner steps, and returns whether at least one of them updates the target network."""
+        num_updates, self.age = divmod(self.age + num_learner_steps, self._period)
+        return num_updates > 0
+
+
+def piece_bounds(num_params: int, num_pieces: int) -> list[tuple[int, int]]:
+    """Returns the start and end of each piece. The lengths of two pieces differ by one parameter at most."""
     ends = [num_params * i // num_pieces for i in range(num_pieces + 1)]
     return list(itertools.pairwise(ends))
 
 
-def num_params(params: Params) -> int:
+def count_params(params: Params) -> int:
     """Returns how many numbers a tree of arrays, or of their shapes, has."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
@@ -33,7 +158,7 @@ def to_vector(tree: Params) -> Array:
 
 
 def to_tree(vector: Array, like: Params) -> Params:
-    """Returns the tree of which this is the vector; `like` has its shapes and types."""
+    """Returns the tree whose numbers are `vector`: the inverse of `to_vector`. `like` has its shapes and types."""
     leaves, structure = jax.tree.flatten(like)
     ends = np.cumsum([0, *(int(np.prod(leaf.shape)) for leaf in leaves)])
     parts = [vector[a:b] for a, b in itertools.pairwise(ends)]
@@ -42,45 +167,57 @@ def to_tree(vector: Array, like: Params) -> Params:
     )
 
 
-def split(whole: LearnerState, piece_like: LearnerState, number: int, num_pieces: int) -> LearnerState:
-    """Returns one piece of a learner.
+def mean_gradient(gradients: Sequence[Array]) -> Array:
+    """Returns the mean, `[piece]` float32, of the gradients of one learner step, `[piece]` each."""
+    return jnp.mean(jnp.stack([gradient.astype(jnp.float32) for gradient in gradients]), axis=0)
+
+
+def squared_norm(gradient: Array) -> Array:
+    """Returns the sum of the squares of a gradient, or of a piece of one, `[]` float32."""
+    return jnp.sum(jnp.square(gradient))
+
+
+def _cut_piece(whole: LearnerState, like: LearnerState, bounds: tuple[int, int], num_params: int) -> LearnerState:
+    """Returns one shard's piece of a learner.
+
+    Both states are read leaf by leaf, in the same order. Where the piece has a vector of its length, the whole has the
+    leaves of one tree of parameters (the parameters themselves, or the optimiser's moments of them), which are joined
+    to a vector and cut. All other leaves, such as counts, are the same in every shard.
 
     Args:
-      whole: NumPy arrays.
-      piece_like: shapes of that piece, whose parameters are a vector.
-      number: of the piece, from 0.
-      num_pieces: of the whole.
+      whole: the whole learner, in NumPy arrays.
+      like: the shapes of the piece. Its parameters are a vector.
+      bounds: start and end of the piece.
+      num_params: parameters of the whole.
     """
-    total = num_params(whole.params)
-    start, end = bounds(total, num_pieces)[number]
+    start, end = bounds
     leaves = iter(jax.tree.leaves(whole))
 
-    def next_part(like: Any) -> np.ndarray:
-        if like.shape != (end - start,):
+    def next_leaf(piece_leaf: Any) -> np.ndarray:
+        if piece_leaf.shape != (end - start,):
             return np.asarray(next(leaves))
-        vector, size = [], 0
-        while size < total:
-            leaf = np.ravel(next(leaves))
-            vector.append(leaf)
-            size += len(leaf)
-        return np.concatenate(vector)[start:end]
+        parts, size = [], 0
+        while size < num_params:
+            parts.append(np.ravel(next(leaves)))
+            size += len(parts[-1])
+        return np.concatenate(parts)[start:end]
 
-    return jax.tree.map(next_part, piece_like)
+    return jax.tree.map(next_leaf, like)
 
 
-def join(pieces: list[LearnerState], like: LearnerState) -> LearnerState:
-    """Returns the learner of which these are the pieces, in order.
+def _join_pieces(pieces: list[LearnerState], like: LearnerState) -> LearnerState:
+    """Returns the learner whose pieces these are, in order: the inverse of `_cut_piece`.
 
     Args:
-      pieces: NumPy arrays; parameters are vectors.
-      like: shapes of the whole.
+      pieces: states of all shards, in NumPy arrays. Their parameters are vectors.
+      like: the shapes of the whole learner.
     """
     columns = [jax.tree.leaves(piece) for piece in pieces]
-    sizes = [len(piece.params) for piece in pieces]
+    vector_shapes = [(len(piece.params),) for piece in pieces]
     leaves: list[np.ndarray] = []
     shapes = iter(jax.tree.leaves(like))
     for parts in zip(*columns, strict=True):
-        if [part.shape for part in parts] != [(size,) for size in sizes]:
+        if [part.shape for part in parts] != vector_shapes:
             next(shapes)
             leaves.append(parts[0])
             continue

@@ -1,6 +1,6 @@
-"""Regression targets of Q-learning. Written for one transition or one lane; `jax.vmap` them for more.
+"""Regression targets of Q-learning, for one transition or one lane. Use `jax.vmap` for more.
 
-Suffixes name time: `_tm1` is the state acted on, `_t` the state after.
+Suffixes name time: `_tm1` is the state acted on, and `_t` is the state after it.
 """
 
 import jax
@@ -9,7 +9,7 @@ from jax import Array
 
 
 def q_target(r_t: Array, discount_t: Array, q_t: Array) -> Array:
-    """Returns what `q_tm1[a_tm1]` should have been: the reward plus the discounted greatest next value.
+    """Returns the target of `q_tm1[a_tm1]`: the reward plus the discounted greatest next value.
 
     Args:
       r_t: `[]` float, sum of the k <= n rewards, each discounted to time t-1.
@@ -24,17 +24,16 @@ def q_target(r_t: Array, discount_t: Array, q_t: Array) -> Array:
 
 
 def double_q_target(r_t: Array, discount_t: Array, q_online_t: Array, q_target_t: Array) -> Array:
-    """Returns what `q_tm1[a_tm1]` should have been: the online net picks, the target net values.
+    """Returns the target of `q_tm1[a_tm1]`: the online network picks the next action, the target network values it.
 
     Args:
       r_t: `[]` float, sum of the k <= n rewards, each discounted to time t-1.
       discount_t: `[]` float, discount**k, or 0 if the episode terminated on the way.
       q_online_t: `[num_actions]` float, the online network's values of the last state.
-      q_target_t: `[num_actions]` float, the target network's.
+      q_target_t: `[num_actions]` float, the target network's values of it.
 
     Returns:
       `[]` float. No gradient flows through it.
-
     Raises:
       ValueError: if the two value vectors differ in shape (when tracing, so free at run time).
     Source: van Hasselt, Guez and Silver 2016, arXiv 1509.06461, section "Double DQN".
@@ -47,12 +46,12 @@ def double_q_target(r_t: Array, discount_t: Array, q_online_t: Array, q_target_t
 def lambda_returns(r_t: Array, discount_t: Array, v_t: Array, lambda_t: Array) -> Array:
     """Returns the lambda-return from each step of a sequence, `G_t = r_t + discount_t ((1 - l) v_t + l G_{t+1})`.
 
-    Watkins-like cuts are the caller's: a `lambda_t` of 0 bootstraps from `v_t` there and looks no further.
+    The caller cuts traces: where `lambda_t` is 0, the return bootstraps from `v_t` and looks no further.
 
     Args:
       r_t: `[time, ...]` float, the reward of each step.
-      discount_t: `[time, ...]` float, the discount after it, 0 if the step terminated the episode.
-      v_t: `[time, ...]` float, the value of the state after it.
+      discount_t: `[time, ...]` float, the discount after the step, or 0 if it terminated the episode.
+      v_t: `[time, ...]` float, the value of the state after the step.
       lambda_t: `[time, ...]` float in [0, 1].
 
     Returns:
@@ -70,10 +69,13 @@ def lambda_returns(r_t: Array, discount_t: Array, v_t: Array, lambda_t: Array) -
 
 
 def take_action(q: Array, action: Array) -> Array:
-    """Returns `q[action]`, written so that its gradient is a product, not a scatter (slow on CPU).
+    """Returns `q[action]`. Its gradient is a product, because a scatter is slow on a CPU.
 
     Args:
       q: `[..., num_actions]` float.
       action: `[...]` int.
+
+    Returns:
+      `[...]` float.
     """
     return jnp.sum(q * jax.nn.one_hot(action, q.shape[-1], dtype=q.dtype), axis=-1)

@@ -1,4 +1,4 @@
-"""Rounds of learning, by any topology: some learner steps from a replay, or some epochs over a rollout."""
+"""Rounds of learning, for every topology: some learner steps from a replay, or some epochs over a rollout."""
 
 import math
 from typing import NamedTuple
@@ -20,11 +20,11 @@ class Losses(NamedTuple):
 
     loss: Array
     td_error: Array
-    """Of each batch's mean absolute TD error."""
+    """Sum of the mean absolute TD error of each batch."""
 
 
 def no_losses() -> Losses:
-    """Returns sums over no step."""
+    """Returns the sums over no step: zeros."""
     return Losses(jnp.float32(0), jnp.float32(0))
 
 
@@ -37,16 +37,19 @@ def learn_from_replay(
     num_updates: Array,
     replicas: Replicas = ALONE,
 ) -> tuple[LearnerState, ReplayState, Losses]:
-    """Takes `num_updates` learner steps, each on a batch of its own, and gives the replay their TD errors.
+    """Takes `num_updates` learner steps, each on a new batch, and sets the priorities of each batch from its TD errors.
 
     Args:
-      learner: what learns.
-      replay: what it learns from, with at least one whole window in it unless `num_updates` is 0.
-      state: of the learner and the replay, and the losses so far.
-      key: of this round.
+      learner: the learner.
+      replay: the replay. It must hold at least one whole window, unless `num_updates` is 0.
+      state: the states of the learner and the replay, and the losses so far.
+      key: the key of this round.
       importance_exponent: `[]` float32, beta of prioritised replay.
       num_updates: `[]` int32.
-      replicas: who each learn from their share of every batch. The losses are then of this replica's shares.
+      replicas: replicas that each learn from their share of every batch. The losses are those of this replica's shares.
+
+    Returns:
+      The new states of the learner and the replay, and the losses with those of these steps added.
     """
 
     def learn(i: Array, carry: tuple) -> tuple:
@@ -66,16 +69,19 @@ def learn_from_rollout(
     config: AgentConfig,
     replicas: Replicas = ALONE,
 ) -> tuple[LearnerState, Losses]:
-    """Regresses on a rollout for some epochs, each over minibatches shuffled anew.
+    """Learns from a rollout by regression, for some epochs. Each epoch shuffles the minibatches again.
 
     Args:
-      learner: what learns.
-      state: of it.
-      batch: `[rows, lanes, ...]`, this replica's lanes.
-      key: of this round.
+      learner: the learner.
+      state: the state of the learner.
+      batch: `[rows, lanes, ...]`, the lanes of this replica.
+      key: the key of this round.
       config: the number of epochs and minibatches.
-      replicas: who each learn from their share of every minibatch. The losses are then of this replica's shares.
+      replicas: replicas that each learn from their share of every minibatch. The losses are those of this replica's
+        shares.
 
+    Returns:
+      The new state of the learner, and the losses of these steps.
     Source: Gallici et al. 2024, arXiv 2407.04811, algorithm 1.
     """
 
@@ -91,7 +97,7 @@ def learn_from_rollout(
 def learn_from_minibatches(
     learner: Learner, state: LearnerState, losses: Losses, batches: Regression, replicas: Replicas = ALONE
 ) -> tuple[LearnerState, Losses]:
-    """Takes one learner step on each of the minibatches, `[minibatches, samples, ...]`."""
+    """Takes one learner step on each minibatch of `batches`, `[minibatches, samples, ...]`, and adds up the losses."""
 
     def step(carry: tuple, minibatch: Regression) -> tuple:
         learner_state, losses = carry
@@ -103,45 +109,46 @@ def learn_from_minibatches(
 
 
 def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig) -> Regression:
-    """Returns a rollout with its lambda-returns, `[rows, lanes, ...]`.
+    """Returns a rollout, `[rows, lanes, ...]`, with its lambda-returns as targets.
 
     Args:
-      rows: `[rows, lanes, ...]`, with what the agent saw as `obs`.
-      q_max: `[rows, lanes]`, the greatest value of each row's observation.
-      last_value: `[lanes]`, of the observation after the last row.
+      rows: `[rows, lanes, ...]`. Their `obs` is what the agent saw, with frames stacked.
+      q_max: `[rows, lanes]`, the greatest action value of each row's observation.
+      last_value: `[lanes]`, the greatest action value of the observation after the last row.
       config: the discount and the decay of traces.
     """
     returns = targets.lambda_returns(
         r_t=rows.reward,
         discount_t=jnp.where(rows.outcome == TERMINATED, 0.0, config.discount),
         v_t=jnp.concatenate([q_max[1:], last_value[None]]),
-        # The row after a truncated step holds its final observation: bootstrap there, and look no further.
+        # The row after a truncated step holds the final observation. The return bootstraps there and looks no further.
         lambda_t=jnp.where(rows.outcome == CONTINUED, config.trace_decay, 0.0),
     )
     return Regression(rows.obs, rows.action, returns, weight=(rows.outcome != NO_STEP).astype(jnp.float32))
 
 
 def lanes_per_group(rollout_length: int, num_minibatches: int) -> int:
-    """Returns how many lanes it takes for a rollout's samples to divide over the minibatches."""
+    """Returns the least number of lanes whose samples in a rollout divide evenly over the minibatches."""
     return num_minibatches // math.gcd(rollout_length, num_minibatches)
 
 
 def minibatches(batch: Regression, key: Array, num_minibatches: int, replicas: Replicas = ALONE) -> Regression:
-    """Returns a rollout, `[rows, lanes, ...]`, shuffled and cut, `[minibatches, samples, ...]`.
+    """Returns a rollout, `[rows, lanes, ...]`, shuffled and cut into minibatches, `[minibatches, samples, ...]`.
 
-    Each minibatch takes as many samples from one lane as from another (from one group of lanes, where they don't
-    divide), so that replicas find the same minibatches, each its part of them, that one learner would.
+    Each minibatch takes the same number of samples from every lane. If the samples of a lane don't divide evenly, it
+    takes the same number from every group of lanes. So the minibatches don't depend on the number of replicas: each
+    replica has its part of the minibatches that a single learner would have.
 
-    Within a group of n samples the shuffle is i -> a * i + b modulo n, with a random number a prime to n and another b
-    for each group: a permutation that costs nothing, where sorting random keys takes a fifth of a small network's
-    iteration on CPU.
+    Within a group of n samples the shuffle is i -> a * i + b modulo n. The random number a is prime to n, and each
+    group has its own b. This permutation costs almost nothing, while sorting random keys takes a fifth of a small
+    network's iteration on a CPU.
     """
     num_rows, num_lanes = batch.action.shape
     if num_minibatches == 1:
         return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
     group = lanes_per_group(num_rows, num_minibatches)
     num_groups, num_samples = num_lanes // group, num_rows * group
-    # Factors stay below 2**32 / num_samples, so that a * i can't wrap.
+    # The factors are below 2**32 / num_samples, so a * i can't wrap.
     factors = [a for a in range(1, min(num_samples, 2**32 // num_samples, 4096)) if math.gcd(a, num_samples) == 1]
     bits = jax.random.bits(key, (3,), jnp.uint32)
     groups = jnp.arange(num_groups, dtype=jnp.uint32)
@@ -155,5 +162,5 @@ def minibatches(batch: Regression, key: Array, num_minibatches: int, replicas: R
 
 
 def add_losses(losses: Losses, info: UpdateInfo) -> Losses:
-    """Returns the sums with one more learner step."""
+    """Returns the sums with the losses of one more learner step."""
     return Losses(losses.loss + info.loss, losses.td_error + jnp.mean(jnp.abs(info.td_error)))

@@ -1,1 +1,1 @@
-"""Environments: two contracts (`spec` in JAX, `host` outside), what fulfils them, and their names (`registry`)."""
+"""Environments: two contracts (`spec` in JAX, `host` outside), their implementations, and their names (`registry`)."""

@@ -1,4 +1,4 @@
-"""Acrobot-v1: swing the free end of a two-link pendulum above a line by torque on the joint between the links.
+"""Acrobot-v1: torque on the joint of a two-link pendulum must swing its free end above a line.
 
 The dynamics are Gymnasium's (`gymnasium.envs.classic_control.acrobot`, after Sutton and Barto's book), in float32.
 """
@@ -23,11 +23,11 @@ OUTER_SPEED_LIMIT = 9 * math.pi
 
 
 Parts = tuple[jax.Array, ...]
-"""Of the state, or of its derivative by time: inner angle, outer angle, inner velocity, outer velocity; each `[]`."""
+"""Inner angle, outer angle, inner velocity and outer velocity, each `[]`, or the derivatives of these by time."""
 
 
 def make() -> InGraphEnv:
-    """Returns the environment: three actions (torque -1, 0, 1), reward -1 for each step that doesn't reach the line."""
+    """Returns the environment. It has three actions (torque -1, 0, 1) and pays -1 a step until it reaches the line."""
     spec = EnvSpec(
         name="Acrobot-v1",
         observation_shape=(6,),
@@ -39,16 +39,19 @@ def make() -> InGraphEnv:
 
 
 def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Starts an episode hanging nearly still: each part of the state is uniform in [-0.1, 0.1)."""
+    """Starts an episode with the links hanging nearly still: each part of the state is uniform in [-0.1, 0.1)."""
     state = jax.random.uniform(key, (4,), minval=-0.1, maxval=0.1)
     return state, _observe(*state)
 
 
 def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
-    """Applies the torque for `STEP_SECONDS`; terminates once the free end is a link above the pivot. Draws nothing.
+    """Applies a torque for `STEP_SECONDS`. The episode terminates once the free end is one link above the pivot.
 
-    The state is `[4]` float32: the inner link's angle from hanging down, the outer link's from the inner (radians),
-    and their velocities (radians per second).
+    Args:
+      state: `[4]` float32: the angle of the inner link from hanging down and of the outer link from the inner one
+        (radians), and their velocities (radians per second).
+      action: `[]` integer, the torque plus 1.
+      key: not used.
     """
     inner, outer, inner_velocity, outer_velocity = _runge_kutta(tuple(state), (action - 1).astype(jnp.float32))
     inner, outer = _wrap(inner), _wrap(outer)
@@ -65,7 +68,7 @@ def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
 
 
 def render(state: np.ndarray, observation: np.ndarray) -> np.ndarray:
-    """Draws both links to scale, and the line to be crossed."""
+    """Draws both links to scale, and the line that the free end must cross."""
     inner, outer = float(state[0]), float(state[1])
     joint = LINK_LENGTH * math.sin(inner), -LINK_LENGTH * math.cos(inner)
     end = joint[0] + LINK_LENGTH * math.sin(inner + outer), joint[1] - LINK_LENGTH * math.cos(inner + outer)
@@ -88,7 +91,7 @@ def _wrap(angle: jax.Array) -> jax.Array:
 
 
 def _runge_kutta(parts: Parts, torque: jax.Array) -> Parts:
-    """Returns the state after `STEP_SECONDS`, by one classical step of fourth order."""
+    """Returns the state after `STEP_SECONDS`, by one step of the classical Runge-Kutta method of fourth order."""
 
     def slope_after(seconds: float, slope: Parts) -> Parts:
         return _slope(tuple(x + seconds * dx for x, dx in zip(parts, slope, strict=True)), torque)
@@ -103,14 +106,14 @@ def _runge_kutta(parts: Parts, torque: jax.Array) -> Parts:
 
 
 def _slope(parts: Parts, torque: jax.Array) -> Parts:
-    """Returns the state's derivative by time under a torque (newton metres) on the joint between the links."""
+    """Returns the derivative of the state by time, under a torque (newton metres) on the joint between the links."""
     inner, outer, inner_velocity, outer_velocity = parts
     sine, cosine = jnp.sin(outer), jnp.cos(outer)
     lever = LINK_MASS * LINK_LENGTH * LINK_CENTRE
     outer_inertia = LINK_MASS * LINK_CENTRE**2 + LINK_INERTIA
     d1 = LINK_MASS * (LINK_CENTRE**2 + LINK_LENGTH**2) + 2 * lever * cosine + LINK_INERTIA + outer_inertia
     d2 = outer_inertia + lever * cosine
-    # Gymnasium writes these sines as cosines of the angle less a right angle.
+    # Gymnasium writes these sines as cosines of the angle minus a right angle.
     phi2 = LINK_MASS * LINK_CENTRE * GRAVITY * jnp.sin(inner + outer)
     phi1 = (
         -lever * outer_velocity**2 * sine

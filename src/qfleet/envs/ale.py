@@ -1,6 +1,6 @@
-"""Atari games on ALE's native vector environment (Farama 2025): extra `atari`.
+"""Atari games on ALE's native vector environment (Farama 2025). Extra `atari`.
 
-The protocol is that of Mnih et al. 2015 with the recommendations of Machado et al. 2018 (arXiv 1709.06009) as options.
+The protocol is that of Mnih et al. 2015. The recommendations of Machado et al. 2018 (arXiv 1709.06009) are options.
 """
 
 import contextlib
@@ -17,20 +17,22 @@ FRAME_SKIP = 4
 TIME_LIMIT_FRAMES = 108_000  # half an hour of play at 60 Hz
 NOOP_MAX = 30
 SCREEN = (84, 84)
-PICTURE = (210, 160)  # what the games draw, but for a few that draw 250 lines
-NOOP = 0  # in the minimal and in the full set of actions
+PICTURE = (210, 160)  # size that the games draw, except for a few that draw 250 lines
+NOOP = 0  # number of the no-op, in the minimal and in the full set of actions
 
 
 def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space: bool = False) -> HostEnv:
-    """Returns an Atari game: each step four frames, the last two max-pooled, 84x84 grey, and stacked by the agent.
+    """Returns an Atari game. Each step plays four frames and shows the maximum of the last two, as 84x84 grey pixels.
 
-    Episodes begin with up to 30 no-ops, and are truncated after 108,000 frames. In training, rewards are clipped to
-    [-1, 1] and a lost life terminates; the game itself goes on then, after one no-op. In evaluation neither is so.
+    The agent stacks the last four observations. Episodes begin with up to 30 no-ops and are truncated after 108,000
+    frames. In training, rewards are clipped to [-1, 1], and a lost life terminates the episode; the game then continues
+    after one no-op. Evaluation does neither.
 
     Args:
       name: the game, such as `MsPacman` or `ms_pacman`.
-      repeat_action_probability: that the emulator repeats the last action; Machado et al. recommend 0.25.
-      full_action_space: all 18 actions rather than those that the game knows.
+      repeat_action_probability: probability that the emulator repeats the previous action. Machado et al. recommend
+        0.25.
+      full_action_space: whether to offer all 18 actions rather than only those that the game uses.
 
     Raises:
       ConfigError: if ALE is missing, there is no such game, or an option is out of range.
@@ -43,7 +45,7 @@ def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space
     if not 0.0 <= repeat_action_probability <= 1.0:
         raise ConfigError(f"repeat_action_probability must be in [0, 1], got {repeat_action_probability}")
     game = _find_game(name, roms.get_all_rom_ids())
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # or it prints its version for every environment
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # keeps ALE from printing its version each time
     atari = _Atari(f"ale:{name}", game, repeat_action_probability, full_action_space)
     with contextlib.closing(atari.vector(1)) as probe:
         num_actions = len(probe.ale.get_action_set())
@@ -84,7 +86,7 @@ class _Atari(NamedTuple):
         screen: tuple[int, int] = SCREEN,
         grayscale: bool = True,
     ) -> Any:
-        """Returns ALE's vector environment with our protocol."""
+        """Returns ALE's vector environment, set to the protocol."""
         from ale_py.vector_env import AtariVectorEnv
 
         return AtariVectorEnv(
@@ -119,19 +121,19 @@ class _Atari(NamedTuple):
 
 
 class AleVector:
-    """ALE's vector environment as a backend: its own threads step the lanes between `send` and `recv`.
+    """ALE's vector environment as a backend. Its own threads step the lanes between `send` and `recv`.
 
-    Its `episodic_life` isn't used: that starts a new game at every lost life, so that later lives are never seen. Here
-    the game goes on, as in Mnih et al. 2015: the row after a lost life is a no-op whose reward is dropped, as in OpenAI
-    Baselines' EpisodicLifeEnv.
+    ALE's `episodic_life` is not used, because it starts a new game at every lost life, so that the agent never sees
+    later lives. Here the game continues, as in Mnih et al. 2015. The row after a lost life is a no-op whose reward is
+    dropped, as in OpenAI Baselines' EpisodicLifeEnv.
     """
 
     def __init__(self, env: Any, *, lives_end_episodes: bool) -> None:
         self._env, self._lives_end_episodes = env, lives_end_episodes
         num_lanes = env.num_envs
         self._lives = np.zeros(num_lanes, np.int32)
-        self._resumes = np.zeros(num_lanes, bool)  # a life was lost in the last row: the game goes on with a no-op
-        self._over = np.zeros(num_lanes, bool)  # the game ended in that no-op, which can't be told in that row
+        self._resumes = np.zeros(num_lanes, bool)  # a life was lost in the last row, so the game resumes with a no-op
+        self._over = np.zeros(num_lanes, bool)  # the game ended in that no-op; the row of a no-op can't report an end
         self._last: VectorStep | None = None
 
     def begin(self, seeds: Sequence[int]) -> np.ndarray:
@@ -154,11 +156,11 @@ class AleVector:
     def _end_with_lives(self, step: VectorStep, lives: np.ndarray) -> VectorStep:
         resumed, was_over, last = self._resumes, self._over, self._last
         ended = step.terminated | step.truncated
-        # 0 lives: the game is about to end by itself, in some games only frames later. Its end is reported then.
+        # With 0 lives the game is about to end by itself, in some games only frames later. That end is reported.
         lost = (lives < self._lives) & (lives > 0) & ~ended & ~resumed
         self._over = resumed & ended
         if last is not None and was_over.any():
-            # ALE has used this row to start a new game. Tell the old one's end instead, and resume the new one.
+            # ALE has used this row to start a new game. Report the end of the old one instead, then resume the new one.
             step.observation[was_over] = last.observation[was_over]
             lost |= was_over & last.terminated
             step.truncated[was_over] = last.truncated[was_over]
@@ -167,7 +169,7 @@ class AleVector:
 
 
 class AleWithPictures:
-    """A game twice, from the same seed and with the same actions: as the agent sees it, and in colour."""
+    """Two emulators of a game, with the same seed and actions: one shows what the agent sees, the other colours."""
 
     def __init__(self, seen: HostLanes, coloured: HostLanes) -> None:
         self._seen, self._coloured = seen, coloured
@@ -185,7 +187,8 @@ class AleWithPictures:
         step, coloured = self._seen.recv(), self._coloured.recv()
         if any(np.any(ours != theirs) for ours, theirs in zip(step[1:], coloured[1:], strict=True)):
             raise RunFailed(
-                "two emulators must play alike from one seed, these came apart; the video would show neither"
+                "two emulators must play alike from one seed, but these came apart, so a video would show neither "
+                "game; report this as a bug"
             )
         self._picture = coloured.observation[0]
         return step

@@ -25,7 +25,7 @@ ANGLE_LIMIT = math.radians(12)
 
 
 def make() -> InGraphEnv:
-    """Returns the environment: the observation is the state, two actions (left, right), reward 1 for each step."""
+    """Returns the environment. It observes the state, has two actions (left, right), and pays 1 a step."""
     spec = EnvSpec(
         name="CartPole-v1",
         observation_shape=(4,),
@@ -43,10 +43,13 @@ def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
-    """Pushes for `STEP_SECONDS`; terminates once the cart or the pole passes its limit. Draws nothing from `key`.
+    """Pushes the cart for `STEP_SECONDS`. The episode terminates once the cart or the pole passes its limit.
 
-    The state is `[4]` float32: the cart's position and velocity (metres, seconds) and the pole's angle from upright
-    and angular velocity (radians). One array rather than four, for XLA would draw a new episode once for each.
+    Args:
+      state: `[4]` float32: the position of the cart (metres), its velocity, the angle of the pole from upright
+        (radians), and its angular velocity. It is one array because XLA would draw each new episode once per array.
+      action: `[]` integer, 0 left, 1 right.
+      key: not used.
     """
     position, velocity, angle, angular_velocity = state
     force = jnp.where(action == 1, FORCE, -FORCE)
@@ -66,7 +69,7 @@ def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
 
 
 def render(state: np.ndarray, observation: np.ndarray) -> np.ndarray:
-    """Draws cart and pole to scale, and where the track ends."""
+    """Draws the cart and the pole to scale, and the ends of the track."""
     position, _, angle, _ = map(float, state)
     canvas = rendering.Canvas(480, 200, left=-2.7, bottom=-0.6, pixels_per_unit=480 / 5.4)
     canvas.line([(-2.7, -0.15), (2.7, -0.15)], 0.02, rendering.INK)

@@ -1,4 +1,4 @@
-"""One suite of checks for every environment, whatever runs it: are its rows what the replay takes them for?"""
+"""One suite of checks for every environment, whatever its backend: do its rows mean what the replay assumes?"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ NUM_LANES = 4
 
 
 class Check(NamedTuple):
-    """What one check found."""
+    """Result of one check."""
 
     what: str
     is_ok: bool
@@ -24,7 +24,7 @@ class Check(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """Some rows as lanes returned them, `[rows, lanes]` everywhere. Row t is acted on with `action[t]`."""
+    """Rows that lanes returned, `[rows, lanes]` everywhere. The action in row t is `action[t]`."""
 
     observation: np.ndarray
     """`[rows + 1, lanes, *observation_shape]`."""
@@ -34,31 +34,31 @@ class Recording(NamedTuple):
     truncated: np.ndarray
     failed: np.ndarray
     is_overwritten: bool
-    """An array that was returned earlier had changed by the end."""
+    """Whether an array that was returned earlier had changed by the end."""
 
     @property
     def ended(self) -> np.ndarray:
-        """`[rows, lanes]`, the episode ended in this step."""
+        """`[rows, lanes]` bool: the episode ended in this step."""
         return self.terminated | self.truncated
 
     @property
     def begins(self) -> np.ndarray:
-        """`[rows, lanes]`, the action was for a final observation: this step is the start of a new episode."""
+        """`[rows, lanes]` bool: the action was for a final observation, so this step starts a new episode."""
         return np.concatenate([np.zeros_like(self.ended[:1]), self.ended[:-1]])
 
 
 def check(env: InGraphEnv | HostEnv, *, num_steps: int = 500, seed: int = 0, num_env_workers: int = 0) -> list[Check]:
-    """Plays random actions in a few lanes, several times over, and returns what each check found.
+    """Plays random actions in a few lanes, several times, and returns the result of each check.
 
     Args:
       env: the environment, in JAX or not.
-      num_steps: steps of each lane.
-      seed: of the lanes and the actions.
+      num_steps: number of steps of each lane.
+      seed: seed of the lanes and the actions.
       num_env_workers: processes for environments that can be stepped by them.
 
     Raises:
       RunFailed: if the environment fails too often.
-      ConfigError: if lanes of it can't be made.
+      ConfigError: if its lanes can't be made.
     """
     options = LaneOptions(num_env_workers=num_env_workers)
     host = env if isinstance(env, HostEnv) else as_host(env)
@@ -73,7 +73,7 @@ def check(env: InGraphEnv | HostEnv, *, num_steps: int = 500, seed: int = 0, num
         other = record(lanes, seed + 1, actions)
     finally:
         lanes.close()
-    # Elsewhere than for final observations, the actions are the same.
+    # Change only the actions for final observations.
     ignored = np.where(first.begins, (actions + 1) % env.spec.num_actions, actions)
     fresh = _record_once(host.make_lanes, options, seed, ignored)
     evaluated = _record_once(host.make_eval_lanes, options, seed, actions)
@@ -87,7 +87,7 @@ def check(env: InGraphEnv | HostEnv, *, num_steps: int = 500, seed: int = 0, num
 
 
 def record(lanes: HostLanes, seed: int, actions: np.ndarray) -> Recording:
-    """Returns what `[rows, lanes]` actions lead to after a reset."""
+    """Resets the lanes, plays `[rows, lanes]` actions and returns the rows."""
     first = lanes.reset(seed)
     returned: list[HostStep] = []
     copies = [first.copy()]
@@ -97,7 +97,7 @@ def record(lanes: HostLanes, seed: int, actions: np.ndarray) -> Recording:
         copies.append(returned[-1].observation.copy())
     later = [first, *(step.observation for step in returned)]
     reward, terminated, truncated, failed = map(np.stack, list(zip(*returned, strict=True))[1:])
-    # Bytes, for NaN differs from itself.
+    # Compare bytes, because NaN differs from itself.
     is_overwritten = any(a.tobytes() != b.tobytes() for a, b in zip(copies, later, strict=True))
     return Recording(np.stack(copies), actions, reward, terminated, truncated, failed, is_overwritten)
 
@@ -112,7 +112,7 @@ def as_host(env: InGraphEnv) -> HostEnv:
 
 
 class InGraphLanes:
-    """`HostLanes` of an environment in JAX: slow, one compiled row at a time."""
+    """`HostLanes` of an environment in JAX. They are slow, because they run one compiled row at a time."""
 
     def __init__(self, env: InGraphEnv, num_lanes: int) -> None:
         self._num_lanes = num_lanes
@@ -140,7 +140,7 @@ class InGraphLanes:
         return HostStep(observation, reward, terminated, truncated, np.zeros(self._num_lanes, bool))
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing, because there are no processes or threads to end."""
 
 
 def _record_once(
@@ -154,7 +154,7 @@ def _record_once(
 
 
 def _check_types(lanes: HostLanes, spec: EnvSpec, seed: int) -> Check:
-    """Checks shapes and dtypes in one step, for the other checks rely on them."""
+    """Checks shapes and dtypes in one step. The other checks rely on them."""
     first = lanes.reset(seed)
     lanes.send(np.zeros(NUM_LANES, np.int32))
     step = lanes.recv()
@@ -171,7 +171,7 @@ def _check_types(lanes: HostLanes, spec: EnvSpec, seed: int) -> Check:
 
 
 def _check_rows(recording: Recording, spec: EnvSpec, where: str) -> Iterator[Check]:
-    """Checks what must hold in every row; `where` is training or evaluation."""
+    """Checks the rules for every row. `where` says whether the lanes are those of training or of evaluation."""
     numbers = (recording.observation, recording.reward)
     is_finite = all(np.isfinite(array).all() for array in numbers if array.dtype.kind == "f")
     yield Check(f"{where}: numbers are finite", is_finite, "" if is_finite else "NaN or infinity came back")
@@ -185,7 +185,7 @@ def _check_rows(recording: Recording, spec: EnvSpec, where: str) -> Iterator[Che
     num_ends = int(begins.sum())
     detail = "a row that starts an episode has a reward or ends" if pays else f"{num_ends} of them"
     yield Check(f"{where}: rows after an end pay nothing", not pays, detail)
-    # Where t ends, row t + 1 holds the final observation and row t + 2 the new episode's first.
+    # If an episode ends in step t, row t + 1 holds the final observation and row t + 2 the first of the next episode.
     same = [
         bool((recording.observation[t, i] == recording.observation[t + 1, i]).all()) for t, i in np.argwhere(begins)
     ]
@@ -227,7 +227,7 @@ def _check_ignored_actions(first: Recording, changed: Recording) -> Check:
 def _first_difference(a: Recording, b: Recording) -> str | None:
     for name in ("observation", "reward", "terminated", "truncated"):
         left, right = getattr(a, name), getattr(b, name)
-        differs = (left != right) & ((left == left) | (right == right))  # NaN, which another check finds, isn't itself
+        differs = (left != right) & ((left == left) | (right == right))  # two NaNs count as equal here
         differs = np.argwhere(differs.reshape(*left.shape[:2], -1).any(-1))
         if len(differs):
             return f"{name} differs, first in row {differs[0][0]}, lane {differs[0][1]}"

@@ -1,4 +1,4 @@
-"""Environments of EnvPool (Weng et al. 2022, arXiv 2206.10558), stepped by its own threads: extra `envpool`."""
+"""Environments of EnvPool (Weng et al. 2022, arXiv 2206.10558), stepped by its own threads. Extra `envpool`."""
 
 import contextlib
 import warnings
@@ -15,8 +15,8 @@ from qfleet.envs.observations import discrete_actions, make_encoder
 from qfleet.envs.rendering import is_picture
 from qfleet.envs.vector_lanes import VectorLanes, VectorStep
 
-_NO_LIMIT = 2**31 - 1  # what EnvPool gives as `max_episode_steps` of environments without one
-_GRID_LEVELS = (11, 6, 3)  # kinds of object, colours and states in MiniGrid's observations
+_NO_LIMIT = 2**31 - 1  # EnvPool's `max_episode_steps` for environments without a time limit
+_GRID_LEVELS = (11, 6, 3)  # numbers of object kinds, colours and states in MiniGrid's observations
 
 _Encode = Callable[[Any, int], np.ndarray]
 
@@ -24,17 +24,17 @@ _Encode = Callable[[Any, int], np.ndarray]
 def make(name: str, **options: Any) -> HostEnv:
     """Returns EnvPool's environment of that name, such as `Pong-v5`, `LunarLander-v3` or `highway-fast-v0`.
 
-    Atari games follow the protocol of `qfleet.envs.ale`, but for what EnvPool does otherwise: the game goes on after a
-    lost life with up to 30 no-ops rather than one. Of MiniGrid's observations the image is kept, one-hot; the mission
-    isn't. An episode that terminates in the very step of its time limit counts as truncated.
+    Atari games follow the protocol of `qfleet.envs.ale` with one deviation, which is EnvPool's: after a lost life the
+    game continues with up to 30 no-ops rather than one. MiniGrid's observations are reduced to their image, one-hot;
+    the mission is dropped. An episode that terminates in the very step of its time limit counts as truncated.
 
     Args:
-      name: as `envpool.list_all_envs` gives it.
-      options: further settings of EnvPool, such as `repeat_action_probability`.
+      name: name of the environment in `envpool.list_all_envs`.
+      **options: further settings of EnvPool, such as `repeat_action_probability`.
 
     Raises:
-      ConfigError: if EnvPool is missing, it has no such environment or option, or its spaces are others than Box or
-        Discrete observations and Discrete actions.
+      ConfigError: if EnvPool is missing or has no such environment or option, if observations are neither Box nor
+        Discrete, or if actions aren't Discrete.
     """
     try:
         import envpool
@@ -52,8 +52,8 @@ def make(name: str, **options: Any) -> HostEnv:
     def make_pool(seeds: Sequence[int], **further: Any) -> Any:
         pool = envpool.make_gymnasium(name, num_envs=len(seeds), seed=list(seeds), **{**settings, **further})
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Gymnasium's, on the precision of bounds that EnvPool gives
-            _ = pool.observation_space, pool.action_space  # made once, and kept by the pool
+            warnings.simplefilter("ignore")  # Gymnasium warns of the precision of EnvPool's bounds
+            _ = pool.observation_space, pool.action_space  # the pool makes both now and keeps them
         return pool
 
     spec, encode = _describe(name, is_atari, make_pool)
@@ -77,16 +77,16 @@ def make(name: str, **options: Any) -> HostEnv:
 
     def refuse_to_render(lane_options: LaneOptions) -> RenderedLanes:
         raise ConfigError(
-            f"{spec.name} must show the agent a picture to be watched, for EnvPool draws none, and it shows "
+            f"{spec.name} must show the agent a picture to be watched, because EnvPool draws none; it shows "
             f"{spec.observation_dtype} {list(spec.observation_shape)}; train in its equivalent gym:{name} to watch that"
         )
 
-    # Where observations are pictures, these are drawn.
+    # If observations are pictures, they are shown, and no renderer is needed.
     return HostEnv(spec, make_lanes_with(**training), make_lanes_with(), None if is_picture(spec) else refuse_to_render)
 
 
 class EnvPoolVector:
-    """A pool as a backend: its threads step the lanes between `send` and `recv`."""
+    """A `VectorBackend` made of a pool, whose threads step the lanes between `send` and `recv`."""
 
     def __init__(self, make_pool: Callable[[Sequence[int]], Any], encode: _Encode) -> None:
         self._make_pool, self._encode = make_pool, encode
@@ -95,7 +95,7 @@ class EnvPoolVector:
 
     def begin(self, seeds: Sequence[int]) -> np.ndarray:
         self.close()
-        self._pool, self._num_lanes = self._make_pool(seeds), len(seeds)  # a pool is seeded only when it is made
+        self._pool, self._num_lanes = self._make_pool(seeds), len(seeds)  # a pool only takes seeds when it is made
         observation, _ = self._pool.reset()
         return self._encode(observation, self._num_lanes)
 
@@ -109,7 +109,7 @@ class EnvPoolVector:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
-            self._pool = None  # its threads end with it
+            self._pool = None  # its threads end when it is freed
 
 
 def _atari() -> dict[str, Any]:
@@ -128,16 +128,16 @@ def _atari() -> dict[str, Any]:
 
 
 def _describe(name: str, is_atari: bool, make_pool: Callable[..., Any]) -> tuple[EnvSpec, _Encode]:
-    """Returns the spec, and how observations are encoded."""
+    """Returns the spec, and the function that encodes observations."""
     try:
         pool = make_pool([0])
-    except Exception as error:  # EnvPool's own words on an option that it doesn't know
+    except Exception as error:  # EnvPool's own message says, for example, which option it doesn't know
         raise ConfigError(
             f"envpool:{name} must be one that envpool.make can make, got {type(error).__name__}: {error}"
         ) from error
     observations, config = pool.observation_space, pool.config
     if config["max_num_players"] > 1:
-        raise ConfigError(f"environment envpool:{name} must have one player, it has {config['max_num_players']}")
+        raise ConfigError(f"environment envpool:{name} must have one player, got {config['max_num_players']}")
     encode = _make_encode(observations, name, is_atari)
     with contextlib.closing(pool):
         first = encode(pool.reset()[0], 1)[0]
@@ -162,11 +162,11 @@ def _make_encode(observations: gymnasium.Space, name: str, is_atari: bool) -> _E
 
 
 def _single_frame(observation: np.ndarray, num_lanes: int) -> np.ndarray:
-    return observation[:, 0]  # EnvPool returns new arrays: no need to copy
+    return observation[:, 0]  # without a copy, because EnvPool returns new arrays
 
 
 def _one_hot_grid(observation: dict[str, np.ndarray], num_lanes: int) -> np.ndarray:
-    """Returns MiniGrid's `[lanes, height, width, 3]` numbers one-hot, `[lanes, height, width, 20]` bool."""
+    """Returns MiniGrid's `[lanes, height, width, 3]` numbers as one-hot `[lanes, height, width, 20]` bool."""
     image = observation["image"]
     planes = [image[..., i, None] == np.arange(levels) for i, levels in enumerate(_GRID_LEVELS)]
     return np.concatenate(planes, axis=-1)

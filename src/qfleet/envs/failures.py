@@ -1,6 +1,6 @@
-"""Environments that fail: seeds for what replaces them, what is told of them, and how many a run survives.
+"""Environments that fail: how failures are described and counted, and seeds for the replacements.
 
-Workers import this: no JAX.
+Worker processes import this module, so it must not import JAX.
 """
 
 import logging
@@ -19,8 +19,9 @@ class Failure(NamedTuple):
 
     lanes: tuple[int, ...]
     seed: int
-    """What the (first) environment was last seeded with; later episodes go on from there."""
+    """Last seed of the environment, or of the first one of a group. Episodes since then went on without a new seed."""
     error: str
+    """Description of the error, in one line."""
 
     def __str__(self) -> str:
         lanes = f"lane {self.lanes[0]}" if len(self.lanes) == 1 else f"lanes {self.lanes[0]} to {self.lanes[-1]}"
@@ -28,7 +29,7 @@ class Failure(NamedTuple):
 
 
 class FailureBudget:
-    """Counts failures and logs each; one more than allowed ends the run."""
+    """Counts failures and logs each of them. One more than allowed ends the run."""
 
     def __init__(self, name: str, max_failures: int) -> None:
         self._name = name
@@ -39,13 +40,13 @@ class FailureBudget:
         """Counts a failure.
 
         Raises:
-          RunFailed: if it is one too many.
+          RunFailed: if it exceeds the number of failures that the run survives.
         """
         self.count += 1
         if self.count > self._max_failures:
             raise RunFailed(
                 f"environments may fail at most max_failures={self._max_failures} times, {self._name} failed "
-                f"{self.count} times, last {failure}. Mend the environment, or raise max_failures",
+                f"{self.count} times, last {failure}. Fix the environment, or raise max_failures",
                 learner_is_sound=True,
             )
         logger.warning(
@@ -58,12 +59,12 @@ class FailureBudget:
 
 
 def lane_seed(seed: int, lane: int, rebuilds: int = 0) -> int:
-    """Returns the seed of a lane's environment, after it was rebuilt so many times; below 2**31."""
+    """Returns the seed for the environment of a lane, below 2**31. `rebuilds` says how often it was replaced before."""
     return int(np.random.SeedSequence((seed, lane, rebuilds)).generate_state(1)[0] >> 1)
 
 
 def describe(error: BaseException) -> str:
-    """Returns an exception as one line: its type, its words, and where it was raised."""
+    """Returns a description of an exception in one line: its type, its message, and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"

@@ -1,4 +1,4 @@
-"""Environments of Gymnasium, and whatever else is registered with it."""
+"""Environments that are registered with Gymnasium, by itself or by others."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from qfleet.envs.worker_lanes import WorkerLanes
 
 
 class _Kind(NamedTuple):
-    """What is registered, made with which options, and how the agent sees it."""
+    """A registered environment with its options and its encoding for the agent."""
 
     spec: EnvSpec
     registered: GymnasiumSpec
@@ -36,18 +36,19 @@ class _Kind(NamedTuple):
 def make(name: str, **options: Any) -> HostEnv:
     """Returns the environment that is registered with Gymnasium under that id.
 
-    Observations must be a Box (64-bit numbers become float32, all others stay) or Discrete (one-hot), actions
-    Discrete. An action mask in `info` isn't looked at. The time limit is Gymnasium's `max_episode_steps`.
+    Observations must be a Box or Discrete, actions Discrete. `make_encoder` says how observations are encoded. Action
+    masks in `info` are ignored. The time limit is Gymnasium's `max_episode_steps`.
 
-    Lanes are the environment's own vector version where it has one that can make the rows of `HostStep` exactly, else
-    single environments in this process; with `LaneOptions.num_env_workers`, single environments in worker processes.
+    With `LaneOptions.num_env_workers`, lanes are single environments in worker processes. Without, they are the
+    environment's own vector version if it has one that yields exactly the rows of `HostStep`, and single environments
+    in this process if it doesn't.
 
     Args:
-      name: the id, such as `LunarLander-v3`; with `MODULE:` before it, once that module is imported.
-      options: arguments of the environment's constructor.
+      name: the id, such as `LunarLander-v3`. With `MODULE:` before it, that module is imported first.
+      **options: arguments of the environment's constructor.
 
     Raises:
-      ConfigError: if there is no such id, it can't be made, or its spaces are others.
+      ConfigError: if there is no such id, the environment can't be made, or it has other spaces.
     """
     registered = find(name)
     env = _make_one(name, registered, options)
@@ -70,10 +71,10 @@ def make(name: str, **options: Any) -> HostEnv:
 
 
 def find(name: str) -> GymnasiumSpec:
-    """Returns what Gymnasium has registered under an id, after importing the module before a colon.
+    """Returns Gymnasium's registration of an id, after importing the module before the colon, if any.
 
     Raises:
-      ConfigError: if there is none, or the module can't be imported.
+      ConfigError: if the id isn't registered, or the module can't be imported.
     """
     _, local_name = import_module_of(name)
     try:
@@ -84,7 +85,7 @@ def find(name: str) -> GymnasiumSpec:
 
 
 def _make_one(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> Any:
-    """Returns one environment to ask for its spaces, single if there is such a version."""
+    """Returns one environment, from which to read the spaces. It is a single one if there is a single version."""
     try:
         if registered.entry_point is None:
             return _make_vector(registered, options, 1)
@@ -92,7 +93,7 @@ def _make_one(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> 
     except gymnasium.error.DependencyNotInstalled as error:
         box2d = "pip install 'qfleet[box2d]'" if "box2d" in str(error).lower() else "install that"
         raise ConfigError(f"gym:{name} needs a package that is missing ({error}); {box2d}") from error
-    except Exception as error:  # whatever its constructor raises is what is wrong with it
+    except Exception as error:  # a constructor may raise anything
         raise ConfigError(
             f"gym:{name} must be one that gymnasium.make can make, got {type(error).__name__}: {error}"
         ) from error
@@ -105,7 +106,7 @@ def _make_vector(registered: GymnasiumSpec, options: dict[str, Any], num_lanes: 
 def _time_limit(registered: GymnasiumSpec, options: dict[str, Any]) -> int | None:
     given: int | None = options.get("max_episode_steps")
     limit = registered.max_episode_steps if given is None else given
-    return None if limit == -1 else limit  # as gymnasium.make takes it
+    return None if limit == -1 else limit  # to gymnasium.make, too, -1 means no limit
 
 
 def _is_vector(env: Any) -> bool:
@@ -113,10 +114,10 @@ def _is_vector(env: Any) -> bool:
 
 
 def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> bool:
-    """Returns whether the environment's own vector version is the one to use.
+    """Returns whether to use the environment's own vector version.
 
     Raises:
-      ConfigError: if it is the only one, and doesn't tell its autoreset mode.
+      ConfigError: if it has no other version, and this one doesn't declare its autoreset mode.
     """
     if registered.vector_entry_point is None or registered.additional_wrappers:
         return False
@@ -126,7 +127,7 @@ def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -
     except Exception as error:
         if must:
             raise ConfigError(f"gym:{name} has no version that can be made: {type(error).__name__}: {error}") from error
-        return False  # it takes other arguments than the single version, which works
+        return False  # it doesn't take the arguments that the single version takes
     env.close()
     mode = env.metadata.get("autoreset_mode")
     if must and not isinstance(mode, AutoresetMode):
@@ -150,14 +151,15 @@ def _make_lanes(kind: _Kind, use_vector: bool, num_lanes: int, lane_options: Lan
 
 
 def _make_rendered_lanes(kind: _Kind, lane_options: LaneOptions) -> RenderedLanes:
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # or pygame greets on stdout
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # keeps pygame from printing a greeting
     single = kind.single(render_mode="rgb_array")
     try:
         with contextlib.closing(single.make()) as env:
             env.reset(seed=0)
-            env.render()  # only now do some import what they draw with
-    except Exception as error:  # whatever it raises is why it can't be watched
+            env.render()  # some environments import their drawing library only here
+    except Exception as error:  # a renderer may raise anything
         raise ConfigError(
-            f"{kind.spec.name} must render to be watched, got {type(error).__name__}: {error}; install what it names"
+            f"{kind.spec.name} must render to be watched, got {type(error).__name__}: {error}; "
+            f"install the package that this error names"
         ) from error
     return SingleLanes(single, 1, lane_options)

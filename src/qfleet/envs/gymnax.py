@@ -1,4 +1,4 @@
-"""Environments of gymnax (Lange 2022), MinAtar's among them: extra `gymnax`."""
+"""Environments of gymnax (Lange 2022), including MinAtar's. Extra `gymnax`."""
 
 from typing import Any
 
@@ -11,20 +11,20 @@ from qfleet.envs.spec import EnvSpec, EnvState, InGraphEnv, StepResult
 
 
 def make(name: str, **options: Any) -> InGraphEnv:
-    """Returns gymnax's environment of that name as one of ours.
+    """Returns gymnax's environment of that name as an `InGraphEnv`.
 
-    Observations that are 0 or 1 by nature (MinAtar's; a discrete position, made one-hot) are stored as bool, all
-    others as float32. The time limit is gymnax's `max_steps_in_episode`.
+    MinAtar's observations consist of 0 and 1 and become bool. Discrete observations become one-hot bool, all others
+    float32. The time limit is gymnax's `max_steps_in_episode`.
 
     Args:
-      name: as gymnax lists it, such as `Breakout-MinAtar`.
-      options: arguments of the environment's constructor.
+      name: name of the environment in gymnax, such as `Breakout-MinAtar`.
+      **options: arguments of the environment's constructor.
 
     Raises:
       ConfigError: if gymnax is missing or too old, the name is unknown, or the actions are continuous.
     """
     try:
-        import gymnax  # here, not above: with the plotting libraries that it loads, it takes seconds
+        import gymnax  # only here, because it loads plotting libraries, which takes seconds
         from gymnax.environments import spaces
     except ImportError as error:
         raise ConfigError(f"gymnax:{name} needs gymnax ({error}); pip install 'qfleet[gymnax]'") from error
@@ -47,7 +47,7 @@ def make(name: str, **options: Any) -> InGraphEnv:
         return (jax.nn.one_hot(observation, observations.n) if one_hot else observation).astype(dtype)
 
     def reset(key: jax.Array) -> tuple[EnvState, jax.Array]:
-        # Not `env.reset`: it is compiled on its own. And below not `env.step`: it resets by itself.
+        # `env.reset` would be compiled separately, and `env.step` resets the environment when an episode ends.
         observation, state = env.reset_env(key, params)
         return state, observe(observation)
 

@@ -1,7 +1,7 @@
-"""The contract of environments that live outside the compiled program: Gymnasium's, ALE's, EnvPool's, a user's own.
+"""The contract of environments outside the compiled program, such as Gymnasium's, ALE's, EnvPool's or a user's own.
 
-Lanes step together and follow NEXT_STEP autoreset, as those inside the program do: after an episode's end the next
-step ignores its action, pays nothing and starts a new episode. So what `recv` returns becomes a row as it stands.
+Lanes step together and follow NEXT_STEP autoreset, like lanes inside the program: after the end of an episode, the next
+step ignores its action, pays nothing and starts a new episode. So a result of `recv` becomes a row without any change.
 """
 
 from collections.abc import Callable
@@ -16,27 +16,32 @@ __all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "Render
 
 
 class HostStep(NamedTuple):
-    """What one step of all lanes returns. `[lanes]` everywhere, in arrays that nobody writes to again."""
+    """Results of one step of all lanes, `[lanes]` everywhere. Nothing writes to these arrays again."""
 
     observation: np.ndarray
-    """`[lanes, *observation_shape]`, what the next row holds: an episode's final observation where it has just ended,
-    the first one of a new episode where it had ended before or its environment failed."""
+    """`[lanes, *observation_shape]`: the observations of the next row.
+
+    If the episode of a lane ended in this step, this is its final observation. If it had ended one step before, or if
+    the environment failed, this is the first observation of a new episode."""
     reward: np.ndarray
     """float32; 0 where the action was ignored or the environment failed."""
     terminated: np.ndarray
-    """bool, the episode ended in a state without a future."""
+    """bool: the episode ended in a state without a future."""
     truncated: np.ndarray
-    """bool, the episode was cut short; its last state still has a value."""
+    """bool: the episode was cut short. Its last state still has a value."""
     failed: np.ndarray
-    """bool, the environment raised, hung, died or returned a number that isn't finite, and was replaced: the row that
-    was acted on holds no step, and nothing may be learned across it."""
+    """bool: the environment was replaced because it raised, hung, died or returned a number that isn't finite.
+
+    The action of this row led to no step, so nothing may be learned across the row."""
 
 
 class HostLanes(Protocol):
-    """Environments under way, one per lane. Not safe to use from several threads at once."""
+    """Running environments, one per lane. Several threads must not use them at the same time."""
 
     def reset(self, seed: int) -> np.ndarray:
-        """Starts an episode in every lane, from seeds that only `seed` and the lane decide. Not with a step under way.
+        """Starts an episode in every lane, from seeds that depend only on `seed` and the lane.
+
+        Don't call this between `send` and `recv`.
 
         Returns:
           `[lanes, *observation_shape]`.
@@ -44,43 +49,49 @@ class HostLanes(Protocol):
         ...
 
     def send(self, action: np.ndarray) -> None:
-        """Begins a step of every lane with `[lanes]` int32 actions; returns at once where the backend can."""
+        """Begins a step of every lane with `[lanes]` int32 actions. Returns at once if the backend can do that."""
         ...
 
     def recv(self) -> HostStep:
-        """Waits for the step that `send` began.
+        """Waits for the step that `send` began, and returns its results.
 
         Raises:
-          RunFailed: once more environments have failed than `LaneOptions.max_failures` allows.
+          RunFailed: if more environments have failed than `LaneOptions.max_failures` allows.
         """
         ...
 
     def close(self) -> None:
-        """Ends every process and thread of theirs; may be called twice."""
+        """Ends all processes and threads of the lanes. Idempotent."""
         ...
 
 
 class RenderedLanes(HostLanes, Protocol):
-    """One lane that can be looked at."""
+    """One lane that can be watched."""
 
     def render(self) -> np.ndarray:
-        """Returns a picture of where the lane stands, `[height, width, 3]` uint8, RGB. Not with a step under way."""
+        """Returns a picture of the lane's state, `[height, width, 3]` uint8, RGB.
+
+        Don't call this between `send` and `recv`.
+        """
         ...
 
 
 def seed_of(*numbers: int) -> int:
-    """Returns a seed for lanes, 32 bits, that differs wherever one of the numbers does."""
+    """Returns a 32-bit seed for lanes. It differs if any of the numbers differs."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 class HostEnv(NamedTuple):
-    """One environment as a maker of lanes; what `InGraphEnv` is to environments written in JAX."""
+    """One environment as a maker of lanes: the counterpart of `InGraphEnv` outside JAX."""
 
     spec: EnvSpec
     make_lanes: Callable[[int, LaneOptions], HostLanes]
-    """`make_lanes(num_lanes, options)`: lanes to train in."""
+    """`make_lanes(num_lanes, options)` returns lanes for training."""
     make_eval_lanes: Callable[[int, LaneOptions], HostLanes]
-    """The same for evaluation: whole episodes and true rewards, where training clips or cuts them."""
+    """`make_eval_lanes(num_lanes, options)` returns lanes for evaluation.
+
+    They play whole episodes and pay true rewards, even if training cuts episodes or clips rewards."""
     make_rendered_lanes: Callable[[LaneOptions], RenderedLanes] | None = None
-    """One lane of evaluation with pictures, for `qfleet watch`. None: observations are drawn where they are pictures
-    themselves."""
+    """`make_rendered_lanes(options)` returns one evaluation lane with pictures, for `qfleet watch`.
+
+    Without it, observations are shown if they are pictures."""

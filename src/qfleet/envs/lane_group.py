@@ -1,4 +1,7 @@
-"""Single Gymnasium environments stepped one after the other, in this process or in a worker: no JAX."""
+"""Single Gymnasium environments that are stepped one after the other, in this process or in a worker.
+
+Worker processes import this module, so it must not import JAX.
+"""
 
 import contextlib
 import math
@@ -12,11 +15,11 @@ from gymnasium.envs.registration import EnvSpec
 from qfleet.envs.failures import Failure, describe, lane_seed
 from qfleet.envs.observations import Encoder
 
-_ALIGNMENT = 64  # bytes: no two arrays share a cache line
+_ALIGNMENT = 64  # bytes, so that no two arrays share a cache line
 
 
 class StepArrays(NamedTuple):
-    """What one step of some lanes returns, as `HostStep`: `[lanes]` everywhere."""
+    """The results of one step of some lanes. The fields are those of `HostStep`, `[lanes]` everywhere."""
 
     observation: np.ndarray
     reward: np.ndarray
@@ -25,12 +28,12 @@ class StepArrays(NamedTuple):
     failed: np.ndarray
 
     def of(self, lanes: slice) -> "StepArrays":
-        """Returns views of some lanes."""
+        """Returns views of the arrays, restricted to some lanes."""
         return StepArrays(*(array[lanes] for array in self))
 
 
 def make_arrays(num_lanes: int, encoder: Encoder, buffer: Any = None) -> StepArrays:
-    """Returns arrays in a buffer of `num_bytes`, or new ones."""
+    """Returns arrays in a buffer of `num_bytes`, or new arrays if there is no buffer."""
     if buffer is None:
         return StepArrays(*(np.zeros(shape, dtype) for shape, dtype in _layout(num_lanes, encoder)))
     arrays, offset = [], 0
@@ -41,11 +44,12 @@ def make_arrays(num_lanes: int, encoder: Encoder, buffer: Any = None) -> StepArr
 
 
 def num_bytes(num_lanes: int, encoder: Encoder) -> int:
-    """Returns the size of the buffer that `make_arrays` fills."""
+    """Returns the size in bytes of the buffer that `make_arrays` divides."""
     return sum(_padded(shape, dtype) for shape, dtype in _layout(num_lanes, encoder))
 
 
 def _layout(num_lanes: int, encoder: Encoder) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Returns the shape and dtype of each field of `StepArrays`."""
     flag = ((num_lanes,), np.dtype(bool))
     return [((num_lanes, *encoder.shape), encoder.dtype), ((num_lanes,), np.dtype(np.float32)), flag, flag, flag]
 
@@ -57,30 +61,30 @@ def _padded(shape: tuple[int, ...], dtype: np.dtype) -> int:
 def make_single(registered: EnvSpec, options: dict[str, Any]) -> gymnasium.Env:
     """Returns one environment as Gymnasium makes it.
 
-    It stands here because a worker imports the module that it stands in.
+    Workers call this function, so it must be in a module that doesn't import JAX.
     """
-    # Gymnasium's checker costs time in every step; `qfleet check-env` checks more.
+    # Gymnasium's checker takes time in every step, and `qfleet check-env` checks more.
     return gymnasium.make(registered, disable_env_checker=True, **options)
 
 
 class SingleEnv(NamedTuple):
-    """What lanes of single environments are made of."""
+    """A Gymnasium environment, as a maker of single instances for lanes."""
 
     name: str
     make: Callable[[], gymnasium.Env]
     encoder: Encoder
     first_action: int
-    """Its number for our action 0."""
+    """Number of the environment's first action, which is action 0 of the agent."""
 
 
 class LaneGroup:
-    """Environments of some lanes, each replaced when it fails."""
+    """The environments of some lanes. Each is replaced when it fails."""
 
     def __init__(self, env: SingleEnv, lanes: Sequence[int], max_failures: int) -> None:
         self._lanes = [_LaneEnv(env, lane, max_failures) for lane in lanes]
 
     def reset(self, seed: int, rebuilds: int, out: StepArrays) -> list[Failure]:
-        """Starts an episode in every lane and writes its first observation into `out`."""
+        """Starts an episode in every lane, writes the first observations into `out` and returns the failures."""
         failures = []
         for i, lane in enumerate(self._lanes):
             out.observation[i] = lane.reset(seed, rebuilds)
@@ -88,7 +92,7 @@ class LaneGroup:
         return failures
 
     def step(self, actions: Sequence[int], out: StepArrays) -> list[Failure]:
-        """Steps every lane and writes what comes of it into `out`."""
+        """Steps every lane, writes the results into `out` and returns the failures."""
         failures = []
         for i, (lane, action) in enumerate(zip(self._lanes, actions, strict=True)):
             out.observation[i], out.reward[i], out.terminated[i], out.truncated[i] = lane.step(action)
@@ -98,7 +102,7 @@ class LaneGroup:
         return failures
 
     def render(self) -> Any:
-        """Returns what the first lane's environment renders."""
+        """Returns the picture that the environment of the first lane renders."""
         return self._lanes[0].render()
 
     def close(self) -> None:
@@ -108,7 +112,7 @@ class LaneGroup:
 
 
 class _LaneEnv:
-    """One environment with NEXT_STEP autoreset, and its replacements."""
+    """The environment of one lane, with NEXT_STEP autoreset. It is replaced when it fails."""
 
     def __init__(self, env: SingleEnv, lane: int, max_failures: int) -> None:
         self._make_env, self._encoder, self._first_action = env.make, env.encoder, env.first_action
@@ -123,13 +127,13 @@ class _LaneEnv:
         self._seed, self._rebuilds = seed, rebuilds
         try:
             return self._begin_seeded()
-        except Exception as error:  # whatever a user's environment raises is a failure of that environment
+        except Exception as error:  # a user's environment may raise anything
             return self._replace(error)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
         try:
             if self._ended:
-                # Without a seed: the environment's own random numbers go on.
+                # Without a seed, the environment continues with its own random numbers.
                 return self._begin(None), 0.0, False, False
             raw, reward, terminated, truncated, _ = self._env.step(self._first_action + int(action))
             observation, reward = self._encoder(raw), float(reward)
@@ -148,7 +152,7 @@ class _LaneEnv:
         return failures
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # that a broken environment can't be closed either is no news
+        with contextlib.suppress(Exception):  # a broken environment may well fail to close too
             self._env.close()
 
     def _begin_seeded(self) -> np.ndarray:
@@ -161,7 +165,10 @@ class _LaneEnv:
         return self._encoder(raw)
 
     def _replace(self, error: Exception) -> np.ndarray:
-        """Returns the first observation of a new environment; each one that fails at once counts as well."""
+        """Replaces the environment and returns the first observation of the new one.
+
+        If that fails too, it counts as another failure, and the next one is tried.
+        """
         self._fail(error)
         while len(self._failures) <= self._max_failures:
             self.close()
@@ -171,7 +178,7 @@ class _LaneEnv:
                 return self._begin_seeded()
             except Exception as another:
                 self._fail(another)
-        return np.zeros(self._encoder.shape, self._encoder.dtype)  # never seen: the run fails of so many failures
+        return np.zeros(self._encoder.shape, self._encoder.dtype)  # never used, because so many failures end the run
 
     def _fail(self, error: Exception) -> None:
         self._failures.append(Failure((self._lane,), self._env_seed, describe(error)))

@@ -1,4 +1,4 @@
-"""MountainCar-v0: a car too weak for the hill must first swing back to gather speed.
+"""MountainCar-v0: a car that is too weak for the hill must first swing back to gather speed.
 
 The dynamics are Gymnasium's (`gymnasium.envs.classic_control.mountain_car`, after Moore 1990), in float32.
 """
@@ -21,7 +21,7 @@ GOAL = 0.5
 
 
 def make() -> InGraphEnv:
-    """Returns the environment: the observation is the state, three actions (left, none, right), reward -1 a step."""
+    """Returns the environment. It observes the state, has three actions (left, none, right), and pays -1 a step."""
     spec = EnvSpec(
         name="MountainCar-v0",
         observation_shape=(2,),
@@ -39,9 +39,12 @@ def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
-    """Drives for one step; terminates on reaching the goal in forward motion. Draws nothing from `key`.
+    """Drives for one step. The episode terminates when the car reaches the goal while moving forward.
 
-    The state is `[2]` float32: position along the track, and velocity per step.
+    Args:
+      state: `[2]` float32, position along the track and velocity per step.
+      action: `[]` integer, 0 left, 1 none, 2 right.
+      key: not used.
     """
     position, velocity = state
     velocity += (action - 1) * FORCE - GRAVITY * jnp.cos(3 * position)
@@ -54,7 +57,7 @@ def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
 
 
 def render(state: np.ndarray, observation: np.ndarray) -> np.ndarray:
-    """Draws the hills as Gymnasium does, the car on them and the flag at the goal."""
+    """Draws the hills as Gymnasium does, with the car on them and a flag at the goal."""
     position = float(state[0])
     canvas = rendering.Canvas(480, 320, left=LEFT_WALL, bottom=0.0, pixels_per_unit=480 / (RIGHT_END - LEFT_WALL))
     slope = [(x, _height(x)) for x in np.linspace(LEFT_WALL, RIGHT_END, 97).tolist()]
@@ -62,7 +65,7 @@ def render(state: np.ndarray, observation: np.ndarray) -> np.ndarray:
     foot = _height(GOAL)
     canvas.line([(GOAL, foot), (GOAL, foot + 0.16)], 0.008, rendering.INK)
     canvas.polygon([(GOAL, foot + 0.16), (GOAL, foot + 0.1), (GOAL + 0.07, foot + 0.13)], rendering.ORANGE)
-    angle = math.atan(1.35 * math.cos(3 * position))  # of the hill, by the derivative of `_height`
+    angle = math.atan(1.35 * math.cos(3 * position))  # slope of the hill: the derivative of `_height`
 
     def of_car(along: float, above: float) -> tuple[float, float]:
         x = position + along * math.cos(angle) - above * math.sin(angle)

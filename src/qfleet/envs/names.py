@@ -1,4 +1,4 @@
-"""What stands before the colon in an environment's name: a backend, or a Python module to import."""
+"""The part of an environment's name before the colon: a backend, or a Python module to import."""
 
 import importlib
 
@@ -10,22 +10,22 @@ BACKENDS = {
     "ale": "qfleet.envs.ale",
     "envpool": "qfleet.envs.envpool",
 }
-"""Those that are ours, and the module whose `make` takes what stands after the colon."""
+"""The module of each backend. Its `make` takes the part of the name after the colon."""
 
 
 def import_module_of(name: str) -> tuple[str, str]:
-    """Imports MODULE of `MODULE:NAME` and returns both; without a colon there is nothing to import, and '' returned.
+    """Imports MODULE of `MODULE:NAME` and returns both parts. Without a colon, imports nothing and returns '' for it.
 
     Raises:
-      ConfigError: if it can't be imported.
+      ConfigError: if the module can't be imported.
     """
     module, separator, local_name = name.rpartition(":")
     if separator:
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever the user's module raises is what is wrong with it
+        except Exception as error:  # a user's module may raise anything
             raise ConfigError(
-                f"what stands before the colon must be {', '.join(BACKENDS)} or a Python module that can be imported, "
+                f"the part before the colon must be {', '.join(BACKENDS)} or a Python module that can be imported, "
                 f"got {module!r} ({type(error).__name__}: {error}).{suggest(module, BACKENDS)}"
             ) from error
     return module, local_name

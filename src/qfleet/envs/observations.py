@@ -1,4 +1,7 @@
-"""How observations of Gymnasium's spaces become what the replay stores. Workers import this: no JAX."""
+"""Conversion of Gymnasium's observations to the arrays that the replay stores.
+
+Worker processes import this module, so it must not import JAX.
+"""
 
 import dataclasses
 from typing import Any
@@ -11,25 +14,25 @@ from qfleet.config.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Turns raw observations into new arrays of one shape and dtype, and refuses what doesn't fit."""
+    """Converts raw observations to new arrays of one shape and dtype, and refuses those that don't fit."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     first: int | None = None
-    """Of a Discrete space, the smallest observation; it becomes one-hot. None for a Box."""
+    """Smallest observation of a Discrete space, whose observations become one-hot. None for a Box."""
 
     def __call__(self, raw: Any, num_lanes: int | None = None) -> np.ndarray:
-        """Returns one observation `[*shape]`, or `[num_lanes, *shape]` from a batch; nobody else holds the array.
+        """Returns one observation `[*shape]`, or `[num_lanes, *shape]` from a batch, in an array of its own.
 
         Raises:
-          ValueError: if its shape isn't that of the space, or it holds a number that isn't finite.
+          ValueError: if the shape isn't that of the space, or a number isn't finite.
         """
         if self.first is not None:
             encoded = np.asarray(raw)[..., None] - self.first == np.arange(self.shape[0])
             if not encoded.any(-1).all():
                 raise ValueError(f"the observation is outside of its Discrete space, got {raw}")
         else:
-            with np.errstate(over="ignore"):  # what overflows is infinite, which the check below tells better
+            with np.errstate(over="ignore"):  # an overflow gives infinity, which the check below reports more clearly
                 encoded = np.array(raw, self.dtype)
         batch = () if num_lanes is None else (num_lanes,)
         if encoded.shape != (*batch, *self.shape):
@@ -42,12 +45,15 @@ class Encoder:
 
 
 def first_not_finite(batch: np.ndarray) -> int:
-    """Returns the first index along the leading axis whose numbers aren't all finite."""
+    """Returns the first index along the leading axis at which some number isn't finite."""
     return int(np.argmin(np.isfinite(batch).reshape(len(batch), -1).all(1)))
 
 
 def make_encoder(space: gymnasium.Space, name: str) -> Encoder:
-    """Returns the encoder of an observation space: Box as it is (at most 32 bits wide), Discrete as one-hot bool.
+    """Returns the encoder of an observation space.
+
+    It keeps a Box as it is, but converts numbers that are floats or wider than 32 bits to float32. It makes Discrete
+    observations one-hot bool.
 
     Raises:
       ConfigError: if the space is neither.
@@ -56,7 +62,7 @@ def make_encoder(space: gymnasium.Space, name: str) -> Encoder:
         return Encoder((int(space.n),), np.dtype(bool), int(space.start))
     if isinstance(space, gymnasium.spaces.Box) and space.shape:
         dtype = np.dtype(space.dtype)
-        # Networks compute in float32; what is narrower is kept, to spare the replay's memory.
+        # Networks compute in float32. Narrower dtypes are kept because they save memory in the replay.
         is_kept = dtype.kind in "biu" and dtype.itemsize <= 4
         return Encoder(space.shape, dtype if is_kept else np.dtype(np.float32))
     remedy = "wrap it in gymnasium.wrappers.FlattenObservation and register that under an id of your own"
@@ -64,7 +70,7 @@ def make_encoder(space: gymnasium.Space, name: str) -> Encoder:
 
 
 def discrete_actions(space: gymnasium.Space, name: str) -> gymnasium.spaces.Discrete:
-    """Returns the action space if it is Discrete.
+    """Returns the action space, which must be Discrete.
 
     Raises:
       ConfigError: if it isn't.

@@ -1,6 +1,6 @@
-"""Names of environments: ours, those of gymnax, Gymnasium, ALE and EnvPool, and those that users register.
+"""Names of environments: qfleet's own, those of gymnax, Gymnasium, ALE and EnvPool, and those that users register.
 
-Nothing here imports JAX until an environment is made, so that the command line can list names at once.
+This module doesn't import JAX until an environment is made, so that the command line can list names at once.
 """
 
 import functools
@@ -30,28 +30,28 @@ _registered: dict[str, _Make] = {}
 
 
 def register_env(name: str, make: _Make) -> None:
-    """Gives an environment a name; `make_env(name, **options)` calls `make(**options)` and checks what it returns.
+    """Gives an environment a name. `make_env(name, **options)` then calls `make(**options)` and checks the result.
 
     Registering a name again replaces it, so that a notebook cell may run twice.
 
     Raises:
-      ConfigError: if the name is empty, holds a colon (which separates a module from a name) or is one of ours.
+      ConfigError: if the name is empty, contains a colon (which separates a module from a name) or is built in.
     """
     if not name or ":" in name or name in _OURS:
         other = "My" + name.replace(":", "-")
-        raise ConfigError(f"an environment's name must be new and hold no colon, got {name!r}; try {other!r}")
+        raise ConfigError(f"an environment's name must be new and contain no colon, got {name!r}; try {other!r}")
     _registered[name] = make
 
 
 def list_envs() -> list[tuple[str, str]]:
-    """Returns `(name, what it is)` of every environment that can be named without importing anything."""
+    """Returns `(name, description)` of every environment that can be named without importing anything."""
     return [
         *((name, "built in, in JAX") for name in _OURS),
         *((name, "registered by this program") for name in _registered),
         *((f"gymnax:{name}", "gymnax, in JAX (extra 'gymnax')") for name in _MINATAR),
         ("gymnax:NAME", "any other environment of gymnax with discrete actions"),
         ("gym:NAME", "Gymnasium's with discrete actions, such as gym:LunarLander-v3 (extra 'box2d')"),
-        ("NAME", "the same, if none of those above has that name"),
+        ("NAME", "the same, if no environment above has that name"),
         ("ale:GAME", "Atari on ALE's threads, such as ale:Pong (extra 'atari')"),
         ("envpool:NAME", "EnvPool's, such as envpool:Pong-v5 (extra 'envpool')"),
         ("MODULE:NAME", "yours: the Python module MODULE registers NAME with qfleet or Gymnasium when imported"),
@@ -59,39 +59,40 @@ def list_envs() -> list[tuple[str, str]]:
 
 
 def make_env(name: str, **options: Any) -> "InGraphEnv | HostEnv":
-    """Returns the environment of that name, in any of the forms that `list_envs` gives.
+    """Returns the environment of that name, in any of the forms that `list_envs` lists.
 
-    A bare name is one of ours, else one that this program registered, else one of Gymnasium's.
+    A bare name is looked up first among the built-in environments, then among those that this program registered, then
+    among Gymnasium's.
 
     Args:
-      name: of the environment.
-      **options: what its maker takes, such as `repeat_action_probability` of `ale:` games.
+      name: name of the environment.
+      **options: arguments of its maker, such as `repeat_action_probability` of `ale:` games.
 
     Raises:
-      ConfigError: if there is none, its module can't be imported, its maker doesn't take these options, or a registered
-        one breaks the contract.
+      ConfigError: if there is no such environment, its module can't be imported, its maker doesn't take these options,
+        or a registered environment breaks the contract.
     """
     try:
         _, make = _find(name)
         return make(**options)
-    except TypeError as error:  # what Python says of an argument that a function doesn't have
+    except TypeError as error:  # Python's error for an argument that a function doesn't have
         if options:
-            raise ConfigError(f"env_options must be what {name} takes, got {options} ({error})") from error
+            raise ConfigError(f"env_options must be options that {name} takes, got {options} ({error})") from error
         raise
 
 
 def backend_of(name: str) -> str:
-    """Returns what makes the environment of that name: in-graph (ours), gymnax, registered, gymnasium, ale or envpool.
+    """Returns the backend of an environment: in-graph (built in), gymnax, registered, gymnasium, ale or envpool.
 
     Raises:
-      ConfigError: if there is none of that name, or its module can't be imported.
+      ConfigError: if there is no environment of that name, or its module can't be imported.
     """
     backend, _ = _find(name)
     return backend
 
 
 def _find(name: str) -> tuple[str, _Make]:
-    """Returns the backend that a name stands for, and what makes the environment from its options."""
+    """Returns the backend of a name, and the function that makes the environment from its options."""
     if name in _OURS:
         return "in-graph", importlib.import_module(_OURS[name]).make
     prefix, separator, rest = name.partition(":")
@@ -112,9 +113,9 @@ def _make_registered(name: str, make: _Make, **options: Any) -> "InGraphEnv | Ho
 
 
 def default_topology(name: str) -> str:
-    """Returns the name of the topology that suits an environment: `fused` for those written in JAX.
+    """Returns the name of the topology that suits an environment: `fused` if it is written in JAX, or `overlapped`.
 
-    It makes registered environments, to see what they are; others are known by their names.
+    The name tells which kind an environment is, unless the user registered it. Then this makes the environment to see.
     """
     backend, separator, _ = name.partition(":")
     if name in _OURS or backend == "gymnax":
@@ -131,9 +132,9 @@ def default_topology(name: str) -> str:
 
 
 def check_env(env: "InGraphEnv | HostEnv", name: str) -> None:
-    """Raises ConfigError if an environment breaks the contract of its kind; traces one in JAX, runs nothing.
+    """Raises ConfigError if an environment breaks the contract of its kind. It runs nothing, but traces JAX functions.
 
-    `qfleet.envs.conformance.check` runs it, and finds more.
+    `qfleet.envs.conformance.check` runs the environment, and finds more.
     """
     from qfleet.envs.host import HostEnv
     from qfleet.envs.spec import InGraphEnv
@@ -165,7 +166,7 @@ def _check(holds: bool, name: str, what: str, rule: str, value: Any) -> None:
 
 
 def _check_spec(spec: Any, name: str) -> None:
-    """Checks what both kinds of environment have."""
+    """Checks the spec, which both kinds of environment have."""
     from qfleet.core.types import EnvSpec
 
     _check(isinstance(spec, EnvSpec), name, "its spec", "an EnvSpec", type(spec).__name__)
@@ -183,7 +184,7 @@ def _check_spec(spec: Any, name: str) -> None:
 
 
 def _check_in_graph(env: "InGraphEnv", name: str) -> None:
-    """Checks what the functions of an environment in JAX return."""
+    """Checks the results of the functions of an environment in JAX."""
     import jax
 
     from qfleet.envs.spec import StepResult
@@ -221,7 +222,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _describe(tree: Any) -> str:
-    """Returns a pytree's structure with each leaf as its dtype and shape: two that print alike are alike."""
+    """Returns the structure of a pytree, with the dtype and shape of each leaf. Like trees have equal descriptions."""
     import jax
 
     return str(jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", tree))

@@ -1,7 +1,7 @@
-"""Pictures of environments, for `qfleet watch`: a canvas to draw on, and observations that are pictures already.
+"""Pictures of environments for `qfleet watch`: a canvas to draw on, and observations that already are pictures.
 
-A picture is `[height, width, 3]` uint8, RGB. Pillow (extra `video`) is imported when a canvas is made, so that
-environments can be used without it.
+A picture is `[height, width, 3]` uint8, RGB. Pillow (extra `video`) is only imported when a canvas is made, so that
+environments work without it.
 """
 
 import colorsys
@@ -19,14 +19,14 @@ ORANGE = "#ee854a"
 GREEN = "#6acc64"
 GREY = "#a7acb5"
 
-_SMOOTHING = 2  # pixels drawn along each side of one that is kept
+_SMOOTHING = 2  # the canvas has this many pixels along each side of a pixel of the picture
 
 
 class Canvas:
-    """A drawing in an environment's own units, y upwards, on white."""
+    """A drawing on white, in the environment's own units, with y pointing upwards."""
 
     def __init__(self, width: int, height: int, left: float, bottom: float, pixels_per_unit: float) -> None:
-        """Makes an empty one: `width` by `height` pixels, the lower left corner of which is at (left, bottom)."""
+        """Makes an empty canvas of `width` by `height` pixels. Its lower left corner is at (left, bottom)."""
         from PIL import Image, ImageDraw
 
         self._image = Image.new("RGB", (_SMOOTHING * width, _SMOOTHING * height), "white")
@@ -48,7 +48,7 @@ class Canvas:
         self._draw.circle(pixel, radius * self._scale, fill=colour)
 
     def picture(self) -> np.ndarray:
-        """Returns what has been drawn."""
+        """Returns the picture drawn so far."""
         return np.asarray(self._image.reduce(_SMOOTHING))
 
     def _pixels(self, points: Sequence[Point]) -> list[Point]:
@@ -57,7 +57,7 @@ class Canvas:
 
 
 def is_picture(spec: EnvSpec) -> bool:
-    """Returns whether `draw_observation` can draw what an environment shows the agent."""
+    """Returns whether `draw_observation` can draw the observations of an environment."""
     shape, dtype = spec.observation_shape, spec.observation_dtype
     if dtype.kind == "b":
         return len(shape) == 3
@@ -65,11 +65,12 @@ def is_picture(spec: EnvSpec) -> bool:
 
 
 def draw_observation(observation: np.ndarray) -> np.ndarray:
-    """Returns the picture that an observation is.
+    """Returns the picture of an observation.
 
     Args:
-      observation: uint8 `[height, width]`, `[height, width, 1]` or `[height, width, 3]`, or bool `[height, width,
-        planes]` such as MinAtar's: each plane has its colour, and later ones cover earlier ones, as in MinAtar.
+      observation: uint8 `[height, width]`, `[height, width, 1]` or `[height, width, 3]`, or bool
+        `[height, width, planes]` like MinAtar's. Each plane has its own colour, and later planes cover earlier ones, as
+        in MinAtar.
     """
     if observation.dtype.kind == "b":
         planes = np.arange(1, observation.shape[-1] + 1)
@@ -80,7 +81,7 @@ def draw_observation(observation: np.ndarray) -> np.ndarray:
 
 
 def _plane_colours(num_planes: int) -> np.ndarray:
-    """Returns black for no plane, then hues that differ most between neighbours: `[1 + num_planes, 3]` uint8."""
-    golden = 0.618034  # of a turn: successive hues never come close to each other
+    """Returns `[1 + num_planes, 3]` uint8: black for no plane, then one colour for each plane."""
+    golden = 0.618034  # of a turn between successive hues, so that they never come close to each other
     colours = [colorsys.hsv_to_rgb((0.58 + i * golden) % 1, 0.6, 0.95) for i in range(num_planes)]
     return np.round(255 * np.array([(0.0, 0.0, 0.0), *colours])).astype(np.uint8)

@@ -8,9 +8,10 @@ from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
 
 
 class SingleLanes:
-    """`HostLanes` that steps one environment after the other; `recv` does the work.
+    """`HostLanes` that steps one environment after the other. `recv` does the work.
 
-    An environment that hangs can't be replaced here, for nobody is left to notice: use workers.
+    An environment that hangs can't be replaced here, because it blocks the only process that could notice. Worker
+    processes can replace it.
     """
 
     def __init__(self, env: SingleEnv, num_lanes: int, options: LaneOptions) -> None:
@@ -35,7 +36,7 @@ class SingleLanes:
         return HostStep(*out)
 
     def render(self) -> np.ndarray:
-        """Returns a picture of the first lane, if its environment was made with `render_mode="rgb_array"`."""
+        """Returns a picture of the first lane. Its environment must have been made with `render_mode="rgb_array"`."""
         return np.asarray(self._group.render())
 
     def close(self) -> None:

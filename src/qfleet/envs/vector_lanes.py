@@ -1,4 +1,4 @@
-"""Lanes of environments that step together in one object: a Gymnasium VectorEnv, ALE's, EnvPool's."""
+"""Lanes of environments that step together in one object: Gymnasium's VectorEnv, or ALE's or EnvPool's equivalent."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from qfleet.envs.observations import Encoder, first_not_finite
 
 
 class VectorStep(NamedTuple):
-    """What a backend returns: `[lanes]` everywhere, in arrays that it doesn't write to again.
+    """Results of one step of a backend, `[lanes]` everywhere. The backend doesn't write to these arrays again.
 
-    Reward and flags of rows that start an episode don't matter: `VectorLanes` blanks them.
+    Rewards and flags of rows that start an episode may have any value, because `VectorLanes` clears them.
     """
 
     observation: np.ndarray
@@ -26,10 +26,10 @@ class VectorStep(NamedTuple):
 
 
 class VectorBackend(Protocol):
-    """Environments that step together, with NEXT_STEP rows."""
+    """Environments that step together and return NEXT_STEP rows."""
 
     def begin(self, seeds: Sequence[int]) -> np.ndarray:
-        """Starts an episode in every lane, from these seeds below 2**31, and returns the first observations."""
+        """Starts an episode in every lane from its seed, which is below 2**31, and returns the first observations."""
         ...
 
     def send(self, action: np.ndarray) -> None:
@@ -37,16 +37,16 @@ class VectorBackend(Protocol):
         ...
 
     def recv(self) -> VectorStep:
-        """Ends it."""
+        """Waits for the step and returns its results."""
         ...
 
     def close(self) -> None:
-        """Frees what the environments hold."""
+        """Frees the resources of the environments."""
         ...
 
 
 class VectorLanes:
-    """`HostLanes` of a backend. If one lane fails all are replaced, for a backend doesn't replace single ones."""
+    """`HostLanes` of a backend. A backend can't replace a single lane, so if one fails, all are replaced."""
 
     def __init__(
         self, name: str, make_backend: Callable[[int], VectorBackend], num_lanes: int, options: LaneOptions
@@ -56,7 +56,7 @@ class VectorLanes:
         self._backend = make_backend(num_lanes)
         self._error: Exception | None = None
         self._seed = 0
-        self._env_seeds = [0] * num_lanes  # what the backend was begun with
+        self._env_seeds = [0] * num_lanes  # the seeds that the backend began with
         self._ended = np.zeros(num_lanes, bool)
 
     def reset(self, seed: int) -> np.ndarray:
@@ -70,7 +70,7 @@ class VectorLanes:
         try:
             self._backend.send(action)
         except Exception as error:
-            self._error = error  # told by `recv`, which can return a failed step
+            self._error = error  # handled in `recv`, which can return a failed step
 
     def recv(self) -> HostStep:
         try:
@@ -99,11 +99,11 @@ class VectorLanes:
         return self._backend.begin(self._env_seeds)
 
     def _replace(self, error: Exception) -> np.ndarray:
-        """Returns the first observations of new environments."""
+        """Replaces the backend and returns the first observations of the new one."""
         self._error = None
         while True:
             self._budget.spend(Failure(tuple(range(self._num_lanes)), self._env_seeds[0], describe(error)))
-            with contextlib.suppress(Exception):  # that a broken environment can't be closed either is no news
+            with contextlib.suppress(Exception):  # a broken environment may well fail to close too
                 self._backend.close()
             try:
                 self._backend = self._make_backend(self._num_lanes)
@@ -113,13 +113,18 @@ class VectorLanes:
 
 
 class GymnasiumVector:
-    """A Gymnasium VectorEnv of any autoreset mode as a backend; `recv` does the work.
+    """A Gymnasium VectorEnv of any autoreset mode, as a backend. `recv` does the work.
 
-    NEXT_STEP: as it is. DISABLED: lanes that have ended are reset before the step, as they must be, and again after
-    it, so that the step with an action for the final observation leaves no trace. SAME_STEP: the lane can neither wait
-    nor be reset, so that step is taken and not told: a new episode begins one step late, and loses that reward.
+    How it makes NEXT_STEP rows depends on the autoreset mode of the environment:
 
-    The first lane's seed decides over all: Gymnasium's vector environments draw for all lanes from one generator.
+    - NEXT_STEP: nothing needs to change.
+    - DISABLED: a lane that has ended must be reset before the next step. It is reset again after that step, so that the
+      step, whose action was for the final observation, leaves no trace.
+    - SAME_STEP: a lane that has ended can neither wait nor be reset. So it takes the next step, but reports nothing of
+      it. Its new episode begins one step late and lacks the reward of that step.
+
+    The seed of the first lane decides for all lanes, because Gymnasium's vector environments draw random numbers for
+    all lanes from one generator.
     """
 
     def __init__(self, env: gymnasium.vector.VectorEnv, encoder: Encoder, first_action: int) -> None:

@@ -1,4 +1,7 @@
-"""What a worker process runs: it steps its share of the lanes whenever it is told to. No JAX."""
+"""The program of a worker process: it steps its share of the lanes on request.
+
+Worker processes import this module, so it must not import JAX.
+"""
 
 import signal
 from multiprocessing.connection import Connection
@@ -9,21 +12,23 @@ from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
 
 
 class Share(NamedTuple):
-    """What one worker needs to know."""
+    """The share of the lanes that one worker steps, and what it needs for that."""
 
     env: SingleEnv
     num_lanes: int
-    """Of all workers together, which share one buffer."""
+    """Number of lanes of all workers together. They share one buffer."""
     max_failures: int
+    """Number of failures that the run survives."""
     lanes: range
+    """The lanes of this worker."""
 
 
 def work(connection: Connection, buffer: Any, share: Share) -> None:
     """Answers `("reset", seed, rebuilds)` and `("step", actions)` with lists of failures, until the other end closes.
 
-    The first message is `None` once the environments are made, or a line on why they couldn't be.
+    Before that, it sends one message: `None` once the environments are made, or a line that says why they couldn't be.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches us as well, but the parent decides when we end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process too, but the parent decides when it ends
     lanes = slice(share.lanes.start, share.lanes.stop)
     out = make_arrays(share.num_lanes, share.env.encoder, buffer).of(lanes)
     try:
@@ -39,5 +44,5 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
                     connection.send(group.reset(seed, rebuilds, out))
                 case "step", actions:
                     connection.send(group.step(actions, out))
-    except (EOFError, OSError):  # the parent has closed its end, or is gone
+    except (EOFError, OSError):  # the parent has closed its end of the pipe, or has died
         group.close()

@@ -1,7 +1,7 @@
 """Lanes of single Gymnasium environments in worker processes, each of which can be replaced.
 
-Actions and failures go through pipes, all arrays through memory that the processes share. Workers are spawned: a
-forked copy of a process in which JAX has threads may hang.
+Actions and failures travel through pipes, arrays through memory that the processes share. Workers are spawned rather
+than forked, because a forked copy of a process in which JAX has threads may hang.
 """
 
 import multiprocessing
@@ -19,8 +19,8 @@ from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.lane_group import SingleEnv, make_arrays, num_bytes
 from qfleet.envs.worker import Share, work
 
-_START_SECONDS = 120.0  # to start Python, import what the environments need, and make them
-_CLOSE_SECONDS = 2.0  # to close them, before the worker is killed
+_START_SECONDS = 120.0  # time to start Python, import what the environments need, and make them
+_CLOSE_SECONDS = 2.0  # time to close the environments, after which the worker is killed
 
 
 class WorkerLanes:
@@ -33,7 +33,7 @@ class WorkerLanes:
         buffer = context.RawArray("B", num_bytes(num_lanes, env.encoder))
         self._arrays = make_arrays(num_lanes, env.encoder, buffer)
         shares = np.array_split(np.arange(num_lanes), min(options.num_env_workers, num_lanes))
-        env = env._replace(make=CloudpickleWrapper(env.make))  # environments of notebooks and closures travel as well
+        env = env._replace(make=CloudpickleWrapper(env.make))  # so that closures and notebook classes can be sent too
         self._workers = []
         for lanes in shares:
             share = Share(env, num_lanes, options.max_failures, range(int(lanes[0]), int(lanes[-1]) + 1))
@@ -71,7 +71,7 @@ class WorkerLanes:
             worker.end(deadline)
 
     def _gather(self) -> None:
-        """Waits for every worker; those that are lost are replaced, with all their lanes."""
+        """Waits for every worker. Replaces those that are lost, with all their lanes."""
         for worker in self._workers:
             try:
                 self._spend(worker.failures(self._options.step_timeout_seconds))
@@ -81,10 +81,11 @@ class WorkerLanes:
     def _replace(self, worker: "_Worker", lost: Exception) -> None:
         lanes = slice(worker.lanes.start, worker.lanes.stop)
         while True:
-            # Before replacing it: one failure too many must not wait for another worker.
+            # Count the failure before replacing the worker, so that one too many ends the run without that delay.
             self._spend([Failure(tuple(worker.lanes), worker.first_seed, str(lost))])
             try:
-                worker.restart(rebuilds=self._budget.count)  # more than any lane of its has seen: seeds are fresh
+                # No lane has been rebuilt as often as there were failures, so this number gives every lane a new seed.
+                worker.restart(rebuilds=self._budget.count)
                 self._spend(worker.failures(self._options.step_timeout_seconds))
                 break
             except _WorkerLost as again:
@@ -98,11 +99,11 @@ class WorkerLanes:
 
 
 class _WorkerLost(Exception):
-    """A worker died or hangs; its message says which."""
+    """A worker died or hangs. The message says which."""
 
 
 class _Worker:
-    """One process, its pipe, and what it takes to start it again."""
+    """One worker process and its pipe. It can be restarted."""
 
     def __init__(self, context: Any, buffer: Any, share: Share) -> None:
         self._context, self._buffer, self._share = context, buffer, share
@@ -130,10 +131,10 @@ class _Worker:
         try:
             self._connection.send(message)
         except OSError:
-            self._is_gone = True  # `failures` tells; whoever sends can't wait for a replacement
+            self._is_gone = True  # `failures` raises the error later, because here nobody could replace the worker
 
     def failures(self, timeout_seconds: float) -> list[Failure]:
-        """Returns the failures of the command that was sent, once it is done.
+        """Waits until the last command is done and returns its failures.
 
         Raises:
           _WorkerLost: if the worker died or takes too long.
@@ -142,7 +143,7 @@ class _Worker:
         return answer
 
     def restart(self, rebuilds: int) -> None:
-        """Starts another process in its place, and an episode in each of its lanes."""
+        """Starts another process in place of this one, and a new episode in each of its lanes."""
         self.hang_up()
         self.end(time.monotonic())
         self._start()
@@ -154,7 +155,7 @@ class _Worker:
         self._connection.close()
 
     def end(self, deadline: float) -> None:
-        """Sees the process to its end, by killing it at that time of the monotonic clock; may be called twice."""
+        """Waits for the process to end, and kills it at `deadline`, a time of the monotonic clock. Idempotent."""
         self._process.join(max(0.0, deadline - time.monotonic()))
         if self._process.is_alive():
             self._process.kill()
@@ -167,7 +168,7 @@ class _Worker:
             target=work, args=(theirs, self._buffer, self._share), name=f"qfleet-envs-{self.lanes.start}", daemon=True
         )
         self._process.start()
-        theirs.close()  # or its end would never be seen
+        theirs.close()  # while this process holds that end, it can't see that the worker has died
 
     def _answer(self, timeout_seconds: float) -> Any:
         connection: Connection = self._connection

@@ -1,4 +1,4 @@
-"""Q-networks: the built-in ones, and adapters for a user's own."""
+"""Q-networks: the built-in ones, and adapters for networks of users."""
 
 from qfleet.networks.adapters import check_network, from_nnx, make_network
 from qfleet.networks.convolution import convolve

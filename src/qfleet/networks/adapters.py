@@ -16,7 +16,7 @@ def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
     """Returns the built-in Q-network for these observations and actions.
 
     Raises:
-      ConfigError: if the torso doesn't fit the observations.
+      ConfigError: if the torso doesn't suit the observations.
     """
     return from_nnx(lambda rngs: QNetwork(spec, config, rngs))._replace(
         to_storage_layout=make_storage_layout(spec, config)
@@ -27,17 +27,17 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     """Returns the module's forward pass as pure functions of its parameters.
 
     Args:
-      make_module: builds the module, drawing initial parameters from the random streams it is given. The module
-        maps `[batch, ...]` observations, as the replay stores them (uint8 not yet divided by 255, stacked frames
+      make_module: builds the module, and draws its initial parameters from the random streams that it is given. The
+        module maps `[batch, ...]` observations, as the replay stores them (uint8 not yet divided by 255, stacked frames
         along the last axis), to `[batch, num_actions]`.
 
     Returns:
-      A network whose parameters are nested dicts of arrays with the module's attribute names as keys, elements of
-      lists by their index as a string. Both functions may be jitted, differentiated and vmapped.
+      A network whose parameters are nested dicts of arrays. Their keys are the attribute names of the module, and for
+      elements of lists the index as a string. Both functions can be jitted, differentiated and vmapped.
     Raises:
-      ConfigError: if the module holds state that a pure function of parameters has no place for.
+      ConfigError: if the module holds state other than parameters, which a pure function of parameters can't keep.
     """
-    with nnx.use_eager_sharding(False):  # arrays are placed where a run's mesh has them
+    with nnx.use_eager_sharding(False):  # the mesh of a run places the arrays later
         abstract_module = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
     graphdef, abstract_params, rest = nnx.split(abstract_module, nnx.Param, ...)  # type: ignore[misc]
     others = [f"{'.'.join(map(str, path))} ({type(leaf).__name__})" for path, leaf in nnx.to_flat_state(rest)]
@@ -70,15 +70,14 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
 
 
 def check_network(network: Network, spec: EnvSpec) -> int:
-    """Checks, without computing anything, that `network` maps observations of `spec` to float action values.
+    """Checks, without computing anything, that `network` maps observations of `spec` to float32 action values.
 
     Returns:
       The number of its parameters.
-
     Raises:
-      ConfigError: if it can't be traced with such observations, or returns another shape or type.
+      ConfigError: if the network can't be traced with such observations, or returns another shape or type.
     """
-    batch = 3  # unlikely to be a size of the network's own
+    batch = 3  # a number that is hardly the size of anything else in the network
     stored = stored_spec(spec, network.to_storage_layout)
     observations = jax.ShapeDtypeStruct((batch, *stored.agent_observation_shape), stored.observation_dtype)
     seen = f"observations {observations.dtype}{list(observations.shape)} of {spec.name}"

@@ -1,4 +1,4 @@
-"""Convolution, lowered to what the platform runs fast."""
+"""Convolution, lowered to the operations that are fast on the platform."""
 
 import functools
 from typing import Literal
@@ -21,21 +21,21 @@ def convolve(
 ) -> jax.Array:
     """Returns the convolution of a batch of images with `kernel`, without padding, plus a bias.
 
-    Both lowerings give the same numbers, up to rounding. Inside a compiled loop XLA's CPU backend computes the
-    gradients of a native convolution 10 to 40 times slower than those of patches times a matrix.
+    Both lowerings give the same numbers, up to rounding. Inside a compiled loop, XLA's CPU backend takes 10 to 40 times
+    longer for the gradients of a native convolution than for those of patches times a matrix.
 
     Args:
       x: `[batch, height, width, channels]` float.
       kernel: `[kernel_height, kernel_width, channels, features]` float.
-      strides: down and across, in pixels.
-      lowering: `patches` times a matrix, `native`, or `auto`: patches where the program is compiled for a CPU,
-        native elsewhere. The other one leaves no trace in the compiled program.
-      bias: `[features]`, none by default.
+      strides: the strides down and across, in pixels.
+      lowering: `patches` (patches times a matrix), `native` (XLA's convolution), or `auto`, which is `patches` if the
+        program is compiled for a CPU and `native` otherwise. The unused one isn't part of the compiled program.
+      bias: `[features]`; no bias by default.
 
     Returns:
       `[batch, (height - kernel_height) // down + 1, (width - kernel_width) // across + 1, features]` float.
     Raises:
-      ConfigError: if the kernel is larger than the image, or made for another number of channels.
+      ConfigError: if the kernel is larger than the image, or is made for another number of channels.
     """
     if kernel.shape[0] > x.shape[1] or kernel.shape[1] > x.shape[2] or kernel.shape[2] != x.shape[3]:
         raise ConfigError(
@@ -59,14 +59,17 @@ def convolve(
 
 
 def to_blocks(x: jax.Array, size: int) -> jax.Array:
-    """Returns images whose blocks of `size` x `size` pixels have become channels of one pixel ("space to depth").
+    """Returns images in which each block of `size` x `size` pixels has become the channels of one pixel.
+
+    This is also called "space to depth".
 
     Args:
-      x: `[..., height, width, channels]`, with sides that `size` divides.
-      size: of a block, in pixels.
+      x: `[..., height, width, channels]`. `size` must divide the height and the width.
+      size: side of a block, in pixels.
 
     Returns:
-      `[..., height // size, width // size, size * size * channels]`: row in the block, column, channel.
+      `[..., height // size, width // size, size * size * channels]`. The new channels are ordered by row in the
+      block, column in the block, and channel.
     """
     *batch, height, width, channels = x.shape
     x = x.reshape(*batch, height // size, size, width // size, size, channels).swapaxes(-4, -3)
@@ -74,7 +77,7 @@ def to_blocks(x: jax.Array, size: int) -> jax.Array:
 
 
 def kernel_of_blocks(kernel: jax.Array, size: int) -> jax.Array:
-    """Returns the kernel that does to blocks, by strides of 1, what `kernel` does to pixels by strides of `size`."""
+    """Returns the kernel that, with a stride of 1 over blocks, equals `kernel` with a stride of `size` over pixels."""
     height, width, channels, features = kernel.shape
     kernel = kernel.reshape(height // size, size, width // size, size, channels, features).swapaxes(1, 2)
     return kernel.reshape(height // size, width // size, -1, features)
@@ -93,26 +96,27 @@ def _patches_times_matrix(x: jax.Array, kernel: jax.Array, bias: jax.Array, stri
     rows = (image_height - height) // down + 1
     columns = (image_width - width) // across + 1
     if down == across and height % down == 0 and width % down == 0:
-        x = x[:, : (rows - 1) * down + height, : (columns - 1) * down + width]  # what no patch reaches may not divide
+        # Without the pixels that no patch reaches, the blocks divide the image.
+        x = x[:, : (rows - 1) * down + height, : (columns - 1) * down + width]
         return _features_by_pixels(to_blocks(x, down), kernel_of_blocks(kernel, down), bias)
     shifted = [
         x[:, i : i + (rows - 1) * down + 1 : down, j : j + (columns - 1) * across + 1 : across]
         for i in range(height)
         for j in range(width)
     ]
-    matrix = kernel.reshape(-1, features)  # rows ordered as the patches are: row, column, channel
-    # Two dimensions, not four: the kernel's gradient is then one plain matrix product, and 1.5 times as fast.
+    matrix = kernel.reshape(-1, features)  # its rows are ordered as the patches are: row, column, channel
+    # With two dimensions, not four, the kernel's gradient is one plain matrix product, which is 1.5 times as fast.
     patches = jnp.concatenate(shifted, axis=-1).reshape(batch * rows * columns, -1)
     return (patches @ matrix + bias).reshape(batch, rows, columns, features)
 
 
 def _features_by_pixels(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns the convolution by strides of 1 as one product of matrices that have pixels as columns.
+    """Returns the convolution with a stride of 1, as one product of matrices that have pixels as columns.
 
-    All three products, those of the gradients too, then have forms that XLA's CPU backend has its fastest code for:
-    with pixels as rows the kernel's gradient takes twice as long. The transpositions cost nothing between layers,
-    for XLA lays the arrays out as they are wanted. The bias is added here, for XLA would otherwise merge the last
-    transposition with the product, and turn that around.
+    All three products, including those of the gradients, then have a form for which XLA's CPU backend has its fastest
+    code. With pixels as rows, the kernel's gradient takes twice as long. The transpositions cost nothing between
+    layers, because XLA chooses the layout of the arrays to suit. The bias is added here because XLA would otherwise
+    merge the last transposition with the product, and compute the product with pixels as rows after all.
     """
     height, width, channels, features = kernel.shape
     rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1

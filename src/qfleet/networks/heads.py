@@ -1,4 +1,4 @@
-"""From features to action values, and the whole Q-network."""
+"""Heads, which map features to action values, and the whole Q-network."""
 
 import jax
 from flax import nnx
@@ -9,7 +9,7 @@ from qfleet.networks.torsos import Hidden, Torso
 
 
 class Dense(nnx.Module):
-    """Hidden dense layers one after another: `[batch, inputs]` to `[batch, num_features]`."""
+    """A sequence of hidden dense layers, from `[batch, inputs]` to `[batch, num_features]`."""
 
     def __init__(self, num_inputs: int, sizes: tuple[int, ...], layer_norm: bool, rngs: nnx.Rngs) -> None:
         self.layers: nnx.List[Hidden] = nnx.List([])
@@ -26,9 +26,10 @@ class Dense(nnx.Module):
 
 
 class DuelingHead(nnx.Module):
-    """A stream for the state's value and one for the actions' advantages: `[batch, inputs]` to `[batch, num_actions]`.
+    """One stream for the state's value and one for the actions' advantages.
 
-    The mean advantage is subtracted: what all actions have in common is the value.
+    It maps `[batch, inputs]` to `[batch, num_actions]`. The mean advantage is subtracted, so that the part that all
+    actions have in common is in the value.
 
     Source: Wang et al. 2016, arXiv 1511.06581, equation 9.
     """
@@ -48,14 +49,15 @@ class DuelingHead(nnx.Module):
 
 
 class QNetwork(nnx.Module):
-    """Torso, hidden dense layers, head: observations as the replay stores them to `[batch, num_actions]` float32.
+    """A torso, hidden dense layers and a head.
 
-    With dueling, the last of `hidden_sizes` is each stream's own layer (Wang et al. 2016), the others are shared.
-    Hidden layers start with He initialisation (Gaussian, variance 2 / inputs), made for ReLU; the linear last layer
-    with LeCun's (1 / inputs); biases with 0.
+    It maps observations, as the replay stores them, to `[batch, num_actions]` float32. With dueling, each stream has a
+    layer of its own of the last of `hidden_sizes` (Wang et al. 2016), and the other layers are shared. Hidden layers
+    start with He's initialisation for ReLU (Gaussian, variance 2 / inputs), the linear last layer with LeCun's
+    (variance 1 / inputs), and biases with 0.
 
     Raises:
-      ConfigError: if the torso doesn't fit the observations.
+      ConfigError: if the torso doesn't suit the observations.
     """
 
     def __init__(self, spec: EnvSpec, config: AgentConfig, rngs: nnx.Rngs) -> None:

@@ -1,4 +1,4 @@
-"""How a network is spread over the devices of a mesh's model axis: each parameter along one of its own axes."""
+"""Model parallelism: each parameter is divided along one of its axes over the devices of a mesh's model axis."""
 
 from typing import Any
 
@@ -14,12 +14,12 @@ MODEL_AXIS = "model"
 def partition_params(network: Network, size: int) -> Params:
     """Returns a `PartitionSpec` for each parameter, over `size` devices.
 
-    A kernel (two axes or more) is cut along its longest axis that `size` divides, the last of equals; whatever has one
-    axis is small, and whole on every device. Where a user's module says otherwise of a parameter, in Flax's own
-    partitioning metadata, its word counts.
+    A kernel, which has two axes or more, is divided along the longest axis that `size` divides, and of equally long
+    ones along the last. A parameter with one axis is small, and every device has all of it. If a user's module
+    partitions a parameter in Flax's own metadata, that is used instead.
 
     Raises:
-      ConfigError: if a module's metadata names another axis, or one that doesn't divide.
+      ConfigError: if a module's metadata names another axis of the mesh, or divides an axis that `size` doesn't divide.
     """
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     if size == 1:
@@ -54,10 +54,10 @@ def _check(name: str, wanted: tuple[str | None, ...], shape: tuple[int, ...], si
 
 
 def partition_like(tree: Any, params: Params, specs: Params) -> Any:
-    """Returns a `PartitionSpec` for each array of `tree`: that of the parameter whose name its own name ends with.
+    """Returns a `PartitionSpec` for each array of `tree`: that of the parameter whose path is the end of its own path.
 
-    So an optimiser's moments lie where their parameters do. What belongs to no parameter, or has another shape, is
-    whole on every device.
+    So an optimiser's moments are divided as their parameters are. Every device has all of an array that belongs to no
+    parameter, or that has another shape.
     """
     known = {
         tuple(map(str, path)): (leaf.shape, spec)

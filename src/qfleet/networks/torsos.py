@@ -1,4 +1,4 @@
-"""From observations to features: casting, convolutions, flattening."""
+"""Torsos, which map observations to features by casting, convolutions and flattening."""
 
 import math
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class ConvolutionSize(NamedTuple):
 TORSOS: dict[TorsoName, tuple[ConvolutionSize, ...]] = {
     "mlp": (),
     "minatar": (ConvolutionSize(3, 1, 16),),  # Young and Tian 2019, arXiv 1903.03176
-    "nature": (  # Mnih et al. 2015; theirs is followed by one dense layer of 512
+    "nature": (  # Mnih et al. 2015, where one dense layer of 512 follows
         ConvolutionSize(8, 4, 32),
         ConvolutionSize(4, 2, 64),
         ConvolutionSize(3, 1, 64),
@@ -38,11 +38,12 @@ TORSOS: dict[TorsoName, tuple[ConvolutionSize, ...]] = {
 
 
 def choose_torso(spec: EnvSpec, torso: Literal["auto", "mlp", "minatar", "nature"]) -> TorsoName:
-    """Returns the torso meant by `torso` for these observations; `auto` decides by their shape.
+    """Returns the torso that `torso` means for these observations.
 
-    `auto` takes for images what has three axes, or two axes of uint8 pixels, before stacking. Images at least 36
-    pixels high and wide, Nature's minimum, get `nature`; from 5 pixels `minatar`; everything else `mlp`. A torso
-    brings convolutions only: whichever it is, the dense layers that follow are `AgentConfig.hidden_sizes`.
+    `auto` decides by their shape before stacking. Observations with three axes, or with two axes of uint8 pixels, are
+    images. Images of at least 36 pixels in height and width, the least that its convolutions take, get `nature`. Images
+    of at least 5 pixels get `minatar`, and everything else gets `mlp`. A torso has convolutions only: the dense layers
+    that follow it are `AgentConfig.hidden_sizes`, whatever the torso.
 
     Raises:
       ConfigError: if the torso needs images, or larger ones.
@@ -62,7 +63,7 @@ def choose_torso(spec: EnvSpec, torso: Literal["auto", "mlp", "minatar", "nature
 
 
 def image_shape(spec: EnvSpec) -> tuple[int, int, int] | None:
-    """Returns height, width and channels of what the agent sees, stacked frames being channels; None if no image."""
+    """Returns height, width and channels of the agent's view, or None if it is no image. Frames count as channels."""
     if len(spec.observation_shape) not in (2, 3):
         return None
     height, width, *channels = spec.observation_shape
@@ -70,7 +71,7 @@ def image_shape(spec: EnvSpec) -> tuple[int, int, int] | None:
 
 
 def _smallest_image(sizes: tuple[ConvolutionSize, ...]) -> int:
-    """Pixels along a side of the smallest image that leaves one pixel after these convolutions."""
+    """Returns the side, in pixels, of the smallest image of which these convolutions leave one pixel."""
     pixels = 1
     for size in reversed(sizes):
         pixels = (pixels - 1) * size.stride + size.kernel_size
@@ -81,7 +82,7 @@ class LayerNorm(nnx.Module):
     """Normalises the last axis to mean 0 and variance 1, then scales and shifts each unit (Ba et al. 2016).
 
     On a CPU, in a compiled loop, the gradients of a small network (512 x 64 units) take 6-11 % less time than with
-    `nnx.LayerNorm`, and the variance of large activations doesn't cancel.
+    `nnx.LayerNorm`. The variance is computed from centred values, so it stays accurate for large activations.
     """
 
     def __init__(self, num_features: int) -> None:
@@ -95,7 +96,7 @@ class LayerNorm(nnx.Module):
 
 
 class Hidden(nnx.Module):
-    """A linear layer (dense or convolutional), layer normalisation if wanted, ReLU."""
+    """A linear layer (dense or convolutional), then layer normalisation if `layer_norm` is set, then ReLU."""
 
     def __init__(self, linear: nnx.Module, num_features: int, layer_norm: bool) -> None:
         self.linear = linear
@@ -109,8 +110,8 @@ class Hidden(nnx.Module):
 class Convolution(nnx.Module):
     """A convolution with bias and He initialisation, without padding.
 
-    `in_blocks`: it takes images whose blocks of as many pixels as its stride have become channels; its parameters are
-    the same.
+    If `in_blocks` is set, it takes images whose blocks, with sides as long as its stride, have become channels. Its
+    parameters are the same.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class Convolution(nnx.Module):
 
 
 def block_size(spec: EnvSpec, config: AgentConfig) -> int:
-    """Returns the side, in pixels, of the blocks that are stored as channels: the first layer's stride, 1 for none."""
+    """Returns the side, in pixels, of the blocks stored as channels: the first layer's stride, or 1 for no blocks."""
     sizes, image = TORSOS[choose_torso(spec, config.torso)], image_shape(spec)
     if not sizes or image is None:
         return 1
@@ -140,11 +141,12 @@ def block_size(spec: EnvSpec, config: AgentConfig) -> int:
 
 
 def make_storage_layout(spec: EnvSpec, config: AgentConfig) -> Callable[[jax.Array], jax.Array]:
-    """Returns how a replay keeps frames for the torso: in the layout that its first layer wants.
+    """Returns the function that brings frames into the layout that the torso's first layer takes.
 
     With blocks of s x s pixels, `[..., height, width(, channels)]` becomes
-    `[..., s * s * channels, height / s, width / s]`: to be taken apart again at every learner step would cost a fifth
-    of the Nature network's. Channels come first because the fastest products on a CPU have pixels as columns.
+    `[..., s * s * channels, height / s, width / s]`. The replay stores frames in this layout, because making blocks at
+    every learner step would take a fifth of the step's time with the Nature network. Channels come first because the
+    fastest products on a CPU have pixels as columns.
     """
     size = block_size(spec, config)
 
@@ -156,9 +158,10 @@ def make_storage_layout(spec: EnvSpec, config: AgentConfig) -> Callable[[jax.Arr
 
 
 class Torso(nnx.Module):
-    """Observations, as they come or as the replay stores them, to `[batch, num_features]` float32.
+    """The convolutions that `AgentConfig.torso` names, or none.
 
-    Layer normalisation of a convolution is over its channels, at each pixel by itself.
+    It maps observations to `[batch, num_features]` float32. They may come from the environment, or from the replay in
+    its storage layout. Layer normalisation of a convolution is over its channels, separately at each pixel.
     """
 
     def __init__(self, spec: EnvSpec, config: AgentConfig, rngs: nnx.Rngs) -> None:

@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, on by default: compiling is most of a short run's start-up."""
+"""JAX's persistent compilation cache. It is on by default, because compiling takes most of a short run's start-up."""
 
 import logging
 import os
@@ -9,13 +9,13 @@ _log = logging.getLogger("qfleet")
 
 
 def enable_compilation_cache() -> Path | None:
-    """Keeps compiled programs on disk for later processes; call it before the first compilation.
+    """Keeps compiled programs on disk for later processes. Call this before the first compilation.
 
-    They go to `$QFLEET_CACHE_DIR`, or else to qfleet's folder in the user's cache folder. The folder only ever
-    grows, and can be deleted at any time. A cache that the user has configured in JAX is left as it is.
+    The programs go to `$QFLEET_CACHE_DIR`. If it is not set, they go to qfleet's folder in the user's cache folder. The
+    folder never shrinks; it can be deleted at any time. A cache that the user has configured in JAX is left as it is.
 
     Returns:
-      The folder in use, or None if it can't be written to, which costs a warning and compile time, not the run.
+      The folder in use. None if it can't be written to; the run then logs a warning and compiles everything itself.
     """
     import jax
 
@@ -32,10 +32,10 @@ def enable_compilation_cache() -> Path | None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
-            pass  # permission bits don't tell (root, read-only mounts, quotas); creating a file does
+            pass  # only writing a file shows whether one can: root, read-only mounts and quotas defy permission bits
     except OSError as error:
         _log.warning(
-            "qfleet: no compilation cache, every start compiles anew: can't write to %s (%s); "
+            "qfleet: there is no compilation cache, so every start compiles anew: can't write to %s (%s); "
             "set QFLEET_CACHE_DIR to a writable folder",
             directory,
             error.strerror or error,

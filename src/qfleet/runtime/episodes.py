@@ -1,4 +1,4 @@
-"""Greedy episodes played one at a time, moment by moment, to be looked at; `evaluation` plays many at once."""
+"""Greedy episodes to watch, played one at a time, moment by moment. Module `evaluation` plays many at once."""
 
 import contextlib
 import functools
@@ -11,32 +11,33 @@ import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.core.frame_stack import init_view, push_frame
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import EnvSpec, identity
 from qfleet.envs.failures import describe
-from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes
+from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes, seed_of
 from qfleet.envs.rendering import draw_observation, is_picture
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import MAX_EPISODE_STEPS
 
 QValues = Callable[[Any], Any]
-"""`q_values(view) -> q`: `[1, ...]` stored frames, stacked, to `[1, num_actions]`."""
+"""`q_values(view) -> q`, from `[1, ...]` stacked frames in the storage layout to `[1, num_actions]`."""
 ToStorageLayout = Callable[[jax.Array], jax.Array]
-"""How `q_values` wants each observation: `Network.to_storage_layout`."""
+"""Converts observations to the layout that `q_values` takes: `Network.to_storage_layout`."""
 
 
 class Moment(NamedTuple):
-    """What the agent stands before, and what it makes of it."""
+    """One state of an episode: its picture, and what the agent does there."""
 
     picture: np.ndarray
     """`[height, width, 3]` uint8, RGB."""
     q: np.ndarray
     """`[num_actions]` float32, in units of discounted reward."""
     action: int | None
-    """The greedy one, taken here; None in an episode's last moment."""
+    """The greedy action, which is taken here. None in the last moment of an episode."""
     episode_return: float
-    """Undiscounted, so far."""
+    """Undiscounted return so far."""
     episode_steps: int
-    """Taken so far."""
+    """Environment steps so far."""
 
 
 def play(
@@ -46,15 +47,16 @@ def play(
     seed: int,
     to_storage_layout: ToStorageLayout = identity,
 ) -> Generator[Iterator[Moment], None, None]:
-    """Yields greedy episodes, each an iterator over its moments, which is to be used up before the next is taken.
+    """Yields greedy episodes, each as an iterator over its moments. Use up one episode before taking the next.
 
-    What draws them is closed after the last one, or with the generator.
+    The lanes that draw them are closed after the last episode, or when the generator is closed.
 
     An episode of n steps has n + 1 moments. In an environment written in JAX they begin as those of `greedy_returns`
-    do with `jax.random.key(seed)`; in others, episode i begins as lane 0 does with seed + i.
+    do with `key_of(seed, Stream.POLICY)`, the key of `Policy.evaluate`; in others, episode i begins as lane 0 of
+    `Policy.evaluate` does with seed + i.
 
     Raises:
-      ConfigError: if there is no way to draw the environment, or it draws what isn't a picture.
+      ConfigError: if there is no way to draw the environment, or what it draws isn't a picture.
       RunFailed: if the environment fails.
     """
     if isinstance(env, InGraphEnv):
@@ -62,27 +64,27 @@ def play(
         return
     if env.make_rendered_lanes is None:
         _check_is_picture(env.spec, "HostEnv `make_rendered_lanes`")
-    # No failure is survived: an episode that is half another's would be a lie.
+    # No failure may pass unnoticed, because the episode shown would then be pieced together from two.
     options = LaneOptions(max_failures=0)
     lanes = env.make_rendered_lanes(options) if env.make_rendered_lanes else _Observed(env, options)
     try:
         for episode in range(num_episodes):
-            yield _play_host(lanes, env.spec, q_values, seed + episode, to_storage_layout)
+            yield _play_host(lanes, env.spec, q_values, seed_of(seed + episode, Stream.POLICY), to_storage_layout)
     finally:
         lanes.close()
 
 
 def check_can_play(env: InGraphEnv | HostEnv) -> None:
-    """Raises ConfigError if `play` can't show an environment; draws the first picture of an episode to see."""
+    """Raises ConfigError if `play` can't show an environment. To find out, it draws the first picture of an episode."""
     q = np.zeros((1, env.spec.num_actions), np.float32)
     try:
         with contextlib.closing(play(env, lambda view: q, 1, 0)) as episodes:
             next(next(episodes))
     except ConfigError:
         raise
-    except Exception as error:  # whatever its renderer raises is what is wrong with it
+    except Exception as error:  # a renderer may raise anything
         raise ConfigError(
-            f"{env.spec.name} must render for videos, got {describe(error)}; mend what renders it, or do without videos"
+            f"{env.spec.name} must render for videos, got {describe(error)}; fix its renderer, or do without videos"
         ) from error
 
 
@@ -92,7 +94,7 @@ def _play_in_graph(
     render = env.render
     if render is None:
         _check_is_picture(env.spec, "InGraphEnv a `render`")
-    reset_key, step_key = jax.random.split(jax.random.key(seed))
+    reset_key, step_key = jax.random.split(key_of(seed, Stream.POLICY))
 
     @jax.jit
     def begin(episode: jax.Array) -> tuple:
@@ -142,7 +144,7 @@ def _play_host(
 
 
 class _Observed:
-    """One lane of evaluation, the observations of which are pictures."""
+    """One evaluation lane whose observations are pictures."""
 
     def __init__(self, env: HostEnv, options: LaneOptions) -> None:
         self._lanes = env.make_eval_lanes(1, options)
@@ -171,7 +173,7 @@ def _moment(spec: EnvSpec, picture: Any, q: Any, ended: bool, total: float, time
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape:
         raise ConfigError(
             f"a picture of {spec.name} must be a uint8 array [height, width, 3], got {picture.dtype} "
-            f"{list(picture.shape)}; mend what renders it"
+            f"{list(picture.shape)}; fix its renderer"
         )
     values = np.asarray(q)[0]
     action = None if ended or time == _limit(spec) else int(np.argmax(values))
@@ -182,5 +184,5 @@ def _check_is_picture(spec: EnvSpec, remedy: str) -> None:
     if not is_picture(spec):
         raise ConfigError(
             f"{spec.name} must have something to draw to be watched, got no renderer, and observations "
-            f"{spec.observation_dtype} {list(spec.observation_shape)}, which are no picture; give the {remedy}"
+            f"{spec.observation_dtype} {list(spec.observation_shape)}, which are not pictures; give the {remedy}"
         )

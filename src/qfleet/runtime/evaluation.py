@@ -14,14 +14,15 @@ from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import EnvSpec, Params, identity
 from qfleet.envs.host import HostLanes
 from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime.host_acting import HostActing
 
 logger = logging.getLogger("qfleet")
 
 MAX_LOST = 3
-"""Episodes that failures may take for each one that an evaluation asks for."""
+"""Number of episodes that an evaluation may lose to failures, per episode that it asks for."""
 
 MAX_EPISODE_STEPS = 27_000
-"""Where an episode of an environment without a time limit is cut: half an hour of Atari at 60 frames/s."""
+"""Length at which an episode is cut if its environment has no time limit: half an hour of Atari at 60 frames/s."""
 
 
 def greedy_returns(
@@ -33,14 +34,14 @@ def greedy_returns(
     to_storage_layout: Callable[[Array], Array] = identity,
     replicas: Replicas = ALONE,
 ) -> Array:
-    """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32, all stepped at once.
+    """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32. All are stepped at once.
 
     Args:
-      q_values: `q_values(params, obs) -> q`, over a batch.
-      key: of these episodes; never one that training has used.
-      num_episodes: in total.
-      to_storage_layout: how `q_values` wants each observation, `Network.to_storage_layout`.
-      replicas: who each play their share of them.
+      q_values: `q_values(params, obs) -> q`, for a batch of observations.
+      key: random key of these episodes. Training must not have used it.
+      num_episodes: number of episodes, over all replicas.
+      to_storage_layout: converts observations to the layout that `q_values` takes; `Network.to_storage_layout`.
+      replicas: the replicas among which the episodes are divided.
     """
     limit = env.spec.time_limit or MAX_EPISODE_STEPS
     frame_stack = env.spec.frame_stack
@@ -82,42 +83,37 @@ def host_greedy_returns(
 ) -> np.ndarray:
     """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32.
 
-    They are the first ones to start whose environment doesn't fail. To take the first ones to end would favour the
-    short, and to have a lane play anew what failed in it might never end, where it always fails at the same place.
+    It counts the episodes that start first, leaving out those whose environment fails. Counting the episodes that end
+    first would favour short ones. Replaying an episode that failed might never end, because the environment may always
+    fail at the same place.
 
-    Where failures take more than `MAX_LOST` times as many episodes as are asked for, the evaluation warns and returns
-    the whole ones that it got, maybe none: in an environment that fails every 1,000 steps, none of 1,000 can be had.
+    If failures take more than `MAX_LOST` times as many episodes as are asked for, the evaluation logs a warning and
+    returns the whole episodes that it has by then, which may be none: an environment that fails every 1,000 steps never
+    completes an episode of 1,000 steps.
 
     Args:
-      lanes: at least one; they are reset.
-      spec: of their environment.
-      act: `act(view) -> action`, `[lanes, ...]` stored frames, stacked, to `[lanes]`.
-      num_episodes: in total.
-      seed: of these episodes; never one that training has used.
-      to_storage_layout: how `act` wants each observation, `Network.to_storage_layout`.
+      lanes: at least one lane; all are reset.
+      spec: the spec of the lanes' environment.
+      act: `act(view) -> action`, from `[lanes, ...]` stacks of stored frames to `[lanes]`.
+      num_episodes: how many returns to collect, over all lanes.
+      seed: seed of these episodes; it must differ from every seed of training.
+      to_storage_layout: converts observations to what `act` expects, as `Network.to_storage_layout` does.
     """
     limit = spec.time_limit or MAX_EPISODE_STEPS
     push = jax.jit(lambda view, obs, is_first: push_frame(view, to_storage_layout(obs), is_first, spec.frame_stack))
-    obs = lanes.reset(seed)
-    num_lanes = len(obs)
-    view = init_view(to_storage_layout(jnp.asarray(obs)), spec.frame_stack)
-    is_final, total, steps = np.zeros(num_lanes, bool), np.zeros(num_lanes), np.zeros(num_lanes, np.int64)
-    under_way = np.arange(num_lanes)  # the episode of each lane, numbered in the order in which they start
+    acting = HostActing(lanes, seed, max_episode_steps=limit)
+    view = init_view(to_storage_layout(jnp.asarray(acting.obs)), spec.frame_stack)
+    under_way = np.arange(len(view))  # the episode of each lane, numbered in the order in which they start
     returns: dict[int, float] = {}
     num_lost = 0
     while len(returns) < num_episodes or sorted(returns)[num_episodes - 1] > np.min(under_way):
-        lanes.send(np.asarray(act(view), np.int32))
-        step = lanes.recv()
-        is_new = is_final | step.failed
-        total, steps = np.where(is_new, 0.0, total + step.reward), np.where(is_new, 0, steps + 1)
-        is_final = (step.terminated | step.truncated) & ~is_new
-        has_ended = is_final | (steps == limit)  # one without an end is cut, and what follows counts as another
-        returns |= zip(under_way[has_ended].tolist(), total[has_ended].tolist(), strict=True)
-        total[has_ended], steps[has_ended] = 0.0, 0
-        is_next = has_ended | step.failed
+        acting.send(np.asarray(act(view), np.int32))
+        row = acting.receive()
+        returns |= zip(under_way[row.episode_ended].tolist(), row.returns, strict=True)
+        is_next = row.episode_ended | row.failed
         under_way[is_next] = np.max(under_way) + 1 + np.arange(np.sum(is_next))
-        view = push(view, step.observation, is_new)
-        num_lost += int(np.sum(step.failed))
+        view = push(view, acting.obs, acting.is_first)
+        num_lost += row.num_failures
         if num_lost > MAX_LOST * num_episodes:
             logger.warning(
                 "an evaluation lost %d episodes to environments that failed, and was given up with %d whole ones of %d",

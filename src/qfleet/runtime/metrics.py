@@ -1,4 +1,4 @@
-"""What a run measured, step by step: one line of JSON per record, and the same for TensorBoard."""
+"""The metrics of a run: one line of JSON per progress record, and the same numbers for TensorBoard."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from qfleet.runtime.run_directory import RunDirectory, strict_json
 class MetricsWriter:
     """Appends progress records to metrics.jsonl and to TensorBoard's event file. Use it as a context manager.
 
-    A line holds `env_steps`, `wall_seconds` (the processes' time so far, resumed ones added up) and the record's
-    values; what isn't finite is null. TensorBoard's side, import included, is a worker thread's, so that it never
-    holds up training.
+    A line holds `env_steps`, `wall_seconds` and the record's values. A value that isn't finite is null. `wall_seconds`
+    is the age of the process, plus the time of the processes that this one resumed from. A thread of its own imports
+    TensorBoard's writer and writes the events, so that this never delays training.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -27,16 +27,16 @@ class MetricsWriter:
         self._purge_step: int | None = None
         self._earlier_seconds = 0.0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
-        self._events: Any = None  # a tensorboardX SummaryWriter; the worker's alone
+        self._events: Any = None  # a tensorboardX SummaryWriter; only the worker may touch it
         self._last: Future[None] | None = None
 
     def truncate_after(self, env_steps: int) -> None:
-        """Drops records later than `env_steps`, which a run resumed from there is about to repeat.
+        """Drops the records after `env_steps`, because a run that resumes from there will write them again.
 
-        A last line that was cut off in the middle goes too. Call it before the first `write`.
+        Also drops the last line if it was cut off in the middle. Call this before the first `write`.
 
         Raises:
-          ConfigError: if another line isn't a record.
+          ConfigError: if any other line isn't a record.
         """
         path = self._run.metrics_path
         kept: list[str] = []
@@ -63,11 +63,11 @@ class MetricsWriter:
         self._purge_step = env_steps + 1
 
     def write(self, env_steps: int, values: Mapping[str, float | None]) -> None:
-        """Adds one record; it is on disk (metrics.jsonl) when this returns.
+        """Adds one record. It is in metrics.jsonl when this returns.
 
         Args:
-          env_steps: the record's place, over all lanes; TensorBoard's x axis.
-          values: any numbers by name; None or NaN where there is nothing to report yet.
+          env_steps: environment steps of the record, over all lanes: TensorBoard's x axis.
+          values: any numbers by name. None or NaN if there is nothing to report yet.
         """
         if self._file is None:
             self._file = self._run.metrics_path.open("a", encoding="utf-8")
@@ -76,7 +76,7 @@ class MetricsWriter:
         self._file.flush()
         numbers = {name: float(value) for name, value in values.items() if value is not None}
         if self._last is not None and self._last.done():
-            self._last.result()  # what fails there must not wait for the end of the run to be known
+            self._last.result()  # raises an error of the worker now, rather than at the end of the run
         self._last = self._worker.submit(
             self._write_events, env_steps, {name: value for name, value in numbers.items() if math.isfinite(value)}
         )

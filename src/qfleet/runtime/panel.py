@@ -1,4 +1,4 @@
-"""Frames of a video: the environment's picture, and under it the return so far, the step and the Q-values."""
+"""Frames of a video: the picture of the environment, and below it the return so far, the step and the Q-values."""
 
 import math
 
@@ -8,11 +8,11 @@ from PIL import Image, ImageDraw, ImageFont
 from qfleet.config import ConfigError
 from qfleet.runtime.episodes import Moment
 
-PICTURE_SIDE = 480  # pixels: the longer side of a small picture grows to as much of this as a whole factor allows
-MAX_PICTURE_SIDE = 1280
-MIN_WIDTH = 400  # of a frame, for the words to fit
-MAX_ACTIONS = 18  # of one moment shown; all of Atari's
-MAX_ACTIONS_IN_ONE_COLUMN = 6  # more share two
+PICTURE_SIDE = 480  # pixels; a small picture is enlarged by the greatest whole factor that keeps it within this
+MAX_PICTURE_SIDE = 1280  # pixels
+MIN_WIDTH = 400  # pixels of a frame, so that the words fit
+MAX_ACTIONS = 18  # actions that are shown at once: as many as Atari has
+MAX_ACTIONS_IN_ONE_COLUMN = 6  # more actions share two columns
 ROW_HEIGHT, MARGIN, COLUMN_GAP = 18, 8, 24
 LABEL_WIDTH, VALUE_WIDTH = 26, 60
 
@@ -24,21 +24,21 @@ BAR = (72, 120, 208)
 
 
 class Panel:
-    """Draws the frames of one episode, all of one size."""
+    """Draws the frames of one episode. All have the same size."""
 
     def __init__(self, num_actions: int) -> None:
         self._columns = 1 if num_actions <= MAX_ACTIONS_IN_ONE_COLUMN else 2
         self._rows = math.ceil(min(num_actions, MAX_ACTIONS) / self._columns)
         self._font = ImageFont.load_default(size=13)
-        # Bars are drawn to one scale, which only grows: 0 and every Q-value of the episode so far.
+        # All bars have one scale. It covers 0 and every Q-value of the episode so far, so its range only grows.
         self._low, self._high = 0.0, 0.0
         self._picture_shape: tuple[int, ...] | None = None
 
     def draw(self, moment: Moment) -> Image.Image:
-        """Returns the frame of one moment, with even sides.
+        """Returns the frame of one moment. Its sides are even.
 
         Raises:
-          ConfigError: if its picture isn't of the size that the episode's first one was.
+          ConfigError: if its picture has another size than the first picture of the episode.
         """
         self._check_shape(moment.picture.shape)
         picture = _scaled(Image.fromarray(moment.picture))
@@ -58,7 +58,7 @@ class Panel:
     def _draw_values(self, draw: ImageDraw.ImageDraw, moment: Moment, width: int, top: int) -> None:
         q = np.where(np.isfinite(moment.q), moment.q, 0.0)
         self._low, self._high = min(self._low, q.min()), max(self._high, q.max())
-        # With more actions than there is room for, those of greatest value, in their own order.
+        # If there are more actions than fit, show those with the greatest values, in the order of the actions.
         shown = np.sort(np.argsort(-q, kind="stable")[:MAX_ACTIONS])
         column_width = (width - 2 * MARGIN + COLUMN_GAP) // self._columns
         for place, action in enumerate(shown.tolist()):
@@ -67,7 +67,7 @@ class Panel:
             self._draw_value(draw, action, moment, (left, y, left + column_width - COLUMN_GAP))
 
     def _draw_value(self, draw: ImageDraw.ImageDraw, action: int, moment: Moment, place: tuple[int, int, int]) -> None:
-        """Draws one action's number, bar and value into `place`: left, top, right."""
+        """Draws the number, bar and value of one action into `place`: left, top, right."""
         left, top, right = place
         is_greedy, value = action == moment.action, float(moment.q[action])
         colour = GREEDY if is_greedy else DIM
@@ -85,12 +85,12 @@ class Panel:
         if shape != self._picture_shape:
             raise ConfigError(
                 f"pictures of one episode must be of one size, got {list(self._picture_shape)}, then {list(shape)}; "
-                f"mend what renders them"
+                f"fix the environment's renderer"
             )
 
 
 def _scaled(picture: Image.Image) -> Image.Image:
-    """Returns a small picture enlarged by a whole factor, so that its pixels stay sharp, and a huge one reduced."""
+    """Returns a picture enlarged by a whole factor, so that its pixels stay sharp, or reduced if it is huge."""
     side = max(picture.size)
     if side > MAX_PICTURE_SIDE:
         return picture.reduce(math.ceil(side / MAX_PICTURE_SIDE))
@@ -99,7 +99,7 @@ def _scaled(picture: Image.Image) -> Image.Image:
 
 
 def _even(side: int) -> int:
-    return side + side % 2  # the video's colours have half its resolution
+    return side + side % 2  # because a video stores colours at half its resolution
 
 
 def _short(value: float) -> str:

@@ -1,15 +1,14 @@
-"""What equal processes agree on while they run one program together; with one process there is nobody to ask.
+"""Agreement between equal processes that run one program together. A single process agrees with itself.
 
-All of them call each of these at the same place. What a clock says, or a signal, differs between processes, and one
-that decided by its own would run another program than the rest, which would wait for it for ever.
+Clocks and signals differ between processes. If a process acted on its own clock or signal, it would run another program
+than the rest, and they would wait for it for ever. So all processes decide such things together: each of them calls
+these functions at the same places.
 """
 
 import ctypes
 import json
 import os
 import signal
-import socket
-import stat
 import sys
 import threading
 import time
@@ -19,17 +18,18 @@ from typing import Any
 import numpy as np
 
 from qfleet.config import ConfigError
+from qfleet.runtime.workarounds.gloo_send_buffers import widen_send_buffers
 
 
 def is_first() -> bool:
-    """Returns whether this process is the one that writes what only one must."""
+    """Returns whether this is the process that writes the files of the run. Only one may."""
     import jax
 
     return jax.process_index() == 0
 
 
 def gather(values: np.ndarray) -> np.ndarray:
-    """Returns every process's `values`, `[processes, ...]`."""
+    """Returns the `values` of every process, `[processes, ...]`."""
     import jax
 
     if jax.process_count() == 1:
@@ -41,72 +41,45 @@ def gather(values: np.ndarray) -> np.ndarray:
     return replicated
 
 
-_SEND_BUFFER_BYTES = 2**22
-"""Of a connection, if the system allows that; a connection with less than a 64th of it is taken for one of Gloo's."""
-
-
-def widen_send_buffers() -> None:
-    """Gives connections of this process that have next to no send buffer a usual one; Linux only.
-
-    Gloo, by which processes on CPUs exchange what they learn, opens connections with the smallest buffer that there is.
-    A message must then wait until the one before is acknowledged, for which TCP takes up to 40 ms if nothing is to be
-    sent the other way. It opens them when a program first runs, so this is called now and then.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                continue
-            connection = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # closed meanwhile
-            continue
-        with connection:
-            is_internet = connection.family in (socket.AF_INET, socket.AF_INET6)
-            is_tcp = is_internet and connection.type == socket.SOCK_STREAM
-            size = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-            if is_tcp and size < _SEND_BUFFER_BYTES // 64:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-
-
 def firsts(number: float) -> float:
-    """Returns the first process's number."""
+    """Returns the number that the first process passes."""
     return float(gather(np.float64(number).reshape(1))[0, 0])
 
 
 def any_of(*flags: bool) -> tuple[bool, ...]:
-    """Returns of each flag whether it is set in any process."""
+    """Returns, for each flag, whether it is set in any process."""
     replicated = gather(np.array(flags))
     return tuple(bool(replicated[:, i].any()) for i in range(len(flags)))
 
 
 def check_agreed(settings: Mapping[str, int]) -> None:
-    """Leaves the others and raises ConfigError, as all of them do, unless all have the same settings."""
+    """Raises ConfigError, in every process, unless all processes have the same settings."""
     values = np.array(list(settings.values()), np.int64)
-    replicated = gather(values.view(np.int32)).view(np.int64)  # JAX would cut them to 32 bits
+    replicated = gather(values.view(np.int32)).view(np.int64)  # in halves, because JAX would cut them to 32 bits
     for name, each in zip(settings, replicated.T.tolist(), strict=True):
         if len(set(each)) > 1:
-            leave()  # in order, or one that ends first would take the others along before they have said why
+            # JAX ends a process whose peer disappears. All leave together, so that each lives to raise this error.
+            leave()
             raise ConfigError(
-                f"all processes must have the same {name}, got {each} of processes 0 to {len(each) - 1}; start all "
-                f"with the same flags but --process-id, in one folder that all of them see"
+                f"all processes must have the same {name}, got {each} from processes 0 to {len(each) - 1}; start all "
+                f"with the same flags except --process-id, in one folder that all of them see"
             )
 
 
-# --- One of several processes: joining the others, and telling the launcher that it lives ---
+# --- For one of several processes: joining the others, and reporting to the launcher ---
 
 BEAT_SECONDS = 0.5
-"""Between two signs of life."""
+"""Time between two signs of life."""
 
 
 class Reporter:
-    """Tells a launcher, line by line of JSON, that this process lives and how far it has come."""
+    """Tells a launcher that this process lives and how far it has come. Each message is one line of JSON."""
 
     def __init__(self, descriptor: int) -> None:
-        """Begins to give signs of life at once, in a thread of its own; the process ends where nobody reads them.
+        """Starts a thread that gives signs of life from now on. The process ends once nobody reads them.
 
         Args:
-          descriptor: of the pipe to the launcher.
+          descriptor: file descriptor of the pipe to the launcher.
         """
         self._descriptor = descriptor
         self._lock = threading.Lock()
@@ -114,13 +87,13 @@ class Reporter:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def tell(self, kind: str, **content: Any) -> None:
-        """Sends a message: its kind and its content."""
+        """Sends a message of a kind, with its content as keywords."""
         line = (json.dumps({"kind": kind, **content}) + "\n").encode()
         try:
             with self._lock:
                 while line:
                     line = line[os.write(self._descriptor, line) :]
-        except OSError:  # the launcher is gone: nothing of this run may stay behind
+        except OSError:  # the launcher is gone, and no process of the run may outlive it
             os._exit(1)
 
     def _beat(self) -> None:
@@ -130,25 +103,28 @@ class Reporter:
 
 
 def _die_with_parent() -> None:
-    """Has Linux kill this process when the launcher dies, even if it is stopped. Elsewhere its next beat ends it."""
+    """Makes Linux kill this process when the launcher dies, even while it is stopped.
+
+    On other systems the process ends when it fails to send its next sign of life.
+    """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def join(coordinator: str, num_processes: int, index: int, num_devices: int, timeout_seconds: float) -> None:
-    """Joins the processes of a run, to be called before JAX is used for anything else.
+    """Joins the processes of a run. Call this before JAX is used for anything else.
 
     Args:
       coordinator: HOST:PORT of the first process.
-      num_processes: in total.
-      index: of this one.
-      num_devices: that this one brings; of a CPU, so many are made.
-      timeout_seconds: after which a silent process counts as lost.
+      num_processes: number of processes in total.
+      index: index of this process.
+      num_devices: number of devices that this process has. On a CPU, JAX makes this many.
+      timeout_seconds: time of silence after which a process counts as lost.
     """
     import jax
 
     jax.config.update("jax_num_cpu_devices", num_devices)
-    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which asks for a checkpoint
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, which asks for a checkpoint
     jax.distributed.initialize(
         coordinator,
         num_processes,
@@ -160,7 +136,7 @@ def join(coordinator: str, num_processes: int, index: int, num_devices: int, tim
 
 
 def leave() -> None:
-    """Leaves the processes of a run, once all have come to their end."""
+    """Leaves the run. Returns once all of its processes have called it."""
     import jax
 
     jax.distributed.shutdown()

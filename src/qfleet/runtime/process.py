@@ -1,4 +1,4 @@
-"""What the operating system knows of this process: its age and its memory."""
+"""Facts that the operating system knows about this process: its age and its memory."""
 
 import contextlib
 import os
@@ -11,22 +11,22 @@ _IMPORTED = time.monotonic()
 
 
 def seconds_since_process_start() -> float:
-    """Returns the age of this process, interpreter start and imports included.
+    """Returns the age of this process, including the start of the interpreter and imports.
 
-    Linux knows it to 1/100 s. Elsewhere the count starts when this module is first imported.
+    Linux reports it to 1/100 s. On other systems the age counts from the first import of this module.
     """
     if not sys.platform.startswith("linux"):
         return time.monotonic() - _IMPORTED
-    # The second field is the program's name in parentheses and may itself hold spaces; what follows has none.
+    # The second field is the program's name in parentheses, which may contain spaces. The fields after it don't.
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # `starttime`, clock ticks since boot
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - started)
 
 
 def peak_rss_bytes() -> int:
-    """Returns the most resident memory this process has held so far, in bytes; 0 where the system can't tell."""
+    """Returns the peak resident memory of this process so far, in bytes. 0 if the system doesn't report it."""
     if sys.platform.startswith("linux"):
-        # Not `ru_maxrss`: that one is inherited from whichever process started this one.
+        # `ru_maxrss` would not do, because a process inherits it from the one that started it.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -39,12 +39,12 @@ def peak_rss_bytes() -> int:
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Returns the memory that this process may still take without swapping, in bytes; None where the system can't tell.
+    """Returns the memory that this process may still take without swapping, in bytes. None if it is unknown.
 
-    That is what the kernel thinks is available, or what the limits of the process's control groups leave of it.
+    This is the memory that the kernel reports as available, or less if the process's control groups have lower limits.
 
     Args:
-      root: of the file system, for tests.
+      root: root of the file system. Tests use another.
     """
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
@@ -55,7 +55,7 @@ def available_memory_bytes(root: Path = Path("/")) -> int | None:
 
 
 def _left_by_control_groups(root: Path) -> Iterator[int]:
-    """Yields what each memory limit on this process leaves it, of control groups version 2 and 1."""
+    """Yields the bytes that each memory limit on this process leaves free, from control groups version 2 and 1."""
     try:
         groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
@@ -71,14 +71,14 @@ def _left_by_control_groups(root: Path) -> Iterator[int]:
         else:
             continue
         group = top / path.lstrip("/")
-        for folder in (group, *group.parents):  # a limit further up holds as well
+        for folder in (group, *group.parents):  # the limits of groups further up apply as well
             if folder == top or top in folder.parents:
                 with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
                     yield _left_by(folder, *names)
 
 
 def _left_by(folder: Path, limit: str, usage: str, cached: str) -> int:
-    """Returns what a control group's limit leaves; cached files count as free, for the kernel drops them."""
+    """Returns the bytes that a control group's limit leaves free. Cached files count as free: the kernel drops them."""
     most, used = (int((folder / name).read_text()) for name in (limit, usage))
     stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     return most - used + int(stat.get(cached, 0))

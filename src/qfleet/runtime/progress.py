@@ -1,4 +1,4 @@
-"""What a person sees while a run trains."""
+"""Progress of a run, shown in a terminal or as lines of a log."""
 
 import math
 import sys
@@ -13,9 +13,9 @@ _RATE_WINDOW_SECONDS = 10.0
 
 
 class ProgressView:
-    """Context manager that shows a run's progress: live in a terminal, else as plain lines, or not at all.
+    """Context manager that shows a run's progress: live in a terminal, as plain lines elsewhere, or not at all.
 
-    Rates and the time left are those of the last ten seconds, so that compiling at the start doesn't count for long.
+    Rates and the time left come from the last ten seconds. So the compilation at the start soon stops counting.
     """
 
     def __init__(
@@ -29,9 +29,9 @@ class ProgressView:
         """Prepares the view.
 
         Args:
-          total_env_steps: where the run ends, over all lanes.
-          quiet: show nothing, messages included.
-          stream: where to; by default stdout. It being a terminal decides between live and plain.
+          total_env_steps: environment steps at which the run ends, over all lanes.
+          quiet: show nothing, not even messages.
+          stream: stream to write to, by default stdout. The view is live if it is a terminal.
           plain_period_seconds: wall time between plain lines.
         """
         self._total = total_env_steps
@@ -49,8 +49,8 @@ class ProgressView:
         """Shows a progress record, unless another was shown a moment ago.
 
         Known names are `env_steps` (required), `learner_steps`, `episode_return_mean`, `eval_return_mean`,
-        `exploration` and `loss`, and of a fleet `staleness` and some that begin with `fleet_`; others are ignored. What
-        is None, NaN or absent keeps its last value on show.
+        `exploration` and `loss`. A fleet adds `staleness` and some names that begin with `fleet_`. Other names are
+        ignored. If a value is None, NaN or absent, the previous one stays on show.
         """
         if self._quiet:
             return
@@ -66,7 +66,7 @@ class ProgressView:
             self._show()
 
     def message(self, text: str) -> None:
-        """Prints a line that stays, above the live view."""
+        """Prints a line above the live view, where it stays."""
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         elif not self._quiet:
@@ -77,7 +77,7 @@ class ProgressView:
             from rich.console import Console
             from rich.live import Live
 
-            # No refresh thread: records come often enough, and a thread would compete with training.
+            # A refresh thread would compete with training, and records come often enough without one.
             self._live = Live(console=Console(file=self._stream), auto_refresh=False)
             self._live.start()
         return self
@@ -111,7 +111,7 @@ class ProgressView:
         return Group(ProgressBar(total=self._total, completed=min(self._latest["env_steps"], self._total)), table)
 
     def _columns(self) -> list[tuple[str, str]]:
-        """Returns what there is to show, as names and texts."""
+        """Returns the names and texts to show."""
         env_steps = self._latest["env_steps"]
         columns = [("env steps", f"{env_steps:,.0f}/{self._total:,} ({min(1.0, env_steps / self._total):.0%})")]
         first, last = self._history[0], self._history[-1]
@@ -129,26 +129,26 @@ class ProgressView:
         ):
             if name in self._latest:
                 columns.append((label, format(self._latest[name], form)))
-        columns += _of_fleet(self._latest)
+        columns += _fleet_columns(self._latest)
         if seconds > 0 and env_rate > 0:
             columns.append(("left", _clock(max(0.0, self._total - env_steps) / env_rate)))
         return columns
 
 
-def _of_fleet(latest: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Returns how the parts of a run are doing: who is there, who waits for whom, and what has been lost."""
+def _fleet_columns(latest: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Returns how a fleet is doing: which processes are there, which of them wait, and how often one was restarted."""
 
-    def named(end: str) -> dict[str, float]:
-        names = {name: name.removeprefix("fleet_").removesuffix(end) for name in latest if name.endswith(end)}
+    def values_with(ending: str) -> dict[str, float]:
+        names = {name: name.removeprefix("fleet_").removesuffix(ending) for name in latest if name.endswith(ending)}
         return {short: latest[name] for name, short in names.items()}
 
-    columns = [(name, f"{count:.0f}") for name, count in named("_there").items()]
-    if waiting := named("_waiting"):
+    columns = [(name, f"{count:.0f}") for name, count in values_with("_ready").items()]
+    if waiting := values_with("_waiting"):
         columns.append(("waiting", " ".join(f"{name} {share:.0%}" for name, share in waiting.items())))
         columns.append(("staleness", f"{latest['staleness']:.0f}"))
     if "fleet_consensus_distance" in latest:
         columns.append(("apart", f"{latest['fleet_consensus_distance']:.1%}"))
-        columns.append(("meetings/s", f"{latest['fleet_meetings_per_second']:.1f}"))
+        columns.append(("exchanges/s", f"{latest['fleet_exchanges_per_second']:.1f}"))
     if "fleet_replay_transitions" in latest:
         columns.append(("replay", f"{latest['fleet_replay_transitions']:,.0f}"))
     if latest.get("fleet_restarts"):
@@ -157,7 +157,7 @@ def _of_fleet(latest: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _clock(seconds: float) -> str:
-    """Returns 0:07, 12:34 or 1:23:45."""
+    """Returns a duration as a clock shows it, such as 0:07, 12:34 or 1:23:45."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

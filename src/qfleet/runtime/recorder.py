@@ -1,4 +1,4 @@
-"""Videos while a run trains: now and then the newest parameters play one greedy episode. Extra `video`."""
+"""Videos during training: from time to time the newest parameters play one greedy episode. Extra `video`."""
 
 import contextlib
 import functools
@@ -19,19 +19,20 @@ from qfleet.runtime.video import check_extra, film, params_label, video_name
 logger = logging.getLogger("qfleet")
 
 SEED = 0
-"""Of every video's episode, as of `qfleet watch`: those of one run begin alike."""
+"""Seed of the episode in every video, as in `qfleet watch`. So all videos of a run begin alike."""
 
 FRAMES_PER_SECOND = 30
 
 
 class Recorder:
-    """Films at the first evaluation after every `video_period_env_steps`; a video that fails costs only itself.
+    """Films an episode at the first evaluation after every `video_period_env_steps`.
 
-    Environments are made for each video and closed after it. Nothing of theirs, and no random number, is training's.
+    Each video has its own environment, which is closed afterwards. Videos share neither environments nor random numbers
+    with training, and a video that fails doesn't stop it.
     """
 
     def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network) -> None:
-        """Sees whether there can be videos at all, by drawing one picture.
+        """Checks that videos are possible, by drawing one picture.
 
         Raises:
           ConfigError: if PyAV or Pillow is missing, or there is no way to draw the environment.
@@ -40,28 +41,34 @@ class Recorder:
         check_extra()
         check_can_play(env)
         self._period = config.video_period_env_steps
-        self._trained_seed = config.seed if config.num_seeds > 1 else None  # the first of many
+        self._trained_seed = config.seed if config.num_seeds > 1 else None  # the first seed, if there are many
         self._env = env
-        self._q_values, self._store = jax.jit(network.apply), network.to_storage_layout
+        self._q_values, self._to_storage_layout = jax.jit(network.apply), network.to_storage_layout
         self.num_videos = 0
-        """Written so far."""
+        """Number of videos written so far."""
         self.num_failures = 0
-        """Videos that failed."""
-        self._told: str | None = None  # the newest failure
+        """Number of videos that failed so far."""
+        self._logged: str | None = None  # the last failure that was logged
 
     def is_due(self, env_steps: int, evaluated_at: int) -> bool:
-        """Returns whether an evaluation is to be filmed, by its environment steps and those of the one before."""
+        """Returns whether to film at an evaluation.
+
+        Args:
+          env_steps: environment steps at this evaluation.
+          evaluated_at: environment steps at the previous evaluation.
+        """
         return env_steps // self._period > evaluated_at // self._period
 
     def record(self, params: Params, env_steps: int, folder: Path, should_stop: Callable[[], bool]) -> None:
-        """Writes a video with the parameters of `env_steps`, of the first seed if there are many.
+        """Writes a video of the parameters, those of the first seed if there are many.
 
-        If it fails, that is logged, but for what was logged last, and counted.
+        A failure is counted. It is also logged, unless the previous one had the same message.
 
         Args:
-          params: as the topology has them, with many seeds with a leading axis.
-          folder: for the files, made if absent.
-          should_stop: asked before every frame; once it says so the video is given up, and nothing is left of it.
+          params: parameters as the topology has them: with a leading axis of seeds if the run trains many.
+          env_steps: environment steps at which they were learned.
+          folder: folder for the files. It is made if absent.
+          should_stop: called before every frame. Once it returns True the video is abandoned and leaves no file.
         """
         if self._trained_seed is not None:
             params = jax.tree.map(lambda x: x[0], params)
@@ -69,28 +76,29 @@ class Recorder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             q_values = functools.partial(self._q_values, params)
-            with contextlib.closing(play(self._env, q_values, 1, SEED, self._store)) as episodes:
+            with contextlib.closing(play(self._env, q_values, 1, SEED, self._to_storage_layout)) as episodes:
                 film(_until(should_stop, next(episodes)), path, FRAMES_PER_SECOND)
-        except _GivenUp:
+        except _Abandoned:
             pass
-        except Exception as error:  # whatever a renderer raises must not cost what was learned
+        except Exception as error:  # a renderer may raise anything, and that must not end the training run
             self._fail(env_steps, describe(error))
         else:
             self.num_videos += 1
 
     def _fail(self, env_steps: int, error: str) -> None:
         self.num_failures += 1
-        if error != self._told:
-            logger.warning("the video of environment step %d failed, the run goes on: %s", env_steps, error)
-        self._told = error
+        if error != self._logged:
+            logger.warning("the video of environment step %d failed, the run continues: %s", env_steps, error)
+        self._logged = error
 
 
-class _GivenUp(Exception):
-    """The run is to stop: a person is waiting."""
+class _Abandoned(Exception):
+    """The run must stop now, because a person is waiting for it."""
 
 
 def _until(should_stop: Callable[[], bool], moments: Iterator[Moment]) -> Iterator[Moment]:
+    """Yields the moments until `should_stop` returns True, then raises `_Abandoned`."""
     for moment in moments:
         if should_stop():
-            raise _GivenUp
+            raise _Abandoned
         yield moment

@@ -1,55 +1,61 @@
-"""What a topology tells of a run while it goes on."""
+"""The records that a topology yields while it trains."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What happened since the last record. Means are over lanes and seeds; None where nothing happened."""
+    """One record of progress: what happened since the previous one.
+
+    Means are over lanes and seeds. A mean of nothing is None.
+    """
 
     env_steps: int
-    """So far, over all lanes of one seed."""
+    """Environment steps so far, over all lanes of one seed."""
     learner_steps: int
-    """So far, of one seed."""
+    """Learner steps so far, of one seed."""
     train_seconds: float
-    """Wall time of this record's training, without evaluation."""
+    """Wall time since the previous record, without evaluation."""
     new_env_steps: int
-    """Of this record, of one seed."""
+    """Environment steps since the previous record, over all lanes of one seed."""
     new_learner_steps: int
+    """Learner steps since the previous record, of one seed."""
     num_episodes: int
     """Training episodes that ended, over all seeds."""
     episode_return_mean: float | None
-    """Of those, undiscounted, with exploration."""
+    """Mean undiscounted return of these episodes, which explore."""
     episode_length_mean: float | None
-    """Of those, in environment steps."""
+    """Mean length of these episodes, in environment steps."""
     q_mean: float
-    """Greatest Q-value of the observations acted on, in units of discounted reward."""
+    """Mean of the greatest Q-value at each observation acted on, in units of discounted reward."""
     loss: float | None
+    """Mean loss of the batches."""
     td_error_mean: float | None
     """Mean absolute TD error of the batches, in units of discounted reward."""
     exploration: float
-    """Epsilon, or the temperature, of the last row."""
+    """Epsilon or temperature in the last row."""
     staleness: float = 0.0
-    """Learner steps between the parameters that acted and the newest, mean over rows."""
+    """Learner steps between the parameters that acted and the newest ones, mean over rows."""
     num_env_failures: int = 0
     """Environments that raised, hung or died, and were replaced."""
     part_seconds: Mapping[str, float] | None = None
-    """`train_seconds` by the part that took them, if the run measures that."""
+    """`train_seconds` by the part of a training step that took them, if the run measures that."""
     fleet: Mapping[str, float] | None = None
-    """How the parts of a fleet are doing, where there is one."""
+    """Statistics of the fleet's processes, if the topology has a fleet."""
     eval_returns: tuple[tuple[float, ...], ...] | None = None
-    """Of the greedy episodes after it, `[seeds][episodes]`, if there were any."""
+    """Returns of the greedy episodes played after this record, `[seeds][episodes]`, if there were any."""
 
     @property
     def eval_return_mean(self) -> float | None:
-        """Over all seeds' greedy episodes."""
+        """Mean return of the greedy episodes of all seeds."""
         if self.eval_returns is None:
             return None
         return sum(map(sum, self.eval_returns)) / sum(map(len, self.eval_returns))
 
     def metrics(self) -> dict[str, float | None]:
-        """Returns what a log keeps of it: single numbers by name."""
+        """Returns the numbers that a log keeps, by name."""
         values = dataclasses.asdict(self)
         for name in (
             "env_steps",
@@ -71,6 +77,78 @@ class Progress:
         return values
 
 
+class Sum(NamedTuple):
+    """Values added up, and how many they are."""
+
+    total: float = 0.0
+    num_values: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        """The mean of the values, None if there are none."""
+        return self.total / self.num_values if self.num_values else None
+
+
+def sum_of(values: Sequence[float]) -> Sum:
+    """Returns the sum of values."""
+    return Sum(sum(values), len(values))
+
+
+def weighted_sum(means: Sequence[float | None], counts: Sequence[int]) -> Sum:
+    """Returns the sum of values that are known by the means of groups; the mean of an empty group may be None."""
+    total = sum((group_mean or 0.0) * count for group_mean, count in zip(means, counts, strict=True))
+    return Sum(total, sum(counts))
+
+
 def mean(values: Sequence[float]) -> float | None:
-    """Returns the mean, None of nothing."""
-    return sum(values) / len(values) if values else None
+    """Returns the mean of values, None if there are none."""
+    return sum_of(values).mean
+
+
+def make_progress(
+    *,
+    env_steps: int,
+    learner_steps: int,
+    train_seconds: float,
+    new_env_steps: int,
+    new_learner_steps: int,
+    episode_return: Sum,
+    episode_length: Sum,
+    q_max: Sum,
+    loss: Sum,
+    td_error: Sum,
+    exploration: float,
+    staleness: Sum = Sum(),  # noqa: B008, an immutable value
+    num_env_failures: int = 0,
+    part_seconds: Mapping[str, float] | None = None,
+    fleet: Mapping[str, float] | None = None,
+) -> Progress:
+    """Returns the record of one chunk from what its steps add up to.
+
+    Args:
+      env_steps: as in `Progress`, like every argument that isn't named below.
+      episode_return: the returns of the episodes that ended, over all seeds.
+      episode_length: their lengths, in environment steps.
+      q_max: the greatest value of each observation acted on, or their mean in each row.
+      loss: the loss of each learner step; only the steps whose loss is known by now.
+      td_error: the mean absolute TD error of the same steps.
+      staleness: learner steps between the parameters that acted and the newest, in each row.
+    """
+    return Progress(
+        env_steps=env_steps,
+        learner_steps=learner_steps,
+        train_seconds=train_seconds,
+        new_env_steps=new_env_steps,
+        new_learner_steps=new_learner_steps,
+        num_episodes=episode_return.num_values,
+        episode_return_mean=episode_return.mean,
+        episode_length_mean=episode_length.mean,
+        q_mean=q_max.mean or 0.0,
+        loss=loss.mean,
+        td_error_mean=td_error.mean,
+        exploration=exploration,
+        staleness=staleness.mean or 0.0,
+        num_env_failures=num_env_failures,
+        part_seconds=part_seconds,
+        fleet=fleet,
+    )

@@ -1,13 +1,13 @@
-"""The folder a run leaves behind: what it was asked to do, what it did, and what it learned.
+"""The folder of a run: what it was asked to do, what it did, and what it learned.
 
 runs/<name>/
-  config.json      the TrainConfig, as the run was created; never changed afterwards
+  config.json      the TrainConfig that the run was created with; it never changes
   metrics.jsonl    one line per progress record
   events.out.*     the same for TensorBoard: `tensorboard --logdir runs` compares runs
-  checkpoints/     the newest few, by environment steps
-  summary.json     the outcome, replaced as a whole
+  checkpoints/     the newest few, named by their environment steps
+  summary.json     the outcome, always replaced as a whole
   videos/          what `qfleet watch` has written, and the run itself if asked to
-  .lock            held by the process that trains it
+  .lock            held by the process that trains the run
 """
 
 import dataclasses
@@ -29,24 +29,25 @@ from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """One run's folder. Made by `create` or found by `open`."""
+    """The folder of one run. Make it with `create` or find it with `open`."""
 
     path: Path
     config: TrainConfig
-    """As the run was created. How far it got, or was extended to, is in its checkpoints and summary."""
+    """The config that the run was created with. Checkpoints and summary tell how far it got or was extended."""
     version: str
-    """Of the qfleet that created it."""
+    """Version of the qfleet that created it."""
 
     @classmethod
     def create(cls, path: str | os.PathLike[str] | None, config: TrainConfig) -> "RunDirectory":
         """Makes the folder of a new run and writes its config.json.
 
         Args:
-          path: the folder: absent or empty. None: `runs/<env>-<preset>-<seed>-<time>`, numbered if taken.
-          config: what config.json says.
+          path: the folder, which must be absent or empty. None makes `runs/<env>-<preset>-<seed>-<time>`, with a number
+            added if that is taken.
+          config: content of config.json.
 
         Raises:
-          ConfigError: if the folder holds something already or can't be made.
+          ConfigError: if the folder already holds something or can't be made.
         """
         run = cls(Path(path) if path is not None else _free_default_path(config), config, _version())
         content = {"qfleet_version": run.version, "schema_version": SCHEMA_VERSION, "config": encode(config)}
@@ -72,10 +73,10 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "RunDirectory":
-        """Finds an existing run and reads its config.json back.
+        """Finds an existing run and reads its config.json.
 
         Raises:
-          ConfigError: if the folder isn't a run, or its config.json is broken, foreign or of another version.
+          ConfigError: if the folder isn't a run, or its config.json is broken, foreign or from another version.
         """
         path = Path(path)
         file = path / "config.json"
@@ -120,10 +121,10 @@ class RunDirectory:
         return self.path / "videos"
 
     def lock(self) -> filelock.BaseFileLock:
-        """Returns a lock that no other process can take while this one holds it; it ends with the process.
+        """Returns a lock that no other process can take while this one holds it. It is freed when the process ends.
 
         Raises:
-          ConfigError: if another process trains this run.
+          ConfigError: if another process is training this run.
         """
         lock = filelock.FileLock(self.path / ".lock")
         try:
@@ -136,11 +137,11 @@ class RunDirectory:
         return lock
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Replaces summary.json as a whole: a reader finds the old one or the new one, never half of one."""
+        """Replaces summary.json as a whole. A reader finds either the old one or the new one, never half of one."""
         _write_atomically(self.summary_path, strict_json(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
-        """Returns what `write_summary` wrote last, or None before the first time.
+        """Returns the summary that `write_summary` wrote last, or None if there is none yet.
 
         Raises:
           ConfigError: if summary.json isn't a JSON object.
@@ -159,7 +160,10 @@ class RunDirectory:
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:
-    """Returns `value` as JSON that any parser reads: NumPy and JAX scalars as numbers, NaN and infinities as null."""
+    """Returns `value` as JSON that any parser reads.
+
+    NumPy and JAX scalars become numbers, their arrays become lists, and NaN and infinities become null.
+    """
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
 

@@ -1,4 +1,4 @@
-"""Stopping on request: the first signal asks, the second one insists."""
+"""Stopping a run on request: the first signal asks, the second one ends the process."""
 
 import signal
 import threading
@@ -11,25 +11,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopFlag:
     """Context manager that turns the first SIGINT or SIGTERM into a flag, so that a run can end cleanly.
 
-    A second signal ends the process at once, by the operating system's own default: that works even while
-    Python waits for compiled code. Handlers that were there before return on exit.
+    A second signal ends the process at once, through the operating system's default handler. This works even while
+    Python waits for compiled code. On exit, the handlers that were there before are put back.
 
-    Python lets only the main thread handle signals. In any other thread this does nothing and stays unset.
+    Python lets only the main thread handle signals. In any other thread this does nothing and the flag stays unset.
     """
 
     def __init__(self) -> None:
-        self._signal: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-
-    @property
-    def requested(self) -> bool:
+        self.requested = False
         """Whether a signal has asked the run to stop."""
-        return self._signal is not None
-
-    @property
-    def signal_name(self) -> str | None:
-        """Name of that signal, such as `"SIGTERM"`."""
-        return self._signal.name if self._signal is not None else None
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -40,10 +31,10 @@ class StopFlag:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            # None: the handler was not installed from Python, and can't be put back from it.
+            # The handler is None if it was not installed from Python. Then Python can't put it back either.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number)
-        for every in _SIGNALS:
-            signal.signal(every, signal.SIG_DFL)
+        self.requested = True
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""Where the wall time of training goes, by part."""
+"""Wall time of training, by the part of a training step that took it."""
 
 import dataclasses
 import time
@@ -10,22 +10,22 @@ import jax
 from qfleet.runtime.records import Progress
 
 OTHER = "other"
-"""What no part accounts for: the host's own Python, mostly."""
+"""Name of the time that no part accounts for. Most of it is the host's own Python."""
 
 
 class Stopwatch:
-    """Adds up the wall time of functions, each waited for, by the part that they belong to."""
+    """Adds up the wall time of functions by the part they belong to. It waits for the arrays of each call."""
 
     def __init__(self, parts: Sequence[str]) -> None:
         self._parts = (*parts, OTHER)
         self.start()
 
     def start(self) -> None:
-        """Begins anew, from zero."""
+        """Starts all parts from zero."""
         self._seconds = dict.fromkeys(self._parts, 0.0)
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns `function`, which now returns once its arrays are ready, and counts for `part`."""
+        """Returns a version of `function` that waits until its arrays are ready and counts the time for `part`."""
 
         def run(*arguments: Any) -> Any:
             started = time.perf_counter()
@@ -36,28 +36,29 @@ class Stopwatch:
         return run
 
     def split(self, seconds: float) -> dict[str, float]:
-        """Returns how the wall time since `start`, `seconds` in all, splits into the parts and `OTHER`."""
+        """Returns how `seconds`, the wall time since `start`, divides over the parts and `OTHER`."""
         return {**self._seconds, OTHER: self._seconds[OTHER] + seconds - sum(self._seconds.values())}
 
 
 @dataclasses.dataclass
 class TimeShares:
-    """Where a run's training time went, without evaluation; empty unless it was measured."""
+    """Training time of a run, without evaluation, by the part that took it. Empty unless it was measured."""
 
     num_envs: int
+    """Number of lanes."""
     num_rows: float = 0.0
-    """Steps of all lanes."""
+    """Rows so far; a row is one step of every lane."""
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-    """By part."""
+    """Wall time so far, by part."""
 
     def add(self, progress: Progress) -> None:
-        """Adds a record's time."""
+        """Adds the time of a record."""
         for part, seconds in (progress.part_seconds or {}).items():
             self.seconds[part] = self.seconds.get(part, 0.0) + seconds
         self.num_rows += progress.new_env_steps / self.num_envs
 
     def summary(self) -> dict[str, dict[str, float] | None]:
-        """Returns shares of the whole and milliseconds per row, by part; None if nothing was measured."""
+        """Returns each part's share of the whole and its milliseconds per row, or None if nothing was measured."""
         if not self.seconds:
             return {"time_shares": None, "row_milliseconds": None}
         total = sum(self.seconds.values())

@@ -1,4 +1,4 @@
-"""Episodes as videos: an mp4 with every moment, and a GIF that stays small. Extra `video`: PyAV and Pillow."""
+"""Videos of episodes: an mp4 with every moment, and a GIF that stays small. Extra `video`: PyAV and Pillow."""
 
 import os
 from collections.abc import Iterator
@@ -11,25 +11,26 @@ from qfleet.runtime.episodes import Moment
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-GIF_FRAMES = 300
+GIF_FRAMES = 300  # at most
 GIF_COLOURS = 64
-GIF_MAX_MILLISECONDS = 100  # that a frame stays: the GIF of a long episode runs fast rather than in jerks
-GIF_LAST_MILLISECONDS = 1500
-MP4_OPTIONS = {"preset": "veryfast", "crf": "20"}  # of x264; crf: near to what the eye can't tell from the original
+GIF_MAX_MILLISECONDS = 100  # per frame; the GIF of a long episode runs fast, because slow frames would look jerky
+GIF_LAST_MILLISECONDS = 1500  # how long the last frame stays
+MP4_OPTIONS = {"preset": "veryfast", "crf": "20"}  # for x264; at this crf the eye can hardly tell it from the original
 
 
 class Video(NamedTuple):
-    """One episode that was watched, and its files."""
+    """The video files of one episode."""
 
     mp4: Path
     gif: Path
     episode_return: float
-    """Undiscounted."""
+    """Undiscounted return of the episode."""
     episode_steps: int
+    """Length of the episode in environment steps."""
 
 
 def check_extra() -> None:
-    """Raises ConfigError if what videos are made with isn't installed."""
+    """Raises ConfigError unless the packages that make videos are installed."""
     try:
         import av
         import PIL
@@ -39,20 +40,22 @@ def check_extra() -> None:
 
 
 def params_label(env_steps: int, trained_seed: int | None) -> str:
-    """Returns what tells parameters from others of their run: when, and of many seeds, which one's."""
+    """Returns a name for the parameters of a run: their environment steps and, if it trained many seeds, their seed."""
     return f"step{env_steps}" + (f"-trained{trained_seed}" if trained_seed is not None else "")
 
 
 def video_name(label: str, seed: int, episode: int) -> str:
-    """Returns the name of the files that show an episode of a policy, without what follows the dot."""
+    """Returns the name of the video files of an episode, without the suffix."""
     return f"{label}-seed{seed}-episode{episode}"
 
 
 def film(moments: Iterator[Moment], path: Path, frames_per_second: int) -> Video:
-    """Plays an episode into `path` with `.mp4` and `.gif` added; files of these names are replaced once it is over.
+    """Writes an episode to two files, `path` with `.mp4` and `.gif` added.
+
+    Files that have these names already are replaced once the episode is over.
 
     Raises:
-      ConfigError: if the episode's pictures aren't of one size.
+      ConfigError: if the pictures of the episode differ in size.
       OSError: if a file can't be written.
     """
     from qfleet.runtime.panel import Panel
@@ -77,7 +80,7 @@ def film(moments: Iterator[Moment], path: Path, frames_per_second: int) -> Video
 
 
 class _Mp4:
-    """An H.264 video that browsers and players show; under a name of its own until it is whole."""
+    """An H.264 video that browsers and players show. It has a temporary name until it is complete."""
 
     def __init__(self, path: Path, size: tuple[int, int], frames_per_second: int) -> None:
         import av
@@ -95,19 +98,22 @@ class _Mp4:
         self._container.mux(self._stream.encode(self._av.VideoFrame.from_image(frame)))
 
     def finish(self) -> None:
-        """Writes what is left, and gives the file its name."""
+        """Writes the remaining frames, then gives the file its name."""
         self._container.mux(self._stream.encode(None))
         self._container.close()
         os.replace(self._temporary, self.path)
 
     def close(self) -> None:
-        """Leaves nothing behind if the video wasn't finished."""
+        """Deletes the temporary file if the video wasn't finished."""
         self._container.close()
         self._temporary.unlink(missing_ok=True)
 
 
 class _Gif:
-    """Every k-th frame and the last: k doubles whenever there are too many, for nobody knows how long it will be."""
+    """A GIF of every k-th frame and the last one.
+
+    The length of the episode isn't known in advance. So k starts at 1 and doubles whenever there are too many frames.
+    """
 
     def __init__(self, path: Path, frames_per_second: int) -> None:
         self.path = path
@@ -118,7 +124,7 @@ class _Gif:
         self._last: Image | None = None
 
     def add(self, frame: "Image") -> None:
-        """Adds one frame, if it is its turn."""
+        """Adds one frame if its turn has come."""
         if self._seen % self._period == 0 and len(self._frames) == GIF_FRAMES:
             self._frames = self._frames[::2]
             self._period *= 2

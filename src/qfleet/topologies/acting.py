@@ -1,31 +1,30 @@
-"""What topologies share of acting: in lanes written in JAX, inside whatever program wants it, and in others."""
+"""Acting in lanes written in JAX, as a function that any compiled program may call."""
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from qfleet.core.agent import Agent
 from qfleet.core.frame_stack import init_view, push_frame
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.types import Params
-from qfleet.envs.in_graph import Draws, Lanes, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, StepKeys, init_lanes, step_lanes
 from qfleet.envs.spec import InGraphEnv
 
 
 class ActorState(NamedTuple):
-    """The lanes, and what their agent keeps of them."""
+    """The lanes, and what the agent remembers of each."""
 
     lanes: Lanes
     view: Array
-    """`[lanes, ...]`, what the agent sees of `lanes.observation`: stored frames, stacked."""
+    """`[lanes, ...]`, what the agent sees at `lanes.observation`: a stack of stored frames."""
     episode_return: Array
-    """`[lanes]` float32, undiscounted, of the episode under way."""
+    """`[lanes]` float32, undiscounted return of the episode under way."""
 
 
-class RowReport(NamedTuple):
-    """What one row tells of itself. `[lanes]`, and `[rows, lanes]` of an iteration."""
+class RowStats(NamedTuple):
+    """Statistics of one row, `[lanes]`, or of an iteration, `[rows, lanes]`."""
 
     episode_ended: Array
     episode_return: Array
@@ -43,21 +42,27 @@ def init_actor(env: InGraphEnv, agent: Agent, key: Array, numbers: Array) -> Act
 
 
 def act(
-    env: InGraphEnv, agent: Agent, params: Params, actor: ActorState, draws: Draws, uniform: Array, exploration: Array
-) -> tuple[ActorState, Row, RowReport, Array]:
+    env: InGraphEnv,
+    agent: Agent,
+    params: Params,
+    actor: ActorState,
+    step_keys: StepKeys,
+    uniform: Array,
+    exploration: Array,
+) -> tuple[ActorState, Row, RowStats, Array]:
     """Takes one step of all lanes.
 
     Returns:
-      The actor after it, the row that it made, its report, and the values that it acted by, `[lanes, num_actions]`.
+      The actor after the step, the row, its stats, and the values that chose the actions, `[lanes, num_actions]`.
     """
     lanes_tm1 = actor.lanes
     q = agent.q_values(params, actor.view)
     action = agent.explore(q, exploration, uniform)
-    lanes, step = step_lanes(env, lanes_tm1, action, draws)
+    lanes, step = step_lanes(env, lanes_tm1, action, step_keys)
     outcome = outcome_of(step.terminated, step.truncated, lanes_tm1.final)
     row = Row(agent.to_storage_layout(lanes_tm1.observation), action, step.reward, outcome)
     episode_return = jnp.where(lanes_tm1.final, 0.0, actor.episode_return + step.reward)
-    report = RowReport(
+    stats = RowStats(
         episode_ended=lanes.final,
         episode_return=episode_return,
         episode_steps=lanes.episode_steps,
@@ -65,26 +70,9 @@ def act(
         is_bad=~(jnp.isfinite(step.reward) & _is_finite(lanes.observation)),
     )
     view = push_frame(actor.view, agent.to_storage_layout(lanes.observation), lanes_tm1.final, env.spec.frame_stack)
-    return ActorState(lanes, view, episode_return), row, report, q
+    return ActorState(lanes, view, episode_return), row, stats, q
 
 
 def _is_finite(obs: Array) -> Array:
     """Returns whether each lane's observation is finite: `[lanes, ...]` to `[lanes]` bool."""
     return jnp.all(jnp.isfinite(obs).reshape(obs.shape[0], -1), axis=1)
-
-
-class Episodes:
-    """Episodes under way in lanes outside the program."""
-
-    def __init__(self, num_lanes: int) -> None:
-        """All are at their first step."""
-        self._returns, self._steps = np.zeros(num_lanes), np.zeros(num_lanes, np.int64)
-
-    def add(self, reward: np.ndarray, no_step: np.ndarray, has_ended: np.ndarray) -> tuple[list[float], list[int]]:
-        """Adds a row, `[lanes]` each, and returns the returns and lengths of the episodes that ended in it.
-
-        Where it holds no step, a new episode begins after it.
-        """
-        self._returns = np.where(no_step, 0.0, self._returns + reward)
-        self._steps = np.where(no_step, 0, self._steps + 1)
-        return self._returns[has_ended].tolist(), self._steps[has_ended].tolist()

@@ -1,4 +1,4 @@
-"""Greedy episodes that this process plays with parameters which others have learned."""
+"""Greedy episodes that this process plays with given parameters, in lanes that only evaluation uses."""
 
 import functools
 from collections.abc import Callable
@@ -9,47 +9,34 @@ import numpy as np
 from qfleet.config import TrainConfig
 from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
-from qfleet.core.keys import key_of
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import Params
-from qfleet.envs.host import HostEnv, HostLanes, seed_of
+from qfleet.envs.host import HostEnv, HostLanes, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
 
-_EVALUATION = 1
-"""What a seed's random numbers are for; 0, 2, 3 and 4 are training's."""
 
+class HostEvaluator:
+    """Plays greedy episodes of an environment outside the compiled program."""
 
-class Evaluator:
-    """Plays greedy episodes, in lanes of its own."""
-
-    def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, agent: Agent) -> None:
-        self._config, self._env, self._agent = config, env, agent
+    def __init__(self, env: HostEnv, agent: Agent, num_lanes: int, options: LaneOptions) -> None:
+        """Starts nothing; the first evaluation makes the lanes."""
+        self._env, self._agent, self._num_lanes, self._options = env, agent, num_lanes, options
         self._lanes: HostLanes | None = None
+        self._greedy = jax.jit(lambda params, view: greedy(agent.q_values(params, view)))
 
-    def returns(self, params: Params, env_steps: int, num_episodes: int, batch: int) -> np.ndarray:
-        """Returns greedy returns, `[1, num_episodes]`.
-
-        Args:
-          params: to play with.
-          env_steps: of the run by now: at others, other episodes are seen.
-          num_episodes: to play.
-          batch: evaluations of the same parameters with different numbers see different episodes.
-        """
-        env, numbers = self._env, (self._config.seed, _EVALUATION, env_steps % 2**32, batch)
-        if isinstance(env, InGraphEnv):
-            return np.asarray(self._in_graph(params, key_of(*numbers), num_episodes))[None]
+    def returns(self, params: Params, num_episodes: int, seed: int) -> np.ndarray:
+        """Returns greedy returns, `[num_episodes]`; fewer if environments fail in too many episodes."""
         if self._lanes is None:
-            num_lanes = min(self._config.topology.num_envs, self._config.eval_episodes)
-            self._lanes = env.make_eval_lanes(num_lanes, self._config.topology.lane_options)
-        returns = host_greedy_returns(
+            self._lanes = self._env.make_eval_lanes(self._num_lanes, self._options)
+        return host_greedy_returns(
             self._lanes,
-            env.spec,
+            self._env.spec,
             lambda view: self._greedy(params, view),
             num_episodes,
-            seed_of(*numbers),
+            seed,
             self._agent.to_storage_layout,
         )
-        return returns[None]
 
     def close(self) -> None:
         """Ends the lanes; may be called twice."""
@@ -57,9 +44,35 @@ class Evaluator:
             self._lanes.close()
             self._lanes = None
 
-    @functools.cached_property
-    def _greedy(self) -> Callable[..., jax.Array]:
-        return jax.jit(lambda params, view: greedy(self._agent.q_values(params, view)))
+
+class Evaluator:
+    """Plays greedy episodes of either kind of environment."""
+
+    def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, agent: Agent) -> None:
+        self._seed, self._env, self._agent = config.seed, env, agent
+        self._host: HostEvaluator | None = None
+        if isinstance(env, HostEnv):
+            num_lanes = min(config.topology.num_envs, config.eval_episodes)
+            self._host = HostEvaluator(env, agent, num_lanes, config.topology.lane_options)
+
+    def returns(self, params: Params, env_steps: int, num_episodes: int, batch: int) -> np.ndarray:
+        """Returns greedy returns, `[1, num_episodes]`.
+
+        Args:
+          params: the parameters to play with.
+          env_steps: environment steps of the run so far; other numbers give other episodes.
+          num_episodes: number of episodes to play.
+          batch: evaluations of the same parameters with different numbers see different episodes.
+        """
+        numbers = (self._seed, Stream.EVALUATION, env_steps % 2**32, batch)
+        if self._host:
+            return self._host.returns(params, num_episodes, seed_of(*numbers))[None]
+        return np.asarray(self._in_graph(params, key_of(*numbers), num_episodes))[None]
+
+    def close(self) -> None:
+        """Ends the lanes; may be called twice."""
+        if self._host:
+            self._host.close()
 
     @functools.cached_property
     def _in_graph(self) -> Callable[..., jax.Array]:

@@ -1,6 +1,6 @@
-"""What a run keeps on its devices, and whether it fits: from shapes alone, nothing is allocated and nothing compiled.
+"""A run's memory on its devices, and whether it fits, from shapes alone: nothing is allocated or compiled.
 
-A learner step's temporaries (activations, gradients, a batch before it is dealt to the replicas) come on top.
+Temporaries of a learner step (activations, gradients, a batch before it is divided over replicas) are not included.
 """
 
 import dataclasses
@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from qfleet.config import AgentConfig, ConfigError, TrainConfig
-from qfleet.config.topologies import field_names
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import ReplayState
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
@@ -24,34 +23,34 @@ from qfleet.runtime.devices import available_bytes, describe_memory
 from qfleet.topologies.schedule import rows_per_iteration
 
 HEADROOM = 0.1
-"""Share of what is left for the replay that a suggested capacity leaves free, for a learner step's temporaries."""
+"""Fraction of the memory left for the replay that a suggested capacity keeps free for temporaries."""
 
 REPLAY_PARTS = ("replay", "priorities")
 
 Placed = tuple[Any, Any]
-"""The shapes of what one replica has, and how they are spread, as `PartitionSpec`s or the beginning of their tree."""
+"""Shapes of one replica's arrays, and how they are divided: a tree of `PartitionSpec`s or a prefix of one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Part:
-    """Some of what a run keeps."""
+    """One kind of arrays that a run keeps, such as parameters."""
 
     name: str
     total_bytes: int
-    """Of the arrays as wholes, however many devices have a copy."""
+    """Size of the whole arrays, however many devices have a copy."""
     bytes_per_device: int
     axis: str | None
-    """The mesh axis over which it is divided, as far as it can be; None where each device has all of it."""
+    """The mesh axis that the arrays are divided over, as far as they can be; None if each device has all of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """All that a run keeps on its devices from one step to the next, and the batch that it learns from."""
+    """Everything that a run keeps on its devices between steps, and the batch that it learns from."""
 
     axes: Mapping[str, int]
-    """Devices along each axis of the mesh."""
+    """Number of devices along each axis of the mesh."""
     devices: tuple[Any, ...]
-    """Those of this process."""
+    """The devices of this process."""
     parts: tuple[Part, ...]
 
     @property
@@ -70,12 +69,12 @@ def make_footprint(
     """Returns the footprint of a run.
 
     Args:
-      axes: devices along each axis of the mesh.
-      devices: those of this process.
+      axes: number of devices along each axis of the mesh.
+      devices: the devices of this process.
       learner: a `LearnerState`.
-      lanes: whatever the lanes keep on the devices.
+      lanes: the arrays that lanes keep on the devices.
       replay: a `ReplayState`, or `()`.
-      batch: what a learner step, or a round of them, learns from.
+      batch: the data of one learner step, or of one round of them.
     """
     (state, specs), (stored, stored_specs) = learner, replay
     placed = {
@@ -123,13 +122,13 @@ def _num_bytes(leaf: Any) -> int:
 
 
 def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int) -> Batch:
-    """Returns the shapes of one replica's share of what it learns from: a batch of transitions, or a whole rollout.
+    """Returns the shapes of one replica's share of a batch of transitions, or of a whole rollout.
 
     Args:
-      stored: the spec of observations as the network's `to_storage_layout` keeps them.
-      config: the agent's.
-      num_lanes: of all replicas.
-      num_replicas: how many there are.
+      stored: the spec of observations in the network's storage layout.
+      config: the agent's config.
+      num_lanes: number of lanes over all replicas.
+      num_replicas: number of replicas.
     """
     has_replay = config.replay != "none"
     shape = (config.batch_size,) if has_replay else (rows_per_iteration(config), num_lanes)
@@ -146,15 +145,15 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
 
 
 def check_fits(config: TrainConfig, footprint: Footprint, footprint_of: Callable[[TrainConfig], Footprint]) -> None:
-    """Checks that a run fits into the memory of its devices, where these tell it.
+    """Checks that a run fits into the memory of its devices, if they report how much they have.
 
     Args:
-      config: of the run.
-      footprint: of the run.
-      footprint_of: `footprint_of(config)` for other configs, to find one that fits.
+      config: the run's config.
+      footprint: the run's footprint.
+      footprint_of: `footprint_of(config)` returns the footprint of another config; used to find one that fits.
 
     Raises:
-      ConfigError: if it doesn't.
+      ConfigError: if the run doesn't fit.
     """
     limit = available_bytes(footprint.devices)
     if limit is None or footprint.bytes_per_device <= limit:
@@ -171,7 +170,7 @@ def check_fits(config: TrainConfig, footprint: Footprint, footprint_of: Callable
 def _remedy(
     config: TrainConfig, footprint: Footprint, footprint_of: Callable[[TrainConfig], Footprint], limit: int
 ) -> str:
-    """Returns settings of which each by itself makes the run fit."""
+    """Returns settings in words, each of which makes the run fit on its own."""
 
     def fits(other: TrainConfig) -> bool:
         found = footprint_of(other)
@@ -188,7 +187,7 @@ def _remedy(
                 if fits(make()):
                     remedies.append(f"{name} {value}")
                     break
-            except ConfigError:  # it doesn't go with the other settings
+            except ConfigError:  # this value doesn't go with the other settings
                 continue
     if remedies:
         return " or ".join(remedies)
@@ -213,11 +212,10 @@ def _with_less_replay(config: TrainConfig, footprint: Footprint, limit: int) -> 
 
 
 def _with_more_devices(config: TrainConfig) -> _Others:
-    """Returns the config on larger meshes; on a CPU they'd have no more memory than this one."""
-    topology = config.topology
-    if "mesh" not in field_names(topology):  # it has no mesh to choose
-        return []
-    if config.num_seeds > 1 or jax.default_backend() == "cpu":
+    """Returns the config on larger meshes, if its mesh can be set, and if a larger one has more memory."""
+    topology: Any = config.topology
+    has_own_mesh = any(field.name == "mesh" for field in dataclasses.fields(topology))
+    if not has_own_mesh or config.num_seeds > 1 or jax.default_backend() == "cpu":
         return []
     mesh = topology.mesh
 
@@ -235,7 +233,7 @@ def _rounded_down(number: int, num_digits: int = 2) -> int:
 
 
 def show_bytes(count: int) -> str:
-    """Returns a number of bytes for people to read: three digits, in units of 1000."""
+    """Returns a number of bytes in words: three digits, in units of powers of 1000."""
     size, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if size < 999.5:

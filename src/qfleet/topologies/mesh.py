@@ -1,4 +1,4 @@
-"""Which devices a program runs on, and where its arrays lie: the mesh of one run."""
+"""The mesh of one run: which devices its programs run on, and where their arrays lie."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,10 @@ from qfleet.core.types import Network
 from qfleet.networks.partition import MODEL_AXIS, partition_like, partition_params
 
 DATA_AXIS = "data"
-"""Over which lanes, replay and batches are divided; each device along it is a replica of the learner."""
+"""Mesh axis that lanes, replay and batches are divided over. Each device along it is a replica of the learner."""
 
 REPLICATED: Any = PartitionSpec()
+"""Spec of arrays that every device has whole."""
 
 
 class Placement:
@@ -26,7 +27,7 @@ class Placement:
         """Takes the first devices of the kind that JAX prefers.
 
         Raises:
-          ConfigError: if there are too few, or the network's own partitioning doesn't fit them.
+          ConfigError: if there are too few devices, or the network's own partitioning doesn't fit them.
         """
         num_devices = config.num_devices
         devices = jax.devices()
@@ -39,7 +40,7 @@ class Placement:
         is_cheap_to_join = devices[0].platform == "cpu" and config.model == 1
         self.replicas: Replicas = over_axis(DATA_AXIS, config.data, as_vector=is_cheap_to_join)
         self.is_one_device = num_devices == 1
-        """Then all of this is plain `jax.jit`."""
+        """Whether the mesh is one device, so that `jit` is plain `jax.jit`."""
         self._network, self._num_model = network, config.model
         axes = (DATA_AXIS, MODEL_AXIS)
         self.mesh = jax.make_mesh(
@@ -47,7 +48,7 @@ class Placement:
         )
 
     def partition_learner(self, state: LearnerState) -> Any:
-        """Returns how a learner's arrays are spread, as `PartitionSpec`s: over the model axis only."""
+        """Returns how a learner's arrays are divided over the model axis, as a tree of `PartitionSpec`s."""
         params = partition_params(self._network, self._num_model)
         return LearnerState(
             params=params,
@@ -57,12 +58,12 @@ class Placement:
         )
 
     def jit(self, function: Callable, in_specs: Any, out_specs: Any, donate_argnums: tuple[int, ...] = ()) -> Any:
-        """Returns `function`, which sees the share of one replica, as a jitted function of whole arrays.
+        """Returns a function of one replica's share as a jitted function of whole arrays.
 
         Args:
-          function: may use `replicas`.
-          in_specs: of each argument, a tree of `PartitionSpec`s or the beginning of one.
-          out_specs: of the result.
+          function: computes one replica's share of the results from its share of the arguments; may use `replicas`.
+          in_specs: for each argument, a tree of `PartitionSpec`s or a prefix of one.
+          out_specs: the same for the result.
           donate_argnums: as for `jax.jit`.
         """
         if self.is_one_device:
@@ -84,9 +85,13 @@ class Placement:
         )
 
     def to_devices(self, share: Any, spec: PartitionSpec) -> Any:
-        """Returns the arrays of a tree, of which this process has `share` on the host, where programs want them.
+        """Returns arrays that programs can take, made of the shares that all processes have on their hosts.
 
-        One process's NumPy arrays may stay what they are: a program takes them from the host itself.
+        With one process these are the arrays in `share` itself, because a program takes NumPy arrays from the host.
+
+        Args:
+          share: a tree of this process's shares.
+          spec: how each whole array is divided.
         """
         if jax.process_count() == 1:
             return share
@@ -94,7 +99,7 @@ class Placement:
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), share)
 
     def to_host(self, array: jax.Array) -> np.ndarray:
-        """Returns this process's share of an array over lanes, `[lanes, ...]`, or all of one that everybody has."""
+        """Returns this process's share of an array over lanes, `[lanes, ...]`, or the whole of a replicated array."""
         if array.is_fully_addressable or array.is_fully_replicated:
             return np.asarray(array)
         shares = {shard.index[0].start: shard.data for shard in array.addressable_shards}
@@ -104,7 +109,7 @@ class Placement:
         """Returns parameters for programs of this process alone."""
         if jax.process_count() == 1:
             return params
-        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)  # whole, for there is no model axis
+        return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)  # whole, since there is no model axis
 
     def shardings(self, specs: Any) -> Any:
         """Returns the specs as shardings on this mesh."""
@@ -112,12 +117,12 @@ class Placement:
 
 
 def leaves_of(tree: Any) -> list[np.ndarray]:
-    """Returns a tree's arrays on the host, safe from what happens to it afterwards."""
+    """Returns copies on the host of a tree's arrays, which stay valid when the tree's own are deleted."""
     return [np.array(leaf) for leaf in jax.device_get(jax.tree.leaves(tree))]
 
 
 def _over_data(specs: Any) -> Any:
-    """Returns the specs without the model axis, which XLA deals with by itself."""
+    """Returns the specs without the model axis, over which XLA divides computations on its own."""
     return _map_specs(lambda spec: PartitionSpec(*(name if name == DATA_AXIS else None for name in spec)), specs)
 
 

@@ -1,4 +1,4 @@
-"""What the host of any topology decides ahead, in integers that can't wrap: how much to explore, when to learn."""
+"""Decisions that the host takes ahead of a program: how much to explore and when to learn, in integers of any size."""
 
 import math
 from typing import NamedTuple
@@ -10,18 +10,18 @@ from qfleet.config import AgentConfig
 from qfleet.core import exploration
 
 ROWS_PER_ITERATION = 16
-"""Rows of one iteration with replay: their random numbers are drawn at once, which is cheaper than one by one."""
+"""Rows of one iteration with replay. Drawing their random numbers at once is cheaper than drawing row by row."""
 
 
 class Plan(NamedTuple):
-    """What is decided for each row of a chunk. `[iterations, rows]`."""
+    """The decisions for each row of a chunk, `[iterations, rows]`."""
 
     exploration: Array | np.ndarray
     """float32, epsilon or temperature."""
     importance_exponent: Array | np.ndarray
     """float32, beta of prioritised replay."""
     num_updates: Array | np.ndarray
-    """int32, learner steps after the row. Q(lambda) learns after each rollout instead."""
+    """int32, learner steps after the row. Agents without a replay ignore it: they learn after each rollout."""
 
 
 def rows_per_iteration(config: AgentConfig) -> int:
@@ -33,10 +33,10 @@ def make_plan(config: AgentConfig, num_lanes: int, num_iterations: int, env_step
     """Returns the plan of the next iterations.
 
     Args:
-      config: the schedules.
-      num_lanes: environment steps of one row.
-      num_iterations: to plan for.
-      env_steps: taken so far.
+      config: the agent's config, with its schedules.
+      num_lanes: number of lanes, hence of environment steps in one row.
+      num_iterations: number of iterations to plan.
+      env_steps: environment steps taken so far.
       replay_starts_at: environment steps when the replay was last empty.
     """
     shape = (num_iterations, rows_per_iteration(config))

@@ -16,7 +16,7 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
-from qfleet.topologies.all_reduce.processes import Peer
+from qfleet.topologies.all_reduce.processes import JoinInfo
 from qfleet.training.resuming import check_goes_on
 
 
@@ -69,7 +69,7 @@ class LaunchedRun:
                     self.directory.write_summary(self.summary)
                 self._lock.release()
 
-    def _command(self, peer: Peer) -> list[str]:
+    def _command(self, peer: JoinInfo) -> list[str]:
         topology = self._topology
         # A launcher of all sees by itself who is silent, and sooner; among several, JAX tells the others of it.
         times = 3 if topology.coordinator is None else 1

@@ -1,4 +1,4 @@
-"""A replay laid out anew: every transition in it is one of the plain streams, and it goes on as if it had seen them."""
+"""A resharded replay holds only transitions of the original streams, and continues as if it had seen them itself."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from qfleet.core.types import EnvSpec
 DISCOUNT, BETA = 0.9, 0.6
 UNIFORM, PRIORITISED = "uniform", "prioritised"
 FIRST_NEW = 500_000
-"""Observations of what is inserted afterwards have numbers from here on."""
+"""The least number of the observations that are inserted after resharding."""
 
 
 class Layout(NamedTuple):
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     frame_stack: int
 
 
-FLEET, PACES = Layout(12, 6, 3), (40, 7, 23)  # one segment goes round several times, one is never full
+FLEET, PACES = Layout(12, 6, 3), (40, 7, 23)  # one segment wraps several times, one is never full
 FUSED, SMALLEST, WIDE = Layout(40, 2), Layout(8, 4, 4), Layout(64, 8)
 CASES = [
     Case(FLEET, PACES, FUSED, (PRIORITISED, PRIORITISED), 3, 4),
@@ -54,7 +54,7 @@ CASES = [
     Case(FLEET, PACES, WIDE, (UNIFORM, UNIFORM), 3, 1),
     Case(FUSED, (107,), FLEET, (PRIORITISED, PRIORITISED), 3, 4),
     Case(FUSED, (107,), FLEET, (UNIFORM, UNIFORM), 1, 1),
-    Case(FUSED, (38,), FLEET, (PRIORITISED, PRIORITISED), 1, 4),  # not full, but the next rows break its first stacks
+    Case(FUSED, (38,), FLEET, (PRIORITISED, PRIORITISED), 1, 4),  # not full, but its first stacks are about to go
     Case(FUSED, (107,), SMALLEST, (PRIORITISED, PRIORITISED), 3, 4),
     Case(FUSED, (107,), SMALLEST, (UNIFORM, UNIFORM), 3, 4),
     Case(FUSED, (33,), SMALLEST, (PRIORITISED, PRIORITISED), 3, 1),
@@ -63,7 +63,7 @@ CASES = [
 
 @functools.cache
 def make(layout, kind, n_step, frame_stack):
-    """A replay, jitted: `init`, `restore` and `leaves` need not be."""
+    """Returns a replay with `insert` and `sample` jitted. The other functions are called rarely."""
     spec = EnvSpec(
         name="stream",
         observation_shape=(),
@@ -79,7 +79,7 @@ def make(layout, kind, n_step, frame_stack):
 
 
 def stream_of(segment, num_rows, num_together, first=0, end_probability=0.25):
-    """A stream in which every observation has a number of its own: 10,000 by segment."""
+    """Returns a stream in which every observation has a number of its own. Segments are 10,000 apart."""
     steps = oracle.random_stream(segment + first, num_rows, num_together, end_probability)
     first += 10_000 * segment
     return [[dataclasses.replace(step, number=step.number + first) for step in row] for row in steps]
@@ -95,7 +95,7 @@ def row_of(steps):
 
 
 class Past:
-    """What one old segment has seen, closed at its end, and what of it the rules let go over to a new layout."""
+    """The history of one old segment, closed at its end, and the part of it that resharding must keep."""
 
     def __init__(self, stream, num_rows, n_step, frame_stack):
         self.oracle = oracle.OracleReplay(10**6, len(stream[0]), n_step, frame_stack, DISCOUNT)
@@ -109,7 +109,7 @@ class Past:
             history[-1][lane] = dataclasses.replace(newest, terminated=False, truncated=False, final=True)
 
     def transitions(self):
-        """All that could ever start: number of the observation, and what must be drawn there."""
+        """Returns every transition of the history, by the number of its first observation."""
         return {
             step.number: self.oracle.transition(t, lane)
             for t, row in enumerate(self.oracle.history)
@@ -118,7 +118,7 @@ class Past:
         }
 
     def episodes(self):
-        """Those that go over where there is room: age of the last row, and numbers of the rows, oldest first."""
+        """Returns the episodes to keep if there is room: age of the last row, and numbers of the rows, oldest first."""
         found = []
         for lane in range(self.oracle.num_lanes):
             lacks_frames = self.is_full and self.oracle.frame_stack > 1
@@ -134,7 +134,7 @@ class Past:
 
 
 class Outcome(NamedTuple):
-    """One case gone through."""
+    """The result of one case."""
 
     saved: SavedReplay
     result: SavedReplay
@@ -177,7 +177,7 @@ def steps_in(ring):
 
 
 def startable(ring, n_step, frame_stack, forgets_early):
-    """Slots of a ring whose cursors are `size % rows`, as `insert` and the uniform draw have it: `[rows, lanes]`."""
+    """Returns where `insert` and the uniform draw start transitions, for cursors of `size % rows`: `[rows, lanes]`."""
     is_startable = np.zeros(ring.rows.outcome.shape, bool)
     for k, size in enumerate(ring.size):
         missing = frame_stack - 1 if size == ring.num_rows else 0
@@ -189,7 +189,7 @@ def startable(ring, n_step, frame_stack, forgets_early):
 
 
 def assert_allowed(transition, allowed, frame_stack):
-    """Asserts that each transition of a batch is one of the plain streams; returns where they started."""
+    """Asserts that each transition of a batch is one of the allowed ones, and returns where they started."""
     obs, next_obs = (np.asarray(x).reshape(len(x), frame_stack) for x in (transition.obs, transition.next_obs))
     drawn = np.asarray(transition.weight) > 0
     expected = [allowed[number] for number in obs[drawn, -1]]
@@ -202,11 +202,11 @@ def assert_allowed(transition, allowed, frame_stack):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_all_episodes_go_over_that_have_their_frames_and_find_room(case):
-    """What finds none is the oldest, and then no lane has any. An episode may lose its beginning at a lane's end."""
+def test_all_episodes_are_kept_that_have_their_frames_and_find_room(case):
+    """Only the oldest episodes find no room, and only if every lane is full. One per lane may lose its beginning."""
     saved, result, num_dropped, pasts = run(case)
     rows = result.ring.rows.obs[result.ring.rows.obs > 0].astype(int).tolist()
-    assert len(rows) == len(set(rows))  # none is there twice
+    assert len(rows) == len(set(rows))  # no row occurs twice
     assert num_dropped == len(steps_in(saved.ring)) - len(steps_in(result.ring))
     episodes = sorted(episode for past in pasts for episode in past.episodes())
     kept = [[number for number in numbers if number in rows] for _, numbers in episodes]
@@ -219,15 +219,15 @@ def test_all_episodes_go_over_that_have_their_frames_and_find_room(case):
             assert rest[0] in result.ring.rows.obs[0]
     ages = [[age for (age, _), rest in zip(episodes, kept, strict=True) if bool(rest) == found] for found in (0, 1)]
     if ages[0]:
-        assert np.all(result.ring.rows.obs[0] > 0)  # no lane begins with padding: all are full
+        assert np.all(result.ring.rows.obs[0] > 0)  # no lane begins with padding, so all are full
         assert max(ages[1]) <= min(ages[0])
     has_room = case.old == FLEET and case.new in (FUSED, FLEET, WIDE)
     assert (kept == [numbers for _, numbers in episodes]) == has_room
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_transition_is_one_of_the_plain_streams_and_stays_so(case):
-    """Also while what is inserted afterwards overwrites all of it, twice over, at a pace of its own by segment."""
+def test_every_transition_is_one_of_the_original_streams_and_stays_so(case):
+    """Also while later rows overwrite all of them twice, with each segment at its own pace."""
     _, result, _, pasts = run(case)
     replay, state = restored(case, result)
     together, segments = case.new.together, case.new.segments
@@ -263,8 +263,8 @@ def test_every_transition_is_one_of_the_plain_streams_and_stays_so(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_is_what_a_replay_would_hold_that_was_fed_the_same_rows(case):
-    """Padding included: the same rows, cursors and counts, and leaves above 0 in the same places."""
+def test_the_result_equals_a_replay_that_was_fed_the_same_rows(case):
+    """Rows (padding included), cursors and counts are the same, and leaves are above 0 in the same places."""
     result = run(case).result
     replay, state = restored(case, result)
     fed = replay.init()
@@ -299,8 +299,8 @@ def test_a_uniform_replay_has_no_leaves():
 
 
 @pytest.mark.parametrize("kind", [UNIFORM, PRIORITISED])
-def test_of_an_episode_that_is_longer_than_the_ring_the_newest_rows_are_kept(kind):
-    """Where frames are stacked none starts at the first of them, whose frames are gone."""
+def test_the_newest_rows_are_kept_of_an_episode_that_is_longer_than_the_ring(kind):
+    """With stacked frames, no transition starts at the first of these rows, because their frames are gone."""
     case = Case(FUSED, (30,), Layout(12, 2), (kind, kind), 3, 4)
     _, result, num_dropped, pasts = run(case, end_probability=0.0)
     np.testing.assert_array_equal(result.ring.rows.obs, pasts_rows(pasts[0])[18:])
@@ -317,8 +317,8 @@ def pasts_rows(past):
     return np.array([[step.number for step in row] for row in past.oracle.history])
 
 
-def test_lanes_of_like_length_share_a_segment():
-    """Else the longest lane of all would pad everyone: one episode of 20 rows, six of 5, in two segments."""
+def test_lanes_of_similar_length_share_a_segment():
+    """One episode has 20 rows and six have 5. In a single segment, the longest lane would pad all the others."""
     obs = np.arange(1, 2 * 31 + 1, dtype=np.float32).reshape(31, 2)
     outcome = np.zeros((31, 2), np.uint8)
     outcome[20:, 0] = NO_STEP

@@ -11,7 +11,7 @@ import pytest
 
 from qfleet.core.replay.priorities import FAN_OUT, find_leaves, get_leaves, init_tree, sample_leaves, set_leaves, total
 
-SIZES = [1, 7, 8, 9, 100, 512, 513, 5000]  # either side of whole groups of `FAN_OUT`, and of one more level
+SIZES = [1, 7, 8, 9, 100, 512, 513, 5000]  # on either side of whole groups of `FAN_OUT`, and of one more level
 
 find = jax.jit(find_leaves)
 put = jax.jit(set_leaves)
@@ -23,7 +23,7 @@ def sample(tree, uniforms):
 
 
 def assert_levels_agree(tree):
-    """Every node is the sum of its children, and all padding is 0."""
+    """Asserts that every node is the sum of its children, and that all padding is 0."""
     for children, sums in itertools.pairwise(tree.levels):
         expected = np.asarray(children, np.float64).reshape(-1, FAN_OUT).sum(axis=1)
         np.testing.assert_allclose(sums[: len(expected)], expected, rtol=1e-6)
@@ -34,7 +34,7 @@ def assert_levels_agree(tree):
 
 @pytest.mark.parametrize("num_leaves", SIZES)
 def test_random_updates_and_searches_equal_those_of_a_list(num_leaves):
-    """Whole numbers, so that float32 sums are exact and the answers must be equal, not close."""
+    """The priorities are whole numbers, so float32 sums are exact and the answers must be equal, not just close."""
     dice = random.Random(num_leaves)
     leaves = [0] * num_leaves
     tree = init_tree(num_leaves)
@@ -62,7 +62,7 @@ def test_random_updates_and_searches_equal_those_of_a_list(num_leaves):
 
 @pytest.mark.parametrize("num_leaves", SIZES)
 def test_indices_outside_the_tree_change_nothing(num_leaves):
-    """Also those that would fall on the padding, or count from the end as Python's do."""
+    """Not even indices that would fall on the padding, or that would count from the end in Python."""
     tree = put(init_tree(num_leaves), jnp.arange(num_leaves), jnp.arange(1.0, num_leaves + 1))
     outside = [num_leaves, num_leaves + 1, num_leaves + FAN_OUT, 10**9, 2**31 - 1, -1, -num_leaves, -(2**31)]
     after = put(tree, jnp.array(outside, jnp.int32), jnp.full(len(outside), 1e6))
@@ -70,14 +70,14 @@ def test_indices_outside_the_tree_change_nothing(num_leaves):
 
 
 def test_dropped_updates_leave_the_others_alone():
-    """One batch of good and masked updates: only the good one is seen."""
+    """A batch has one valid update among masked ones, and only the valid one has an effect."""
     tree = put(init_tree(1000), jnp.array([3, 1000, 1003, -1]), jnp.full(4, 2.0))
     assert total(tree) == 2.0
     assert find(tree, jnp.array([1.0])) == 3
     assert_levels_agree(tree)
 
 
-def test_of_equal_indices_one_wins_and_the_sums_follow_it():
+def test_one_of_equal_indices_wins_and_the_sums_follow_it():
     tree = put(init_tree(1000), jnp.array([7, 7, 7, 900]), jnp.array([1.0, 2.0, 4.0, 8.0]))
     (winner,) = get_leaves(tree, jnp.array([7]))
     assert winner in (1.0, 2.0, 4.0)
@@ -87,7 +87,7 @@ def test_of_equal_indices_one_wins_and_the_sums_follow_it():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_leaf_of_zero_is_never_found_whatever_the_rounding(seed):
-    """Priorities over 60 orders of magnitude among zeros, and targets on, beside and beyond every boundary."""
+    """Priorities span 60 orders of magnitude, among zeros. Targets are on, beside and beyond every boundary."""
     rng = np.random.default_rng(seed)
     leaves = (10.0 ** rng.uniform(-30, 30, 2000)).astype(np.float32)
     leaves[rng.uniform(size=2000) < 0.7] = 0.0
@@ -103,7 +103,7 @@ def test_a_leaf_of_zero_is_never_found_whatever_the_rounding(seed):
 
 
 def test_a_single_leaf_above_zero_is_found_wherever_it_stands():
-    """Its neighbours and all padding are 0; a draw of 1 - 2**-24 scales to the total itself."""
+    """Its neighbours and all padding are 0, and a draw of 1 - 2**-24 scales to the total itself."""
     for index in [0, 1, 7, 8, 63, 64, 511, 512, 998, 999]:
         tree = put(init_tree(1000), jnp.array([index]), jnp.array([0.1]))
         indices, _, probabilities = sample(tree, jnp.full(64, 1 - 2.0**-24))
@@ -112,7 +112,7 @@ def test_a_single_leaf_above_zero_is_found_wherever_it_stands():
 
 
 def test_found_leaves_hold_their_targets_within_rounding():
-    """Uneven priorities of ordinary size: the leaf's interval in exact arithmetic is at most 1e-6 of the total away."""
+    """For uneven priorities of ordinary size, the exact interval of the leaf is at most 1e-6 of the total away."""
     rng = np.random.default_rng(0)
     leaves = rng.exponential(size=100_003).astype(np.float32)
     tree = put(init_tree(100_003), jnp.arange(100_003), jnp.asarray(leaves))
@@ -125,7 +125,7 @@ def test_found_leaves_hold_their_targets_within_rounding():
 
 
 def test_sampled_frequencies_follow_the_priorities():
-    """Chi-square over 40 leaves, 5 of them 0, and 40,000 batches of one: strata would even the counts out."""
+    """Chi-square over 40 leaves, 5 of them 0. Batches have one draw, because strata would even the counts out."""
     rng = np.random.default_rng(1)
     leaves = rng.exponential(size=40).astype(np.float32)
     leaves[[0, 8, 9, 20, 39]] = 0.0
@@ -143,7 +143,7 @@ def test_sampled_frequencies_follow_the_priorities():
 
 
 def test_a_batch_draws_once_from_each_equal_slice_of_the_total():
-    """Stratified: with `k` equal leaves and `k` draws, each leaf is drawn exactly once, in order."""
+    """Sampling is stratified: with `k` equal leaves and `k` draws, each leaf is drawn exactly once, in order."""
     tree = put(init_tree(512), jnp.arange(512), jnp.ones(512))
     indices, _, probabilities = sample(tree, jax.random.uniform(jax.random.key(0), (512,)))
     np.testing.assert_array_equal(indices, np.arange(512))
@@ -170,7 +170,7 @@ def test_trees_side_by_side_equal_separate_ones():
 
 
 def test_sums_do_not_drift_over_ten_thousand_updates():
-    """Eight passes over all leaves, each at a hundredth of the last one's size: of the first, nothing may remain."""
+    """Each of eight passes over all leaves sets values a hundredth as large. Nothing of the first may remain."""
     rng = np.random.default_rng(2)
     indices = np.concatenate([rng.permutation(10_000).reshape(-1, 8) for _ in range(8)])
     scales = np.repeat(10.0 ** np.arange(6, -10, -2), len(indices) // 8)
@@ -189,7 +189,7 @@ def test_sums_do_not_drift_over_ten_thousand_updates():
 
 
 def test_an_update_writes_in_place_when_the_tree_is_donated():
-    """Else each would copy the leaves, which for 1M of them takes 40 times the update itself."""
+    """Otherwise each update would copy the leaves, which takes 40 times as long as the update itself for 1M leaves."""
     tree = init_tree(100_000)
     compiled = jax.jit(set_leaves, donate_argnums=0).lower(tree, jnp.arange(64), jnp.ones(64)).compile()
     memory = compiled.memory_analysis()

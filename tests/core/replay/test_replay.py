@@ -1,4 +1,4 @@
-"""The replay against a slow one in plain Python, fed the same stream."""
+"""Compares the replay with a slow one in plain Python that is fed the same stream."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ CASES = [
     ("prioritised", 5, 4, 3, np.uint8),
     ("prioritised", 1, 4, 1, np.float32),
     ("prioritised", 5, 1, 1, np.float32),
-    # The same over replicas, each with a share of the lanes and of every batch.
+    # Over replicas, each with a share of the lanes and of every batch.
     ("uniform", 3, 4, 4, np.uint8, 2),
     ("uniform", 1, 1, 8, np.float32, 8),
     ("prioritised", 3, 4, 4, np.uint8, 2),
@@ -47,7 +47,7 @@ def at(tree, i):
 
 
 def rows_of(stream, dtype):
-    """The stream as the replay takes it, `[rows, lanes, ...]`."""
+    """Returns the stream as rows of a replay, `[rows, lanes, ...]`."""
     facts = (oracle.columns(stream, field) for field in ("terminated", "truncated", "final"))
     return Row(
         obs=oracle.encode(oracle.columns(stream, "number"), dtype),
@@ -58,7 +58,7 @@ def rows_of(stream, dtype):
 
 
 class Subject:
-    """One replay, its oracle, and the stream that both are fed."""
+    """A replay, its oracle, and the stream that both are fed."""
 
     def __init__(self, kind, n_step, frame_stack, num_lanes, dtype, num_replicas=1, batch_size=512, seed=0):
         self.is_prioritised = kind == "prioritised"
@@ -89,28 +89,28 @@ class Subject:
         return at(self.rows, t)
 
     def start_of(self, number):
-        """Time and lane of the observation with this number."""
+        """Returns the time and the lane of the observation with this number."""
         return divmod(int(number) - 1, self.num_lanes)
 
     def frames(self, observations):
-        """Numbers of the frames of `[..., 2, 2]` observations, or of stacks of them: `[..., frame_stack]`."""
+        """Returns the numbers of the frames in `[..., 2, 2]` observations or stacks of them, `[..., frame_stack]`."""
         if self.oracle.frame_stack == 1:
             return oracle.decode(observations)[..., None]
         return oracle.decode(np.moveaxis(observations, -1, -3))
 
     def starts(self, sample):
-        """Time and lane at which each transition of a batch starts: told by what it shows."""
+        """Returns the time and the lane at which each transition of a batch starts, read from its observation."""
         return [self.start_of(number) for number in self.frames(np.asarray(sample.transition.obs))[:, -1]]
 
 
 def error_of(number, t):
-    """A TD error that depends on the transition and the time alone, as a network's would; above 0."""
+    """Returns a TD error above 0 that depends only on the transition and the time, as a network's would."""
     return 0.05 + (number * 37 % 11) * (t * 13 % 7)
 
 
 @functools.cache
 def recorded(*case):
-    """A run through the whole stream in one scan: after each row a batch is drawn, and its priorities are set.
+    """Runs through the whole stream in one scan. After each row a batch is drawn, and its priorities are set.
 
     Returns the subject, the samples `[rows, batch, ...]` and, if prioritised, the leaves of the tree after each row.
     """
@@ -146,14 +146,14 @@ def recorded(*case):
             pytest.skip(f"needs {subject.num_replicas} devices")
         mesh = jax.make_mesh((subject.num_replicas,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         lanes = jax.P(None, "data")
-        shares = (lanes, jax.P(None, None, "data"))  # of each row's batch, and of its leaves
+        shares = (lanes, jax.P(None, None, "data"))  # how each row's batch and its leaves are divided
         run = jax.shard_map(run, mesh=mesh, in_specs=((jax.P(), lanes, jax.P()),), out_specs=shares, check_vma=False)
     samples, leaves = jax.device_get(jax.jit(run)(inputs))
     return subject, samples, leaves
 
 
 def replayed(subject, samples):
-    """Feeds the oracle row by row; yields it, the transitions it allows, and the batch that was drawn there."""
+    """Feeds the oracle row by row, and yields the time, the transitions it allows, and the batch drawn at that time."""
     subject.oracle.history.clear()
     for t, row in enumerate(subject.stream):
         subject.oracle.insert(row)
@@ -164,7 +164,7 @@ def replayed(subject, samples):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_sampled_transition_is_found_in_the_oracle(case):
-    """Whatever the fill, the ends of episodes, the lanes: observations, action, return and discount are its own."""
+    """All of its fields belong to one transition, whatever the fill of the ring, the ends of episodes and the lanes."""
     subject, samples, _ = recorded(*case)
     for _, drawable, sample in replayed(subject, samples):
         allowed = {start: subject.oracle.transition(*start) for start in drawable}
@@ -214,7 +214,7 @@ def test_draws_and_weights_follow_the_priorities_of_the_oracle(case):
         drawn = np.array([of_start[start] for start in starts])
         np.testing.assert_allclose(sample.transition.weight, (len(drawable) * drawn) ** -BETA, rtol=1e-4)
         known.set({s: error_of(s[0] * subject.num_lanes + s[1] + 1, t) for s in starts})
-    # Draws are stratified, so that counts vary less than independent draws would: too even is no fault.
+    # Draws are stratified, so the counts vary less than those of independent draws. Too even counts are no fault.
     assert stats.chi2.sf(statistic, freedom) > SMALLEST_P
 
 
@@ -237,9 +237,9 @@ LATE_CASES = [
 
 @pytest.mark.parametrize("case", LATE_CASES, ids=str)
 def test_late_priorities_reach_what_is_left_and_never_a_newcomer(case):
-    """A batch is drawn, rows are inserted, and only then its errors come back: at every fill and every delay.
+    """A batch is drawn, rows are inserted, and only then are its errors set.
 
-    The counter of insertions wraps on the way in every second run.
+    This is tried at every fill and every delay. In every second run the counter of insertions wraps on the way.
     """
     subject = Subject(*case, batch_size=64)
     replay = subject.replay
@@ -288,7 +288,7 @@ def test_new_transitions_enter_at_the_greatest_priority_so_far():
 
 
 def test_exponent_zero_is_uniform_replay():
-    """Equal priorities correct nothing, so that learning takes the steps it takes with uniform replay."""
+    """With equal priorities all weights are 1, so learning takes the same steps as with uniform replay."""
     subject = Subject("prioritised", 1, 1, 3, np.float32, batch_size=8)
     insert, draw = jax.jit(subject.replay.insert), jax.jit(subject.replay.sample)
     state = subject.replay.init()
@@ -299,7 +299,7 @@ def test_exponent_zero_is_uniform_replay():
 
 
 def test_a_replay_without_a_whole_window_gives_nothing_weight():
-    """Such a draw has no transition to return, so it must not teach one."""
+    """There is no transition to draw, so the learner must not learn from the result."""
     subject = Subject("uniform", 3, 1, 2, np.float32, batch_size=8)
     sample = jax.jit(subject.replay.sample)(subject.replay.init(), jax.random.key(0), jnp.float32(BETA))
     np.testing.assert_array_equal(sample.transition.weight, 0)
@@ -307,7 +307,7 @@ def test_a_replay_without_a_whole_window_gives_nothing_weight():
 
 @pytest.mark.parametrize("kind", ["uniform", "prioritised"])
 def test_seeds_side_by_side_in_one_scan_equal_loops_of_donated_calls(kind):
-    """Many seeds in one program: rejection in one of them must not disturb another."""
+    """With many seeds in one program, a rejected draw of one seed must not disturb another seed."""
     subjects = [Subject(kind, 3, 4, 2, np.uint8, batch_size=16, seed=seed) for seed in (0, 1)]
     replay, num_rows = subjects[0].replay, 40
     keys = [jax.random.split(jax.random.key(seed), num_rows) for seed in (5, 6)]
@@ -343,7 +343,7 @@ def test_a_capacity_below_one_window_is_refused_with_one_that_fits(n_step, frame
 
 
 def test_the_smallest_replay_always_has_something_to_draw():
-    """Even where every episode takes one step: of two successive rows one holds a step."""
+    """Even if every episode takes one step, one of two successive rows holds a step."""
     spec = EnvSpec(
         name="x", observation_shape=(2, 2), observation_dtype=np.dtype(np.uint8), num_actions=2, frame_stack=4
     )

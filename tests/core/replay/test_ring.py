@@ -69,7 +69,7 @@ def test_each_observation_is_stored_once_in_its_own_type(empty):
 
 def test_outcomes_keep_termination_and_truncation_apart():
     terminated, truncated, final = np.array([[0, 1, 0, 1, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]], bool)
-    expected = [CONTINUED, TERMINATED, TRUNCATED, TERMINATED, NO_STEP]  # both at once: no future, so terminated
+    expected = [CONTINUED, TERMINATED, TRUNCATED, TERMINATED, NO_STEP]  # doing both leaves no future: terminated
     outcome = outcome_of(terminated, truncated, final)
     assert outcome.dtype == np.uint8
     np.testing.assert_array_equal(outcome, expected)
@@ -78,7 +78,7 @@ def test_outcomes_keep_termination_and_truncation_apart():
 @pytest.mark.parametrize("seen_first", [0, 2**32 - 7])
 @pytest.mark.parametrize("num_before", [1, 3, 5, 8])
 def test_a_row_is_overwritten_once_the_cursor_has_passed_it(empty, num_before, seen_first):
-    """Also where the counter of insertions wraps in between."""
+    """Also if the counter of insertions wraps in between."""
     ring = insert_rows(empty._replace(insertions=jnp.array([seen_first], jnp.uint32)), range(num_before))
     seen = ring.insertions
     held = range(max(0, num_before - NUM_ROWS), num_before)
@@ -98,7 +98,7 @@ def test_inserting_into_a_donated_ring_writes_in_place(empty):
     assert empty.rows.obs.is_deleted()
 
 
-def test_a_slot_is_a_row_and_a_lane_and_later_ones_go_round_the_end(empty):
+def test_a_slot_is_a_row_and_a_lane_and_later_ones_wrap_at_the_end(empty):
     ring = insert_rows(empty, range(NUM_ROWS))
     for row, lane, num_rows in itertools.product(range(NUM_ROWS), range(NUM_LANES), (0, 1, NUM_ROWS - 1, NUM_ROWS)):
         slot = later_slot(ring, jnp.uint32(row * NUM_LANES + lane), num_rows)

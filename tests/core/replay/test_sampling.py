@@ -1,4 +1,4 @@
-"""Transitions put together from rows, by hand."""
+"""Compares transitions that are assembled from rows with answers worked out by hand."""
 
 import functools
 
@@ -14,7 +14,7 @@ GO, END, CUT, LAST = int(CONTINUED), int(TERMINATED), int(TRUNCATED), int(NO_STE
 
 
 def make_ring(outcomes, cursor=0, size=None, rewards=None):
-    """One lane, whose observation in row i is i + 1 and whose reward is 2**i."""
+    """Returns a ring of one lane. Row i has the observation i + 1 and the reward 2**i."""
     num_rows = len(outcomes)
     rows = Row(
         obs=jnp.arange(1.0, num_rows + 1)[:, None, None],
@@ -38,7 +38,7 @@ def test_three_steps_are_summed_and_discounted_to_the_first():
     assert num_steps[1] == 3
 
 
-def test_a_window_goes_round_the_end_of_the_ring():
+def test_a_window_wraps_at_the_end_of_the_ring():
     reward, _, _ = n_step_returns(make_ring([GO] * 5, cursor=2), 3)
     assert reward[4] == 16 + 1 / 2 + 2 / 4
 
@@ -65,7 +65,7 @@ def test_an_end_in_the_last_step_of_the_window_counts_and_one_after_it_does_not(
     np.testing.assert_array_equal(num_steps[:2], [3, 3])
 
 
-def test_a_termination_after_a_truncation_is_another_episodes():
+def test_a_termination_after_a_truncation_belongs_to_another_episode():
     _, discount, _ = n_step_returns(make_ring([CUT, LAST, END, LAST, GO]), 4)
     np.testing.assert_array_equal(discount[0], 0.5)
 
@@ -84,13 +84,13 @@ def test_the_newest_frame_is_last():
     np.testing.assert_array_equal(stack(make_ring([GO] * 5), 3, 3), [2, 3, 4])
 
 
-def test_a_stack_goes_round_the_end_of_the_ring():
+def test_a_stack_wraps_at_the_end_of_the_ring():
     np.testing.assert_array_equal(stack(make_ring([GO] * 5, cursor=3), 1, 3), [5, 1, 2])
 
 
 @pytest.mark.parametrize(("row", "frames"), [(1, [0, 1, 2]), (2, [1, 2, 3]), (3, [0, 0, 4]), (4, [0, 4, 5])])
 def test_no_stack_crosses_an_episodes_start(row, frames):
-    """Row 2 holds a final observation: its own stack belongs to the episode that it ended."""
+    """Row 2 holds a final observation, whose stack belongs to the episode that it ended."""
     ring = make_ring([GO, END, LAST, GO, GO, GO], size=5)
     np.testing.assert_array_equal(stack(ring, row, 3), frames)
 
@@ -111,7 +111,7 @@ def test_two_short_episodes_within_one_stack_leave_the_newest():
         (0, 0, 1, 1, 0, 0),
         (3, 3, 3, 1, 0, 0),
         (4, 4, 3, 1, 0, 1),
-        (4, 4, 1, 4, 0, 3),  # not full: nothing has been overwritten
+        (4, 4, 1, 4, 0, 3),  # the ring isn't full, so nothing has been overwritten
         (8, 0, 1, 1, 0, 7),
         (8, 0, 3, 4, 3, 2),
         (8, 6, 3, 4, 1, 2),

@@ -1,4 +1,4 @@
-"""A ring in several segments, each written at its own pace, against a ring of its own for each of them."""
+"""Compares a ring of several segments, each written at its own pace, with separate rings of one segment each."""
 
 import functools
 
@@ -16,7 +16,7 @@ from qfleet.core.types import EnvSpec
 NUM_SEGMENTS, NUM_TOGETHER, NUM_ROWS, N_STEP, FRAME_STACK = 3, 2, 12, 3, 2
 EXPONENT, BETA = 0.7, 0.6
 PACES = (40, 7, 23)
-"""Rows of each segment: one goes round several times, one is never full."""
+"""Rows inserted into each segment. One segment wraps several times, and one is never full."""
 
 
 def spec_of(frame_stack=FRAME_STACK):
@@ -42,7 +42,7 @@ def make(num_segments, kind="prioritised", batch_size=64, n_step=N_STEP, frame_s
 
 
 def rows_of(segment, num_rows):
-    """A stream in which every observation is a number of its own: 10,000 by segment, 100 by lane, 1 by row."""
+    """Yields rows in which every observation is a number of its own: 10,000 per segment, 1,000 per lane, 1 per row."""
     random = np.random.default_rng(segment)
     final = np.zeros(NUM_TOGETHER, bool)
     for t in range(num_rows):
@@ -60,7 +60,7 @@ def rows_of(segment, num_rows):
 
 @functools.cache
 def filled(kind="prioritised"):
-    """One replay of all segments, and each segment's own, fed the same rows."""
+    """Returns one replay of all segments, and one for each segment, that were fed the same rows."""
     together, alone = make(NUM_SEGMENTS, kind), make(1, kind)
     insert, insert_alone = jax.jit(together.insert), jax.jit(alone.insert)
     state, states = together.init(), [alone.init() for _ in range(NUM_SEGMENTS)]
@@ -121,7 +121,7 @@ def test_uniform_draws_are_even_over_segments_of_any_fill():
 
 
 def test_transitions_enter_with_the_errors_that_come_with_them():
-    """The error that comes with a row is of the transition that it completes; NaN is one that nobody knows."""
+    """The error that comes with a row belongs to the transition that the row completes. NaN means unknown."""
     replay = make(1, frame_stack=1)
     state = replay.init()
     errors = np.full((NUM_ROWS, NUM_TOGETHER), np.nan, np.float32)
@@ -133,7 +133,7 @@ def test_transitions_enter_with_the_errors_that_come_with_them():
     expected = np.ones((5, 2))
     expected[5 - N_STEP] = [(0.5 + MIN_PRIORITY) ** EXPONENT, highest]
     expected[6 - N_STEP] = [(0.25 + MIN_PRIORITY) ** EXPONENT, highest]
-    expected[7 - N_STEP] = highest  # greater than the 1 of before
+    expected[7 - N_STEP] = highest  # greater than the initial 1
     np.testing.assert_allclose(replay.leaves(state)[:5], expected, rtol=1e-6)
     np.testing.assert_allclose(state.max_priority, highest, rtol=1e-6)
 
@@ -160,7 +160,7 @@ GO, END, CUT, LAST = (int(outcome) for outcome in (CONTINUED, TERMINATED, TRUNCA
     ("before", "after"),
     [
         ([GO, GO, GO], [GO, CUT, LAST]),
-        ([GO, GO, END], [GO, CUT, LAST]),  # where it led to was never seen, but its row ends the stack of the next
+        ([GO, GO, END], [GO, CUT, LAST]),  # its next observation was never seen; its row ends the next stack
         ([GO, END, LAST], [GO, END, LAST]),
         ([END, LAST, GO], [END, LAST, LAST]),
     ],
@@ -179,7 +179,7 @@ def test_a_lost_writers_newest_steps_become_final_observations(before, after):
 
 
 def test_nothing_crosses_a_cut():
-    """Observations before it are below 100, after it above: no batch holds both, and all weights are above 0."""
+    """Observations are below 100 before the cut and above 100 after it. No transition holds both."""
     replay = make(1)
     insert, state = jax.jit(replay.insert), replay.init()
     for t in range(NUM_ROWS):
@@ -196,12 +196,12 @@ def test_nothing_crosses_a_cut():
         assert np.all(np.any(is_old, axis=1) != np.any(frames > 100, axis=1))
         np.testing.assert_array_equal(transition.reward > 50, np.any(frames > 100, axis=1))
         starts |= set(transition.obs[:, -1])
-    assert {4.0, 5.0} < starts  # the last two steps before it are still learned from
+    assert {4.0, 5.0} < starts  # the last two steps before the cut are still learned from
     assert 6.0 not in starts
 
 
 def test_several_replays_are_drawn_from_as_if_they_were_one():
-    """Each segment's own replay gives its part of the batch; probabilities and weights are those of all together."""
+    """Each segment's own replay draws its share of the batch, with the probabilities and weights of a single replay."""
     together, state, alone, states = filled()
     totals = np.array([float(jnp.sum(alone.leaves(own))) for own in states])
     num_transitions = sum(int(own.num_transitions[0]) for own in states)

@@ -1,4 +1,4 @@
-"""The parts of a fleet: what each does by itself, and all of them on Ray."""
+"""The actor-learner topology: what each of its classes does by itself, and all of them together on Ray."""
 
 import dataclasses
 import logging
@@ -17,9 +17,13 @@ from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.topologies.actor_learner import learner as learner_module
 from qfleet.topologies.actor_learner.learner import GlobalLearner, batches_per_round
+from qfleet.topologies.fleet import actor as actor_module
+from qfleet.topologies.fleet import replay_shard as shard_module
 from qfleet.topologies.fleet.actor import Actor, Chunk
+from qfleet.topologies.fleet.env_and_agent import make_env_and_agent
 from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, RateLimiter
-from qfleet.topologies.fleet.replay_shard import ReplayShard, Writer, deal, join_shards, share_of
+from qfleet.topologies.fleet.replay_shard import ReplayShard, Writer
+from qfleet.topologies.fleet.replay_shares import deal, join_shards, share_of
 
 BATCH = 64
 
@@ -103,6 +107,19 @@ def test_an_actor_that_comes_back_does_not_repeat_the_one_before():
     assert not np.any(first == next_one) and not np.any(first == other)
 
 
+def test_what_a_process_has_built_is_not_built_again(monkeypatch):
+    config = config_of()
+    built = make_env_and_agent(config)
+
+    def build_again(_: TrainConfig) -> None:
+        raise AssertionError
+
+    for module in (actor_module, shard_module):
+        monkeypatch.setattr(module, "make_env_and_agent", build_again)
+    assert Actor(config, 0, built).version == -1
+    assert ReplayShard(config, 0, built.stored_spec).stats().num_transitions == 0
+
+
 # --- Shards ---
 
 
@@ -161,8 +178,8 @@ def test_errors_that_come_back_late_or_for_nothing_do_no_harm():
     for k in range(6):
         shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
     draws = DrawShare(np.int32(10), np.float32(1), np.float32(80))
-    stock, transition = shard.sample(5, 1, 0.4, draws, BATCH)
-    assert len(transition.obs) == 10 and stock.num_transitions > 0
+    shard_stats, transition = shard.sample(5, 1, 0.4, draws, BATCH)
+    assert len(transition.obs) == 10 and shard_stats.num_transitions > 0
     for k in range(6, 40):  # round the ring and further
         shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
     before = shard.snapshot()
@@ -197,13 +214,13 @@ def test_what_is_drawn_over_shards_is_as_from_one_replay(num_shards, kind):
         for k in range(2 + actor * 3):  # some go round, some are hardly begun
             shards[actor % num_shards].insert(actor // num_shards, Writer(0, k), numbered(config, actor, 0, k))
     whole = join_shards([shard.snapshot() for shard in shards], topology.actor_pool)
-    stocks = [shard.stock() for shard in shards]
-    num_transitions = sum(stock.num_transitions for stock in stocks)
+    stats_of_shards = [shard.stats() for shard in shards]
+    num_transitions = sum(each.num_transitions for each in stats_of_shards)
     assert num_transitions == np.sum(whole.leaves > 0)
     random, counts, weights = np.random.default_rng(0), {}, {}
     exponent = 0.6 if kind == "prioritised" else 0.0
     for number in range(300):
-        dealt, shares = deal(BATCH, np.array([stock.priority for stock in stocks]), random)
+        dealt, shares = deal(BATCH, np.array([each.priority for each in stats_of_shards]), random)
         assert dealt.sum() == BATCH
         for shard, count, share in zip(shards, dealt, shares, strict=True):
             if count:
@@ -242,12 +259,12 @@ def test_a_replay_goes_on_in_another_number_of_shards():
     jax.tree.map(np.testing.assert_array_equal, same, whole)
 
 
-# --- The rate_limiter ---
+# --- The rate limiter ---
 
 
 def test_the_learner_owes_what_the_replay_ratio_says_and_the_actors_wait_for_it():
     config = config_of(env_steps=10_000)
-    rate_limiter = RateLimiter(config, num_batches=4)
+    rate_limiter = RateLimiter(config, config.topology.actor_pool, num_batches=4)
     assert [rate_limiter.due(n) for n in (0, 64, 68, 464)] == [0, 0, 1, 100], "nothing in the warm-up, then one in four"
     wave = CHUNKS_AHEAD * 8 * 8 // 4  # all actors' chunks, in learner steps; and three rounds of four
     assert not rate_limiter.is_far_ahead(4_064, 1_000 - wave - 12)
@@ -268,7 +285,7 @@ def test_the_learner_owes_what_the_replay_ratio_says_and_the_actors_wait_for_it(
 @pytest.mark.parametrize("num_parts", [1, 2])
 @pytest.mark.parametrize("most_batches", [1, 16])
 def test_a_round_is_so_many_steps_of_one_learner(monkeypatch, most_batches, num_parts):
-    """Batches that come in parts, in any order, are learned from as by `update`, and errors go back to their parts."""
+    """Batches that come from several shards, in any order, are learned from as by `update`; errors go back to them."""
     from qfleet.core.agent import make_agent
     from qfleet.core.learner import make_learner, update
     from qfleet.core.types import Transition
@@ -292,8 +309,8 @@ def test_a_round_is_so_many_steps_of_one_learner(monkeypatch, most_batches, num_
     places = [order] if num_parts == 1 else [order[: size // 3], order[size // 3 :]]
     learner = GlobalLearner(config)
     _, leaves = learner.state()
-    lesson, errors = learner.learn(places, *(jax.tree.map(lambda x, p=place: x[p], whole) for place in places))
-    assert lesson.learner_steps == num_batches
+    result, errors = learner.learn(places, *(jax.tree.map(lambda x, p=place: x[p], whole) for place in places))
+    assert result.learner_steps == num_batches
 
     agent = make_agent(make_network(spec, config.agent), config.agent)
     functions = make_learner(agent, config.agent)
@@ -309,7 +326,7 @@ def test_a_round_is_so_many_steps_of_one_learner(monkeypatch, most_batches, num_
         loss += float(info.loss)
     for place, error in zip(places, errors, strict=True):
         np.testing.assert_allclose(error, td_error[place], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(lesson.losses.loss, loss, rtol=1e-4)
+    np.testing.assert_allclose(result.loss, loss, rtol=1e-4)
     for ours, theirs in zip(learner.params()[1], jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -379,7 +396,7 @@ def test_a_fleet_trains_is_saved_and_goes_on_in_other_sizes_and_elsewhere(cluste
     summary = run.summary
     assert summary["stopped"] == "env steps" and summary["env_steps"] == 4_096
     ratio = (4_096 - 64) / summary["learner_steps"]
-    assert 4.0 <= ratio < 4.3, "the rate_limiter holds the replay ratio"
+    assert 4.0 <= ratio < 4.3, "the rate limiter holds the replay ratio"
     assert sum(record.new_env_steps for record in records) == 4_096
     assert any(record.fleet["replay_transitions"] > 1_000 for record in records)
     assert not caplog.records, "nothing was replaced, nothing fell silent"
@@ -407,7 +424,7 @@ def test_a_fleet_trains_is_saved_and_goes_on_in_other_sizes_and_elsewhere(cluste
 
 def replay_of(run_dir: str | None) -> SavedReplay:
     from qfleet.runtime.checkpoints import Checkpoints
-    from qfleet.topologies.base import saved_replay
+    from qfleet.topologies.restoring import saved_replay
 
     return saved_replay(Checkpoints(Path(run_dir or "") / "checkpoints").restore_item("replay"))
 
@@ -415,11 +432,11 @@ def replay_of(run_dir: str | None) -> SavedReplay:
 @pytest.mark.slow
 def test_what_a_checkpoint_says_it_has_taken_its_replay_holds(cluster, tmp_path):
     """The stated cut: as many environment steps are counted as rows were stored, whatever is under way."""
-    config = small(tmp_path, replay_capacity=65_536, checkpoint_period_seconds=0.5, env_steps=20_000)
+    config = small(tmp_path, replay_capacity=65_536, checkpoint_period_seconds=1e-9, env_steps=6_000)
     for _ in qfleet.iterate(config):
         pass
     from qfleet.runtime.checkpoints import Checkpoints
-    from qfleet.topologies.base import saved_replay
+    from qfleet.topologies.restoring import saved_replay
 
     checkpoints = Checkpoints(Path(config.run_dir or "") / "checkpoints")
     assert len(checkpoints.all()) > 1
@@ -427,7 +444,7 @@ def test_what_a_checkpoint_says_it_has_taken_its_replay_holds(cluster, tmp_path)
         saved = saved_replay(checkpoints.restore_item("replay", env_steps=env_steps))
         assert int(np.sum(saved.ring.size)) * 2 == env_steps
         counters = checkpoints.read_metadata(env_steps)["counters"]
-        assert counters["env_steps"] == env_steps and counters["epsilons"][0] == 0.4
+        assert counters["env_steps"] == env_steps
 
 
 @pytest.mark.slow

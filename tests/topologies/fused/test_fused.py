@@ -1,4 +1,4 @@
-"""The fused topology: where chunks end, how many seeds share a program, and what is evaluated change nothing."""
+"""The fused topology: learning doesn't depend on chunk lengths, on the number of seeds or on evaluations."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from qfleet.topologies.fused.topology import Fused
 
 NUM_ENVS = 4
 ROWS = 16
-"""Of one iteration, with and without replay."""
+"""Rows of one iteration, with and without replay."""
 
 CHUNK = NUM_ENVS * ROWS
 
@@ -57,7 +57,7 @@ def make(agent, env=None, num_envs=NUM_ENVS, **settings):
 
 
 def snapshot(fused):
-    """A copy: what the program holds is donated to its next run."""
+    """Returns copies, because the next call of the program deletes the arrays of the state."""
     return jax.tree.map(jnp.copy, fused.state), fused.counters
 
 
@@ -67,7 +67,7 @@ def restore(fused, state, counters):
 
 @functools.cache
 def started(kind):
-    """Compiled once for all tests of this kind of agent, with the state that it starts from."""
+    """Returns a topology that all tests of this kind of agent share, and its first state: it is compiled only once."""
     fused = make(kind)
     return fused, snapshot(fused)
 
@@ -79,7 +79,7 @@ def fresh(kind):
 
 
 def advance(fused, until):
-    """Returns all progress on the way there."""
+    """Trains until so many environment steps, and returns the records on the way."""
     records = []
     while fused.env_steps < until:
         records.append(fused.advance(until))
@@ -94,7 +94,7 @@ def comparable(tree):
 
 
 def assert_equal(left, right):
-    """Bit for bit."""
+    """Checks that two trees are equal bit for bit."""
     jax.tree.map(np.testing.assert_array_equal, comparable(left), comparable(right))
 
 
@@ -105,7 +105,7 @@ def assert_differ(left, right):
 
 @pytest.mark.parametrize("kind", AGENTS)
 def test_a_run_resumed_half_way_ends_bit_for_bit_where_the_whole_run_does(kind):
-    """Restored into a new object, with chunks of other lengths: parameters, replay, lanes and keys."""
+    """The state is restored into a new object, which trains in chunks of other lengths."""
     half, whole = 10 * CHUNK, 20 * CHUNK
     fused = fresh(kind)
     advance(fused, whole)
@@ -143,7 +143,7 @@ def test_seeds_trained_side_by_side_equal_separate_runs(kind):
 
 
 def optimiser_steps(fused):
-    """Learner steps by the optimiser's own count."""
+    """Returns the learner steps that the optimiser itself has counted."""
     counts = {int(x) for x in jax.tree.leaves(fused.state["learner"].optimiser_state) if x.dtype == jnp.int32}
     (count,) = counts
     return count
@@ -214,7 +214,7 @@ def test_evaluations_repeat_exactly_and_batches_show_other_episodes():
 
 
 def test_counters_far_beyond_32_bits_go_on():
-    """Exploration has ended, learner steps go on at their rate, evaluation finds a key."""
+    """Exploration has ended, learner steps continue at their rate, and evaluation still derives a key."""
     fused = fresh("uniform")
     advance(fused, 5 * CHUNK)
     state, counters = snapshot(fused)
@@ -244,7 +244,7 @@ def test_a_run_resumed_without_its_replay_warms_up_anew():
 
 
 def test_progress_tells_of_the_episodes_that_ended():
-    """One lane, whose episodes last five steps at reward 1, and a sixth row for the final observation."""
+    """In one lane, each episode takes five rows with reward 1 and a sixth row for the final observation."""
     fused = make("pqn", env=probes.time_limit(5), num_envs=1)
     records = [fused.advance((i + 1) * ROWS) for i in range(6)]
     num_rows = 6 * ROWS
@@ -255,7 +255,7 @@ def test_progress_tells_of_the_episodes_that_ended():
 
 
 def countdown():
-    """Never ends; the reward is NaN, once, after as many steps as each lane drew at its start."""
+    """Returns an environment without an end whose reward is NaN once, after a random number of steps."""
 
     def reset(key):
         return jax.random.randint(key, (), 10, 200), jnp.zeros(1)
@@ -272,9 +272,9 @@ def countdown():
 
 
 def test_the_first_reward_that_is_not_a_number_is_reported_where_it_came_from():
-    """In one long chunk, in which every lane has one."""
+    """All of it happens in one long chunk, in which every lane gets such a reward."""
     fused = make("uniform", env=countdown(), seed=7)
-    rows = np.asarray(fused.state["actor"].lanes.env_state) - 1  # of the NaN, from 0
+    rows = np.asarray(fused.state["actor"].lanes.env_state) - 1  # the row of each lane's NaN, from 0
     lane = int(np.argmin(rows))
     fused._seconds_per_iteration = 1e-9
     with pytest.raises(RunFailed, match=f"countdown .* step {rows[lane] * NUM_ENVS + lane} in lane {lane} of seed 7$"):
@@ -336,11 +336,11 @@ def test_each_epoch_visits_every_sample_once_in_an_order_of_its_own(num_rows, nu
 def test_a_kept_learner_stays_while_the_others_train_on(kind):
     fused, free = make(kind, seed=5, num_seeds=3), make(kind, seed=5, num_seeds=3)
     for each in (fused, free):
-        each.advance(4 * CHUNK)
+        advance(each, 4 * CHUNK)
     fused.keep(1)
     before = jax.device_get(fused.params)
     for each in (fused, free):
-        each.advance(8 * CHUNK)
+        advance(each, 8 * CHUNK)
     after, expected = jax.device_get((fused.params, free.params))
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[1], y[1]), after, before)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[[0, 2]], y[[0, 2]]), after, expected)

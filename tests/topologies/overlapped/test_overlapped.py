@@ -1,4 +1,4 @@
-"""The overlapped topology: in lock step it is the fused one, and what fails or overlaps teaches nothing wrong."""
+"""The overlapped topology: in lock step it learns what the fused one does, and failures corrupt nothing."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ AGENTS = {
 
 
 class InGraphLanes:
-    """An environment written in JAX, stepped from outside, with the random numbers that the fused program gives it."""
+    """Host lanes of an environment written in JAX, with the random numbers that the fused program would draw."""
 
     def __init__(self, env, num_lanes, num_rows, seed):
         self._env, self._num_lanes, self._num_rows = env, num_lanes, num_rows
@@ -123,7 +123,7 @@ def test_in_lock_step_it_takes_the_steps_of_the_fused_topology(kind, mesh):
 
 @pytest.mark.parametrize("kind", ["pqn", "uniform"])
 def test_how_frames_are_stored_changes_nothing_that_is_learned(kind):
-    """A network that wants its frames with an axis more, and doubled, sees exactly these in both topologies."""
+    """A network whose storage layout doubles frames and adds an axis sees such frames in both topologies."""
     env = probes.random_walk(frame_stack=2)
     plain = probes.linear_network(env.spec)
 
@@ -276,15 +276,14 @@ def random_script(seed, num_rows, num_lanes):
 @pytest.mark.parametrize("lock_step", [True, False])
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_nothing_is_stitched_where_environments_fail(lock_step, n_step):
-    """Every transition in the replay starts and ends in one life of one environment, and sums its rewards only."""
+    """Every transition in the replay starts and ends in one episode of one environment, and sums only its rewards."""
     num_lanes, num_rows, discount = 3, 160, 0.5
     script = random_script(0, num_rows, num_lanes)
     agent = AgentConfig(
         n_step=n_step, discount=discount, replay_capacity=10_000, warmup_env_steps=9_000, batch_size=512
     )
     overlapped, _ = scripted(script, agent, lock_step)
-    while overlapped.env_steps < num_rows * num_lanes:
-        assert overlapped.advance(num_rows * num_lanes).num_env_failures > 0
+    assert sum(record.num_env_failures for record in advance(overlapped, num_rows * num_lanes)) > 0
     replay = make_replay(EnvSpec(
         name="script", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2
     ), agent, num_lanes)  # fmt: skip
@@ -308,7 +307,7 @@ def test_nothing_is_stitched_where_environments_fail(lock_step, n_step):
 
 
 def test_a_failed_environment_cuts_a_rollouts_returns_short():
-    """Row 3 fails: row 2 bootstraps from row 3's observation, and nothing is learned from row 3 itself."""
+    """If row 3 fails, row 2 bootstraps from row 3's observation, and nothing is learned from row 3 itself."""
     events = ["go", "go", "go", "fail", "go", "end", "go", "go"]
     rows = HostRow(
         obs=(),
@@ -325,15 +324,16 @@ def test_a_failed_environment_cuts_a_rollouts_returns_short():
 
 
 def test_learning_goes_on_while_environments_step():
-    """Not a time, but an order: the learner gets a row while the environments take the next; staleness says so."""
+    """The learner gets each row while the environments take the next one, and staleness counts that."""
     overlapped, lanes = scripted([["go"] * 2] * 7 + [["cut"] * 2], AGENTS["uniform"])
     order = []
-    learn, recv = overlapped._learn, lanes.recv
-    overlapped._learn = lambda *arguments: order.append("learn") or learn(*arguments)
+    learn, recv = overlapped._learning.learn, lanes.recv
+    overlapped._learning.learn = lambda *arguments: order.append("learn") or learn(*arguments)
     lanes.recv = lambda: order.append("recv") or recv()
-    progress = overlapped.advance(640)
+    records = advance(overlapped, 640)
     assert order[:5] == ["recv", "learn", "recv", "learn", "recv"]
-    assert progress.staleness == pytest.approx(overlapped.learner_steps / 320, rel=0.05)  # of 320 rows
+    staleness = sum(record.staleness * record.new_env_steps / 2 for record in records)  # of each row of two lanes
+    assert staleness == pytest.approx(overlapped.learner_steps, rel=0.05) and staleness > 50
 
 
 def test_a_run_goes_on_from_a_checkpoint_with_new_episodes_and_seals_the_old_ones():

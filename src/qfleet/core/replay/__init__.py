@@ -1,4 +1,4 @@
-"""Replay: a ring of rows, priorities beside it, and transitions put together when sampled."""
+"""The replay: a ring of rows, priorities beside it, and transitions that are assembled when they are sampled."""
 
 from qfleet.core.replay.layout import resharded
 from qfleet.core.replay.replay import (

@@ -1,8 +1,11 @@
-"""A saved replay laid out anew, for a run that goes on with other numbers of lanes, rows or segments.
+"""Moves a saved replay to a ring of another shape, for a run that resumes with other lanes, rows or segments.
 
-On the host, in NumPy: it decides for each slot of the new ring which slot of the old one it takes, and copies once.
+This runs on the host, in NumPy. It first decides which slot of the old ring each slot of the new ring takes, and then
+copies every array once.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -13,25 +16,28 @@ from qfleet.core.replay.ring import NO_STEP, Ring, Row, cut
 
 
 class _Pieces(NamedTuple):
-    """Rows of one lane up to a final observation: an episode, or what is left of its end. Each field `[pieces]` int."""
+    """Runs of rows of one lane that end in a final observation: an episode, or the part of it that is left.
+
+    Each field is `[pieces]` int.
+    """
 
     lane: np.ndarray
     last_row: np.ndarray
-    """Where the final observation is in the old ring."""
+    """Row of the final observation in the old ring."""
     length: np.ndarray
-    """Rows, the last of which holds no step."""
+    """Number of rows. The last one holds no step."""
     age: np.ndarray
-    """Rows that its segment has inserted since."""
+    """Number of rows that its segment has inserted since."""
 
 
 class _Places(NamedTuple):
-    """Where pieces go. Each field `[pieces]` int."""
+    """The places of the pieces in the new ring. Each field is `[pieces]` int."""
 
     lane: np.ndarray
     num_newer: np.ndarray
-    """Rows after it in its new lane."""
+    """Number of rows after it in its new lane."""
     num_kept: np.ndarray
-    """Of its rows, the newest; 0 where it is dropped."""
+    """Number of its rows that are kept, which are its newest ones; 0 if the piece is dropped."""
 
 
 def resharded(
@@ -44,27 +50,34 @@ def resharded(
     frame_stack: int,
     is_prioritised: bool,
 ) -> tuple[SavedReplay, int]:
-    """Returns the replay in another layout, in NumPy, and how many of its steps are no longer in it.
+    """Returns the replay in a ring of another shape, and the number of steps that it lost on the way.
 
-    It is what a replay would hold whose lanes had seen the same episodes, and whose environments all start new ones
-    now: each lane is closed after its newest row, as by `cut`, and never joined with another. Episodes stay whole, the
-    older ones first in each lane. Lanes share a cursor, so the shorter ones of a segment begin with rows that hold no
-    step; lanes of like length share a segment, for a uniform draw that meets such a row is repeated.
+    The result is what a replay would hold if its lanes had seen the same episodes, and all of its environments started
+    new ones now. Each lane is closed after its newest row, as `cut` closes it, and is never joined with another lane.
+    Episodes stay whole, and the older ones come first in each lane. The lanes of a segment share a cursor, so the
+    shorter ones begin with rows that hold no step. A uniform draw that meets such a row must be repeated; to keep them
+    few, lanes of similar length share a segment.
 
-    What is lost: each lane's newest step, for where it led to wasn't kept; of a full ring, where frames are stacked,
-    the rest of each lane's oldest episode, for the frames before it are gone; and the oldest episodes, where they find
-    no room. Of the last one that still finds some the newest rows are kept. They fill the lane, so its segment is full,
-    and the first that would miss a frame are those that a full ring doesn't start a transition from anyway.
+    Three kinds of steps are lost:
+
+    - the newest step of each lane, because the observation that it led to wasn't saved;
+    - if the ring is full and frames are stacked, the rest of each lane's oldest episode, because the frames before it
+      have been overwritten;
+    - the oldest episodes, if there is no room for them. If there is room for a part of one, its newest rows are kept.
+      They fill the lane, so its segment is full, and a full ring starts no transition from rows that lack frames.
 
     Args:
-      saved: the replay, in NumPy or JAX; it is left as it is.
-      num_rows: that the new ring can hold.
-      num_lanes: of each row, over all segments.
-      num_segments: of equal numbers of lanes.
-      n_step: of the run that goes on, as the following.
-      frame_stack: frames seen at once.
-      is_prioritised: whether leaves are wanted. Transitions keep theirs; those that had none enter at the greatest.
+      saved: the replay, in NumPy or JAX. It is not changed.
+      num_rows: rows that the new ring can hold.
+      num_lanes: lanes of each row, over all segments.
+      num_segments: segments of the new ring. All have the same number of lanes.
+      n_step: rewards summed by the resumed run.
+      frame_stack: frames that the agent of the resumed run sees at once.
+      is_prioritised: whether the new replay needs leaves. Transitions keep theirs. Those that had none enter with the
+        greatest priority.
 
+    Returns:
+      The replay, as NumPy arrays, and the number of lost steps.
     Raises:
       ValueError: if the lanes don't divide over the segments.
     """
@@ -82,18 +95,16 @@ def resharded(
     places = _deal(pieces, num_rows, num_lanes)
     size, source = _source(ring, pieces, places, num_rows, num_lanes, num_segments)
 
-    def moved(buffer: Any, padding: Any = 0) -> Any:
-        return _moved(np.asarray(buffer), source, num_rows, padding)
-
+    move: Callable[..., Any] = functools.partial(_moved, source=source, num_rows=num_rows)
     rows = Row(
-        obs=moved(ring.rows.obs),
-        action=moved(ring.rows.action),
-        reward=moved(ring.rows.reward),
-        outcome=moved(outcome, NO_STEP),
+        obs=move(ring.rows.obs),
+        action=move(ring.rows.action),
+        reward=move(ring.rows.reward),
+        outcome=move(outcome, padding=NO_STEP),
     )
     leaves: Any = ()
     if is_prioritised:
-        old = () if isinstance(saved.leaves, tuple) else moved(saved.leaves)
+        old = () if isinstance(saved.leaves, tuple) else move(np.asarray(saved.leaves))
         leaves = _leaves(rows, size, old, float(saved.max_priority), n_step, frame_stack)
     counters: Any = (size % num_rows).astype(np.int32), size.astype(np.int32), size.astype(np.uint32)
     dropped = _num_steps(ring) - int(np.sum(np.asarray(rows.outcome) != NO_STEP))
@@ -102,19 +113,20 @@ def resharded(
 
 
 def _held(ring: Ring, segment: int) -> tuple[np.ndarray, slice]:
-    """Returns where a segment's rows are in the ring, oldest first, `[size]`, and its lanes."""
+    """Returns the rows of the ring that a segment has filled, oldest first, `[size]`, and the segment's lanes."""
     cursor, size = int(ring.cursor[segment]), int(ring.size[segment])
     lanes = slice(segment * ring.lanes_per_segment, (segment + 1) * ring.lanes_per_segment)
     return (cursor - size + np.arange(size)) % ring.num_rows, lanes
 
 
 def _num_steps(ring: Ring) -> int:
+    """Returns the number of steps that the ring holds."""
     segments = (_held(ring, segment) for segment in range(len(ring.cursor)))
     return sum(int(np.sum(ring.rows.outcome[held, lanes] != NO_STEP)) for held, lanes in segments)
 
 
 def _pieces_of(ring: Ring, outcome: np.ndarray, frame_stack: int) -> _Pieces:
-    """Returns the pieces that hold a step, except those that begin with frames that miss others below them."""
+    """Returns the pieces that hold a step, except those whose first rows have lost the frames below them."""
     found = []
     for segment in range(len(ring.cursor)):
         held, lanes = _held(ring, segment)
@@ -128,7 +140,10 @@ def _pieces_of(ring: Ring, outcome: np.ndarray, frame_stack: int) -> _Pieces:
 
 
 def _deal(pieces: _Pieces, num_rows: int, num_lanes: int) -> _Places:
-    """Returns places in lanes of `num_rows` rows: the newest is dealt first, each to the lane with the fewest rows."""
+    """Returns a place for each piece in lanes of `num_rows` rows.
+
+    The newest piece is placed first, and each piece goes to the lane with the fewest rows so far.
+    """
     lane, num_newer, num_kept = (np.zeros(len(pieces.age), np.int64) for _ in range(3))
     filled = np.zeros(num_lanes, np.int64)
     for i in np.argsort(pieces.age, kind="stable"):
@@ -144,16 +159,16 @@ def _deal(pieces: _Pieces, num_rows: int, num_lanes: int) -> _Places:
 def _source(
     ring: Ring, pieces: _Pieces, places: _Places, num_rows: int, num_lanes: int, num_segments: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of each new segment, `[segments]`, and the old slot that each new one takes, -1 for none.
+    """Returns the number of rows of each new segment, `[segments]`, and the old slot that each new slot takes.
 
-    The latter is `[rows held by the fullest segment, lanes]`.
+    The old slots are `[rows held by the fullest segment, lanes]` int64, -1 where the new slot stays empty.
     """
     length = np.bincount(places.lane, places.num_kept, num_lanes).astype(np.int64)
     order = np.argsort(-length, kind="stable")
     size = length[order].reshape(num_segments, -1).max(axis=1)
     lane = np.argsort(order)[places.lane]
     newest = size[lane // (num_lanes // num_segments)] - 1 - places.num_newer
-    # One entry per row that is kept, its number counted back from the last of its piece.
+    # One entry for each row that is kept: its distance from the last row of its piece.
     kept = places.num_kept
     back = np.arange(kept.sum()) - np.repeat(np.cumsum(kept) - kept, kept)
     old_row = (np.repeat(pieces.last_row, kept) - back) % ring.num_rows
@@ -164,12 +179,12 @@ def _source(
     return size, source
 
 
-def _moved(buffer: np.ndarray, source: np.ndarray, num_rows: int, padding: Any) -> np.ndarray:
-    """Returns `[num_rows, lanes, ...]` of what a buffer, `[old rows, old lanes, ...]`, holds in the source slots."""
+def _moved(buffer: np.ndarray, source: np.ndarray, num_rows: int, padding: Any = 0) -> np.ndarray:
+    """Returns what a buffer, `[old rows, old lanes, ...]`, holds in the source slots, as `[num_rows, lanes, ...]`."""
     new = np.zeros((num_rows, source.shape[1], *buffer.shape[2:]), buffer.dtype)
     if padding:
         new[:] = padding
-    # "clip" writes to `out` at once, where the default would go through a copy of it.
+    # With "clip", NumPy writes straight into `out`. With the default mode it would write into a copy first.
     flat = buffer.reshape(-1, *buffer.shape[2:])
     np.take(flat, source, axis=0, out=new[: len(source)], mode="clip")
     new[: len(source)][source < 0] = padding
@@ -179,10 +194,10 @@ def _moved(buffer: np.ndarray, source: np.ndarray, num_rows: int, padding: Any) 
 def _leaves(
     rows: Row, size: np.ndarray, old: np.ndarray | tuple[()], max_priority: float, n_step: int, frame_stack: int
 ) -> np.ndarray:
-    """Returns the leaf of each slot: 0 where `insert` would have left, or made, it 0.
+    """Returns the leaf of each slot, `[rows, lanes]` float32: 0 where `insert` would have left it at 0, or set it to 0.
 
-    The newest `n_step` rows get theirs when rows to come complete their windows; the next `frame_stack - 1` to be
-    overwritten have lost theirs.
+    The newest `n_step` rows get a leaf later, when further rows complete their windows. The `frame_stack - 1` rows that
+    are overwritten next have already lost theirs.
     """
     outcome = np.asarray(rows.outcome)
     num_rows, num_lanes = outcome.shape

@@ -1,8 +1,8 @@
 """An array sum tree: proportional sampling and priority updates, at a cost that hardly grows with the replay.
 
-Each node is the sum of its `FAN_OUT` children, and each level is one flat array: a group of siblings lies side by
-side, so that a step down the tree reads one short row per draw. After an update the sums above it are taken
-afresh from their children; nothing is incremented, so nothing drifts.
+Each node is the sum of its `FAN_OUT` children, and each level is one flat array. Siblings lie side by side, so a step
+down the tree reads one short row per draw. After an update, the sums above it are computed again from their children.
+Nothing is incremented, so nothing drifts.
 
 Source: Schaul et al. 2016, arXiv 1511.05952, section 3.3 and appendix B.2.1 (a binary tree there).
 """
@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-FAN_OUT = 8  # the fastest on CPU of 4, 8, 16, 32, 64 and 128, for batches of 512 from 1M leaves
+FAN_OUT = 8  # the fastest of 4, 8, 16, 32, 64 and 128 on a CPU, for batches of 512 from 1M leaves
 
 
 @jax.tree_util.register_dataclass
@@ -23,14 +23,14 @@ class SumTree:
     levels: tuple[jax.Array, ...]
     """Float32 vectors: the leaves, then the sums of `FAN_OUT` neighbours each, down to one last group.
 
-    Each is padded with zeros to whole groups. They are kept flat, and viewed as rows to read: XLA copies a level
-    that is stored as rows at every update of a single leaf.
+    Each vector is padded with zeros to whole groups. The levels are stored flat and viewed as rows to read them,
+    because XLA copies a level that is stored as rows at every update of a single leaf.
     """
     num_leaves: int = dataclasses.field(metadata={"static": True})
 
 
 def init_tree(num_leaves: int) -> SumTree:
-    """Returns a tree of `num_leaves` zeros, at least one; it takes 8/7 of their memory."""
+    """Returns a tree of `num_leaves` zeros, at least one. It takes 8/7 of the memory of its leaves."""
     groups = [-(-num_leaves // FAN_OUT)]
     while groups[-1] > 1:
         groups.append(-(-groups[-1] // FAN_OUT))
@@ -38,7 +38,7 @@ def init_tree(num_leaves: int) -> SumTree:
 
 
 def tree_of(leaves: jax.Array) -> SumTree:
-    """Returns the tree over these leaves, `[n]` float32, the same as if each had been set."""
+    """Returns the tree over these leaves, `[n]` float32. It equals the tree in which each of them was set."""
     empty = init_tree(len(leaves))
     levels = [jnp.pad(leaves, (0, empty.levels[0].size - len(leaves)))]
     for level in empty.levels[1:]:
@@ -52,14 +52,14 @@ def set_leaves(tree: SumTree, indices: jax.Array, values: jax.Array) -> SumTree:
 
     Args:
       tree: the tree.
-      indices: `[n]` integers. One outside `[0, num_leaves)` is dropped, so a caller can mask late updates by it. Of
-        equal ones, one wins: the last on CPU, any on GPU.
-      values: `[n]` float32, non-negative and finite, as their total must be; a leaf of 0 is never drawn.
+      indices: `[n]` integers. An index outside `[0, num_leaves)` is dropped, so a caller can use one to mask a late
+        update. If an index occurs several times, one of its values is set: the last one on a CPU, any on a GPU.
+      values: `[n]` float32, non-negative and finite. Their total must be finite too. A leaf of 0 is never drawn.
     """
     leaves, *sums = tree.levels
-    indices = indices.astype(jnp.uint32)  # a negative one becomes greater than any leaf's
+    indices = indices.astype(jnp.uint32)  # a negative index becomes greater than any leaf's
     leaves = leaves.at[jnp.where(indices < tree.num_leaves, indices, jnp.uint32(leaves.size))].set(values, mode="drop")
-    # A sum taken afresh is right whether or not a child changed: what was dropped may walk up from any leaf.
+    # For a dropped index, any leaf will do: computing a sum again is right whether or not a child changed.
     nodes = jnp.minimum(indices, jnp.uint32(tree.num_leaves - 1))
     levels = [leaves]
     for level in sums:
@@ -74,7 +74,7 @@ def set_leaves(tree: SumTree, indices: jax.Array, values: jax.Array) -> SumTree:
 
 
 def get_leaves(tree: SumTree, indices: jax.Array) -> jax.Array:
-    """Returns the values at `indices`: `[n]` integers, each in `[0, num_leaves)`, to `[n]` float32."""
+    """Returns the values at `indices`, `[n]` float32. The indices are `[n]` integers in `[0, num_leaves)`."""
     return _take(tree.levels[0], indices)
 
 
@@ -84,20 +84,20 @@ def total(tree: SumTree) -> jax.Array:
 
 
 def find_leaves(tree: SumTree, targets: jax.Array) -> jax.Array:
-    """Returns the leaf under each target, were the leaves laid end to end: `[n]` float32 to `[n]` uint32.
+    """Returns the leaf that each target falls on if the leaves are laid end to end: `[n]` float32 to `[n]` uint32.
 
-    It is leaf `i` with `sum(leaves[:i]) <= target < sum(leaves[:i + 1])`, up to float32 rounding, and never a leaf of
-    0, whatever the rounding: a target at or beyond the total finds the last leaf above 0. Only in a tree without any
-    such leaf it is leaf 0.
+    It is the leaf `i` with `sum(leaves[:i]) <= target < sum(leaves[:i + 1])`, up to float32 rounding. It is never a
+    leaf of 0, whatever the rounding: a target at or beyond the total finds the last leaf above 0. In a tree without a
+    leaf above 0, the result is leaf 0.
     """
     child = jnp.arange(FAN_OUT, dtype=jnp.uint32)
     nodes = jnp.zeros(targets.shape, jnp.uint32)
     for level in reversed(tree.levels):
         rows = level.reshape(-1, FAN_OUT)
-        # Either order gives the same numbers; we add up whichever has fewer rows.
+        # Both orders give the same numbers. The one that adds up fewer rows is faster.
         starts = _take(_row_starts(rows), nodes) if len(rows) <= len(nodes) else _row_starts(_take(rows, nodes))
-        # The first sibling above 0 starts at exactly 0, so there is one to choose, and the rest of the target is
-        # never negative. Looking for where a sibling *ends* instead could stop at a leaf of 0 after rounding.
+        # The first sibling above 0 starts at exactly 0, so there is always one to choose, and the rest of the target is
+        # never negative. A search for the *end* of a sibling could stop at a leaf of 0 after rounding.
         chosen = jnp.max(jnp.where(starts <= targets[:, None], child, jnp.uint32(0)), axis=1)
         targets = targets - jnp.take_along_axis(starts, chosen[:, None], axis=1, mode="promise_in_bounds")[:, 0]
         nodes = nodes * jnp.uint32(FAN_OUT) + chosen
@@ -112,26 +112,26 @@ def sample_leaves(
     num_draws: jax.Array | int | None = None,
     first: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns leaves drawn in proportion to their values, one from each equal slice of the total (stratified).
+    """Returns leaves drawn in proportion to their values, one from each equal slice of the total (stratified sampling).
 
-    They are drawn from several trees, of which this is one, as if they were one, laid end to end.
+    There may be several trees, of which this is one. They are laid end to end, and leaves are drawn as from one tree.
 
     Args:
       tree: the tree.
-      uniforms: `[n]` float32 in [0, 1), where in its slice each draw falls.
-      totals: `[trees]` float32, `total` of each tree; their sum is above 0.
-      rank: `[]` uint32, which of them this one is.
-      num_draws: `[]`, the number of slices, if not n: what is drawn beyond is meaningless.
+      uniforms: `[n]` float32 in [0, 1), the position of each draw in its slice.
+      totals: `[trees]` float32, `total` of each tree. Their sum must be above 0.
+      rank: `[]` uint32, the number of this tree among them.
+      num_draws: `[]`, the number of slices; n by default. Draws beyond it mean nothing.
       first: `[]`, the slice of the first draw.
 
     Returns:
-      `[n]` uint32 indices, ascending; `[n]` bool, whether each is in this replica's tree, where it is meaningless
-      otherwise; and `[n]` float32 probabilities, each leaf's share of the total over all trees.
+      The indices, `[n]` uint32, ascending, which mean nothing if they are in another tree; whether each is in this
+      tree, `[n]` bool; and the probabilities, `[n]` float32, each leaf's share of the total over all trees.
     """
     ends = jnp.cumsum(totals)
     whole = ends[-1]
     slices = (first + jnp.arange(len(uniforms))).astype(jnp.float32)
-    # Rounding must not lead beyond the end: the trees there may be empty.
+    # Rounding must not move a target beyond the end, because the last trees may be empty.
     width = whole / (len(uniforms) if num_draws is None else jnp.maximum(num_draws, 1))
     targets = jnp.minimum((slices + uniforms) * width, jnp.nextafter(whole, 0.0))
     owners = jnp.sum(ends[:-1] <= targets[:, None], axis=1, dtype=jnp.uint32)
@@ -144,8 +144,8 @@ def _take(array: jax.Array, indices: jax.Array) -> jax.Array:
     return array.at[indices].get(mode="promise_in_bounds")
 
 
-# Products with ones and zeros: on CPU a small matrix product takes half the time of a reduction or a cumulative sum.
-# They are exact at the highest precision only; a GPU's default would round the priorities to 10 bits.
+# Both functions multiply by ones and zeros: on a CPU a small matrix product takes half the time of a reduction or a
+# cumulative sum. It is exact only at the highest precision. A GPU's default would round the priorities to 10 bits.
 
 
 def _row_sums(rows: jax.Array) -> jax.Array:
@@ -154,6 +154,6 @@ def _row_sums(rows: jax.Array) -> jax.Array:
 
 
 def _row_starts(rows: jax.Array) -> jax.Array:
-    """Returns the sum of those before it in its row for each place, infinity where that holds 0: `[n, FAN_OUT]`."""
+    """Returns for each element the sum of those before it in its row, or infinity if it is 0: `[n, FAN_OUT]`."""
     before = jnp.dot(rows, jnp.triu(jnp.ones((FAN_OUT, FAN_OUT), jnp.float32), k=1), precision="highest")
     return jnp.where(rows > 0, before, jnp.inf)

@@ -1,14 +1,15 @@
 """A ring of rows that stores each observation once.
 
 A row is what one step of all lanes produced. Every environment follows Gymnasium's NEXT_STEP autoreset: the row
-after an episode's end holds the final observation and no step, the row after that starts the next episode. So the
-successor of row t is always row t+1, and no second copy of it is kept.
+after an episode's end holds the final observation and no step, and the row after that starts the next episode. So the
+successor of row t is always row t+1, and no second copy of an observation is kept.
 
-One lane of one row is a *slot*, numbered `row * lanes + lane`: transitions are drawn and put together by slot, in
-unsigned numbers, which XLA neither divides with care for their sign nor counts from an array's end.
+One lane of one row is a *slot*, numbered `row * lanes + lane`. Transitions are drawn and assembled by slot. Slots are
+unsigned, because signed numbers cost more: XLA rounds their quotients by their sign, and checks indices for negative
+ones.
 
-Lanes that step together form a *segment* with one write head. A single learner's lanes are one segment; where many
-actors share a ring, each has one, and writes at its own pace.
+Lanes that step together form a *segment* with one write head. The lanes of a single learner are one segment. If many
+actors share a ring, each actor has a segment and writes at its own pace.
 """
 
 from typing import NamedTuple
@@ -18,17 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-# What the step from a row led to: one byte, for `terminated` and `truncated` exclude each other once stored
-# (an episode that did both has no future: terminated).
+# What the step from a row led to. One byte is enough, because `terminated` and `truncated` exclude each other once they
+# are stored: an episode that did both has no future, so it counts as terminated.
 CONTINUED, TERMINATED, TRUNCATED, NO_STEP = (np.uint8(kind) for kind in range(4))
-"""`NO_STEP` marks a final observation: its action was ignored, and it starts no transition."""
+"""`NO_STEP` marks a final observation. Its action was ignored, and it starts no transition."""
 
 
 class Row(NamedTuple):
-    """What one step of all lanes produced. `[lanes, ...]`, in the ring `[rows, lanes, ...]`."""
+    """What one step of all lanes produced: `[lanes, ...]`, and in the ring `[rows, lanes, ...]`."""
 
     obs: Array
-    """`[lanes, *observation_shape]`, acted on; a single frame where frames are stacked."""
+    """`[lanes, *observation_shape]`, the observation acted on. If frames are stacked, it is a single frame."""
     action: Array
     """`[lanes]` int32."""
     reward: Array
@@ -38,16 +39,16 @@ class Row(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """The newest rows. A state: insert returns the next one, in place where buffers are donated."""
+    """The newest rows. This is a state: functions return the next one, and change it in place if it is donated."""
 
     rows: Row
     """`[rows, lanes, ...]`."""
     cursor: Array
-    """`[segments]` int32, where the next row goes."""
+    """`[segments]` int32, the row that is written next."""
     size: Array
-    """`[segments]` int32, rows held."""
+    """`[segments]` int32, number of rows held."""
     insertions: Array
-    """`[segments]` uint32, rows ever inserted, modulo 2**32: tells late priorities from fresh ones."""
+    """`[segments]` uint32, number of rows ever inserted, modulo 2**32. It tells late priorities from fresh ones."""
 
     @property
     def num_rows(self) -> int:
@@ -77,7 +78,7 @@ def init_ring(
     observation_dtype: np.dtype,
     num_segments: int = 1,
 ) -> Ring:
-    """Returns an empty ring of `num_rows` rows of `num_lanes` lanes, in so many segments of equal size."""
+    """Returns an empty ring of `num_rows` rows of `num_lanes` lanes, in `num_segments` segments of equal size."""
     shape = (num_rows, num_lanes)
     rows = Row(
         obs=jnp.zeros((*shape, *observation_shape), observation_dtype),
@@ -94,7 +95,7 @@ def init_ring(
 
 
 def insert_row(ring: Ring, row: Row, segment: Array | int = 0) -> Ring:
-    """Returns the ring with `row`, `[lanes_per_segment, ...]`, in place of a segment's oldest, or in a free place."""
+    """Returns the ring with `row`, `[lanes_per_segment, ...]`, in a free place or in place of the segment's oldest."""
     cursor = ring.cursor[segment]
 
     def put(buffer: Array, new: Array) -> Array:
@@ -111,7 +112,7 @@ def insert_row(ring: Ring, row: Row, segment: Array | int = 0) -> Ring:
 
 
 def outcomes_at(ring: Ring, row: Array, segment: Array | int = 0) -> Array:
-    """Returns the outcomes of one row of a segment: `[lanes_per_segment]`, for a row number `[]`."""
+    """Returns the outcomes of one row of a segment, `[lanes_per_segment]`. The number of the row is `[]`."""
     start, size = (row, segment * ring.lanes_per_segment), (1, ring.lanes_per_segment)
     return jax.lax.dynamic_slice(ring.rows.outcome, start, size)[0]
 
@@ -123,15 +124,15 @@ def _with_outcomes(ring: Ring, row: Array, segment: Array | int, outcome: Array)
 
 
 def seal(ring: Ring, lanes: Array, segment: Array | int = 0) -> Ring:
-    """Returns the ring with a segment's newest step cut short in some lanes, where the episode went on.
+    """Returns the ring with the newest step of a segment cut short in some lanes, unless it ended the episode anyway.
 
-    For lanes whose environment was lost in the step after it: the row that is inserted next holds the observation it
-    led to, and no step. No return, stack or bootstrap reaches beyond.
+    This is for lanes whose environment was lost during the step after it. The row that is inserted next must hold the
+    observation that the newest step led to, and no step. No return, stack or bootstrap then crosses that row.
 
     Args:
       ring: the ring.
-      lanes: `[lanes_per_segment]` bool.
-      segment: whose newest row.
+      lanes: `[lanes_per_segment]` bool, the lanes to cut.
+      segment: the segment whose newest row is changed.
     """
     newest = (ring.cursor[segment] - 1) % ring.num_rows
     outcome = outcomes_at(ring, newest, segment)
@@ -139,10 +140,10 @@ def seal(ring: Ring, lanes: Array, segment: Array | int = 0) -> Ring:
 
 
 def cut(ring: Ring, segment: Array | int = 0) -> Ring:
-    """Returns the ring with a segment closed after its newest row, whatever comes next.
+    """Returns the ring with a segment closed after its newest row, so that nothing inserted later continues it.
 
-    For a segment whose writer was lost with the observations that its newest steps led to: these steps become final
-    observations, and those before them are cut short there.
+    This is for a segment whose writer was lost, and with it the observations that its newest steps led to. The newest
+    rows become final observations, and the steps before them are cut short there.
     """
     newest = (ring.cursor[segment] - 1) % ring.num_rows
     is_step = outcomes_at(ring, newest, segment) != NO_STEP
@@ -153,9 +154,9 @@ def cut(ring: Ring, segment: Array | int = 0) -> Ring:
 
 
 def sealed_outcomes(outcome: Array) -> Array:
-    """Returns outcomes of consecutive rows, `[rows, lanes]`, cut short where the next row holds no step.
+    """Returns outcomes of consecutive rows, `[rows, lanes]`, with steps cut short where the next row holds no step.
 
-    What `seal` does to a ring, row by row: the environment was lost there.
+    The environment was lost there. This is what `seal` does to a ring, row by row.
     """
     is_cut = jnp.concatenate([outcome[1:] == NO_STEP, jnp.zeros_like(outcome[:1], bool)])
     return jnp.where(is_cut & (outcome == CONTINUED), TRUNCATED, outcome)
@@ -165,21 +166,22 @@ def outcome_of(terminated: Array | np.ndarray, truncated: Array | np.ndarray, fi
     """Returns each lane's `Row.outcome`, `[lanes]` uint8, from three `[lanes]` bool.
 
     Args:
-      terminated: the step ended the episode in a state without a future.
-      truncated: the step was the last one allowed; the state after it still has a value.
-      final: the row holds a final observation, and no step.
+      terminated: whether the step ended the episode in a state without a future.
+      truncated: whether the step was the last one allowed. The state after it still has a value.
+      final: whether the row holds a final observation and no step.
     """
     ended = jnp.where(terminated, TERMINATED, jnp.where(truncated, TRUNCATED, CONTINUED))
     return jnp.where(final, NO_STEP, ended)
 
 
 def later_slot(ring: Ring, slot: Array, num_rows: Array | np.ndarray | int) -> Array:
-    """Returns the slot in the same lane `num_rows` rows later, at most as many as the ring holds.
+    """Returns the slot in the same lane `num_rows` rows later.
 
     Args:
       ring: the ring.
       slot: `[...]` uint32.
-      num_rows: of a shape that broadcasts with `slot`. To look back by k rows, look ahead by `ring.num_rows - k`.
+      num_rows: at most the rows of the ring, in a shape that broadcasts with `slot`. To look back by k rows, look ahead
+        by `ring.num_rows - k`.
 
     Returns:
       `[...]` uint32.
@@ -191,13 +193,13 @@ def later_slot(ring: Ring, slot: Array, num_rows: Array | np.ndarray | int) -> A
 def take(buffer: Array, slot: Array) -> Array:
     """Returns what one of the ring's buffers, `[rows, lanes, ...]`, holds in each slot, `[...]` uint32.
 
-    By one flat index, for XLA's CPU gather is fastest with a single one.
+    It uses one flat index, because XLA's gather on a CPU is fastest with a single index.
     """
     return buffer.reshape(-1, *buffer.shape[2:]).at[slot].get(mode="promise_in_bounds")
 
 
 def of_segment(ring: Ring, values: Array, slot: Array) -> Array:
-    """Returns what each slot's segment has of `values`, `[segments]`; for a single segment, `[]` for all slots."""
+    """Returns the element of `values`, `[segments]`, for each slot's segment: `[...]`, or `[]` if there is only one."""
     if len(values) == 1:
         return values[0]
     return values[slot % jnp.uint32(ring.num_lanes) // jnp.uint32(ring.lanes_per_segment)]
@@ -208,8 +210,8 @@ def is_overwritten(ring: Ring, slot: Array, insertions: Array) -> Array:
 
     Args:
       ring: the ring now.
-      slot: `[...]` uint32, that held valid rows then.
-      insertions: `[segments]` uint32, `Ring.insertions` then.
+      slot: `[...]` uint32, slots that held valid rows at that time.
+      insertions: `[segments]` uint32, `Ring.insertions` at that time.
 
     Returns:
       `[...]` bool.

@@ -1,4 +1,4 @@
-"""Transitions from rows: n-step returns and frame stacks, put together when a batch is drawn."""
+"""Transitions from rows: n-step returns and frame stacks, assembled when a batch is drawn."""
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,14 @@ from qfleet.core.replay.ring import NO_STEP, TERMINATED, Ring, later_slot, of_se
 from qfleet.core.replicas import Replicas
 
 MAX_DRAWS = 64
-"""Rounds of rejection before a draw is given up (weight 0). At most every second row holds no step: 2**-64."""
+"""Rounds of rejection before a draw is given up, with weight 0. Usually at most every second row holds no step, so this
+happens to a draw with a probability of 2**-64."""
 
 
 def first_row(ring: Ring, frame_stack: int) -> Array:
-    """Returns each segment's oldest row whose frame stack is whole, `[segments]` int32: once it is full, what the
-    oldest rows would be stacked on has been overwritten.
+    """Returns each segment's oldest row whose frame stack is complete, `[segments]` int32.
+
+    Once a segment is full, the frames below its oldest rows have been overwritten.
     """
     oldest = jnp.where(ring.size == ring.num_rows, ring.cursor, 0)
     missing = jnp.where(ring.size == ring.num_rows, frame_stack - 1, 0)
@@ -22,7 +24,10 @@ def first_row(ring: Ring, frame_stack: int) -> Array:
 
 
 def num_first_rows(ring: Ring, n_step: int, frame_stack: int) -> Array:
-    """Returns how many rows of each segment, from `first_row` on, have both their stack and their n-step window."""
+    """Returns how many rows of each segment, from `first_row` on, have a complete frame stack and n-step window.
+
+    The result is `[segments]` int32.
+    """
     missing = jnp.where(ring.size == ring.num_rows, frame_stack - 1, 0)
     return jnp.maximum(ring.size - n_step - missing, 0)
 
@@ -30,25 +35,34 @@ def num_first_rows(ring: Ring, n_step: int, frame_stack: int) -> Array:
 def draw_uniformly(
     ring: Ring, key: Array, batch_size: int, n_step: int, frame_stack: int, replicas: Replicas
 ) -> tuple[Array, Array, Array]:
-    """Returns slots at which a transition starts, each of any replica's as likely as any other, and weights of 1.
+    """Returns slots at which a transition starts. All such slots, of all replicas, are equally likely.
 
-    Slots that hold no step are drawn again.
+    A slot that holds no step is drawn again.
+
+    Args:
+      ring: the ring of this replica.
+      key: the key of this batch, the same for all replicas.
+      batch_size: number of draws, over all replicas.
+      n_step: rewards summed by a transition.
+      frame_stack: frames seen at once.
+      replicas: the replicas that draw together.
 
     Returns:
-      Slot, `[batch]` uint32; whether it is in this replica's ring, where it isn't meaningless otherwise, `[batch]`
-      bool; weight, `[batch]` float32, 0 where `MAX_DRAWS` found no step.
+      The slots, `[batch]` uint32, which mean nothing if they are in another replica's ring; whether each is in this
+      replica's ring, `[batch]` bool; and the weights, `[batch]` float32, which are 1, or 0 if `MAX_DRAWS` draws found
+      no step.
     """
     num_rows, num_lanes = jnp.uint32(ring.num_rows), jnp.uint32(ring.num_lanes)
     num_together = jnp.uint32(ring.lanes_per_segment)
     first = first_row(ring, frame_stack).astype(jnp.uint32)
-    # Laid end to end, segment after segment; one slot at least, to have something to look at.
+    # The slots are laid end to end, segment after segment. There is at least one, so that the division is defined.
     ends = jnp.cumsum(num_first_rows(ring, n_step, frame_stack).astype(jnp.uint32) * num_together)
     num_first = jnp.maximum(ends[-1], 1)
     starts = jnp.concatenate([jnp.zeros(1, jnp.uint32), ends[:-1]])
 
     def draw(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         attempt, slot, is_mine, is_step = carry
-        # The remainder favours some slots by num_slots / 2**32; a float would have too few bits for 1M of them.
+        # The remainder favours some slots by num_slots / 2**32. A float would have too few bits for 1M slots.
         bits = jax.random.bits(jax.random.fold_in(key, attempt), (batch_size,), jnp.uint32)
         place = bits % (num_first * jnp.uint32(replicas.size))
         offset = place % num_first
@@ -66,9 +80,9 @@ def draw_uniformly(
         attempt, _, _, is_step = carry
         return (attempt < MAX_DRAWS) & ~jnp.all(is_step)
 
-    nobody = jnp.zeros(batch_size, bool)
+    none_yet = jnp.zeros(batch_size, bool)
     _, slot, is_mine, is_step = jax.lax.while_loop(
-        has_rejected, draw, (jnp.int32(0), jnp.zeros(batch_size, jnp.uint32), nobody, nobody)
+        has_rejected, draw, (jnp.int32(0), jnp.zeros(batch_size, jnp.uint32), none_yet, none_yet)
     )
     return slot, is_mine, is_step.astype(jnp.float32)
 
@@ -78,12 +92,12 @@ def n_step_returns(ring: Ring, slot: Array, n_step: int, discount: float) -> tup
 
     Args:
       ring: the ring.
-      slot: `[batch]` uint32, with `n_step` later rows in the ring.
-      n_step: rewards summed, fewer where the episode ends before.
+      slot: `[batch]` uint32. The ring must hold the `n_step` rows after each of them.
+      n_step: number of rewards summed, or fewer if the episode ends earlier.
       discount: per environment step.
 
     Returns:
-      Sum of the k <= n rewards, each discounted to the first row, `[batch]` float32; discount**k, or 0 if the
+      The sum of the k <= n rewards, each discounted to the first row, `[batch]` float32; discount**k, or 0 if the
       episode terminated on the way, `[batch]` float32; and k, `[batch]` int32.
     Source: Sutton 1988; Hessel et al. 2018, arXiv 1710.02298, section "Multi-step learning".
     """
@@ -98,24 +112,25 @@ def n_step_returns(ring: Ring, slot: Array, n_step: int, discount: float) -> tup
 
 
 def stacked_observations(ring: Ring, slot: Array, frame_stack: int) -> Array:
-    """Returns what the agent saw, or would have seen, at each slot: the newest frames, oldest first.
+    """Returns what the agent saw, or would have seen, at each slot: its newest frames, oldest first.
 
-    Frames from before the episode's start are zeros, as in the agent's own eyes (`qfleet.core.frame_stack`).
+    Frames from before the episode's start are zeros, as they were for the agent (`qfleet.core.frame_stack`).
 
     Args:
       ring: the ring.
-      slot: `[batch]` uint32, with `frame_stack - 1` earlier rows of the same episode in the ring, where it is that old.
+      slot: `[batch]` uint32. The ring must hold the `frame_stack - 1` rows before each of them, as far as they belong
+        to the same episode.
       frame_stack: frames seen at once.
 
     Returns:
-      `[batch, *observation_shape]`, and one more axis of `frame_stack` where that is above 1.
+      `[batch, *observation_shape]`, with one more axis of `frame_stack` if that is above 1.
     """
     if frame_stack == 1:
         return take(ring.rows.obs, slot)
     age = np.arange(frame_stack - 1, -1, -1)
     window = later_slot(ring, slot[:, None], ring.num_rows - age)
     frames = take(ring.rows.obs, window)
-    # A final observation still belongs to its episode, so only rows before the newest count as an end before it.
+    # A final observation still belongs to its episode, so only an end in a row before the newest one separates frames.
     ends = take(ring.rows.outcome, window[:, :-1]) == NO_STEP
     is_full = of_segment(ring, ring.size, slot[:, None]) == ring.num_rows
     exists = is_full | (window[:, :-1] < slot[:, None])

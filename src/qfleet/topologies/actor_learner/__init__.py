@@ -1,0 +1,35 @@
+"""The actor-learner topology (Ape-X), on Ray: many actors fill a replay, from which one learner learns.
+
+    who acts                 Actor.collect                                     fleet/actor.py
+    who stores               ReplayShard.insert                                fleet/replay_shard.py
+    who draws                ReplayShard.sample, shared out by deal            fleet/replay_shard.py, replay_shares.py
+    who computes gradients   GlobalLearner.learn                               learner.py
+    who applies them         GlobalLearner.learn, in the same compiled step    learner.py
+    who coordinates          FleetDirector, in a thread of the run's process   director.py
+    who checks and records   ActorLearner, in the run's process                topology.py
+
+Each actor, each shard and the learner is a process of its own (`remote.py`). Every arrow crosses a process border:
+arrays go directly from process to process, through Ray's object store, and the director only hands on references.
+
+                            chunk: rows, with the actor's own TD errors
+          +-------------+ ------------------------------------------> +--------------+
+          | RemoteActor |                                             | RemoteShard  |
+          +-------------+                                             +--------------+
+                 ^                                                       |        ^
+                 | parameters, fetched                    each shard's   |        | TD errors of
+                 | when a chunk begins                    share of a     |        | that share
+                 |                                        round          v        |
+                 |                                                    +---------------+
+                 +--------------------------------------------------- | RemoteLearner |
+                                                                      +---------------+
+
+A round is a few batches, drawn over all shards as if from one replay. A rate limiter (`fleet/rate_limiter.py`) keeps
+the learner from taking more steps than the replay ratio allows, and the actors from running far ahead of the learner.
+The work under way is bounded: chunks for each actor, rounds for the learner.
+
+A process that dies, raises an error or falls silent is replaced. An actor comes back with its epsilon, and its segment
+of the replay is cut where the chunks of its predecessor end. A shard comes back with its share of the newest
+checkpoint, the learner with the learner state of that checkpoint.
+
+Source: Horgan et al. 2018, arXiv 1803.00933.
+"""

@@ -1,4 +1,4 @@
-"""Who directs the processes of a fleet. See `qfleet.topologies.actor_learner`."""
+"""Coordinates the actors, the shards of the replay and the learner. See `qfleet.topologies.actor_learner`."""
 
 import functools
 import logging
@@ -13,7 +13,9 @@ from qfleet.core.exploration import importance_exponent_at
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.actor_learner.learner import UpdateResult
 from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner, RemoteShard
+from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.actors_director import ActorsDirector, PooledActor, PoolStats
 from qfleet.topologies.fleet.rate_limiter import ROUNDS_AHEAD
 from qfleet.topologies.fleet.replay_shard import Writer
@@ -23,8 +25,8 @@ from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, 
 logger = logging.getLogger("qfleet")
 
 
-class FleetTally(PoolStats):
-    """What happened in a fleet since the last record."""
+class FleetStats(PoolStats):
+    """What happened in the fleet since the last record."""
 
     def __init__(self, num_actors: int) -> None:
         super().__init__(num_actors, ("actors", "shards", "learner"))
@@ -32,14 +34,14 @@ class FleetTally(PoolStats):
 
 
 class _Broadcast(NamedTuple):
-    """Parameters that actors can take."""
+    """Parameters that actors can fetch."""
 
     version: int
-    """Counts up, whatever happens to the learner."""
+    """Increases with each broadcast, even if the learner is lost and goes back."""
     learner_steps: int
-    """Of which they are."""
+    """Learner steps after which the parameters were taken."""
     box: list[Any]
-    """A reference to them; none if they are lost."""
+    """Holds a reference to the parameters; empty if they are lost."""
 
 
 class _Chunk(NamedTuple):
@@ -48,12 +50,13 @@ class _Chunk(NamedTuple):
     actor: int
     writer: Writer
     reference: Any
-    report: Any
+    stats: ChunkStats
     staleness: int
+    """Learner steps between the parameters that acted and the newest, when the chunk arrived."""
 
 
-class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
-    """Directs actors, the shards of the replay, and the learner."""
+class FleetDirector(ActorsDirector[FleetStats, PooledActor]):
+    """Coordinates the actors, the shards of the replay, and the learner."""
 
     _needs_in_words = "the learner, all shards of the replay and an actor"
     _resource_flags = "--actor-resources or --learner-resources"
@@ -71,52 +74,56 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
           config: of the run.
           num_batches: of one round.
           read_learner: reads the learner of a checkpoint.
-          read_replay: reads its replay, as one for all shards.
+          read_replay: reads the replay of a checkpoint, as one replay for all shards.
         """
-        self._topology = config.topology_as(ActorLearnerConfig)
-        self._num_batches, self._read_learner = num_batches, read_learner
-        super().__init__(config, num_batches, read_replay)
-        self._replay: ShardedReplay = ShardedReplay(
-            config, self._supervisor, functools.partial(self._note_busy, "shards")
-        )
+        topology = config.topology_as(ActorLearnerConfig)
+        self._topology, self._num_batches, self._read_learner = topology, num_batches, read_learner
+        super().__init__(
+            config, topology.actor_pool, num_batches, read_replay, ray_address=topology.ray_address,
+            silence_seconds=topology.silence_seconds, max_restarts=topology.max_restarts,
+        )  # fmt: skip
+        note_busy = functools.partial(self._note_busy, "shards")
+        self._replay: ShardedReplay = ShardedReplay(config.seed, self._pool, self._supervisor, note_busy)
         self._broadcast: _Broadcast | None = None
         self._is_broadcast_asked = False
-        self._rounds: set[int] = set()  # under way
-        self._arrived: list[_Chunk] = []  # while nothing may be stored
+        self._rounds: set[int] = set()
+        """Numbers of the rounds that are under way."""
+        self._arrived: list[_Chunk] = []
+        """Chunks that arrived while the director was paused, when nothing may be stored."""
 
     @property
     def version(self) -> int:
-        """Of the newest parameters that actors can take: counts up, whatever happens to the learner."""
+        """Version of the newest parameters that actors can fetch."""
         return self._broadcast.version if self._broadcast else 0
 
     @property
     def num_transitions(self) -> int:
-        """That the replay holds."""
+        """Number of transitions that the replay holds."""
         return self._replay.num_transitions
 
     def params(self) -> tuple[int, list[np.ndarray]]:
-        """Returns what `GlobalLearner.params` does, as soon as there is a learner."""
+        """Returns what `GlobalLearner.params` returns, as soon as there is a learner."""
         return self._answer_of(self._learner, "params")
 
     def learner_state(self) -> tuple[int, list[np.ndarray]]:
-        """Returns what `GlobalLearner.state` does.
+        """Returns what `GlobalLearner.state` returns.
 
         Raises:
-          StateIsLost: if there is no learner, nor a place for one.
+          StateIsLost: if the learner is lost, and its replacement finds no node.
         """
         return self._answer_of(self._learner, "state", gives_up=True)
 
     def snapshots(self) -> Iterator[SavedReplay]:
-        """Yields what each shard of the replay keeps, of which one at a time is held here.
+        """Yields what each shard of the replay keeps, and so holds only one at a time in this process.
 
         Raises:
-          StateIsLost: if one has no place.
+          StateIsLost: if a shard is lost, and its replacement finds no node.
         """
         for process in self._replay.processes:
             yield self._answer_of(process, "snapshot", gives_up=True)
 
-    def _new_tally(self) -> FleetTally:
-        return FleetTally(self._topology.num_actors)
+    def _new_stats(self) -> FleetStats:
+        return FleetStats(self._topology.num_actors)
 
     def _resources(self) -> list[Mapping[str, float]]:
         topology = self._topology
@@ -141,7 +148,7 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
         self._issue_rounds()
         self._issue_chunks()
 
-    # Actors and their chunks.
+    # --- Actors and their chunks ---
 
     def _issue_chunks(self) -> None:
         if self._broadcast is not None and self._broadcast.box:
@@ -151,9 +158,9 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
         actor, broadcast = self._actors[i], self._broadcast
         assert broadcast is not None
 
-        def arrived(report: Any, reference: Any) -> None:
+        def arrived(stats: ChunkStats, reference: Any) -> None:
             staleness = max(0, self.learner_steps - broadcast.learner_steps)
-            chunk = _Chunk(i, writer, reference, report, staleness)
+            chunk = _Chunk(i, writer, reference, stats, staleness)
             if self._is_paused:
                 self._arrived.append(chunk)
             else:
@@ -161,7 +168,7 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
 
         def lost() -> None:
             actor.num_chunks -= 1
-            if any(map(has_failed, broadcast.box)):  # the node that kept the parameters has left
+            if any(map(has_failed, broadcast.box)):  # the node that kept the parameters has left the cluster
                 broadcast.box.clear()
 
         self._supervisor.submit(
@@ -180,12 +187,12 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
         )
 
     def _count_chunk(self, chunk: _Chunk) -> None:
-        """Counts a chunk that the replay has."""
-        self._count(chunk.actor, chunk.report)
-        self._tally.staleness.append(chunk.staleness)
-        self._note_busy("actors", chunk.report.busy_seconds)
+        """Counts a chunk that the replay has stored."""
+        self._count(chunk.actor, chunk.stats)
+        self._stats.staleness.append(chunk.staleness)
+        self._note_busy("actors", chunk.stats.busy_seconds)
 
-    # The learner and its rounds.
+    # --- The learner and its rounds ---
 
     def _issue_rounds(self) -> None:
         agent, size = self._config.agent, self._num_batches * self._config.agent.batch_size
@@ -206,14 +213,14 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
                 on_dropped=functools.partial(self._rounds.discard, drawn.number),
             )  # fmt: skip
 
-    def _learned(self, drawn: Drawn, lesson: Any, *errors: Any) -> None:
-        tally = self._tally
+    def _learned(self, drawn: Drawn, result: UpdateResult, *errors: Any) -> None:
+        stats = self._stats
         self._rounds.discard(drawn.number)
-        self.learner_steps = lesson.learner_steps
-        tally.learner_steps += self._num_batches
-        tally.loss += lesson.losses.loss
-        tally.td_error += lesson.losses.td_error
-        self._note_busy("learner", lesson.busy_seconds)
+        self.learner_steps = result.learner_steps
+        stats.learner_steps += self._num_batches
+        stats.loss += result.loss
+        stats.td_error += result.td_error
+        self._note_busy("learner", result.busy_seconds)
         self._replay.return_errors(drawn, errors)
 
     def _issue_broadcast(self) -> None:
@@ -224,25 +231,25 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
             return
         self._is_broadcast_asked = True
 
-        def there(learner_steps: int, reference: Any) -> None:
+        def published(learner_steps: int, reference: Any) -> None:
             self._is_broadcast_asked = False
             version = self._broadcast.version + 1 if self._broadcast else 1
             self._broadcast = _Broadcast(version, learner_steps, [reference])
 
-        self._supervisor.submit(self._learner, "params", num_returns=2, on_reply=there)
+        self._supervisor.submit(self._learner, "params", num_returns=2, on_reply=published)
 
     def _learner_is_lost(self) -> None:
         self._is_broadcast_asked = False
         before, self.learner_steps = self.learner_steps, 0
-        whence = "from the beginning: there is no checkpoint yet"
+        origin = "from the beginning: there is no checkpoint yet"
         if newest := self._of_newest_checkpoint(self._read_learner):
             learner, counters = newest
             self.learner_steps = counters["learner_steps"]
             self._give_learner(learner)
-            whence = f"from the newest checkpoint, at learner step {self.learner_steps}"
-        if self._broadcast is not None:  # else the next would seem to be far off
+            origin = f"from the newest checkpoint, at learner step {self.learner_steps}"
+        if self._broadcast is not None:  # otherwise no broadcast would be due before the old number of steps is reached
             self._broadcast = self._broadcast._replace(learner_steps=self.learner_steps)
-        logger.warning("the learner had taken %d steps, and goes on %s", before, whence)
+        logger.warning("the learner had taken %d steps, and goes on %s", before, origin)
 
     def _give_learner(self, state: LearnerState) -> None:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
@@ -266,8 +273,10 @@ class FleetDirector(ActorsDirector[FleetTally, PooledActor]):
             self._begin(i, 0)
 
     def _restore_processes(self, state: dict[str, Any], incarnation: int, version: int) -> None:
-        self._broadcast = _Broadcast(version, self.learner_steps, [])  # which nobody takes: it has no parameters
+        # The empty box only keeps the version. No actor is asked for a chunk before the next broadcast.
+        self._broadcast = _Broadcast(version, self.learner_steps, [])
         self._give_learner(state["learner"])
+        self._replay.resume_at(self.env_steps)
         if "replay" in state:
             for i in range(len(self._replay.processes)):
                 self._replay.give(i, state["replay"])

@@ -1,4 +1,4 @@
-"""The learner of `qfleet.topologies.actor_learner`: learns from batches that others have drawn."""
+"""The learner of the actor-learner topology: learns from batches that the shards of the replay have drawn."""
 
 import time
 from typing import Any, NamedTuple
@@ -10,55 +10,56 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from qfleet.config import TrainConfig
-from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner, update
 from qfleet.core.types import EnvSpec, Transition
 from qfleet.core.updates import Losses, add_losses, no_losses
-from qfleet.envs.registry import make_env
-from qfleet.networks import check_network, make_network
+from qfleet.networks import check_network
 from qfleet.runtime.cache import enable_compilation_cache
-from qfleet.runtime.devices import limit_cpu_threads, reuse_freed_memory, set_cpu_devices
-from qfleet.topologies.fleet.replay_shard import put_together
+from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices
+from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
+from qfleet.topologies.fleet.env_and_agent import make_env_and_agent
+from qfleet.topologies.fleet.replay_shares import put_together
 from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement, leaves_of
 
 ROUND_BYTES = 16_000_000
-"""Of observations that the learner asks for at once, about."""
+"""Approximate size of the observations of one round."""
 
 MOST_BATCHES = 16
-"""That it asks for at once: enough to hide what a message costs, few enough for priorities to come back soon."""
+"""Largest number of batches in one round: enough to hide the cost of a message, few enough that priorities come back
+soon."""
 
 
-class Lesson(NamedTuple):
-    """What the learner tells of one round."""
+class UpdateResult(NamedTuple):
+    """Result of the learner steps of one round."""
 
-    losses: Losses
-    """Sums over its learner steps."""
+    loss: float
+    """Sum over the learner steps of the round."""
+    td_error: float
+    """Sum over the learner steps of the round, of the mean absolute TD errors."""
     learner_steps: int
-    """After it, in total."""
+    """Learner steps in total, after the round."""
     busy_seconds: float
-    """That it took."""
+    """Time that the round took."""
 
 
 class GlobalLearner:
     """Takes learner steps on batches of transitions."""
 
     def __init__(self, config: TrainConfig) -> None:
-        """Makes a learner that has learned nothing yet.
+        """Makes a learner with the first parameters of the run's seed.
 
         Raises:
-          ConfigError: if its mesh wants more devices than there are.
+          ConfigError: if its mesh needs more devices than there are.
         """
         mesh = config.topology.mesh
         if mesh.num_devices > 1:
             set_cpu_devices(mesh.num_devices)
-        env = make_env(config.env, **config.env_options)
-        network = make_network(env.spec, config.agent)
+        env, network, agent = make_env_and_agent(config)
         limit_cpu_threads(check_network(network, env.spec))
         enable_compilation_cache()
         if jax.default_backend() == "cpu":
             reuse_freed_memory()
         self._config, self._num_batches = config.agent, batches_per_round(config, env.spec)
-        agent = make_agent(network, config.agent)
         self._placement = Placement(mesh, network)
         learner = make_learner(agent, config.agent)
 
@@ -78,19 +79,19 @@ class GlobalLearner:
         specs = self._placement.partition_learner(jax.eval_shape(init, np.uint32(0)))
         batches = PartitionSpec(None, DATA_AXIS)
         self._learn = self._placement.jit(learn, (specs, batches), (specs, REPLICATED, batches), donate_argnums=(0,))
-        self._specs = specs
         self._state = self._placement.jit(init, (REPLICATED,), specs)(np.uint32(config.seed))
         self._learner_steps = 0
 
-    def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[Lesson, list[np.ndarray]]:
+    def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[UpdateResult, list[np.ndarray]]:
         """Takes the learner steps of one round.
 
         Args:
-          places: for each part, where its transitions go in the round, `[num_draws]`: batch after batch.
-          *parts: transitions, `[num_draws, ...]`, NumPy arrays.
+          places: for each shard, the positions of its transitions in the round, `[num_draws]`. The positions of one
+            batch follow those of the batch before.
+          *parts: for each shard, its transitions, `[num_draws, ...]`, NumPy arrays.
 
         Returns:
-          What it tells, and for each part the TD errors of its transitions, `[num_draws]`.
+          The result, and for each shard the TD errors of its transitions, `[num_draws]`.
         """
         started = time.perf_counter()
         shape = (self._num_batches, self._config.batch_size)
@@ -99,16 +100,16 @@ class GlobalLearner:
         self._learner_steps += self._num_batches
         losses, td_error = jax.device_get((losses, td_error))
         flat = td_error.reshape(-1)
-        losses = Losses(*(float(x) for x in losses))  # type: ignore[arg-type]
-        lesson = Lesson(losses, self._learner_steps, time.perf_counter() - started)
-        return lesson, [flat[place] for place in places]
+        busy_seconds = time.perf_counter() - started
+        result = UpdateResult(float(losses.loss), float(losses.td_error), self._learner_steps, busy_seconds)
+        return result, [flat[place] for place in places]
 
     def params(self) -> tuple[int, list[np.ndarray]]:
         """Returns the learner steps taken so far, and the parameters, in the order of `jax.tree.leaves`."""
         return self._learner_steps, leaves_of(self._state.params)
 
     def state(self) -> tuple[int, list[np.ndarray]]:
-        """Returns the learner steps taken so far, and all that it must keep, in the order of `jax.tree.leaves`."""
+        """Returns the learner steps taken so far, and the leaves of the learner's state, as `jax.tree.leaves` does."""
         return self._learner_steps, leaves_of(self._state)
 
     def restore(self, learner_steps: int, leaves: list[np.ndarray]) -> None:
@@ -119,6 +120,6 @@ class GlobalLearner:
 
 
 def batches_per_round(config: TrainConfig, spec: EnvSpec) -> int:
-    """Returns how many batches the learner asks for at once: few of large observations, many of small ones."""
+    """Returns how many batches a round has: few if observations are large, many if they are small."""
     obs_bytes = int(np.prod(spec.agent_observation_shape)) * spec.observation_dtype.itemsize
     return max(1, min(MOST_BATCHES, ROUND_BYTES // (2 * obs_bytes * config.agent.batch_size)))

@@ -1,4 +1,4 @@
-"""The parts of a fleet, as they run on Ray."""
+"""The processes of the actor-learner topology, as Ray runs them."""
 
 from typing import Any
 
@@ -7,29 +7,38 @@ import ray
 
 from qfleet.core.types import Transition
 from qfleet.topologies.actor_learner.learner import GlobalLearner
-from qfleet.topologies.fleet.actor import Actor, Chunk, Report
+from qfleet.topologies.fleet.actor import Actor, Chunk, ChunkStats
 from qfleet.topologies.fleet.replay_shard import ReplayShard
-from qfleet.topologies.fleet.supervisor import Remote
+from qfleet.topologies.fleet.supervisor import InRemoteProcess
 
 
-class RemoteActor(Remote, Actor):
+class RemoteActor(InRemoteProcess, Actor):
     """An actor in a process of its own."""
 
-    def fetch_and_collect(self, version: int, box: list[Any], exploration: float) -> tuple[Report, Chunk]:
-        """Returns the next chunk; `box` holds a reference to the parameters, which are fetched if they are newer."""
+    def fetch_and_collect(self, version: int, box: list[Any], exploration: float) -> tuple[ChunkStats, Chunk]:
+        """Fetches the parameters of a version, unless the actor has them already, and returns the next chunk.
+
+        Args:
+          version: of the parameters.
+          box: holds a reference to the parameters. Ray would fetch a reference that isn't in a list before the call.
+          exploration: epsilon of the actor.
+        """
         if version != self.version:
             self.receive(version, ray.get(box[0]))
         return self.collect(exploration)
 
 
-class RemoteShard(Remote, ReplayShard):
+class RemoteShard(InRemoteProcess, ReplayShard):
     """A shard of the replay in a process of its own."""
 
 
-class RemoteLearner(Remote, GlobalLearner):
+class RemoteLearner(InRemoteProcess, GlobalLearner):
     """The learner in a process of its own."""
 
     def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[Any, ...]:
-        """Returns the lesson, then the errors of each part by themselves, for each shard to get its own only."""
-        lesson, errors = super().learn(places, *parts)
-        return lesson, *errors
+        """Returns the result of a round and then, as a value of its own for each shard, that shard's TD errors.
+
+        Because they are separate values, each shard fetches only its own errors.
+        """
+        result, errors = super().learn(places, *parts)
+        return result, *errors

@@ -1,21 +1,4 @@
-"""The actor-learner topology: many actors feed a global replay, from which one learner learns (Ape-X), on Ray.
-
-This process directs the others, in a thread of its own. Arrays go between them directly, by Ray's object store:
-
-    actor   --chunk-->       replay shard       rows, with the actor's own TD errors
-    shard   --transitions--> learner            its part of a round: a few batches, drawn over all shards as from one
-    learner --TD errors-->   replay shard
-    learner --parameters-->  actors             those of them that are about to act
-
-A rate limiter keeps the learner from running ahead of what the replay ratio allows, and the actors from running far
-ahead of the learner. Whatever is under way at once is bounded: chunks of each actor, rounds of the learner.
-
-A part that dies, raises or falls silent is replaced. An actor comes back with its epsilon; its segment of the replay is
-cut where the last one's chunks end. A shard comes back with what the newest checkpoint has of it, the learner with that
-checkpoint's parameters.
-
-Source: Horgan et al. 2018, arXiv 1803.00933.
-"""
+"""The actor-learner topology, as a run sees it. See `qfleet.topologies.actor_learner` for how data flows in it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -26,30 +9,30 @@ from qfleet.config import ActorLearnerConfig, TrainConfig
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
-from qfleet.runtime.records import Progress, mean
+from qfleet.runtime.records import Progress, Sum, make_progress, mean, sum_of
 from qfleet.topologies.actor_learner.learner import batches_per_round
-from qfleet.topologies.base import check_loss
-from qfleet.topologies.fleet.replay_shard import join_shards
+from qfleet.topologies.base import Layout, check_loss
+from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 
 if TYPE_CHECKING:
-    from qfleet.topologies.actor_learner.director import FleetDirector, FleetTally
+    from qfleet.topologies.actor_learner.director import FleetDirector, FleetStats
 
 
 class ActorLearner(OnRay):
-    """Actors, a replay and a learner, each in processes of its own, and this one that directs them."""
+    """Actors, the shards of a replay and a learner, each in a process of its own; this process coordinates them."""
 
     _director: "FleetDirector"
 
     def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network) -> None:
-        """Checks the sizes; `start` does the work.
+        """Checks the sizes; `start` starts the processes.
 
         Raises:
-          ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
+          ConfigError: if Ray isn't installed, the sizes don't fit each other, or the run has several seeds.
         """
         self._topology = config.topology_as(ActorLearnerConfig)
         super().__init__(config, env, network, self._topology.actor_pool)
-        from qfleet.topologies.actor_learner.director import FleetDirector  # here, for most of qfleet does without Ray
+        from qfleet.topologies.actor_learner.director import FleetDirector  # here, because most runs need no Ray
 
         self._epsilons = [self._topology.epsilon(i) for i in range(self._topology.num_actors)]
         self._director = FleetDirector(
@@ -60,53 +43,49 @@ class ActorLearner(OnRay):
         """Waits for half a second of training, or until so many environment steps have been taken.
 
         Raises:
-          RunFailed: if a part has failed too often, or the loss isn't finite.
+          RunFailed: if a process has failed too often, or the loss isn't finite.
         """
-        tally = self._director.resume(until_env_steps)
-        self.env_steps, self.learner_steps = tally.end
-        check_loss(tally.loss, self.learner_steps, self._config.agent)
-        return self._progress(tally)
+        stats = self._director.resume(until_env_steps)
+        self.env_steps, self.learner_steps = stats.end
+        check_loss(stats.loss, self.learner_steps, self._config.agent)
+        return self._progress(stats)
 
-    def _progress(self, tally: "FleetTally") -> Progress:
-        def per_learner_step(total: float) -> float | None:
-            return total / tally.learner_steps if tally.learner_steps else None
-
-        return Progress(
+    def _progress(self, stats: "FleetStats") -> Progress:
+        return make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
-            train_seconds=tally.seconds,
-            new_env_steps=tally.env_steps,
-            new_learner_steps=tally.learner_steps,
-            num_episodes=len(tally.returns),
-            episode_return_mean=mean(tally.returns),
-            episode_length_mean=mean(tally.lengths),
-            q_mean=mean(tally.q_mean) or 0.0,
-            loss=per_learner_step(tally.loss),
-            td_error_mean=per_learner_step(tally.td_error),
+            train_seconds=stats.seconds,
+            new_env_steps=stats.env_steps,
+            new_learner_steps=stats.learner_steps,
+            episode_return=sum_of(stats.returns),
+            episode_length=sum_of(stats.lengths),
+            q_max=sum_of(stats.q_mean),
+            loss=Sum(stats.loss, stats.learner_steps),
+            td_error=Sum(stats.td_error, stats.learner_steps),
             exploration=mean(self._epsilons) or 0.0,
-            staleness=mean(tally.staleness) or 0.0,
-            num_env_failures=tally.num_failures,
-            fleet=self._fleet_figures(tally),
+            staleness=sum_of(stats.staleness),
+            num_env_failures=stats.num_failures,
+            fleet=self._fleet_figures(stats),
         )
 
-    def _fleet_figures(self, tally: "FleetTally") -> dict[str, float]:
-        topology, director, seconds = self._topology, self._director, tally.seconds
-        rates = tally.actor_env_steps / seconds
-        num_parts = {"actors": topology.num_actors, "shards": topology.num_replay_shards, "learner": 1}
+    def _fleet_figures(self, stats: "FleetStats") -> dict[str, float]:
+        topology, director, seconds = self._topology, self._director, stats.seconds
+        rates = stats.actor_env_steps / seconds
+        num_processes = {"actors": topology.num_actors, "shards": topology.num_replay_shards, "learner": 1}
         return {
             "actor_env_steps_per_second_min": float(rates.min()),
             "actor_env_steps_per_second_median": float(np.median(rates)),
             "actor_env_steps_per_second_max": float(rates.max()),
-            "actors_there": director.num_ready_actors,
-            "staleness_max": float(max(tally.staleness, default=0)),
+            "actors_ready": director.num_ready_actors,
+            "staleness_max": float(max(stats.staleness, default=0)),
             "replay_transitions": director.num_transitions,
             "replay_ratio": (
-                tally.learner_steps * self._config.agent.batch_size / tally.env_steps if tally.env_steps else 0.0
+                stats.learner_steps * self._config.agent.batch_size / stats.env_steps if stats.env_steps else 0.0
             ),
             "restarts": director.num_restarts,
-            "broadcast_bytes_per_second": tally.received_bytes / seconds,
-            **{f"{name}_waiting": max(0.0, 1 - tally.busy_seconds[name] / (count * seconds))
-               for name, count in num_parts.items()},
+            "broadcast_bytes_per_second": stats.received_bytes / seconds,
+            **{f"{name}_waiting": max(0.0, 1 - stats.busy_seconds[name] / (count * seconds))
+               for name, count in num_processes.items()},
         }  # fmt: skip
 
     @property
@@ -119,14 +98,15 @@ class ActorLearner(OnRay):
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out.
 
-        The cut: rounds that were under way have ended, and what the actors have sent later isn't counted yet.
+        They belong to one moment: rounds that were under way have ended, and chunks that have arrived meanwhile are
+        neither stored nor counted yet.
 
         Raises:
-          StateIsLost: if the learner or a shard was lost, and has no place yet.
+          StateIsLost: if the learner or a shard is lost, and its replacement has found no node yet.
         """
         self._director.quiesce()
         self.env_steps = self._director.env_steps
-        # By its own count: it may be lost meanwhile, and another one go on from the checkpoint before.
+        # The learner's own count, because it may be lost meanwhile, and its replacement goes on from a checkpoint.
         self.learner_steps, leaves = self._director.learner_state()
         state = {"learner": jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)}
         if self._config.checkpoint_replay:
@@ -135,17 +115,17 @@ class ActorLearner(OnRay):
 
     @property
     def counters(self) -> dict[str, Any]:
-        """What `restore` needs beside `state`."""
+        """Counters that `restore` needs beside `state`."""
         return {
             "env_steps": self.env_steps,
             "learner_steps": self.learner_steps,
             "replay_starts_at": self._director.rate_limiter.replay_starts_at,
             "version": self._director.version,
             "incarnations": list(self._director.incarnations),
-            "epsilons": self._epsilons,
         }
 
     @property
-    def layout(self) -> str:
-        """What a checkpoint must have been saved by to hold the very arrays of this one."""
-        return f"actor-learner, {self._topology.num_actors} x {self._topology.lanes_per_actor} lanes"
+    def layout(self) -> Layout:
+        """Layout of the arrays in a checkpoint: those of equal layouts have the same shapes and the same order."""
+        num_segments, num_lanes = self._topology.num_actors, self._topology.lanes_per_actor
+        return Layout(topology="actor-learner", num_segments=num_segments, lanes_per_segment=num_lanes)

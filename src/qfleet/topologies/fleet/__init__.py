@@ -1,0 +1,33 @@
+"""Shared by all topologies whose processes run on Ray; names none of them.
+
+    topology.py          OnRay: what a run sees. It owns a director, and reads and writes checkpoints.
+    director.py          Director: a thread in the run's process. It submits requests and handles replies.
+    actors_director.py   ActorsDirector: a director of a pool of actors, which asks them for chunks in turn.
+    sharded_replay.py    ShardedReplay: the director's view of a replay in shards.
+    rate_limiter.py      RateLimiter: which learner steps are due, and whether the actors must wait.
+    supervisor.py        Supervisor: starts, watches and replaces processes. The only file that calls methods in them.
+    cluster.py           connected: the connection to Ray.
+    ray_internals.py     Everything that qfleet uses of Ray's private modules.
+
+In remote processes:
+
+    actor.py             Actor: steps lanes with a copy of the parameters, and returns chunks of rows.
+    replay_shard.py      ReplayShard: stores chunks, draws transitions, sets priorities.
+    replay_shares.py     How a replay is shared out over its shards, and joined again.
+    env_and_agent.py     Environment, network and agent, which each process builds once.
+
+How a chunk travels; every arrow from or to a remote process crosses a process border:
+
+    ActorsDirector._issue_chunks --request--> Actor.collect
+    Actor.collect --ChunkStats, by value--> ActorsDirector._count
+                  --Chunk, by reference--> ShardedReplay.store --reference--> ReplayShard.insert
+    ReplayShard.insert --ShardStats, by value--> ShardedReplay
+
+How a batch travels:
+
+    ShardedReplay.draw --DrawShare for each shard--> ReplayShard.sample --transitions--> the process that learns
+    the process that learns --TD errors--> ShardedReplay.return_errors --reference--> ReplayShard.set_priorities
+
+Chunks, transitions and TD errors go directly between the remote processes, through Ray's object store. Where they are
+learned from is up to each topology.
+"""

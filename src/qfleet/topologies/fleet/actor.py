@@ -1,4 +1,4 @@
-"""An actor that works on its own: lanes, a copy of the parameters, and the last n steps."""
+"""An actor: steps lanes of an environment with a copy of the parameters, and returns what it did in chunks."""
 
 import functools
 import time
@@ -10,54 +10,52 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import ActorPool, RayTopologyConfig, RunFailed, TrainConfig
-from qfleet.core.agent import Agent, make_agent
+from qfleet.config import ActorPool, RunFailed, TrainConfig
+from qfleet.core.agent import Agent
 from qfleet.core.frame_stack import push_frame
 from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
-from qfleet.core.keys import key_of
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.targets import take_action
 from qfleet.core.types import Params, stored_spec
 from qfleet.envs.host import HostEnv, LaneOptions
 from qfleet.envs.in_graph import draw
-from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
-from qfleet.networks import make_network
 from qfleet.runtime.cache import enable_compilation_cache
-from qfleet.topologies.acting import ActorState, Episodes, act, init_actor
-
-_ACTING = 2
-"""What a seed's random numbers are for; 0 and 1 are a learner's and evaluation's."""
+from qfleet.runtime.host_acting import HostActing, ReceivedRow
+from qfleet.topologies.acting import ActorState, act, init_actor
+from qfleet.topologies.fleet.env_and_agent import EnvAndAgent, actor_pool_of, make_env_and_agent
 
 
 class Chunk(NamedTuple):
-    """What one actor's lanes produced, as it goes to the replay. NumPy arrays."""
+    """What the lanes of one actor produced, in the form that the replay stores. NumPy arrays."""
 
     rows: Row
     """`[rows, lanes, ...]`, with stored observations."""
     td_error: np.ndarray
-    """`[rows, lanes]` float32, of the transitions that these rows complete, by the actor's own values; NaN where it
-    doesn't know them."""
+    """`[rows, lanes]` float32, TD errors of the transitions that these rows complete, by the actor's own values; NaN
+    where the actor doesn't know them."""
 
 
-class Report(NamedTuple):
-    """What an actor tells of a chunk."""
+class ChunkStats(NamedTuple):
+    """Statistics of one chunk."""
 
     returns: list[float]
-    """Of the episodes that ended."""
+    """Returns of the episodes that ended."""
     lengths: list[int]
+    """Lengths of the episodes that ended, in environment steps."""
     q_mean: float
-    """Greatest value of the observations acted on, mean."""
+    """Mean of the greatest values of the observations that the actor acted on."""
     num_failures: int
-    """Environments that were replaced."""
+    """Environments that failed and were replaced."""
     busy_seconds: float
-    """That it took."""
+    """Time that the chunk took."""
     received_bytes: int
-    """Of parameters, since the one before."""
+    """Parameters received since the previous chunk."""
 
 
 class _Steps(NamedTuple):
-    """A chunk before it is put together. `[rows, lanes]`."""
+    """The steps of one chunk, before their TD errors are known. `[rows, lanes]`."""
 
     rows: Row
     q_taken: Any
@@ -73,32 +71,31 @@ class _Lanes(Protocol):
         ...
 
     def close(self) -> None:
-        """Ends what they started."""
+        """Ends the processes and threads that the lanes have started."""
         ...
 
 
 class Actor:
     """Acts with the newest parameters that it was given."""
 
-    def __init__(self, config: TrainConfig, number: int) -> None:
-        """Makes an actor that is still to `begin`.
+    def __init__(self, config: TrainConfig, number: int, built: EnvAndAgent | None = None) -> None:
+        """Makes an actor that has no lanes until `begin` is called.
 
         Args:
           config: of the run.
           number: of the actor, from 0.
+          built: environment and agent, if this process has built them already.
         """
         enable_compilation_cache()
-        pool = config.topology_as(RayTopologyConfig).actor_pool
-        env = make_env(config.env, **config.env_options)
-        network = make_network(env.spec, config.agent)
-        agent = make_agent(network, config.agent)
+        pool = actor_pool_of(config)
+        env, _, agent = built or make_env_and_agent(config)
         self._structure = jax.tree.structure(jax.eval_shape(lambda: agent.init(jax.random.key(0))))
         if isinstance(env, InGraphEnv):
             self._make_lanes: Callable[..., _Lanes] = functools.partial(_InGraphLanes, env, agent, pool)
         else:
             options = config.topology.lane_options
             self._make_lanes = functools.partial(_HostLanes, env, agent, pool, options)
-        self._numbers = (config.seed, _ACTING, number)
+        self._numbers = (config.seed, Stream.ACTING, number)
         self._lanes: _Lanes | None = None
         n_step, discount = config.agent.n_step, config.agent.discount
 
@@ -113,10 +110,10 @@ class Actor:
         self._received_bytes = 0
 
     def begin(self, incarnation: int) -> None:
-        """Starts the lanes' first episodes.
+        """Starts the first episodes of the lanes.
 
         Args:
-          incarnation: how many had its place before; their random numbers are not used again.
+          incarnation: number of actors that held this place before. Their random numbers are not used again.
         """
         self.close()
         self._lanes = self._make_lanes((*self._numbers, incarnation))
@@ -124,7 +121,7 @@ class Actor:
 
     @property
     def version(self) -> int:
-        """Of its parameters; -1 before there are any."""
+        """Version of its parameters; -1 before it has any."""
         return self._version
 
     def receive(self, version: int, leaves: list[np.ndarray]) -> None:
@@ -133,21 +130,22 @@ class Actor:
         self._version = version
         self._received_bytes += sum(leaf.nbytes for leaf in leaves)
 
-    def collect(self, exploration: float) -> tuple[Report, Chunk]:
-        """Returns the next chunk.
+    def collect(self, exploration: float) -> tuple[ChunkStats, Chunk]:
+        """Returns the next chunk and its statistics.
 
         Args:
-          exploration: epsilon or temperature, of all lanes.
+          exploration: epsilon or temperature, the same for all lanes.
 
         Raises:
-          RunFailed: if too many environments have failed, or one written in JAX returned a number that isn't finite.
+          RunFailed: if too many environments have failed, or an environment written in JAX returned a number that isn't
+            finite.
         """
         assert self._lanes is not None
         started = time.perf_counter()
         steps = self._lanes.take(self._params, np.float32(exploration))
         new = ValuedRows(steps.rows.reward, steps.rows.outcome, steps.q_taken, steps.q_max)
         self._before, td_error = self._errors(self._before, new)
-        report = Report(
+        stats = ChunkStats(
             returns=steps.returns,
             lengths=steps.lengths,
             q_mean=float(np.mean(steps.q_max)),
@@ -156,7 +154,7 @@ class Actor:
             received_bytes=self._received_bytes,
         )
         self._received_bytes = 0
-        return report, Chunk(jax.tree.map(np.asarray, steps.rows), np.asarray(td_error))
+        return stats, Chunk(jax.tree.map(np.asarray, steps.rows), np.asarray(td_error))
 
     def close(self) -> None:
         """Ends the processes and threads of its environments."""
@@ -165,7 +163,7 @@ class Actor:
 
 
 class _InGraphLanes:
-    """Lanes of an environment written in JAX: a chunk is one program."""
+    """Lanes of an environment written in JAX: each chunk is one call of a program."""
 
     def __init__(
         self,
@@ -185,15 +183,15 @@ class _InGraphLanes:
         def take(params: Params, state: tuple[ActorState, Array], exploration: Array) -> tuple:
             actor, key = state
             key, env_key, explore_key = jax.random.split(key, 3)
-            draws = draw(env, env_key, num_rows, lane_numbers)
+            step_keys = draw(env, env_key, num_rows, lane_numbers)
             uniforms = jax.random.uniform(explore_key, (num_rows, num_lanes))
 
             def row(actor: ActorState, inputs: tuple) -> tuple:
-                draws, uniform = inputs
-                actor, new_row, report, q = act(env, agent, params, actor, draws, uniform, exploration)
-                return actor, (new_row, report, take_action(q, new_row.action))
+                keys, uniform = inputs
+                actor, new_row, stats, q = act(env, agent, params, actor, keys, uniform, exploration)
+                return actor, (new_row, stats, take_action(q, new_row.action))
 
-            scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (draws, uniforms))
+            scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (step_keys, uniforms))
             return (scanned[0], key), scanned[1]
 
         self._take = jax.jit(take, donate_argnums=1)
@@ -201,24 +199,24 @@ class _InGraphLanes:
 
     def take(self, params: Params, exploration: np.float32) -> _Steps:
         """Takes the steps of one chunk."""
-        self._state, (rows, reports, q_taken) = self._take(params, self._state, exploration)
-        reports = jax.device_get(reports)
-        if np.any(reports.is_bad):
-            row, lane = np.argwhere(reports.is_bad)[0]
+        self._state, (rows, stats, q_taken) = self._take(params, self._state, exploration)
+        stats = jax.device_get(stats)
+        if np.any(stats.is_bad):
+            row, lane = np.argwhere(stats.is_bad)[0]
             raise RunFailed(
                 f"rewards and observations must be finite, but {self._name} returned one that isn't in row {row} of a "
                 f"chunk, in lane {lane}"
             )
-        ended = reports.episode_ended
-        returns, lengths = reports.episode_return[ended].tolist(), reports.episode_steps[ended].tolist()
-        return _Steps(rows, q_taken, reports.q_max, returns, lengths, 0)
+        ended = stats.episode_ended
+        returns, lengths = stats.episode_return[ended].tolist(), stats.episode_steps[ended].tolist()
+        return _Steps(rows, q_taken, stats.q_max, returns, lengths, 0)
 
     def close(self) -> None:
-        """Ends nothing: it is all in one program."""
+        """Does nothing, because the lanes are arrays of this process."""
 
 
 class _HostLanes:
-    """Lanes of an environment outside the program, which only acts."""
+    """Lanes of an environment outside the program: each row is one call of a program that chooses actions."""
 
     def __init__(
         self,
@@ -231,11 +229,9 @@ class _HostLanes:
         num_lanes, spec = pool.lanes_per_actor, env.spec
         self._shape, self._random = (pool.rows_per_chunk, num_lanes), np.random.default_rng(numbers)
         self._lanes = env.make_lanes(num_lanes, options)
-        self._obs = self._lanes.reset(int(self._random.integers(2**32)))
+        self._acting = HostActing(self._lanes, int(self._random.integers(2**32)))
         stored = stored_spec(spec, agent.to_storage_layout)
         self._view = jnp.zeros((num_lanes, *stored.agent_observation_shape), stored.observation_dtype)
-        self._is_first, self._is_final = np.ones(num_lanes, bool), np.zeros(num_lanes, bool)
-        self._episodes = Episodes(num_lanes)
 
         def choose(
             params: Params, view: Array, obs: Array, is_first: Array, uniform: Array, exploration: Array
@@ -251,31 +247,22 @@ class _HostLanes:
 
     def take(self, params: Params, exploration: np.float32) -> _Steps:
         """Takes the steps of one chunk."""
+        acting = self._acting
         seen: list[tuple] = []
-        columns: list[tuple] = []
-        returns: list[float] = []
-        lengths: list[int] = []
-        num_failures = 0
+        received: list[ReceivedRow] = []
         for uniform in self._random.random(self._shape, np.float32):
             self._view, frame, action, q_taken, q_max = self._choose(
-                params, self._view, self._obs, self._is_first, uniform, exploration
+                params, self._view, acting.obs, acting.is_first, uniform, exploration
             )
-            seen.append((frame, action, q_taken, q_max))  # fetched at the end: each transfer has its price
-            self._lanes.send(np.asarray(action))
-            step = self._lanes.recv()
-            no_step = self._is_final | step.failed
-            columns.append((step.reward, step.terminated, step.truncated, no_step))
-            self._obs = step.observation
-            self._is_first, self._is_final = no_step, (step.terminated | step.truncated) & ~no_step
-            ended = self._episodes.add(step.reward, no_step, self._is_final)
-            returns += ended[0]
-            lengths += ended[1]
-            num_failures += int(np.sum(step.failed))
-        reward, *ends = (np.stack(column) for column in zip(*columns, strict=True))
+            seen.append((frame, action, q_taken, q_max))  # stays on the device until the end: each transfer has a cost
+            acting.send(np.asarray(action))
+            received.append(acting.receive())
         obs, action, q_taken, q_max = self._stacked(seen)
-        rows = Row(obs, action, jnp.asarray(reward, np.float32), outcome_of(*ends))
-        return _Steps(rows, q_taken, q_max, returns, lengths, num_failures)
+        steps = ReceivedRow(*(np.stack(column) for column in zip(*received, strict=True)))  # [rows, lanes]
+        outcome = outcome_of(steps.terminated, steps.truncated, steps.no_step)
+        rows = Row(obs, action, jnp.asarray(steps.reward, np.float32), outcome)
+        return _Steps(rows, q_taken, q_max, steps.returns, steps.lengths, steps.num_failures)
 
     def close(self) -> None:
-        """Ends their processes and threads."""
+        """Ends the processes and threads of the lanes."""
         self._lanes.close()

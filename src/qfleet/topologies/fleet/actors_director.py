@@ -1,4 +1,4 @@
-"""Base class of directors that drive a pool of actors: it asks them for chunks in turn, as many as are due."""
+"""Base class of directors that drive a pool of actors: it asks the actors for chunks in turn, as many as are due."""
 
 import abc
 import dataclasses
@@ -7,22 +7,27 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from qfleet.config import RayTopologyConfig, TrainConfig
+from qfleet.config import ActorPool, TrainConfig
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.fleet.actor import Report
-from qfleet.topologies.fleet.director import Director, Tally
+from qfleet.topologies.fleet.actor import ChunkStats
+from qfleet.topologies.fleet.director import Director, DirectorStats
 from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, RateLimiter
 from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
 from qfleet.topologies.fleet.supervisor import RemoteProcess
 
 
-class PoolStats(Tally):
-    """What happened since the last record where actors act."""
+class PoolStats(DirectorStats):
+    """What happened in a pool of actors since the last record."""
 
-    def __init__(self, num_actors: int, who: tuple[str, ...]) -> None:
-        """Begins with nothing; `who` is at work, as it is shown."""
+    def __init__(self, num_actors: int, groups: tuple[str, ...]) -> None:
+        """Begins with nothing.
+
+        Args:
+          num_actors: in the pool.
+          groups: names of the groups of processes whose busy time is measured.
+        """
         super().__init__()
         self.env_steps = self.learner_steps = self.num_failures = 0
         self.actor_env_steps = np.zeros(num_actors, np.int64)
@@ -31,89 +36,104 @@ class PoolStats(Tally):
         self.q_mean: list[float] = []
         self.staleness: list[int] = []
         self.received_bytes = 0
-        """Parameters, by all actors."""
-        self.busy_seconds = dict.fromkeys(who, 0.0)
+        """Parameters received by all actors."""
+        self.busy_seconds = dict.fromkeys(groups, 0.0)
+        """Time that the processes of each group have worked, summed over them."""
 
 
 @dataclasses.dataclass
 class PooledActor:
-    """What a director knows of an actor."""
+    """What a director knows about an actor."""
 
     process: RemoteProcess
     num_chunks: int = 0
-    """That it was asked for, and that are not in the replay yet."""
+    """Chunks that the actor was asked for and that are not in the replay yet."""
     num_asked: int = 0
-    """Chunks, of the incarnation that has the place."""
+    """Chunks that the current incarnation of the actor was asked for."""
     asked_last: int = 0
-    """When, counted in requests to all of them."""
+    """Time of the last request to the actor, counted in requests to all actors."""
 
 
-T = TypeVar("T", bound=PoolStats)
-M = TypeVar("M", bound=PooledActor)
+S = TypeVar("S", bound=PoolStats)
+A = TypeVar("A", bound=PooledActor)
 
 
-class ActorsDirector(Director[T], Generic[T, M]):
-    """Directs actors, and whoever keeps and learns from what they do."""
+class ActorsDirector(Director[S], Generic[S, A]):
+    """Coordinates actors, the replay that keeps what they do, and the processes that learn from it."""
 
     _replay: ShardedReplay | None
-    """That they share, if they do."""
+    """The replay that the actors share; None if each has its own."""
 
     def __init__(
-        self, config: TrainConfig, num_batches: int, read_replay: Callable[[Checkpoints, int], SavedReplay]
+        self,
+        config: TrainConfig,
+        pool: ActorPool,
+        num_batches: int,
+        read_replay: Callable[[Checkpoints, int], SavedReplay],
+        *,
+        ray_address: str,
+        silence_seconds: float,
+        max_restarts: int,
     ) -> None:
         """Starts nothing yet.
 
         Args:
           config: of the run.
-          num_batches: that are learned from at once.
-          read_replay: reads the replay of a checkpoint, as one for all.
+          pool: the actors.
+          num_batches: learner steps of one round.
+          read_replay: reads the replay of a checkpoint, as one replay for all shards.
+          ray_address: as in `Director`.
+          silence_seconds: as in `Director`.
+          max_restarts: as in `Director`.
         """
-        topology = config.topology_as(RayTopologyConfig)
-        self._config, self._pool, self._read_replay = config, topology.actor_pool, read_replay
-        super().__init__(topology.ray_address, topology.silence_seconds, topology.max_restarts)
-        self.rate_limiter = RateLimiter(config, num_batches)
-        self.incarnations = [0] * self._pool.num_actors
-        """Of each actor, how many had its place before."""
-        self._actors: list[M] = []
+        self._config, self._pool, self._read_replay = config, pool, read_replay
+        super().__init__(ray_address, silence_seconds, max_restarts)
+        self.rate_limiter = RateLimiter(config, pool, num_batches)
+        self.incarnations = [0] * pool.num_actors
+        """For each actor, the number of actors that held its place before."""
+        self._actors: list[A] = []
         self._num_requests = 0
 
     @abc.abstractmethod
     def _ask_for_chunk(self, i: int, writer: Writer) -> None:
-        """Asks actor `i`, which has a place, for a chunk by that writer."""
+        """Asks actor `i`, which is ready, for the chunk that `writer` numbers."""
 
     @abc.abstractmethod
     def _restore_processes(self, state: dict[str, Any], incarnation: int, version: int) -> None:
-        """Has all parts go on from a checkpoint.
+        """Makes all processes go on from a checkpoint.
 
         Args:
           state: of the checkpoint.
-          incarnation: of the actors, that none has had before.
-          version: of parameters, beyond which nobody has seen any.
+          incarnation: for all actors; no actor has had it before.
+          version: newest version of the parameters that any actor may have seen.
         """
 
     # --- For other threads ---
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Has all parts go on from a checkpoint, before the first `resume`; without a replay, from an empty one."""
+        """Makes all processes go on from a checkpoint, before the first `resume`.
+
+        If the checkpoint has no replay, they go on from an empty one.
+        """
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
         starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
         self.rate_limiter.resume(starts_at, self.env_steps, self.learner_steps)
-        # There may have been more of them, or fewer, or none.
+        # The run that wrote the checkpoint may have had more actors, or fewer, or none.
         incarnation = max(counters.get("incarnations", []), default=-1) + 1
         self._post(lambda: self._restore_processes(state, incarnation, counters.get("version", 0)))
 
     @property
     def num_ready_actors(self) -> int:
-        """Actors that have a place."""
+        """Number of actors that are ready."""
         return sum(actor.process.is_ready for actor in self._actors)
 
     # --- What its own thread does ---
 
-    def _note_busy(self, who: str, seconds: float) -> None:
-        self._tally.busy_seconds[who] += seconds
+    def _note_busy(self, group: str, seconds: float) -> None:
+        self._stats.busy_seconds[group] += seconds
 
     def _begin(self, i: int, incarnation: int) -> None:
-        """Has an actor begin, as the one of so many before it that its place has had."""
+        """Makes an actor begin, as the given incarnation of its place."""
         self.incarnations[i], self._actors[i].num_asked = incarnation, 0
         self._supervisor.submit(self._actors[i].process, "begin", incarnation)
 
@@ -123,13 +143,14 @@ class ActorsDirector(Director[T], Generic[T, M]):
     def _shard_is_lost(self, i: int) -> None:
         assert self._replay is not None
         newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
-        if not self._replay.was_lost(i, newest):  # then few are learned from over and over, but for a new warm-up
+        if not self._replay.refill(i, newest):
+            # Without a new warm-up, the first few transitions would be learned from over and over.
             self.rate_limiter.begin_anew(self.env_steps, self.learner_steps)
 
     def _in_turn(self) -> list[int]:
         return sorted(range(len(self._actors)), key=lambda i: self._actors[i].asked_last)
 
-    def _note_request(self, actor: M) -> None:
+    def _note_request(self, actor: A) -> None:
         self._num_requests += 1
         actor.asked_last = self._num_requests
 
@@ -152,14 +173,14 @@ class ActorsDirector(Director[T], Generic[T, M]):
                     self._note_request(actor)
                     self._ask_for_chunk(i, writer)
 
-    def _count(self, i: int, report: Report) -> None:
-        """Counts a chunk that the replay has."""
-        tally, steps = self._tally, self._env_steps_per_chunk
+    def _count(self, i: int, chunk_stats: ChunkStats) -> None:
+        """Counts a chunk of actor `i` that the replay has stored."""
+        stats, steps = self._stats, self._env_steps_per_chunk
         self.env_steps += steps
-        tally.env_steps += steps
-        tally.actor_env_steps[i] += steps
-        tally.returns += report.returns
-        tally.lengths += report.lengths
-        tally.q_mean.append(report.q_mean)
-        tally.num_failures += report.num_failures
-        tally.received_bytes += report.received_bytes
+        stats.env_steps += steps
+        stats.actor_env_steps[i] += steps
+        stats.returns += chunk_stats.returns
+        stats.lengths += chunk_stats.lengths
+        stats.q_mean.append(chunk_stats.q_mean)
+        stats.num_failures += chunk_stats.num_failures
+        stats.received_bytes += chunk_stats.received_bytes

@@ -1,6 +1,7 @@
-"""Who directs the processes of a run on Ray: a thread that asks them for work, hears of it, and replaces what is lost.
+"""Base class of directors, which coordinate the processes of a run on Ray.
 
-What is asked for is bounded, and what comes back is passed on by reference.
+A director has a thread that requests work from the processes, handles their replies, and replaces lost processes. The
+work under way is bounded. Arrays don't pass through the director: it hands on references to them.
 """
 
 import abc
@@ -21,114 +22,117 @@ from qfleet.topologies.fleet.cluster import connected, in_words, room
 from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor, cpus_for
 
 _CHUNK_SECONDS = 0.5
-"""What `resume` takes at most: it is how long Ctrl-C waits."""
+"""Longest time that `resume` takes, and so the longest time that Ctrl-C waits."""
 
 _WAIT_SECONDS = 0.1
-"""For an answer, before anything else is looked at."""
+"""Longest wait for a reply, before the thread looks for anything else to do."""
 
 _NOTIFY_SECONDS = 0.01
-"""Between two looks of who waits for this thread while it is busy: each costs a switch of threads."""
+"""Time between two notifications of threads that wait for a busy director: each costs a switch of threads."""
 
 _LOST_SECONDS = 30.0
-"""After which a process that has no place isn't waited for any more, where something else can be done."""
+"""Time after which a process that has found no node is no longer waited for, if the caller can do without it."""
 
 _PATIENCE = 5
-"""Times `silence_seconds` that the processes may take to find their places at the start."""
+"""Multiple of `silence_seconds` that the processes may take at the start to find their nodes."""
 
 
-class Tally:
+class DirectorStats:
     """What happened since the last record."""
 
     def __init__(self) -> None:
         self.started_at = time.perf_counter()
         self.seconds = 0.0
-        """That it covers."""
+        """Time that they cover."""
         self.end = (0, 0)
-        """Environment steps and learner steps in total, then."""
+        """Environment steps and learner steps in total, at the end of that time."""
 
 
-T = TypeVar("T", bound=Tally)
+S = TypeVar("S", bound=DirectorStats)
 
 
-class Director(abc.ABC, Generic[T]):
-    """Directs the processes of one run. Public methods are for other threads than its own."""
+class Director(abc.ABC, Generic[S]):
+    """Coordinates the processes of one run. Public methods are called by other threads than the director's own."""
 
     _needs_in_words: str
-    """What a run can't begin without."""
+    """The processes without which a run can't begin, for an error message."""
     _resource_flags: str
-    """What to make smaller where there is no room for it."""
+    """The flags to make smaller if there is no room for these processes."""
 
     def __init__(self, ray_address: str, silence_seconds: float, max_restarts: int) -> None:
         """Starts nothing yet.
 
         Args:
           ray_address: of the cluster.
-          silence_seconds: after which a process that was asked for something is replaced.
-          max_restarts: times that one process may be replaced.
+          silence_seconds: time without a reply after which a process that has been sent a request is replaced.
+          max_restarts: number of times that one process may be replaced within ten minutes.
         """
         self._ray_address, self._silence_seconds = ray_address, silence_seconds
         self._supervisor = Supervisor(silence_seconds, max_restarts)
         self.checkpoints_path: Path | None = None
-        """Where processes that are replaced find what they were; without it they begin anew."""
+        """Folder of the checkpoints from which replaced processes go on; None makes them begin anew."""
         self.env_steps = 0
-        """Taken so far, and not lost since."""
+        """Environment steps taken so far, without those that were lost since."""
         self.learner_steps = 0
-        """The same."""
-        self._tally = self._new_tally()
+        """Learner steps taken so far, without those that were lost since."""
+        self._stats = self._new_stats()
         self._requests: collections.deque[Callable[[], None]] = collections.deque()
         self._thread: threading.Thread | None = None
         self._lock = threading.Condition()
         self._is_paused = self._is_new = True
-        self._must_end = False
+        self._must_terminate = False
         self._error: BaseException | None = None
         self._stack = contextlib.ExitStack()
 
-    # --- What a topology says of itself ---
+    # --- What each topology implements ---
 
     @abc.abstractmethod
-    def _new_tally(self) -> T:
-        """Returns an empty tally, which begins now."""
+    def _new_stats(self) -> S:
+        """Returns empty stats of a period that begins now."""
 
     @abc.abstractmethod
     def _resources(self) -> list[Mapping[str, float]]:
-        """Returns what the processes will take, but GPUs."""
+        """Returns the resources that each process will take, GPUs aside."""
 
     @abc.abstractmethod
     def _start_processes(self) -> None:
-        """Starts all processes, by `self._make_process` and `self._supervisor.add`; Ray is there."""
+        """Starts all processes, by `self._make_process` and `self._supervisor.add`. Ray is connected."""
 
     @abc.abstractmethod
     def _missing(self) -> RemoteProcess | None:
-        """Returns a process without which the run can't begin, and which isn't there; None if all are."""
+        """Returns a process that isn't ready and without which the run can't begin; None if there is none."""
 
     @abc.abstractmethod
     def _vital(self) -> list[RemoteProcess]:
-        """Returns the processes that keep what a checkpoint holds."""
+        """Returns the processes that keep the state that a checkpoint holds."""
 
     @abc.abstractmethod
     def _issue(self) -> None:
-        """Asks for all that may be under way now."""
+        """Submits all requests that may be under way now."""
 
     @abc.abstractmethod
     def _is_busy(self) -> bool:
-        """Returns whether anything is under way to the vital processes."""
+        """Returns whether anything is on its way to the vital processes."""
 
     @abc.abstractmethod
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Has all processes go on from a checkpoint, before the first `resume`; without a replay, from an empty one."""
+        """Makes all processes go on from a checkpoint, before the first `resume`.
+
+        If the checkpoint has no replay, they go on from an empty one.
+        """
 
     # --- For other threads ---
 
     def start(self) -> None:
-        """Starts all processes, and returns when what is needed is there; nothing is learned yet.
+        """Starts all processes, and returns when those are ready that the run needs. Nothing is learned yet.
 
         Raises:
-          ConfigError: if the cluster isn't there, or has no room for them.
+          ConfigError: if the cluster can't be reached, or has no room for the processes.
         """
         num_cpus = cpus_for(self._resources())
         inherits = self._stack.enter_context(connected(self._ray_address, num_cpus, "ray_address"))
         self._make_process = functools.partial(RemoteProcess, inherits=inherits)
-        self._stack.callback(self._supervisor.end)
+        self._stack.callback(self._supervisor.terminate)
         self._start_processes()
         self._thread = threading.Thread(target=self._direct, name="qfleet-director", daemon=True)
         self._thread.start()
@@ -141,21 +145,23 @@ class Director(abc.ABC, Generic[T]):
                     raise ConfigError(
                         f"a Ray cluster must have room for {self._needs_in_words}, got none for {missing.name} with "
                         f"{in_words(missing.resources)} in {patience:g} s, {room(missing.resources)}; add nodes, or "
-                        f"give smaller {self._resource_flags}"
+                        f"give smaller values for {self._resource_flags}"
                     )
                 self._lock.wait(_WAIT_SECONDS)
 
-    def close(self) -> None:
-        """Ends all processes, and the connection to Ray; may be called twice, and before `start`."""
+    def terminate(self) -> None:
+        """Terminates all processes and closes the connection to Ray; may be called twice, and before `start`."""
         if self._thread is not None:
             with self._lock:
-                self._must_end = True
+                self._must_terminate = True
             self._thread.join()
             self._thread = None
         self._stack.close()
 
-    def resume(self, until_env_steps: int) -> T:
-        """Lets the processes train for half a second, or until so many environment steps; they don't stop then.
+    def resume(self, until_env_steps: int) -> S:
+        """Lets the processes train, and returns after half a second or after so many environment steps.
+
+        The processes don't stop when it returns.
 
         Returns:
           What happened since the last call.
@@ -163,21 +169,23 @@ class Director(abc.ABC, Generic[T]):
         deadline = time.monotonic() + _CHUNK_SECONDS
         with self._lock:
             if self._is_new:
-                self._tally = self._new_tally()
+                self._stats = self._new_stats()
             self._is_paused = self._is_new = False
             while self._error is None and self.env_steps < until_env_steps and time.monotonic() < deadline:
                 self._lock.wait(_WAIT_SECONDS)
             self.raise_error()
-            tally, self._tally = self._tally, self._new_tally()
-            tally.seconds = self._tally.started_at - tally.started_at
-            tally.end = (self.env_steps, self.learner_steps)
-            return tally
+            stats, self._stats = self._stats, self._new_stats()
+            stats.seconds = self._stats.started_at - stats.started_at
+            stats.end = (self.env_steps, self.learner_steps)
+            return stats
 
     def quiesce(self) -> None:
-        """Returns once nothing is under way to what a checkpoint holds; until `resume`, nothing is stored or learned.
+        """Waits until nothing is under way that would change what a checkpoint holds.
+
+        Nothing is stored or learned afterwards until `resume` is called.
 
         Raises:
-          StateIsLost: if part of it has no place.
+          StateIsLost: if a process that holds part of the state is lost and has no node.
         """
         with self._lock:
             self._is_paused = True
@@ -188,29 +196,34 @@ class Director(abc.ABC, Generic[T]):
 
     @property
     def num_restarts(self) -> int:
-        """Processes that were replaced."""
+        """Number of processes that were replaced."""
         return self._supervisor.num_restarts
 
     def raise_error(self) -> None:
-        """Raises in this thread what has ended the other."""
+        """Raises in this thread the error that has ended the director's thread."""
         if self._error is not None:
             raise self._error
 
     def _answer_of(self, process: RemoteProcess, method: str, *, gives_up: bool = False) -> Any:
-        """Returns what a process answers, or the one that replaces it meanwhile.
+        """Calls a method in a process, and returns its reply. If the process is replaced, the replacement replies.
+
+        Args:
+          process: to call.
+          method: of its class.
+          gives_up: whether to stop waiting when the process is lost and its replacement finds no node.
 
         Raises:
-          StateIsLost: if it gives up, for there is neither.
+          StateIsLost: if it gives up.
         """
-        answer: concurrent.futures.Future = concurrent.futures.Future()
+        reply: concurrent.futures.Future = concurrent.futures.Future()
 
         def ask() -> None:
-            self._supervisor.submit(process, method, on_reply=answer.set_result, is_repeated=True)
+            self._supervisor.submit(process, method, on_reply=reply.set_result, is_repeated=True)
 
         self._post(ask)
         while True:
             try:
-                return answer.result(_WAIT_SECONDS)
+                return reply.result(_WAIT_SECONDS)
             except TimeoutError:
                 self.raise_error()
                 if gives_up:
@@ -219,10 +232,10 @@ class Director(abc.ABC, Generic[T]):
     def _check_have_places(self, processes: list[RemoteProcess]) -> None:
         for process in processes:
             if not process.is_ready and time.monotonic() - process.started_at > _LOST_SECONDS:
-                raise StateIsLost(f"{process.name} is lost, and has no place with {in_words(process.resources)} yet")
+                raise StateIsLost(f"{process.name} is lost, and found no node with {in_words(process.resources)} yet")
 
     def _post(self, function: Callable[[], None]) -> None:
-        """Has the director's thread call a function."""
+        """Makes the director's thread call a function."""
         with self._lock:
             self._requests.append(function)
 
@@ -233,7 +246,7 @@ class Director(abc.ABC, Generic[T]):
         try:
             while True:
                 with self._lock:
-                    if self._must_end:
+                    if self._must_terminate:
                         return
                     while self._requests:
                         self._requests.popleft()()
@@ -251,7 +264,7 @@ class Director(abc.ABC, Generic[T]):
                 self._lock.notify_all()
 
     def _of_newest_checkpoint(self, read: Callable[[Checkpoints, int], Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Returns what is read of the newest checkpoint, and its counters; None if there is none yet."""
+        """Returns what `read` reads of the newest checkpoint, and its counters; None if there is none yet."""
         if self.checkpoints_path is None:
             return None
         checkpoints = Checkpoints(self.checkpoints_path, is_keeper=False)
@@ -261,5 +274,5 @@ class Director(abc.ABC, Generic[T]):
             except Exception:
                 if newest in checkpoints.all():
                     raise
-                # Else it was deleted meanwhile, for there is a newer one.
+                # It was deleted meanwhile, because there is a newer one: read that one.
         return None

@@ -1,4 +1,4 @@
-"""A replay in shards, as the director of a run knows it: what is stored, who draws what, and whose errors return."""
+"""The director's view of a replay in shards: stores chunks, draws batches, and returns TD errors to their shards."""
 
 import dataclasses
 import functools
@@ -8,105 +8,113 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qfleet.config import RayTopologyConfig, TrainConfig
+from qfleet.config import ActorPool
+from qfleet.core.keys import Stream
 from qfleet.core.replay import DrawShare, SavedReplay
-from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer, deal, share_of
+from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer
+from qfleet.topologies.fleet.replay_shares import deal, share_of
 from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
 
 logger = logging.getLogger("qfleet")
 
 
 class Drawn(NamedTuple):
-    """A batch, or several, on its way from the shards."""
+    """One or several batches, on their way from the shards."""
 
     number: int
+    """Identifies the draw at the shards."""
     places: list[np.ndarray]
-    """For each part, where its transitions go, `[num_draws]`."""
+    """For each share, the positions of its transitions in the whole, `[num_draws]`."""
     references: list[Any]
-    """To the parts: transitions, `[num_draws, ...]`."""
+    """For each share, a reference to its transitions, `[num_draws, ...]`."""
     shards: list["_Shard"]
-    """Of whom they are."""
+    """For each share, the shard that draws it."""
 
 
 @dataclasses.dataclass
 class _Shard:
     process: RemoteProcess
-    stock: ShardStats = EMPTY_SHARD
+    stats: ShardStats = EMPTY_SHARD
 
 
 class ShardedReplay:
-    """The shards of a replay. For the director's thread."""
+    """The shards of a replay. Only the director's thread uses it."""
 
-    def __init__(self, config: TrainConfig, supervisor: Supervisor, note_busy: Callable[[float], None]) -> None:
+    def __init__(self, seed: int, pool: ActorPool, supervisor: Supervisor, note_busy: Callable[[float], None]) -> None:
         """Has no shards yet.
 
         Args:
-          config: of the run.
-          supervisor: by whom the shards are asked.
-          note_busy: told the seconds that a shard was at work.
+          seed: of the run.
+          pool: the actors, and how many shards keep what they do.
+          supervisor: passes requests on to the shards.
+          note_busy: called with the seconds that a shard has worked.
         """
-        self._pool = config.topology_as(RayTopologyConfig).actor_pool
-        self._supervisor, self._note_busy = supervisor, note_busy
+        self._seed, self._pool, self._supervisor, self._note_busy = seed, pool, supervisor, note_busy
         self._shards: list[_Shard] = []
-        self._random = np.random.default_rng((config.seed, 3))
+        self._random = np.random.default_rng((seed, Stream.REPLAY_SHARES))
         self._num_drawn = self._num_inserting = self._num_returning = 0
 
     def add(self, process: RemoteProcess) -> None:
-        """Takes the next shard."""
+        """Adds the process of the next shard."""
         self._shards.append(_Shard(process))
+
+    def resume_at(self, env_steps: int) -> None:
+        """Draws anew from a stream that depends on where a resumed run goes on, so that it repeats no draws."""
+        self._random = np.random.default_rng((self._seed, Stream.REPLAY_SHARES, env_steps))
 
     @property
     def processes(self) -> list[RemoteProcess]:
-        """Its shards."""
+        """Processes of its shards."""
         return [shard.process for shard in self._shards]
 
     @property
     def num_transitions(self) -> int:
-        """That it holds."""
-        return sum(shard.stock.num_transitions for shard in self._shards)
+        """Number of transitions that can be drawn."""
+        return sum(shard.stats.num_transitions for shard in self._shards)
 
     @property
     def is_busy(self) -> bool:
-        """Whether chunks or errors are on their way to it."""
+        """Whether chunks or TD errors are on their way to a shard."""
         return bool(self._num_inserting or self._num_returning)
 
     def store(
-        self, actor: int, writer: Writer, reference: Any, stored: Callable[[], None], gone: Callable[[], None]
+        self, actor: int, writer: Writer, reference: Any, on_stored: Callable[[], None], on_gone: Callable[[], None]
     ) -> None:
-        """Has its shard store an actor's chunk: also the one that replaces it, if this one is lost at it.
+        """Has a shard store an actor's chunk. If the shard is lost meanwhile, its replacement stores the chunk.
 
         Args:
-          actor: its number.
-          writer: its incarnation, and how many chunks that one had sent before.
+          actor: number of the actor.
+          writer: incarnation of the actor, and the number of chunks that this incarnation had sent before.
           reference: to the chunk.
-          stored: called if it is, before `gone`.
-          gone: called in any case: also if the chunk is lost with the node that kept it.
+          on_stored: called if the chunk is stored, before `on_gone`.
+          on_gone: called in any case, even if the chunk is lost with the node that kept it.
         """
         shard = self._shards[actor % len(self._shards)]
         self._num_inserting += 1
 
-        def ended() -> None:
+        def gone() -> None:
             self._num_inserting -= 1
+            on_gone()
+
+        def replied(reply: tuple[ShardStats, bool]) -> None:
+            stats, is_stored = reply
+            self._note_stats(shard, stats)
+            if is_stored:
+                on_stored()
             gone()
 
-        def answered(answer: tuple[ShardStats, bool]) -> None:
-            self._note_stock(shard, answer[0])
-            if answer[1]:
-                stored()
-            ended()
-
         self._supervisor.submit(
-            shard.process, "insert", actor // len(self._shards), writer, reference, on_reply=answered,
-            needs=(reference,), on_dropped=ended, is_repeated=True,
+            shard.process, "insert", actor // len(self._shards), writer, reference, on_reply=replied,
+            needs=(reference,), on_dropped=gone, is_repeated=True,
         )  # fmt: skip
 
     def draw(self, size: int, importance_exponent: float) -> Drawn | None:
-        """Asks for so many transitions, drawn over all shards as from one replay; None if it holds none."""
+        """Requests `size` transitions, drawn over all shards as if from one replay; None if there are none."""
         num_transitions = self.num_transitions
         if not num_transitions:
             return None
         number, self._num_drawn = self._num_drawn, self._num_drawn + 1
-        priorities = np.array([shard.stock.priority for shard in self._shards])
+        priorities = np.array([shard.stats.priority for shard in self._shards])
         counts, shares = deal(size, priorities, self._random)
         order = self._random.permutation(size).astype(np.uint32)
         drawn = Drawn(number, [place for place in np.split(order, np.cumsum(counts)[:-1]) if len(place)], [], [])
@@ -114,59 +122,58 @@ class ShardedReplay:
             if count:
                 draws = DrawShare(np.int32(count), np.float32(share), np.float32(num_transitions))  # type: ignore[arg-type]
                 seed = int(self._random.integers(2**32))
-                asked = self._supervisor.submit(
+                _, reference = self._supervisor.submit(
                     shard.process, "sample", number, seed, importance_exponent, draws, size, num_returns=2,
-                    on_reply=lambda stock, _, shard=shard: self._note_stock(shard, stock),
+                    on_reply=lambda stats, _, shard=shard: self._note_stats(shard, stats),
                 )  # fmt: skip
-                drawn.references.append(asked[1])
+                drawn.references.append(reference)
                 drawn.shards.append(shard)
         return drawn
 
     def return_errors(self, drawn: Drawn, references: tuple[Any, ...]) -> None:
-        """Passes the TD errors of each part on to the shard that it came from."""
+        """Sends the TD errors of each share to the shard that has drawn it."""
         for shard, reference in zip(drawn.shards, references, strict=True):
             self._num_returning += 1
 
-            def gone() -> None:  # set, or lost with the shard or the node that kept them
+            def gone() -> None:  # the errors are set, or they are lost with the shard or with the node that kept them
                 self._num_returning -= 1
 
-            def returned(stock: ShardStats, shard: _Shard = shard, gone: Callable[[], None] = gone) -> None:
+            def replied(stats: ShardStats, shard: _Shard = shard, gone: Callable[[], None] = gone) -> None:
                 gone()
-                self._note_stock(shard, stock)
+                self._note_stats(shard, stats)
 
             self._supervisor.submit(
-                shard.process,
-                "set_priorities",
-                drawn.number,
-                reference,
-                on_reply=returned,
-                needs=(reference,),
+                shard.process, "set_priorities", drawn.number, reference, on_reply=replied, needs=(reference,),
                 on_dropped=gone,
-            )
+            )  # fmt: skip
 
     def give(self, i: int, saved: SavedReplay) -> int:
-        """Has a shard go on from its lanes of a saved replay, and returns how many transitions they hold."""
+        """Has a shard go on from its share of a saved replay, and returns how many transitions the share holds."""
         shard = self._shards[i]
         own = share_of(saved, self._pool, i)
-        self._supervisor.submit(shard.process, "restore", own, on_reply=functools.partial(self._note_stock, shard))
+        self._supervisor.submit(shard.process, "restore", own, on_reply=functools.partial(self._note_stats, shard))
         return int(np.sum(np.asarray(own.leaves) > 0))
 
-    def was_lost(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> bool:
-        """Has a shard that was replaced go on from the newest checkpoint's replay and counters, or from nothing.
+    def refill(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> bool:
+        """Has the replacement of a lost shard go on from the newest checkpoint, or empty if there is none.
+
+        Args:
+          i: number of the shard.
+          newest: replay and counters of the newest checkpoint.
 
         Returns:
-          Whether there are any transitions yet, in this shard or another.
+          Whether there are any transitions now, in this shard or another.
         """
-        shard, lost = self._shards[i], self._shards[i].stock.num_transitions
-        shard.stock = EMPTY_SHARD
-        found, whence = 0, "there is no checkpoint that has them"
+        shard, num_lost = self._shards[i], self._shards[i].stats.num_transitions
+        shard.stats = EMPTY_SHARD
+        num_found, origin = 0, "there is no checkpoint that has them"
         if newest:
             saved, counters = newest
-            found = self.give(i, saved)
-            whence = f"from the checkpoint at environment step {counters['env_steps']}"
-        logger.warning("%s held %d transitions; %d are back: %s", shard.process.name, lost, found, whence)
-        return bool(found or self.num_transitions)
+            num_found = self.give(i, saved)
+            origin = f"from the checkpoint at environment step {counters['env_steps']}"
+        logger.warning("%s held %d transitions; %d are back: %s", shard.process.name, num_lost, num_found, origin)
+        return bool(num_found or self.num_transitions)
 
-    def _note_stock(self, shard: _Shard, stock: ShardStats) -> None:
-        shard.stock = stock
-        self._note_busy(stock.busy_seconds)
+    def _note_stats(self, shard: _Shard, stats: ShardStats) -> None:
+        shard.stats = stats
+        self._note_busy(stats.busy_seconds)

@@ -1,4 +1,4 @@
-"""The processes of a run on Ray: each is started, asked, watched, and replaced where it fails."""
+"""Supervises the processes of a run on Ray: starts them, passes on requests and replies, and replaces lost ones."""
 
 import collections
 import dataclasses
@@ -14,31 +14,34 @@ import ray
 
 from qfleet.config import RunFailed
 from qfleet.runtime.devices import compute_in_line, use_cpu_only
-from qfleet.topologies.fleet.cluster import last_line, variables
+from qfleet.topologies.fleet.cluster import in_words, last_line, variables
 
 logger = logging.getLogger("qfleet")
 
 _FORGOTTEN_SECONDS = 600.0
-"""After which a process's failure doesn't count any more."""
+"""Time after which the failure of a process no longer counts against it."""
 
 _SLOW_STARTS = 5
-"""Times the usual patience for what a process is asked for the first time, for which it compiles."""
+"""Factor of `silence_seconds` for the first request of each method, because the process compiles then."""
 
 _LOOK_SECONDS = 1.0
-"""Between two looks at who is silent."""
+"""Time between two checks for silent processes."""
 
 
-class Remote:
-    """What every process can do beside its work: runs in the process's process."""
+class InRemoteProcess:
+    """Base class of everything that runs in a remote process, in front of the class that does the work.
+
+    It prepares the process before that class uses JAX: `class RemoteActor(InRemoteProcess, Actor)`.
+    """
 
     def __init__(self, variables: Mapping[str, str], *arguments: Any) -> None:
-        """Makes the process, before which JAX wasn't used here.
+        """Sets up the process, in which JAX must not have been used yet.
 
         Args:
-          variables: of the environment, to set first. The process may be one that Ray had ready.
-          *arguments: of what does the work.
+          variables: environment variables to set first, because Ray may have started the process in advance.
+          *arguments: of the class that does the work.
         """
-        os.environ.pop("OMP_NUM_THREADS", None)  # Ray's: as many as the CPUs that it takes, by default one
+        os.environ.pop("OMP_NUM_THREADS", None)  # set by Ray to the number of CPUs that the process takes
         os.environ.update(variables)
         if variables.get("JAX_PLATFORMS") == "cpu":
             use_cpu_only()
@@ -47,28 +50,29 @@ class Remote:
         super().__init__(*arguments)
 
     def where(self) -> tuple[int, str]:
-        """Returns its process and node, once it is made."""
+        """Returns process ID and node ID. The reply also says that the constructor has finished."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
 
 @dataclasses.dataclass
 class _Request:
-    """Something that a process was asked for."""
+    """A method call that a process has not replied to yet."""
 
     method: str
     references: list[Any]
-    """Of all that it returns; the first is told to `on_reply`, the others only passed on."""
+    """References to the values that the method returns. `on_reply` gets the first value, and the other references."""
     on_reply: Callable[..., None]
     needs: list[Any]
-    """References that came with it."""
+    """References among its arguments."""
     arguments: tuple | None
-    """To ask again with, if the process is replaced; None to forget it then."""
+    """Arguments to repeat the request with if the process is replaced; None to drop the request then."""
     on_dropped: Callable[[], None]
     since: float
+    """Time of the request."""
 
 
 class RemoteProcess:
-    """A place in the run, and the process that has it at the moment."""
+    """A place in the run, and the process that holds it at the moment."""
 
     def __init__(
         self,
@@ -81,17 +85,17 @@ class RemoteProcess:
         *,
         inherits: bool = False,
     ) -> None:
-        """Starts nothing yet.
+        """Describes the process; `start` starts it.
 
         Args:
-          name: in words.
-          kind: class of what runs in the process.
+          name: for messages.
+          kind: class of the object that runs in the process.
           arguments: of its constructor.
-          resources: of Ray's, that it takes.
-          environment: variables of the process.
-          inherits: whether processes have the other variables of this one by themselves. Ray takes twice as long to
-            start those for which it must set some.
-          on_lost: called once it is replaced, and before it is asked for anything.
+          resources: that the process takes, by Ray's names.
+          environment: environment variables to set in the process.
+          on_lost: called when the process has been replaced, before the replacement gets its first request.
+          inherits: whether Ray's processes inherit `variables` from this one. If not, Ray must set them, and takes
+            twice as long to start a process.
         """
         amounts = dict(resources)
         options: dict[str, Any] = {
@@ -106,30 +110,32 @@ class RemoteProcess:
         self._arguments, self.on_lost = (dict(environment), *arguments), on_lost
         self.requests: collections.deque[_Request] = collections.deque()
         self.has_replied_to: set[str] = set()
-        """Methods that its process has compiled by now."""
+        """Methods that the current process has replied to, and so has compiled."""
         self.replied_at = self.started_at = 0.0
-        """When it last answered, or nothing could be heard of it for reasons of others."""
+        """Time of the last reply, or of the last moment when no reply could have arrived."""
         self.place: tuple[int, str] | None = None
-        """Process and node, once it is there."""
+        """Process ID and node ID; None until the process has been made."""
         self.failed_at: collections.deque[float] = collections.deque()
+        """Times of the failures that still count."""
         self.handle: Any = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether its process has said that it is made."""
+        """Whether the process has a node and its constructor has finished."""
         return self.place is not None
 
     def start(self) -> None:
-        """Has Ray start a process in this place."""
+        """Makes Ray start a process in this place."""
         self.place, self.has_replied_to = None, set()
         self.started_at = self.replied_at = time.monotonic()
         self.handle = self._make.remote(*self._arguments)
 
-    def end(self, *, is_alive: bool = False) -> None:
-        """Ends the process.
+    def terminate(self, *, is_alive: bool = False) -> None:
+        """Terminates the process.
 
         Args:
-          is_alive: whether it may still be at work, or be stopped and not hear Ray. On this node it is gone then.
+          is_alive: whether the process may still be at work, or be stopped so that it doesn't hear Ray. If it is on
+            this node, it is then killed by a signal.
         """
         if self.handle is None:
             return
@@ -143,7 +149,7 @@ class RemoteProcess:
 
 
 class Supervisor:
-    """All processes of one run, for one thread."""
+    """All processes of one run. Only one thread may use it."""
 
     def __init__(self, silence_seconds: float, max_restarts: int) -> None:
         self._silence_seconds, self._max_restarts = silence_seconds, max_restarts
@@ -153,7 +159,7 @@ class Supervisor:
         self.num_restarts = 0
 
     def add(self, process: RemoteProcess) -> RemoteProcess:
-        """Starts a process, and returns it."""
+        """Starts a process and returns it."""
         self._processes.append(process)
         self._start(process)
         return process
@@ -169,19 +175,20 @@ class Supervisor:
         is_repeated: bool = False,
         on_dropped: Callable[[], None] = lambda: None,
     ) -> list[Any]:
-        """Asks a process for something, and returns references to what it returns.
+        """Calls a method in a process, and returns references to the values that the method will return.
 
-        A process does what it was asked for in order, and `on_reply` is called in that order.
+        A process carries out its requests in order, and `on_reply` is called in the same order.
 
         Args:
-          process: whom.
-          method: of its class.
-          *arguments: of the method; references among them are what they refer to by then.
-          on_reply: called with what came first, and the references of the rest.
-          num_returns: how many values the method returns.
-          needs: references among the arguments: if these fail, it isn't the process that has failed.
-          is_repeated: whether to ask the one that replaces it again.
-          on_dropped: called instead of `on_reply` if nothing will come.
+          process: that carries out the request.
+          method: name of a method of its class.
+          *arguments: of the method. Ray replaces references among them by the values that they refer to.
+          on_reply: called with the first value that the method returns, and references to the other values.
+          num_returns: number of values that the method returns.
+          needs: references among the arguments. If one of their values is lost, the request fails through no fault of
+            the process.
+          is_repeated: whether to repeat the request if the process is replaced.
+          on_dropped: called instead of `on_reply` if there will be no reply.
         """
         references = getattr(process.handle, method).options(num_returns=num_returns).remote(*arguments)
         references = references if num_returns > 1 else [references]
@@ -190,7 +197,7 @@ class Supervisor:
         return references
 
     def wait(self, seconds: float) -> None:
-        """Waits so long for an answer, at most."""
+        """Waits for a reply, for at most so many seconds."""
         waiting = [
             request.references[0]
             for process in self._processes
@@ -206,10 +213,10 @@ class Supervisor:
             time.sleep(seconds)
 
     def process_replies(self) -> None:
-        """Deals with all answers that are there, and with processes that have failed.
+        """Processes all replies that have arrived, and replaces processes that have failed.
 
         Raises:
-          RunFailed: if one has failed too often.
+          RunFailed: if a process has failed too often.
         """
         for process in self._processes:
             while process.requests and process.requests[0].references[0] in self._done:
@@ -236,10 +243,16 @@ class Supervisor:
     def replace(
         self, process: RemoteProcess, cause: str, error: Exception | None = None, *, is_alive: bool = False
     ) -> None:
-        """Ends a process, if there is one, and starts another in its place.
+        """Terminates a process, if it still exists, and starts another in its place.
+
+        Args:
+          process: to replace.
+          cause: what happened, for the log: follows the name of the process.
+          error: that it failed with.
+          is_alive: whether the process may still be at work.
 
         Raises:
-          RunFailed: if that has been done too often.
+          RunFailed: if the process has failed too often.
         """
         now = time.monotonic()
         process.failed_at.append(now)
@@ -253,7 +266,7 @@ class Supervisor:
             )
         logger.warning("%s %s, and is replaced (%d in all)", process.name, cause, self.num_restarts + 1)
         self.num_restarts += 1
-        process.end(is_alive=is_alive)
+        process.terminate(is_alive=is_alive)
         requests, process.requests = process.requests, collections.deque()
         self._start(process)
         process.on_lost()
@@ -285,31 +298,30 @@ class Supervisor:
             if not process.requests:
                 continue
             request = process.requests[0]
-            if not has_listened or not _are_there(request.needs):
-                process.replied_at = now  # it was this process that didn't listen, or it waits for others
+            if not has_listened or not _are_ready(request.needs):
+                # It isn't silent by its own fault: this thread didn't look for replies, or its arguments are missing.
+                process.replied_at = now
                 continue
             silence = now - max(request.since, process.replied_at)
             patience = self._silence_seconds * (1 if request.method in process.has_replied_to else _SLOW_STARTS)
             if not process.is_ready:
                 if silence > self._silence_seconds:
-                    wanted = " and ".join(f"{amount:g} {name}" for name, amount in process.resources.items())
-                    logger.warning(
-                        "%s has waited %.0f s for a place with %s", process.name, now - process.started_at, wanted
-                    )
+                    seconds, wanted = now - process.started_at, in_words(process.resources)
+                    logger.warning("%s has waited %.0f s for a node with %s", process.name, seconds, wanted)
                     process.replied_at = now
             elif silence > patience:
-                cause = f"has said nothing for {silence:.0f} s, asked to {request.method}"
+                cause = f"has not replied to {request.method} for {silence:.0f} s"
                 self.replace(process, cause, is_alive=True)
 
-    def end(self) -> None:
-        """Ends all of them."""
+    def terminate(self) -> None:
+        """Terminates all processes."""
         for process in self._processes:
             process.requests.clear()
-            process.end()
+            process.terminate()
 
 
 def has_failed(reference: Any) -> bool:
-    """Returns whether what a reference is to will never come, or is lost."""
+    """Returns whether the value that a reference refers to is lost, or will never come."""
     try:
         ray.get(reference, timeout=0)
     except ray.exceptions.GetTimeoutError:
@@ -319,34 +331,34 @@ def has_failed(reference: Any) -> bool:
     return False
 
 
-def _are_there(references: list[Any]) -> bool:
+def _are_ready(references: list[Any]) -> bool:
     return not references or not ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)[1]
 
 
 def _cause(error: Exception) -> str:
     if isinstance(error, ray.exceptions.RayTaskError):
         return f"raised {last_line(error)}"
-    if isinstance(error, ray.exceptions.ActorDiedError) and getattr(error, "_actor_init_failed", False):
+    if isinstance(error, ray.exceptions.ActorDiedError) and error.actor_init_failed:
         return f"could not be made ({last_line(error)})"
     return "died"
 
 
 ONE_CPU = {"CPU": 1.0}
-"""What a process takes by default."""
+"""Resources that a process takes by default."""
 
 ON_CPU = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "OMP_NUM_THREADS": "1"}
-"""Variables of a process that computes on the CPU, with one thread."""
+"""Environment variables of a process that computes on the CPU, with one thread."""
 
 IN_LINE = {**ON_CPU, "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
-"""The same, where it does nothing else meanwhile."""
+"""Variables of such a process if it has nothing else to do while it computes."""
 
 
 def default_resources(num_devices: int) -> dict[str, float]:
-    """Returns what the learner takes by default: a GPU for each device of its mesh, where the cluster has them."""
+    """Returns the resources of a learner by default: a GPU for each of its devices, if the cluster has as many."""
     has_gpus = ray.cluster_resources().get("GPU", 0) >= num_devices
     return {**ONE_CPU, "GPU": num_devices} if has_gpus else ONE_CPU
 
 
 def cpus_for(processes: list[Mapping[str, float]]) -> int:
-    """Returns how many CPUs a Ray of this machine must claim to have for all of these to have a place."""
+    """Returns the number of CPUs that a local Ray must claim to have, so that all of these processes find a place."""
     return max(os.cpu_count() or 1, math.ceil(sum(resources.get("CPU", 0) for resources in processes)))

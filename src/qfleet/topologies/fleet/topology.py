@@ -1,4 +1,4 @@
-"""What topologies share whose parts run on Ray, each in a process of its own, directed by this one."""
+"""Base class of the topologies whose processes run on Ray and are coordinated by a director in this process."""
 
 import contextlib
 import functools
@@ -17,39 +17,40 @@ from qfleet.core.types import Network, stored_spec
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.base import StateIsLost, Topology, resharded_replay, saved_replay
+from qfleet.topologies.base import StateIsLost, Topology
 from qfleet.topologies.evaluator import Evaluator
 from qfleet.topologies.fleet.replay_shard import make_whole_replay
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.mesh import REPLICATED
+from qfleet.topologies.restoring import resharded_replay, saved_replay
 
 if TYPE_CHECKING:
     from qfleet.topologies.fleet.director import Director
 
 
 class OnRay(Topology):
-    """Processes that act on their own, and who learns; this process directs them, and plays what is evaluated."""
+    """A topology of processes on Ray. This process coordinates them, and plays the episodes of evaluations."""
 
     _director: "Director[Any]"
 
     def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network, pool: ActorPool) -> None:
-        """Checks what is the same for all.
+        """Checks what all topologies on Ray require.
 
         Args:
           config: of the run.
           env: to learn.
-          network: as in all parts.
-          pool: who acts.
+          network: that all processes build from the config, too.
+          pool: the processes that act.
 
         Raises:
-          ConfigError: if Ray isn't there, or it has many seeds.
+          ConfigError: if Ray isn't installed, or the run has several seeds.
         """
         if config.num_seeds > 1:
             raise ConfigError(
-                f"num_seeds must be 1 with topology {config.topology.name}, got num_seeds="
-                f"{config.num_seeds}; start one run for each seed"
+                f"num_seeds must be 1 with topology {config.topology.name}, got "
+                f"num_seeds={config.num_seeds}; start one run for each seed"
             )
-        importlib.import_module("qfleet.topologies.fleet.cluster")  # which says so if Ray isn't there
+        importlib.import_module("qfleet.topologies.fleet.cluster")  # raises ConfigError if Ray isn't installed
         self._config, self._pool, self._env = config, pool, env
         self._agent = make_agent(network, config.agent)
         self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
@@ -58,14 +59,14 @@ class OnRay(Topology):
         self._shapes: LearnerState = jax.eval_shape(self._init, np.uint32(0))
         self._has_replay = config.agent.replay != "none" and config.checkpoint_replay
         self.env_steps = 0
-        """When it was last looked at; the parts go on meanwhile."""
+        """Environment steps when the director was last asked; the processes go on meanwhile."""
         self.learner_steps = 0
-        """The same."""
+        """Learner steps at the same time."""
         self._evaluator = Evaluator(config, env, self._agent)
 
     def footprint(self) -> Footprint:
-        """Returns what all parts keep, which on one machine is what the host must have."""
-        replay = jax.eval_shape(make_whole_replay(self._config, self._stored_spec).init)
+        """Returns what all processes keep together. If they run on one machine, this is what that machine must hold."""
+        replay = jax.eval_shape(make_whole_replay(self._config, self._pool, self._stored_spec).init)
         return make_footprint(
             {"data": 1, "model": 1},
             tuple(jax.local_devices()[:1]),
@@ -76,24 +77,25 @@ class OnRay(Topology):
         )
 
     def start(self) -> float:
-        """Starts all parts, and returns the wall time until what is needed is there.
+        """Starts all processes, and returns the wall time until those are ready that the run needs, in seconds.
 
         Raises:
-          ConfigError: if the cluster isn't there, or has no room for them.
+          ConfigError: if the cluster can't be reached, or has no room for the processes.
         """
         started = time.perf_counter()
         self._director.checkpoints_path = self.checkpoints_path
         try:
             self._director.start()
-        except BaseException:  # Ctrl-C too: a Ray that nobody ends stays as long as this process
+        except BaseException:  # also Ctrl-C, because otherwise a local Ray would stay until this process ends
             self.close()
             raise
         return time.perf_counter() - started
 
     def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
-        """Returns greedy returns of the newest parameters, `[1, num_episodes]`; meanwhile the parts go on.
+        """Returns greedy returns of the newest parameters, `[1, num_episodes]`, while the other processes go on.
 
-        But from the second batch on learning rests: what confirms a return is what a checkpoint will hold.
+        Learning rests from the second batch on, so that the parameters that confirm a return are the ones that a
+        checkpoint will hold.
 
         Args:
           num_episodes: played by this process.
@@ -105,7 +107,7 @@ class OnRay(Topology):
         return self._evaluator.returns(self.params, self.env_steps, num_episodes, batch)
 
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state that a checkpoint holds, of parts of any number or of another topology."""
+        """Returns the state that a checkpoint holds, whichever topology and number of processes have saved it."""
         state: dict[str, Any] = {"learner": self._read_learner(checkpoints, checkpoint)}
         if self._has_replay:
             state["replay"] = self._read_replay(checkpoints, checkpoint)
@@ -117,7 +119,7 @@ class OnRay(Topology):
         return state
 
     def _read_replay(self, checkpoints: Checkpoints, checkpoint: int | None = None) -> SavedReplay:
-        """Returns the replay of a checkpoint as these parts would have saved it."""
+        """Returns the replay of a checkpoint as this topology would have saved it."""
         saved = saved_replay(checkpoints.restore_item("replay", env_steps=checkpoint))
         shape = (*self._replay_shape, self._pool.num_actors)
         is_ours = (*saved.ring.rows.outcome.shape, len(saved.ring.cursor)) == shape
@@ -128,16 +130,16 @@ class OnRay(Topology):
 
     @property
     def _replay_shape(self) -> tuple[int, int]:
-        """Rows and lanes of the replays of all, together."""
+        """Rows and lanes of the replays of all processes together."""
         return self._config.agent.replay_capacity // self._pool.num_lanes, self._pool.num_lanes
 
     @property
     def _is_prioritised(self) -> bool:
-        """Whether their replays keep priorities, as shards do even for uniform sampling."""
+        """Whether the replays keep priorities; `ReplayShard` does even for uniform sampling."""
         return True
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up.
+        """Goes on from a checkpoint. If it has no replay, an empty one is filled in a new warm-up.
 
         Environments are not saved: all lanes begin new episodes.
         """
@@ -146,10 +148,10 @@ class OnRay(Topology):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the run's summary should hold beside what all topologies have."""
+        """Entries of the run's summary beside those that all topologies have."""
         return {"num_restarts": self._director.num_restarts}
 
     def close(self) -> None:
-        """Ends all parts, and the connection to Ray; may be called twice, and before `start`."""
-        self._director.close()
+        """Terminates all processes and closes the connection to Ray; may be called twice, and before `start`."""
+        self._director.terminate()
         self._evaluator.close()

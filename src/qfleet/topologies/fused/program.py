@@ -1,4 +1,4 @@
-"""The program that `qfleet.topologies.fused` compiles: acting and learning as pure functions of one state."""
+"""The pure functions that `qfleet.topologies.fused` compiles into one program: acting and learning on one state."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from qfleet.config import AgentConfig, TrainConfig
 from qfleet.core.agent import Agent
-from qfleet.core.keys import key_of
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_replay, partition
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
@@ -20,17 +20,15 @@ from qfleet.core.updates import Losses, learn_from_replay, learn_from_rollout, n
 from qfleet.envs.in_graph import draw
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns
-from qfleet.topologies.acting import ActorState, RowReport, act, init_actor
+from qfleet.topologies.acting import ActorState, RowStats, act, init_actor
 from qfleet.topologies.schedule import Plan, rows_per_iteration
 
-# What a seed's random numbers are for: evaluation must not see training's.
-_TRAINING, _EVALUATION = 0, 1
-
 NO_BAD_STEP = np.iinfo(np.int32).max
+"""`ChunkStats.bad_step` of a chunk whose numbers are all finite."""
 
 
 class FusedState(NamedTuple):
-    """Everything that the compiled program changes; a checkpoint holds it, and the host's counters."""
+    """Everything that the compiled program changes. A checkpoint holds it beside the host's counters."""
 
     learner: LearnerState
     actor: ActorState
@@ -38,45 +36,48 @@ class FusedState(NamedTuple):
     key: Array
 
 
-class Tally(NamedTuple):
+class ChunkStats(NamedTuple):
     """Sums over a chunk, `[]` each."""
 
     num_episodes: Array
+    """Episodes that ended."""
     episode_return: Array
+    """Their returns."""
     episode_steps: Array
+    """Their lengths."""
     q_max: Array
-    """Of each row's mean over lanes."""
+    """Mean over lanes of the greatest value of each observation acted on, summed over rows."""
     losses: Losses
     bad_step: Array
     """int32, the chunk's first non-finite environment step, `row * lanes + lane`; `NO_BAD_STEP` if none."""
 
 
-Iteration = Callable[[FusedState, Plan], tuple[FusedState, RowReport, Losses]]
-"""`iteration(state, plan [rows]) -> state, reports [rows, lanes], losses`."""
+Iteration = Callable[[FusedState, Plan], tuple[FusedState, RowStats, Losses]]
+"""`iteration(state, plan [rows]) -> state, stats [rows, lanes], losses`."""
 
 
 class Program(NamedTuple):
-    """The pure functions that are compiled, for one seed; with replicas, each runs them with its share of the lanes."""
+    """The pure functions that are compiled, for one seed. Each replica runs them on its share of the lanes."""
 
     init: Callable[[Array], FusedState]
     """`init(seed) -> state`, from a `[]` uint32."""
-    run: Callable[[FusedState, Plan, Array], tuple[FusedState, Tally]]
-    """`run(state, plan, num_iterations) -> state, tally`."""
+    run: Callable[[FusedState, Plan, Array], tuple[FusedState, ChunkStats]]
+    """`run(state, plan, num_iterations) -> state, stats`."""
     evaluate: Callable[[Params, Array, Array, Array], Array]
-    """`evaluate(params, seed, moment, batch) -> returns`, of `eval_episodes` greedy episodes: others for each seed,
-    moment of the run and batch."""
-    leaves: Callable[[ReplayState], Array | tuple[()]]
-    """`leaves(replay) -> priorities`, what `SavedReplay` holds of them."""
-    restore: Callable[[SavedReplay], ReplayState]
-    """`restore(saved) -> replay`."""
+    """`evaluate(params, seed, evaluation_step, batch) -> returns` of `eval_episodes` greedy episodes. Each seed,
+    evaluation step and batch has episodes of its own; the evaluation step is the run's number of environment steps."""
+    replay_leaves: Callable[[ReplayState], Array | tuple[()]]
+    """`replay_leaves(replay) -> priorities`, in the form that `SavedReplay` holds."""
+    restore_replay: Callable[[SavedReplay], ReplayState]
+    """`restore_replay(saved) -> replay`."""
 
 
 def partition_state(state: FusedState, axis: str) -> Any:
     """Returns how the state's arrays are spread over the replicas along a mesh axis, as `PartitionSpec`s."""
-    mine, replicated = cast(Any, PartitionSpec(axis)), cast(Any, PartitionSpec())
+    divided, replicated = cast(Any, PartitionSpec(axis)), cast(Any, PartitionSpec())
     return FusedState(
         learner=jax.tree.map(lambda x: replicated, state.learner),
-        actor=jax.tree.map(lambda x: mine, state.actor),
+        actor=jax.tree.map(lambda x: divided, state.actor),
         replay=state.replay and partition(state.replay, axis),
         key=replicated,
     )
@@ -98,59 +99,59 @@ def make_program(
     num_rows = rows_per_iteration(config.agent)
 
     def init(seed: Array) -> FusedState:
-        params_key, lanes_key, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _TRAINING), 3)
+        params_key, lanes_key, state_key = jax.random.split(key_of(seed, Stream.TRAINING), 3)
         actor = init_actor(env, agent, lanes_key, local_lane_ids(replicas, num_lanes))
         return FusedState(learner.init(agent.init(params_key)), actor, replay.init() if replay else (), state_key)
 
-    def run(state: FusedState, plan: Plan, num_iterations: Array) -> tuple[FusedState, Tally]:
-        def iteration(i: Array, carry: tuple[FusedState, Tally]) -> tuple[FusedState, Tally]:
-            state, tally = carry
-            state, reports, losses = iterate(state, jax.tree.map(lambda x: x[i], plan))
-            return state, _add(tally, reports, losses, i * num_rows, replicas)
+    def run(state: FusedState, plan: Plan, num_iterations: Array) -> tuple[FusedState, ChunkStats]:
+        def iteration(i: Array, carry: tuple[FusedState, ChunkStats]) -> tuple[FusedState, ChunkStats]:
+            state, stats = carry
+            state, rows, losses = iterate(state, jax.tree.map(lambda x: x[i], plan))
+            return state, _add_iteration(stats, rows, losses, i * num_rows, replicas)
 
-        state, tally = jax.lax.fori_loop(0, num_iterations, iteration, (state, _empty_tally()))
-        return state, _joined(tally, replicas)
+        state, stats = jax.lax.fori_loop(0, num_iterations, iteration, (state, _no_stats()))
+        return state, _over_replicas(stats, replicas)
 
-    def evaluate(params: Params, seed: Array, moment: Array, batch: Array) -> Array:
-        key = key_of(seed, _EVALUATION, moment, batch)
+    def evaluate(params: Params, seed: Array, evaluation_step: Array, batch: Array) -> Array:
+        key = key_of(seed, Stream.EVALUATION, evaluation_step, batch)
         return greedy_returns(env, agent.q_values, params, key, config.eval_episodes, agent.to_storage_layout, replicas)
 
-    def leaves(state: ReplayState) -> Array | tuple[()]:
+    def replay_leaves(state: ReplayState) -> Array | tuple[()]:
         return replay.leaves(state) if replay else ()
 
-    def restore(saved: SavedReplay) -> ReplayState:
+    def restore_replay(saved: SavedReplay) -> ReplayState:
         assert replay is not None
         return replay.restore(saved)
 
-    return Program(init, run, evaluate, leaves, restore)
+    return Program(init, run, evaluate, replay_leaves, restore_replay)
 
 
 def _replay_iteration(
     env: InGraphEnv, agent: Agent, learner: Learner, replay: Replay, num_lanes: int, replicas: Replicas
 ) -> Iteration:
-    """Each row: act, insert, and as many learner steps as planned."""
+    """Returns an iteration that, in each row, acts, stores the row, and takes as many learner steps as planned."""
 
-    def iteration(state: FusedState, plan: Plan) -> tuple[FusedState, RowReport, Losses]:
+    def iteration(state: FusedState, plan: Plan) -> tuple[FusedState, RowStats, Losses]:
         num_rows = plan.exploration.size
         key, env_key, explore_key, learn_key = jax.random.split(state.key, 4)
-        draws = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
+        step_keys = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
         uniforms = _uniforms(explore_key, num_rows, num_lanes, replicas)
 
-        def row(carry: tuple, inputs: tuple) -> tuple[Any, RowReport]:
+        def row(carry: tuple, inputs: tuple) -> tuple[Any, RowStats]:
             learner_state, actor, replay_state, losses = carry
-            draws, uniform, plan, learn_key = inputs
-            actor, new_row, report, _ = act(env, agent, learner_state.params, actor, draws, uniform, plan.exploration)
+            keys, uniform, plan, learn_key = inputs
+            actor, new_row, stats, _ = act(env, agent, learner_state.params, actor, keys, uniform, plan.exploration)
 
             state = (learner_state, replay.insert(replay_state, new_row), losses)
             learner_state, replay_state, losses = learn_from_replay(
                 learner, replay, state, learn_key, plan.importance_exponent, plan.num_updates, replicas
             )
-            return (learner_state, actor, replay_state, losses), report
+            return (learner_state, actor, replay_state, losses), stats
 
         carry = (state.learner, state.actor, state.replay, no_losses())
-        inputs = (draws, uniforms, plan, jax.random.split(learn_key, num_rows))
-        (learner_state, actor, replay_state, losses), reports = jax.lax.scan(row, carry, inputs)
-        return FusedState(learner_state, actor, replay_state, key), reports, losses
+        inputs = (step_keys, uniforms, plan, jax.random.split(learn_key, num_rows))
+        (learner_state, actor, replay_state, losses), stats = jax.lax.scan(row, carry, inputs)
+        return FusedState(learner_state, actor, replay_state, key), stats, losses
 
     return iteration
 
@@ -158,26 +159,26 @@ def _replay_iteration(
 def _rollout_iteration(
     config: AgentConfig, env: InGraphEnv, agent: Agent, learner: Learner, num_lanes: int, replicas: Replicas
 ) -> Iteration:
-    """One rollout of all lanes, its lambda-returns, and some epochs of regression on them."""
+    """Returns an iteration of one rollout, its lambda-returns, and some epochs of regression on them."""
 
-    def iteration(state: FusedState, plan: Plan) -> tuple[FusedState, RowReport, Losses]:
+    def iteration(state: FusedState, plan: Plan) -> tuple[FusedState, RowStats, Losses]:
         num_rows = plan.exploration.size
         key, env_key, explore_key, shuffle_key = jax.random.split(state.key, 4)
-        draws = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
+        step_keys = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
         uniforms = _uniforms(explore_key, num_rows, num_lanes, replicas)
         params = state.learner.params
 
-        def row(actor: ActorState, inputs: tuple) -> tuple[ActorState, tuple[Row, RowReport]]:
-            draws, uniform, exploration = inputs
+        def row(actor: ActorState, inputs: tuple) -> tuple[ActorState, tuple[Row, RowStats]]:
+            keys, uniform, exploration = inputs
             view = actor.view
-            actor, new_row, report, _ = act(env, agent, params, actor, draws, uniform, exploration)
-            return actor, (new_row._replace(obs=view), report)
+            actor, new_row, stats, _ = act(env, agent, params, actor, keys, uniform, exploration)
+            return actor, (new_row._replace(obs=view), stats)
 
-        actor, (rows, reports) = jax.lax.scan(row, state.actor, (draws, uniforms, plan.exploration))
+        actor, (rows, stats) = jax.lax.scan(row, state.actor, (step_keys, uniforms, plan.exploration))
         last_value = jnp.max(agent.q_values(params, actor.view), axis=-1)
-        batch = regression(rows, reports.q_max, last_value, config)
+        batch = regression(rows, stats.q_max, last_value, config)
         learner_state, losses = learn_from_rollout(learner, state.learner, batch, shuffle_key, config, replicas)
-        return FusedState(learner_state, actor, (), key), reports, losses
+        return FusedState(learner_state, actor, (), key), stats, losses
 
     return iteration
 
@@ -188,30 +189,36 @@ def _uniforms(key: Array, num_rows: int, num_lanes: int, replicas: Replicas) -> 
     return jax.lax.dynamic_slice_in_dim(uniforms, replicas.rank() * jnp.uint32(num_lanes), num_lanes, axis=1)
 
 
-def _empty_tally() -> Tally:
+def _no_stats() -> ChunkStats:
     zero = jnp.float32(0)
-    return Tally(zero, zero, zero, zero, no_losses(), jnp.int32(NO_BAD_STEP))
+    return ChunkStats(zero, zero, zero, zero, no_losses(), jnp.int32(NO_BAD_STEP))
 
 
-def _add(tally: Tally, reports: RowReport, losses: Losses, first_row: Array, replicas: Replicas) -> Tally:
-    """Returns the tally with one iteration's reports `[rows, lanes]`, which began at the chunk's `first_row`."""
-    ended = reports.episode_ended
+def _add_iteration(
+    stats: ChunkStats, rows: RowStats, losses: Losses, first_row: Array, replicas: Replicas
+) -> ChunkStats:
+    """Returns the chunk's stats with one iteration's rows `[rows, lanes]`, which began at the chunk's `first_row`."""
+    ended = rows.episode_ended
     num_lanes = ended.shape[1]
-    bad_row, bad_lane = jnp.divmod(jnp.argmax(reports.is_bad), num_lanes)
+    bad_row, bad_lane = jnp.divmod(jnp.argmax(rows.is_bad), num_lanes)
     bad_step = (first_row + bad_row) * (num_lanes * replicas.size) + local_lane_ids(replicas, num_lanes)[bad_lane]
-    bad_step = jnp.where(jnp.any(reports.is_bad), bad_step.astype(jnp.int32), NO_BAD_STEP)
-    return Tally(
-        num_episodes=tally.num_episodes + jnp.sum(ended),
-        episode_return=tally.episode_return + jnp.sum(jnp.where(ended, reports.episode_return, 0)),
-        episode_steps=tally.episode_steps + jnp.sum(jnp.where(ended, reports.episode_steps, 0)),
-        q_max=tally.q_max + jnp.sum(jnp.mean(reports.q_max, axis=1)),
-        losses=jax.tree.map(jnp.add, tally.losses, losses),
-        bad_step=jnp.minimum(tally.bad_step, bad_step),
+    bad_step = jnp.where(jnp.any(rows.is_bad), bad_step.astype(jnp.int32), NO_BAD_STEP)
+    return ChunkStats(
+        num_episodes=stats.num_episodes + jnp.sum(ended),
+        episode_return=stats.episode_return + jnp.sum(jnp.where(ended, rows.episode_return, 0)),
+        episode_steps=stats.episode_steps + jnp.sum(jnp.where(ended, rows.episode_steps, 0)),
+        q_max=stats.q_max + jnp.sum(jnp.mean(rows.q_max, axis=1)),
+        losses=jax.tree.map(jnp.add, stats.losses, losses),
+        bad_step=jnp.minimum(stats.bad_step, bad_step),
     )
 
 
-def _joined(tally: Tally, replicas: Replicas) -> Tally:
-    """Returns the tally of all replicas."""
-    num_episodes, episode_return, episode_steps = replicas.sum(tally[:3])
-    q_max, losses = replicas.mean((tally.q_max, tally.losses))
-    return Tally(num_episodes, episode_return, episode_steps, q_max, losses, jnp.min(replicas.gather(tally.bad_step)))
+def _over_replicas(stats: ChunkStats, replicas: Replicas) -> ChunkStats:
+    """Returns the stats over all replicas, from each replica's own."""
+    num_episodes, episode_return, episode_steps = replicas.sum(
+        (stats.num_episodes, stats.episode_return, stats.episode_steps)
+    )
+    q_max, losses = replicas.mean((stats.q_max, stats.losses))
+    return ChunkStats(
+        num_episodes, episode_return, episode_steps, q_max, losses, jnp.min(replicas.gather(stats.bad_step))
+    )

@@ -1,8 +1,4 @@
-"""The fused topology: acting and learning in one compiled program, for environments written in JAX.
-
-The host plans each chunk (how many learner steps after each row, how much to explore), in integers that can't wrap;
-the program obeys. One program serves chunks of any length up to `MAX_ITERATIONS`, so nothing is compiled twice.
-"""
+"""Drives one fused run: the host plans a chunk, calls the compiled program once, and reads the chunk's sums."""
 
 import functools
 import math
@@ -27,22 +23,23 @@ from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import num_shards
-from qfleet.runtime.records import Progress
-from qfleet.topologies.base import OwnLearner, check_loss, read_as
+from qfleet.runtime.records import Progress, Sum, make_progress
+from qfleet.topologies.base import Layout, OwnLearner, check_loss
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
-from qfleet.topologies.fused.program import NO_BAD_STEP, FusedState, Program, Tally, make_program, partition_state
+from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState, Program, make_program, partition_state
 from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
+from qfleet.topologies.restoring import read_state
 from qfleet.topologies.schedule import Plan, learner_steps, make_plan, rows_per_iteration
 
 MAX_ITERATIONS = 256
-"""Iterations of one chunk at most."""
+"""The largest number of iterations in one chunk."""
 
 CHUNK_SECONDS = 0.25
-"""What a chunk should take: short enough to answer Ctrl-C, long enough that its dispatch costs nothing."""
+"""Target time of a chunk: short enough to answer Ctrl-C, long enough that dispatching it costs nothing."""
 
 
 class Fused(OwnLearner):
-    """One or many independent learners in one program; `advance` trains them a chunk further."""
+    """One or many independent learners in one program."""
 
     def __init__(
         self,
@@ -65,35 +62,32 @@ class Fused(OwnLearner):
         self._config = config
         self._env_name = env.spec.name
         self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
-        self.env_steps = 0
-        """Taken so far, over all lanes of one seed."""
-        self.learner_steps = 0
-        """Taken so far, by each seed's learner."""
-        self._replay_starts_at = 0  # environment steps when the replay was last empty
-        self._seconds_per_iteration = CHUNK_SECONDS  # not known yet: the first chunk is one iteration
-        self._kept: dict[int, Any] = {}  # learners to keep as they are, by the seed's index
+        self.env_steps = self.learner_steps = self._replay_starts_at = 0
+        self._seconds_per_iteration = CHUNK_SECONDS  # a guess that makes the first chunk one iteration
+        self._kept_learners: dict[int, Any] = {}  # learners that stay as they are, by their seed's index
 
     def start(self) -> float:
         """Compiles the program, starts `num_seeds` learners, and returns the wall time that took, in seconds."""
         started = time.perf_counter()
         program = self._over_seeds() if self._config.num_seeds > 1 else self._on_mesh()
-        init, run, evaluate, self._leaves, self._restore = program
-        state = jax.eval_shape(init, self._seeds)
+        self._replay_leaves, self._restore_replay = program.replay_leaves, program.restore_replay
+        state = jax.eval_shape(program.init, self._seeds)
         with ThreadPoolExecutor() as pool:  # XLA compiles one program, the largest first, while Python traces the next
-            compiled_run = pool.submit(run.lower(state, self._plan(), np.int32(0)).compile)
-            lowered = init.lower(self._seeds)
-            # It runs once: the time to optimise it would never come back.
-            compiled_init = pool.submit(lowered.compile, compiler_options={"xla_backend_optimization_level": "0"})
-            lowered = evaluate.lower(state.learner.params, self._seeds, np.uint32(0), np.int32(0))
+            compiled_run = pool.submit(program.run.lower(state, self._plan(), np.int32(0)).compile)
+            lowered = program.init.lower(self._seeds)
+            # This program runs once: optimising it would cost more time than it saves. XLA can skip that on a CPU only.
+            unoptimised = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
+            compiled_init = pool.submit(lowered.compile, compiler_options=unoptimised)
+            lowered = program.evaluate.lower(state.learner.params, self._seeds, np.uint32(0), np.int32(0))
             compiled_evaluate = pool.submit(lowered.compile)
-            self._state: FusedState = compiled_init.result()(self._seeds)
-            self._run, self._evaluate = compiled_run.result(), compiled_evaluate.result()
+            self._fused_state: FusedState = compiled_init.result()(self._seeds)
+            self._run, self._greedy_returns = compiled_run.result(), compiled_evaluate.result()
         return time.perf_counter() - started
 
     def _on_mesh(self) -> Any:
-        """Returns the program, jitted, of one seed: each device of the mesh has its share of it."""
+        """Returns the jitted program of one seed, in which each device of the mesh has its share of the lanes."""
         self._seeds: Any = np.uint32(self._config.seed)
-        placement, (shapes, state) = self._placement, self._layout
+        placement, (shapes, state) = self._placement, self._shapes_and_specs
         learner = state.learner
         saved = shapes.replay and partition_saved(shapes.replay, DATA_AXIS)
         program, whole = self._program, REPLICATED
@@ -101,21 +95,21 @@ class Fused(OwnLearner):
             init=placement.jit(program.init, (whole,), state),
             run=placement.jit(program.run, (state, whole, whole), (state, whole), donate_argnums=(0,)),
             evaluate=placement.jit(program.evaluate, (learner.params, whole, whole, whole), whole),
-            leaves=placement.jit(program.leaves, (state.replay,), saved and saved.leaves),
-            restore=placement.jit(program.restore, (saved,), state.replay),
+            replay_leaves=placement.jit(program.replay_leaves, (state.replay,), saved and saved.leaves),
+            restore_replay=placement.jit(program.restore_replay, (saved,), state.replay),
         )
 
     @functools.cached_property
-    def _layout(self) -> tuple[FusedState, Any]:
-        """The shapes of what the first replica has, and how all of it is spread, as `PartitionSpec`s."""
-        first = ALONE._replace(size=self._placement.replicas.size)  # its share, outside of the mesh
+    def _shapes_and_specs(self) -> tuple[FusedState, Any]:
+        """The shapes of the first replica's state, and how the whole state is spread, as `PartitionSpec`s."""
+        first = ALONE._replace(size=self._placement.replicas.size)  # stands for one replica's share, outside the mesh
         shapes = jax.eval_shape(self._make_program(first).init, np.uint32(0))
         learner = self._placement.partition_learner(shapes.learner)
         return shapes, partition_state(shapes, DATA_AXIS)._replace(learner=learner)
 
     def footprint(self) -> Footprint:
         """Returns what it keeps on which devices, before or after `start`."""
-        mesh, (shapes, specs) = self._placement.mesh, self._layout
+        mesh, (shapes, specs) = self._placement.mesh, self._shapes_and_specs
         batch = batch_shapes(
             self._stored_spec, self._config.agent, self._config.topology.num_envs, mesh.shape[DATA_AXIS]
         )
@@ -139,7 +133,7 @@ class Fused(OwnLearner):
         return jax.local_devices()[: num_shards(self._config.num_seeds, jax.local_device_count())]
 
     def _over_seeds(self) -> Any:
-        """Returns the program, jitted, of many seeds: spread over the devices, each trains its share in one batch."""
+        """Returns the jitted program of many seeds. Each device trains its share of the seeds as one batch."""
         num_seeds, first = self._config.num_seeds, self._config.seed
         devices = self._devices_of_seeds
         mesh = jax.make_mesh((len(devices),), ("seeds",), axis_types=(AxisType.Auto,), devices=devices)
@@ -156,44 +150,47 @@ class Fused(OwnLearner):
             init=over_seeds(program.init, split),
             run=over_seeds(program.run, split, whole, whole, donate_argnums=(0,)),
             evaluate=over_seeds(program.evaluate, split, split, whole, whole),
-            leaves=over_seeds(program.leaves, split),
-            restore=over_seeds(program.restore, split),
+            replay_leaves=over_seeds(program.replay_leaves, split),
+            restore_replay=over_seeds(program.restore_replay, split),
         )
 
     @property
     def env_steps_per_iteration(self) -> int:
-        """Over all lanes of one seed: runs stop at multiples of it."""
+        """Environment steps of one iteration, over all lanes of one seed: `advance` stops at multiples of it."""
         return self._config.topology.num_envs * rows_per_iteration(self._config.agent)
 
     def keep(self, index: int) -> None:
-        """Keeps the learner of one of many seeds as it is now, while the others train on: it could only get worse."""
+        """Keeps the learner of one of many seeds as it is now, while the others train on.
+
+        More training could make a learner worse that has reached its goal.
+        """
         if self._config.num_seeds > 1:
-            self._kept[index] = jax.tree.map(lambda x: jnp.copy(x[index]), self.learner)
+            self._kept_learners[index] = jax.tree.map(lambda x: jnp.copy(x[index]), self.learner)
 
     @property
     def learner(self) -> LearnerState:
-        """The newest, or those kept; with many seeds, with a leading axis `[seeds]`."""
-        learner = self._state.learner
-        for i, kept in self._kept.items():
+        """The newest learner state, or the kept one; with many seeds, with a leading axis `[seeds]`."""
+        learner = self._fused_state.learner
+        for i, kept in self._kept_learners.items():
             learner = jax.tree.map(lambda x, old, i=i: x.at[i].set(old), learner, kept)
         return learner
 
     def set_learner(self, learner: LearnerState) -> None:
-        """Has it go on with another, whose arrays lie where its own do, and are for nobody else."""
-        self._state = self._state._replace(learner=learner)
+        """Goes on from another learner state, whose arrays must lie where its own do and be used by nobody else."""
+        self._fused_state = self._fused_state._replace(learner=learner)
 
     @property
     def params(self) -> Params:
-        """The newest parameters, or those kept; with many seeds, with a leading axis `[seeds]`."""
+        """The newest parameters, or the kept ones; with many seeds, with a leading axis `[seeds]`."""
         return self.learner.params
 
     @property
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out."""
-        state = {**self._state._asdict(), "learner": self.learner}
-        if self._state.replay:
-            replay = self._state.replay
-            state["replay"] = SavedReplay(replay.ring, self._leaves(replay), replay.max_priority)
+        state = {**self._fused_state._asdict(), "learner": self.learner}
+        if self._fused_state.replay:
+            replay = self._fused_state.replay
+            state["replay"] = SavedReplay(replay.ring, self._replay_leaves(replay), replay.max_priority)
         if not self._config.checkpoint_replay:
             state.pop("replay")
         return state
@@ -210,8 +207,8 @@ class Fused(OwnLearner):
 
         started = time.perf_counter()
         plan = self._plan()
-        self._state, tally = self._run(self._state, plan, np.int32(num_iterations))
-        tally = jax.device_get(tally)
+        self._fused_state, stats = self._run(self._fused_state, plan, np.int32(num_iterations))
+        stats = jax.device_get(stats)
         seconds = time.perf_counter() - started
         self._seconds_per_iteration = seconds / num_iterations
 
@@ -219,28 +216,19 @@ class Fused(OwnLearner):
         new_learner_steps = learner_steps(self._config.agent, plan, num_iterations)
         self.env_steps += num_iterations * self.env_steps_per_iteration
         self.learner_steps += new_learner_steps
-        self._check(tally, env_steps_before)
-        num_episodes = int(np.sum(tally.num_episodes))
-        num_rows = num_iterations * rows_per_iteration(self._config.agent)
-
-        def per_episode(total: np.ndarray) -> float | None:
-            return float(np.sum(total)) / num_episodes if num_episodes else None
-
-        def per_learner_step(total: np.ndarray) -> float | None:
-            return float(np.mean(total)) / new_learner_steps if new_learner_steps else None
-
-        return Progress(
+        self._check_finite(stats, env_steps_before)
+        num_episodes = int(np.sum(stats.num_episodes))
+        return make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
             train_seconds=seconds,
             new_env_steps=self.env_steps - env_steps_before,
             new_learner_steps=new_learner_steps,
-            num_episodes=num_episodes,
-            episode_return_mean=per_episode(tally.episode_return),
-            episode_length_mean=per_episode(tally.episode_steps),
-            q_mean=float(np.mean(tally.q_max)) / num_rows,
-            loss=per_learner_step(tally.losses.loss),
-            td_error_mean=per_learner_step(tally.losses.td_error),
+            episode_return=Sum(float(np.sum(stats.episode_return)), num_episodes),
+            episode_length=Sum(float(np.sum(stats.episode_steps)), num_episodes),
+            q_max=Sum(float(np.mean(stats.q_max)), num_iterations * rows_per_iteration(self._config.agent)),
+            loss=Sum(float(np.mean(stats.losses.loss)), new_learner_steps),
+            td_error=Sum(float(np.mean(stats.losses.td_error)), new_learner_steps),
             exploration=float(plan.exploration[num_iterations - 1, -1]),
         )
 
@@ -248,30 +236,33 @@ class Fused(OwnLearner):
         """Returns greedy returns of the newest parameters, `[num_seeds, num_episodes]`.
 
         Args:
+          num_episodes: number of episodes of each seed.
           batch: evaluations of the same parameters with different numbers see different episodes.
         """
         batches = range(batch, batch + math.ceil(num_episodes / self._config.eval_episodes))
-        moment = np.uint32(self.env_steps % 2**32)
-        returns = [np.asarray(self._evaluate(self.params, self._seeds, moment, np.int32(i))) for i in batches]
+        evaluation_step = np.uint32(self.env_steps % 2**32)
+        returns = [
+            np.asarray(self._greedy_returns(self.params, self._seeds, evaluation_step, np.int32(i))) for i in batches
+        ]
         return np.concatenate(returns, axis=-1).reshape(self._config.num_seeds, -1)[:, :num_episodes]
 
     @property
-    def layout(self) -> str:
-        """What a checkpoint must have been saved by to hold the very arrays of this one."""
-        return f"fused, {self._config.topology.num_envs} lanes"
+    def layout(self) -> Layout:
+        """The layout of the checkpoints that it saves."""
+        return Layout(topology="fused", num_segments=1, lanes_per_segment=self._config.topology.num_envs)
 
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Returns the state that a checkpoint holds; of another topology or size it has no lanes and no random key."""
-        return read_as(self, checkpoints, checkpoint, metadata, self._config.agent, self._stored_spec.frame_stack)
+        """Returns the state that a checkpoint holds; in another layout it has no lanes and no random key."""
+        return read_state(self, checkpoints, checkpoint, metadata, self._config.agent, self._stored_spec.frame_stack)
 
     def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
-        """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up."""
+        """Goes on from a checkpoint; if it has no replay, from an empty one, after a new warm-up."""
         if state.get("replay"):
-            state = {**state, "replay": self._restore(state["replay"])}
+            state = {**state, "replay": self._restore_replay(state["replay"])}
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
-        if "key" not in state:  # but its own was used before
-            state["key"] = jax.random.fold_in(self._state.key, np.uint32(self.env_steps % 2**32))
-        self._state = self._state._replace(**state)
+        if "key" not in state:  # the key of the beginning has been used, so derive another from it
+            state["key"] = jax.random.fold_in(self._fused_state.key, np.uint32(self.env_steps % 2**32))
+        self._fused_state = self._fused_state._replace(**state)
         self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
 
     def _plan(self) -> Plan:
@@ -283,8 +274,8 @@ class Fused(OwnLearner):
             self._replay_starts_at,
         )
 
-    def _check(self, tally: Tally, env_steps_before: int) -> None:
-        bad_steps = np.atleast_1d(tally.bad_step)
+    def _check_finite(self, stats: ChunkStats, env_steps_before: int) -> None:
+        bad_steps = np.atleast_1d(stats.bad_step)
         if np.any(bad_steps != NO_BAD_STEP):
             seed = int(np.argmax(bad_steps != NO_BAD_STEP))
             bad_step = int(bad_steps[seed])
@@ -293,4 +284,4 @@ class Fused(OwnLearner):
                 f"step {env_steps_before + bad_step} in lane {bad_step % self._config.topology.num_envs} of seed "
                 f"{self._config.seed + seed}"
             )
-        check_loss(tally.losses.loss, self.learner_steps, self._config.agent)
+        check_loss(stats.losses.loss, self.learner_steps, self._config.agent)

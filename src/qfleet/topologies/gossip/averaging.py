@@ -1,21 +1,21 @@
-"""What peers that gossip have in common, as functions of NumPy arrays: lists of them are the leaves of trees."""
+"""The arithmetic of gossip, on NumPy arrays. A list of arrays holds the leaves of a tree, in the tree's order."""
 
 import numpy as np
 
 Leaves = list[np.ndarray]
 
 
-def mixed(params: Leaves, own: Leaves, other: Leaves) -> Leaves:
-    """Returns parameters moved by half of the way that one's own snapshot had to another's.
+def average_step(params: Leaves, own: Leaves, other: Leaves) -> Leaves:
+    """Returns parameters moved by half of the difference between two snapshots: towards the other peer's.
 
-    Both of a pair do so, each with its own snapshot first: what one gains, the other gives, to the last bit, and so the
-    sum over all peers stays what it was but for the rounding of two additions, however much either has learned since.
-    Where neither has, both come to the mean of the two.
+    Both peers of a pair take this step, each with the snapshots swapped. One gains exactly what the other gives, to the
+    last bit. The sum over all peers therefore stays the same, except for the rounding of two additions, whatever either
+    peer has learned since its snapshot. If neither has learned anything since, both arrive at the mean of the two.
 
     Args:
-      params: what the peer has now.
-      own: what it had when they met.
-      other: what the other had then.
+      params: the peer's parameters now.
+      own: the peer's snapshot when the exchange was decided.
+      other: the other peer's snapshot at the same time.
 
     Source: Lian et al. 2018, arXiv 1710.06952, algorithm 1, with stale snapshots on both sides instead of a lock.
     """
@@ -23,18 +23,18 @@ def mixed(params: Leaves, own: Leaves, other: Leaves) -> Leaves:
 
 
 def mean_of(states: list[Leaves], furthest: int = 0) -> Leaves:
-    """Returns the mean of each leaf over some states; what isn't a float, such as a counter, is the furthest's.
+    """Returns the mean of each leaf over the peers. A leaf that isn't floating-point, such as a counter, is copied.
 
     Args:
-      states: of the peers.
-      furthest: which of them has taken the most learner steps.
+      states: leaves of each peer's state.
+      furthest: index of the peer that has taken the most learner steps; leaves that can't be averaged are its own.
     """
 
     def mean(*leaves: np.ndarray) -> np.ndarray:
         dtype = leaves[furthest].dtype
         if not np.issubdtype(dtype, np.floating):
             return leaves[furthest]
-        total = leaves[0].astype(np.float64)  # or the order of the sum would show
+        total = leaves[0].astype(np.float64)  # in float32 the sum would depend on the order of the peers
         for leaf in leaves[1:]:
             total = total + leaf
         return (total / len(leaves)).astype(dtype)
@@ -43,12 +43,13 @@ def mean_of(states: list[Leaves], furthest: int = 0) -> Leaves:
 
 
 def consensus_distance(params: list[Leaves]) -> float:
-    """Returns how far apart the peers are: the root mean square of |x_i - mean|, as a share of |mean|.
+    """Returns how far apart the peers are: the root mean square of |x_i - mean|, divided by |mean|.
 
     Args:
-      params: of each peer.
+      params: leaves of each peer's parameters.
 
-    Source: Lian et al. 2018, arXiv 1710.06952, whose analysis bounds it; relative, for it to mean the same everywhere.
+    Source: Lian et al. 2018, arXiv 1710.06952, whose analysis bounds this distance. Ours is relative, so that the same
+    number means the same for every network.
     """
     mean = mean_of(params)
     size = _squared_norm(mean)
@@ -56,8 +57,8 @@ def consensus_distance(params: list[Leaves]) -> float:
     return float(np.sqrt(spread / size)) if size else 0.0
 
 
-def shares_of(total: int, num_peers: int) -> list[int]:
-    """Returns a whole number divided over the peers as evenly as may be."""
+def split_evenly(total: int, num_peers: int) -> list[int]:
+    """Returns a whole number split into one share for each peer. Shares differ by at most one, and add up to it."""
     return [total // num_peers + (i < total % num_peers) for i in range(num_peers)]
 
 

@@ -1,4 +1,7 @@
-"""One of the peers that gossip: a whole run of its own, which now and then takes part of another's parameters."""
+"""One peer of gossip: a whole run of its own, whose parameters are averaged with another peer's now and then.
+
+Knows nothing of Ray, of other processes, or of who decides when it averages with whom.
+"""
 
 import dataclasses
 import math
@@ -10,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config import FusedConfig, GossipConfig, MeshConfig, OverlappedConfig, TrainConfig
+from qfleet.core.keys import Stream
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.core.replay.ring import cut
@@ -18,27 +22,25 @@ from qfleet.envs.host import seed_of
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.records import Progress
 from qfleet.topologies.base import OwnLearner
-from qfleet.topologies.gossip.averaging import Leaves, mixed
+from qfleet.topologies.gossip.averaging import Leaves, average_step
 from qfleet.topologies.mesh import leaves_of
 
-_PEER = 4
-"""What a seed's random numbers are for; 0 to 3 are a run's in one process, actors', and those of a replay in shards."""
 
-
-class Report(NamedTuple):
-    """What a peer tells of a chunk."""
+class PeerChunkStats(NamedTuple):
+    """What a peer reports about one chunk."""
 
     progress: list[Progress]
+    """Progress of each part of the chunk."""
     learner_steps: int
-    """After it, in total."""
+    """Learner steps that the peer has taken in total, after the chunk."""
     staleness: int | None
-    """Learner steps between its snapshot and the mix, if there was one."""
+    """Learner steps between the peer's snapshot and the averaging step; None if the chunk had no such step."""
     received_bytes: int
-    """Of another's parameters."""
+    """Size of the other peer's parameters, 0 without an averaging step."""
 
 
-class Place(NamedTuple):
-    """Where a peer begins, in its own counts."""
+class StartingPoint(NamedTuple):
+    """Where a peer begins, by its own counts."""
 
     env_steps: int
     learner_steps: int
@@ -49,15 +51,18 @@ class Place(NamedTuple):
 def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> TrainConfig:
     """Returns the config of one peer's own run.
 
-    What counts environment steps of all lanes is divided over the peers: lanes, replay, warm-up, and the schedules of
-    exploration and of the importance exponent. A batch is each peer's own, and so is the rate of learner steps to
-    environment steps: each step is learned from as often as in one process. Its random numbers are those of the run's
-    seed and its number, and of its environment steps where it begins, which tell one that is replaced from the one
-    before.
+    Settings that count environment steps over all lanes are divided by the number of peers: lanes, replay, warm-up, and
+    the schedules of exploration and of the importance exponent. The batch size and the rate of learner steps to
+    environment steps are each peer's own, so that each environment step is learned from as often as in one process.
+    Schedules in learner steps (`learning_rate_learner_steps`, `target_update_period`) are not divided: a peer counts
+    its own learner steps.
+
+    The peer's random numbers depend on the run's seed and on the peer's number. They also depend on the environment
+    step that a process begins at, so a replacement does not repeat the numbers of the process before it.
 
     Args:
-      config: of the run.
-      number: of the peer, from 0.
+      config: config of the whole run.
+      number: number of the peer, from 0.
       is_in_graph: whether the environment is written in JAX.
     """
     topology, agent = config.topology_as(GossipConfig), config.agent
@@ -76,71 +81,80 @@ def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> Train
             replay_capacity=max(1, agent.replay_capacity // num_peers),
             **{name: math.ceil(getattr(agent, name) / num_peers) for name in divided},
         ),
-        seed=seed_of(config.seed, _PEER, number),
+        seed=seed_of(config.seed, Stream.PEER, number),
     )
 
 
 class GossipPeer:
-    """A run of its own, in chunks, between which it can be given parameters."""
+    """A run that trains in chunks. Between chunks its parameters can be averaged with another peer's."""
 
     def __init__(self, config: TrainConfig, make_run: Callable[[TrainConfig], OwnLearner]) -> None:
-        """Does nothing yet: it is still to `prepare`, and to `begin`.
+        """Does nothing yet: call `prepare`, then `begin`.
 
         Args:
-          config: its own, as of `peer_config`.
-          make_run: makes what it holds.
+          config: config of this peer's own run, from `peer_config`.
+          make_run: makes the run.
         """
         self._config, self._make_run = config, make_run
         self._has_begun = False
 
     def prepare(self) -> None:
-        """Compiles and starts all that it needs."""
+        """Compiles and starts the run."""
         enable_compilation_cache()
         self._run = self._make_run(self._config)
         self._run.start()
 
-    def begin(self, place: Place, learner: Leaves, replay: SavedReplay | None) -> None:
-        """Begins, or goes on where another has stopped.
+    def begin(self, start: StartingPoint, learner: Leaves, replay: SavedReplay | None) -> None:
+        """Begins training, or continues from where another process stopped.
 
         Args:
-          place: where.
+          start: counts to continue from.
           learner: leaves of a `LearnerState`.
-          replay: its share, in one segment; None for an empty one, and a new warm-up.
+          replay: this peer's share of a replay, in one segment; None for an empty replay and a new warm-up.
         """
-        state: dict[str, Any] = {"learner": self._placed(learner, self._run.learner)}
-        if replay is not None:  # its lanes begin new episodes
+        state: dict[str, Any] = {"learner": self._on_devices(learner, self._run.learner)}
+        if replay is not None:  # `cut`, because all lanes begin new episodes
             state["replay"] = replay._replace(ring=jax.tree.map(np.asarray, cut(replay.ring)))
-        self._run.restore(state, place._asdict())
+        self._run.restore(state, start._asdict())
         self._has_begun = True
 
     def advance(
         self, num_env_steps: int, learner_steps_then: int = 0, own: Leaves | None = None, other: Leaves | None = None
-    ) -> tuple[Report, Leaves]:
-        """Takes so many environment steps, and returns a report and a snapshot of the parameters.
+    ) -> tuple[PeerChunkStats, Leaves]:
+        """Takes one chunk of environment steps, after an averaging step if there is an exchange.
 
         Args:
-          num_env_steps: about: chunks end where iterations do.
-          learner_steps_then: when `own` was its snapshot.
-          own: leaves of the parameters with which it met another, if it has.
-          other: those that the other had.
+          num_env_steps: environment steps to take, at least; the chunk ends where an iteration does.
+          learner_steps_then: this peer's learner steps when `own` was its snapshot.
+          own: leaves of the snapshot that this peer brought into the exchange; None without an exchange.
+          other: leaves of the snapshot that the other peer brought.
+
+        Returns:
+          Statistics of the chunk, and a snapshot: the leaves of the parameters at its end.
         """
         run, staleness, received_bytes = self._run, None, 0
         if own is not None and other is not None:
-            learner: LearnerState = run.learner
-            params = mixed(leaves_of(learner.params), own, other)
-            run.set_learner(learner._replace(params=self._placed(params, learner.params)))
             staleness, received_bytes = run.learner_steps - learner_steps_then, sum(leaf.nbytes for leaf in other)
+            self._average(own, other)
         goal, progress = run.env_steps + num_env_steps, []
         while run.env_steps < goal:
             progress.append(run.advance(goal))
-        return Report(progress, run.learner_steps, staleness, received_bytes), leaves_of(run.params)
+        return PeerChunkStats(progress, run.learner_steps, staleness, received_bytes), leaves_of(run.params)
+
+    def _average(self, own: Leaves, other: Leaves) -> None:
+        learner: LearnerState = self._run.learner
+        params = average_step(leaves_of(learner.params), own, other)
+        self._run.set_learner(learner._replace(params=self._on_devices(params, learner.params)))
 
     def learner(self) -> tuple[int, Leaves]:
-        """Returns the learner steps taken so far, and the leaves of its `LearnerState`, for another to begin with."""
+        """Returns the learner steps so far and the leaves of the `LearnerState`, for another peer to begin with."""
         return self._run.learner_steps, leaves_of(self._run.learner)
 
     def state(self) -> tuple[int, Leaves, SavedReplay | None] | None:
-        """Returns what `learner` does, and its replay, unless checkpoints leave it out; None before it has begun."""
+        """Returns learner steps, leaves of the `LearnerState`, and the replay; None before `begin`.
+
+        The replay is None if checkpoints leave it out.
+        """
         if not self._has_begun:
             return None
         state = self._run.state
@@ -148,6 +162,7 @@ class GossipPeer:
         return self._run.learner_steps, leaves_of(state["learner"]), replay
 
     @staticmethod
-    def _placed(leaves: Leaves, like: Params) -> Params:
+    def _on_devices(leaves: Leaves, like: Params) -> Params:
+        """Returns leaves as a tree like another one, on the same devices."""
         tree = jax.tree.unflatten(jax.tree.structure(like), leaves)
         return jax.tree.map(lambda x, old: jax.device_put(jnp.array(x), old.sharding), tree, like)

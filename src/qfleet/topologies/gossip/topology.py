@@ -1,17 +1,6 @@
-"""Decentralised by gossip: peers that train on their own, and now and then take the mean with another, on Ray.
+"""The gossip topology, seen by a run: the peers' progress as records, their mean as parameters and as checkpoints.
 
-Each peer is a whole run, fused or overlapped, in a process of its own: lanes, replay, learner. None waits for another.
-This process directs them in a thread of its own, and learns nothing. It asks each for chunks of half a period, up to
-two of them ahead, of which each brings a snapshot of the peer's parameters. Whoever has met nobody for a period of
-learner steps meets another at random: both move by half of the way that their snapshots were apart, at the beginning
-of the next chunk that they are asked for. Parameters go between them directly, by Ray's object store.
-
-A peer that dies, raises or falls silent is replaced: it learns on from what another has learned by now, and its replay
-from its share of the newest checkpoint. The others don't notice. What the run has learned is the mean over the peers:
-it is evaluated, and a checkpoint holds it, as any other topology's would; the replay is all of theirs.
-
-Source: Lian et al. 2018, arXiv 1710.06952. Deviations: what is averaged is stale by a chunk on both sides, and an
-optimiser with moments takes the steps between, each peer with its own.
+The package's docstring shows the data flow, and names the source.
 """
 
 import dataclasses
@@ -27,22 +16,22 @@ from qfleet.core.replay import SavedReplay, make_replay
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
-from qfleet.runtime.records import Progress, mean
-from qfleet.topologies.base import OwnLearner, StateIsLost
-from qfleet.topologies.fleet.replay_shard import join_shards
+from qfleet.runtime.records import Progress, make_progress, mean, sum_of, weighted_sum
+from qfleet.topologies.base import Layout, OwnLearner, StateIsLost
+from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
-from qfleet.topologies.footprint import Footprint
+from qfleet.topologies.footprint import Footprint, Part
 from qfleet.topologies.gossip.averaging import Leaves, consensus_distance, mean_of
 from qfleet.topologies.gossip.peer import peer_config
 from qfleet.topologies.mesh import leaves_of
 from qfleet.topologies.schedule import rows_per_iteration
 
 if TYPE_CHECKING:
-    from qfleet.topologies.gossip.director import GossipDirector, GossipTally
+    from qfleet.topologies.gossip.director import GossipDirector, GossipStats
 
 
 class Gossip(OnRay):
-    """Peers, each in a process of its own, and this one that directs them."""
+    """Equal peers, each a whole run in a process of its own, whose parameters are averaged in pairs."""
 
     _director: "GossipDirector"
 
@@ -53,23 +42,23 @@ class Gossip(OnRay):
         network: Network,
         make_run: Callable[[TrainConfig], OwnLearner],
     ) -> None:
-        """Checks the sizes; `start` does the work.
+        """Checks the sizes, and starts nothing: `start` does.
 
         Args:
-          config: of the run.
-          env: to learn.
-          network: as in all peers.
-          make_run: makes what a peer holds; a function of a module, for it goes to other processes by name.
+          config: config of the whole run.
+          env: environment to learn.
+          network: network of every peer.
+          make_run: makes the run inside a peer. It must be a module's function, because other processes import it.
 
         Raises:
-          ConfigError: if Ray isn't there, the sizes don't fit each other, or it has many seeds.
+          ConfigError: if Ray isn't installed, the sizes don't fit each other, or the config has more than one seed.
         """
         self._topology = config.topology_as(GossipConfig)
         super().__init__(config, env, network, self._topology.actor_pool)
-        from qfleet.topologies.gossip.director import GossipDirector  # here, for most needs no Ray
+        from qfleet.topologies.gossip.director import GossipDirector  # here, because it needs Ray
 
         self._own = peer_config(config, 0, is_in_graph=isinstance(env, InGraphEnv))
-        self._run_of_one = make_run(self._own)  # never started
+        self._run_of_one = make_run(self._own)  # never started; it knows the footprint
         self._director = GossipDirector(
             config,
             make_run,
@@ -78,23 +67,19 @@ class Gossip(OnRay):
             self._read_replay if self._has_replay else None,
             is_in_graph=isinstance(env, InGraphEnv),
         )
-        self._params: Leaves = []  # the newest mean that is known
+        self._params: Leaves = []  # newest mean over the peers that is known
 
     def footprint(self) -> Footprint:
-        """Returns what the peers keep in all, which on one machine is what the host must have."""
+        """Returns the memory of all peers together. On one machine, the host must have that much."""
         one, num_peers = self._run_of_one.footprint(), self._topology.num_processes
-        parts = tuple(
-            dataclasses.replace(part, total_bytes=total, bytes_per_device=total, axis=None)
-            for part in one.parts
-            for total in [part.total_bytes * num_peers]
-        )
+        parts = tuple(_multiplied(part, num_peers) for part in one.parts)
         return Footprint(axes={"data": 1, "model": 1}, devices=tuple(jax.local_devices()[:1]), parts=parts)
 
     def start(self) -> float:
-        """Starts all peers, alike, and returns the wall time until they are there, in seconds.
+        """Starts all peers with the same parameters, and returns the seconds until they are ready.
 
         Raises:
-          ConfigError: if the cluster isn't there, or has no room for them.
+          ConfigError: if there is no cluster, or it has no room for the peers.
         """
         seconds = super().start()
         learner = jax.jit(self._init)(np.uint32(self._config.seed))
@@ -103,50 +88,49 @@ class Gossip(OnRay):
         return seconds
 
     def advance(self, until_env_steps: int) -> Progress:
-        """Waits for half a second of training, or until so many environment steps have been taken.
+        """Waits for half a second of training, or until the run has taken `until_env_steps`.
 
         Raises:
           RunFailed: if a peer has failed too often.
         """
-        tally, before = self._director.resume(until_env_steps), self.learner_steps
-        self.env_steps, self.learner_steps = tally.end
-        return self._progress(tally, self.learner_steps - before)
+        stats, before = self._director.resume(until_env_steps), self.learner_steps
+        self.env_steps, self.learner_steps = stats.end
+        return self._progress(stats, self.learner_steps - before)
 
-    def _progress(self, tally: "GossipTally", new_learner_steps: int) -> Progress:
-        chunks = tally.progress
+    def _progress(self, stats: "GossipStats", new_learner_steps: int) -> Progress:
+        chunks = stats.progress
         num_updates = [chunk.new_learner_steps for chunk in chunks]
         num_episodes = [chunk.num_episodes for chunk in chunks]
-        return Progress(
+        return make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
-            train_seconds=tally.seconds,
-            new_env_steps=int(tally.peer_env_steps.sum()),
+            train_seconds=stats.seconds,
+            new_env_steps=int(stats.peer_env_steps.sum()),
             new_learner_steps=new_learner_steps,
-            num_episodes=sum(num_episodes),
-            episode_return_mean=_weighted([chunk.episode_return_mean for chunk in chunks], num_episodes),
-            episode_length_mean=_weighted([chunk.episode_length_mean for chunk in chunks], num_episodes),
-            q_mean=mean([chunk.q_mean for chunk in chunks]) or 0.0,
-            loss=_weighted([chunk.loss for chunk in chunks], num_updates),
-            td_error_mean=_weighted([chunk.td_error_mean for chunk in chunks], num_updates),
+            episode_return=weighted_sum([chunk.episode_return_mean for chunk in chunks], num_episodes),
+            episode_length=weighted_sum([chunk.episode_length_mean for chunk in chunks], num_episodes),
+            q_max=sum_of([chunk.q_mean for chunk in chunks]),
+            loss=weighted_sum([chunk.loss for chunk in chunks], num_updates),
+            td_error=weighted_sum([chunk.td_error_mean for chunk in chunks], num_updates),
             exploration=chunks[-1].exploration if chunks else 0.0,
-            staleness=mean([chunk.staleness for chunk in chunks]) or 0.0,
+            staleness=sum_of([chunk.staleness for chunk in chunks]),
             num_env_failures=sum(chunk.num_env_failures for chunk in chunks),
-            fleet=self._fleet_figures(tally),
+            fleet=self._fleet_figures(stats),
         )
 
-    def _fleet_figures(self, tally: "GossipTally") -> dict[str, float]:
-        rates = tally.peer_env_steps / tally.seconds
+    def _fleet_figures(self, stats: "GossipStats") -> dict[str, float]:
+        rates = stats.peer_env_steps / stats.seconds
         snapshots = self._director.snapshots()
         return {
             "consensus_distance": consensus_distance(snapshots) if snapshots else 0.0,
             "peer_env_steps_per_second_min": float(rates.min()),
             "peer_env_steps_per_second_median": float(np.median(rates)),
             "peer_env_steps_per_second_max": float(rates.max()),
-            "peers_there": self._director.num_ready_peers,
-            "meetings_per_second": tally.num_meetings / tally.seconds,
-            "mix_staleness_mean": mean(tally.staleness) or 0.0,
-            "mix_staleness_max": float(max(tally.staleness, default=0)),
-            "exchanged_bytes_per_second": tally.received_bytes / tally.seconds,
+            "peers_ready": self._director.num_ready_peers,
+            "exchanges_per_second": stats.num_exchanges / stats.seconds,
+            "averaging_staleness_mean": mean(stats.staleness) or 0.0,
+            "averaging_staleness_max": float(max(stats.staleness, default=0)),
+            "exchanged_bytes_per_second": stats.received_bytes / stats.seconds,
             "restarts": self._director.num_restarts,
         }
 
@@ -161,23 +145,23 @@ class Gossip(OnRay):
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out.
 
-        The learner is the mean over the peers, with the counters of the one that has taken the most steps.
+        The learner is the mean over the peers, with the counters of the peer that has taken the most learner steps.
 
         Raises:
-          StateIsLost: if no peer is there, or one was lost meanwhile, and has no place yet.
+          StateIsLost: if no peer is ready, or one was lost meanwhile and there is no room for its replacement.
         """
         self._director.quiesce()
         self.env_steps, self.learner_steps = self._director.env_steps, self._director.learner_steps
         learners, replay = self._gathered()
         if not learners:
-            raise StateIsLost("all peers are lost")
+            raise StateIsLost("no peer is ready: all of them are being replaced")
         furthest = max(range(len(learners)), key=lambda i: learners[i][0])
         leaves = mean_of([leaves for _, leaves in learners], furthest)
         state = {"learner": jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)}
         return state if replay is None else {**state, "replay": replay}
 
     def _gathered(self) -> tuple[list[tuple[int, Leaves]], SavedReplay | None]:
-        """Returns learner steps and learner of each peer that is there, and the replay of all."""
+        """Returns the learner steps and the learner of each peer that is ready, and the replay of all peers."""
         learners: list[tuple[int, Leaves]] = []
 
         def replays() -> Iterator[SavedReplay | None]:
@@ -194,7 +178,7 @@ class Gossip(OnRay):
         return learners, join_shards(own, self._pool)
 
     def _share_of_absent(self, number: int) -> SavedReplay:
-        """Returns what a peer keeps that is being replaced: what it will begin with."""
+        """Returns the replay that a peer that is being replaced will begin with."""
         if share := self._director.share_of_newest_checkpoint(number):
             return share
         replay = make_replay(self._stored_spec, self._own.agent, self._own.topology.num_envs)
@@ -203,7 +187,7 @@ class Gossip(OnRay):
 
     @property
     def counters(self) -> dict[str, int]:
-        """What `restore` needs beside `state`."""
+        """The counters that `restore` needs besides `state`."""
         return {
             "env_steps": self.env_steps,
             "learner_steps": self.learner_steps,
@@ -219,25 +203,26 @@ class Gossip(OnRay):
         return self._config.agent.replay == "prioritised"
 
     @property
-    def layout(self) -> str:
-        """What a checkpoint must have been saved by to hold the very arrays of this one."""
-        return f"gossip, {self._pool.num_actors} x {self._pool.lanes_per_actor} lanes"
+    def layout(self) -> Layout:
+        """The layout of the checkpoints that it saves."""
+        num_segments, num_lanes = self._pool.num_actors, self._pool.lanes_per_actor
+        return Layout(topology="gossip", num_segments=num_segments, lanes_per_segment=num_lanes)
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
-        """Goes on from a checkpoint; where it has no replay, from an empty one, after a new warm-up.
+        """Continues from a checkpoint. Without a replay in it, the peers begin with empty ones and warm up again.
 
-        All peers begin alike, in new episodes.
+        All peers begin with the same parameters, in new episodes.
         """
         super().restore(state, counters)
         self._params = leaves_of(state["learner"].params)
 
 
 def env_steps_per_chunk(config: TrainConfig, period_learner_steps: int) -> int:
-    """Returns how many environment steps a peer takes at once: whole iterations, of about half a period.
+    """Returns how many environment steps one chunk of a peer has: whole iterations, about half a period long.
 
     Args:
-      config: of the peer's own run.
-      period_learner_steps: after which it meets another.
+      config: config of the peer's own run.
+      period_learner_steps: learner steps after which a peer exchanges with another one.
     """
     agent = config.agent
     per_iteration = config.topology.num_envs * rows_per_iteration(agent)
@@ -249,8 +234,6 @@ def env_steps_per_chunk(config: TrainConfig, period_learner_steps: int) -> int:
     return per_iteration * max(1, math.ceil(period_learner_steps / 2 / learner_steps))
 
 
-def _weighted(values: list[float | None], weights: list[int]) -> float | None:
-    """Returns the mean of values by weights, None where there is no weight; a value of no weight may be None."""
-    if not (total := sum(weights)):
-        return None
-    return sum((value or 0.0) * weight for value, weight in zip(values, weights, strict=True)) / total
+def _multiplied(part: Part, num_peers: int) -> Part:
+    total = part.total_bytes * num_peers
+    return dataclasses.replace(part, total_bytes=total, bytes_per_device=total, axis=None)

@@ -1,8 +1,8 @@
-"""What a profiled run of `qfleet.topologies.overlapped` calls: the same work, cut into parts that can be timed.
+"""The programs of `qfleet.topologies.overlapped` in parts: the same work as in other runs, but each part is timed.
 
-Acting is one program as ever. Learning, else one program too, is one for each part, and the host goes from one to the
-next; what is learned is the same. Which learner step it is stays on the device, as it does in one program: to send it
-there each time would count as a transfer that no other run makes.
+Acting is one program, as in other runs. Learning, which is one program in other runs, is one program for each part
+here, and the host runs them in turn. What is learned is the same. The number of the learner step stays on the device,
+as in other runs: sending it there for each step would count as a transfer that no other run makes.
 """
 
 from collections.abc import Callable
@@ -24,20 +24,20 @@ from qfleet.topologies.overlapped.programs import HostRow, Programs
 
 
 def parts_of(config: AgentConfig) -> tuple[str, ...]:
-    """Returns the parts of a row's time.
+    """Returns the names of the parts that a row's time is divided into.
 
-    - environment: sending actions to the lanes and waiting for what comes of them.
+    - environment: sending actions to the lanes and waiting for the results.
     - transfer: copies from the host to the device and back.
-    - inference: the network's values of the lanes' observations, and the actions by them.
+    - inference: the network's values of the lanes' observations, and choosing actions by them.
     - replay: storing rows, drawing batches (with their frame stacks and n-step returns), setting priorities. Without
-      replay this is `returns` instead: lambda-returns of the rollout, and its cutting into minibatches.
-    - update: gradients and what they do to the parameters.
+      replay this part is `returns` instead: computing the rollout's lambda-returns and dividing it into minibatches.
+    - update: computing gradients and applying them to the parameters.
     """
     return ("environment", "transfer", "inference", "returns" if config.replay == "none" else "replay", "update")
 
 
 class TimedLanes(NamedTuple):
-    """Lanes whose steps count as environment."""
+    """Lanes whose steps are timed as part `environment`. Fields are the methods of `HostLanes`."""
 
     reset: Callable[[int], np.ndarray]
     send: Callable[[np.ndarray], None]
@@ -46,13 +46,19 @@ class TimedLanes(NamedTuple):
 
 
 def timed_lanes(lanes: HostLanes, stopwatch: Stopwatch) -> TimedLanes:
-    """Returns `lanes`, timed."""
+    """Returns `lanes`, with their steps timed."""
     timed = stopwatch.timed
     return TimedLanes(lanes.reset, timed("environment", lanes.send), timed("environment", lanes.recv), lanes.close)
 
 
 def timed_act(act: Callable[..., Any], stopwatch: Stopwatch, from_host: tuple[Any, ...]) -> Callable[..., Any]:
-    """Returns the compiled `Programs.act`, timed apart from the copies of what it takes from the host."""
+    """Returns the compiled `Programs.act`, timed separately from the copies of its arguments to the device.
+
+    Args:
+      act: the compiled program.
+      stopwatch: takes the times.
+      from_host: arguments of `act` from the fourth on, in the shapes that it is called with; they lie on the host.
+    """
     put, infer = _timed_put(stopwatch, from_host), stopwatch.timed("inference", act)
 
     def run(params: Any, view: Any, obs: Any, *from_host: Any) -> Any:
@@ -62,15 +68,29 @@ def timed_act(act: Callable[..., Any], stopwatch: Stopwatch, from_host: tuple[An
 
 
 def _timed_put(stopwatch: Stopwatch, like: Any) -> Callable[[Any], Any]:
-    """Returns a function that copies arguments of a program to the device, for arguments of the shapes of `like`.
+    """Returns a function that copies a program's arguments, in the shapes of `like`, to the device.
 
-    By a program that does nothing else, for that is how they come there in other runs: within a program's dispatch,
-    which takes a tenth of `jax.device_put`'s time for a handful of small arrays.
+    The copy is a program that does nothing else, because other runs copy arguments the same way: when a program is
+    dispatched, which takes a tenth of the time of `jax.device_put` for a few small arrays.
     """
     return stopwatch.timed("transfer", _compiled(lambda arguments: arguments, like))
 
 
-def timed_learn_with_replay(
+def timed_learn(
+    learner: Learner,
+    replay: Replay | None,
+    programs: Programs,
+    config: AgentConfig,
+    stopwatch: Stopwatch,
+    arguments: tuple[Any, ...],
+) -> Callable[..., tuple]:
+    """Returns `Programs.learn`, compiled in parts for arguments of these shapes, with each part timed."""
+    if replay is None:
+        return _timed_learn_without_replay(learner, programs, config, stopwatch, arguments)
+    return _timed_learn_with_replay(learner, replay, programs, config, stopwatch, arguments)
+
+
+def _timed_learn_with_replay(
     learner: Learner,
     replay: Replay,
     programs: Programs,
@@ -78,8 +98,6 @@ def timed_learn_with_replay(
     stopwatch: Stopwatch,
     arguments: tuple[Any, ...],
 ) -> Callable[..., tuple[LearnerState, ReplayState, Losses]]:
-    """Returns `Programs.learn` with replay, compiled in parts for arguments of these shapes, and timed."""
-
     def sample(state: ReplayState, key: Array, i: Array, importance_exponent: Array) -> tuple[Sample, Array]:
         return replay.sample(state, jax.random.fold_in(key, i), importance_exponent), i + 1
 
@@ -118,11 +136,9 @@ def timed_learn_with_replay(
     return learn
 
 
-def timed_learn_without_replay(
+def _timed_learn_without_replay(
     learner: Learner, programs: Programs, config: AgentConfig, stopwatch: Stopwatch, arguments: tuple[Any, ...]
 ) -> Callable[..., tuple[LearnerState, Losses]]:
-    """Returns `Programs.learn` without replay, compiled in parts for arguments of these shapes, and timed."""
-
     def cut(batch: Regression, keys: Array, i: Array) -> tuple[Regression, Array]:
         return minibatches(batch, keys[i], config.num_minibatches), i + 1
 

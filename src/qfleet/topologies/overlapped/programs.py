@@ -1,4 +1,4 @@
-"""The programs that `qfleet.topologies.overlapped` compiles: acting and learning as pure functions."""
+"""The pure functions that `qfleet.topologies.overlapped` compiles: acting, storing and learning."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from jax import Array
 from qfleet.config import AgentConfig
 from qfleet.core.agent import Agent
 from qfleet.core.frame_stack import push_frame
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, outcome_of, sealed_outcomes
 from qfleet.core.replicas import ALONE, Replicas
@@ -19,23 +20,23 @@ from qfleet.topologies.schedule import rows_per_iteration
 
 
 class HostRow(NamedTuple):
-    """What one step of all lanes produced, as the host saw it. `[lanes, ...]`, or `[rows, lanes, ...]` of a rollout."""
+    """One step of all lanes, as a program takes it: `[lanes, ...]`, or `[rows, lanes, ...]` for a rollout."""
 
     obs: Any
-    """`()` of a rollout, whose views come beside it."""
+    """`()` in a rollout, whose views are passed beside it."""
     action: Any
     reward: Any
     terminated: Any
     truncated: Any
     no_step: Any
-    """bool, the row holds a final observation, or its environment failed: its action led nowhere."""
+    """bool, the action led nowhere: the lane was at a final observation, or its environment failed."""
 
     def with_obs(self, obs: Array) -> Row:
-        """Returns the row as a replay stores it, with stored observations."""
+        """Returns the row as a replay stores it, with observations in their storage layout."""
         return Row(obs, self.action, self.reward, outcome_of(self.terminated, self.truncated, self.no_step))
 
 
-class Draws(NamedTuple):
+class RandomInputs(NamedTuple):
     """The random numbers of one iteration."""
 
     uniforms: Array
@@ -45,26 +46,27 @@ class Draws(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """Pure functions, compiled once each; `overlapped_profile` compiles `learn` in parts."""
+    """Pure functions. Each is compiled once, except that `profile` compiles the parts of `learn` instead of `learn`."""
 
     init: Callable[[Array], tuple[LearnerState, ReplayState | tuple[()], Array]]
     """`init(seed) -> learner, replay, key`."""
-    draw: Callable[[Array], tuple[Array, Draws]]
-    """`draw(key) -> key, draws`."""
+    draw: Callable[[Array], tuple[Array, RandomInputs]]
+    """`draw(key) -> key, inputs`."""
     act: Callable[[Params, Array, Array, Array, Array, Array], tuple[Array, Array, Array]]
     """`act(params, view, obs, is_first, exploration, uniform) -> view, action, q_max`: `view` is what the agent saw one
-    row before, `obs` the newest observations, and `is_first` says which of them start an episode."""
+    row before, `obs` holds the newest observations, and `is_first` says which of them start an episode."""
     learn: Callable[..., tuple]
     """With replay: `learn(learner, replay, row, key, importance_exponent, num_updates) -> learner, replay, losses`.
-    Without: `learn(learner, rows, views, q_max, next_obs, next_is_first, key) -> learner, losses`, of one rollout."""
+    Without replay: `learn(learner, rows, views, q_max, next_obs, next_is_first, key) -> learner, losses`, for one
+    rollout."""
     rollout_batch: Callable[..., Regression]
-    """`rollout_batch(params, rows, views, q_max, next_obs, next_is_first) -> batch`, of one rollout."""
+    """`rollout_batch(params, rows, views, q_max, next_obs, next_is_first) -> batch`, for one rollout."""
     insert: Callable[[ReplayState, HostRow], ReplayState]
-    """`insert(replay, row) -> replay`; where the row has no step, what led there is cut short."""
-    leaves: Callable[[ReplayState], Array | tuple[()]]
-    """`leaves(replay) -> priorities`, what `SavedReplay` holds of them."""
-    restore: Callable[[SavedReplay], ReplayState]
-    """`restore(saved) -> replay`."""
+    """`insert(replay, row) -> replay`; where the row has no step, the steps before it are cut short."""
+    replay_leaves: Callable[[ReplayState], Array | tuple[()]]
+    """`replay_leaves(replay) -> priorities`, in the form that `SavedReplay` holds."""
+    restore_replay: Callable[[SavedReplay], ReplayState]
+    """`restore_replay(saved) -> replay`."""
 
 
 def make_programs(
@@ -78,18 +80,19 @@ def make_programs(
 ) -> Programs:
     """Returns the programs of one learner and `num_lanes` lanes of `spec`'s environment.
 
-    With replicas, each runs them with its share of the lanes; but `draw` is for all.
+    With several replicas, each runs the programs on its share of the lanes, except `draw`, which draws for all lanes.
     """
 
     def init(seed: Array) -> tuple[LearnerState, ReplayState | tuple[()], Array]:
-        params_key, _, state_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
+        params_key, _, state_key = jax.random.split(key_of(seed, Stream.TRAINING), 3)
         return learner.init(agent.init(params_key)), replay.init() if replay else (), state_key
 
-    def draw(key: Array) -> tuple[Array, Draws]:
+    def draw(key: Array) -> tuple[Array, RandomInputs]:
         num_rows = rows_per_iteration(config)
-        key, _, explore_key, learn_key = jax.random.split(key, 4)  # the second is an in-graph environment's
+        # The second key is unused: in `fused`, which draws the same numbers, it is the environment's.
+        key, _, explore_key, learn_key = jax.random.split(key, 4)
         uniforms = jax.random.uniform(explore_key, (num_rows, num_lanes))
-        return key, Draws(uniforms, jax.random.split(learn_key, num_rows) if replay else learn_key)
+        return key, RandomInputs(uniforms, jax.random.split(learn_key, num_rows) if replay else learn_key)
 
     def act(
         params: Params, view: Array, obs: Array, is_first: Array, exploration: Array, uniform: Array
@@ -102,7 +105,28 @@ def make_programs(
         assert replay is not None
         return replay.insert(replay.seal(replay_state, row.no_step), row.with_obs(agent.to_storage_layout(row.obs)))
 
-    def learn_with_replay(
+    def replay_leaves(replay_state: ReplayState) -> Array | tuple[()]:
+        return replay.leaves(replay_state) if replay else ()
+
+    def restore_replay(saved: SavedReplay) -> ReplayState:
+        assert replay is not None
+        return replay.restore(saved)
+
+    rollout_batch = _make_rollout_batch(config, spec, agent)
+    learn = (
+        _make_learn_from_replay(learner, replay, insert, replicas)
+        if replay
+        else _make_learn_from_rollout(config, learner, rollout_batch, replicas)
+    )
+    return Programs(init, draw, act, learn, rollout_batch, insert, replay_leaves, restore_replay)
+
+
+def _make_learn_from_replay(
+    learner: Learner, replay: Replay, insert: Callable[[ReplayState, HostRow], ReplayState], replicas: Replicas
+) -> Callable[..., tuple[LearnerState, ReplayState, Losses]]:
+    """Returns `Programs.learn` for agents with a replay: store a row, then take the learner steps that are due."""
+
+    def learn(
         learner_state: LearnerState,
         replay_state: ReplayState,
         row: HostRow,
@@ -110,13 +134,37 @@ def make_programs(
         importance_exponent: Array,
         num_updates: Array,
     ) -> tuple[LearnerState, ReplayState, Losses]:
-        assert replay is not None
         state = (learner_state, insert(replay_state, row), no_losses())
         learner_state, replay_state, losses = learn_from_replay(
             learner, replay, state, key, importance_exponent, num_updates, replicas
         )
         return learner_state, replay_state, replicas.mean(losses)
 
+    return learn
+
+
+def _make_learn_from_rollout(
+    config: AgentConfig, learner: Learner, rollout_batch: Callable[..., Regression], replicas: Replicas
+) -> Callable[..., tuple[LearnerState, Losses]]:
+    """Returns `Programs.learn` for agents without a replay: some epochs of regression on one rollout's returns."""
+
+    def learn(
+        state: LearnerState,
+        rows: HostRow,
+        views: tuple[Array, ...],
+        q_max: tuple[Array, ...],
+        next_obs: Array,
+        next_is_first: Array,
+        key: Array,
+    ) -> tuple[LearnerState, Losses]:
+        batch = rollout_batch(state.params, rows, views, q_max, next_obs, next_is_first)
+        state, losses = learn_from_rollout(learner, state, batch, key, config, replicas)
+        return state, replicas.mean(losses)
+
+    return learn
+
+
+def _make_rollout_batch(config: AgentConfig, spec: EnvSpec, agent: Agent) -> Callable[..., Regression]:
     def rollout_batch(
         params: Params,
         rows: HostRow,
@@ -130,30 +178,9 @@ def make_programs(
         next_value = jnp.max(agent.q_values(params, next_view), axis=-1)
         return regression(_sealed(stored), jnp.stack(q_max), next_value, config)
 
-    def learn_without_replay(
-        state: LearnerState,
-        rows: HostRow,
-        views: tuple[Array, ...],
-        q_max: tuple[Array, ...],
-        next_obs: Array,
-        next_is_first: Array,
-        key: Array,
-    ) -> tuple[LearnerState, Losses]:
-        batch = rollout_batch(state.params, rows, views, q_max, next_obs, next_is_first)
-        state, losses = learn_from_rollout(learner, state, batch, key, config, replicas)
-        return state, replicas.mean(losses)
-
-    def leaves(replay_state: ReplayState) -> Array | tuple[()]:
-        return replay.leaves(replay_state) if replay else ()
-
-    def restore(saved: SavedReplay) -> ReplayState:
-        assert replay is not None
-        return replay.restore(saved)
-
-    learn = learn_with_replay if replay else learn_without_replay
-    return Programs(init, draw, act, learn, rollout_batch, insert, leaves, restore)
+    return rollout_batch
 
 
 def _sealed(rows: Row) -> Row:
-    """Returns a rollout in which no return reaches beyond a row without a step: what led there was cut short."""
+    """Returns a rollout in which no return reaches beyond a row without a step: the steps before it are cut short."""
     return rows._replace(outcome=sealed_outcomes(rows.outcome))

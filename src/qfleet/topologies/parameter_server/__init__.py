@@ -1,0 +1,64 @@
+"""The parameter server (Gorila): workers compute gradients, and a sharded server applies them. Processes on Ray.
+
+The way of a gradient, and of the parameters that it makes:
+
+      worker process                                             server shard process (one of several)
+      --------------                                             -------------------------------------
+      Worker.act                 acts in its lanes
+         | a chunk of steps
+      ReplayShard.insert         the worker's own replay, or a
+         | a batch               replay shard in its own process
+      Worker.compute_gradient
+         | one piece for each server shard
+         +------------------ transport: GRADIENT ------------->  ServerShard.apply_gradients
+                                                                    | a learner step on its piece
+         +<----------------- transport: PARAMETERS ------------  ServerShard returns PublishedParameters
+      Worker.pull
+         | acts and learns with them from now on
+
+The process that started the run coordinates the others, in a thread of its own. It never touches an array:
+
+- `director.ServerDirector` asks workers for chunks (at most two at a time each) and replaces workers that are lost.
+- `gradient_requests.GradientRequests` asks workers for gradients (one at a time each) and pushes them to the server.
+- `sharded_server.ShardedServer` sends learner steps to the shards, knows the newest parameters, takes snapshots, and
+  goes back to a snapshot when a shard is lost. Its decisions are in `step_queue` and `gradient_filter`.
+- `worker_pool.PooledWorker` is what the director knows of each worker.
+- `remote` has the calls from this process to workers and server shards, next to the methods that they call.
+
+What crosses the border between two processes, and how:
+
+| what | from | to | how |
+|---|---|---|---|
+| gradient, one piece per shard | worker | server shards | shared memory, or Ray's object store |
+| parameters, one piece per shard | server shards | workers | shared memory, or Ray's object store |
+| chunk | worker | replay shard | object store; only if the workers share a replay |
+| shares of a batch | replay shards | worker | object store; only if the workers share a replay |
+| TD errors | worker | replay shards | object store; only if the workers share a replay |
+| requests, losses, times | director | all, and back | arguments and results of Ray's calls |
+
+If all processes are on one machine, `transport` leases buffers in one `shared_memory.SharedRegion`. One process writes
+to a buffer, another reads it, and only the buffer's address goes through Ray. On a cluster, and whenever no buffer is
+free, the array goes through Ray's object store. The numbers are the same. A buffer is free again once nothing in the
+director refers to its `Lease`. The handle of a vector holds the lease, and the director drops a handle when all
+processes that read or write the vector have replied. It keeps the handle of the newest parameters until there are newer
+ones.
+
+Three rules follow from the way in which Ray runs calls:
+
+- A process does what it is asked for in order. Every learner step is sent to all shards at once, so all shards take the
+  same steps in the same order without any agreement between them. It is the order in which gradients arrive.
+- Parameters are passed on as references to what a learner step *will* return. A worker that is asked for a gradient now
+  waits inside Ray until the step is taken. It gets the newest parameters without a round trip to the director.
+- A worker has one request for a gradient at a time. Parameters that came with a second request would grow old while the
+  worker is busy with the first.
+
+A gradient is dropped if its parameters are too many steps old, or if its loss is far above the usual. A rate limiter
+keeps the replay ratio. A worker that dies, raises or falls silent is replaced, and its replay continues with what the
+newest checkpoint has of it. If a shard of the server is lost, all shards go back to their newest snapshot. Gradients
+of earlier parameters are then refused. `qfleet.core.sharded_learner` has the mathematics.
+
+If `gradients_per_learner_step` is the number of workers and `max_staleness` is 0, all workers are in step, and the
+parameters are those of one learner on the joined batch.
+
+Source: Nair et al. 2015, arXiv 1507.04296.
+"""

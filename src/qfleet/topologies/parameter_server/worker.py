@@ -1,8 +1,8 @@
-"""A worker of `qfleet.topologies.parameter_server`: acts, and computes gradients for the server."""
+"""A worker: it acts in environments, and computes gradients for the parameter server."""
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,177 +10,193 @@ import numpy as np
 from jax import Array
 
 from qfleet.config import ParameterServerConfig, TrainConfig
-from qfleet.core import sharded_learner as pieces
-from qfleet.core.agent import make_agent
-from qfleet.core.keys import key_of
-from qfleet.core.learner import LearnerState, UpdateInfo
+from qfleet.core.keys import Stream, key_of
+from qfleet.core.learner import UpdateInfo
 from qfleet.core.replay import ReplayState, SavedReplay
+from qfleet.core.sharded_learner import ShardedLearner
 from qfleet.core.types import Params, Transition
-from qfleet.envs.registry import make_env
-from qfleet.networks import make_network
-from qfleet.runtime.devices import reuse_freed_memory
-from qfleet.topologies.fleet.actor import Actor, Chunk, Report
-from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer, put_together
-from qfleet.topologies.parameter_server.server_shard import Division
-from qfleet.topologies.parameter_server.shared_memory import Place, Window
-
-_DRAWING = 6
-"""What a seed's random numbers are for; 0 to 5 are others'."""
+from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
+from qfleet.topologies.fleet.actor import Actor, Chunk, ChunkStats
+from qfleet.topologies.fleet.env_and_agent import make_env_and_agent
+from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer
+from qfleet.topologies.fleet.replay_shares import put_together
+from qfleet.topologies.parameter_server.shared_memory import Buffer, Piece, RegionMapping
 
 
-GradientRoom = list[Place] | None
-"""Where each piece of a gradient goes, in memory that is shared with the server; None to return them."""
-
-
-class Lesson(NamedTuple):
-    """What a worker tells of a gradient."""
+class UpdateResult(NamedTuple):
+    """The losses of a gradient."""
 
     loss: float
     td_error: float
     """Mean of the absolute values."""
     busy_seconds: float
-    """That it took."""
+    """Time that the gradient took."""
+
+
+class ActReply(NamedTuple):
+    """What a worker returns of a chunk."""
+
+    chunk_stats: ChunkStats
+    shard_stats: ShardStats | None
+    """Contents of the worker's own replay, which stores the chunk; None if the workers share one."""
+    chunk: Chunk | None
+    """The chunk, if the workers share a replay."""
+
+
+class GradientReply(NamedTuple):
+    """What a worker returns of a gradient."""
+
+    result: UpdateResult
+    pieces: list[np.ndarray]
+    """Each server shard's piece, `[piece]`; empty if the pieces were written to buffers."""
+    td_errors: list[np.ndarray]
+    """For each share of the batch, the TD errors of its transitions, `[num_draws]`; empty for a batch of the worker's
+    own replay, whose priorities are set already."""
 
 
 class Worker(Actor):
-    """Acts, keeps what it saw or passes it on, and computes gradients with the parameters that it was given."""
+    """Acts, stores what it saw or passes it on, and computes gradients with the parameters that it pulled last."""
 
     def __init__(self, config: TrainConfig, number: int, memory: str | None = None) -> None:
-        """Makes a worker that is still to `begin`.
+        """Makes a worker; call `begin` before anything else.
 
         Args:
-          config: of the run.
-          number: of the worker, from 0.
-          memory: that it shares with the server, if it does.
+          config: config of the run.
+          number: number of the worker, from 0.
+          memory: path of the memory that it shares with the server; None if there is none.
         """
-        super().__init__(config, number)
+        topology, built = config.topology_as(ParameterServerConfig), make_env_and_agent(config)
+        super().__init__(config, number, built)
         reuse_freed_memory()
-        self._window = Window(memory)
-        topology = config.topology_as(ParameterServerConfig)
-        self._store = None if topology.num_replay_shards else ReplayShard(config, number)
-        env = make_env(config.env, **config.env_options)
-        agent = make_agent(make_network(env.spec, config.agent), config.agent)
-        division = Division(agent, config.agent, topology.num_server_shards)
-        dtype = jnp.dtype(topology.gradient_dtype)
-
-        def pieces_of(params: Params, target: Params, batch: Transition) -> tuple[list[Array], UpdateInfo]:
-            state = LearnerState(params, target, (), jnp.int32(0))
-            gradient, info = division.learner.gradients(state, batch)
-            vector = pieces.to_vector(gradient).astype(dtype)
-            return [vector[start:end] for start, end in division.bounds], info
-
-        def learn(store: ReplayState, params: Params, target: Params, key: Array, exponent: Array) -> tuple:
-            assert self._store is not None
-            sample = self._store.replay.sample(store, key, exponent)
-            gradient, info = pieces_of(params, target, sample.transition)
-            store = self._store.replay.set_priorities(store, sample, info.td_error)
-            return store, gradient, _means(info)
-
-        def learn_from(params: Params, target: Params, batch: Transition) -> tuple:
-            gradient, info = pieces_of(params, target, batch)
-            return gradient, _means(info), info.td_error
-
-        self._learn = jax.jit(learn, donate_argnums=0)
-        self._learn_from = jax.jit(learn_from)
-        self._params_of = jax.jit(division.params_of)
+        self._mapping = RegionMapping(memory)
+        self._own_replay = None if topology.num_replay_shards else ReplayShard(config, number, built.stored_spec)
+        self._learner = ShardedLearner(built.agent, config.agent, topology.num_server_shards)
+        self._gradient_dtype = jnp.dtype(topology.gradient_dtype)
+        # The replay is donated: its priorities are set in place.
+        self._learn_from_own_replay = jax.jit(self._sample_and_learn, donate_argnums=0)
+        self._learn_from_batch = jax.jit(self._learn)
+        self._assemble_params = jax.jit(self._learner.assemble_params)
         self._key_of = jax.jit(key_of)
-        self._num_shards, self._seed, self._number = division.num_shards, config.seed, number
-        self._target: Params = None
+        self._seed, self._number = config.seed, number
+        self._target_params: Params = None
 
     def begin(self, incarnation: int) -> None:
-        """Starts the lanes' first episodes.
+        """Starts the first episodes of the lanes.
 
         Args:
-          incarnation: how many had its place before; their random numbers are not used again.
+          incarnation: number of workers that had this place before; their random numbers are not used again.
         """
         super().begin(incarnation)
         self._writer, self._num_gradients = Writer(incarnation, 0), 0
 
-    def pull(self, version: int, handed: tuple[np.ndarray | Place, ...]) -> None:
-        """Takes parameters to act and learn with from now on.
+    def pull(self, version: int, params: Sequence[Piece], target_params: Sequence[Piece] = ()) -> None:
+        """Takes the parameters with which to act and learn from now on.
 
         Args:
-          version: of them.
-          handed: all shards' pieces, `[piece]` float32 each, then those of the target network if that is another.
+          version: version of the parameters.
+          params: the pieces of all shards, `[piece]` float32 each; empty if the worker has this version already.
+          target_params: the same of the target network; empty if the worker has that already.
         """
-        if not handed:
+        if not params:
             return
-        vectors = tuple(map(self._window.get, handed))
-        self._params = self._params_of(vectors[: self._num_shards])
-        if len(vectors) > self._num_shards:
-            self._target = self._params_of(vectors[self._num_shards :])
-        jax.block_until_ready((self._params, self._target))  # after which others may write where the vectors are
+        arrays = [self._mapping.read(piece) for piece in params]
+        target_arrays = [self._mapping.read(piece) for piece in target_params]
+        self._params = self._assemble_params(arrays)
+        if target_arrays:
+            self._target_params = self._assemble_params(target_arrays)
+        # The leases of the buffers may end once this worker has replied, and others may then write to the buffers.
+        # The copies must therefore be complete before this method returns.
+        jax.block_until_ready((self._params, self._target_params))
         self._version = version
-        self._received_bytes += sum(vector.nbytes for vector in vectors)
+        self._received_bytes += sum(array.nbytes for array in (*arrays, *target_arrays))
 
-    def act(self, exploration: float) -> tuple[Report, ShardStats | None, Chunk | None]:
-        """Takes the steps of one chunk.
-
-        Returns:
-          What it tells; what its replay holds then, or the chunk, where the replay is shared.
-        """
-        report, chunk = self.collect(exploration)
-        if self._store is None:
-            return report, None, chunk
-        stock, _ = self._store.insert(0, self._writer, chunk)
+    def act(self, exploration: float) -> ActReply:
+        """Takes the steps of one chunk, and stores it if the worker has a replay of its own."""
+        chunk_stats, chunk = self.collect(exploration)
+        if self._own_replay is None:
+            return ActReply(chunk_stats, None, chunk)
+        shard_stats, _ = self._own_replay.insert(0, self._writer, chunk)
         self._writer = self._writer._replace(num_chunks=self._writer.num_chunks + 1)
-        return report, stock, None
+        return ActReply(chunk_stats, shard_stats, None)
 
-    def gradient(self, importance_exponent: float, room: GradientRoom = None) -> tuple[Any, ...]:
-        """Returns a lesson and each shard's piece of a gradient, `[piece]`, on a batch of its own replay.
+    # --- Gradients ---
+
+    def compute_gradient(self, importance_exponent: float, buffers: Sequence[Buffer] | None = None) -> GradientReply:
+        """Computes the gradient of a batch from the worker's own replay, and sets the priorities of that batch.
 
         Args:
-          importance_exponent: of the draw.
-          room: where the pieces go instead.
+          importance_exponent: exponent of the importance weights.
+          buffers: where to write each shard's piece; None to return the pieces.
         """
-        assert self._store is not None
+        assert self._own_replay is not None
         started = time.perf_counter()
-        numbers = (self._seed, _DRAWING, self._number, self._writer.incarnation, self._num_gradients % 2**32)
+        path = (self._seed, Stream.WORKER_BATCHES, self._number, self._writer.incarnation, self._num_gradients % 2**32)
         self._num_gradients += 1
-        key = self._key_of(*map(np.uint32, numbers))
-        self._store.state, gradient, means = self._learn(
-            self._store.state, self._params, self._target, key, np.float32(importance_exponent)
+        key = self._key_of(*(np.uint32(number) for number in path))
+        self._own_replay.state, pieces, losses = self._learn_from_own_replay(
+            self._own_replay.state, self._params, self._target_params, key, np.float32(importance_exponent)
         )
-        pieces = self._handed_out(gradient, room)
-        return self._lesson(started, means), *pieces
+        written = self._write_pieces(pieces, buffers)
+        return GradientReply(_update_result(started, losses), written, [])
 
-    def gradient_of(self, places: list[np.ndarray], parts: tuple[Transition, ...], room: GradientRoom = None) -> tuple:
-        """Returns a lesson, each shard's piece of a gradient, and each part's TD errors, of a batch that others drew.
+    def compute_gradient_of(
+        self, places: Sequence[np.ndarray], shares: Sequence[Transition], buffers: Sequence[Buffer] | None = None
+    ) -> GradientReply:
+        """Computes the gradient of a batch that the shards of a shared replay have drawn.
 
         Args:
-          places: for each part, where its transitions go in the batch, `[num_draws]`.
-          parts: transitions, `[num_draws, ...]`, NumPy arrays.
-          room: where the pieces go instead.
+          places: for each share of the batch, the places of its transitions in the batch, `[num_draws]`.
+          shares: the transitions of each share, `[num_draws, ...]`, NumPy arrays.
+          buffers: as in `compute_gradient`.
         """
         started = time.perf_counter()
-        gradient, means, td_error = self._learn_from(self._params, self._target, put_together(places, parts))
-        td_error, pieces = np.asarray(td_error), self._handed_out(gradient, room)
-        return self._lesson(started, means), *pieces, *(td_error[place] for place in places)
+        batch = put_together(list(places), tuple(shares))
+        pieces, losses, td_error = self._learn_from_batch(self._params, self._target_params, batch)
+        td_error, written = np.asarray(td_error), self._write_pieces(pieces, buffers)
+        return GradientReply(_update_result(started, losses), written, [td_error[place] for place in places])
 
-    def _handed_out(self, gradient: Sequence[Any], room: GradientRoom) -> list[np.ndarray]:
-        """Puts the pieces where there is room for them, or returns them."""
-        pieces = [np.asarray(piece) for piece in gradient]
-        if room is None:
-            return pieces
-        for piece, place in zip(pieces, room, strict=True):
-            self._window.put(piece, place)
+    def _sample_and_learn(
+        self, state: ReplayState, params: Params, target_params: Params, key: Array, importance_exponent: Array
+    ) -> tuple[ReplayState, list[Array], Array]:
+        """Returns the replay with new priorities, the pieces of a gradient, and its losses, `[2]`. To be compiled."""
+        assert self._own_replay is not None
+        sample = self._own_replay.replay.sample(state, key, importance_exponent)
+        pieces, info = self._learner.gradients(params, target_params, sample.transition, self._gradient_dtype)
+        state = self._own_replay.replay.set_priorities(state, sample, info.td_error)
+        return state, pieces, _losses(info)
+
+    def _learn(self, params: Params, target_params: Params, batch: Transition) -> tuple[list[Array], Array, Array]:
+        """Returns the pieces of a gradient, its losses, `[2]`, and its TD errors, `[batch]`. To be compiled."""
+        pieces, info = self._learner.gradients(params, target_params, batch, self._gradient_dtype)
+        return pieces, _losses(info), info.td_error
+
+    def _write_pieces(self, pieces: Sequence[Array], buffers: Sequence[Buffer] | None) -> list[np.ndarray]:
+        """Writes the pieces of a gradient to their buffers; returns the pieces if there are no buffers."""
+        arrays = [np.asarray(piece) for piece in pieces]
+        if buffers is None:
+            return arrays
+        for array, buffer in zip(arrays, buffers, strict=True):
+            self._mapping.write(array, buffer)
         return []
 
-    def _lesson(self, started: float, means: Array) -> Lesson:
-        loss, td_error = np.asarray(means)
-        return Lesson(float(loss), float(td_error), time.perf_counter() - started)
+    # --- The worker's own replay ---
 
     def snapshot(self) -> SavedReplay:
-        """Returns what its replay holds."""
-        assert self._store is not None
-        return self._store.snapshot()
+        """Returns the contents of the worker's own replay."""
+        assert self._own_replay is not None
+        return self._own_replay.snapshot()
 
     def restore(self, saved: SavedReplay) -> ShardStats:
-        """Has its replay go on from a snapshot, and returns what it holds then."""
-        assert self._store is not None
-        return self._store.restore(saved)
+        """Continues with the replay of a snapshot, and returns what it contains."""
+        assert self._own_replay is not None
+        return self._own_replay.restore(saved)
 
 
-def _means(info: UpdateInfo) -> Array:
-    """Returns loss and mean absolute TD error, `[2]`: each transfer has its price."""
+def _losses(info: UpdateInfo) -> Array:
+    """Returns loss and mean absolute TD error as one array, `[2]`: every transfer from the device costs time."""
     return jnp.stack([info.loss, jnp.mean(jnp.abs(info.td_error))])
+
+
+def _update_result(started: float, losses: Array) -> UpdateResult:
+    loss, td_error = np.asarray(losses)
+    return UpdateResult(float(loss), float(td_error), time.perf_counter() - started)

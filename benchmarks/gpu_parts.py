@@ -1,0 +1,271 @@
+"""What `gpu.py` measures through qfleet's public interface, and how it keeps to its time."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import xml.etree.ElementTree
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import common
+
+import qfleet
+
+Result = dict[str, Any]
+
+CARTPOLE, BREAKOUT, PONG = "CartPole-v1", "gymnax:Breakout-MinAtar", "ale:Pong"
+
+NEVER = 10**12
+"""Environment steps that no run takes."""
+
+NO_TIME: Result = {"skipped": "not enough time left"}
+
+
+class Sizes(NamedTuple):
+    """How large everything is that is measured."""
+
+    seconds: float
+    """Of each measurement, once all is compiled and warm."""
+    lanes: tuple[int, ...]
+    """Of environments written in JAX."""
+    pong_lanes: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    """Of the learner alone."""
+    frames: int
+    """In a replay of Atari's."""
+    network: Mapping[str, Any]
+    """Settings that replace the presets' own."""
+    breakout: Mapping[str, Any]
+    """Settings of the run that is to reach a return."""
+    pong: Mapping[str, Any]
+    """Settings of the run that takes the time that is left."""
+
+
+FULL = Sizes(
+    seconds=3.0,
+    lanes=(4_096, 65_536),
+    pong_lanes=(64, 256),
+    batch_sizes=(32, 256, 512, 2_048),
+    frames=1_000_000,
+    network={},
+    breakout={"stop_return": 60.0, "eval_period_env_steps": 250_000},
+    # The preset explores for a tenth of 50 million steps; this is a tenth of what it can take here.
+    pong={"exploration_env_steps": 300_000, "eval_period_env_steps": 250_000, "eval_episodes": 8},
+)
+TINY = Sizes(
+    seconds=0.1,
+    lanes=(8,),
+    pong_lanes=(2,),
+    batch_sizes=(4,),
+    frames=2_000,
+    network={"torso": "mlp", "hidden_sizes": (8,)},
+    breakout={"stop_return": 0.0, "num_envs": 8, "eval_period_env_steps": 1_024, "eval_episodes": 2},
+    pong={"num_envs": 2, "eval_period_env_steps": 64, "eval_episodes": 1, "env_steps": 64},
+)
+
+
+def device(sizes: Sizes, until: float) -> Iterator[Result]:
+    """Yields what this is measured with and on."""
+    import jax
+
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gymnax", "ale-py")
+    first = jax.devices()[0]
+    yield {
+        **{package: version_of(package) for package in packages},
+        "qfleet": version_of("qfleet"),
+        "python": platform.python_version(),
+        "cpu_cores": os.cpu_count(),
+        "platform": first.platform,
+        "device": first.device_kind,
+        "num_devices": len(jax.devices()),
+        "memory_gb": round((first.memory_stats() or {}).get("bytes_limit", 0) / 1e9, 1) or None,
+        "driver": driver_version(),
+    }
+
+
+def rollouts(sizes: Sizes, until: float) -> Iterator[Result]:
+    """Yields the speed of `pqn`, which has no replay."""
+    runs = [{"env": env, "preset": "pqn", "lanes": lanes} for lanes in sizes.lanes for env in (CARTPOLE, BREAKOUT)]
+    return in_turn(runs, functools.partial(speed, sizes), until)
+
+
+def replay(sizes: Sizes, until: float) -> Iterator[Result]:
+    """Yields the speed with a replay: prioritised, then uniform."""
+    order = [(preset, lanes) for preset in ("rainbow_lite", "double_dqn") for lanes in sizes.lanes]
+    runs = [{"env": env, "preset": preset, "lanes": lanes} for preset, lanes in order for env in (BREAKOUT, CARTPOLE)]
+    return in_turn(runs, functools.partial(speed, sizes), until)
+
+
+def pong(sizes: Sizes, until: float) -> Iterator[Result]:
+    """Yields the speed on Atari's Pong, and where the time goes: with a replay, then without."""
+    order = [("atari_dqn", False), ("atari_dqn", True), ("atari_pqn", False)]
+    runs = [
+        {"env": PONG, "preset": preset, "lanes": lanes, "profile": profile}
+        for preset, profile in order
+        for lanes in sizes.pong_lanes
+    ]
+    return in_turn(runs, functools.partial(speed, sizes), until)
+
+
+def tests(sizes: Sizes, until: float) -> Iterator[Result]:
+    """Yields how many of the tests marked `gpu` pass, in a process of their own."""
+    folder = common.HERE.parent / "tests"
+    files = [str(file) for file in sorted(folder.rglob("test_*.py")) if "@pytest.mark.gpu\n" in file.read_text()]
+    with tempfile.NamedTemporaryFile(suffix=".xml") as report:
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--junitxml", report.name, *files]
+        # Empty: all that there are, the CPU beside the GPU. Of that, this process holds three quarters already.
+        variables = os.environ | {"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        pipe, timeout = subprocess.PIPE, until - time.monotonic()
+        ran = subprocess.run(
+            command, cwd=folder.parent, env=variables, timeout=timeout, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+        print(ran.stdout)
+        if ran.returncode:
+            raise RuntimeError(ran.stdout[-2_000:])
+        suite = next(xml.etree.ElementTree.parse(report.name).iter("testsuite"))
+    yield {"tests": int(suite.attrib["tests"]), "skipped_tests": int(suite.attrib["skipped"])}
+
+
+def train_breakout(sizes: Sizes, until: float) -> Iterator[Result]:
+    """Yields how `pqn` comes to a return on MinAtar's Breakout, by the settings tuned on a CPU."""
+    return training(qfleet.make_config(BREAKOUT, "pqn", **sizes.network, **sizes.breakout), until)
+
+
+def train_pong(sizes: Sizes, until: float) -> Iterator[Result]:
+    """Yields what `atari_pqn` learns of Pong in the time that is left."""
+    return training(qfleet.make_config(PONG, "atari_pqn", **sizes.network, **sizes.pong), until)
+
+
+def in_turn(settings: Iterable[Result], measure: Callable[..., Result], until: float) -> Iterator[Result]:
+    """Yields each of the settings with what `measure(**settings, until=until)` adds.
+
+    A failure is the result of that one alone. One for which there isn't half the time left that the longest before has
+    taken is skipped: that was the first, as a rule, and has warmed things up for the others.
+    """
+    longest = 0.0
+    for each in settings:
+        started = time.monotonic()
+        if started + longest / 2 > until:
+            yield each | NO_TIME
+            continue
+        try:
+            result = measure(**each, until=until)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        yield each | result
+        longest = max(longest, time.monotonic() - started)
+
+
+def speed(
+    sizes: Sizes, env: str, preset: str, lanes: int, *, until: float, profile: bool | None = None
+) -> dict[str, Any]:
+    """Returns steps/s of a run, with `profile` by the parts of its time too, and the seconds it took to compile.
+
+    Timed from the second record on after the first learner step: until then chunks find out how long they should be.
+    """
+    config = config_for(sizes, env, preset, lanes, profile)
+    num_learned, env_steps, learner_steps, seconds = 0, 0, 0, 0.0
+    with common.scratch() as folder:
+        run = qfleet.iterate(dataclasses.replace(config, run_dir=str(Path(folder) / "run")))
+        for progress in run:
+            if num_learned >= 2:
+                env_steps += progress.new_env_steps
+                learner_steps += progress.new_learner_steps
+                seconds += progress.train_seconds
+            num_learned += progress.new_learner_steps > 0
+            if seconds >= sizes.seconds or time.monotonic() > until:
+                break
+    if not seconds:
+        return NO_TIME
+    return {
+        "env_steps_per_second": round(env_steps / seconds),
+        "learner_steps_per_second": round(learner_steps / seconds, 1),
+        "timed_seconds": round(seconds, 1),
+        "compile_seconds": round(run.summary["compile_seconds"], 1),
+        **{part: round(share, 3) for part, share in (run.summary["time_shares"] or {}).items()},
+    }
+
+
+def config_for(sizes: Sizes, env: str, preset: str, lanes: int, profile: bool | None) -> qfleet.TrainConfig:
+    """Returns a preset in so many lanes, each transition learned from as often as in the preset's own number."""
+    settings = dict(sizes.network) | ({} if profile is None else {"profile": profile})
+    agent = qfleet.make_config(env, preset).agent
+    if agent.replay != "none":
+        batch_size = 4 * lanes
+        settings |= {
+            "batch_size": batch_size,
+            "env_steps_per_learner_step": batch_size / agent.replay_ratio,
+            "replay_capacity": sizes.frames if env == PONG else 64 * lanes,
+            "warmup_env_steps": 8 * lanes,
+        }
+    return qfleet.make_config(
+        env,
+        preset,
+        num_envs=lanes,
+        env_steps=NEVER,
+        eval_period_env_steps=NEVER,
+        checkpoint_replay=False,
+        checkpoint_period_seconds=NEVER,
+        **settings,
+    )
+
+
+def training(config: qfleet.TrainConfig, until: float) -> Iterator[Result]:
+    """Yields a run's evaluations, and at its end the best of them, how far it came and how fast.
+
+    It ends where there may not be the time for another chunk, which may include an evaluation.
+    """
+    best, longest, started, before = None, 0.0, time.monotonic(), math.inf
+    with common.scratch() as folder:
+        run = qfleet.iterate(dataclasses.replace(config, run_dir=str(Path(folder) / "run")))
+        for progress in run:
+            now = time.monotonic()
+            longest, before = max(longest, now - before), now
+            if progress.eval_return_mean is not None:
+                best = max(progress.eval_return_mean, best or progress.eval_return_mean)
+                yield {
+                    "env_steps": progress.env_steps,
+                    "seconds": round(now - started, 1),
+                    "eval_return_mean": round(progress.eval_return_mean, 2),
+                }
+            if now + 1.5 * longest > until:
+                break
+    yield {
+        "env": config.env,
+        "preset": config.preset,
+        "wanted_return": config.stop_return,
+        "stopped": run.summary["stopped"],
+        "best_eval_return": best,
+        "env_steps": run.summary["env_steps"],
+        "seconds": round(time.monotonic() - started, 1),
+        "compile_seconds": round(run.summary["compile_seconds"], 1),
+        "env_steps_per_second": round(run.summary["env_steps_per_second"] or 0),
+    }
+
+
+def version_of(package: str) -> str | None:
+    """Returns the version that is installed, None if it isn't."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver_version() -> str | None:
+    """Returns the version of NVIDIA's driver, if there is one."""
+    if not (command := shutil.which("nvidia-smi")):
+        return None
+    query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    output = subprocess.run(query, stdout=subprocess.PIPE, text=True).stdout
+    return output.splitlines()[0] if output else None

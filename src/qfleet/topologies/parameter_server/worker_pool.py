@@ -1,0 +1,102 @@
+"""The workers, as the director knows them: the parameters that each has been sent, and the replay that each keeps."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+
+from qfleet.config import ActorPool
+from qfleet.core.replay import SavedReplay
+from qfleet.topologies.fleet.actors_director import PooledActor
+from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats
+from qfleet.topologies.fleet.replay_shares import share_of
+from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
+from qfleet.topologies.parameter_server.remote import Pull
+from qfleet.topologies.parameter_server.sharded_server import NewestParameters
+from qfleet.topologies.parameter_server.transport import VectorHandle
+
+logger = logging.getLogger("qfleet")
+
+
+@dataclasses.dataclass
+class PooledWorker(PooledActor):
+    """What the director knows of a worker."""
+
+    is_learning: bool = False
+    """Whether it was asked for a gradient that has not arrived yet."""
+    version: int = -1
+    """Version of the parameters that it was sent last."""
+    target_version: int = -1
+    """The same of the target network."""
+    stats: ShardStats = EMPTY_SHARD
+    """Contents of its own replay."""
+
+    def pull(self, newest: NewestParameters) -> tuple[Pull, list[VectorHandle]]:
+        """Returns what the worker must pull to have the newest parameters, and the handles of these vectors.
+
+        From now on the worker counts as having them. The caller keeps the handles until the worker has replied, since
+        the worker may read the vectors until then.
+        """
+        request, handles = Pull(newest.version), []
+        if self.version != newest.version:
+            request, handles = request._replace(params=newest.params.pieces), [newest.params]
+            if self.target_version != newest.target_version:
+                request = request._replace(target_params=newest.target_params.pieces)
+                handles.append(newest.target_params)
+        self.version, self.target_version = newest.version, newest.target_version
+        return request, handles
+
+    def pull_all_again(self) -> None:
+        """Has the next `pull` include everything, because the worker may not have got what it was sent."""
+        self.version = self.target_version = -1
+
+
+class WorkerReplays:
+    """The replays that workers keep for themselves. For the director's thread."""
+
+    def __init__(self, workers: list[PooledWorker], pool: ActorPool, supervisor: Supervisor) -> None:
+        """Manages the replays of these workers.
+
+        Args:
+          workers: the workers. More of them may be added to the list later.
+          pool: their number and their lanes.
+          supervisor: supervisor of the workers.
+        """
+        self._workers, self._pool, self._supervisor = workers, pool, supervisor
+
+    @property
+    def processes(self) -> list[RemoteProcess]:
+        """The processes that keep the replays."""
+        return [worker.process for worker in self._workers]
+
+    @property
+    def num_transitions(self) -> int:
+        """Transitions in all of them."""
+        return sum(worker.stats.num_transitions for worker in self._workers)
+
+    def give(self, i: int, saved: SavedReplay) -> int:
+        """Has a worker continue with its lanes of a saved replay, and returns how many transitions they hold."""
+        worker, own = self._workers[i], share_of(saved, self._pool, i)
+
+        def restored(stats: ShardStats) -> None:
+            worker.stats = stats
+
+        self._supervisor.submit(worker.process, "restore", own, on_reply=restored)
+        return int(np.sum(np.asarray(own.leaves) > 0))
+
+    def refill(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> None:
+        """Has a worker that was replaced continue with its lanes of the newest checkpoint.
+
+        Args:
+          i: number of the worker.
+          newest: replay and counters of that checkpoint; None if there is none, and the worker begins with nothing.
+        """
+        worker, num_lost = self._workers[i], self._workers[i].stats.num_transitions
+        worker.stats = EMPTY_SHARD
+        num_found, source = 0, "there is no checkpoint that has them"
+        if newest:
+            saved, counters = newest
+            num_found = self.give(i, saved)
+            source = f"from the checkpoint at environment step {counters['env_steps']}"
+        logger.warning("%s held %d transitions; %d are back: %s", worker.process.name, num_lost, num_found, source)
