@@ -6,7 +6,8 @@ flow, and `topologies.fleet` for what all topologies on Ray share.
 | topology | who acts | who stores | who computes gradients | who applies them |
 |---|---|---|---|---|
 | fused | topologies.acting.act | core.replay.ring.insert_row | core.learner.update | core.learner.update |
-| overlapped | runtime.host_acting.HostActing | core.replay.ring.insert_row | core.learner.update | core.learner.update |
+| overlapped | runtime.host_acting.HostActing | core.replay.ring.insert_row | core.learner.update | \
+core.learner.update |
 | all_reduce | training.peer.run_peer | core.replay.ring.insert_row | core.learner.update | core.replicas.Replicas |
 | gossip | topologies.gossip.peer.GossipPeer | core.replay.ring.insert_row | core.learner.update | core.learner.update |
 | actor_learner | topologies.fleet.actor.Actor | topologies.fleet.replay_shard.ReplayShard | \

@@ -99,6 +99,15 @@ def draw_pairs(
     return pairs
 
 
+def begin_exchange(first: PeerRecord, second: PeerRecord) -> None:
+    """Has two peers exchange: each takes its averaging step at the start of its next chunk."""
+    assert first.snapshot is not None and second.snapshot is not None
+    first.exchange = Exchange(first.snapshot, second.snapshot.reference)
+    second.exchange = Exchange(second.snapshot, first.snapshot.reference)
+    for peer in (first, second):
+        peer.is_averaging, peer.exchanged_at = True, peer.learner_steps
+
+
 def choose_donor(peers: Sequence[PeerRecord], random: np.random.Generator) -> PeerRecord | None:
     """Returns the peer whose learner a new peer copies: one at random of those that have trained, None without any."""
     donors = [peer for peer in peers if peer.snapshot is not None]

@@ -23,9 +23,9 @@ from qfleet.topologies.fleet.replay_shares import share_of
 from qfleet.topologies.fleet.supervisor import ON_CPU, ONE_CPU, RemoteProcess, default_resources
 from qfleet.topologies.gossip.averaging import Leaves, split_evenly
 from qfleet.topologies.gossip.decisions import (
-    Exchange,
     PeerRecord,
     Snapshot,
+    begin_exchange,
     choose_donor,
     chunks_to_request,
     draw_pairs,
@@ -100,6 +100,9 @@ class GossipDirector(Director[GossipStats]):
         self._num_chunk_requests = 0
         """Chunks requested so far, of all peers."""
         self._initial: InitialState | None = None
+        has_replay = config.agent.replay != "none"
+        self._replay_capacity = config.agent.replay_capacity // topology.num_processes if has_replay else 0
+        """Capacity of one peer's replay, in environment steps; 0 without a replay."""
 
     # --- For other threads ---
 
@@ -171,7 +174,7 @@ class GossipDirector(Director[GossipStats]):
         self._request_chunks()
 
     def _start_processes(self) -> None:
-        resources, environment = self._needs_of_one_peer()
+        resources, environment = _needs_of_one_peer(self._topology)
         for i in range(self._topology.num_processes):
             arguments = (peer_config(self._config, i, is_in_graph=self._is_in_graph), self._make_run)
             on_lost = functools.partial(self._on_lost, i)
@@ -179,14 +182,6 @@ class GossipDirector(Director[GossipStats]):
             self._processes.append(self._supervisor.add(process))
             self._peers.append(PeerRecord(i))
             self._prepare(self._peers[i])
-
-    def _needs_of_one_peer(self) -> tuple[Mapping[str, float], Mapping[str, str]]:
-        """Returns a peer's resources on Ray, and its environment variables."""
-        num_peers, num_devices = self._topology.num_processes, self._topology.devices_per_process
-        resources = default_resources(num_peers * num_devices)
-        if "GPU" in resources:
-            return {**resources, "GPU": num_devices}, {}
-        return resources, ON_CPU if num_peers > 1 else {"JAX_PLATFORMS": "cpu"}
 
     # --- Peers that come and go ---
 
@@ -224,8 +219,7 @@ class GossipDirector(Director[GossipStats]):
         replay = self._replay_for(peer)
         num_held = 0 if replay is None else num_steps(replay)
         num_lost = max(0, min(peer.env_steps - peer.replay_starts_at, self._replay_capacity) - num_held)
-        # The warm-up counts only the steps that the replay holds: the loss of a batch from an empty replay is not a
-        # number.
+        # The warm-up counts only the steps that the replay holds: the loss of a batch from an empty one is not a number.
         peer.replay_starts_at = max(0, peer.env_steps - num_held)
         start = StartingPoint(peer.env_steps, peer.learner_steps, peer.replay_starts_at)
         peer.stage, peer.exchanged_at = "beginning", peer.learner_steps
@@ -249,10 +243,7 @@ class GossipDirector(Director[GossipStats]):
         )
 
     def _learner_for(self, peer: PeerRecord, donor: PeerRecord | None) -> tuple[Any, str]:
-        """Returns the learner that a peer begins with, and in words where it comes from.
-
-        The learner is the leaves of a `LearnerState`, or a reference to them.
-        """
+        """Returns the leaves of the learner that a peer begins with, or a reference to them, and their source in words."""
         if donor is not None:
             process = self._processes[donor.number]
             _, learner = self._supervisor.submit(process, "learner", num_returns=2)
@@ -271,22 +262,12 @@ class GossipDirector(Director[GossipStats]):
         has_failed = self._processes[peer.number].failed_at
         return self.share_of_newest_checkpoint(peer.number) if has_failed else None
 
-    @property
-    def _replay_capacity(self) -> int:
-        """Capacity of one peer's replay, in environment steps; 0 without a replay."""
-        agent = self._config.agent
-        return 0 if agent.replay == "none" else agent.replay_capacity // self._topology.num_processes
-
     # --- Exchanges and chunks ---
 
     def _start_exchanges(self) -> None:
         """Decides which pairs exchange. Each side takes its averaging step at the start of its next chunk."""
         for pair in draw_pairs(self._peers, self._topology.gossip_period_learner_steps, self._random):
-            first, second = (peer.snapshot for peer in pair)
-            assert first is not None and second is not None
-            pair[0].exchange, pair[1].exchange = Exchange(first, second.reference), Exchange(second, first.reference)
-            for peer in pair:
-                peer.is_averaging, peer.exchanged_at = True, peer.learner_steps
+            begin_exchange(*pair)
             self._stats.num_exchanges += 1
 
     def _request_chunks(self) -> None:
@@ -330,6 +311,15 @@ class GossipDirector(Director[GossipStats]):
         stats.received_bytes += chunk.received_bytes
         if chunk.staleness is not None:
             stats.staleness.append(chunk.staleness)
+
+
+def _needs_of_one_peer(topology: GossipConfig) -> tuple[Mapping[str, float], Mapping[str, str]]:
+    """Returns a peer's resources on Ray, and its environment variables."""
+    num_peers, num_devices = topology.num_processes, topology.devices_per_process
+    resources = default_resources(num_peers * num_devices)
+    if "GPU" in resources:
+        return {**resources, "GPU": num_devices}, {}
+    return resources, ON_CPU if num_peers > 1 else {"JAX_PLATFORMS": "cpu"}
 
 
 def num_steps(replay: SavedReplay) -> int:
