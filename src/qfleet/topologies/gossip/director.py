@@ -219,7 +219,7 @@ class GossipDirector(Director[GossipStats]):
         replay = self._replay_for(peer)
         num_held = 0 if replay is None else num_steps(replay)
         num_lost = max(0, min(peer.env_steps - peer.replay_starts_at, self._replay_capacity) - num_held)
-        # The warm-up counts only the steps that the replay holds: the loss of a batch from an empty one is not a number.
+        # The warm-up counts only the steps that the replay holds: the loss of a batch from an empty one is NaN.
         peer.replay_starts_at = max(0, peer.env_steps - num_held)
         start = StartingPoint(peer.env_steps, peer.learner_steps, peer.replay_starts_at)
         peer.stage, peer.exchanged_at = "beginning", peer.learner_steps
@@ -243,7 +243,7 @@ class GossipDirector(Director[GossipStats]):
         )
 
     def _learner_for(self, peer: PeerRecord, donor: PeerRecord | None) -> tuple[Any, str]:
-        """Returns the leaves of the learner that a peer begins with, or a reference to them, and their source in words."""
+        """Returns leaves of the learner that a peer begins with, or a reference to them, and in words their source."""
         if donor is not None:
             process = self._processes[donor.number]
             _, learner = self._supervisor.submit(process, "learner", num_returns=2)
