@@ -78,8 +78,8 @@ class GlobalLearner:
 
         specs = self._placement.partition_learner(jax.eval_shape(init, np.uint32(0)))
         batches = PartitionSpec(None, DATA_AXIS)
-        self._learn = self._placement.jit(learn, (specs, batches), (specs, REPLICATED, batches), donate_argnums=(0,))
-        self._state = self._placement.jit(init, (REPLICATED,), specs)(np.uint32(config.seed))
+        self._learn_on_mesh = self._placement.jit(learn, (specs, batches), (specs, REPLICATED, batches), donate_argnums=(0,))
+        self._learner_state = self._placement.jit(init, (REPLICATED,), specs)(np.uint32(config.seed))
         self._learner_steps = 0
 
     def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[UpdateResult, list[np.ndarray]]:
@@ -96,7 +96,7 @@ class GlobalLearner:
         started = time.perf_counter()
         shape = (self._num_batches, self._config.batch_size)
         batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), put_together(places, parts))
-        self._state, losses, td_error = self._learn(self._state, batches)
+        self._learner_state, losses, td_error = self._learn_on_mesh(self._learner_state, batches)
         self._learner_steps += self._num_batches
         losses, td_error = jax.device_get((losses, td_error))
         flat = td_error.reshape(-1)
@@ -106,16 +106,16 @@ class GlobalLearner:
 
     def params(self) -> tuple[int, list[np.ndarray]]:
         """Returns the learner steps taken so far, and the parameters, in the order of `jax.tree.leaves`."""
-        return self._learner_steps, leaves_of(self._state.params)
+        return self._learner_steps, leaves_of(self._learner_state.params)
 
     def state(self) -> tuple[int, list[np.ndarray]]:
         """Returns the learner steps taken so far, and the leaves of the learner's state, as `jax.tree.leaves` does."""
-        return self._learner_steps, leaves_of(self._state)
+        return self._learner_steps, leaves_of(self._learner_state)
 
     def restore(self, learner_steps: int, leaves: list[np.ndarray]) -> None:
         """Goes on from what `state` returned."""
-        state = jax.tree.unflatten(jax.tree.structure(self._state), leaves)
-        self._state = jax.tree.map(lambda x, old: jax.device_put(jnp.array(x), old.sharding), state, self._state)
+        state = jax.tree.unflatten(jax.tree.structure(self._learner_state), leaves)
+        self._learner_state = jax.tree.map(lambda x, old: jax.device_put(jnp.array(x), old.sharding), state, self._learner_state)
         self._learner_steps = learner_steps
 
 

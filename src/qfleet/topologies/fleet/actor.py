@@ -105,7 +105,7 @@ class Actor:
 
         self._errors = jax.jit(errors)
         self._padding_rows = padding_rows(n_step, pool.lanes_per_actor)
-        self._version = -1
+        self._params_version = -1
         self._params: Params = None
         self._received_bytes = 0
 
@@ -122,12 +122,12 @@ class Actor:
     @property
     def version(self) -> int:
         """Version of its parameters; -1 before it has any."""
-        return self._version
+        return self._params_version
 
     def receive(self, version: int, leaves: list[np.ndarray]) -> None:
         """Takes the parameters to act with from now on, in the order of `jax.tree.leaves`."""
         self._params = jax.tree.unflatten(self._structure, [jnp.asarray(leaf) for leaf in leaves])
-        self._version = version
+        self._params_version = version
         self._received_bytes += sum(leaf.nbytes for leaf in leaves)
 
     def collect(self, exploration: float) -> tuple[ChunkStats, Chunk]:
@@ -194,12 +194,12 @@ class _InGraphLanes:
             scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (step_keys, uniforms))
             return (scanned[0], key), scanned[1]
 
-        self._take = jax.jit(take, donate_argnums=1)
+        self._take_jitted = jax.jit(take, donate_argnums=1)
         self._state = jax.jit(init)(key_of(*numbers))
 
     def take(self, params: Params, exploration: np.float32) -> _Steps:
         """Takes the steps of one chunk."""
-        self._state, (rows, stats, q_taken) = self._take(params, self._state, exploration)
+        self._state, (rows, stats, q_taken) = self._take_jitted(params, self._state, exploration)
         stats = jax.device_get(stats)
         if np.any(stats.is_bad):
             row, lane = np.argwhere(stats.is_bad)[0]

@@ -68,10 +68,10 @@ class ReplayShard:
         self.state: ReplayState = jax.jit(self.replay.init)()
         self._samples: collections.OrderedDict[int, list[Sample]] = collections.OrderedDict()
         self._num_shards = pool.num_shards
-        self._insert = jax.jit(self._insert_rows, donate_argnums=0)
+        self._insert_jitted = jax.jit(self._insert_rows, donate_argnums=0)
         self._cut = jax.jit(self.replay.cut, donate_argnums=0)
         self._draw = jax.jit(self._draw_share, static_argnums=5)
-        self._set_priorities = jax.jit(self.replay.set_priorities, donate_argnums=0)
+        self._set_priorities_jitted = jax.jit(self.replay.set_priorities, donate_argnums=0)
         self._totals = jax.jit(lambda state: (priorities.total(state.tree), state.num_transitions[0]))
 
     def insert(self, segment: int, writer: Writer, chunk: Chunk) -> tuple[ShardStats, bool]:
@@ -91,7 +91,7 @@ class ReplayShard:
         if is_new:
             if writer != last:  # another incarnation, or chunks are missing in between
                 self.state = self._cut(self.state, np.int32(segment))
-            self.state = self._insert(self.state, chunk, np.int32(segment))
+            self.state = self._insert_jitted(self.state, chunk, np.int32(segment))
             self._writers[segment] = writer._replace(num_chunks=writer.num_chunks + 1)
         return self.stats(started), is_new
 
@@ -145,7 +145,7 @@ class ReplayShard:
             errors = np.zeros(size, np.float32)  # also for surplus draws, whose priorities don't change
             own = td_error[first : first + size]
             errors[: len(own)] = own
-            self.state = self._set_priorities(self.state, sample, errors)
+            self.state = self._set_priorities_jitted(self.state, sample, errors)
             first += size
         return self.stats(started)
 

@@ -67,7 +67,7 @@ class Gossip(OnRay):
             self._read_replay if self._has_replay else None,
             is_in_graph=isinstance(env, InGraphEnv),
         )
-        self._params: Leaves = []  # newest mean over the peers that is known
+        self._mean_params: Leaves = []  # newest mean over the peers that is known
 
     def footprint(self) -> Footprint:
         """Returns the memory of all peers together. On one machine, the host must have that much."""
@@ -83,7 +83,7 @@ class Gossip(OnRay):
         """
         seconds = super().start()
         learner = jax.jit(self._init)(np.uint32(self._config.seed))
-        self._params = leaves_of(learner.params)
+        self._mean_params = leaves_of(learner.params)
         self._director.begin_with(leaves_of(learner), None)
         return seconds
 
@@ -138,8 +138,8 @@ class Gossip(OnRay):
     def params(self) -> Params:
         """The mean of the peers' newest parameters."""
         if snapshots := self._director.snapshots():
-            self._params = mean_of(snapshots)
-        return jax.tree.unflatten(jax.tree.structure(self._shapes.params), self._params)
+            self._mean_params = mean_of(snapshots)
+        return jax.tree.unflatten(jax.tree.structure(self._shapes.params), self._mean_params)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class Gossip(OnRay):
         All peers begin with the same parameters, in new episodes.
         """
         super().restore(state, counters)
-        self._params = leaves_of(state["learner"].params)
+        self._mean_params = leaves_of(state["learner"].params)
 
 
 def env_steps_per_chunk(config: TrainConfig, period_learner_steps: int) -> int:

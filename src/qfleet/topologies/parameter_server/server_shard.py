@@ -90,7 +90,7 @@ class ServerShard:
         self._to_vector = jax.jit(to_vector)
         self._init = jax.jit(functools.partial(learner.init_shard, shard=number))
         self._seed = np.uint32(config.seed)
-        self._state: LearnerState = self._init(self._seed)
+        self._learner_state: LearnerState = self._init(self._seed)
         self._averages: tuple[Array, ...] = ()
         self._target_updates = TargetUpdateTracker(config.agent.target_update_period)
 
@@ -110,7 +110,7 @@ class ServerShard:
         """
         started = time.perf_counter()
         for of_one_step in self._by_step(gradients):
-            self._state = self._step(self._state, of_one_step)
+            self._learner_state = self._step(self._learner_state, of_one_step)
         return self._publish_steps(started, len(gradients) // self._gradients_per_step, buffers)
 
     def average_gradients(self, gradients: Sequence[Piece]) -> SquaredNorms:
@@ -141,7 +141,7 @@ class ServerShard:
         """
         started = time.perf_counter()
         for average, squares in zip(self._averages, zip(*squared_norms, strict=True), strict=True):
-            self._state = self._apply(self._state, average, np.float32(sum(squares)))
+            self._learner_state = self._apply(self._learner_state, average, np.float32(sum(squares)))
         return self._publish_steps(started, len(self._averages), buffers)
 
     def _by_step(self, gradients: Iterable[Piece]) -> Iterator[tuple[np.ndarray, ...]]:
@@ -154,13 +154,13 @@ class ServerShard:
 
     def publish(self) -> PublishedParameters:
         """Publishes the parameters and those of the target network, as they are."""
-        return PublishedParameters(0.0, self._copy(self._state.params), self._copy(self._state.target_params))
+        return PublishedParameters(0.0, self._copy(self._learner_state.params), self._copy(self._learner_state.target_params))
 
     def _publish_steps(
         self, started: float, num_learner_steps: int, buffers: ParameterBuffers | None
     ) -> PublishedParameters:
-        params = self._state.params
-        target = self._state.target_params if self._target_updates.advance(num_learner_steps) else None
+        params = self._learner_state.params
+        target = self._learner_state.target_params if self._target_updates.advance(num_learner_steps) else None
         if buffers is None:
             copies = self._copy(params), None if target is None else self._copy(target)
             return PublishedParameters(time.perf_counter() - started, *copies)
@@ -180,7 +180,7 @@ class ServerShard:
     def state(self) -> ShardState:
         """Returns a copy of all that the shard must keep."""
         started = time.perf_counter()
-        leaves = [np.array(leaf) for leaf in jax.device_get(jax.tree.leaves(self._state))]
+        leaves = [np.array(leaf) for leaf in jax.device_get(jax.tree.leaves(self._learner_state))]
         return ShardState(time.perf_counter() - started, leaves)
 
     def restore(self, leaves: StateLeaves) -> None:
@@ -192,4 +192,4 @@ class ServerShard:
         self._replace_state(self._init(self._seed))
 
     def _replace_state(self, state: LearnerState) -> None:
-        self._state, self._target_updates.age = state, int(state.target_age)
+        self._learner_state, self._target_updates.age = state, int(state.target_age)

@@ -96,7 +96,7 @@ class ShardedServer:
         self._clips = config.agent.max_gradient_norm is not None
         self.processes: list[RemoteProcess] = []
         self._queue: StepQueue[VectorHandle] = StepQueue(self._topology, config.agent.target_update_period)
-        self._newest: NewestParameters | None = None
+        self._published: NewestParameters | None = None
         self._in_flight: _StepsInFlight | None = None
         self._is_snapshot_requested = False
         self._snapshot: _Snapshot | None = None
@@ -164,12 +164,12 @@ class ShardedServer:
             )
             for process, request in zip(self.processes, self._requests(batch.gradients, buffers), strict=True)
         ]  # fmt: skip
-        if self._newest is None:  # the server has gone back, and `ensure_published` will ask for the parameters
+        if self._published is None:  # the server has gone back, and `ensure_published` will ask for the parameters
             return
         params, target_params = published_vectors(replies, buffers, leases)
-        self._newest = self._newest._replace(version=batch.version, params=params)
+        self._published = self._published._replace(version=batch.version, params=params)
         if target_params is not None:
-            self._newest = self._newest._replace(target_version=batch.version, target_params=target_params)
+            self._published = self._published._replace(target_version=batch.version, target_params=target_params)
 
     def _requests(self, gradients: Sequence[VectorHandle], buffers: Sequence[Any]) -> list[Any]:
         """Returns what each shard is asked for, to apply these gradients."""
@@ -215,21 +215,21 @@ class ShardedServer:
 
     def ensure_published(self) -> None:
         """Asks the shards for their parameters if there are none to pull: at the start, and after a loss."""
-        if self._newest is None:
+        if self._published is None:
             published = [remote.submit_publish(self._supervisor, process) for process in self.processes]
             params, target_params = (VectorHandle(pieces, None, pieces) for pieces in zip(*published, strict=True))
-            self._newest = NewestParameters(self.version, params, self.version, target_params)
+            self._published = NewestParameters(self.version, params, self.version, target_params)
 
     @property
     def newest(self) -> NewestParameters:
         """The newest parameters, after `ensure_published`. The shards may still be computing them."""
-        assert self._newest is not None
-        return self._newest
+        assert self._published is not None
+        return self._published
 
     def note_failed_pull(self, handles: Sequence[VectorHandle]) -> None:
         """Has the parameters published again if a worker could not pull them because they are lost."""
         if any(map(has_failed, references_of(handles))):
-            self._newest = None
+            self._published = None
 
     # --- State ---
 
@@ -258,7 +258,7 @@ class ShardedServer:
 
     def go_back(self, cause: str) -> None:
         """Has all shards continue from the newest state that is available of all of them."""
-        before, self._newest = self.learner_steps, None
+        before, self._published = self.learner_steps, None
         num_dropped = self._queue.disown()
         source = self._restore_newest_state()
         self._events.went_back(num_dropped)

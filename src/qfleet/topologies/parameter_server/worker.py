@@ -107,7 +107,7 @@ class Worker(Actor):
         # The leases of the buffers may end once this worker has replied, and others may then write to the buffers.
         # The copies must therefore be complete before this method returns.
         jax.block_until_ready((self._params, self._target_params))
-        self._version = version
+        self._params_version = version
         self._received_bytes += sum(array.nbytes for array in (*arrays, *target_arrays))
 
     def act(self, exploration: float) -> ActReply:
