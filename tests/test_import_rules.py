@@ -160,7 +160,7 @@ def test_those_who_do_the_work_on_ray_are_found() -> None:
         (3, "qfleet.training.run", "ray"),
         (4, "qfleet.topologies.parameter_server.worker", "qfleet.topologies.parameter_server.director.ServerDirector"),
         (4, "qfleet.topologies.gossip.peer", "qfleet.topologies.fleet.supervisor.Supervisor"),
-        (4, "qfleet.topologies.actor_learner.remote", "qfleet.topologies.actor_learner.director.FleetDirector"),
+        (4, "qfleet.topologies.actor_learner.remote", "qfleet.topologies.actor_learner.director.ActorLearnerDirector"),
         (5, "qfleet.envs.gymnasium", "qfleet.config.AgentConfig"),
         (5, "qfleet.envs.host", "qfleet.config.topologies.FusedConfig"),
     ],

@@ -1,4 +1,9 @@
-"""Coordinates the actors, the shards of the replay and the learner. See `qfleet.topologies.actor_learner`."""
+"""The director of actor-learner: it coordinates the actors, the shards of the replay, and the learner.
+
+This file asks actors for chunks and the learner for rounds, and hands on references to what they return. The base class
+`fleet/actors_director.py` decides whose turn it is, and `fleet/sharded_replay.py` is the director's view of the replay.
+Methods that it submits by name are those of the classes in `remote`.
+"""
 
 import functools
 import logging
@@ -25,7 +30,7 @@ from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, 
 logger = logging.getLogger("qfleet")
 
 
-class FleetStats(PoolStats):
+class ActorLearnerStats(PoolStats):
     """What happened in the fleet since the last record."""
 
     def __init__(self, num_actors: int) -> None:
@@ -55,7 +60,7 @@ class _Chunk(NamedTuple):
     """Learner steps between the parameters that acted and the newest, when the chunk arrived."""
 
 
-class FleetDirector(ActorsDirector[FleetStats, PooledActor]):
+class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
     """Coordinates the actors, the shards of the replay, and the learner."""
 
     _needs_in_words = "the learner, all shards of the replay and an actor"
@@ -122,8 +127,8 @@ class FleetDirector(ActorsDirector[FleetStats, PooledActor]):
         for process in self._replay.processes:
             yield self._answer_of(process, "snapshot", gives_up=True)
 
-    def _new_stats(self) -> FleetStats:
-        return FleetStats(self._topology.num_actors)
+    def _new_stats(self) -> ActorLearnerStats:
+        return ActorLearnerStats(self._topology.num_actors)
 
     def _resources(self) -> list[Mapping[str, float]]:
         topology = self._topology

@@ -78,7 +78,7 @@ class GlobalLearner:
 
         specs = self._placement.partition_learner(jax.eval_shape(init, np.uint32(0)))
         batches = PartitionSpec(None, DATA_AXIS)
-        self._learn_on_mesh = self._placement.jit(learn, (specs, batches), (specs, REPLICATED, batches), donate_argnums=(0,))
+        self._round = self._placement.jit(learn, (specs, batches), (specs, REPLICATED, batches), donate_argnums=(0,))
         self._learner_state = self._placement.jit(init, (REPLICATED,), specs)(np.uint32(config.seed))
         self._learner_steps = 0
 
@@ -96,7 +96,7 @@ class GlobalLearner:
         started = time.perf_counter()
         shape = (self._num_batches, self._config.batch_size)
         batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), put_together(places, parts))
-        self._learner_state, losses, td_error = self._learn_on_mesh(self._learner_state, batches)
+        self._learner_state, losses, td_error = self._round(self._learner_state, batches)
         self._learner_steps += self._num_batches
         losses, td_error = jax.device_get((losses, td_error))
         flat = td_error.reshape(-1)
@@ -115,7 +115,9 @@ class GlobalLearner:
     def restore(self, learner_steps: int, leaves: list[np.ndarray]) -> None:
         """Goes on from what `state` returned."""
         state = jax.tree.unflatten(jax.tree.structure(self._learner_state), leaves)
-        self._learner_state = jax.tree.map(lambda x, old: jax.device_put(jnp.array(x), old.sharding), state, self._learner_state)
+        self._learner_state = jax.tree.map(
+            lambda x, old: jax.device_put(jnp.array(x), old.sharding), state, self._learner_state
+        )
         self._learner_steps = learner_steps
 
 

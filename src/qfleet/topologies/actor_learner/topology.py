@@ -16,13 +16,13 @@ from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 
 if TYPE_CHECKING:
-    from qfleet.topologies.actor_learner.director import FleetDirector, FleetStats
+    from qfleet.topologies.actor_learner.director import ActorLearnerDirector, ActorLearnerStats
 
 
 class ActorLearner(OnRay):
     """Actors, the shards of a replay and a learner, each in a process of its own; this process coordinates them."""
 
-    _director: "FleetDirector"
+    _director: "ActorLearnerDirector"
 
     def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network) -> None:
         """Checks the sizes; `start` starts the processes.
@@ -32,10 +32,10 @@ class ActorLearner(OnRay):
         """
         self._topology = config.topology_as(ActorLearnerConfig)
         super().__init__(config, env, network, self._topology.actor_pool)
-        from qfleet.topologies.actor_learner.director import FleetDirector  # here, because most runs need no Ray
+        from qfleet.topologies.actor_learner.director import ActorLearnerDirector  # here, because most runs need no Ray
 
         self._epsilons = [self._topology.epsilon(i) for i in range(self._topology.num_actors)]
-        self._director = FleetDirector(
+        self._director = ActorLearnerDirector(
             config, batches_per_round(config, env.spec), self._read_learner, self._read_replay
         )
 
@@ -50,7 +50,7 @@ class ActorLearner(OnRay):
         check_loss(stats.loss, self.learner_steps, self._config.agent)
         return self._progress(stats)
 
-    def _progress(self, stats: "FleetStats") -> Progress:
+    def _progress(self, stats: "ActorLearnerStats") -> Progress:
         return make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
@@ -68,7 +68,7 @@ class ActorLearner(OnRay):
             fleet=self._fleet_figures(stats),
         )
 
-    def _fleet_figures(self, stats: "FleetStats") -> dict[str, float]:
+    def _fleet_figures(self, stats: "ActorLearnerStats") -> dict[str, float]:
         topology, director, seconds = self._topology, self._director, stats.seconds
         rates = stats.actor_env_steps / seconds
         num_processes = {"actors": topology.num_actors, "shards": topology.num_replay_shards, "learner": 1}

@@ -206,7 +206,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
 
     def _ask_for_chunk(self, i: int, writer: Writer) -> None:
         worker = self._actors[i]
-        pull, handles = worker.pull(self._server.newest)
+        pull, handles = worker.next_pull(self._server.newest)
 
         # `lost` keeps the handles of the parameters until the worker has replied, because it may read them until then.
         def ended() -> None:

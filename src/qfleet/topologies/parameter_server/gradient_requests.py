@@ -91,7 +91,7 @@ class GradientRequests:
                 return False
         worker.is_learning = True
         self._on_request(worker)
-        pull, handles = worker.pull(self._server.newest)
+        pull, handles = worker.next_pull(self._server.newest)
         lease = self._transport.lease()
         request = GradientRequest(pull, exponent, self._transport.gradient_buffers(lease))
         if drawn is not None:

@@ -154,7 +154,9 @@ class ServerShard:
 
     def publish(self) -> PublishedParameters:
         """Publishes the parameters and those of the target network, as they are."""
-        return PublishedParameters(0.0, self._copy(self._learner_state.params), self._copy(self._learner_state.target_params))
+        return PublishedParameters(
+            0.0, self._copy(self._learner_state.params), self._copy(self._learner_state.target_params)
+        )
 
     def _publish_steps(
         self, started: float, num_learner_steps: int, buffers: ParameterBuffers | None

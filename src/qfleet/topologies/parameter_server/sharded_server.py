@@ -166,6 +166,7 @@ class ShardedServer:
         ]  # fmt: skip
         if self._published is None:  # the server has gone back, and `ensure_published` will ask for the parameters
             return
+        # References to what the shards *will* return: a worker that pulls them now waits inside Ray for the step.
         params, target_params = published_vectors(replies, buffers, leases)
         self._published = self._published._replace(version=batch.version, params=params)
         if target_params is not None:

@@ -73,8 +73,8 @@ class Worker(Actor):
         self._learner = ShardedLearner(built.agent, config.agent, topology.num_server_shards)
         self._gradient_dtype = jnp.dtype(topology.gradient_dtype)
         # The replay is donated: its priorities are set in place.
-        self._learn_from_own_replay = jax.jit(self._sample_and_learn, donate_argnums=0)
-        self._learn_from_batch = jax.jit(self._learn)
+        self._gradient_of_own_replay = jax.jit(self._sample_and_differentiate, donate_argnums=0)
+        self._gradient_of_batch = jax.jit(self._differentiate)
         self._assemble_params = jax.jit(self._learner.assemble_params)
         self._key_of = jax.jit(key_of)
         self._seed, self._number = config.seed, number
@@ -133,7 +133,7 @@ class Worker(Actor):
         path = (self._seed, Stream.WORKER_BATCHES, self._number, self._writer.incarnation, self._num_gradients % 2**32)
         self._num_gradients += 1
         key = self._key_of(*(np.uint32(number) for number in path))
-        self._own_replay.state, pieces, losses = self._learn_from_own_replay(
+        self._own_replay.state, pieces, losses = self._gradient_of_own_replay(
             self._own_replay.state, self._params, self._target_params, key, np.float32(importance_exponent)
         )
         written = self._write_pieces(pieces, buffers)
@@ -151,11 +151,11 @@ class Worker(Actor):
         """
         started = time.perf_counter()
         batch = put_together(list(places), tuple(shares))
-        pieces, losses, td_error = self._learn_from_batch(self._params, self._target_params, batch)
+        pieces, losses, td_error = self._gradient_of_batch(self._params, self._target_params, batch)
         td_error, written = np.asarray(td_error), self._write_pieces(pieces, buffers)
         return GradientReply(_update_result(started, losses), written, [td_error[place] for place in places])
 
-    def _sample_and_learn(
+    def _sample_and_differentiate(
         self, state: ReplayState, params: Params, target_params: Params, key: Array, importance_exponent: Array
     ) -> tuple[ReplayState, list[Array], Array]:
         """Returns the replay with new priorities, the pieces of a gradient, and its losses, `[2]`. To be compiled."""
@@ -165,7 +165,9 @@ class Worker(Actor):
         state = self._own_replay.replay.set_priorities(state, sample, info.td_error)
         return state, pieces, _losses(info)
 
-    def _learn(self, params: Params, target_params: Params, batch: Transition) -> tuple[list[Array], Array, Array]:
+    def _differentiate(
+        self, params: Params, target_params: Params, batch: Transition
+    ) -> tuple[list[Array], Array, Array]:
         """Returns the pieces of a gradient, its losses, `[2]`, and its TD errors, `[batch]`. To be compiled."""
         pieces, info = self._learner.gradients(params, target_params, batch, self._gradient_dtype)
         return pieces, _losses(info), info.td_error

@@ -32,7 +32,7 @@ class PooledWorker(PooledActor):
     stats: ShardStats = EMPTY_SHARD
     """Contents of its own replay."""
 
-    def pull(self, newest: NewestParameters) -> tuple[Pull, list[VectorHandle]]:
+    def next_pull(self, newest: NewestParameters) -> tuple[Pull, list[VectorHandle]]:
         """Returns what the worker must pull to have the newest parameters, and the handles of these vectors.
 
         From now on the worker counts as having them. The caller keeps the handles until the worker has replied, since
@@ -48,7 +48,7 @@ class PooledWorker(PooledActor):
         return request, handles
 
     def pull_all_again(self) -> None:
-        """Has the next `pull` include everything, because the worker may not have got what it was sent."""
+        """Has `next_pull` include everything, because the worker may not have got what it was sent."""
         self.version = self.target_version = -1
 
 
