@@ -28,7 +28,7 @@ from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.replay_shard import ShardStats
 from qfleet.topologies.parameter_server import director as director_module
 from qfleet.topologies.parameter_server.remote import RemoteWorker
-from qfleet.topologies.parameter_server.worker import ActReply, GradientReply, UpdateResult
+from qfleet.topologies.parameter_server.worker import ActReply, GradientReply, GradientStats
 
 CHUNK = ChunkStats([], [], 0.0, 0, 0.0, 0)
 
@@ -49,7 +49,7 @@ class StubWorker(RemoteWorker):
 
     def compute_gradient(self, importance_exponent: float, buffers: Any = None) -> GradientReply:
         """Returns a gradient that took no time except that of writing it to its buffers."""
-        return GradientReply(UpdateResult(1.0, 1.0, 0.0), self._write_pieces(self._pieces, buffers), [])
+        return GradientReply(GradientStats(1.0, 1.0, 0.0), self._write_pieces(self._pieces, buffers), [])
 
     def pull(self, version: int, params: Any, target_params: Any = ()) -> None:
         """Notes how many seconds it takes until the parameters can be used."""

@@ -5,7 +5,9 @@
     who draws                ReplayShard.sample, shared out by deal            fleet/replay_shard.py, replay_shares.py
     who computes gradients   GlobalLearner.learn                               learner.py
     who applies them         GlobalLearner.learn, in the same compiled step    learner.py
-    who coordinates          ActorLearnerDirector, in a thread of the run's process   director.py
+    who fetches parameters   RemoteActor.fetch_and_collect, from               remote.py
+                             what GlobalLearner.params returned                learner.py
+    who coordinates          ActorLearnerDirector, in a thread of the run      director.py
     who checks and records   ActorLearner, in the run's process                topology.py
 
 Each actor, each shard and the learner is a process of its own (`remote.py`). Every arrow crosses a process border:

@@ -36,6 +36,10 @@ What crosses the border between two processes, and how:
 | TD errors | worker | replay shards | object store; only if the workers share a replay |
 | requests, losses, times | director | all, and back | arguments and results of Ray's calls |
 
+If the agent clips gradients and the server has several shards, each shard needs the norm of the whole gradient. A step
+then takes two calls: `ServerShard.average_gradients`, which returns the square of its piece's norm, and
+`ServerShard.apply_averages`, which gets the squares of all shards.
+
 If all processes are on one machine, `transport` leases buffers in one `shared_memory.SharedRegion`. One process writes
 to a buffer, another reads it, and only the buffer's address goes through Ray. On a cluster, and whenever no buffer is
 free, the array goes through Ray's object store. The numbers are the same. A buffer is free again once nothing in the

@@ -29,7 +29,7 @@ from qfleet.topologies.parameter_server.remote import ActRequest, RemoteReplaySh
 from qfleet.topologies.parameter_server.sharded_server import ServerEvents, ShardedServer
 from qfleet.topologies.parameter_server.step_queue import Admission
 from qfleet.topologies.parameter_server.transport import Transport
-from qfleet.topologies.parameter_server.worker import UpdateResult
+from qfleet.topologies.parameter_server.worker import GradientStats
 from qfleet.topologies.parameter_server.worker_pool import PooledWorker, WorkerReplays
 
 
@@ -44,7 +44,7 @@ class ServerStats(PoolStats):
         self.num_gradients = {"applied": 0, "stale": 0, "outlier": 0}
         self.pushed_bytes = 0
 
-    def count_gradient(self, result: UpdateResult, num_bytes: int, admission: Admission) -> None:
+    def count_gradient(self, result: GradientStats, num_bytes: int, admission: Admission) -> None:
         """Counts a gradient that has arrived. Those that are applied count once their step is sent."""
         self.pushed_bytes += num_bytes
         if admission.decision == "applied":
@@ -241,7 +241,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         num_due_steps = self.rate_limiter.due(self.env_steps) - self.learner_steps
         self._gradient_requests.issue([self._actors[i] for i in self._in_turn()], num_due_steps, self.env_steps)
 
-    def _gradient_arrived(self, result: UpdateResult, admission: Admission) -> None:
+    def _gradient_arrived(self, result: GradientStats, admission: Admission) -> None:
         self._note_busy("workers", result.busy_seconds)
         self._stats.count_gradient(result, self._gradient_bytes, admission)
 

@@ -13,7 +13,7 @@ from qfleet.topologies.parameter_server.remote import GradientReferences, Gradie
 from qfleet.topologies.parameter_server.sharded_server import ShardedServer
 from qfleet.topologies.parameter_server.step_queue import Admission
 from qfleet.topologies.parameter_server.transport import Transport, VectorHandle
-from qfleet.topologies.parameter_server.worker import UpdateResult
+from qfleet.topologies.parameter_server.worker import GradientStats
 from qfleet.topologies.parameter_server.worker_pool import PooledWorker
 
 
@@ -34,7 +34,7 @@ class GradientRequests:
         replay: ShardedReplay | None,
         *,
         on_request: Callable[[PooledWorker], None],
-        on_gradient: Callable[[UpdateResult, Admission], None],
+        on_gradient: Callable[[GradientStats, Admission], None],
     ) -> None:
         """Has asked for nothing yet.
 
@@ -99,7 +99,7 @@ class GradientRequests:
 
         # `dropped` keeps the handles of the parameters, and `replied` the lease of the gradient's buffers, until the
         # worker has replied or is gone: until then it may read or write there.
-        def replied(result: UpdateResult, references: GradientReferences) -> None:
+        def replied(result: GradientStats, references: GradientReferences) -> None:
             worker.is_learning = False
             pieces = tuple(request.buffers) if request.buffers else references.pieces
             gradient = VectorHandle(pieces, lease, references.pieces)

@@ -21,7 +21,7 @@ from qfleet.topologies.fleet.supervisor import InRemoteProcess, RemoteProcess, S
 from qfleet.topologies.parameter_server.server_shard import PublishedParameters, ServerShard
 from qfleet.topologies.parameter_server.shared_memory import Buffer, ParameterBuffers
 from qfleet.topologies.parameter_server.transport import VectorHandle, references_of
-from qfleet.topologies.parameter_server.worker import UpdateResult, Worker
+from qfleet.topologies.parameter_server.worker import GradientStats, Worker
 
 R = TypeVar("R")
 
@@ -188,7 +188,7 @@ def submit_gradient(
     handles: Sequence[VectorHandle],
     num_shards: int,
     *,
-    on_reply: Callable[[UpdateResult, GradientReferences], None],
+    on_reply: Callable[[GradientStats, GradientReferences], None],
     on_dropped: Callable[[], None],
 ) -> None:
     """Asks a worker for a gradient; `on_reply` gets its losses and references to its arrays.
@@ -197,7 +197,7 @@ def submit_gradient(
     """
     num_pieces = 0 if request.buffers else num_shards
 
-    def replied(result: UpdateResult, *references: Any) -> None:
+    def replied(result: GradientStats, *references: Any) -> None:
         on_reply(result, GradientReferences(references[:num_pieces], references[num_pieces:]))
 
     _submit(

@@ -23,7 +23,7 @@ from qfleet.topologies.fleet.replay_shares import put_together
 from qfleet.topologies.parameter_server.shared_memory import Buffer, Piece, RegionMapping
 
 
-class UpdateResult(NamedTuple):
+class GradientStats(NamedTuple):
     """The losses of a gradient."""
 
     loss: float
@@ -46,7 +46,7 @@ class ActReply(NamedTuple):
 class GradientReply(NamedTuple):
     """What a worker returns of a gradient."""
 
-    result: UpdateResult
+    result: GradientStats
     pieces: list[np.ndarray]
     """Each server shard's piece, `[piece]`; empty if the pieces were written to buffers."""
     td_errors: list[np.ndarray]
@@ -137,7 +137,7 @@ class Worker(Actor):
             self._own_replay.state, self._params, self._target_params, key, np.float32(importance_exponent)
         )
         written = self._write_pieces(pieces, buffers)
-        return GradientReply(_update_result(started, losses), written, [])
+        return GradientReply(_gradient_stats(started, losses), written, [])
 
     def compute_gradient_of(
         self, places: Sequence[np.ndarray], shares: Sequence[Transition], buffers: Sequence[Buffer] | None = None
@@ -153,7 +153,7 @@ class Worker(Actor):
         batch = put_together(list(places), tuple(shares))
         pieces, losses, td_error = self._gradient_of_batch(self._params, self._target_params, batch)
         td_error, written = np.asarray(td_error), self._write_pieces(pieces, buffers)
-        return GradientReply(_update_result(started, losses), written, [td_error[place] for place in places])
+        return GradientReply(_gradient_stats(started, losses), written, [td_error[place] for place in places])
 
     def _sample_and_differentiate(
         self, state: ReplayState, params: Params, target_params: Params, key: Array, importance_exponent: Array
@@ -199,6 +199,6 @@ def _losses(info: UpdateInfo) -> Array:
     return jnp.stack([info.loss, jnp.mean(jnp.abs(info.td_error))])
 
 
-def _update_result(started: float, losses: Array) -> UpdateResult:
+def _gradient_stats(started: float, losses: Array) -> GradientStats:
     loss, td_error = np.asarray(losses)
-    return UpdateResult(float(loss), float(td_error), time.perf_counter() - started)
+    return GradientStats(float(loss), float(td_error), time.perf_counter() - started)
