@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument(
-        "--lanes", type=int, default=1, help="lanes of each actor; several are stepped by a process each"
+        "--lanes", type=int, default=1, help="lanes of each actor; if several, each is stepped by its own process"
     )
     parser.add_argument("--ratio", type=float, default=16.0, help="environment steps for each learner step")
     parser.add_argument("--repeats", type=int, default=3)

@@ -247,7 +247,7 @@ def list_network(hidden: int) -> qfleet.Network:
     return qfleet.Network(init, lambda params, obs: jnp.tanh(obs @ params[0] + params[1]) @ params[2])
 
 
-def test_an_own_network_of_lists_and_an_own_optimiser_go_all_the_way(tmp_path: Path) -> None:
+def test_a_network_of_lists_and_an_optimiser_of_ones_own_train_load_and_resume(tmp_path: Path) -> None:
     own: dict[str, Any] = {"network": list_network(8), "optimiser": optax.sgd(1e-2)}
     qfleet.train(tiny(tmp_path / "run"), **own)
     policy = qfleet.load(tmp_path / "run", network=list_network(8))
@@ -300,7 +300,7 @@ def test_without_the_replay_a_resumed_run_warms_up_anew(tmp_path: Path) -> None:
     assert resumed["learner_steps"] == 2 * (256 - 32)
 
 
-def test_a_run_that_fails_for_its_environments_keeps_what_it_has_learned(tmp_path: Path) -> None:
+def test_a_run_that_fails_because_of_its_environments_keeps_what_it_has_learned(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run", "dqn", env="Failing-v0", env_steps=1024, eval_period_env_steps=1024)
     with pytest.raises(RunFailed, match="environments may fail at most"):
         qfleet.train(config)

@@ -51,7 +51,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "atari_dqn": Preset(
         summary="dqn as published for Atari: one update of 32 every 4 agent steps, a replay of a million frames",
-        source="Mnih et al. 2015, Nature 518, extended data table 1; RMSProp's epsilon is theirs for mean gradients",
+        source="Mnih et al. 2015, Nature 518, extended data table 1; RMSProp's epsilon is adapted to mean gradients",
         settings={
             "torso": "nature",
             "hidden_sizes": (512,),

@@ -273,7 +273,7 @@ register_env("One-v0", lambda: InGraphEnv(spec, lambda key: (jnp.int32(0), jnp.z
 """
 
 
-def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_goes_on(tmp_path: Path) -> None:
+def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
     command = [SCRIPT, "train", "mine:One-v0", *TINY, "--env-steps", "1000000000", "--run-dir", "run"]
     with subprocess.Popen(

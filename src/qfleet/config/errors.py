@@ -14,7 +14,7 @@ class RunFailed(RuntimeError):
     def __init__(self, message: str, *, learner_is_sound: bool = False) -> None:
         super().__init__(message)
         self.learner_is_sound = learner_is_sound
-        """Whether to save what was learned until then, because the learner did not cause the failure."""
+        """Whether the learner did not cause the failure, so that what it has learned is worth a checkpoint."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -114,7 +114,7 @@ class Run:
     def __iter__(self) -> Iterator[Progress]:
         if not self._is_new:
             raise ConfigError(
-                f"a run is iterated over once, and this one was already; go on with "
+                f"a run can be iterated over only once, and this one has been already; continue with "
                 f"qfleet.resume({str(self.directory.path)!r}, env_steps=...)"
             )
         self._is_new = False
