@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs in processes of their own, one table, one JSON line per result."""
+"""Shared by the benchmarks: runs in processes of their own, one table, and one JSON line per result."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ def train(directory: Path, env: str, *flags: str, cache: Path | None = None) -> 
     """Runs `qfleet train` in a process of its own, into `directory`, and returns its summary.
 
     Args:
-      cache: the folder of compiled programs; the user's own by default.
+      cache: folder of compiled programs. The default is the user's own.
     """
     command = [sys.executable, "-m", "qfleet", "train", env, "--run-dir", str(directory), "--quiet", *flags]
     variables = os.environ | ({"QFLEET_CACHE_DIR": str(cache)} if cache else {})
@@ -29,7 +29,7 @@ def train(directory: Path, env: str, *flags: str, cache: Path | None = None) -> 
 
 
 def env_steps_per_second(config: qfleet.TrainConfig, warmup_env_steps: int) -> float:
-    """Trains in this process, into a folder that nobody keeps, and returns our speed after the warm-up."""
+    """Trains in this process, into a temporary folder, and returns our speed after the warm-up."""
     with scratch() as folder:
         steps, seconds = 0, 0.0
         for progress in qfleet.iterate(dataclasses.replace(config, run_dir=str(Path(folder) / "run"))):
@@ -54,7 +54,7 @@ def report(benchmark: str, results: Sequence[dict[str, Any]]) -> None:
 
 
 def print_table(results: Sequence[dict[str, Any]]) -> None:
-    """Prints results, which have the same fields, one a row."""
+    """Prints results, which have the same fields, as one row each."""
     rows = [[_cell(value) for value in result.values()] for result in results]
     names = list(results[0])
     widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
@@ -63,7 +63,7 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """Returns a folder for runs that nobody keeps."""
+    """Returns a temporary folder for runs."""
     return tempfile.TemporaryDirectory(prefix="qfleet-benchmark-")
 
 

@@ -1,4 +1,4 @@
-"""Equal processes of which one is killed, or stopped: whether all recover, how soon, and whether they still learn.
+"""Kills or stops one of several equal processes: whether the run recovers, how soon, and whether it still learns.
 
 python benchmarks/faults.py --signal KILL
 python benchmarks/faults.py --signal STOP
@@ -20,7 +20,7 @@ TIMEOUT_SECONDS = 10.0
 
 
 def main() -> None:
-    """Tries so often, one process after the other, at moments that a seed decides."""
+    """Makes each attempt with the next process, at a moment that its seed decides, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL")
     parser.add_argument("--tries", type=int, default=10)
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def attempt(number: signal.Signals, num_processes: int, seed: int) -> dict[str, object]:
-    """Trains CartPole until it is solved, with one process lost on the way."""
+    """Trains on CartPole until it is solved, and loses one process on the way."""
     rng = random.Random(seed)
     victim, after = seed % num_processes, rng.randint(2_000, 15_000)
     lost_at = recovered_at = 0.0
@@ -51,7 +51,7 @@ def attempt(number: signal.Signals, num_processes: int, seed: int) -> dict[str, 
                 lost_at = time.monotonic()
                 os.kill(process_of(run_dir, victim), number)
             elif lost_at and not recovered_at and time.monotonic() - lost_at > 1:
-                recovered_at = time.monotonic()  # the first progress of those that started again
+                recovered_at = time.monotonic()  # the first progress after the processes started again
         summary = run.summary
     return {
         "try": seed,
@@ -67,7 +67,7 @@ def attempt(number: signal.Signals, num_processes: int, seed: int) -> dict[str, 
 
 
 def process_of(run_dir: Path, number: int) -> int:
-    """Returns the process with this number of a run."""
+    """Returns the ID of the process that has this number in a run."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_text().split("\0")

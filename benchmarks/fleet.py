@@ -1,4 +1,4 @@
-"""CartPole with actors on a Ray of this machine, against RLlib's DQN with two environment runners.
+"""CartPole with actors on a local Ray cluster, against RLlib's DQN with two environment runners.
 
     python benchmarks/fleet.py [--part speed|solve] [--side qfleet|rllib] [--num-actors 4] [--lanes-per-actor 8]
 
@@ -50,17 +50,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("speed", "solve"), help="both by default")
     parser.add_argument("--side", choices=("qfleet", "rllib"), help="both by default")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="of RLlib")
-    parser.add_argument("--torch-threads", nargs="+", type=int, default=[0, 1], help="of RLlib; 0: PyTorch chooses")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, help="settings of RLlib")
+    parser.add_argument(
+        "--torch-threads", nargs="+", type=int, default=[0, 1], help="for RLlib; with 0, PyTorch chooses"
+    )
     parser.add_argument("--peers-python", default=str(common.HERE / ".peers" / "bin" / "python"))
     parser.add_argument("--num-actors", type=int, default=4)
     parser.add_argument("--lanes-per-actor", type=int, default=8)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 256], help="of ours; RLlib's is 32")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for which RLlib's speed is measured")
-    parser.add_argument("--env-steps", type=int, default=200_000, help="over which our speed is measured")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 256], help="our batch sizes; RLlib's is 32")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time to measure RLlib's speed for")
+    parser.add_argument("--env-steps", type=int, default=200_000, help="steps to measure our speed over")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--timeout-seconds", type=float, default=600.0, help="after which a run that has not solved CartPole is stopped"
+        "--timeout-seconds", type=float, default=600.0, help="time after which a run without success is stopped"
     )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that Ray ends first
@@ -89,7 +91,7 @@ def compare_solve(arguments: argparse.Namespace, measured: list[dict[str, Any]])
     """Returns the rows of both sides, one seed after the other.
 
     Args:
-      measured: what `compare_speed` returned, if it ran. It tells with how many threads RLlib is fastest.
+      measured: what `compare_speed` returned, if it ran. It shows with how many threads RLlib is fastest.
     """
     rows = []
     for seed in range(arguments.seeds):
@@ -224,12 +226,12 @@ def run(command: list[str], timeout_seconds: float) -> str:
     """Runs a program in a session of its own, ends what is left of the session, and returns what the program printed.
 
     Args:
-      command: of the program.
+      command: command line of the program.
       timeout_seconds: time after which the program is interrupted.
 
     Raises:
-      subprocess.CalledProcessError: if it fails, or doesn't end in order when it is interrupted.
-      subprocess.TimeoutExpired: if it doesn't end at all.
+      subprocess.CalledProcessError: if the program fails, or doesn't end in order when it is interrupted.
+      subprocess.TimeoutExpired: if the program doesn't end at all.
     """
     with common.scratch() as folder, contextlib.ExitStack() as stack:
         # Ray's own clean-up ends a whole process group, which must not be the group of this process.

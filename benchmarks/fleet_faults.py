@@ -1,11 +1,11 @@
-"""Faults in a fleet: how soon a lost process is back, what is lost with it, and whether the run still learns.
+"""Faults in a fleet: how soon a lost process is replaced, what is lost with it, and whether the run still learns.
 
     python benchmarks/fleet_faults.py [--topology actor-learner|parameter-server] [--faults "kill an actor" ...]
                                       [--tries 5] [--part witness|cartpole]
 
 - witness: an environment whose observations tell where they come from. The fault happens `--tries` times in one run.
-  Afterwards the replay of the last checkpoint must hold what the environments did: all in order, in its place, and
-  once. `back` is the time until a record of the run shows all processes ready, new rows of every actor, and new learner
+  Afterwards the replay of the last checkpoint must hold each step of the environments once, in order and in its place.
+  `back` is the time until a record of the run shows all processes ready, new rows of every actor, and new learner
   steps.
 - cartpole: the fault happens once while the run learns CartPole, and it must still reach a mean greedy return of 475.
 
@@ -42,7 +42,7 @@ NUM_ACTORS = 4
 """Number of actors, or of workers of a parameter server, which also act."""
 
 TIMEOUT_SECONDS = 90.0
-"""Longest time that a fleet may take to start, and to be whole again."""
+"""Longest time that a fleet may take to start, or to be whole again."""
 
 SILENCE_SECONDS = 5.0
 
@@ -105,7 +105,7 @@ class Driver:
         return [json.loads(line) for line in lines]
 
     def wait_for(self, is_it: Callable[[dict[str, Any]], bool], since: int = 0) -> dict[str, Any]:
-        """Returns the first record, from number `since` on, for which `is_it` returns True.
+        """Returns the first record, from number `since` on, for which `is_it` is true.
 
         Raises:
           RuntimeError: if there is no such record in time, or the process ends.
@@ -120,11 +120,11 @@ class Driver:
         raise RuntimeError(f"waited in vain for a record of {self.run_dir}\n{self.log}")
 
     def wait_for_restarts(self, restarts: int, since: int) -> None:
-        """Returns once so many processes have been lost, and their replacements started."""
+        """Waits until `restarts` processes have been lost and their replacements started."""
         self.wait_for(lambda record: record["fleet_restarts"] >= restarts, since)
 
     def wait_for_replaced(self, restarts: int, since: int) -> None:
-        """Returns once so many processes have been replaced, and all are at work."""
+        """Waits until `restarts` processes have been replaced and all processes are at work."""
         self.wait_for_restarts(restarts, since)
         self.wait_for(is_whole, len(self.records()))  # a later record, because the newest may be from before the loss
 
@@ -412,7 +412,7 @@ def seconds(back: list[float]) -> dict[str, float]:
 
 
 def end(driver: Driver) -> dict[str, Any]:
-    """Ends the run in order, judges the replay that it leaves, and returns the fields of a row that tell of it."""
+    """Ends the run in order, judges the replay that it leaves, and returns the fields of a row that say the result."""
     code, stop_seconds = driver.stop()
     orphan_seconds = driver.orphan_seconds()
     config = RunDirectory.open(driver.run_dir).config

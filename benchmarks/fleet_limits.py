@@ -1,8 +1,8 @@
-"""Limits of a fleet: how actors scale, how much the learner loses to messages, how much the replay takes in.
+"""Limits of a fleet: how actors scale, how much time the learner loses to messages, how much the replay takes in.
 
 python benchmarks/fleet_limits.py scaling     environments that sleep: environment steps/s with 1 to 32 actors
-python benchmarks/fleet_limits.py starvation  the learner of a fleet against one with the replay in its own process
-python benchmarks/fleet_limits.py insert      frames of Atari, inserted into two shards
+python benchmarks/fleet_limits.py starvation  a fleet's learner against one that has the replay in its own process
+python benchmarks/fleet_limits.py insert      how many frames of Atari two shards take in
 python benchmarks/fleet_limits.py soak        the memory of every process and of the object store, over time
 """
 
@@ -35,13 +35,13 @@ class Sleeper(gymnasium.Env):
     action_space = gymnasium.spaces.Discrete(2)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
-        """Starts an episode, of 200 steps."""
+        """Starts an episode of 200 steps."""
         super().reset(seed=seed)
         self._steps = 0
         return np.zeros(4, np.float32), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Sleeps."""
+        """Sleeps, and returns a random observation."""
         time.sleep(SLEEP_SECONDS)
         self._steps += 1
         return self.np_random.random(4, np.float32), 1.0, False, self._steps == 200, {}
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument(
-        "--lanes", type=int, default=1, help="of each actor, each stepped by a process of its own if there are several"
+        "--lanes", type=int, default=1, help="lanes of each actor; if several, each is stepped by its own process"
     )
     parser.add_argument("--ratio", type=float, default=16.0, help="environment steps for each learner step")
     parser.add_argument("--repeats", type=int, default=3)
@@ -77,14 +77,14 @@ def main() -> None:
 
 
 def topology_of(config: TrainConfig) -> Any:
-    """Returns the topology of a config, without a run around it and before its start."""
+    """Returns the topology of a config, not yet started, without a run around it."""
     from qfleet.training.assembly import make_env_and_network, make_topology
 
     return make_topology(config, *make_env_and_network(config, None), None)
 
 
 def scaling(num_actors: list[int], lanes: int, ratio: float, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yields the speed of fleets of more and more actors with sleeping environments, against one environment."""
+    """Yields the speed of fleets with more and more actors, whose environments sleep, against one environment."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     alone = 1 / speed_alone(seconds)
     for count in num_actors:
@@ -114,7 +114,7 @@ def scaling(num_actors: list[int], lanes: int, ratio: float, seconds: float) -> 
 
 
 def speed_alone(seconds: float) -> float:
-    """Returns the steps per second of one sleeping environment, with nothing around it."""
+    """Returns the steps per second of one sleeping environment alone."""
     env = Sleeper()
     env.reset(seed=0)
     started, count = time.perf_counter(), 0
@@ -125,7 +125,7 @@ def speed_alone(seconds: float) -> float:
 
 
 def run_for(fleet: Any, seconds: float) -> tuple[int, int, float]:
-    """Returns environment steps, learner steps, and how long they took, in seconds."""
+    """Returns environment steps, learner steps, and the seconds that they took."""
     env_steps = learner_steps = 0
     took = 0.0
     while took < seconds:
@@ -165,7 +165,7 @@ def full_replay(config: TrainConfig) -> Any:
 
 
 def starvation(seconds: float, repeats: int) -> Iterator[dict[str, Any]]:
-    """Yields the updates/s of a fleet's learner and of one that samples in its own process, measured in turn."""
+    """Yields the updates/s of a fleet's learner and of one that samples in its own process, measured by turns."""
     for shards in (1, 2):
         ratios = []
         for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""CartPole with peers that gossip: whether and when they solve it, and how a run recovers when a peer dies.
+"""CartPole with gossiping peers: whether and when they solve it, and how a run recovers when a peer dies.
 
     python benchmarks/gossip.py cartpole [--num-processes 4] [--preset rainbow_lite] [--period 100] [--seeds 5]
     python benchmarks/gossip.py faults [--num-processes 4] [--preset rainbow_lite] [--period 100] [--tries 5]
@@ -118,7 +118,7 @@ def fault(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def back_after(arguments: argparse.Namespace, name: str) -> list[float]:
-    """Causes one fault several times in a run, and returns the seconds until the run was whole again, for each."""
+    """Causes one fault several times in a run, and returns the seconds until the run was whole again each time."""
     rng, back = random.Random(0), []
 
     def is_whole(record: dict[str, Any]) -> bool:

@@ -1,13 +1,13 @@
-"""All that a GPU has to show, in one command that keeps to its time, the most important first.
+"""Measures everything that needs a GPU with one command, which keeps to a given time; the most important comes first.
 
     python benchmarks/gpu.py [--seconds 360]
 
-One line of JSON for each result, as soon as it is measured, and one table at the end. What fails is a line with its
-`error`, and what there is no time for a line with `skipped`; neither keeps the rest from its turn. The exit code is 1
-if anything failed.
+It prints each result as one line of JSON as soon as it is measured, and tables at the end. A measurement that fails
+gives a line with its `error`, and one that there is no time for gives a line with `skipped`. In both cases the others
+still take place. The exit code is 1 if anything failed.
 
-The parts are measured in a process of their own, which is replaced where it dies or doesn't come to an end: this one
-doesn't use JAX. It runs without a GPU too, and with `--tiny` in a minute or two.
+The parts are measured in a process of their own, which is replaced if it dies or takes too long. This process does not
+use JAX. The benchmark also runs without a GPU, and takes a minute or two with `--tiny`.
 """
 
 import argparse
@@ -28,12 +28,12 @@ import common
 
 
 class Part(NamedTuple):
-    """One of the things to show; `gpu_worker.py` has what measures it."""
+    """A part of the benchmark, which `gpu_worker.py` measures."""
 
     name: str
     share: float
-    """Of the whole time that it takes at most, unless it is the last. With less than half of that left it isn't
-    begun."""
+    """Largest share of the whole time that the part may take, unless it is the last part. If less than half of that
+    time is left, the part is skipped."""
 
 
 PARTS = (
@@ -49,14 +49,14 @@ PARTS = (
 )
 
 SECONDS_TO_STOP = 5.0
-"""What a part may take to come to its end once its time is up."""
+"""Time that a part may take to end once its own time is up."""
 
 
 def main() -> None:
-    """Measures, and prints the table."""
+    """Measures all parts, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=360.0, help="for all of it")
-    parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
+    parser.add_argument("--seconds", type=float, default=360.0, help="time for the whole benchmark")
+    parser.add_argument("--tiny", action="store_true", help="use sizes that only show that the benchmark runs")
     names = [part.name for part in PARTS]
     parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     arguments = parser.parse_args()
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure_all(parts: Sequence[Part], seconds: float, tiny: bool) -> Iterator[dict[str, Any]]:
-    """Yields all results, within so many seconds."""
+    """Yields the results of all parts, within the given time."""
     ends_at = time.monotonic() + seconds
     worker: Worker | None = None
     try:
@@ -93,7 +93,7 @@ def measure_all(parts: Sequence[Part], seconds: float, tiny: bool) -> Iterator[d
 
 
 class WorkerLost(Exception):
-    """The process that measures is no use any more."""
+    """The process that measures can no longer be used."""
 
 
 class Worker:
@@ -110,21 +110,21 @@ class Worker:
         """Yields the results of a part.
 
         Args:
-          part: its name.
-          until: when it shall come to its end, by `time.monotonic`, which all processes of a machine share.
-          limit: when to give it up.
+          part: name of the part.
+          until: when the part must end, in the time of `time.monotonic`, which all processes of a machine share.
+          limit: when to give the part up.
 
         Raises:
           WorkerLost: if the process has died, or the part is given up.
         """
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died, as the next line says
+        with contextlib.suppress(BrokenPipeError):  # the process has died, which `_next` reports
             print(json.dumps({"part": part, "until": until}), file=self._process.stdin, flush=True)
         while result := self._next(limit):
             yield {"part": part, **result}
 
     def end(self) -> None:
-        """Ends it, and whatever it has started."""
+        """Ends the process, and all processes that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -133,22 +133,22 @@ class Worker:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.put(line)
-        self._lines.put("")  # it has died
+        self._lines.put("")  # the process has ended
 
     def _next(self, limit: float) -> dict[str, Any]:
-        """Returns the next result, an empty one at the end of a part."""
+        """Returns the next result, or an empty one at the end of a part."""
         try:
             line = self._lines.get(timeout=max(0.0, limit - time.monotonic()))
         except queue.Empty:
-            raise WorkerLost("it took too long, and its process was ended") from None
+            raise WorkerLost("the part took too long, and its process was ended") from None
         if not line:
-            raise WorkerLost(f"its process died, exit code {self._process.wait()}")
+            raise WorkerLost(f"the process that measures died with exit code {self._process.wait()}")
         result: dict[str, Any] = json.loads(line)
         return result
 
 
 def print_tables(results: Sequence[dict[str, Any]]) -> None:
-    """Prints the results, those side by side that have the same fields."""
+    """Prints the results, with one table for all neighbours that have the same part and fields."""
     for _, alike in itertools.groupby(results, key=lambda result: (result["part"], *result)):
         print()
         common.print_table(list(alike))

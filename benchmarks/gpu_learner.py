@@ -1,4 +1,4 @@
-"""What `gpu.py` measures of the learner alone: the only part of it that uses what isn't qfleet's public interface."""
+"""The measurements of `gpu.py` of the learner alone, the only ones that use more than qfleet's public interface."""
 
 import functools
 import statistics
@@ -27,11 +27,11 @@ SPEC = qfleet.EnvSpec(
 States = tuple[LearnerState, ReplayState]
 LANES = 64
 CALL_SECONDS = 0.25
-"""What a timed call should take, about."""
+"""Approximate time that a timed call should take."""
 
 
 class Learning(NamedTuple):
-    """What learns from Atari's frames: the Nature network, as published."""
+    """The functions of a learner that learns from Atari's frames with the Nature network, as published."""
 
     network: Network
     replay: Replay
@@ -40,7 +40,7 @@ class Learning(NamedTuple):
 
 
 def learner(sizes: Sizes, until: float) -> Iterator[Result]:
-    """Yields learner steps/s with the replay on the device: drawing, gradient and what it does are one program."""
+    """Yields learner steps/s with the replay on the device: one program draws, computes a gradient and applies it."""
     enable_compilation_cache()
     settings = [
         {"replay": replay, "batch_size": batch_size}
@@ -57,7 +57,7 @@ def mesh(sizes: Sizes, until: float) -> Iterator[Result]:
 
 
 def learner_speed(sizes: Sizes, replay: str, batch_size: int, *, until: float) -> Result:
-    """Returns learner steps/s, many of them in one call as topologies do it, and one a call."""
+    """Returns learner steps/s with many steps per call, as topologies take them, and with one step per call."""
     learning = make_learning(sizes, replay, batch_size)
     states = jax.jit(learning.init)(), filled(learning)
     started = time.perf_counter()
@@ -83,7 +83,7 @@ def learner_speed(sizes: Sizes, replay: str, batch_size: int, *, until: float) -
 
 
 def learner_steps(learning: Learning) -> Any:
-    """Returns a jitted function that takes so many learner steps, each with a batch drawn anew."""
+    """Returns a jitted function that takes a given number of learner steps, each with a newly drawn batch."""
 
     def step(i: jax.Array, states: States) -> States:
         learner_state, replay_state = states
@@ -98,7 +98,7 @@ def learner_steps(learning: Learning) -> Any:
 
 
 def timed(program: Any, states: States, *, num_calls: int, num_steps: int) -> tuple[States, float]:
-    """Returns the states after calls of so many learner steps each, and the seconds that all of them took."""
+    """Returns the states after `num_calls` calls of `num_steps` learner steps each, and the seconds that they took."""
     count = jnp.int32(num_steps)
     started = time.perf_counter()
     for _ in range(num_calls):
@@ -108,7 +108,7 @@ def timed(program: Any, states: States, *, num_calls: int, num_steps: int) -> tu
 
 
 def mesh_cost(sizes: Sizes, batch_size: int, *, until: float) -> Result:
-    """Returns the time of learner steps on a mesh of size 1 over that without a mesh: medians of pairs by turns."""
+    """Returns the time of learner steps on a mesh of size 1 over that without a mesh: a median of alternating pairs."""
     learning = make_learning(sizes, "uniform", batch_size)
     placement = Placement(MeshConfig(), learning.network)
     batch = jax.jit(lambda state: learning.replay.sample(state, jax.random.key(1), jnp.float32(1)).transition)(
@@ -152,7 +152,7 @@ def make_learning(sizes: Sizes, replay: str, batch_size: int) -> Learning:
 
 
 def filled(learning: Learning) -> ReplayState:
-    """Returns a full replay of random frames; each episode is a hundred steps long, about."""
+    """Returns a full replay of random frames, with episodes of about a hundred steps."""
     like = jax.eval_shape(learning.replay.init).ring.rows
     num_rows, shape = like.obs.shape[0], like.obs.shape[1:]
     never = jnp.zeros(LANES, bool)

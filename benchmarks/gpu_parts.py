@@ -1,4 +1,4 @@
-"""What `gpu.py` measures through qfleet's public interface, and how it keeps to its time."""
+"""The measurements of `gpu.py` that use qfleet's public interface, and how they keep to their time."""
 
 import dataclasses
 import functools
@@ -26,27 +26,28 @@ Result = dict[str, Any]
 CARTPOLE, BREAKOUT, PONG = "CartPole-v1", "gymnax:Breakout-MinAtar", "ale:Pong"
 
 NEVER = 10**12
-"""Environment steps that no run takes."""
+"""Number of environment steps that no run reaches."""
 
 NO_TIME: Result = {"skipped": "not enough time left"}
 
 
 class Sizes(NamedTuple):
-    """How large everything is that is measured."""
+    """The sizes of everything that is measured."""
 
     seconds: float
-    """Of each measurement, once all is compiled and warm."""
+    """Duration of each measurement, once everything is compiled and warm."""
     lanes: tuple[int, ...]
-    """Of environments written in JAX."""
+    """Numbers of lanes of environments written in JAX."""
     pong_lanes: tuple[int, ...]
+    """Numbers of lanes of Pong."""
     batch_sizes: tuple[int, ...]
-    """Of the learner alone."""
+    """Batch sizes of the learner alone."""
     frames: int
-    """In a replay of Atari's."""
+    """Number of frames in a replay of Atari."""
     network: Mapping[str, Any]
-    """Settings that replace the presets' own."""
+    """Settings that replace those of the presets."""
     breakout: Mapping[str, Any]
-    """Settings of the run that is to reach a return."""
+    """Settings of the run that must reach a return."""
     pong: Mapping[str, Any]
     """Settings of the run that takes the time that is left."""
 
@@ -59,7 +60,7 @@ FULL = Sizes(
     frames=1_000_000,
     network={},
     breakout={"stop_return": 60.0, "eval_period_env_steps": 250_000},
-    # The preset explores for a tenth of 50 million steps; this is a tenth of what it can take here.
+    # The preset explores for a tenth of its 50 million steps. This is a tenth of the steps that there is time for here.
     pong={"exploration_env_steps": 300_000, "eval_period_env_steps": 250_000, "eval_episodes": 8},
 )
 TINY = Sizes(
@@ -75,7 +76,7 @@ TINY = Sizes(
 
 
 def device(sizes: Sizes, until: float) -> Iterator[Result]:
-    """Yields what this is measured with and on."""
+    """Yields the software and the device that are measured."""
     import jax
 
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gymnax", "ale-py")
@@ -100,14 +101,14 @@ def rollouts(sizes: Sizes, until: float) -> Iterator[Result]:
 
 
 def replay(sizes: Sizes, until: float) -> Iterator[Result]:
-    """Yields the speed with a replay: prioritised, then uniform."""
+    """Yields the speed with a prioritised replay, then with a uniform one."""
     order = [(preset, lanes) for preset in ("rainbow_lite", "double_dqn") for lanes in sizes.lanes]
     runs = [{"env": env, "preset": preset, "lanes": lanes} for preset, lanes in order for env in (BREAKOUT, CARTPOLE)]
     return in_turn(runs, functools.partial(speed, sizes), until)
 
 
 def pong(sizes: Sizes, until: float) -> Iterator[Result]:
-    """Yields the speed on Atari's Pong, and where the time goes: with a replay, then without."""
+    """Yields the speed on Atari's Pong, with and without where its time goes for a replay, then without a replay."""
     order = [("atari_dqn", False), ("atari_dqn", True), ("atari_pqn", False)]
     runs = [
         {"env": PONG, "preset": preset, "lanes": lanes, "profile": profile}
@@ -118,12 +119,13 @@ def pong(sizes: Sizes, until: float) -> Iterator[Result]:
 
 
 def tests(sizes: Sizes, until: float) -> Iterator[Result]:
-    """Yields how many of the tests marked `gpu` pass, in a process of their own."""
+    """Runs the tests marked `gpu` in a process of their own, and yields how many there are."""
     folder = common.HERE.parent / "tests"
     files = [str(file) for file in sorted(folder.rglob("test_*.py")) if "@pytest.mark.gpu\n" in file.read_text()]
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--junitxml", report.name, *files]
-        # Empty: all that there are, the CPU beside the GPU. Of that, this process holds three quarters already.
+        # An empty JAX_PLATFORMS means all platforms, so that tests see the CPU beside the GPU. Nothing is preallocated,
+        # because this process already holds three quarters of the GPU's memory.
         variables = os.environ | {"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         pipe, timeout = subprocess.PIPE, until - time.monotonic()
         ran = subprocess.run(
@@ -137,20 +139,21 @@ def tests(sizes: Sizes, until: float) -> Iterator[Result]:
 
 
 def train_breakout(sizes: Sizes, until: float) -> Iterator[Result]:
-    """Yields how `pqn` comes to a return on MinAtar's Breakout, by the settings tuned on a CPU."""
+    """Yields how `pqn` reaches a return on MinAtar's Breakout, with the settings tuned on a CPU."""
     return training(qfleet.make_config(BREAKOUT, "pqn", **sizes.network, **sizes.breakout), until)
 
 
 def train_pong(sizes: Sizes, until: float) -> Iterator[Result]:
-    """Yields what `atari_pqn` learns of Pong in the time that is left."""
+    """Yields what `atari_pqn` learns on Pong in the time that is left."""
     return training(qfleet.make_config(PONG, "atari_pqn", **sizes.network, **sizes.pong), until)
 
 
 def in_turn(settings: Iterable[Result], measure: Callable[..., Result], until: float) -> Iterator[Result]:
-    """Yields each of the settings with what `measure(**settings, until=until)` adds.
+    """Yields each of the settings together with the result of `measure(**settings, until=until)`.
 
-    A failure is the result of that one alone. One for which there isn't half the time left that the longest before has
-    taken is skipped: that was the first, as a rule, and has warmed things up for the others.
+    If one measurement fails, that is its result, and the others still take place. A measurement is skipped if less time
+    is left than half of what the longest one so far took. The longest is usually the first, which warms things up for
+    the others.
     """
     longest = 0.0
     for each in settings:
@@ -170,9 +173,9 @@ def in_turn(settings: Iterable[Result], measure: Callable[..., Result], until: f
 def speed(
     sizes: Sizes, env: str, preset: str, lanes: int, *, until: float, profile: bool | None = None
 ) -> dict[str, Any]:
-    """Returns steps/s of a run, with `profile` by the parts of its time too, and the seconds it took to compile.
+    """Returns steps/s of a run, and the seconds that it took to compile; with `profile` also how its time is divided.
 
-    Timed from the second record on after the first learner step: until then chunks find out how long they should be.
+    Timing begins with the second record after the first learner step, because until then chunks change their length.
     """
     config = config_for(sizes, env, preset, lanes, profile)
     num_learned, env_steps, learner_steps, seconds = 0, 0, 0, 0.0
@@ -198,7 +201,7 @@ def speed(
 
 
 def config_for(sizes: Sizes, env: str, preset: str, lanes: int, profile: bool | None) -> qfleet.TrainConfig:
-    """Returns a preset in so many lanes, each transition learned from as often as in the preset's own number."""
+    """Returns a preset with the given number of lanes and the replay ratio that the preset has with its own number."""
     settings = dict(sizes.network) | ({} if profile is None else {"profile": profile})
     agent = qfleet.make_config(env, preset).agent
     if agent.replay != "none":
@@ -222,9 +225,9 @@ def config_for(sizes: Sizes, env: str, preset: str, lanes: int, profile: bool | 
 
 
 def training(config: qfleet.TrainConfig, until: float) -> Iterator[Result]:
-    """Yields a run's evaluations, and at its end the best of them, how far it came and how fast.
+    """Yields a run's evaluations, and at the end the best of them, and how far and how fast the run came.
 
-    It ends where there may not be the time for another chunk, which may include an evaluation.
+    The run stops when there may not be enough time for another chunk, which may include an evaluation.
     """
     best, longest, started, before = None, 0.0, time.monotonic(), math.inf
     with common.scratch() as folder:
@@ -255,7 +258,7 @@ def training(config: qfleet.TrainConfig, until: float) -> Iterator[Result]:
 
 
 def version_of(package: str) -> str | None:
-    """Returns the version that is installed, None if it isn't."""
+    """Returns the version of a package, or None if it isn't installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -263,7 +266,7 @@ def version_of(package: str) -> str | None:
 
 
 def driver_version() -> str | None:
-    """Returns the version of NVIDIA's driver, if there is one."""
+    """Returns the version of NVIDIA's driver, or None if there is none."""
     if not (command := shutil.which("nvidia-smi")):
         return None
     query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -1,4 +1,4 @@
-"""The process that measures for `gpu.py`: it reads which part to measure until when, and prints results, as JSON."""
+"""The process that measures for `gpu.py`. It reads which part to measure and until when, and prints results as JSON."""
 
 import argparse
 import json
@@ -12,14 +12,17 @@ from gpu_parts import FULL, TINY, Result, Sizes
 
 
 def learner(sizes: Sizes, until: float) -> Iterator[Result]:
-    """What `gpu_learner.learner` yields. It uses what isn't public: if that is missing, this part alone fails."""
+    """Yields the results of `gpu_learner.learner`.
+
+    It is imported only here because it uses what isn't public: if that changes, only this part fails.
+    """
     import gpu_learner
 
     return gpu_learner.learner(sizes, until)
 
 
 def mesh(sizes: Sizes, until: float) -> Iterator[Result]:
-    """The same of `gpu_learner.mesh`."""
+    """Yields the results of `gpu_learner.mesh`, which is imported here for the same reason."""
     import gpu_learner
 
     return gpu_learner.mesh(sizes, until)
@@ -39,12 +42,12 @@ PARTS: dict[str, Callable[[Sizes, float], Iterable[Result]]] = {
 
 
 def main() -> None:
-    """Measures until nothing more is asked for. An empty result says that a part is at its end."""
+    """Measures parts until no more are requested. An empty result marks the end of a part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     sizes = TINY if parser.parse_args().tiny else FULL
     with os.fdopen(os.dup(1), "w") as results:
-        os.dup2(2, 1)  # whatever else is printed is no result
+        os.dup2(2, 1)  # whatever else prints to stdout goes to stderr, so that it isn't taken for a result
         for line in sys.stdin:
             request = json.loads(line)
             for result in measured(request["part"], sizes, request["until"]):
@@ -53,7 +56,7 @@ def main() -> None:
 
 
 def measured(part: str, sizes: Sizes, until: float) -> Iterator[Result]:
-    """Yields the results of a part, and at last the error that has ended it, if one has."""
+    """Yields the results of a part, and finally the error that ended it, if there was one."""
     try:
         yield from PARTS[part](sizes, until)
     except Exception as error:

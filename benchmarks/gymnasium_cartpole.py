@@ -1,8 +1,9 @@
-"""Environment steps/s on Gymnasium's own vector CartPole, eight lanes, against Stable-Baselines3, same replay ratio.
+"""Environment steps/s on Gymnasium's own vector CartPole, in eight lanes, against Stable-Baselines3.
 
     python benchmarks/gymnasium_cartpole.py [--peers-python PATH] [--repeats N]
 
-Two layers of 256, one update of 64 per two environment steps: rl-zoo's settings. Sides alternate; medians are shown.
+Both sides have the same replay ratio and rl-zoo's settings: two layers of 256, and one update of 64 per two environment
+steps. The sides alternate, and medians are shown.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main() -> None:
 
 
 def config() -> qfleet.TrainConfig:
-    """Returns the schedule, for a few seconds of it."""
+    """Returns the config of a run of a few seconds."""
     return qfleet.make_config(
         "gym:CartPole-v1",
         "dqn",

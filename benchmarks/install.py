@@ -2,7 +2,8 @@
 
     make bench-peers
 
-Benchmarks start a peer with that environment's Python. It takes 2.6 GB, more where pip's index has PyTorch with CUDA.
+Benchmarks start a peer with that environment's Python. The environment takes 2.6 GB, or more if pip's index has PyTorch
+with CUDA.
 """
 
 import subprocess
@@ -14,7 +15,7 @@ ENVIRONMENT = HERE / ".peers"
 
 
 def main() -> None:
-    """Creates the environment if there is none, and installs what is missing in it."""
+    """Creates the environment if there is none, and installs the packages that it lacks."""
     subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
     requirements = HERE / "peers" / "requirements.txt"
     python = ENVIRONMENT / "bin" / "python"

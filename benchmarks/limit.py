@@ -1,10 +1,11 @@
-"""How close the fused program is to its limit: the forward and backward passes that it can't do without.
+"""How close the fused program is to its limit, the time of the forward and backward passes that it can't do without.
 
     python benchmarks/limit.py
 
-For each setting, one row: microseconds per iteration of the whole program (environment, acting, replay, sampling,
-optimiser, bookkeeping) and of its passes alone (the same number of forward and backward passes of the same shapes on
-ready arrays, in one compiled loop), and their ratio. Medians of alternating repeats: a noisy machine hurts both.
+Each setting has one row. It shows microseconds per iteration of the whole program (environment, acting, replay,
+sampling, optimiser, bookkeeping) and of its passes alone, and their ratio. The passes alone are the same number of
+forward and backward passes, of the same shapes, on ready arrays in one compiled loop. The repeats of both alternate, so
+that a noisy machine affects both alike, and medians are shown.
 """
 
 import argparse
@@ -44,11 +45,11 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Prints the table; each setting is measured in a process of its own, as a run would be."""
+    """Prints the table. Each setting is measured in a process of its own, as if it were a run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", default="", help="settings whose name contains this")
-    parser.add_argument("--measure", choices=SETTINGS, help="measure this one, here")
+    parser.add_argument("--only", default="", help="measure only settings whose name contains this")
+    parser.add_argument("--measure", choices=SETTINGS, help="measure this setting in this process")
     arguments = parser.parse_args()
     if arguments.measure:
         env, preset, settings = SETTINGS[arguments.measure]
@@ -71,7 +72,7 @@ def measure(config: TrainConfig, repeats: int) -> dict[str, float]:
     limit_cpu_threads(check_network(network, env.spec))
     fused = Fused(config, env, network)
     fused.start()
-    while fused.learner_steps == 0:  # warm-up of the replay, and of the machine
+    while fused.learner_steps == 0:  # warms up the replay and the machine
         fused.advance(fused.env_steps + fused.env_steps_per_iteration)
     fused.advance(fused.env_steps + MAX_ITERATIONS * fused.env_steps_per_iteration)
 
@@ -100,7 +101,7 @@ def measure(config: TrainConfig, repeats: int) -> dict[str, float]:
 
 
 def passes_alone(config: TrainConfig, agent: Agent, spec: EnvSpec, params: object, num_iterations: int) -> object:
-    """Runs the passes of so many iterations. Every pass depends on the one before, so that none can be left out."""
+    """Runs the passes of some iterations. Each depends on the one before, so that the compiler can't leave any out."""
     num_rows, num_lanes = rows_per_iteration(config.agent), config.topology.num_envs
     is_rollout = config.agent.replay == "none"
     batch_size = num_rows * num_lanes // config.agent.num_minibatches if is_rollout else config.agent.batch_size
@@ -112,12 +113,12 @@ def passes_alone(config: TrainConfig, agent: Agent, spec: EnvSpec, params: objec
 
     def ready(*shape: int) -> jax.Array:
         sample = rng.random((*shape, *spec.agent_observation_shape))
-        # All alike, they would be folded into the program, and the passes over them left out.
+        # If all values were alike, the compiler would fold them into the program and leave out the passes over them.
         is_bool = spec.observation_dtype.kind == "b"
         return jnp.asarray(sample < 0.1 if is_bool else sample.astype(spec.observation_dtype))
 
     views = ready(num_rows + is_rollout, num_lanes)
-    # Several batches: with a single one, the target network's pass would not change and leave the loop.
+    # There are several batches, because with one the target network's pass would be constant and moved out of the loop.
     batches = ready_batches(is_rollout, 8, batch_size, spec, rng, ready)
     target_params = jax.tree.map(lambda x: x * 0.9, params)
 

@@ -1,8 +1,9 @@
-"""LunarLander-v3 until a mean greedy return of 220 is confirmed, then 100 fresh episodes; Stable-Baselines3 beside it.
+"""Trains on LunarLander-v3 until a mean greedy return of 220 is confirmed, against Stable-Baselines3.
 
     python benchmarks/lunar_lander.py [--peers-python PATH] [--seeds N]
 
-Ours is the preset double_dqn with its tuned settings; theirs is DQN with rl-zoo's. Wall times are of training.
+We use the preset double_dqn with its tuned settings; Stable-Baselines3 uses DQN with rl-zoo's settings. Each then plays
+100 fresh episodes. Wall times are those of training.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""MinAtar Breakout on a CPU: what patches do for convolutions, and what two minutes of training reach.
+"""MinAtar Breakout on a CPU: how much faster convolutions are as patches, and what two minutes of training reach.
 
     python benchmarks/minatar.py [--seeds 3]
 
-First the environment steps/s of `pqn` with MinAtar's convolutional network, native convolutions against patches. Then
-`pqn` with its tuned settings, stopped after the wall time given, and the mean return of 100 greedy episodes.
+The first table shows the environment steps/s of `pqn` with MinAtar's convolutional network, with native convolutions
+and with patches. The second shows the mean return of 100 greedy episodes after `pqn`, with its tuned settings, has
+trained for the given wall time.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def main() -> None:
     """Prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=120.0, help="of training, from process start")
+    parser.add_argument("--seconds", type=float, default=120.0, help="wall time of training, compilation included")
     arguments = parser.parse_args()
     speeds = {lowering: steps_per_second(lowering) for lowering in ("native", "patches")}
     rows = [
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def steps_per_second(lowering: str) -> float:
-    """Returns the median speed of a few chunks."""
+    """Returns the median environment steps/s of a few chunks."""
     settings: dict[str, Any] = {"torso": "minatar", "hidden_sizes": (128,), "convolution": lowering}
     config = qfleet.make_config(ENV, "pqn", **settings)
     env = qfleet.make_env(ENV)
@@ -51,7 +52,7 @@ def steps_per_second(lowering: str) -> float:
 
 
 def train(seed: int, seconds: float) -> dict[str, Any]:
-    """Trains one seed for so long, compilation included, and evaluates it."""
+    """Trains one seed for the given time, compilation included, and evaluates it."""
     with common.scratch() as folder:
         started = time.monotonic()
         run = qfleet.iterate(qfleet.make_config(ENV, "pqn", seed=seed, run_dir=f"{folder}/run"))

@@ -1,9 +1,9 @@
-"""How much of an environment's time the learner hides: wall time over that of the slower of the two.
+"""How much of the environments' time is hidden behind learning: wall time over the time of the slower of the two.
 
     python benchmarks/overlap.py
 
-The environments sleep for as long as the learner steps of a row take, measured first; were nothing hidden, the ratio
-would be 2 (and is about that in lock step, which is shown beside it).
+The learner steps of a row are timed first, and the environments then sleep for as long as they take. If nothing were
+hidden, the ratio would be 2. It is about that in lock step, which is shown beside it.
 """
 
 import time
@@ -30,7 +30,7 @@ AGENT = AgentConfig(
 
 
 class SleepingLanes:
-    """Random observations, each step of all lanes after so many seconds."""
+    """Lanes with random observations, in which each step of all lanes takes `step_seconds`."""
 
     def __init__(self, step_seconds: float) -> None:
         self.step_seconds = step_seconds
@@ -46,13 +46,13 @@ class SleepingLanes:
         self._due = time.perf_counter() + self.step_seconds
 
     def recv(self) -> HostStep:
-        """Sleeps until it is over."""
+        """Sleeps until the step is over."""
         time.sleep(max(0.0, self._due - time.perf_counter()))
         reward = np.ones(NUM_ENVS, np.float32)
         return HostStep(self._rng.random((NUM_ENVS, 32), np.float32), reward, *(self._nobody,) * 3)
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing, because nothing needs to be closed."""
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def seconds_per_row(step_seconds: float, lock_step: bool) -> float:
-    """Returns wall time of a row of all lanes once the learner learns."""
+    """Returns the wall time of a row of all lanes, once the learner learns."""
     lanes = SleepingLanes(0.0)
 
     def make_lanes(num_lanes: int, options: LaneOptions) -> HostLanes:

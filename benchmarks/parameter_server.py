@@ -1,10 +1,10 @@
-"""The parameter server: how many gradients it applies, how soon CartPole is solved, and the memory it takes.
+"""The parameter server: how many gradients it applies, how soon CartPole is solved, and how much memory it takes.
 
 python benchmarks/parameter_server.py throughput  gradients of the Nature network, from workers that compute nothing
 python benchmarks/parameter_server.py cartpole    five seeds, until a mean greedy return of 475
-python benchmarks/parameter_server.py soak        the memory of every process, and the object store's
+python benchmarks/parameter_server.py soak        the memory of every process and of the object store
 
-benchmarks/fleet_faults.py --topology parameter-server measures which faults it survives.
+`benchmarks/fleet_faults.py --topology parameter-server` measures which faults it survives.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class StubWorker(RemoteWorker):
             self._pulls.append(time.perf_counter() - started)
 
     def pull_seconds(self) -> float:
-        """Returns the median of these seconds."""
+        """Returns the median of the seconds that `pull` has noted."""
         return statistics.median(self._pulls)
 
 
@@ -122,7 +122,7 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
 
 
 def cartpole(num_seeds: int, num_workers: int) -> Iterator[dict[str, Any]]:
-    """Yields how soon each seed is solved."""
+    """Yields how soon each seed solves CartPole."""
     for seed in range(num_seeds):
         with common.scratch() as folder:
             flags = ("--preset", "rainbow_lite", "--topology", "parameter-server", "--num-workers", str(num_workers),

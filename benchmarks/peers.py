@@ -1,12 +1,12 @@
-"""Environment steps/s on CartPole against peers whose whole program is compiled too: same network, same schedule.
+"""Environment steps/s on CartPole against peers whose whole program is compiled too, with their network and schedule.
 
     python benchmarks/peers.py [--peers-python PATH] [--purejaxrl CHECKOUT]
 
 - rejax's PQN with its CartPole settings: 16 lanes, rollouts of 128, 5 epochs of 16 minibatches, two layers of 64.
-- purejaxrl's DQN: 10 lanes, one update of 128 transitions per 10 steps, layers of 120 and 84. purejaxrl isn't packaged;
-  without a checkout of it only our side of this pair is measured.
+- purejaxrl's DQN: 10 lanes, one update of 128 transitions per 10 steps, layers of 120 and 84. purejaxrl isn't packaged.
+  Without a checkout of it, only our side of this pair is measured.
 
-Each side is alone in a process of its own; sides alternate, and medians are shown.
+Each side runs alone, in a process of its own. The sides alternate, and medians are shown.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""Agent steps/s on Pong with the standard schedule: the Nature network, one update of 32 per four steps.
+"""Agent steps/s on Pong with the standard network and schedule: the Nature network, one update of 32 per four steps.
 
     python benchmarks/pong.py [--peers-python PATH] [--cleanrl CHECKOUT] [--repeats N]
 
 - Stable-Baselines3's DQN: eight environments.
-- CleanRL's dqn_atari.py: one environment. CleanRL isn't packaged; without a checkout of it this pair isn't measured.
+- CleanRL's dqn_atari.py: one environment. CleanRL isn't packaged. Without a checkout of it, this pair isn't measured.
 
-Both sides of a pair keep 20,000 steps, are timed once they learn, and alternate; medians are shown. Beside them, the
-learner step alone: milliseconds of one dispatched update on a ready batch, over those that its arithmetic takes at the
-speed of a large matrix product.
+Both sides of a pair keep 20,000 steps, and are timed once they learn. They alternate, and medians are shown. The
+learner step is also measured alone: milliseconds of one dispatched update on a ready batch, divided by those that its
+arithmetic would take at the speed of a large matrix product.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def compare(name: str, peer: Callable[[], float], num_envs: int, repeats: int) -
 
 
 def config(num_envs: int) -> qfleet.TrainConfig:
-    """Returns the schedule."""
+    """Returns the config of the standard schedule."""
     return qfleet.make_config(
         "ale:Pong",
         "atari_dqn",
@@ -122,7 +122,7 @@ def measure_replay() -> dict[str, float]:
     before = peak_rss_bytes()
     state = jax.block_until_ready(jax.jit(replay.init)())
     num_rows = state.ring.num_rows
-    # As if full: which rows are read is what costs, not what they hold.
+    # The replay only counts as full. What costs time is which rows are read, and not what they hold.
     ring = state.ring._replace(
         size=jnp.int32(num_rows), rows=state.ring.rows._replace(outcome=jnp.zeros((num_rows, NUM_ENVS), jnp.uint8))
     )
@@ -139,7 +139,7 @@ def measure_replay() -> dict[str, float]:
 
 
 def timed(call: Any, *arguments: Any) -> tuple[Any, float]:
-    """Returns what a call returns, and the milliseconds it took."""
+    """Returns what a call returns, and the milliseconds that it took."""
     started = time.perf_counter()
     result = jax.block_until_ready(call(*arguments))
     return result, 1e3 * (time.perf_counter() - started)

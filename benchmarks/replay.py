@@ -1,15 +1,18 @@
-"""Prioritised replay against flashbax's, on the same stream: 64 lanes, observations of four floats, batches of 512.
+"""Our prioritised replay against flashbax's, on the same stream.
 
     python benchmarks/replay.py [--peers-python PATH]
 
-- sample + update: draw a batch, gather its transitions, set its priorities anew; transitions per second.
-- insert: one step of all lanes; environment steps per second.
-- memory: bytes held, over those that the slots' contents need.
+The stream has 64 lanes and observations of four floats, and batches of 512 are drawn.
 
-Each is timed inside one compiled loop, as a program that also acts and learns would hold it, and as separate donated
-calls, as a replay in a process of its own would make them: both buffers' compiled without XLA's concurrent scheduler,
-which on CPU doubles the time of programs as small as these. Medians of alternating repeats, so that a noisy machine
-hurts both.
+- sample + update: transitions per second, when a batch is drawn, its transitions are gathered, and its priorities are
+  set anew.
+- insert: environment steps per second, when one step of all lanes is inserted at a time.
+- memory: bytes held, divided by the bytes that the contents of the slots need.
+
+Each is timed in two ways: inside one compiled loop, as in a program that also acts and learns, and as separate donated
+calls, as in a process that only has the replay. The calls of both buffers are compiled without XLA's concurrent
+scheduler, which on CPU doubles the time of programs as small as these. The repeats of both alternate, so that a noisy
+machine affects both alike, and medians are shown.
 """
 
 import argparse
@@ -48,16 +51,16 @@ class Step(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """What is measured: pure functions."""
+    """The pure functions that are measured."""
 
     init: Callable[[], Any]
     insert: Callable[[Any, Step], Any]
     sample: Callable[[Any, jax.Array], Any]
-    """`sample(state, key)`: whatever `set_priorities` and `transition` need."""
+    """`sample(state, key)` returns whatever `set_priorities` and `transition` need."""
     set_priorities: Callable[[Any, Any, jax.Array], Any]
     """`set_priorities(state, sample, td_error [BATCH_SIZE])`."""
     transition: Callable[[Any], tuple[jax.Array, ...]]
-    """`transition(sample)`: what a learner needs: obs, action, reward, discount, next_obs, weight."""
+    """`transition(sample)` returns what a learner needs: obs, action, reward, discount, next_obs, weight."""
 
 
 def main() -> None:
@@ -83,7 +86,7 @@ def main() -> None:
 
 
 def in_turns(peers_python: str) -> Iterator[tuple[str, str, int, float]]:
-    """Yields buffer, measure, slots and value of each repeat: flashbax's, by its own interpreter, then ours."""
+    """Yields buffer, measure, slots and value of each repeat: first flashbax's, from its own interpreter, then ours."""
     path = os.pathsep.join([str(PEER.parent.parent), os.environ.get("PYTHONPATH", "")])
     with subprocess.Popen(
         [peers_python, PEER],
@@ -96,7 +99,7 @@ def in_turns(peers_python: str) -> Iterator[tuple[str, str, int, float]]:
         for line, ours in zip(iter(peer.stdout.readline, ""), measure(make_qfleet_buffer), strict=False):
             yield "flashbax", *json.loads(line)
             yield "qfleet", *ours
-            peer.stdin.write("\n")  # it waits for this, so that the two never run at once
+            peer.stdin.write("\n")  # the peer waits for this, so that the two never run at once
             peer.stdin.flush()
     if peer.returncode:
         raise SystemExit(f"{PEER} needs an interpreter with flashbax, see --peers-python; it failed as shown above")
@@ -135,7 +138,7 @@ def make_qfleet_buffer(slots: int) -> Buffer:
 
 
 def measure(make_buffer: Callable[[int], Buffer]) -> Iterator[tuple[str, int, float]]:
-    """Yields measure, slots and value, of every repeat."""
+    """Yields measure, slots and value of every repeat."""
     for slots in SLOTS:
         for measured, value in measure_buffer(make_buffer(slots), slots):
             yield measured, slots, value
@@ -196,7 +199,7 @@ def measure_buffer(buffer: Buffer, slots: int) -> Iterator[tuple[str, float]]:
 
 
 def random_step(key: jax.Array) -> Step:
-    """Returns one step of all lanes; every hundredth terminates."""
+    """Returns one random step of all lanes; about every hundredth terminates."""
     obs_key, reward_key, end_key = jax.random.split(key, 3)
     return Step(
         obs=jax.random.normal(obs_key, (LANES, 4)),

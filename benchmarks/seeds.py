@@ -1,4 +1,4 @@
-"""Many seeds in one program: wall time of 32 CartPole seeds against one seed's, both from process start.
+"""Many seeds in one program: wall time of 32 CartPole seeds against that of one seed, both from process start.
 
 python benchmarks/seeds.py [--num-seeds 32] [--env-steps 100000]
 """
@@ -14,8 +14,8 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--num-seeds", type=int, default=32)
-    parser.add_argument("--env-steps", type=int, default=100_000, help="of each seed")
-    parser.add_argument("--repeats", type=int, default=3, help="the first of them warms the cache up")
+    parser.add_argument("--env-steps", type=int, default=100_000, help="environment steps of each seed")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each; the first one warms the cache up")
     arguments = parser.parse_args()
     seconds: dict[int, list[float]] = {1: [], arguments.num_seeds: []}
     with common.scratch() as folder:

@@ -1,9 +1,9 @@
-"""Wall time, from process start, until CartPole-v1 is solved: 20 greedy episodes, confirmed by 100 fresh ones.
+"""Wall time, from process start, until CartPole-v1 is solved in 20 greedy episodes and 100 fresh ones confirm it.
 
     python benchmarks/solve.py [--presets pqn double_dqn] [--seeds 10]
 
-Each seed runs twice: cold, with an empty cache of compiled programs, and warm. What was learned plays 100 episodes of
-Gymnasium's own CartPole afterwards. The last row of each preset holds medians, and the number of seeds that did it.
+Each seed runs twice: cold, with an empty cache of compiled programs, and warm. Afterwards the learned policy plays 100
+episodes of Gymnasium's own CartPole. The last row of each preset holds medians, and the number of seeds that solved it.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def solve(preset: str, seed: int) -> dict[str, Any]:
 
 
 def median(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns the medians, and the sums of what is counted."""
+    """Returns the row of medians, with sums where seeds are counted."""
     counted = ("solved", "gymnasium_solved")
     numbers = {
         name: sum(row[name] for row in rows) if name in counted else statistics.median(row[name] for row in rows)
@@ -66,7 +66,7 @@ def median(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def play_gymnasium(policy: qfleet.Policy, num_episodes: int) -> float:
-    """Returns the mean return of the first episode of each of so many lanes of Gymnasium's CartPole."""
+    """Returns the mean return of one episode in each of `num_episodes` lanes of Gymnasium's CartPole."""
     envs = gymnasium.make_vec("CartPole-v1", num_envs=num_episodes, vectorization_mode="vector_entry_point")
     obs, _ = envs.reset(seed=12345)
     returns, has_ended = np.zeros(num_episodes), np.zeros(num_episodes, bool)

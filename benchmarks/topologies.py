@@ -2,9 +2,9 @@
 
 python benchmarks/topologies.py [--topologies fused ...] [--seeds 3] [--env-steps 60000] [--plot docs/topologies.svg]
 
-CartPole with the preset `rainbow_lite`, 16 lanes in all, evaluated every 2,048 environment steps, which is in the wall
-time. `bytes` are those of observations, transitions, gradients and parameters that one process hands to another for an
-environment step: arithmetic, from the sizes in docs/topologies.md and what the run did.
+The task is CartPole with the preset `rainbow_lite` and 16 lanes in all. It is evaluated every 2,048 environment steps,
+and the wall time includes that. `bytes` counts the observations, transitions, gradients and parameters that one process
+sends to another per environment step. It is computed from the sizes in docs/topologies.md and from what the run did.
 """
 
 import argparse
@@ -30,12 +30,12 @@ ROW_BYTES = 16 + 13
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A topology, and what it hands over."""
+    """A topology, and what its processes send to each other."""
 
     flags: tuple[str, ...]
     num_bytes: Callable[[dict[str, float]], float]
-    """For an environment step, from what a run has: learner steps `per_env_step`, `batch_size`, the bytes of `params`,
-    and `fleet_bytes_per_env_step`, which it counted itself."""
+    """Computes the bytes sent per environment step from a run's numbers: learner steps `per_env_step`, `batch_size`,
+    the bytes of `params`, and `fleet_bytes_per_env_step`, which the run counted itself."""
     env: str = "CartPole-v1"
 
 
@@ -43,7 +43,8 @@ LIKE_CARTPOLE = (
     "--hidden-sizes", "64", "64", "--layer-norm", "--exploration-env-steps", "10000", "--batch-size", "64",
     "--replay-capacity", "16384", "--env-steps-per-learner-step", "4", "--target-update-period", "100",
 )  # fmt: skip
-"""What the preset has for CartPole, and not for environments that it doesn't know, as Gymnasium's CartPole."""
+"""Settings that the preset has for CartPole but not for environments that it isn't tuned for, Gymnasium's CartPole
+among them."""
 
 WAYS = {
     "fused": Way(("--topology", "fused", "--num-envs", "16"), lambda run: 0.0),
@@ -105,7 +106,7 @@ def one_run(name: str, seed: int, env_steps: int) -> tuple[list[dict[str, Any]],
 
 
 def figures(way: Way, runs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -> dict[str, Any]:
-    """Returns medians over the seeds; what wasn't reached counts as the end of the run."""
+    """Returns medians over the seeds. A run that did not reach the return counts with its end."""
     reached = [next((r for r in records if (r["eval_return_mean"] or 0) >= SOLVED), None) for records, _ in runs]
     ends = [found or records[-1] for found, (records, _) in zip(reached, runs, strict=True)]
     config = qfleet.make_config(way.env, "rainbow_lite")
@@ -144,13 +145,13 @@ def figures(way: Way, runs: list[tuple[list[dict[str, Any]], dict[str, Any]]]) -
 
 
 def with_new_env_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the records with how many environment steps each is of."""
+    """Returns the records, each with the number of environment steps that it covers."""
     before = [0, *(record["env_steps"] for record in records[:-1])]
     return [{**now, "new_env_steps": now["env_steps"] - then} for now, then in zip(records, before, strict=True)]
 
 
 def draw(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
-    """Draws the median over the seeds, and their range, against wall time and against environment steps."""
+    """Draws the median and the range over the seeds, against wall time and against environment steps."""
     import matplotlib
 
     matplotlib.use("svg")

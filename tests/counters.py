@@ -16,8 +16,8 @@ SEEDS_SHOWN = 2**20
 class Counter(gymnasium.Env):
     """Observes `[seed of the last seeded reset, steps of this episode]`; step n pays n + action / 10.
 
-    Terminates after `length` steps. From its step `at` on, counted over all its episodes, it does what `fault` says: in
-    one process only, if `once` names a file, which whoever comes first creates.
+    Terminates after `length` steps. From its step `at` on, counted over all its episodes, it does what `fault` says. If
+    `once` names a file, only the first environment to create that file does so.
     """
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
@@ -69,7 +69,7 @@ class Counter(gymnasium.Env):
 
 
 class Offset(gymnasium.Env):
-    """Discrete spaces that don't start at 0: the observation is the last action's, action 7 ends the episode."""
+    """An environment whose discrete spaces start at 5. It observes the last action, and action 7 ends the episode."""
 
     observation_space = gymnasium.spaces.Discrete(3, start=5)
     action_space = gymnasium.spaces.Discrete(3, start=5)
@@ -83,7 +83,7 @@ class Offset(gymnasium.Env):
 
 
 def counter_vector(num_envs: int, mode: str = "NextStep", max_episode_steps: int | None = None, **options: Any) -> Any:
-    """Several counters in Gymnasium's own vector environment."""
+    """Returns several counters in Gymnasium's own vector environment."""
     makers = [lambda: Counter(**options)] * num_envs
     return SyncVectorEnv(makers, autoreset_mode=AutoresetMode(mode))
 

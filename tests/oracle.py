@@ -1,7 +1,7 @@
-"""A slow replay in plain Python, to compare the fast one with, and a random stream of experience to feed to both.
+"""A slow replay in plain Python to compare the fast one with, and a random stream of experience for both.
 
-Every row keeps its place in history, and every observation carries a number of its own, so a sampled transition shows
-where it came from.
+Every row keeps its place in history, and every observation carries its own number, so that a sampled transition shows
+where it comes from.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class OracleTransition:
-    """What a sampled transition must be. Frames are numbers, oldest first."""
+    """The values that a sampled transition must have. Frames are given by their numbers, oldest first."""
 
     frames: tuple[int, ...]
     action: int
@@ -49,7 +49,7 @@ class OracleTransition:
 def random_stream(seed: int, num_rows: int, num_lanes: int, end_probability: float = 0.25) -> list[list[Step]]:
     """Returns rows of random steps. Each step continues its episode, or ends it by termination, truncation or both.
 
-    The action and the reward of a final row mean nothing, so they are numbers that would show if they were used.
+    The action and the reward of a final row mean nothing, so they are numbers that would be noticed if they were used.
     """
     rng = random.Random(seed)
     rows, is_final = [], [False] * num_lanes
@@ -116,7 +116,7 @@ class OracleReplay:
         would lie before the very first row are blank, so they are not missed until the ring is full.
 
         Args:
-          forgets_early: whether such frames are missed earlier: as soon as their places in the ring are used.
+          forgets_early: whether such frames are missed earlier, as soon as their places in the ring are used.
         """
         never_full = len(self.history) < self.num_rows
         return [

@@ -1,4 +1,4 @@
-"""Probe environments. Each is so small that its values are known, and can fail to be learned for one reason only.
+"""Probe environments. Each is so small that its values are known, and that only one mistake can keep it from learning.
 
 The idea is Andy Jones's ("Debugging RL, without the agonizing pain", 2021). If a probe fails while those before it
 pass, its docstring says what is wrong. Observations are `[1]` float32.
@@ -51,7 +51,7 @@ def action_reward() -> InGraphEnv:
 
 
 def observation_action_reward() -> InGraphEnv:
-    """One step. Its reward is 1 if the action is 1 and the observation positive, or neither is so; otherwise it is -1.
+    """One step. Its reward is 1 if action 1 meets a positive observation or action 0 a negative one, and -1 otherwise.
 
     Failure: rows of a batch are mixed up, so that an observation, an action and a reward don't belong together.
     """
@@ -107,7 +107,7 @@ def _random_sign(key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def random_walk(frame_stack: int = 2) -> InGraphEnv:
-    """A random walk with chance everywhere: in the start of an episode, in each step, in its end; and a time limit."""
+    """A random walk with a time limit, and with chance in the start of an episode, in each step, and in its end."""
 
     def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         start = jax.random.normal(key)

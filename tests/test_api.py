@@ -1,4 +1,4 @@
-"""The public API: what a run leaves, and that stopping, resuming and loading change nothing."""
+"""The public API: which files a run leaves, and that stopping, resuming and loading change nothing."""
 
 import dataclasses
 import json
@@ -122,7 +122,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, preset: str
 def test_leaving_the_loop_stops_the_run_cleanly_and_it_can_go_on(tmp_path: Path) -> None:
     run = qfleet.iterate(tiny(tmp_path / "run"))
     for progress in run:
-        assert progress.env_steps == 64  # one iteration: how long they take isn't known yet
+        assert progress.env_steps == 64  # one iteration, because it isn't known yet how long an iteration takes
         break
     assert (run.summary["stopped"], run.summary["env_steps"]) == ("interrupted", 64)
     assert checkpoints(tmp_path / "run") == [64]
@@ -147,7 +147,7 @@ def test_a_run_without_a_checkpoint_starts_anew(tmp_path: Path) -> None:
 
 
 def test_an_older_checkpoint_can_be_resumed_and_newer_ones_are_set_aside(tmp_path: Path) -> None:
-    # A record for each iteration: else how many there are is up to how long an iteration takes.
+    # There is a record for each iteration. Otherwise their number would depend on how long an iteration takes.
     config = tiny(tmp_path / "run", checkpoint_period_seconds=1e-9, eval_period_env_steps=64)
     qfleet.train(config)
     assert checkpoints(tmp_path / "run") == [128, 192, 256]
@@ -166,7 +166,7 @@ def test_a_run_at_its_end_is_not_resumed(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_what_a_resumed_run_may_not_do_is_found_before_anything_is_compiled(
+def test_a_mistake_in_resuming_is_found_before_anything_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qfleet.train(tiny(tmp_path / "run"))
@@ -247,7 +247,7 @@ def list_network(hidden: int) -> qfleet.Network:
     return qfleet.Network(init, lambda params, obs: jnp.tanh(obs @ params[0] + params[1]) @ params[2])
 
 
-def test_an_own_network_of_lists_and_an_own_optimiser_go_all_the_way(tmp_path: Path) -> None:
+def test_a_network_of_lists_and_an_optimiser_of_ones_own_train_load_and_resume(tmp_path: Path) -> None:
     own: dict[str, Any] = {"network": list_network(8), "optimiser": optax.sgd(1e-2)}
     qfleet.train(tiny(tmp_path / "run"), **own)
     policy = qfleet.load(tmp_path / "run", network=list_network(8))
@@ -300,7 +300,7 @@ def test_without_the_replay_a_resumed_run_warms_up_anew(tmp_path: Path) -> None:
     assert resumed["learner_steps"] == 2 * (256 - 32)
 
 
-def test_a_run_that_fails_for_its_environments_keeps_what_it_has_learned(tmp_path: Path) -> None:
+def test_a_run_that_fails_because_of_its_environments_keeps_what_it_has_learned(tmp_path: Path) -> None:
     config = tiny(tmp_path / "run", "dqn", env="Failing-v0", env_steps=1024, eval_period_env_steps=1024)
     with pytest.raises(RunFailed, match="environments may fail at most"):
         qfleet.train(config)

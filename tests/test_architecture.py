@@ -28,20 +28,20 @@ CORE_MAY_IMPORT = {
     "optax",
     "qfleet",
 }
-"""Nothing that tells the time, starts a thread, opens a file or a socket, or knows of other processes."""
+"""None of them tells the time, starts a thread, opens a file or a socket, or knows of other processes."""
 
 INDEX_HOSTS = ("py" + "pi.org", "python" + "hosted.org", "ana" + "conda.org", "download.py" + "torch.org")
-"""Split, or this file would name them."""
+"""Names of package indexes, each split in two because this file would otherwise name them itself."""
 
 
 def modules() -> dict[str, Path]:
-    """Returns the files of the package by the names of their modules."""
+    """Returns the files of the package by their modules' names."""
     names = {path: ".".join(path.relative_to(SOURCE).with_suffix("").parts) for path in SOURCE.rglob("*.py")}
     return {name.removesuffix(".__init__"): path for path, name in names.items()}
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Yields the absolute names of all that a file imports, wherever in the file it does so."""
+    """Yields the absolute names of everything that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -80,7 +80,7 @@ def test_every_public_name_exists() -> None:
 
 
 def test_no_file_names_a_package_index() -> None:
-    """Packages come from wherever pip is told to look, on this machine and on others."""
+    """The user tells pip where packages come from, on each machine."""
     files = list(text_files())
     assert Path(__file__).resolve() in files
     naming = [(str(path), host) for path in files for host in INDEX_HOSTS if host in path.read_text().lower()]
@@ -88,7 +88,7 @@ def test_no_file_names_a_package_index() -> None:
 
 
 def text_files() -> Iterator[Path]:
-    """Yields what belongs to the repository, but not what its commands leave in it."""
+    """Yields the text files of the repository, without those that its commands generate."""
     for directory, subdirectories, names in os.walk(ROOT):
         left = {"runs", "dist", "build", "__pycache__"}
         subdirectories[:] = [d for d in subdirectories if d not in left and (d == ".ci" or not d.startswith("."))]

@@ -1,4 +1,4 @@
-"""What the documentation shows works."""
+"""The examples, links and commands in the documentation work."""
 
 import dataclasses
 import re
@@ -65,7 +65,7 @@ def test_every_command_that_trains_has_flags_that_there_are(name: str) -> None:
     commands = re.findall(rf"^[# ]*{shell} *qfleet (?:train|devices) (.+)$", text, re.MULTILINE)
     for command in commands:
         env, *flags = shlex.split(command, comments=True)
-        if env != "corridor:Corridor-v0":  # the guide's own, of which there is no file
+        if env != "corridor:Corridor-v0":  # the guide's own environment, which is not in a file
             assert parse([env, *flags]).env == env
 
 

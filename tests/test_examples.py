@@ -1,4 +1,4 @@
-"""Every example runs, with a small budget, as a person would start it."""
+"""Every example runs with a small budget, started as a user would start it."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def test_an_example_runs(example: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["stopped"] == "env steps"
 
 
-def test_the_cluster_file_is_one_that_rays_launcher_takes() -> None:
+def test_rays_launcher_accepts_the_cluster_file() -> None:
     util = pytest.importorskip("ray.autoscaler._private.util")
     yaml = pytest.importorskip("yaml")
     text = (EXAMPLES / "cluster.yaml").read_text()

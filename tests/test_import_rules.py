@@ -1,4 +1,4 @@
-"""The five rules of who may import whom. Each module is checked against all of them, shared ones included."""
+"""The five rules about which module may import which. Every module is checked against all of them."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,44 +19,44 @@ LAYERS = (
     {"api"},
     {"cli"},
 )
-"""A module imports from its own package and from layers before it; `qfleet` itself and `__main__` from all."""
+"""A module may import from its own package and from earlier layers; `qfleet` itself and `__main__` from all."""
 
 TOPOLOGIES = {"fused", "overlapped", "actor_learner", "parameter_server", "all_reduce", "gossip"}
-"""Packages in `topologies/`, one per topology."""
+"""The packages in `topologies/`, one for each topology."""
 
 TOPOLOGY_CONFIGS = {kind.__name__ for kind in qfleet.config.TOPOLOGIES.values()}
 
 IMPORT_RAY = {"fleet.cluster", "fleet.ray_internals", "fleet.supervisor", "all_reduce.ray_processes"}
-"""Modules of `topologies/` that may, beside every `remote`."""
+"""Modules of `topologies/` that may import Ray, besides every `remote`."""
 
 DIRECTING = ("topology", "director", "remote")
-"""Inside a package these import down the list only."""
+"""Modules of a package that may import each other, but only later ones in this list."""
 
 DIRECTING_ON_RAY = {"topology", "director", "actors_director", "remote", "supervisor", "cluster", "ray_internals"}
-"""What workers, learners, server shards and peers know nothing of."""
+"""Modules that workers, learners, server shards and peers must not import."""
 
 ENVS_MAY_IMPORT = ("qfleet.config.errors", "qfleet.config.lane_options")
 
 
 def layer(name: str) -> int:
-    """Returns how late the layer of a module, or of a name in one, comes."""
+    """Returns the position of the layer of a module, or of a name in a module."""
     part = [*name.split("."), ""][1]
     return next((i for i, names in enumerate(LAYERS) if part in names), len(LAYERS))
 
 
 def topology(name: str) -> str | None:
-    """Returns the topology whose package a module, or a name in one, belongs to; None of all others."""
+    """Returns the topology whose package a module, or a name in a module, belongs to; None for all others."""
     parts = name.split(".")
     return parts[2] if parts[:2] == ["qfleet", "topologies"] and TOPOLOGIES & set(parts[2:3]) else None
 
 
 def module_of(name: str) -> str:
-    """Returns the module that an imported name is, or is in."""
+    """Returns the module that an imported name stands for or belongs to."""
     return name if name in MODULES else name.rpartition(".")[0]
 
 
 def in_remote_processes() -> set[str]:
-    """Returns the modules of `topologies/` that do the work of processes on Ray: what `remote` modules are made of."""
+    """Returns the modules of `topologies/` that do the work of processes on Ray, which `remote` modules import."""
     found: set[str] = set()
     waiting = [name for name in MODULES if name.endswith(".remote")]
     while waiting:
@@ -73,14 +73,14 @@ WORKERS = in_remote_processes()
 
 
 def breaks_rule_1(module: str, name: str) -> bool:
-    """Imports point from later layers to earlier ones, or stay within a package."""
+    """Modules import only from earlier layers, or from their own package."""
     if not name.startswith("qfleet.") or layer(module) == len(LAYERS):
         return False
     return layer(name) >= layer(module) and name.split(".")[1] != module.split(".")[1]
 
 
 def breaks_rule_2(module: str, name: str) -> bool:
-    """No topology imports another, and what all of them share mentions none of them, nor a config of theirs."""
+    """No topology imports another. Modules that all of them share import no topology, and no topology's config."""
     if not module.startswith("qfleet.topologies"):
         return False
     own, other = topology(module), topology(name)
@@ -90,13 +90,13 @@ def breaks_rule_2(module: str, name: str) -> bool:
 
 
 def breaks_rule_3(module: str, name: str) -> bool:
-    """Ray is an extra, and stays in the modules that talk to it."""
+    """Only the modules that talk to Ray import it, because it is an extra."""
     local = module.removeprefix("qfleet.topologies.")
     return name.split(".")[0] == "ray" and local not in IMPORT_RAY and not module.endswith(".remote")
 
 
 def breaks_rule_4(module: str, name: str) -> bool:
-    """Topology, director, remote: each imports down only, and those who do the work know of none of them."""
+    """Topology, director and remote import only later ones in this order, and modules that do the work import none."""
     own, imported = module.rpartition(".")[2], module_of(name).rpartition(".")[2]
     if not name.startswith("qfleet.topologies."):
         return False
@@ -108,7 +108,7 @@ def breaks_rule_4(module: str, name: str) -> bool:
 
 
 def breaks_rule_5(module: str, name: str) -> bool:
-    """Environments know of no agent and of no topology."""
+    """Environments know nothing of agents and topologies."""
     return (
         module.startswith("qfleet.envs")
         and name.startswith("qfleet.config")
@@ -139,7 +139,7 @@ def test_the_packages_of_topologies_are_the_ones_that_are_checked() -> None:
     assert {kind.replace("-", "_") for kind in qfleet.config.TOPOLOGIES} == TOPOLOGIES
 
 
-def test_those_who_do_the_work_on_ray_are_found() -> None:
+def test_the_modules_that_do_the_work_on_ray_are_found() -> None:
     expected = {"actor_learner.learner", "parameter_server.worker", "parameter_server.server_shard", "gossip.peer"}
     assert {f"qfleet.topologies.{name}" for name in (*expected, "fleet.actor", "fleet.replay_shard")} <= WORKERS
 

@@ -1,4 +1,4 @@
-"""Presets: what is merged over what, and that every combination on offer is a valid one."""
+"""Presets: which settings replace which, and that every combination on offer is valid."""
 
 import dataclasses
 

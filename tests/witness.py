@@ -1,4 +1,4 @@
-"""An environment whose observations tell where they come from, and a judge of the replays that are filled from it."""
+"""An environment whose observations tell where they come from, and a judge of the replays that it fills."""
 
 import os
 import time
@@ -13,28 +13,28 @@ from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED
 from qfleet.envs.failures import lane_seed
 
 WORD = 2**24
-"""Numbers below it are exact in float32."""
+"""Whole numbers below this are exact in float32."""
 
 MOST_INCARNATIONS = 100
-"""Of one actor, that the judge knows the seeds of."""
+"""Number of incarnations of one actor whose seeds the judge knows."""
 
 
 class Witness(gymnasium.Env):
     """Observes `[identity, identity, seed, episode, step]`, all below `WORD`; step n pays n + action / 10.
 
-    The identity is new in every environment that is made, in whatever process and run; the seed is that of the last
-    seeded reset. Episodes number 0, 2, 4 ... terminate, the others are truncated, each after `length_of` it.
+    Every environment that is made has its own identity, in any process and run. The seed is that of the last seeded
+    reset. Episodes 0, 2, 4 ... terminate and the others are truncated, each after `length_of(episode)` steps.
     """
 
     observation_space = gymnasium.spaces.Box(0, WORD, (5,), np.float64)
     action_space = gymnasium.spaces.Discrete(3)
 
     def __init__(self, slow_seconds: float = 0.0, once: str = "") -> None:
-        """Makes one.
+        """Makes an environment.
 
         Args:
-          slow_seconds: that each step takes longer, in one process only.
-          once: file that the first process creates which takes a step: this one is slow.
+          slow_seconds: additional seconds that each step takes, in one process only.
+          once: file that marks the slow process: the first process to take a step creates it.
         """
         self.identity = [int.from_bytes(os.urandom(3)) for _ in range(2)]
         self.slow_seconds, self.once = slow_seconds, once
@@ -68,25 +68,25 @@ class Witness(gymnasium.Env):
 
 
 class Verdict(NamedTuple):
-    """What a judge says of a replay."""
+    """The result of judging a replay."""
 
     num_rows: int
-    """Held, over all lanes."""
+    """Number of rows that the replay holds, over all lanes."""
     num_writers: int
-    """Environments that they come from."""
+    """Number of environments that the rows come from."""
     num_cuts: int
-    """Places where one row isn't the successor of the one before it."""
+    """Number of places where a row isn't the successor of the one before it."""
     faults: tuple[str, ...]
-    """What is wrong, with how many rows and the first of them."""
+    """What is wrong, each with the number of rows and the first of them."""
 
 
 def length_of(episode: Any) -> Any:
-    """Returns how many steps an episode has, or each of some has."""
+    """Returns the number of steps of an episode, or of each episode in an array."""
     return 5 + episode * 7 % 23
 
 
 def judge(saved: SavedReplay, config: TrainConfig) -> Verdict:
-    """Returns whether the replay of actors or workers holds what their environments did: in order, in place, once."""
+    """Judges whether a replay of actors or workers holds each step of their environments once, in order, in place."""
     pool = config.topology_as(RayTopologyConfig).actor_pool
     ring, seeds = saved.ring, _seeds(config, pool)
     faults: dict[str, list[str]] = {}
@@ -108,14 +108,14 @@ def judge(saved: SavedReplay, config: TrainConfig) -> Verdict:
         who, seed, episode, step = obs[:, 0] * WORD + obs[:, 1], obs[:, 2], obs[:, 3], obs[:, 4]
         length, is_step = length_of(episode), outcome != NO_STEP
 
-        # Each row by itself.
+        # Judges each row by itself.
         accuse(lane, "beyond an episode's end", step > length)
         accuse(lane, "a step from a final observation", is_step & (step == length))
         accuse(lane, "another reward than was paid", is_step & (abs(reward - (step + 1 + action / 10)) > 1e-3))
         accuse(lane, "another actor's or lane's", ~np.isin(seed, seeds[actor, :, lane_of_actor]))
         accuse(lane, "can be drawn, and holds no step", ~is_step & (leaf > 0))
 
-        # Each row and its successor, where there is one.
+        # Judges each row together with its successor, if it has one.
         same = (who[1:] == who[:-1]) & (episode[1:] == episode[:-1]) & (step[1:] == step[:-1] + 1)
         begins = (who[1:] == who[:-1]) & (episode[1:] == episode[:-1] + 1) & (step[1:] == 0) & (step == length)[:-1]
         is_last, terminates = (step + 1 == length)[:-1], (episode % 2 == 0)[:-1]

@@ -2,10 +2,11 @@
 
     python cleanrl_pong.py CHECKOUT
 
-CleanRL isn't packaged: CHECKOUT is a folder with its repository. Its script runs as it is, by its own flags: one
-environment, one update of 32 per four steps, the Nature network, a buffer of 20,000 steps, learning after 2,000; what
-is timed comes after. It was written for Gymnasium 0.29, so what Gymnasium 1 changed is given back to it: the names of
-two wrappers, autoreset within the step, and the name of a final observation. Its print of episodes is left out.
+CleanRL isn't packaged, so CHECKOUT is a folder with its repository. Its script is run unchanged, by its own flags: one
+environment, one update of 32 per four steps, the Nature network, and a buffer of 20,000 steps. Learning starts after
+2,000 steps, and timing after that. The script was written for Gymnasium 0.29, so this program restores what Gymnasium 1
+changed: the names of two wrappers, autoreset within the step, and the name of a final observation. It also keeps the
+script from printing episodes.
 """
 
 import json
@@ -23,11 +24,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 WARMUP, TIMED = 2_400, 2_000
 
-times: dict[int, float] = {}  # by the step that begins then
+times: dict[int, float] = {}  # when a step begins, by its number
 
 
 class TimedVectorEnv(SyncVectorEnv):
-    """Gymnasium 0.29's vector environment, which notes when the timed steps begin and end."""
+    """Behaves like Gymnasium 0.29's vector environment, and notes when the timed steps begin and end."""
 
     def __init__(self, env_fns: Any) -> None:
         super().__init__(env_fns, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -61,7 +62,7 @@ sys.argv = [
     f"--total-timesteps={WARMUP + TIMED + 1}",
 ]
 with tempfile.TemporaryDirectory() as folder:
-    os.chdir(folder)  # it leaves its logs where it runs
+    os.chdir(folder)  # the script writes its logs to the current folder
     runpy.run_path(script, run_name="__main__")
     os.chdir(checkout)
 print(json.dumps({"env_steps_per_second": TIMED / (times[WARMUP + TIMED] - times[WARMUP])}))

@@ -1,7 +1,7 @@
 """Measures flashbax's prioritised buffer for `benchmarks/replay.py`, which runs this in the peers' interpreter.
 
-The buffer is the one flashbax documents for DQN (`make_prioritised_flat_buffer`), one row of `add_batch_size` lanes
-per insertion, every function jitted and every state donated, as its quickstart does.
+The buffer is the one that flashbax documents for DQN (`make_prioritised_flat_buffer`), with one row of `add_batch_size`
+lanes per insertion. Every function is jitted and every state donated, as in flashbax's quickstart.
 """
 
 import json
@@ -44,4 +44,4 @@ def make_flashbax_buffer(slots: int) -> Buffer:
 
 for result in measure(make_flashbax_buffer):
     print(json.dumps(result), flush=True)
-    input()  # until it is our turn again
+    input()  # waits until it is this buffer's turn again

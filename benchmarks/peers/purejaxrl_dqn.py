@@ -1,8 +1,8 @@
-"""Environment steps/s of purejaxrl's dqn.py with its own settings; runs in the peers' environment.
+"""Environment steps/s of purejaxrl's dqn.py, with its own settings; runs in the peers' environment.
 
     python purejaxrl_dqn.py CHECKOUT
 
-purejaxrl isn't packaged: CHECKOUT is a folder with its repository. Its logger, which it imports, isn't needed.
+purejaxrl isn't packaged, so CHECKOUT is a folder with its repository. It imports a logger that isn't needed here.
 """
 
 import importlib
@@ -14,7 +14,7 @@ import jax
 from speed import print_speed
 
 sys.modules["wandb"] = types.ModuleType("wandb")
-vars(jax).setdefault("tree_map", jax.tree.map)  # it was written for a JAX that had this name
+vars(jax).setdefault("tree_map", jax.tree.map)  # purejaxrl was written for a JAX that had this name
 sys.path.insert(0, sys.argv[1])
 
 SETTINGS: dict[str, Any] = {

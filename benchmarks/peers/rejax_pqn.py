@@ -1,11 +1,11 @@
-"""Environment steps/s of rejax's PQN on CartPole with its own settings for it; runs in the peers' environment."""
+"""Environment steps/s of rejax's PQN on CartPole, with rejax's settings for it; runs in the peers' environment."""
 
 from typing import Any
 
 from rejax import get_algo
 from speed import print_speed
 
-SETTINGS: dict[str, Any] = {  # its configs/gymnax/cartpole.yaml
+SETTINGS: dict[str, Any] = {  # from rejax's configs/gymnax/cartpole.yaml
     "env": "CartPole-v1",
     "num_envs": 16,
     "num_steps": 128,
@@ -25,6 +25,6 @@ SETTINGS: dict[str, Any] = {  # its configs/gymnax/cartpole.yaml
 }
 
 algorithm = get_algo("pqn").create(**SETTINGS)
-# Training only: our side is timed without evaluation too.
+# No evaluation, because our side is timed without it too.
 algorithm = algorithm.replace(eval_callback=lambda algorithm, state, key: ())
 print_speed(algorithm.train, SETTINGS["total_timesteps"])

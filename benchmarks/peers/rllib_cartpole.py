@@ -1,12 +1,12 @@
-"""RLlib's DQN on CartPole with two environment runners, its new API stack; runs in the peers' environment.
+"""RLlib's DQN on CartPole with two environment runners, on RLlib's new API stack; runs in the peers' environment.
 
     python rllib_cartpole.py speed [--settings example] [--seconds 60]
     python rllib_cartpole.py solve [--settings example] [--seed 0] [--timeout-seconds 600]
 
-`speed` prints environment steps/s once it learns, and transitions trained per environment step, both from RLlib's own
-counters. `solve` prints the seconds from the start of this process until 20 greedy episodes have a mean return of 475
-and 100 fresh ones confirm it; they are played after each of RLlib's iterations, every 1,000 environment steps, and the
-seconds that they take aren't counted.
+`speed` prints environment steps/s once RLlib learns, and transitions trained per environment step, both from RLlib's
+own counters. `solve` prints the seconds from the start of this process until 20 greedy episodes have a mean return of
+475 and 100 fresh ones confirm it. The episodes are played after each of RLlib's iterations, every 1,000 environment
+steps, and the seconds that they take aren't counted.
 """
 
 import argparse
@@ -30,19 +30,19 @@ SOLVED = 475
 
 
 def main() -> None:
-    """Runs what the command line says in a Ray of its own, and prints one JSON line once that Ray has ended."""
+    """Measures what the command line says on a Ray cluster of its own, and prints one JSON line once Ray has ended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("speed", "solve"))
     parser.add_argument("--settings", choices=("default", "example"), default="default")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=60.0, help="that speed is measured, at least")
-    parser.add_argument("--timeout-seconds", type=float, default=600.0, help="after which solve gives up")
-    parser.add_argument("--torch-threads", type=int, default=0, help="of the learner; 0 leaves it to PyTorch")
+    parser.add_argument("--seconds", type=float, default=60.0, help="least time to measure speed for")
+    parser.add_argument("--timeout-seconds", type=float, default=600.0, help="time after which solve gives up")
+    parser.add_argument("--torch-threads", type=int, default=0, help="threads of the learner; with 0, PyTorch chooses")
     arguments = parser.parse_args()
     if arguments.torch_threads:
         torch.set_num_threads(arguments.torch_threads)
     config = make_config(arguments.settings, arguments.seed)
-    # Each runner asks for a CPU. "local", or an address in the environment would have it join another Ray.
+    # Each runner asks for a CPU. Without "local", an address in an environment variable would make it join another Ray.
     ray.init("local", num_cpus=NUM_ENV_RUNNERS + 1, include_dashboard=False, log_to_driver=False)
     try:
         algorithm = config.build_algo()
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def make_config(settings: str, seed: int) -> DQNConfig:
-    """Returns RLlib's defaults, or the settings of its example for CartPole, which its package leaves out."""
+    """Returns RLlib's defaults, or the settings of RLlib's example for CartPole, which isn't part of its package."""
     config = DQNConfig().environment("CartPole-v1").env_runners(num_env_runners=NUM_ENV_RUNNERS)
     config.debugging(seed=seed, log_level="ERROR")
     if settings == "example":  # rllib/examples/algorithms/dqn/cartpole_dqn.py, where it differs from the defaults
@@ -77,7 +77,7 @@ def make_config(settings: str, seed: int) -> DQNConfig:
 
 
 def speed(algorithm: Algorithm, config: DQNConfig, seconds: float) -> dict[str, Any]:
-    """Returns what it does in a second, over whole iterations that take at least so many."""
+    """Returns RLlib's speed, measured over whole iterations for at least the given time."""
     while (start := counters(algorithm.train()))[0] < WARMUP:
         pass
     started, spent = time.perf_counter(), 0.0
@@ -96,13 +96,13 @@ def speed(algorithm: Algorithm, config: DQNConfig, seconds: float) -> dict[str, 
 
 
 def counters(result: dict[str, Any]) -> tuple[float, float]:
-    """Returns environment steps taken and transitions trained since the beginning."""
+    """Returns the environment steps taken and the transitions trained since the beginning."""
     trained = result.get("learners", {}).get("__all_modules__", {}).get("num_env_steps_trained_lifetime", 0)
     return float(result["env_runners"]["num_env_steps_sampled_lifetime"]), float(trained)
 
 
 def solve(algorithm: Algorithm, timeout_seconds: float) -> dict[str, Any]:
-    """Returns when it was solved, or how far it got."""
+    """Returns when CartPole was solved, or how far training got."""
     evaluating, best, is_solved, wall_seconds = 0.0, 0.0, False, 0.0
     while not is_solved and wall_seconds < timeout_seconds:
         result = algorithm.train()
@@ -124,7 +124,7 @@ def solve(algorithm: Algorithm, timeout_seconds: float) -> dict[str, Any]:
 
 
 def play(algorithm: Algorithm, num_episodes: int, seed: int) -> float:
-    """Returns the mean greedy return of the first episode of each of so many lanes."""
+    """Returns the mean greedy return of one episode in each of `num_episodes` lanes."""
     module = algorithm.get_module()
     envs = gymnasium.make_vec("CartPole-v1", num_envs=num_episodes, vectorization_mode="vector_entry_point")
     obs, _ = envs.reset(seed=seed)
@@ -139,7 +139,7 @@ def play(algorithm: Algorithm, num_episodes: int, seed: int) -> float:
 
 
 def seconds_since_process_start() -> float:
-    """Returns them as Linux counts them, imports and all."""
+    """Returns the seconds since this process started, according to Linux, so that imports count."""
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 

@@ -1,4 +1,4 @@
-"""Environment steps/s of Stable-Baselines3's DQN on CartPole, rl-zoo's settings: 128 updates of 64 per 256 steps."""
+"""Environment steps/s of Stable-Baselines3's DQN on CartPole, with rl-zoo's 128 updates of 64 per 256 steps."""
 
 import json
 import time

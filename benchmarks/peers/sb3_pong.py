@@ -1,6 +1,6 @@
 """Agent steps/s of Stable-Baselines3's DQN on Pong: eight environments, two updates of 32 per eight steps.
 
-The network is the Nature one, the buffer holds 20,000 steps, learning starts after 2,000; what is timed comes after.
+It uses the Nature network and a buffer of 20,000 steps. Learning starts after 2,000 steps, and timing after that.
 """
 
 import json

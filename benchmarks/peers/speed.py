@@ -1,4 +1,4 @@
-"""How peers whose whole training is one compiled program are timed; runs in the peers' environment."""
+"""Times peers whose whole training is one compiled program; runs in the peers' environment."""
 
 import json
 import statistics
@@ -10,7 +10,7 @@ import jax
 
 
 def print_speed(train: Callable[[jax.Array], Any], env_steps: int) -> None:
-    """Prints the median environment steps/s of `train(key)`, which takes `env_steps` of them, compilation apart."""
+    """Prints the median environment steps/s of `train(key)`, which takes `env_steps`, without its compilation."""
     compiled = jax.jit(train).lower(jax.random.PRNGKey(0)).compile()
     jax.block_until_ready(compiled(jax.random.PRNGKey(0)))
     speeds = []

@@ -4,7 +4,7 @@
     config = qfleet.make_config("CartPole-v1", preset="pqn", stop_return=475)
     summary = qfleet.train(config)
 
-This is the whole public API. Names are imported on first use, so that `import qfleet` doesn't wait for JAX.
+The names here are the whole public API. They are imported on first use, so that `import qfleet` doesn't wait for JAX.
 """
 
 import importlib

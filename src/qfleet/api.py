@@ -1,4 +1,4 @@
-"""Training runs and what they leave: `train`, `iterate`, `resume`, `load`, `watch`."""
+"""Functions that train, and that use what a run leaves: `train`, `iterate`, `resume`, `load`, `watch`."""
 
 import functools
 import os
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 def train(
     config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
 ) -> dict[str, Any]:
-    """Trains until `config` says stop, and returns what summary.json holds.
+    """Trains until the run ends as `config` says, and returns the content of summary.json.
 
     Args:
-      config: what to learn, where to run it, when to stop; `qfleet.make_config` makes one from a preset.
-      network: replaces the network that `config.agent` describes. Any pair of functions, or a Flax NNX module through
-        `qfleet.from_nnx`; `load` and `resume` then need it too.
-      optimiser: replaces the optimiser that `config.agent` names; `resume` then needs it too.
+      config: what to learn, where to run it, and when to stop; `qfleet.make_config` makes one from a preset.
+      network: replaces the network that `config.agent` describes. It is any pair of functions, or a Flax NNX module
+        that `qfleet.from_nnx` converts. `load` and `resume` then need it too.
+      optimiser: replaces the optimiser that `config.agent` names. `resume` then needs it too.
 
     Raises:
       ConfigError: on bad input, before any work starts.
@@ -49,7 +49,7 @@ def train(
 def iterate(
     config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
 ) -> Run | LaunchedRun:
-    """Returns a run to iterate over: each item is the `Progress` of one chunk. Leaving the loop stops the run cleanly.
+    """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
 
     Args and Raises: as for `train`.
     """
@@ -76,24 +76,25 @@ def resume(
 
     Args:
       run_dir: a run's folder. If it has no checkpoint yet, the run starts from the beginning.
-      env_steps: a new end of the run, instead of its config's.
-      checkpoint: the environment step of another checkpoint than the newest. Newer ones are set aside, by renaming.
-      topology: another place to go on in, or the same in another size. Its lanes begin new episodes, and the replay is
-        divided anew over them: a run that has begun on a laptop may go on as a fleet, or the other way round. The run's
-        folder keeps the config that it began with, so give it each time.
-      num_processes: how many processes an all-reduce or gossip run goes on with. This argument and the next three
-        default to what the run began with.
-      coordinator: HOST:PORT of the first process of an all-reduce run, to start each by hand; `local` starts all on
-        this machine.
-      process_id: which process to start here, where each is started by hand. Start the others with otherwise the same
-        arguments. Only the first one locks the folder, sets checkpoints aside, and returns progress.
+      env_steps: environment step at which the run ends, instead of the one in its config.
+      checkpoint: environment step of the checkpoint to continue from, instead of the newest. Newer ones are set aside,
+        by renaming.
+      topology: where the run continues, if that is another topology or another size. Its lanes begin new episodes, and
+        the replay is divided anew over them. So a run that began on a laptop can continue as a fleet, or the other way
+        round. The run's folder keeps the config that the run began with, so give this argument each time.
+      num_processes: number of processes that an all-reduce or gossip run continues with. This argument and the next
+        three default to what the run began with.
+      coordinator: HOST:PORT of the first process of an all-reduce run, to start each process by hand; `local` starts
+        all of them on this machine.
+      process_id: number of the process to start here, if each is started by hand. Start the others with otherwise the
+        same arguments. Only the first one locks the folder, sets checkpoints aside, and returns progress.
       ray_address: address of the Ray cluster that the processes run on.
-      network: what `train` was given, if anything.
-      optimiser: what `train` was given, if anything.
+      network: the network that `train` was given, if any.
+      optimiser: the optimiser that `train` was given, if any.
 
     Raises:
-      ConfigError: if it isn't a run, its checkpoint is damaged, it has come to its end already, or another process
-        trains it.
+      ConfigError: if `run_dir` isn't a run, its checkpoint is damaged, the run has ended already, or another process
+        is training it.
     """
     directory = RunDirectory.open(run_dir)
     config = config_to_resume(
@@ -122,12 +123,12 @@ def load(
 
     Args:
       run_dir: a run's folder.
-      checkpoint: the environment step of another checkpoint than the newest.
-      seed: of a run with many seeds, which one; the first by default.
-      network: what `train` was given, if anything.
+      checkpoint: environment step of the checkpoint to load. The default is the newest one.
+      seed: seed to load, of a run with several seeds. The default is the first one.
+      network: the network that `train` was given, if any.
 
     Raises:
-      ConfigError: if it isn't a run, or its checkpoint is missing or damaged.
+      ConfigError: if `run_dir` isn't a run, or its checkpoint is missing or damaged.
     """
     directory = RunDirectory.open(run_dir)
     config = directory.config
@@ -161,16 +162,16 @@ def watch(
     frames_per_second: int = 30,
     network: Network | None = None,
 ) -> list[Video]:
-    """Writes videos of what a run has learned, and returns their files with the episodes' returns.
+    """Writes videos of what a run has learned, and returns their files with the returns of the episodes.
 
     Args:
       run_dir, checkpoint, network: as for `load`.
-      train_seed: of a run with many seeds, which one; the first by default.
-      out_dir: instead of the run's folder `videos`.
+      train_seed: seed to watch, of a run with several seeds. The default is the first one.
+      out_dir: folder for the videos. The default is `videos` in the run's folder.
       num_episodes, seed, frames_per_second: as for `Policy.film`.
 
     Raises:
-      ConfigError, RunFailed: as `load` and `Policy.film` do.
+      ConfigError, RunFailed: under the same conditions as `load` and `Policy.film`.
     """
     policy = load(run_dir, checkpoint=checkpoint, seed=train_seed, network=network)
     out_dir = RunDirectory.open(run_dir).videos_path if out_dir is None else out_dir
@@ -178,7 +179,7 @@ def watch(
 
 
 def _params_of(network: Network, stored: Any) -> Params:
-    """Returns a checkpoint's parameters, which are nested dictionaries, in the structure that `network` has."""
+    """Returns a checkpoint's parameters, which are nested dictionaries, in the structure of `network`'s parameters."""
 
     def find(path: tuple, wanted: jax.ShapeDtypeStruct) -> Any:
         names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
@@ -186,7 +187,7 @@ def _params_of(network: Network, stored: Any) -> Params:
         if getattr(leaf, "shape", None) != wanted.shape:
             raise ConfigError(
                 f"`network` must be the one that the run was trained with, but its params/{'/'.join(names)} has shape "
-                f"{list(wanted.shape)} and the checkpoint's has not; give that one"
+                f"{list(wanted.shape)}, unlike the checkpoint's; give the network that the run was trained with"
             )
         return leaf
 

@@ -18,7 +18,7 @@ class Preset:
     settings: Mapping[str, Any]
     """Fields of `AgentConfig`, `TrainConfig` and every topology's config that differ from their defaults."""
     topology: str | None = None
-    """Where it runs by default; None is where the environment suits best."""
+    """Topology that it runs in by default; None means the one that suits the environment."""
 
 
 PRESETS: dict[str, Preset] = {
@@ -50,8 +50,8 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "atari_dqn": Preset(
-        summary="dqn as published for Atari: one update of 32 every 4 agent steps, replay of a million frames",
-        source="Mnih et al. 2015, Nature 518, extended data table 1; RMSProp's epsilon is theirs for mean gradients",
+        summary="dqn as published for Atari: one update of 32 every 4 agent steps, a replay of a million frames",
+        source="Mnih et al. 2015, Nature 518, extended data table 1; RMSProp's epsilon is adapted to mean gradients",
         settings={
             "torso": "nature",
             "hidden_sizes": (512,),
@@ -60,7 +60,7 @@ PRESETS: dict[str, Preset] = {
             "warmup_env_steps": 50_000,
             "batch_size": 32,
             "env_steps_per_learner_step": 4.0,
-            # Their table counts learner steps, their program agent steps, as everybody since: 10,000 of those.
+            # Their table counts learner steps, but their program counts agent steps, as everybody has since: 10,000.
             "target_update_period": 2_500,
             "optimiser": "rmsprop",
             "optimiser_options": {"decay": 0.95, "eps": 0.01 / 32**2, "centered": 1.0},
@@ -75,7 +75,7 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "ape_x": Preset(
-        summary="many actors with an epsilon each (theirs were 360), a prioritised replay, one learner",
+        summary="many actors (360 as published), each with its own epsilon, a prioritised replay, one learner",
         source="Horgan et al. 2018, arXiv 1803.00933, section 4.1 and appendix C",
         topology="actor-learner",
         settings={
@@ -87,12 +87,12 @@ PRESETS: dict[str, Preset] = {
             "batch_size": 512,
             "replay_capacity": 2_000_000,
             "warmup_env_steps": 50_000,
-            # Theirs isn't set: 19 learner steps in the second while 12,500 transitions come in.
+            # They don't set it, but report 19 learner steps per second while 12,500 transitions per second come in.
             "env_steps_per_learner_step": 660.0,
             "target_update_period": 2_500,
             "priority_exponent": 0.6,
             "importance_exponent_start": 0.4,
-            "importance_exponent_env_steps": 10**15,  # it stays there
+            "importance_exponent_env_steps": 10**15,  # the exponent practically stays at its start
             "optimiser": "rmsprop",
             "optimiser_options": {"decay": 0.95, "eps": 1.5e-7, "centered": 1.0},
             "learning_rate": 2.5e-4 / 4,
@@ -134,7 +134,7 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-# Ours, tuned on two CPU cores for the shortest wall time to a confirmed return; benchmarks/solve.py measures them.
+# Our own settings, tuned on two CPU cores for the least wall time to a confirmed return; see benchmarks/solve.py.
 TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
     ("pqn", "CartPole-v1"): {
         "num_envs": 32,
@@ -228,8 +228,8 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
         "env_steps": 1_500_000,
         "eval_period_env_steps": 25_000,
     },
-    # A dense network is faster than convolutions on a CPU and no worse; epsilon stays high because rare slips are what
-    # breaks the loops in which a greedy agent keeps the ball without reaching the last bricks.
+    # A dense network is faster than convolutions on a CPU, and no worse. Epsilon stays high because a greedy agent can
+    # keep the ball in a loop that never reaches the last bricks, and only a random action breaks it.
     ("pqn", "gymnax:Breakout-MinAtar"): {
         "num_envs": 64,
         "rollout_length": 32,
@@ -247,16 +247,16 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
 
 
 def make_config(env: str, preset: str = "pqn", topology: str | None = None, **settings: Any) -> TrainConfig:
-    """Returns the config of `preset` for `env`: the preset's settings, the tuned ones, then `settings`.
+    """Returns the config of `preset` for `env`. `settings` replace the tuned ones, and those replace the preset's.
 
     Args:
-      env: an environment's name.
+      env: name of an environment.
       preset: one of `PRESETS`.
       topology: one of `qfleet.config.TOPOLOGIES`; by default the one that suits the environment.
       **settings: any field of `AgentConfig`, of the topology's config, or of `TrainConfig`.
 
     Raises:
-      ConfigError: if the preset or a field is unknown, or a value breaks its rule.
+      ConfigError: if the preset, the topology or a field is unknown, or a value breaks its rule.
     """
     if preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")

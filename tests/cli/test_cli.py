@@ -32,7 +32,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exit_code(arguments: list[str]) -> int:
-    """As the process would end: tyro exits by itself on flags that it can't read."""
+    """Returns the exit code that the process would have; tyro exits by itself on flags that it can't read."""
     try:
         return main(arguments)
     except SystemExit as error:
@@ -273,7 +273,7 @@ register_env("One-v0", lambda: InGraphEnv(spec, lambda key: (jnp.int32(0), jnp.z
 """
 
 
-def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_goes_on(tmp_path: Path) -> None:
+def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(MODULE)
     command = [SCRIPT, "train", "mine:One-v0", *TINY, "--env-steps", "1000000000", "--run-dir", "run"]
     with subprocess.Popen(
@@ -311,7 +311,7 @@ def test_a_profiled_run_prints_where_its_time_went(tmp_path: Path, capsys: pytes
     assert list(shares) == ["environment", "transfer", "inference", "returns", "update", "other"]
 
 
-def test_what_the_parts_of_a_fleet_take_of_ray_is_said_in_flags() -> None:
+def test_flags_set_the_ray_resources_of_a_fleets_processes() -> None:
     resources = ["--learner-resources", "GPU", "1", "CPU", "2", "--actor-resources", "CPU", "0.5", "actor", "1"]
     topology = config_of(parse(["CartPole-v1", "--preset", "ape_x", *resources])).topology
     assert isinstance(topology, ActorLearnerConfig)
@@ -356,7 +356,7 @@ def test_devices_shows_what_a_run_would_keep_on_each_device(capsys: pytest.Captu
     assert found["mesh"] == {"data": 2, "model": 2} and found["topology"] == "fused" and found["refusal"] is None
     assert found["bytes_per_device"] == sum(part["bytes_per_device"] for part in parts.values())
 
-    assert main(arguments) == 0  # the tuned network is small: whole on each device, but for its kernels
+    assert main(arguments) == 0  # the tuned network is small, so all of it but its kernels is whole on each device
     title, _, *lines = capsys.readouterr().out.splitlines()
     assert title.startswith("CartPole-v1 with rainbow_lite, fused: mesh of data 2 x model 2, ")
     table = {name.strip(): row for name, row in ((line[:16], line[16:].split()) for line in lines)}
@@ -366,7 +366,7 @@ def test_devices_shows_what_a_run_would_keep_on_each_device(capsys: pytest.Captu
     assert unit == same_unit and float(total) == pytest.approx(2 * float(share), rel=0.02)
 
 
-def test_what_does_not_fit_is_said_by_devices_and_refused_by_train(
+def test_a_run_that_does_not_fit_is_reported_by_devices_and_refused_by_train(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -33,7 +33,7 @@ AS_RUN = [
 ]
 
 
-def test_every_topology_is_tried_below():
+def test_the_tests_below_cover_every_topology():
     assert {topology.name for topology in AS_RUN} == set(TOPOLOGIES)
 
 
@@ -46,7 +46,7 @@ def test_a_config_comes_back_from_json(topology):
 
 
 def v1(topology: dict) -> dict:
-    """Returns what the first version wrote of a run: it told topologies by their fields."""
+    """Returns a run's config as the first version wrote it, without the topology's name."""
     agent = dataclasses.asdict(qfleet.make_config("CartPole-v1", "double_dqn").agent)
     run = encode(qfleet.make_config("CartPole-v1", "double_dqn"))
     return json.loads(json.dumps({**run, "agent": agent, "topology": topology}))
@@ -98,7 +98,7 @@ MESH = {"data": 1, "model": 1}
     ],
     ids=["fused", "overlapped", "all-reduce", "gossip", "actor-learner", "parameter-server"],
 )  # fmt: skip
-def test_what_the_first_version_wrote_is_read(old, expected):
+def test_configs_that_the_first_version_wrote_are_read(old, expected):
     assert decode(v1(old), schema_version=1).topology == expected
 
 
@@ -117,7 +117,7 @@ def test_a_version_that_is_not_known_is_refused(version):
         (None, "config.topology must have a name"),
     ],
 )
-def test_a_topology_that_is_none_is_refused(topology, message):
+def test_an_invalid_topology_is_refused(topology, message):
     content = {**v1({}), "topology": topology}
     with pytest.raises(ConfigError, match=message):
         decode(content)
@@ -138,6 +138,6 @@ def test_a_folder_of_the_first_version_still_gives_its_policy(old_run):
     np.testing.assert_allclose(values, [[-0.33472, 0.10989], [-2.05486, 0.19002]], atol=1e-4)
 
 
-def test_a_folder_of_the_first_version_goes_on(old_run):
+def test_a_run_of_the_first_version_can_be_resumed(old_run):
     run = qfleet.resume(old_run, env_steps=2_048, topology=OverlappedConfig(lock_step=True))
     assert [progress.env_steps > 1_024 for progress in run] and run.summary["env_steps"] == 2_048

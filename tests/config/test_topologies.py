@@ -42,7 +42,7 @@ def test_the_command_line_replaces_the_earlier_name(arguments, expected):
         ("fusde", {}, "topology must be one of fused, .* Did you mean fused"),
     ],
 )
-def test_what_belongs_to_another_topology_is_refused_with_the_remedy(topology, settings, message):
+def test_settings_of_another_topology_are_refused_with_the_remedy(topology, settings, message):
     with pytest.raises(ConfigError, match=message):
         qfleet.make_config("CartPole-v1", "double_dqn", topology, **settings)
 
@@ -54,6 +54,6 @@ def test_each_of_equal_processes_runs_the_topology_that_suits_the_environment():
     assert config.in_one_process("host") == host and config.mesh.data == 4
 
 
-def test_a_config_of_another_topology_is_told_apart():
+def test_a_config_of_another_topology_is_refused():
     with pytest.raises(TypeError, match="a run of topology gossip must have its config"):
         qfleet.make_config("CartPole-v1", "pqn").topology_as(GossipConfig)

@@ -10,16 +10,16 @@ from qfleet.config import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _CheckFlags:
-    """Checks that an environment keeps the contract that learning relies on; exit code 1 if it doesn't."""
+    """Checks that an environment keeps the contract that learning relies on. The exit code is 1 if it doesn't."""
 
     env: tyro.conf.Positional[str]
-    """The environment, as `qfleet envs` lists them."""
+    """Name of the environment, as listed by `qfleet envs`."""
     steps: int = 500
-    """Steps of each of the four lanes."""
+    """Steps to take in each of the four lanes."""
     num_env_workers: int = 0
-    """Processes to step it in, for Gymnasium's environments."""
+    """Processes that step the environment, if it is one of Gymnasium's."""
     seed: int = 0
-    """Of the environment and the random actions."""
+    """Seed of the environment and of the random actions."""
 
 
 def run(arguments: Sequence[str]) -> int:

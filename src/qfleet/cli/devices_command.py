@@ -1,4 +1,4 @@
-"""`qfleet devices [ENV]`: the devices, and what a run would keep on each of them."""
+"""`qfleet devices [ENV]`: shows the devices, and what a run would keep on each of them."""
 
 import sys
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ _HELP = """\
 usage: qfleet devices [ENV] [FLAGS OF qfleet train] [--json]
 
 Without ENV: lists the devices that JAX sees, their memory, and how to get more.
-With ENV and flags as of `qfleet train`: shows the mesh that `train` would make, what would be divided over which of its
-axes, and how many bytes of it each device would hold. Nothing is allocated. Exit code 1 if it wouldn't fit.
+With ENV, and flags as for `qfleet train`: shows the mesh that `train` would make, which of its axes each part of the
+run would be divided over, and how many bytes of each part a device would hold. Nothing is allocated. The exit code is 1
+if the run wouldn't fit.
 
   --json   print one JSON object
 """
@@ -46,7 +47,7 @@ def _show(config: TrainConfig | None, *, as_json: bool) -> int:
 
 
 def _footprint(config: TrainConfig) -> tuple["Footprint", str | None]:
-    """Returns what a run would keep, and why it would be refused, if it would."""
+    """Returns what a run would keep, and the reason why it would be refused, or None."""
     from qfleet.topologies.footprint import check_fits
     from qfleet.training.assembly import footprint
 
@@ -66,7 +67,7 @@ def _machine_as_dict() -> dict[str, Any]:
 
     kinds: dict[tuple[str, str, int | None], int] = {}
     for device in jax.devices():
-        is_ours = device.process_index == jax.process_index()  # others don't tell
+        is_ours = device.process_index == jax.process_index()  # only a process itself knows its devices' memory
         kind = (device.platform, device.device_kind, memory_bytes(device) if is_ours else None)
         kinds[kind] = kinds.get(kind, 0) + 1
     return {
@@ -121,12 +122,12 @@ def _print_machine() -> None:
 def _how_to_get_more(platforms: set[str]) -> str:
     if platforms == {"cpu"}:
         return (
-            "more: on a CPU a mesh makes as many devices as it needs (--mesh.data 4 makes four), to try meshes out:\n"
-            "      they share its cores and memory. For NVIDIA GPUs: pip install 'qfleet[cuda]'"
+            "more: to try meshes out, a mesh divides a CPU into as many devices as it needs (four for --mesh.data 4).\n"
+            "      They share its cores and memory. For NVIDIA GPUs: pip install 'qfleet[cuda]'"
         )
     return (
-        "more: JAX takes all GPUs that CUDA_VISIBLE_DEVICES leaves it; a run takes mesh.data x mesh.model of them.\n"
-        "      JAX_PLATFORMS=cpu runs on the CPU, where a mesh makes as many devices as it needs"
+        "more: JAX sees all GPUs that CUDA_VISIBLE_DEVICES allows, and a run uses mesh.data x mesh.model of them.\n"
+        "      JAX_PLATFORMS=cpu runs on the CPU, which a mesh divides into as many devices as it needs"
     )
 
 
@@ -157,7 +158,7 @@ def _print_run(result: dict[str, Any]) -> None:
     memory = result["memory_bytes_per_device"]
     if memory is not None:
         print(f"\nmemory per device: {show_bytes(memory)} ({result['memory']})")
-    print("A learner step's temporaries (activations, gradients) and the compiled program come on top.")
+    print("A learner step's temporaries (activations, gradients) and the compiled program need memory in addition.")
     if result["refusal"] is not None:
         print(f"qfleet: error: {result['refusal']}", file=sys.stderr)
 

@@ -11,18 +11,18 @@ from qfleet.config import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EvalFlags:
-    """Plays greedy episodes with what a run has learned, on seeds of their own."""
+    """Plays greedy episodes with what a run has learned, on seeds that training does not use."""
 
     run: tyro.conf.Positional[str]
     """The run's folder."""
     episodes: int = 100
-    """Episodes to play."""
+    """Number of episodes to play."""
     checkpoint: int | None = None
-    """The environment step of another checkpoint than the newest."""
+    """Environment step of the checkpoint to evaluate. The default is the newest one."""
     train_seed: int | None = None
-    """Of a run with many seeds, which one to evaluate; the first by default."""
+    """Seed to evaluate, of a run with several seeds. The default is the first one."""
     seed: int = 0
-    """Of the episodes."""
+    """Seed of the episodes."""
     json: bool = False
     """Print one line of JSON."""
 

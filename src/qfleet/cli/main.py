@@ -1,7 +1,7 @@
 """`qfleet`: finds the command, runs it, and turns errors into one line and an exit code.
 
-Exit codes: 0 done; 1 the run or the check failed; 2 bad input; 130 interrupted, but for
-training that has begun: that ends cleanly, with 0.
+Exit codes: 0 done; 1 the run or the check failed; 2 bad input; 130 interrupted. Interrupting training that has begun
+ends it cleanly, with exit code 0.
 """
 
 import importlib
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 
 from qfleet.config import ConfigError, RunFailed, suggest
 
-# Modules are imported once their command is known: the help text must not wait for JAX.
+# A module is imported only when its command is called, because the help text must not wait for JAX.
 _COMMANDS = {
     "train": "train an agent in an environment",
     "eval": "evaluate what a run has learned",
     "watch": "write videos of what a run has learned",
-    "resume": "go on with a run from its newest checkpoint",
-    "devices": "list the devices, or what a run would keep on each of them",
+    "resume": "continue a run from its newest checkpoint",
+    "devices": "list the devices, or show what a run would keep on each of them",
     "envs": "list the environments",
-    "check-env": "check that an environment keeps the contract",
+    "check-env": "check that an environment keeps the contract that learning relies on",
     "presets": "list the presets",
 }
 
@@ -31,9 +31,9 @@ Deep Q-networks, trained fast by parallel and distributed computing.
 
 {commands}
 
-Every command explains itself: qfleet COMMAND --help
+The flags of each command: qfleet COMMAND --help
 Try: qfleet train CartPole-v1 --stop-return 475
-Add --debug to any command for a traceback with its errors.
+Add --debug to any command to get a traceback with an error.
 """
 
 
@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"qfleet: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except RuntimeError as error:  # XLA's, which has no type of its own for this
+    except RuntimeError as error:  # XLA has no error type for a lack of memory
         if debug or not any(words in str(error) for words in ("Out of memory", "RESOURCE_EXHAUSTED")):
             raise
         print(
             f"qfleet: error: a run must fit into memory, got {str(error).splitlines()[0]} "
-            f"Try a smaller replay_capacity, num_envs or num_seeds.",
+            f"Give a smaller replay_capacity, num_envs or num_seeds.",
             file=sys.stderr,
         )
         return 2

@@ -11,11 +11,11 @@ from qfleet.config.encoding import decode_topology
 
 
 def main() -> int:
-    """Trains as one of several processes, and tells the launcher of it."""
+    """Trains as one of several processes, and reports to their launcher."""
     parser = argparse.ArgumentParser(prog="qfleet.cli.peer")
     parser.add_argument("run")
     parser.add_argument("--process-id", type=int, required=True)
-    parser.add_argument("--topology", required=True, help="as `encode_topology` writes it, in JSON")
+    parser.add_argument("--topology", required=True, help="JSON of what `encode_topology` returns")
     parser.add_argument("--coordinator", required=True)
     parser.add_argument("--timeout-seconds", type=float, required=True)
     parser.add_argument("--report-descriptor", type=int, required=True)
@@ -45,7 +45,7 @@ def main() -> int:
         traceback.print_exc()
         if isinstance(error, (ConfigError, RunFailed)):
             reporter.tell("failed", error=str(error), is_config=isinstance(error, ConfigError))
-        os._exit(1)  # at once: to leave in order, it would wait for the others, and they for it
+        os._exit(1)  # at once, because an orderly exit would wait for the other processes, which wait for this one
     peers.leave()
     return 0
 

@@ -14,27 +14,27 @@ from qfleet.config.topologies import check_topology_name, field_names
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _ResumeFlags:
-    """Goes on with a run from its newest checkpoint, as if it had never stopped.
+    """Continues a run from its newest checkpoint, as if it had never stopped.
 
-    With --topology or any flag of a topology, such as --num-actors 8 or --num-envs 64, it goes on elsewhere, or in
-    another size: lanes begin new episodes, and the replay is divided anew over them.
+    With --topology or any flag of a topology, such as --num-actors 8 or --num-envs 64, it continues in another place or
+    in another size. Its lanes then begin new episodes, and the replay is divided anew over them.
     """
 
     run: tyro.conf.Positional[str]
     """The run's folder."""
     env_steps: int | None = None
-    """A new end of the run, in environment steps from its beginning."""
+    """Environment step at which the run ends, counted from its beginning. The default is the run's own."""
     checkpoint: int | None = None
-    """The environment step of another checkpoint than the newest; newer ones are set aside."""
+    """Environment step of the checkpoint to continue from, instead of the newest; newer ones are set aside."""
     num_processes: int | None = None
-    """How many processes an all-reduce or gossip run goes on with; lanes and replay are divided anew over them. This
-    flag and the next three default to what the run began with."""
+    """Number of processes of an all-reduce or gossip run; lanes and replay are divided anew over them.
+    This flag and the next three default to what the run began with."""
     coordinator: str | None = None
-    """HOST:PORT of the first process of an all-reduce run, to start each by hand; `local` starts all of them on this
-    machine."""
+    """HOST:PORT of the first process of an all-reduce run, to start each process by hand.
+    With `local`, all processes are started on this machine."""
     process_id: int | None = None
-    """Which process to start here, from 0, where each is started by hand. Start the others with otherwise the same
-    flags."""
+    """Number of the process to start here, from 0, if each is started by hand.
+    Start the others with otherwise the same flags."""
     ray_address: str | None = None
     """Address of the Ray cluster that the processes run on."""
     quiet: bool = False
@@ -45,7 +45,7 @@ _CONFIG = (tyro.conf.FlagCreatePairsOff,)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Goes on with the run that the flags name."""
+    """Continues the run that the flags name."""
     parsed = tyro.cli(
         _ResumeFlags, prog="qfleet resume", args=list(arguments), config=_CONFIG, return_unknown_args=True
     )
@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _topology_of(run_dir: str, arguments: list[str]) -> TopologyConfig:
-    """Returns the topology that the flags describe, over the one that the run began with.
+    """Returns the topology that the flags describe; what they leave out is as the run began.
 
     Raises:
       ConfigError: if there is no such run or topology.

@@ -1,4 +1,4 @@
-"""What a person sees of a run in the terminal."""
+"""What the terminal shows of a run."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def follow(run: "Run | LaunchedRun", *, quiet: bool) -> int:
-    """Sees a run through to its end, shows its progress, and returns the exit code."""
+    """Iterates over a run until it ends, shows its progress, and returns the exit code."""
     with ProgressView(run.config.env_steps, quiet=quiet) as view:
         place = environments(run.backend, run.config.topology)
         view.message(f"{run.config.env} ({place}) with {run.config.preset}, into {run.directory.path}")
@@ -25,13 +25,13 @@ def follow(run: "Run | LaunchedRun", *, quiet: bool) -> int:
 
 
 def environments(backend: str, topology: TopologyConfig) -> str:
-    """Returns what makes a run's environments and where they step, such as "gymnasium, 8 in this process"."""
+    """Returns the backend of a run's environments and where they are stepped: "gymnasium, 8 in this process"."""
     lanes = topology.describe_lanes(backend)
     return backend if backend == lanes else f"{backend}, {lanes}"
 
 
 def outcome(summary: dict[str, Any], path: str) -> str:
-    """Returns a few lines on how a run ended, and what to do next."""
+    """Returns a few lines that say how a run ended, and what to do next."""
     returns = summary["eval_return_mean"]
     lines = [
         f"stopped: {summary['stopped']}, after {summary['env_steps']:,} environment steps and "
@@ -42,7 +42,7 @@ def outcome(summary: dict[str, Any], path: str) -> str:
         lines.append(f"mean greedy return: {returns:.1f} over {num_episodes} episodes")
     if summary.get("num_restarts"):
         repeated = summary.get("env_steps_repeated")
-        again = "" if repeated is None else f", {repeated:,} environment steps taken again"
+        again = "" if repeated is None else f", {repeated:,} environment steps repeated"
         lines.append(f"restarts: {summary['num_restarts']}{again}")
     if summary["num_seeds"] > 1:
         solved = [steps for steps in summary["solved_at_env_steps"] if steps is not None]
@@ -60,7 +60,7 @@ def outcome(summary: dict[str, Any], path: str) -> str:
 
 
 def print_time_shares(summary: dict[str, Any], num_envs: int) -> None:
-    """Prints where the time of a profiled run went."""
+    """Prints how the time of a profiled run was divided over its parts."""
     from rich.console import Console
     from rich.table import Table
 
@@ -69,5 +69,5 @@ def print_time_shares(summary: dict[str, Any], num_envs: int) -> None:
         table.add_column(name, justify="right")
     for part, share in summary["time_shares"].items():
         table.add_row(part, f"{summary['row_milliseconds'][part]:.3f}", f"{share:.1%}")
-    print(f"\ntime of a row (one step of {num_envs} environments) in lock step, each part waited for:")
+    print(f"\ntime of a row (one step of {num_envs} environments) in lock step, waiting for each part:")
     Console(highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""What commands with `--topology` share: finding it before the rest is parsed, and flags of other topologies."""
+"""Shared by commands with `--topology`: finding its value before parsing, and refusing flags of other topologies."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from qfleet.config.topologies import RENAMED, check_suits, field_names, without_
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """Returns the value of a flag before the whole is parsed, because other flags' defaults depend on it."""
+    """Returns the value of a flag before all are parsed, because the defaults of other flags depend on it."""
     for i, argument in enumerate(arguments):
         if argument == flag and i + 1 < len(arguments):
             return arguments[i + 1]
@@ -31,10 +31,10 @@ def replace_alias(arguments: Sequence[str]) -> list[str]:
 
 
 def check_flags(arguments: Sequence[str], topology: str) -> None:
-    """Checks that no flag is another topology's, which tyro would only call unknown.
+    """Checks that no flag belongs to another topology; tyro would only say that it is unknown.
 
     Raises:
-      ConfigError: if one is.
+      ConfigError: if one does.
     """
     known = {name for kind in TOPOLOGIES.values() for name in (*field_names(kind), *kind.settings_without_effect)}
     given = {argument.partition("=")[0] for argument in arguments}

@@ -13,10 +13,10 @@ from qfleet.presets import make_config
 
 DEFAULT_PRESET = "pqn"
 
-_FLAT = tyro.conf.arg(name="")  # its fields' flags have no prefix
+_FLAT = tyro.conf.arg(name="")  # flags of the config's fields have no prefix
 
 _TOPOLOGY_HELP = (
-    "Where it runs; by default what suits the environment. "
+    "Where the run takes place. The default is the topology that suits the environment. "
     + " ".join(f"{name}: {kind.summary}." for name, kind in TOPOLOGIES.items())
     + " (`decentralised --exchange all-reduce` and `--exchange gossip` are earlier names of two of them.)"
 )
@@ -24,15 +24,15 @@ _TOPOLOGY_HELP = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _TrainFlags(TrainConfig):
-    """Trains a deep Q-network and leaves everything about it in a run directory.
+    """Trains a deep Q-network, and writes everything about the run to its folder.
 
-    Defaults are those of the preset, tuned where the environment has tuned settings: name the environment to see them.
+    The defaults are those of the preset, or the ones tuned for the environment: name the environment to see them.
     """
 
     env: tyro.conf.Positional[str]
-    """What to learn, as `qfleet envs` lists them."""
+    """Name of the environment to learn, as listed by `qfleet envs`."""
     preset: str = DEFAULT_PRESET
-    """Where the settings below start from, as `qfleet presets` lists them."""
+    """Preset that the defaults of the other settings come from, as listed by `qfleet presets`."""
     agent: Annotated[AgentConfig, _FLAT] = dataclasses.field(default_factory=AgentConfig)
     topology_name: Annotated[str, tyro.conf.arg(name="topology", metavar="NAME", help=_TOPOLOGY_HELP)] = "fused"
     quiet: bool = False
@@ -40,7 +40,7 @@ class _TrainFlags(TrainConfig):
 
 
 def _flags_of(kind: type[TopologyConfig]) -> type[_TrainFlags]:
-    """Returns the flags of one topology: all in one class, or each topology's flags would be a subcommand."""
+    """Returns one class with all flags of a run with this topology; as a field of its own it would be a subcommand."""
     topology = ("topology", Annotated[kind, _FLAT], dataclasses.field(default_factory=kind))
     flags = dataclasses.make_dataclass("_Flags", [topology], bases=(_TrainFlags,), frozen=True, kw_only=True)
     flags.__doc__ = _TrainFlags.__doc__
@@ -51,7 +51,7 @@ _CONFIG_FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Trains as the flags say."""
+    """Trains the run that the flags describe."""
     flags = parse(arguments)
     from qfleet.api import iterate
 
@@ -64,11 +64,11 @@ def config_of(flags: _TrainFlags) -> TrainConfig:
 
 
 def parse(arguments: Sequence[str], prog: str = "qfleet train") -> _TrainFlags:
-    """Returns the flags, over the defaults of the environment and the preset that they name.
+    """Returns the flags, with the defaults of the environment and the preset that they name.
 
     Args:
-      arguments: of the command.
-      prog: what errors and the help call it.
+      arguments: arguments of the command.
+      prog: name of the command in errors and in the help.
     """
     arguments = replace_alias(arguments)
     preset = value_of("--preset", arguments) or DEFAULT_PRESET

@@ -8,22 +8,22 @@ import tyro
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _WatchFlags:
-    """Writes videos of greedy episodes with what a run has learned, each as an mp4 and a GIF."""
+    """Plays greedy episodes with what a run has learned, and writes a video of each, as an mp4 and a GIF."""
 
     run: tyro.conf.Positional[str]
     """The run's folder."""
     episodes: int = 1
-    """Episodes to play."""
+    """Number of episodes to play."""
     checkpoint: int | None = None
-    """The environment step of another checkpoint than the newest."""
+    """Environment step of the checkpoint to watch. The default is the newest one."""
     train_seed: int | None = None
-    """Of a run with many seeds, which one to watch; the first by default."""
+    """Seed to watch, of a run with several seeds. The default is the first one."""
     seed: int = 0
-    """Of the episodes."""
+    """Seed of the episodes."""
     out: str | None = None
-    """The folder for the videos, instead of the run's folder `videos`."""
+    """Folder for the videos. The default is `videos` in the run's folder."""
     frames_per_second: int = 30
-    """Of the mp4, where each step is one frame."""
+    """Frames per second of the mp4, in which each step is one frame."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     from qfleet.runtime.run_directory import RunDirectory
     from qfleet.runtime.video import check_extra
 
-    check_extra()  # before the wait for the checkpoint
+    check_extra()  # before loading the checkpoint, which takes a while
     directory = RunDirectory.open(flags.run)
     policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed)
     videos = policy.film(flags.out or directory.videos_path, flags.episodes, flags.seed, flags.frames_per_second)

@@ -1,7 +1,7 @@
 """What is learned (`AgentConfig`), where it runs (one config per topology), and one run (`TrainConfig`).
 
-Nothing here imports JAX, so that the command line can explain itself at once. Every config is checked when
-it is constructed and never changed afterwards; `dataclasses.replace` makes another.
+Nothing here imports JAX, so that the command line can show its help at once. Every config is checked when
+it is constructed and never changes afterwards; `dataclasses.replace` makes a changed copy.
 """
 
 from qfleet.config.agent import AgentConfig

@@ -11,7 +11,7 @@ from qfleet.config.checks import check, check_choices, check_count
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentConfig:
-    """What is learned. Knows nothing of processes, devices or queues.
+    """What is learned. It knows nothing about processes, devices or queues.
 
     Options compose: `double`, `dueling`, `n_step` and prioritised `replay` together are the core of Rainbow
     (Hessel et al. 2018, arXiv 1710.02298); `replay="none"` is Q(lambda) without replay or target network
@@ -19,78 +19,82 @@ class AgentConfig:
     """
 
     discount: float = 0.99
-    """Per environment step, in (0, 1]."""
+    """Discount factor per environment step, in (0, 1]."""
     double: bool = False
-    """The online network picks the bootstrap action, the target network values it (van Hasselt et al. 2016)."""
+    """Let the online network pick the bootstrap action and the target network value it (van Hasselt et al. 2016)."""
     n_step: int = 1
-    """Rewards summed before bootstrapping, in environment steps. Without replay, `trace_decay` does this."""
+    """Environment steps whose rewards are summed before bootstrapping. Without replay, `trace_decay` does this."""
     loss: Literal["squared", "huber"] = "huber"
-    """Of the TD error. Huber is squared up to `huber_delta` and linear beyond (Mnih et al. 2015's clipping)."""
+    """Loss of the TD error. Huber is squared up to `huber_delta`, and linear beyond (Mnih et al. 2015's clipping)."""
     huber_delta: float = 1.0
-    """Where Huber turns linear, in units of discounted reward."""
+    """TD error at which the Huber loss turns linear, in units of discounted reward."""
 
     torso: Literal["auto", "mlp", "minatar", "nature"] = "auto"
-    """Convolutions before the dense layers; `auto`: by the observation's shape (vector, small or Atari-sized)."""
+    """Convolutions before the dense layers; `auto` goes by the observation's shape (vector, small or Atari-sized)."""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """Units of each dense layer after the torso."""
     layer_norm: bool = False
-    """Layer normalisation after each hidden layer, before its activation."""
+    """Normalise each hidden layer, before its activation."""
     dueling: bool = False
-    """Value and advantage streams (Wang et al. 2016, arXiv 1511.06581)."""
+    """Use separate streams for value and advantage (Wang et al. 2016, arXiv 1511.06581)."""
     convolution: Literal["auto", "patches", "native"] = "auto"
-    """How convolutions are lowered; `auto` is patches times a matrix on CPU, native elsewhere. Same numbers."""
+    """How convolutions are computed, with the same results.
+    `patches` multiplies image patches by a matrix, and `native` is XLA's convolution.
+    `auto` uses patches on CPU, and native convolutions elsewhere."""
 
     exploration: Literal["epsilon_greedy", "softmax"] = "epsilon_greedy"
-    """Softmax is Boltzmann exploration: probabilities softmax(q / temperature)."""
+    """How actions are explored. Softmax is Boltzmann exploration, with probabilities softmax(q / temperature)."""
     exploration_start: float = 1.0
-    """Epsilon (a probability), or the temperature in units of discounted reward, at the first step."""
+    """Epsilon (a probability) at the first step; for softmax, the temperature in units of discounted reward."""
     exploration_end: float = 0.05
-    """The same, once it has decayed."""
+    """Epsilon, or the temperature, once it has decayed."""
     exploration_schedule: Literal["linear", "exponential"] = "linear"
-    """How it decays from start to end."""
+    """How epsilon, or the temperature, decays from start to end."""
     exploration_env_steps: int = 25_000
-    """Environment steps (of all lanes together) the decay takes."""
+    """Environment steps that the decay takes, over all lanes."""
 
     optimiser: str = "adam"
-    """Any optimiser of Optax by its function's name: adam, adamw, radam, rmsprop, sgd, lion ..."""
+    """Name of any optimiser function in Optax, such as adam, adamw, radam, rmsprop, sgd or lion."""
     optimiser_options: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Further arguments of that function, such as `eps`."""
+    """Further arguments of the optimiser function, such as `eps`."""
     learning_rate: float = 1e-3
-    """At the first learner step."""
+    """Learning rate at the first learner step."""
     learning_rate_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    """How it changes over `learning_rate_learner_steps`."""
+    """How the learning rate changes over `learning_rate_learner_steps`."""
     learning_rate_end_fraction: float = 0.0
-    """Final learning rate as a fraction of the first; above 0 for the exponential schedule."""
+    """Final learning rate as a fraction of the first. It must be above 0 with the exponential schedule."""
     learning_rate_learner_steps: int = 100_000
-    """Learner steps that the schedule takes."""
+    """Learner steps that the learning rate's schedule takes."""
     max_gradient_norm: float | None = 10.0
-    """Gradients are scaled down to this global norm; None leaves them alone."""
+    """Largest global norm of a gradient; larger gradients are scaled down to it. None leaves gradients alone."""
 
     replay: Literal["uniform", "prioritised", "none"] = "uniform"
-    """`prioritised` is proportional (Schaul et al. 2016, arXiv 1511.05952); `none` is Q(lambda)."""
+    """How transitions are drawn from the replay; `none` is Q(lambda), which has no replay.
+    `prioritised` is proportional prioritisation (Schaul et al. 2016, arXiv 1511.05952)."""
     batch_size: int = 128
-    """Transitions per learner step, over all replicas. Unused without replay."""
+    """Transitions per learner step, over all replicas. It has no effect without replay."""
     replay_capacity: int = 100_000
-    """Environment steps kept, over all lanes."""
+    """Environment steps that the replay keeps, over all lanes."""
     warmup_env_steps: int = 1_000
-    """Environment steps, over all lanes, before the first learner step."""
+    """Environment steps before the first learner step, over all lanes."""
     env_steps_per_learner_step: float = 10.0
-    """Environment steps, over all lanes, for each learner step. Changing the number of lanes changes nothing."""
+    """Environment steps for each learner step, over all lanes. It means the same with any number of lanes."""
     target_update_period: int = 500
     """Learner steps between updates of the target network."""
     target_update_rate: float = 1.0
-    """Share of the online parameters in each such update: 1 copies, less is Polyak averaging (period 1)."""
+    """Share of the online parameters in each update of the target network.
+    With 1 they are copied; less than 1, with a period of 1, is Polyak averaging."""
     priority_exponent: float = 0.6
-    """Alpha: 0 is uniform, 1 fully proportional to the TD error."""
+    """Exponent of priorities (alpha): 0 draws uniformly, 1 fully in proportion to the TD error."""
     importance_exponent_start: float = 0.4
-    """Beta at the first step; 1 corrects the sampling bias in full."""
+    """Exponent of importance weights (beta) at the first step; 1 corrects the sampling bias in full."""
     importance_exponent_env_steps: int = 100_000
-    """Environment steps over which beta grows to 1."""
+    """Environment steps over which the exponent of importance weights grows to 1."""
 
     rollout_length: int = 16
     """Q(lambda): environment steps per lane between two rounds of learning."""
     trace_decay: float = 0.65
-    """Q(lambda): lambda; 0 bootstraps after one step, 1 after the whole rollout."""
+    """Q(lambda): the value of lambda. 0 bootstraps after one step, 1 after the whole rollout."""
     num_epochs: int = 2
     """Q(lambda): passes over each rollout."""
     num_minibatches: int = 1
@@ -131,7 +135,7 @@ class AgentConfig:
 
     @property
     def replay_ratio(self) -> float:
-        """Times each environment step is learned from, on average."""
+        """Number of times that each environment step is learned from, on average."""
         if self.replay == "none":
             return float(self.num_epochs)
         return self.batch_size / self.env_steps_per_learner_step

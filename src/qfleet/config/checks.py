@@ -1,4 +1,4 @@
-"""Rules that configs check on construction. Each raises `ConfigError` with the rule, the value and the remedy."""
+"""Rules that configs check on construction. Each raises `ConfigError`, which names the rule, the value and the fix."""
 
 import math
 import typing
@@ -9,24 +9,24 @@ from qfleet.config.errors import ConfigError, suggest
 
 
 def check(holds: bool, name: str, rule: str, value: Any) -> None:
-    """Raises ConfigError with the rule that `name` broke, unless it holds."""
+    """Raises ConfigError, with the rule that `name` broke, unless the rule holds."""
     if not holds:
         raise ConfigError(f"{name} must be {rule}, got {value}")
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> None:
-    """Checks that a value is a whole number, at least `minimum`."""
+    """Checks that a value is a whole number of at least `minimum`."""
     check(isinstance(value, int) and value >= minimum, name, f"a whole number, at least {minimum}", value)
 
 
 def check_counts(config: Any, *names: str, minimum: int = 1) -> None:
-    """Checks that these fields of a config are whole numbers, at least `minimum`."""
+    """Checks that these fields of a config are whole numbers of at least `minimum`."""
     for name in names:
         check_count(name, getattr(config, name), minimum)
 
 
 def check_choices(config: Any) -> None:
-    """Checks every field whose type is a Literal."""
+    """Checks that every field whose type is a Literal has one of its values."""
     for name, kind in typing.get_type_hints(type(config)).items():
         choices, value = typing.get_args(kind), getattr(config, name)
         if typing.get_origin(kind) is Literal and value not in choices:
@@ -35,7 +35,7 @@ def check_choices(config: Any) -> None:
 
 
 def check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
-    """Checks that `value` is a multiple of `divisor`, and names the next one that is."""
+    """Checks that `value` is a multiple of `divisor`; the error suggests the next multiple."""
     if value % divisor:
         raise ConfigError(
             f"{name} must divide over {divisor_name}, got {name}={value}, {divisor_name}={divisor}; "
@@ -44,12 +44,12 @@ def check_divides(name: str, value: int, divisor_name: str, divisor: int) -> Non
 
 
 def check_resources(name: str, amounts: Mapping[str, float]) -> None:
-    """Checks amounts of Ray's resources."""
+    """Checks that no amount of a Ray resource is negative."""
     check(all(amount >= 0 for amount in amounts.values()), name, "all at least 0", dict(amounts))
 
 
 def check_silence(seconds: float) -> None:
-    """Checks after how many seconds of silence a process counts as lost."""
+    """Checks the number of seconds of silence after which a process counts as lost."""
     check(seconds >= 5, "silence_seconds", "at least 5", seconds)
 
 

@@ -1,6 +1,6 @@
-"""A run's config as JSON holds it, and back; also as earlier versions of qfleet wrote it.
+"""Converts a run's config to JSON and back, and reads the JSON that earlier versions of qfleet wrote.
 
-Whatever changes what JSON holds raises `SCHEMA_VERSION` and adds a migration from the version before.
+A change to what the JSON holds must raise `SCHEMA_VERSION` and add a migration from the version before.
 """
 
 import dataclasses
@@ -18,24 +18,24 @@ SCHEMA_VERSION = 2
 
 
 def encode(config: TrainConfig) -> dict[str, Any]:
-    """Returns what JSON holds of a config; `decode` is the inverse."""
+    """Returns a config as values that JSON can hold; `decode` is the inverse."""
     return {**dataclasses.asdict(config), "topology": encode_topology(config.topology)}
 
 
 def encode_topology(topology: TopologyConfig) -> dict[str, Any]:
-    """Returns what JSON holds of where a run takes place: its name and its fields."""
+    """Returns a topology as values that JSON can hold: its name and its fields."""
     return {"name": topology.name, **dataclasses.asdict(topology)}
 
 
 def decode(content: Any, schema_version: int = SCHEMA_VERSION) -> TrainConfig:
-    """Returns the config that JSON holds.
+    """Returns the config that was read from JSON.
 
     Args:
-      content: of `encode`, once it was JSON.
-      schema_version: which it was written by; `SCHEMA_VERSION` is the newest.
+      content: what `encode` returned, after it was written as JSON and read back.
+      schema_version: version that `content` was written in; `SCHEMA_VERSION` is the newest.
 
     Raises:
-      ConfigError: if it isn't a valid config, or of a newer version.
+      ConfigError: if `content` isn't a valid config, or has an unknown version.
     """
     if schema_version not in range(1, SCHEMA_VERSION + 1):
         raise ConfigError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {schema_version!r}")
@@ -46,7 +46,7 @@ def decode(content: Any, schema_version: int = SCHEMA_VERSION) -> TrainConfig:
 
 
 def decode_topology(content: Any, name: str = "topology") -> TopologyConfig:
-    """Returns the topology that JSON holds; `name` is for errors."""
+    """Returns the topology that was read from JSON; errors call it `name`."""
     if not isinstance(content, dict) or content.get("name") not in TOPOLOGIES:
         raise ConfigError(f"{name} must have a name, one of {', '.join(TOPOLOGIES)}, got {content!r}")
     fields = {field: value for field, value in content.items() if field != "name"}
@@ -55,9 +55,9 @@ def decode_topology(content: Any, name: str = "topology") -> TopologyConfig:
 
 
 def _migrate_from_1(content: Any) -> Any:
-    """Names the topology, which was told from its fields, and gives renamed fields their new names."""
+    """Adds the topology's name, which version 1 left to be inferred from its fields, and renames fields."""
     if not isinstance(content, dict) or not isinstance(content.get("topology"), dict):
-        return content  # which is refused when it is decoded
+        return content  # decoding refuses it
     old = content["topology"]
     name = _topology_of(old)
     renamed = {} if name == "parameter-server" else RENAMED
@@ -72,7 +72,7 @@ def _migrate_from_1(content: Any) -> Any:
 
 
 def _topology_of(fields: Mapping[str, Any]) -> str:
-    """Returns the name of the topology that version 1 had with these fields."""
+    """Returns the name of the topology whose config had these fields in version 1."""
     if "exchange" in fields:
         return str(fields["exchange"])
     if "num_actors" in fields:
@@ -83,11 +83,11 @@ def _topology_of(fields: Mapping[str, Any]) -> str:
 
 
 _MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1}
-"""For each version, what makes the next one of it."""
+"""Functions that convert content to the next version, by the version that they convert from."""
 
 
 def _decode(kind: Any, value: Any, name: str) -> Any:
-    """Returns the `kind` that `value`, read from JSON, stands for; the inverse of `dataclasses.asdict` and JSON."""
+    """Returns `value`, which was read from JSON, as a `kind`; the inverse of `dataclasses.asdict` and JSON."""
     if kind is TopologyConfig:
         return decode_topology(value, name)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

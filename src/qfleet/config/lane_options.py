@@ -1,4 +1,4 @@
-"""How environments outside the compiled program step."""
+"""How environments outside the compiled program are stepped."""
 
 import dataclasses
 
@@ -7,15 +7,15 @@ from qfleet.config.checks import check, check_count
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LaneOptions:
-    """How lanes run and which failures they survive."""
+    """How lanes are stepped, and which failures they survive."""
 
     num_env_workers: int = 0
-    """Processes that step environments which have no threads of their own; 0 steps them in the process that acts."""
+    """Processes that step environments without threads of their own. With 0, the process that acts steps them."""
     step_timeout_seconds: float = 60.0
-    """A process that takes longer over one step or reset counts as hung, and is replaced."""
+    """Longest time that one step or reset may take. A process that takes longer counts as hung and is replaced."""
     max_failures: int = 10
-    """Environments that may raise, hang or die before the run fails; each is replaced until then. A process that hangs
-    or dies is one failure, though it takes all its lanes with it."""
+    """Environments that may raise, hang or die before the run fails; until then each is replaced.
+    A process that hangs or dies counts as one failure, although all its lanes are lost with it."""
 
     def __post_init__(self) -> None:
         check_count("num_env_workers", self.num_env_workers, minimum=0)
@@ -24,5 +24,5 @@ class LaneOptions:
 
     @property
     def lane_options(self) -> "LaneOptions":
-        """These options alone, where a config has them among other fields."""
+        """Only these options, from a config that has other fields too."""
         return LaneOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LaneOptions)})

@@ -25,42 +25,42 @@ _EPSILON_PER_ACTOR = (
 
 
 class ActorPool(NamedTuple):
-    """Processes that act on their own, and the shards of the replay that keep what they do."""
+    """Processes that act on their own, and the shards of the replay that keep their transitions."""
 
     num_actors: int
     lanes_per_actor: int
     rows_per_chunk: int
-    """Steps of each lane that an actor takes at once."""
+    """Steps of each lane in one chunk, which an actor takes without interruption."""
     num_shards: int
 
     @property
     def num_lanes(self) -> int:
-        """Lanes of all actors."""
+        """Number of lanes of all actors together."""
         return self.num_actors * self.lanes_per_actor
 
     def actors_of(self, shard: int) -> list[int]:
-        """Returns the actors whose transitions a shard, numbered from 0, keeps."""
+        """Returns the numbers of the actors whose transitions a shard keeps; shards are numbered from 0."""
         return list(range(shard, self.num_actors, self.num_shards))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RayTopologyConfig(TopologyConfig):
-    """Where it runs: in processes on Ray, which this one directs."""
+    """Where it runs: in processes on Ray, which this process directs."""
 
     runs_in: ClassVar[Any] = "ray"
 
     ray_address: str = "local"
-    """Address of a Ray cluster, as `auto` or HOST:PORT; `local` starts one on this machine and ends it."""
+    """Address of a Ray cluster: `auto` or HOST:PORT. `local` starts one on this machine, and ends it with the run."""
     silence_seconds: float = 90.0
-    """A process that was asked for something and says nothing for so long is replaced, like one that died."""
+    """Longest time that a process may take to reply. One that takes longer is replaced, like one that died."""
     max_restarts: int = 5
-    """Times that one process may be replaced within ten minutes before the run fails."""
+    """Number of times that one process may be replaced within ten minutes before the run fails."""
 
     if TYPE_CHECKING:
 
         @property
         def actor_pool(self) -> ActorPool:
-            """Who acts, and who keeps what was done."""
+            """The processes that act, and the shards that keep their transitions."""
 
     def __post_init__(self) -> None:
         check_ray_address(self.ray_address)
@@ -69,7 +69,7 @@ class RayTopologyConfig(TopologyConfig):
 
     @property
     def cpu_devices(self) -> int:
-        """One: this process only directs the others."""
+        """One, because this process only directs the others."""
         return 1
 
 
@@ -87,27 +87,27 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     )
 
     num_actors: int = 4
-    """Processes that act, each with lanes and an epsilon of its own."""
+    """Processes that act, each with its own lanes and its own epsilon."""
     lanes_per_actor: int = 4
-    """Environments that each of them steps at once."""
+    """Environments that each actor steps at once."""
     num_replay_shards: int = 1
-    """Processes that share the replay, each with the transitions of some actors."""
+    """Processes that the replay is divided over; each keeps the transitions of some actors."""
     rows_per_chunk: int = 32
-    """Steps of each lane that an actor sends at once. For each chunk it takes the parameters that were the newest when
-    it was asked, which is a chunk ahead."""
+    """Steps of each lane that an actor sends at once, as a chunk.
+    Each chunk is requested one chunk ahead, and the actor takes it with the parameters that were newest then."""
     broadcast_period_learner_steps: int = 100
-    """Learner steps between parameters that actors can take."""
+    """Learner steps between the versions of the parameters that the learner publishes for actors."""
     actor_epsilon_base: float = 0.4
-    """Epsilon of the first actor."""
+    """Epsilon of the first actor; see `actor_epsilon_exponent`."""
     actor_epsilon_exponent: float = 7.0
     """Actor i of N explores with epsilon `actor_epsilon_base ** (1 + i / (N - 1) * actor_epsilon_exponent)`."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The learner's devices."""
     actor_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Ray resources that each actor takes, and each shard of the replay; by default a CPU."""
+    """Ray resources that each actor and each shard of the replay takes. The default is one CPU."""
     learner_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Ray resources that the learner takes; by default a CPU, and a GPU for each device of its mesh if the cluster has
-    so many."""
+    """Ray resources that the learner takes.
+    The default is one CPU, and one GPU for each device of the learner's mesh if the cluster has that many."""
 
     def __post_init__(self) -> None:
         RayTopologyConfig.__post_init__(self)
@@ -125,15 +125,15 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
         check(fits, "actor_epsilon_exponent", "at least 0", self.actor_epsilon_exponent)
         check(
             not self.num_env_workers or self.silence_seconds > self.step_timeout_seconds,
-            "silence_seconds", f"above step_timeout_seconds={self.step_timeout_seconds:g}, or hung workers take their "
-            f"actor with them", self.silence_seconds,
+            "silence_seconds", f"above step_timeout_seconds={self.step_timeout_seconds:g}, or an actor is replaced "
+            f"before its hung environment worker is", self.silence_seconds,
         )  # fmt: skip
         for name in ("actor_resources", "learner_resources"):
             check_resources(name, getattr(self, name))
 
     @property
     def num_envs(self) -> int:
-        """Lanes of all actors."""
+        """Number of lanes of all actors together."""
         return self.num_actors * self.lanes_per_actor
 
     @property
@@ -143,7 +143,7 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
 
     @property
     def lane_division(self) -> Division:
-        """Lanes are each actor's own, and need not divide over anything."""
+        """Each actor has its own lanes, so they need not divide over anything."""
         return Division("", 1)
 
     @property
@@ -152,7 +152,7 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
         return Division("mesh.data", self.mesh.data)
 
     def epsilon(self, actor: int) -> float:
-        """Returns with which probability an actor, numbered from 0, takes a random action.
+        """Returns the probability with which an actor takes a random action; actors are numbered from 0.
 
         Source: Horgan et al. 2018, arXiv 1803.00933, section 4.1.
         """
@@ -160,7 +160,7 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
         return float(self.actor_epsilon_base ** (1.0 + position * self.actor_epsilon_exponent))
 
     def check_agent(self, agent: AgentConfig) -> None:
-        """Checks that the agent has a replay and explores by epsilon, of which each actor has its own."""
+        """Checks that the agent has a replay and explores by epsilon, because each actor has its own epsilon."""
         check_learns_while_others_act(self.name, agent)
         rule = "epsilon_greedy with topology actor-learner"
         check(agent.exploration == "epsilon_greedy", "exploration", rule, agent.exploration)
@@ -181,33 +181,35 @@ class ParameterServerConfig(RayTopologyConfig):
     summary: ClassVar[str] = "many workers act and send gradients to a server, on Ray"
 
     num_workers: int = 4
-    """Processes that act and compute gradients, each with lanes of its own."""
+    """Processes that act and compute gradients, each with its own lanes."""
     lanes_per_worker: int = 4
-    """Environments that each of them steps at once."""
+    """Environments that each worker steps at once."""
     num_server_shards: int = 1
-    """Processes that share the parameters, each with an equal part of them."""
+    """Processes that the parameters are divided over, in equal parts."""
     num_replay_shards: int = 0
-    """Processes that keep what all workers do, for all to learn from. 0: each worker keeps its own transitions, and
-    learns from these."""
+    """Processes that keep the transitions of all workers, so that all workers learn from them.
+    With 0, each worker keeps its own transitions, and learns only from those."""
     rows_per_chunk: int = 16
     """Steps of each lane that a worker takes at once."""
     max_staleness: int = 16
     """Learner steps that the server may have taken since the parameters of a gradient; older gradients are dropped."""
     gradients_per_learner_step: int = 1
-    """Gradients whose mean the server applies at once. As many as workers, with a max_staleness of 0, is one learner
-    with batches so much larger (synchronous)."""
+    """Gradients that the server averages for each learner step.
+    With as many gradients as workers, and a max_staleness of 0, training is synchronous.
+    It then equals that of one learner whose batches are that many times as large."""
     max_loss_deviations: float | None = 10.0
-    """Gradients whose loss is above the running mean by more standard deviations than this are dropped. None keeps
-    all."""
+    """Standard deviations that a gradient's loss may be above the running mean.
+    Gradients with a higher loss are dropped; None keeps all gradients."""
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which gradients travel; the server computes in float32."""
+    """Type in which gradients are sent; the server computes in float32."""
     snapshot_period_learner_steps: int = 200
-    """Learner steps between copies of the server's state, kept in Ray's object store: what a lost shard goes on
-    from."""
+    """Learner steps between copies of the server's state in Ray's object store.
+    If a shard of the server is lost, its replacement continues from such a copy."""
     max_failures: int = 10
-    """Environments that may raise or die in a worker before the run fails; each is replaced until then."""
+    """Environments that may raise or die in a worker before the run fails; until then each is replaced."""
     worker_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Ray resources that each worker takes; by default a CPU, like each shard of the server and of the replay."""
+    """Ray resources that each worker takes.
+    The default is one CPU, which is also what each shard of the server and of the replay takes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,28 +227,28 @@ class ParameterServerConfig(RayTopologyConfig):
 
     @property
     def num_envs(self) -> int:
-        """Lanes of all workers."""
+        """Number of lanes of all workers together."""
         return self.num_workers * self.lanes_per_worker
 
     @property
     def mesh(self) -> MeshConfig:
-        """One device: each worker has its own."""
+        """One device, because each worker learns on its own device."""
         return MeshConfig()
 
     @property
     def actor_pool(self) -> ActorPool:
-        """The workers, and the shards of the replay: each worker is one, unless they share a replay."""
+        """The workers, and the shards of the replay. Unless the workers share a replay, each is its own shard."""
         num_shards = self.num_replay_shards or self.num_workers
         return ActorPool(self.num_workers, self.lanes_per_worker, self.rows_per_chunk, num_shards)
 
     @property
     def lane_options(self) -> LaneOptions:
-        """How each worker's environments step: in the worker itself."""
+        """How each worker's environments are stepped: in the worker itself."""
         return LaneOptions(max_failures=self.max_failures)
 
     @property
     def lane_division(self) -> Division:
-        """Lanes and batches are each worker's own, and need not divide over anything."""
+        """Each worker has its own lanes and batches, so they need not divide over anything."""
         return Division("", 1)
 
     def check_agent(self, agent: AgentConfig) -> None:
@@ -260,9 +262,9 @@ class ParameterServerConfig(RayTopologyConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GossipConfig(LaneOptions, RayTopologyConfig):
-    """Where it runs: peers that each learn on their own, and now and then average parameters with another, on Ray.
+    """Where it runs: peers that each learn on their own and now and then average parameters in pairs, on Ray.
 
-    Each peer runs the fused or the overlapped topology, whichever suits the environment. Nobody waits for anybody.
+    Each peer runs the fused or the overlapped topology, whichever suits the environment. No peer waits for another.
     Source: Lian et al. 2018, arXiv 1710.06952.
     """
 
@@ -270,19 +272,19 @@ class GossipConfig(LaneOptions, RayTopologyConfig):
     summary: ClassVar[str] = "peers that learn on their own and now and then average parameters in pairs, on Ray"
 
     silence_seconds: float = 60.0
-    """A peer that says nothing for so long counts as lost, like one that died, and is replaced."""
+    """Longest time that a peer may take to reply. One that takes longer is replaced, like one that died."""
     max_restarts: int = 3
-    """Times that one peer may be replaced within ten minutes before the run fails."""
+    """Number of times that one peer may be replaced within ten minutes before the run fails."""
     lock_step: bool = False
-    """As in the overlapped topology: wait for each row's learning before the next action."""
+    """Wait for each row's learning before the next action, as in the overlapped topology."""
     num_envs: int = 32
     """Lanes: environments stepped at once, over all peers."""
     num_processes: int = 2
-    """Peers."""
+    """Number of peers."""
     devices_per_process: int = 1
-    """Devices of each peer. A CPU is divided into so many."""
+    """Devices of each peer. A CPU is divided into that many devices."""
     gossip_period_learner_steps: int = 100
-    """Learner steps after which a peer that has exchanged with nobody exchanges with another, chosen at random."""
+    """Learner steps after its last exchange when a peer starts another exchange, with a peer chosen at random."""
 
     def __post_init__(self) -> None:
         RayTopologyConfig.__post_init__(self)
@@ -299,12 +301,12 @@ class GossipConfig(LaneOptions, RayTopologyConfig):
 
     @property
     def cpu_devices(self) -> int:
-        """As many as a peer has, so that this process can tell from shapes what each peer will keep."""
+        """As many devices as a peer has, so that this process can compute a peer's footprint from shapes."""
         return self.devices_per_process
 
     @property
     def actor_pool(self) -> ActorPool:
-        """The peers: each keeps its own segment of the replay, as its own shard."""
+        """The peers. Each is a shard of its own, and keeps its own segment of the replay."""
         return ActorPool(self.num_processes, self.num_envs // self.num_processes, 1, self.num_processes)
 
     @property
@@ -314,7 +316,7 @@ class GossipConfig(LaneOptions, RayTopologyConfig):
 
     @property
     def batch_division(self) -> Division:
-        """Each batch is a peer's own, and divides over that peer's devices."""
+        """Each peer has its own batches, which divide over its devices."""
         return Division("devices_per_process", self.devices_per_process)
 
     def describe_lanes(self, backend: str) -> str:

@@ -20,7 +20,7 @@ from qfleet.config.topology import Division, EnvironmentKind, MeshConfig, Topolo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FusedConfig(TopologyConfig):
-    """Where it runs: acting and learning in one compiled program."""
+    """Where it runs: in one compiled program, which acts and learns."""
 
     name: ClassVar[str] = "fused"
     summary: ClassVar[str] = "acting and learning in one compiled program, for environments written in JAX"
@@ -35,28 +35,29 @@ class FusedConfig(TopologyConfig):
         check_count("num_envs", self.num_envs)
 
     def describe_lanes(self, backend: str) -> str:
-        """Returns "in-graph": the environments are part of the program."""
+        """Returns "in-graph", because the environments are part of the program."""
         return "in-graph"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OverlappedConfig(LaneOptions, TopologyConfig):
-    """Where it runs: environments of other libraries step in threads or processes while the learner learns."""
+    """Where it runs: threads or processes step environments of other libraries while the learner learns."""
 
     name: ClassVar[str] = "overlapped"
     summary: ClassVar[str] = "other environments step in threads or processes while the learner learns"
     environment_kinds: ClassVar[tuple[EnvironmentKind, ...]] = ("host",)
 
     lock_step: bool = False
-    """Wait for each row's learning before the next action: deterministic where the environments are, and slower.
-    Without replay it is always so."""
+    """Wait for each row's learning before the next action. This is slower, and deterministic if the environments are.
+    Without replay, acting and learning always run in lock step."""
     num_envs: int = 8
     """Lanes: environments stepped at once, over all devices."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The devices that share the work."""
     profile: bool = False
-    """Measure where the time goes: environment, transfer, inference, replay, update. The parts run one after the other
-    and each is waited for, so that it can be timed: slower, and for measuring only. What is learned is the same."""
+    """Measure where the time goes: environment, transfer, inference, replay, update.
+    To time the parts, the run waits for each of them before it starts the next, which makes it slower.
+    What is learned is the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +70,7 @@ class OverlappedConfig(LaneOptions, TopologyConfig):
         )  # fmt: skip
 
     def describe_lanes(self, backend: str) -> str:
-        """Returns the number of lanes and what steps them."""
+        """Returns the number of lanes, and what steps them."""
         num_workers = min(self.num_env_workers, self.num_envs)
         if num_workers:
             where = f"in {num_workers} worker process{'es' if num_workers > 1 else ''}"
@@ -78,16 +79,17 @@ class OverlappedConfig(LaneOptions, TopologyConfig):
         elif backend == "gymnasium":
             where = "in this process"
         else:
-            where = "at once"  # as the maker of these lanes likes
+            where = "at once"  # the function that made the lanes decides how
         return f"{self.num_envs} {where}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AllReduceConfig(LaneOptions, TopologyConfig):
-    """Where it runs: equal processes in step, each with its share of lanes and replay; no server.
+    """Where it runs: in equal processes that take each learner step together, without a server.
 
-    Each process runs the fused or the overlapped topology, whichever suits the environment, on a mesh over the devices
-    of all of them. Gradients are averaged at every learner step, so all wait for the slowest.
+    Each process has its share of the lanes and of the replay. It runs the fused or the overlapped topology, whichever
+    suits the environment, on a mesh over the devices of all processes. Gradients are averaged at every learner step,
+    so all processes wait for the slowest.
     """
 
     name: ClassVar[str] = "all-reduce"
@@ -95,26 +97,26 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
     runs_in: ClassVar[Any] = "joined processes"
 
     lock_step: bool = False
-    """As in the overlapped topology: wait for each row's learning before the next action."""
+    """Wait for each row's learning before the next action, as in the overlapped topology."""
     num_envs: int = 32
     """Lanes: environments stepped at once, over all processes."""
     num_processes: int = 2
-    """Equal processes, over all hosts."""
+    """Number of equal processes, over all hosts."""
     devices_per_process: int = 1
-    """Devices of each process. A CPU is divided into so many."""
+    """Devices of each process. A CPU is divided into that many devices."""
     coordinator: str | None = None
-    """HOST:PORT of the first process, to start each by hand, on one host or on several that share the run's folder.
-    None starts all of them on this host."""
+    """HOST:PORT of the first process, to start each process by hand; None starts all processes on this host.
+    Several hosts must share the run's folder."""
     process_id: int | None = None
-    """With `coordinator`: which of the processes to start here, from 0."""
+    """Number of the process to start here, from 0, with `coordinator`."""
     ray_address: str | None = None
-    """Address of a Ray cluster that places the processes, one per host or GPU, as `auto` or HOST:PORT; `local` starts
-    one on this machine and ends it. None does without Ray."""
+    """Address of a Ray cluster that places the processes, one per host or GPU: `auto` or HOST:PORT.
+    With `local`, a cluster is started on this machine and ends with the run. None does without Ray."""
     silence_seconds: float = 60.0
-    """A process that says nothing for so long counts as lost, like one that died. Then all stop, and start again from
-    the newest checkpoint."""
+    """Longest time that a process may be silent. One that is silent for longer counts as lost, like one that died.
+    Then all processes stop, and start again from the newest checkpoint."""
     max_restarts: int = 3
-    """Times that all may start again before the run fails."""
+    """Number of times that all processes may start again before the run fails."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +132,7 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
         by_hand = self.coordinator is not None
         check(
             by_hand == (self.process_id is not None),
-            "coordinator and process_id", "given together, or neither to start all processes here",
+            "coordinator and process_id", "given together, or both left out to start all processes here",
             (self.coordinator, self.process_id),
         )  # fmt: skip
         if self.ray_address is not None:
@@ -149,7 +151,7 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
 
     @property
     def cpu_devices(self) -> int:
-        """One: the launcher takes no part in learning, and each process divides its own CPU."""
+        """One, because the launcher takes no part in learning, and each process divides its own CPU."""
         return 1
 
     @property
@@ -158,7 +160,7 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
         return Division("num_processes x devices_per_process", self.mesh.data)
 
     def in_one_process(self, kind: EnvironmentKind) -> FusedConfig | OverlappedConfig:
-        """Returns the topology that each process runs, on the mesh over the devices of all of them."""
+        """Returns the topology that each process runs, on the mesh over the devices of all processes."""
         if kind == "in-graph":
             return FusedConfig(num_envs=self.num_envs, mesh=self.mesh)
         options = dataclasses.asdict(self.lane_options)
@@ -169,13 +171,13 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
         return f"{self.num_envs} over {self.num_processes} processes"
 
     def with_processes(self, settings: Mapping[str, Any]) -> TopologyConfig:
-        """Returns the config with other processes; one way to start them replaces another.
+        """Returns the config with other processes, or with another way to start them.
 
         Args:
-          settings: as for `TopologyConfig.with_processes`; coordinator `local` starts all processes on this machine.
+          settings: as for `TopologyConfig.with_processes`. Coordinator `local` starts all processes on this machine.
 
         Raises:
-          ConfigError: if the sizes don't divide over so many, or the settings don't go together.
+          ConfigError: if the sizes don't divide over that many processes, or the settings contradict each other.
         """
         changes = dict(settings)
         if settings.get("coordinator") == "local":
@@ -204,7 +206,7 @@ TOPOLOGIES: dict[str, type[TopologyConfig]] = {
         ParameterServerConfig,
     )
 }
-"""Where a run can take place, by name."""
+"""Config classes of all topologies, by name."""
 
 RENAMED = {
     "num_workers": "num_env_workers",
@@ -212,7 +214,7 @@ RENAMED = {
     "ladder_base": "actor_epsilon_base",
     "ladder_exponent": "actor_epsilon_exponent",
 }
-"""Settings that had another name before. `num_workers` is now only the parameter server's."""
+"""Current names of renamed settings, by their earlier name. Only the parameter server still has `num_workers`."""
 
 
 def check_topology_name(name: str) -> None:
@@ -222,10 +224,10 @@ def check_topology_name(name: str) -> None:
 
 
 def without_alias(topology: str | None, exchange: str | None) -> str | None:
-    """Returns the name of a topology, where "decentralised" with an exchange was one: now each exchange is a topology.
+    """Returns the name of a topology, with the earlier name "decentralised" and its `exchange` replaced.
 
     Raises:
-      ConfigError: if an exchange is given with another topology, or isn't one.
+      ConfigError: if an exchange is given with another topology, or is unknown.
     """
     if topology != "decentralised":
         if exchange is not None:
@@ -241,10 +243,10 @@ def without_alias(topology: str | None, exchange: str | None) -> str | None:
 
 
 def check_suits(setting: str, topology: str) -> None:
-    """Checks that a setting isn't another topology's, nor one that this topology has no use for.
+    """Checks that a setting belongs to no other topology, and has an effect with this one.
 
     Raises:
-      ConfigError: if it is.
+      ConfigError: if it belongs to another topology, or has no effect.
     """
     if reason := TOPOLOGIES[topology].settings_without_effect.get(setting):
         raise ConfigError(f"{setting} must come with {reason}")
@@ -256,14 +258,14 @@ def check_suits(setting: str, topology: str) -> None:
         remedy = f"give {RENAMED[setting]}, as it is called here"
     elif setting == "profile":
         remedy = (
-            "the host can't time the parts of one compiled program, so measure that with jax.profiler.trace or "
-            "benchmarks/limit.py, or train in an environment outside it, such as gym:CartPole-v1"
+            "the host can't time the parts of one compiled program, so measure them with jax.profiler.trace or "
+            "benchmarks/limit.py, or train in an environment outside the program, such as gym:CartPole-v1"
         )
     raise ConfigError(f"{setting} must come with topology {' or '.join(homes)}, got topology {topology}; {remedy}")
 
 
 def suits(setting: str, topology: str) -> bool:
-    """Returns whether a setting isn't only other topologies'."""
+    """Returns whether a setting belongs to this topology, or to none."""
     known = {name: field_names(kind) for name, kind in TOPOLOGIES.items()}
     return setting in known[topology] or not any(setting in names for names in known.values())
 

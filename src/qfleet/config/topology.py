@@ -1,4 +1,4 @@
-"""What the config of every topology says of itself, so that nobody has to ask which one it is."""
+"""What every topology's config says about itself, so that the rest of the code need not ask which topology it is."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ from qfleet.config.errors import ConfigError
 from qfleet.config.lane_options import LaneOptions
 
 EnvironmentKind = Literal["in-graph", "host"]
-"""in-graph: written in JAX. host: of another library, outside the compiled program."""
+"""in-graph: written in JAX, as part of the compiled program. host: from another library, outside the program."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """The devices of a run, arranged as `data` times `model`. The same program runs on 1 x 1 as on any other."""
+    """The devices of a run, arranged as `data` times `model`. The same program runs on a mesh of any size."""
 
     data: int = 1
     """Devices over which lanes, replay and each batch are divided; gradients are averaged over them."""
@@ -28,12 +28,12 @@ class MeshConfig:
 
     @property
     def num_devices(self) -> int:
-        """Devices in all."""
+        """Number of devices."""
         return self.data * self.model
 
 
 class Division(NamedTuple):
-    """A number over which another one must divide, and what users call it."""
+    """A number of equal shares that something must divide over, and the name that users know it by."""
 
     name: str
     num_shares: int
@@ -41,19 +41,19 @@ class Division(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TopologyConfig:
-    """Where a run takes place. Each topology has a subclass, which answers what the rest of qfleet must know of it."""
+    """Where a run takes place. Each topology has a subclass, which tells the rest of qfleet what it must know of it."""
 
     name: ClassVar[str]
-    """What users call the topology, as in `--topology NAME`."""
+    """Name of the topology, as in `--topology NAME`."""
     summary: ClassVar[str]
-    """One sentence on it, for the help of the command line."""
+    """One sentence about the topology, for the help of the command line."""
     environment_kinds: ClassVar[tuple[EnvironmentKind, ...]] = ("in-graph", "host")
-    """Environments that it takes."""
+    """Kinds of environments that the topology can train in."""
     runs_in: ClassVar[Literal["this process", "joined processes", "ray"]] = "this process"
-    """Where the work is done. joined processes: a launcher starts equal processes, each of which trains the run. ray:
-    this process directs others on a Ray cluster, and plays the episodes of evaluations."""
+    """Where the work is done. With "joined processes", a launcher starts equal processes, each of which trains the run.
+    With "ray", this process directs others on a Ray cluster, and plays the episodes of evaluations."""
     settings_without_effect: ClassVar[Mapping[str, str]] = {}
-    """Fields of `AgentConfig` that it has no use for, each with the reason and the remedy."""
+    """Fields of `AgentConfig` that have no effect with this topology, each with the reason and the remedy."""
 
     if TYPE_CHECKING:  # fields of some topologies and properties of others
 
@@ -63,21 +63,21 @@ class TopologyConfig:
 
         @property
         def mesh(self) -> MeshConfig:
-            """Devices that share one learner."""
+            """Devices that one learner is spread over."""
 
     @property
     def builds_own_network(self) -> bool:
-        """Whether its processes build network and optimiser from the config, because functions cannot be sent."""
+        """Whether each process builds network and optimiser from the config, because functions cannot be sent to it."""
         return self.runs_in != "this process"
 
     @property
     def cpu_devices(self) -> int:
-        """CPU devices that the process which starts the run must divide its CPU into."""
+        """Number of devices that the process which starts the run must divide its CPU into."""
         return self.mesh.num_devices
 
     @property
     def lane_options(self) -> LaneOptions:
-        """How environments outside the compiled program step; the defaults where there are none."""
+        """How environments outside the compiled program are stepped; the defaults where there are none."""
         return LaneOptions()
 
     @property
@@ -91,24 +91,24 @@ class TopologyConfig:
         return self.lane_division
 
     def check_agent(self, agent: AgentConfig) -> None:
-        """Checks that it can train such an agent.
+        """Checks that this topology can train the agent.
 
         Raises:
           ConfigError: if it cannot.
         """
 
     def describe_lanes(self, backend: str) -> str:
-        """Returns who steps the environments, for the first line of a run, such as "8 over 2 processes"."""
+        """Returns the number of lanes and what steps them, such as "8 over 2 processes", for a run's first line."""
         raise NotImplementedError
 
     def with_processes(self, settings: Mapping[str, Any]) -> "TopologyConfig":
         """Returns the config with other processes, or with the same ones started in another way.
 
         Args:
-          settings: some of `num_processes`, `coordinator`, `process_id` and `ray_address`, none of them None.
+          settings: values of some of `num_processes`, `coordinator`, `process_id` and `ray_address`; None isn't one.
 
         Raises:
-          ConfigError: if it has no such processes.
+          ConfigError: if the topology has no such setting.
         """
         names = {field.name for field in dataclasses.fields(self)}
         if unknown := [name for name in settings if name not in names]:
@@ -121,6 +121,6 @@ class TopologyConfig:
 
 
 def check_learns_while_others_act(name: str, agent: AgentConfig) -> None:
-    """Checks that an agent has a replay, which acting and learning at once need."""
+    """Checks that an agent has a replay, which a topology needs that learns while others act."""
     rule = f"uniform or prioritised with topology {name}, which learns while others act"
     check(agent.replay != "none", "replay", rule, agent.replay)

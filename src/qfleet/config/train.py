@@ -18,35 +18,36 @@ class TrainConfig:
     """One run: an environment, an agent, a topology, and when to evaluate, save and stop."""
 
     env: str
-    """Name, as `qfleet envs` lists them."""
+    """Name of the environment, as listed by `qfleet envs`."""
     env_options: Mapping[str, float | bool | str] = dataclasses.field(default_factory=dict)
-    """Arguments of the environment's maker, such as ALE's `repeat_action_probability`."""
+    """Arguments of the function that makes the environment, such as ALE's `repeat_action_probability`."""
     preset: str = "custom"
-    """The preset that the agent's settings started from; a record, not a setting."""
+    """Name of the preset that the agent's settings came from. It is only recorded, and changes nothing."""
     agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)
     topology: TopologyConfig = dataclasses.field(default_factory=FusedConfig)
     seed: int = 0
-    """Same seed, same config, same kind of device: the same run."""
+    """Seed of all randomness. With the same config and kind of device, the same seed gives the same run."""
     num_seeds: int = 1
-    """Independent learners trained at once, from seeds `seed, seed + 1, ...`."""
+    """Number of independent learners trained at once, with the seeds `seed, seed + 1, ...`."""
     env_steps: int = 500_000
     """Environment steps after which the run stops, over all lanes of one seed."""
     stop_return: float | None = None
-    """Stop once the mean greedy return reaches this, and 100 fresh episodes confirm it."""
+    """Mean greedy return at which the run stops, once 100 fresh episodes confirm it."""
     eval_period_env_steps: int = 10_000
     """Environment steps between greedy evaluations."""
     eval_episodes: int = 20
     """Greedy episodes per evaluation."""
     video_period_env_steps: int | None = None
-    """Environment steps between videos of a greedy episode, each at the next evaluation; None records none."""
+    """Environment steps between videos of a greedy episode; None records none.
+    Each video is recorded at the next evaluation."""
     run_dir: str | None = None
-    """Folder of the run; by default `runs/<env>-<preset>-<seed>-<time>`."""
+    """Folder of the run. The default is `runs/<env>-<preset>-<seed>-<time>`."""
     checkpoint_period_seconds: float = 60.0
-    """Wall time between checkpoints."""
+    """Seconds between checkpoints."""
     checkpoints_kept: int = 3
-    """Newest checkpoints kept on disk."""
+    """Number of checkpoints kept on disk: the newest ones."""
     checkpoint_replay: bool = True
-    """Whether checkpoints hold the replay; without it a resumed run warms up anew and differs."""
+    """Store the replay in checkpoints; without it a resumed run warms up anew and differs."""
 
     def __post_init__(self) -> None:
         for name in ("num_seeds", "env_steps", "eval_period_env_steps", "eval_episodes", "checkpoints_kept"):
@@ -61,15 +62,15 @@ class TrainConfig:
         mesh = self.topology.mesh
         check(
             self.num_seeds == 1 or mesh == MeshConfig(),
-            "num_seeds", "1 on a mesh: many seeds are spread over the devices by themselves", self.num_seeds,
+            "num_seeds", "1 on a mesh, because several seeds are spread over the devices without one", self.num_seeds,
         )  # fmt: skip
         _check_sizes(self.agent, self.topology)
 
     def topology_as(self, kind: type[T]) -> T:
-        """Returns the config of where it runs, for code of that topology alone.
+        """Returns the topology's config with its own type, for code that belongs to that topology only.
 
         Raises:
-          TypeError: if it is another topology's.
+          TypeError: if the run has another topology.
         """
         if not isinstance(self.topology, kind):
             raise TypeError(f"a run of topology {kind.name} must have its config, got {self.topology}")
@@ -77,7 +78,7 @@ class TrainConfig:
 
 
 def _check_sizes(agent: AgentConfig, topology: TopologyConfig) -> None:
-    """Checks sizes that must fit each other across agent and topology, and the 32 bits that index arrays."""
+    """Checks that sizes of agent and topology fit together, and that 32 bits can index the arrays."""
     topology.check_agent(agent)
     num_lanes, over = topology.num_envs, topology.lane_division
     check_divides("num_envs", num_lanes, *over)

@@ -1,4 +1,4 @@
-"""What a run is made of: environment, network and topology, and what they take up on which devices."""
+"""Makes the parts of a run (environment, network, topology), and computes what they take up on which devices."""
 
 import dataclasses
 from collections.abc import Callable
@@ -41,16 +41,16 @@ def footprint(
     Args: as for `qfleet.train`.
     """
     if config.topology.runs_in == "joined processes":
-        set_cpu_devices(config.topology.mesh.num_devices)  # as if this process had the devices of all of them
+        set_cpu_devices(config.topology.mesh.num_devices)  # as if this process had all processes' devices
     env, network = make_env_and_network(config, network)
     return make_topology(config, env, network, optimiser).footprint()
 
 
 def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
-    """Returns both, once the CPU is divided into the devices that the run wants, which must come before JAX is used."""
+    """Divides the CPU into the devices that the run wants, which must precede any use of JAX, and returns both."""
     topology = config.topology
     if topology.runs_in == "ray":
-        use_cpu_only()  # this process only directs the others, of which one may want all of the GPU
+        use_cpu_only()  # this process only directs the others, and one of them may need the whole GPU
     if config.num_seeds > 1:
         split_cpu(config.num_seeds)
     elif topology.cpu_devices > 1:
@@ -64,7 +64,7 @@ def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[
 def make_topology(
     config: TrainConfig, env: InGraphEnv | HostEnv, network: Network, optimiser: "optax.GradientTransformation | None"
 ) -> Topology:
-    """Returns where the run takes place, and how; nothing is compiled.
+    """Returns the topology that the run takes place in; nothing is compiled yet.
 
     Raises:
       ConfigError: if the topology doesn't suit the environment.
@@ -79,7 +79,7 @@ def make_topology(
 
 
 def make_own_learner(config: TrainConfig) -> OwnLearner:
-    """Returns what one process holds that learns on its own, in whatever process this is."""
+    """Returns the topology of a process that learns on its own; a gossip run calls this in each of its peers."""
     env, network = make_env_and_network(config, None)
     topology = make_topology(config, env, network, None)
     assert isinstance(topology, OwnLearner)
@@ -87,7 +87,7 @@ def make_own_learner(config: TrainConfig) -> OwnLearner:
 
 
 def check_is_built_in(config: TrainConfig, network: Network | None, optimiser: Any) -> None:
-    """Raises ConfigError if network or optimiser is given to a topology whose processes build their own."""
+    """Raises ConfigError if a network or optimiser is given to a topology whose processes build their own."""
     if config.topology.builds_own_network and (network is not None or optimiser is not None):
         given = " and ".join(
             name for name, value in (("network", network), ("optimiser", optimiser)) if value is not None
@@ -103,7 +103,7 @@ def _kind_of(env: InGraphEnv | HostEnv) -> EnvironmentKind:
 
 
 def _make_all_reduce(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
-    """Returns what one of the equal processes runs: fused or overlapped, on the mesh of all of them."""
+    """Returns the topology that each of the equal processes runs: fused or overlapped, on the mesh of all of them."""
     topology = config.topology_as(AllReduceConfig).in_one_process(_kind_of(env))
     return make_topology(dataclasses.replace(config, topology=topology), env, network, optimiser)
 
@@ -128,4 +128,4 @@ _MAKERS: dict[str, Callable[[TrainConfig, Any, Network, Any], Topology]] = {
     ActorLearnerConfig.name: _make_actor_learner,
     ParameterServerConfig.name: _make_parameter_server,
 }
-"""Makers of topologies by name. Those of several processes build their network and optimiser from the config."""
+"""Functions that make topologies, by name. Topologies of several processes build networks and optimisers themselves."""

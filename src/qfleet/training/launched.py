@@ -1,4 +1,4 @@
-"""An all-reduce run, seen from the process that launches the processes which train it."""
+"""An all-reduce run, as seen by the process that launches the processes which train."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from qfleet.training.resuming import check_goes_on
 
 
 class LaunchedRun:
-    """An all-reduce run under way, in processes of its own: iterate over it as over a `Run`."""
+    """An all-reduce run under way, in processes of its own. Iterate over it as over a `Run`."""
 
     def __init__(
         self,
@@ -32,16 +32,16 @@ class LaunchedRun:
         checkpoint: int | None = None,
     ) -> None:
         self._topology = config.topology_as(AllReduceConfig)
-        # What can be wrong is found here, once, before the folder is touched; this process uses no device.
+        # Mistakes are found here, once, before the folder is touched. This process uses no device.
         check_places(self._topology)
         env = make_env(config.env, **config.env_options)
         check_network(make_network(env.spec, config.agent), env.spec)
         make_optimiser(config.agent)
         self.config = config
         self.backend = backend_of(config.env)
-        """What makes the environments, as `backend_of` names it."""
+        """Backend that makes the environments, as named by `backend_of`."""
         self.directory = open_directory()
-        """Where the run is written, by all of its processes."""
+        """Folder of the run, which all its processes write to."""
         self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
         if is_resumed and self._checkpoints.latest() is not None:
             metadata = self._checkpoints.read_metadata(checkpoint)
@@ -50,16 +50,16 @@ class LaunchedRun:
         if is_resumed and checkpoint is not None and self._lock:
             self._checkpoints.set_aside_after(checkpoint)
         self.summary: dict[str, Any] = {}
-        """What summary.json holds, once the run is over."""
+        """Content of summary.json, once the run is over."""
 
     def __iter__(self) -> Iterator[Progress]:
-        """Yields the progress of the first process, which is that of all; nothing where another host has it."""
+        """Yields the progress of the first process, which stands for all; nothing if it runs on another host."""
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
         try:
             for message in launcher.run(lambda: self._checkpoints.latest() or 0):
                 yield _progress_of(message)
             if self.directory.read_summary() is None:
-                raise KeyboardInterrupt  # asked to stop before anything was done
+                raise KeyboardInterrupt  # interrupted before anything was done
         finally:
             self.summary = self.directory.read_summary() or {}
             if self._lock:
@@ -71,7 +71,8 @@ class LaunchedRun:
 
     def _command(self, peer: JoinInfo) -> list[str]:
         topology = self._topology
-        # A launcher of all sees by itself who is silent, and sooner; among several, JAX tells the others of it.
+        # A launcher of all processes notices a silent one by itself, and sooner than JAX. If there are several
+        # launchers, JAX tells the other processes.
         times = 3 if topology.coordinator is None else 1
         arguments = {
             "process-id": peer.number,
@@ -86,7 +87,7 @@ class LaunchedRun:
 
 
 def _progress_of(message: dict[str, Any]) -> Progress:
-    """Returns the progress that a process told of, in JSON."""
+    """Returns the progress that a process reported, as it was read from JSON."""
     fields = {name: value for name, value in message.items() if name != "kind"}
     if fields["eval_returns"] is not None:
         fields["eval_returns"] = tuple(map(tuple, fields["eval_returns"]))
@@ -94,16 +95,16 @@ def _progress_of(message: dict[str, Any]) -> Progress:
 
 
 def directory_of_all(config: TrainConfig) -> RunDirectory:
-    """Makes the run's folder, or waits for the first process's launcher, on another host, to have made it.
+    """Makes the run's folder, or waits until the launcher of the first process, on another host, has made it.
 
     Raises:
-      ConfigError: if it can't be made, doesn't come, or is of a run with other settings.
+      ConfigError: if the folder can't be made, doesn't appear in time, or belongs to a run with other settings.
     """
     topology = config.topology_as(AllReduceConfig)
     if topology.coordinator is not None and config.run_dir is None:
         raise ConfigError(
             f"processes started by hand must share a folder, got none with coordinator {topology.coordinator}; "
-            f"give all the same --run-dir, on a file system that all of them see"
+            f"give all of them the same --run-dir, on a file system that they share"
         )
     if topology.process_id in (None, 0):
         return RunDirectory.create(config.run_dir, config)
@@ -112,8 +113,8 @@ def directory_of_all(config: TrainConfig) -> RunDirectory:
     while not (Path(config.run_dir) / "config.json").exists():
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"the first process must make the run's folder, and {config.run_dir} hasn't come for "
-                f"{topology.silence_seconds:g} s; start it with --process-id 0, and see that all share the folder"
+                f"the first process must make the run's folder, but {config.run_dir} has not appeared for "
+                f"{topology.silence_seconds:g} s; start it with --process-id 0, and make sure that all share the folder"
             )
         time.sleep(0.1)
     directory = RunDirectory.open(config.run_dir)
@@ -121,6 +122,7 @@ def directory_of_all(config: TrainConfig) -> RunDirectory:
     mine, wanted = (dataclasses.replace(each, run_dir=None, topology=topology) for each in (config, directory.config))
     if mine != wanted or firsts != dataclasses.replace(topology, process_id=0):
         raise ConfigError(
-            f"all processes must be started with the same settings, got {config} here and {directory.config} first"
+            f"all processes must be started with the same settings, got {config} here and {directory.config} for the "
+            f"first process"
         )
     return directory

@@ -1,4 +1,4 @@
-"""The part of an all-reduce run that each of its processes plays."""
+"""What each process of an all-reduce run does."""
 
 import dataclasses
 import os
@@ -20,16 +20,16 @@ def run_peer(
     env_steps: int,
     reporter: peers.Reporter,
 ) -> None:
-    """Trains a run to its end as one of equal processes, for their launcher.
+    """Trains a run to its end as one of equal processes, which a launcher has started.
 
     Args:
-      run_dir: the run's folder, the same for all.
-      topology: where the run goes on, which may be another place than where it began.
+      run_dir: the run's folder, which all processes share.
+      topology: where the run continues, which may differ from where it began.
       process_id: number of this process, from 0.
       coordinator: HOST:PORT of the first process.
-      timeout_seconds: after which JAX tells the others that a silent process is lost.
-      env_steps: where the run ends.
-      reporter: gets the progress, from the first process.
+      timeout_seconds: silence after which JAX tells the other processes that one is lost.
+      env_steps: environment step at which the run ends.
+      reporter: where the first process reports its progress.
 
     Raises:
       ConfigError, RunFailed: as `train` does.
@@ -38,7 +38,7 @@ def run_peer(
     config = dataclasses.replace(directory.config, env_steps=env_steps, topology=topology)
     peers.join(coordinator, topology.num_processes, process_id, topology.devices_per_process, timeout_seconds)
     if topology.num_processes > 1:
-        # Each launcher has its own flags and, by mistake or delay, its own view of the folder.
+        # Each launcher has its own flags and, if a flag is wrong or the file system slow, its own view of the folder.
         newest = Checkpoints(directory.checkpoints_path).latest()
         peers.check_agreed({"env_steps": config.env_steps, "newest checkpoint": newest or 0})
     run = Run(config, lambda: directory, None, None, is_resumed=True)

@@ -1,4 +1,4 @@
-"""What a run goes on with: checks, and the config of the rest of it."""
+"""Resuming a run: the config that it continues with, and checks."""
 
 import dataclasses
 from typing import Any
@@ -9,16 +9,16 @@ from qfleet.config import ConfigError, TopologyConfig, TrainConfig
 def config_to_resume(
     config: TrainConfig, *, env_steps: int | None, topology: TopologyConfig | None, **processes: Any
 ) -> TrainConfig:
-    """Returns the config of the rest of a run; None leaves a setting as the run began with it.
+    """Returns the config that a run continues with. None leaves a setting as it was when the run began.
 
     Args:
-      config: of the run, as it began.
-      env_steps: a new end.
-      topology: where it goes on.
-      **processes: as for `TopologyConfig.with_processes`.
+      config: config that the run began with.
+      env_steps: new environment step at which the run ends.
+      topology: where the run continues.
+      **processes: settings for `TopologyConfig.with_processes`.
 
     Raises:
-      ConfigError: if its sizes don't divide over so many processes, or the settings don't go together.
+      ConfigError: if sizes don't divide over that many processes, or the settings contradict each other.
     """
     topology = config.topology if topology is None else topology
     if given := {name: value for name, value in processes.items() if value is not None}:
@@ -28,7 +28,7 @@ def config_to_resume(
 
 
 def check_goes_on(metadata: dict[str, Any], config: TrainConfig) -> None:
-    """Raises ConfigError if a run whose checkpoint has this metadata is at its end already."""
+    """Raises ConfigError if the run, according to its checkpoint's metadata, has ended already."""
     if metadata["counters"]["env_steps"] >= config.env_steps:
         raise ConfigError(
             f"a run ends after env_steps={config.env_steps}, and this one has taken "
@@ -37,7 +37,7 @@ def check_goes_on(metadata: dict[str, Any], config: TrainConfig) -> None:
 
 
 def check_network_is_given(is_given: bool, is_needed: bool) -> None:
-    """Raises ConfigError if a network of the caller's own is given where the run has none, or the other way round."""
+    """Raises ConfigError if the caller gives a network but the run uses a built-in one, or the other way round."""
     if is_given != is_needed:
         own, remedy = ("its own network", "give `network`") if is_needed else ("a built-in network", "leave it out")
         given = "one" if is_given else "none"

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qfleet")
 
 CONFIRMING_EPISODES = 100
-"""Fresh episodes whose mean must confirm a return: a first crossing of 20 episodes is half luck."""
+"""Number of fresh episodes whose mean must confirm a return. That 20 episodes reach it once is partly luck."""
 
 
 class Run:
-    """A run under way: iterate over it for its progress, then read its `summary`."""
+    """A run under way. Iterate over it for its progress, then read its `summary`."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Run:
         is_resumed: bool = False,
         checkpoint: int | None = None,
     ) -> None:
-        # Everything that can be wrong is found before the folder is touched and before anything is compiled.
+        # Mistakes are found before the folder is touched and before anything is compiled.
         self._has_own_network = network is not None
         env, network = make_env_and_network(config, network)
         self._topology = make_topology(config, env, network, optimiser)
@@ -60,30 +60,30 @@ class Run:
         self._recorder = None if config.video_period_env_steps is None else Recorder(config, env, network)
         self.config = config
         self.backend = backend_of(config.env)
-        """What makes the environments, as `backend_of` names it: a bare name takes the fastest there is."""
+        """Backend that makes the environments, as named by `backend_of`: for a bare name, the fastest that there is."""
         self.directory = open_directory()
-        """Where the run is written."""
+        """Folder of the run."""
         self._topology.checkpoints_path = self.directory.checkpoints_path
         self._checkpoints = Checkpoints(
             self.directory.checkpoints_path, keep=config.checkpoints_kept, is_keeper=peers.is_first()
         )
         metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
-        if is_resumed:  # not before the network is known to be the run's
+        if is_resumed:  # only once the network is known to be the one that the run was trained with
             check_fits(config, self._topology.footprint(), footprint_of)
         is_launched = config.topology.runs_in == "joined processes"
-        self._lock = None if is_launched else self.directory.lock()  # the launcher of all of them holds it
+        self._lock = None if is_launched else self.directory.lock()  # otherwise the launcher holds it
         self.summary: dict[str, Any] = {}
-        """What summary.json holds, once the run is over."""
+        """Content of summary.json, once the run is over."""
         self._solved_at: list[int | None] = [None] * config.num_seeds
-        self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], the newest
-        self._evaluated_at = 0  # environment steps
+        self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], of the newest evaluation
+        self._evaluated_at = 0  # in environment steps
         self._num_env_failures = 0
         self._speed = _Speed()
         self._time_shares = TimeShares(config.topology.num_envs)
-        self._decided_at = 0.0  # seconds since the process's start
+        self._decided_at = 0.0  # in seconds since the start of the process
         enable_compilation_cache()
         self._compile_seconds = self._topology.start()
-        self._writes = peers.is_first()  # what is the run's, and not each process's
+        self._writes = peers.is_first()  # files that a run has once, even in several processes
         self._metrics = MetricsWriter(self.directory) if self._writes else None
         self._is_new = True  # not iterated over yet
         if metadata is not None:
@@ -92,7 +92,7 @@ class Run:
             self._metrics.truncate_after(self._topology.env_steps)
 
     def _metadata_to_resume(self, checkpoint: int | None) -> dict[str, Any] | None:
-        """Returns the metadata of the checkpoint to go on from, once it is known to fit; None if there is none yet."""
+        """Returns the metadata of the checkpoint to continue from, after checking it; None if there is none yet."""
         if checkpoint is None and self._checkpoints.latest() is None:
             return None
         metadata = self._checkpoints.read_metadata(checkpoint)
@@ -114,7 +114,7 @@ class Run:
     def __iter__(self) -> Iterator[Progress]:
         if not self._is_new:
             raise ConfigError(
-                f"a run is iterated over once, and this one was already; go on with "
+                f"a run can be iterated over only once, and this one has been already; continue with "
                 f"qfleet.resume({str(self.directory.path)!r}, env_steps=...)"
             )
         self._is_new = False
@@ -140,7 +140,7 @@ class Run:
             self._finish(stopped or "interrupted")
             raise
         except RunFailed as error:
-            if error.learner_is_sound and jax.process_count() == 1:  # it takes all to save what they share
+            if error.learner_is_sound and jax.process_count() == 1:  # several processes can only save together
                 self._save()
             self._write_summary("failed", error=str(error))
             raise
@@ -153,7 +153,7 @@ class Run:
                 self._lock.release()
 
     def _advance(self, stop: StopFlag) -> Progress:
-        """Trains one chunk, which ends at the next evaluation at the latest, and evaluates and films there."""
+        """Trains one chunk, which ends at the next evaluation at the latest, and then evaluates and films if it did."""
         period = self.config.eval_period_env_steps
         goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
         progress = self._topology.advance(goal)
@@ -170,9 +170,10 @@ class Run:
         return progress
 
     def _evaluate(self) -> np.ndarray:
-        """Returns greedy returns, `[num_seeds, episodes]`, and notes which seeds they and fresh ones declare solved.
+        """Returns greedy returns, `[num_seeds, episodes]`, and notes which seeds have reached the return to stop at.
 
-        Fewer episodes than are due, where environments fail, declare nothing.
+        A seed has reached it once both these episodes and fresh ones say so. If environments fail, so that fewer
+        episodes are played than are due, no seed counts.
         """
         returns, reach_it = self._play(self.config.eval_episodes, batch=0)
         is_new = reach_it & [solved is None for solved in self._solved_at]
@@ -205,7 +206,7 @@ class Run:
 
     def _save(self) -> None:
         try:
-            state = self._topology.state  # first: it decides what of a fleet, which goes on meanwhile, is counted
+            state = self._topology.state  # must come first: a fleet continues meanwhile, and this fixes what counts
         except StateIsLost as error:
             logger.warning("there is no checkpoint at environment step %d: %s", self._topology.env_steps, error)
             return
@@ -254,7 +255,7 @@ class Run:
 
 
 class _Speed:
-    """Steady-state speed of training: evaluation and the first chunk, which warms caches up, don't count."""
+    """Steady-state speed of training. Evaluations don't count, nor does the first chunk, which warms caches up."""
 
     def __init__(self) -> None:
         self.env_steps = 0
