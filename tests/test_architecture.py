@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,3 +94,18 @@ def text_files() -> Iterator[Path]:
         left = {"runs", "dist", "build", "__pycache__"}
         subdirectories[:] = [d for d in subdirectories if d not in left and (d == ".ci" or not d.startswith("."))]
         yield from (Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".mp4", ".gz")))
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields the strings that stand by themselves in a file, which document what is around them, and their lines."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
+
+
+def test_no_docstring_opens_with_a_fragment() -> None:
+    """`Of the batch.` and `That it took.` send a reader back to the name. A noun or a verb doesn't."""
+    files = [path for path in text_files() if path.suffix == ".py" and path.relative_to(ROOT).parts[0] != "tests"]
+    openings = [(f"{path}:{line}", text[:40]) for path in files for line, text in docstrings(path)]
+    assert len(openings) > 1_000
+    assert [opening for opening in openings if re.match(r"(Of|That|Who|Whose|Whom)\b", opening[1])] == []

@@ -50,7 +50,8 @@ def outcome(summary: dict[str, Any], path: str) -> str:
             steps = summary["solved_at_env_steps"][i]
             when = f", reached --stop-return after {steps:,} environment steps" if steps is not None else ""
             lines.append(f"  seed {summary['seed'] + i}: {sum(seed_returns) / len(seed_returns):.1f}{when}")
-        lines.append(f"{len(solved)} of {summary['num_seeds']} seeds reached --stop-return") if solved else None
+        if solved:
+            lines.append(f"{len(solved)} of {summary['num_seeds']} seeds reached --stop-return")
     if summary["num_videos"] or summary["num_video_failures"]:
         failed = f", {summary['num_video_failures']} failed" if summary["num_video_failures"] else ""
         lines.append(f"videos: {summary['num_videos']} in {path}/videos{failed}")
