@@ -33,11 +33,10 @@ def test_the_command_line_replaces_the_earlier_name(arguments, expected):
     [
         ("decentralised", {"exchange": "gosip"}, "exchange must be all-reduce or gossip, got 'gosip'"),
         ("fused", {"exchange": "gossip"}, "exchange must come with topology decentralised, got fused"),
-        (
-            "overlapped",
-            {"num_workers": 2},
-            "num_workers must come with topology parameter-server, .* give num_env_workers",
-        ),
+        ("overlapped", {"num_workers": 2}, "num_workers must be given by its new name .*; give num_env_workers"),
+        ("gossip", {"peer_timeout_seconds": 9}, "peer_timeout_seconds must .*; give silence_seconds"),
+        ("actor-learner", {"ladder_base": 0.3}, "ladder_base must .*; give actor_epsilon_base"),
+        ("fused", {"num_workers": 2}, "num_workers must come with topology parameter-server, got topology fused"),
         ("gossip", {"coordinator": "host:1"}, "coordinator must come with topology all-reduce, got topology gossip"),
         ("fusde", {}, "topology must be one of fused, .* Did you mean fused"),
     ],

@@ -250,13 +250,17 @@ def check_suits(setting: str, topology: str) -> None:
     """
     if reason := TOPOLOGIES[topology].settings_without_effect.get(setting):
         raise ConfigError(f"{setting} must come with {reason}")
+    own = field_names(TOPOLOGIES[topology])
+    if setting not in own and RENAMED.get(setting) in own:
+        raise ConfigError(
+            f"{setting} must be given by its new name with topology {topology}, got the earlier one; give "
+            f"{RENAMED[setting]}"
+        )
     if suits(setting, topology):
         return
     homes = [name for name, kind in TOPOLOGIES.items() if setting in field_names(kind)]
     remedy = f"leave it out, or choose topology {' or '.join(homes)}"
-    if RENAMED.get(setting) in field_names(TOPOLOGIES[topology]):
-        remedy = f"give {RENAMED[setting]}, as it is called here"
-    elif setting == "profile":
+    if setting == "profile":
         remedy = (
             "the host can't time the parts of one compiled program, so measure them with jax.profiler.trace or "
             "benchmarks/limit.py, or train in an environment outside the program, such as gym:CartPole-v1"
