@@ -41,7 +41,7 @@ with StopFlag() as flag:
         try:
             assert child.stdout.readline() == "ready\n"
             child.send_signal(first)
-            assert child.stdout.readline() == f"{first.name}\n"
+            assert child.stdout.readline() == "asked\n"
             child.send_signal(second)
             assert child.wait() == -second
             assert child.stderr.read() == ""

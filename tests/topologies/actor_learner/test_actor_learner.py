@@ -368,7 +368,7 @@ def test_what_a_fleet_cannot_do_is_refused_before_the_run_is_made(tmp_path):
         qfleet.iterate(config)
     config = config_of(run_dir=str(tmp_path / "run"))
     network = make_network(make_env("CartPole-v1").spec, AgentConfig())
-    with pytest.raises(ConfigError, match="must build network and optimiser from its config"):
+    with pytest.raises(ConfigError, match="builds its network and optimiser from the config"):
         qfleet.iterate(config, network=network)
     with pytest.raises(ConfigError, match="replay_capacity must hold at least"):
         qfleet.iterate(dataclasses.replace(config, agent=dataclasses.replace(config.agent, replay_capacity=36)))
