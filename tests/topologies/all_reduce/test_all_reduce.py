@@ -344,6 +344,18 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_that_began_in_one_process_goes_on_as_equal_processes(tmp_path: Path) -> None:
+    config = qfleet.make_config("CartPole-v1", "pqn", **SETTINGS, run_dir=str(tmp_path / "run"))
+    begun = qfleet.train(config)
+    topology = AllReduceConfig(num_envs=config.topology.num_envs, num_processes=2, silence_seconds=120)
+    resumed = qfleet.resume(tmp_path / "run", env_steps=begun["env_steps"] + 2048, topology=topology)
+    records = list(resumed)
+    assert all(record.env_steps > begun["env_steps"] for record in records)
+    assert resumed.summary["topology"] == "all-reduce" and resumed.summary["env_steps"] == begun["env_steps"] + 2048
+    assert resumed.summary["learner_steps"] > begun["learner_steps"]
+
+
+@pytest.mark.slow
 def test_a_killed_process_costs_what_came_after_the_newest_checkpoint(tmp_path: Path, caplog) -> None:
     run_dir = tmp_path / "run"
     config = config_for(run_dir, 2, env_steps=10**8, checkpoint_period_seconds=0.5)
