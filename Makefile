@@ -27,7 +27,7 @@ demo: $(VENV)/.installed-core
 	$(BIN)/qfleet eval "$$(ls -td runs/CartPole-v1-pqn-*/ | head -n 1)"
 
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
