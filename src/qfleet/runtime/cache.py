@@ -5,11 +5,15 @@ import os
 import tempfile
 from pathlib import Path
 
+from qfleet.runtime.workarounds.jax_cache_entries import keep_cache_entries_whole
+
 _log = logging.getLogger("qfleet")
 
 
 def enable_compilation_cache() -> Path | None:
     """Keeps compiled programs on disk for later processes. Call this before the first compilation.
+
+    Processes may share the folder and may be killed at any moment: an entry is there whole or not at all.
 
     The programs go to `$QFLEET_CACHE_DIR`. If it is not set, they go to qfleet's folder in the user's cache folder. The
     folder never shrinks; it can be deleted at any time. A cache that the user has configured in JAX is left as it is.
@@ -41,6 +45,7 @@ def enable_compilation_cache() -> Path | None:
             error.strerror or error,
         )
         return None
+    keep_cache_entries_whole()
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
