@@ -1,11 +1,14 @@
 """Named combinations of options, and settings tuned for single environments."""
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
+from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
+from qfleet.config.values import to_plain
 from qfleet.envs.registry import default_topology
 
 
@@ -258,12 +261,21 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     Raises:
       ConfigError: if the preset, the topology or a field is unknown, or a value breaks its rule.
     """
+    env, preset, topology = (
+        to_plain(kind, value, name)
+        for kind, value, name in ((str, env, "env"), (str, preset, "preset"), (str | None, topology, "topology"))
+    )
     if preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
     topology = without_alias(topology, settings.pop("exchange", None))
-    topology = topology or PRESETS[preset].topology or default_topology(env)
-    check_topology_name(topology)
     starts_from = {**PRESETS[preset].settings, **TUNED.get((preset, env), {})}
+    options = to_plain(Mapping[str, Any], {**starts_from, **settings}.get("env_options", {}), "env_options")
+    topology = topology or PRESETS[preset].topology or default_topology(env, **options)
+    check_topology_name(topology)
+    for name in settings_without_effect(starts_from | settings, TOPOLOGIES[topology]):
+        starts_from.pop(name, None)
+    if _is_below_1(settings.get("target_update_rate")) and starts_from.get("target_update_period") != 1:
+        starts_from.pop("target_update_period", None)  # a period for whole copies, which would make this rate too slow
     merged = {**{name: value for name, value in starts_from.items() if suits(name, topology)}, **settings}
     kinds = (AgentConfig, TOPOLOGIES[topology], TrainConfig)
     names = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
@@ -279,10 +291,16 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     def settings_of(kind: type) -> dict[str, Any]:
         return {name: value for name, value in merged.items() if name in names[kind.__name__]}
 
-    return TrainConfig(
+    config = TrainConfig(
         env=env,
         preset=preset,
         agent=AgentConfig(**settings_of(AgentConfig)),
         topology=TOPOLOGIES[topology](**settings_of(TOPOLOGIES[topology])),
         **settings_of(TrainConfig),
     )
+    check_new_run(config)
+    return config
+
+
+def _is_below_1(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and value < 1
