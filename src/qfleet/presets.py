@@ -1,7 +1,6 @@
 """Named combinations of options, and settings tuned for single environments."""
 
 import dataclasses
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -268,15 +267,10 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     if preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
     topology = without_alias(topology, settings.pop("exchange", None))
-    starts_from = {**PRESETS[preset].settings, **TUNED.get((preset, env), {})}
-    options = to_plain(Mapping[str, Any], {**starts_from, **settings}.get("env_options", {}), "env_options")
+    options = to_plain(Mapping[str, Any], settings.get("env_options", {}), "env_options")
     topology = topology or PRESETS[preset].topology or default_topology(env, **options)
     check_topology_name(topology)
-    for name in settings_without_effect(starts_from | settings, TOPOLOGIES[topology]):
-        starts_from.pop(name, None)
-    if _is_below_1(settings.get("target_update_rate")) and starts_from.get("target_update_period") != 1:
-        starts_from.pop("target_update_period", None)  # a period for whole copies, which would make this rate too slow
-    merged = {**{name: value for name, value in starts_from.items() if suits(name, topology)}, **settings}
+    merged = {**_starts_from(env, preset, topology, settings), **settings}
     kinds = (AgentConfig, TOPOLOGIES[topology], TrainConfig)
     names = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     known = set.union(*names.values()) - {"agent", "topology", "env", "preset"}
@@ -302,5 +296,11 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     return config
 
 
-def _is_below_1(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and value < 1
+def _starts_from(env: str, preset: str, topology: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preset's and the tuned settings, without those that have no effect beside the given ones."""
+    found = {**PRESETS[preset].settings, **TUNED.get((preset, env), {})}
+    dropped = set(settings_without_effect({**found, **settings}, TOPOLOGIES[topology]))
+    rate = to_plain(float, settings.get("target_update_rate", 1.0), "target_update_rate")
+    if rate < 1 and found.get("target_update_period") != 1:
+        dropped.add("target_update_period")  # it is meant for whole copies, and would make a smaller rate too slow
+    return {name: value for name, value in found.items() if name not in dropped and suits(name, topology)}

@@ -111,7 +111,7 @@ def test_values_are_brought_to_plain_python(make: Any, name: str, value: Any, ex
         (run, "env_steps", 10**400, "env_steps must be .* at most 1000000000000000, got a whole number of about 401"),
         (run, "env_steps", 10**5_000, "got a whole number of about 5001 digits"),
         (run, "eval_episodes", 2**64, f"eval_episodes must be a whole number, at most {MAX_EPISODES}, got"),
-        (run, "env_options", {1: 2}, "the names in env_options must be text, got 1; give '1'"),
+        (run, "env_options", {1: 2}, "the names in env_options must be text, got 1; put it in quotation marks"),
         (run, "env_options", {"x": [{"y": {3}}]}, r"env_options\[x\]\[0\]\[y\] must be a number, .* got \{3\}"),
         (run, "env_options", [], "env_options must be a mapping of names to values, got \\[\\]"),
         (run, "env_options", {"x": 2**64}, r"env_options\[x\] must be a whole number of at most 64 bits, got"),
@@ -188,7 +188,7 @@ def test_a_remedy_for_minibatches_is_found_at_once() -> None:
         run(agent=agent, topology=FusedConfig(num_envs=2**10))
 
 
-@pytest.mark.parametrize("rate", [0.005, np.float32(0.5)])
+@pytest.mark.parametrize("rate", [0.005, np.float32(0.5), np.array(0.1)])
 def test_a_rate_of_target_updates_below_1_needs_a_period(rate: float) -> None:
     with pytest.raises(ConfigError, match="give target_update_period=1"):
         AgentConfig(target_update_rate=rate)

@@ -1,13 +1,12 @@
 """What is learned: the agent's settings."""
 
 import dataclasses
-import numbers
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from qfleet.config.checks import MAX_COUNT, MAX_SIZE, check, check_count, check_counts, check_positive
 from qfleet.config.errors import ConfigError
-from qfleet.config.values import MAX_FLOAT, Config, show
+from qfleet.config.values import MAX_FLOAT, Config
 
 MIN_ENV_STEPS_PER_LEARNER_STEP = 1e-3
 """A thousand learner steps for each environment step. Plans of the longest run then stay within 64-bit integers."""
@@ -108,9 +107,15 @@ class AgentConfig(Config):
     """Q(lambda): learner steps per pass."""
 
     def __post_init__(self) -> None:
-        if self.target_update_period is None:
-            object.__setattr__(self, "target_update_period", self._default_period())
+        has_period = self.target_update_period is not None
+        if not has_period:
+            object.__setattr__(self, "target_update_period", _TARGET_UPDATE_PERIOD)
         super().__post_init__()
+        if not has_period and self.target_update_rate < 1 and self.replay != "none":
+            raise ConfigError(
+                f"target_update_period must be given too if target_update_rate is below 1, got target_update_rate="
+                f"{self.target_update_rate} alone; give target_update_period=1 for Polyak averaging, or another period"
+            )
         for name in ("discount", "target_update_rate"):
             check(0.0 < getattr(self, name) <= 1.0, name, "in (0, 1]", getattr(self, name))
         for name in ("trace_decay", "priority_exponent", "importance_exponent_start", "learning_rate_end_fraction"):
@@ -142,15 +147,6 @@ class AgentConfig(Config):
                 self.learning_rate_end_fraction > 0,
                 "learning_rate_end_fraction", "above 0 for an exponential schedule", self.learning_rate_end_fraction,
             )  # fmt: skip
-
-    def _default_period(self) -> int:
-        rate = self.target_update_rate
-        if self.replay != "none" and isinstance(rate, numbers.Real) and rate < 1:
-            raise ConfigError(
-                f"target_update_period must be given too if target_update_rate is below 1, got target_update_rate="
-                f"{show(rate)} alone; give target_update_period=1 for Polyak averaging, or another period"
-            )
-        return _TARGET_UPDATE_PERIOD
 
     @property
     def replay_ratio(self) -> float:

@@ -138,7 +138,7 @@ def _to_option(value: Any, name: str, depth: int) -> Any:
 
 def _key(key: Any, name: str) -> str:
     if not isinstance(key, str):
-        raise ConfigError(f"the names in {name} must be text, got {show(key)}; give {str(key)[:50]!r}")
+        raise ConfigError(f"the names in {name} must be text, got {show(key)}; put it in quotation marks")
     return _text(key)
 
 
