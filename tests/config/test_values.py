@@ -28,6 +28,7 @@ from qfleet.config import (
 )
 from qfleet.config.checks import MAX_COUNT, MAX_EPISODES, MAX_SIZE
 from qfleet.config.encoding import decode, encode
+from qfleet.config.values import show
 
 NUM_EXAMPLES = int(os.environ.get("QFLEET_TEST_CONFIGS", "100"))
 """Number of random configs; 5,000 take a minute."""
@@ -70,7 +71,7 @@ def run(**settings: Any) -> TrainConfig:
         (run, "env_options", {"config": {"lanes": 3, "v": np.eye(1)}}, {"config": {"lanes": 3, "v": [[1.0]]}}),
         (run, "env_options", {"map_name": "8x8", "p": 1.0}, {"map_name": "8x8", "p": 1.0}),
     ],
-    ids=str,
+    ids=show,
 )  # fmt: skip
 def test_values_are_brought_to_plain_python(make: Any, name: str, value: Any, expected: Any) -> None:
     found = getattr(make(**{name: value}), name)
@@ -113,10 +114,11 @@ def test_values_are_brought_to_plain_python(make: Any, name: str, value: Any, ex
         (run, "eval_episodes", 2**64, f"eval_episodes must be a whole number, at most {MAX_EPISODES}, got"),
         (run, "env_options", {1: 2}, "the names in env_options must be text, got 1; put it in quotation marks"),
         (run, "env_options", {"x": [{"y": {3}}]}, r"env_options\[x\]\[0\]\[y\] must be a number, .* got \{3\}"),
+        (run, "env_options", {"x" * 5_000: {3}}, r"env_options\['x+ \.\.\. \(5002 characters\)\] must be a number"),
         (run, "env_options", [], "env_options must be a mapping of names to values, got \\[\\]"),
         (run, "env_options", {"x": 2**64}, r"env_options\[x\] must be a whole number of at most 64 bits, got"),
     ],
-    ids=str,
+    ids=show,
 )  # fmt: skip
 def test_other_values_are_refused_with_field_value_and_remedy(make: Any, name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:

@@ -78,7 +78,7 @@ def to_plain(kind: Any, value: Any, name: str, otherwise: str = "") -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(to_plain(arguments[0], item, f"{name}[{i}]", otherwise) for i, item in enumerate(value))
     if origin is collections.abc.Mapping and isinstance(value, Mapping):
-        return {_key(key, name): to_plain(arguments[1], item, f"{name}[{key}]") for key, item in value.items()}
+        return {_key(key, name): to_plain(arguments[1], item, _item(name, key)) for key, item in value.items()}
     if isinstance(kind, type) and (plain := _to_scalar(kind, value, name, otherwise)) is not None:
         return plain
     rule = f"{_describe(kind)}{', or None' if or_none else ''}"
@@ -120,7 +120,7 @@ def _to_option(value: Any, name: str, depth: int) -> Any:
     if depth and isinstance(value, list | tuple):
         return [_to_option(item, f"{name}[{i}]", depth - 1) for i, item in enumerate(value)]
     if depth and isinstance(value, Mapping):
-        return {_key(key, name): _to_option(item, f"{name}[{key}]", depth - 1) for key, item in value.items()}
+        return {_key(key, name): _to_option(item, _item(name, key), depth - 1) for key, item in value.items()}
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, numbers.Integral):
@@ -134,6 +134,10 @@ def _to_option(value: Any, name: str, depth: int) -> Any:
     nested = isinstance(value, list | tuple | Mapping)
     rule = f"nested at most {MAX_DEPTH} deep" if nested else _describe(Any)
     raise ConfigError(f"{name} must be {rule}, got {show(value)}; give what config.json can hold")
+
+
+def _item(name: str, key: Any) -> str:
+    return f"{name}[{key if len(str(key)) < 50 else show(key)}]"
 
 
 def _key(key: Any, name: str) -> str:
