@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import random
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from qfleet.cli import resume_command, train_command
 from qfleet.cli.flag_types import read_option
 from qfleet.cli.main import main
 from qfleet.cli.train_command import parse
-from qfleet.config import ConfigError, GossipConfig, OverlappedConfig, TrainConfig
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, GossipConfig, OverlappedConfig, TrainConfig
 from qfleet.config.encoding import decode, encode
 from qfleet.presets import PRESETS, make_config
 
@@ -119,15 +120,21 @@ def random_command_line(seed: int) -> list[str]:
     """Returns up to six flags with values that may fit, in any order with the environment."""
     draw, generator = Draw(seed), random.Random(seed)
     kinds = train_command.flag_kinds() | {"env": str}
-    words = []
-    for name in generator.sample(sorted(kinds), generator.randrange(7)):
+    topology = generator.choice(list(TOPOLOGIES))
+    known = {field.name for kind in (AgentConfig, TrainConfig, TOPOLOGIES[topology]) for field in fields(kind)}
+    words = [["--topology", topology]]
+    if generator.random() < 0.2:
+        words, known = [], set(kinds)
+    for name in generator.sample(sorted(known & set(kinds)), generator.randrange(7)):
         flag, kind = name.replace("_", "-"), kinds[name]
         if kind is bool:
             words.append([generator.choice([f"--{flag}", f"--no-{flag}"])])
             continue
         value = draw.of_kind(kind) if generator.random() < 0.8 else draw.anything(1)
         if name in ("topology", "preset", "env"):
-            value = generator.choice(["fused", "gossip", "actor-learner", "decentralised", "dqn", "ape_x", "pqn", ""])
+            value = generator.choice(
+                ["gossip", "decentralised", "dqn", "double_dqn", "rainbow_lite", "ape_x", "pqn", ""]
+            )
         if isinstance(value, dict):
             texts = [str(item) for pair in value.items() for item in pair]
         else:
