@@ -193,3 +193,11 @@ def test_a_count_out_of_bounds_is_refused_before_anything_is_read(
         code = int(error.code or 0)
     message = " ".join(capsys.readouterr().err.split())
     assert code == 2 and "must be a whole number" in message and "Traceback" not in message
+
+
+def test_check_env_gives_options_to_the_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["check-env", "gym:FrozenLake-v1", "--steps", "20", "--env-options"]
+    assert main([*command, "map_name", "8x8", "is_slippery", "false"]) == 0
+    assert main([*command, "size", "8"]) == 2
+    error = capsys.readouterr().err
+    assert "gym:FrozenLake-v1" in error and "'size'" in error and "Traceback" not in error
