@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from other_processes import command_of, lives, wait_until
 
 import qfleet
 from qfleet.config import AllReduceConfig, ConfigError, RunFailed
@@ -330,23 +330,3 @@ def peers_of(folder: Path) -> list[int]:
 
 def all_processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-
-
-def command_of(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def lives(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Returns once it holds; where it never does, the test's own time runs out."""
-    while not holds():
-        time.sleep(0.1)
