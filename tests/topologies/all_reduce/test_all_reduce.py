@@ -116,12 +116,13 @@ def peers_of(run_dir: Path) -> list[int]:
 @pytest.mark.slow
 def test_nothing_is_left_behind_when_the_launcher_is_killed(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    flags = ["--topology", "all-reduce", "--num-processes", "2", "--env-steps", "100000000"]
+    flags = ["--topology=all-reduce", "--num-processes=2", "--env-steps=100000000", "--silence-seconds=300"]
     command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", *flags, "--run-dir", str(run_dir)]
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0)
-        assert len(peers_of(run_dir)) == 2
+        metrics = run_dir / "metrics.jsonl"
+        wait_until(lambda: (metrics.exists() and metrics.stat().st_size > 0) or launcher.poll() is not None)
+        assert launcher.poll() is None and len(peers_of(run_dir)) == 2
         os.kill(peer_pid(run_dir, 1), signal.SIGSTOP)  # not even one that can't hear of it
     finally:
         launcher.kill()
@@ -137,7 +138,7 @@ def test_processes_started_by_hand_find_each_other_and_go_on_by_hand(tmp_path: P
     def train_by_hand() -> list[subprocess.Popen]:
         flags = {
             "topology": "all-reduce", "num-processes": 2, "coordinator": f"127.0.0.1:{first_port}",
-            "env-steps": 2048, "run-dir": run_dir,
+            "env-steps": 2048, "run-dir": run_dir, "silence-seconds": 300,
         }  # fmt: skip
         words = [f"--{name}={value}" for name, value in flags.items()]
         return [start("train", "CartPole-v1", *words, f"--process-id={number}") for number in (0, 1)]
