@@ -23,6 +23,8 @@ class _EvalFlags:
     """Seed to evaluate, of a run with several seeds. The default is the first one."""
     seed: int = 0
     """Seed of the episodes."""
+    trust: bool = False
+    """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
     json: bool = False
     """Print one line of JSON."""
 
@@ -34,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ConfigError(f"episodes must be at least 1, got {flags.episodes}")
     from qfleet.api import load
 
-    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed)
+    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
     returns = policy.evaluate(flags.episodes, flags.seed).tolist()
     result = {
         "run": flags.run,

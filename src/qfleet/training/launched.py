@@ -83,7 +83,7 @@ class LaunchedRun:
             "env-steps": self.config.env_steps,
         }
         flags = [f"--{name}={value}" for name, value in arguments.items()]
-        return [peer.python, "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]
+        return [peer.python, "-P", "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]
 
 
 def _progress_of(message: dict[str, Any]) -> Progress:
