@@ -19,6 +19,7 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.video import Video, params_label
 from qfleet.training.assembly import check_is_built_in
 from qfleet.training.launched import LaunchedRun, directory_of_all
+from qfleet.training.metadata import read_metadata
 from qfleet.training.resuming import check_network_is_given, config_to_resume
 from qfleet.training.run import Run
 
@@ -149,9 +150,9 @@ def load(
     network_in_use = network or make_network(env.spec, config.agent)
     limit_cpu_threads(check_network(network_in_use, env.spec))
     enable_compilation_cache()
-    with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept) as checkpoints:
+    with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept, run_id=directory.run_id) as checkpoints:
         checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
-        metadata = checkpoints.read_metadata(checkpoint)
+        metadata = read_metadata(checkpoints, checkpoint, config)
         check_network_is_given(network is not None, metadata["has_own_network"])
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
     if config.num_seeds > 1:

@@ -14,7 +14,7 @@ from qfleet.config.topologies import RENAMED, TOPOLOGIES
 from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def encode(config: TrainConfig) -> dict[str, Any]:
@@ -82,7 +82,12 @@ def _topology_of(fields: Mapping[str, Any]) -> str:
     return "overlapped" if "lock_step" in fields else "fused"
 
 
-_MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1}
+def _migrate_from_2(content: Any) -> Any:
+    """Changes nothing: since version 3 a run has an id, which is beside the config."""
+    return content
+
+
+_MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1, 2: _migrate_from_2}
 """Functions that convert content to the next version, by the version that they convert from."""
 
 
