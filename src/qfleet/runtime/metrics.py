@@ -13,6 +13,9 @@ from qfleet.runtime.process import seconds_since_process_start
 from qfleet.runtime.run_directory import RunDirectory, strict_json
 from qfleet.runtime.run_files import UnusableFile, open_to_append, parse_json, read_lines, shortened
 
+_BEGINNING = b'{"env_steps": '
+"""How every line begins."""
+
 
 class MetricsWriter:
     """Appends progress records to metrics.jsonl and to TensorBoard's event file. Use it as a context manager.
@@ -68,7 +71,7 @@ class MetricsWriter:
                     yield line if line.endswith(b"\n") else line + b"\n"
                     self._earlier_seconds = max(self._earlier_seconds, seconds)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
-            if isinstance(error, UnusableFile) and not line.endswith(b"\n"):  # the last line, cut off
+            if not line.endswith(b"\n") and line.startswith(_BEGINNING[: len(line)]):  # the last line, cut off
                 return
             raise ConfigError(
                 f"each line of metrics.jsonl must be a record, got {shortened(str(line.strip()), 100)}, line {number} "
