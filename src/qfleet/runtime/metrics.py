@@ -11,7 +11,7 @@ from typing import Any, Self, TextIO
 from qfleet.config import ConfigError
 from qfleet.runtime.process import seconds_since_process_start
 from qfleet.runtime.run_directory import RunDirectory, strict_json
-from qfleet.runtime.run_files import UnusableFile, open_to_append, parse_json, read_lines, shortened
+from qfleet.runtime.run_files import UnusableFile, open_to_append, parse_json, read_lines, shortened, temporary_of
 
 _BEGINNING = b'{"env_steps": '
 """How every line begins."""
@@ -51,8 +51,7 @@ class MetricsWriter:
         except (OSError, UnusableFile) as error:
             raise ConfigError(f"metrics.jsonl must be a readable file, got {path} ({error}); move it away") from error
         if first:
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.unlink(missing_ok=True)
+            temporary = temporary_of(path)
             with temporary.open("xb") as file:
                 file.writelines(self._records_until(env_steps, itertools.chain([first], lines)))
             os.replace(temporary, path)

@@ -26,7 +26,7 @@ import filelock
 
 from qfleet.config import ConfigError, TrainConfig
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
-from qfleet.runtime.run_files import read_json, shortened
+from qfleet.runtime.run_files import read_json, shortened, temporary_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +208,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

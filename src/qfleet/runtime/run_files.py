@@ -8,6 +8,7 @@ to any file of the user.
 import errno
 import json
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,11 @@ def open_to_append(path: Path) -> Any:
         os.close(descriptor)
         raise OSError(errno.EINVAL, f"it must be a regular file, got {_kind(path)}", str(path))
     return os.fdopen(descriptor, "a", encoding="utf-8")
+
+
+def temporary_of(path: Path) -> Path:
+    """Returns a new name beside a file, to write under until the file is complete. Nobody can have put a link there."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
 def sync_folder(path: Path) -> None:
