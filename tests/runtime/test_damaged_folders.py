@@ -20,6 +20,7 @@ import pytest
 import qfleet
 from qfleet.config import ConfigError
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.run_directory import RunDirectory
 
 NUM_DAMAGES = int(os.environ.get("QFLEET_FUZZ", "40"))
@@ -68,6 +69,8 @@ def use(run: Path, *, resume: bool) -> str:
     try:
         directory = RunDirectory.open(run)
         directory.read_summary()
+        with MetricsWriter(directory) as metrics:
+            metrics.truncate_after(64)
         qfleet.load(run).evaluate(1)
         if resume:
             for _ in qfleet.resume(run, env_steps=96):
@@ -144,15 +147,19 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("replace", REPLACEMENTS)
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("name", "replace"),
+    [
+        *((name, replace) for name in FILES[:5] for replace in REPLACEMENTS),
+        *((name, replace) for name in FILES[5:] for replace in REPLACEMENTS[:4]),
+    ],
+)
 def test_something_else_in_place_of_a_file_is_one_clear_error(
     run: Path, name: str, replace: Callable[[Path], None]
 ) -> None:
     remove(run / name)
     replace(run / name)
-    resume = name == "metrics.jsonl"  # which only resuming reads
-    assert use(run, resume=resume), f"{name} {replace.__name__} was not noticed"
+    assert use(run, resume=False), f"{name} {replace.__name__} was not noticed"
 
 
 # --- Another value in a JSON file, with the right checksum ---

@@ -114,7 +114,7 @@ def change(content: dict[str, Any], path: str, value: Any) -> None:
         ("qfleet_version", ..., "must hold qfleet_version and config"),
         ("run_id", ..., "run_id must be 16 hexadecimal digits, got None"),
         ("run_id", "../x", "run_id must be 16 hexadecimal digits, got '../x'"),
-        ("schema_version", 1.5, "range"),
+        ("schema_version", 1.5, "schema_version must be 1 to"),
     ],
 )
 def test_a_changed_config_file_is_an_error_that_names_the_field(
