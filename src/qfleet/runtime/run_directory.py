@@ -105,6 +105,8 @@ class RunDirectory:
         version, schema_version = shortened(str(content["qfleet_version"]), 50), content.get("schema_version", 1)
         try:
             config = decode(content["config"], schema_version)
+            if len(config.env) > _MAX_NAME_LENGTH:
+                raise ConfigError(f"config.env must be a name of at most {_MAX_NAME_LENGTH} characters")
             run_id = content.get("run_id", "") if schema_version < _FIRST_WITH_ID else content.get("run_id")
             if not isinstance(run_id, str) or not re.fullmatch("[0-9a-f]{16}|", run_id):
                 raise ConfigError(f"run_id must be 16 hexadecimal digits, got {run_id!r}")
@@ -188,6 +190,8 @@ def strict_json(value: Any, indent: int | None = None) -> str:
 
 
 _MAX_CONFIG_BYTES = 2**20
+
+_MAX_NAME_LENGTH = 500
 
 _FIRST_WITH_ID = 3
 """Schema version from which on config.json holds the run's id."""
