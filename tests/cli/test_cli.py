@@ -332,7 +332,7 @@ def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_can_be_resumed(tm
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stopped"] == "interrupted"
     resumed = subprocess.run(
-        [SCRIPT, "resume", "run", "--env-steps", str(summary["env_steps"] + 64), "--quiet"],
+        [SCRIPT, "resume", "run", "--trust", "--env-steps", str(summary["env_steps"] + 64), "--quiet"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr

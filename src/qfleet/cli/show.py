@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from qfleet.config import TopologyConfig
+from qfleet.envs.names import module_in
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def outcome(summary: dict[str, Any], path: str) -> str:
         failed = f", {summary['num_video_failures']} failed" if summary["num_video_failures"] else ""
         lines.append(f"videos: {summary['num_videos']} in {path}/videos{failed}")
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
-    lines.append(f"next: qfleet eval {path} | qfleet resume {path}{further}")
+    trust = " --trust" if module_in(summary["env"]) else ""
+    lines.append(f"next: qfleet eval {path}{trust} | qfleet resume {path}{further}{trust}")
     return "\n".join(lines)
 
 
