@@ -9,9 +9,7 @@ import tyro
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import check_flags, replace_alias, value_of
 from qfleet.config import TOPOLOGIES, AgentConfig, TopologyConfig, TrainConfig
-from qfleet.presets import make_config
-
-DEFAULT_PRESET = "pqn"
+from qfleet.presets import make_explained_config
 
 _FLAT = tyro.conf.arg(name="")  # flags of the config's fields have no prefix
 
@@ -31,12 +29,15 @@ class _TrainFlags(TrainConfig):
 
     env: tyro.conf.Positional[str]
     """Name of the environment to learn, as listed by `qfleet envs`."""
-    preset: str = DEFAULT_PRESET
-    """Preset that the defaults of the other settings come from, as listed by `qfleet presets`."""
+    preset: str = "custom"
+    """Preset that the defaults of the other settings come from, as listed by `qfleet presets`.
+    By default, preset and settings are chosen for the environment and the topology."""
     agent: Annotated[AgentConfig, _FLAT] = dataclasses.field(default_factory=AgentConfig)
     topology_name: Annotated[str, tyro.conf.arg(name="topology", metavar="NAME", help=_TOPOLOGY_HELP)] = "fused"
     quiet: bool = False
     """Print nothing but errors."""
+    reason: tyro.conf.Suppress[str] = ""
+    """Why the preset was chosen, if the user named none."""
 
 
 def _flags_of(kind: type[TopologyConfig]) -> type[_TrainFlags]:
@@ -55,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     flags = parse(arguments)
     from qfleet.api import iterate
 
-    return follow(iterate(config_of(flags)), quiet=flags.quiet)
+    return follow(iterate(config_of(flags)), quiet=flags.quiet, reason=flags.reason)
 
 
 def config_of(flags: _TrainFlags) -> TrainConfig:
@@ -71,16 +72,16 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> _TrainFlags:
       prog: name of the command in errors and in the help.
     """
     arguments = replace_alias(arguments)
-    preset = value_of("--preset", arguments) or DEFAULT_PRESET
+    preset = value_of("--preset", arguments)
     topology = value_of("--topology", arguments)
     if arguments and not arguments[0].startswith("-"):
-        return _parse(arguments, make_config(arguments[0], preset, topology), is_env_known=True, prog=prog)
-    flags = _parse(arguments, make_config("ENV", preset, topology or "fused"), is_env_known=False, prog=prog)
-    tuned = make_config(flags.env, preset, topology)
-    return _parse(arguments, tuned, is_env_known=True, prog=prog)
+        explained = make_explained_config(arguments[0], preset, topology)
+        return _parse(arguments, *explained, is_env_known=True, prog=prog)
+    flags = _parse(arguments, *make_explained_config("ENV", preset, topology or "fused"), is_env_known=False, prog=prog)
+    return _parse(arguments, *make_explained_config(flags.env, preset, topology), is_env_known=True, prog=prog)
 
 
-def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool, prog: str) -> _TrainFlags:
+def _parse(arguments: Sequence[str], config: TrainConfig, reason: str, *, is_env_known: bool, prog: str) -> _TrainFlags:
     defaults = {name: getattr(config, name) for name in _CONFIG_FIELDS}
     if not is_env_known:
         defaults["env"] = tyro.MISSING
@@ -90,7 +91,7 @@ def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool,
         flags,
         prog=prog,
         args=list(arguments),
-        default=flags(**defaults, topology_name=config.topology.name),
+        default=flags(**defaults, topology_name=config.topology.name, reason=reason),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     return parsed

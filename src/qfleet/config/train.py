@@ -1,8 +1,9 @@
 """One run: what to learn, where, and when to evaluate, save and stop."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qfleet.config.agent import AgentConfig
 from qfleet.config.checks import check, check_count, check_divides
@@ -65,6 +66,48 @@ class TrainConfig:
             "num_seeds", "1 on a mesh, because several seeds are spread over the devices without one", self.num_seeds,
         )  # fmt: skip
         _check_sizes(self.agent, self.topology)
+        self._check_warmup()
+
+    def _check_warmup(self) -> None:
+        """Checks that learning begins before the run ends, and that exploration outlasts the warm-up.
+
+        The default warm-up may be longer than a run that is only a short trial.
+        """
+        agent, warmup = self.agent, self.agent.warmup_env_steps
+        if agent.replay == "none" or warmup == AgentConfig.warmup_env_steps:
+            return
+        rule = f"below env_steps={self.env_steps}, or the run ends before it learns"
+        check(warmup < self.env_steps, "warmup_env_steps", rule, warmup)
+        decays = "exploration_env_steps" not in self.topology.settings_without_effect
+        if decays and agent.exploration_end != agent.exploration_start:
+            rule = (
+                f"below exploration_env_steps={agent.exploration_env_steps}, or random actions before learning begins "
+                f"outweigh all later exploration"
+            )
+            check(warmup < agent.exploration_env_steps, "warmup_env_steps", rule, warmup)
+
+    def with_schedule_lengths(self) -> "TrainConfig":
+        """Returns the config with numbers in place of schedules that last until the end of the run.
+
+        A run's folder keeps the result. So a run that is extended later keeps the schedules that it began with, and
+        what it learns doesn't depend on where it was interrupted.
+        """
+        agent = self.agent
+        lengths: dict[str, Any] = {
+            "importance_exponent_env_steps": self.env_steps,
+            "learning_rate_learner_steps": max(1, self.num_learner_steps),
+        }
+        lengths = {name: length for name, length in lengths.items() if getattr(agent, name) is None}
+        return dataclasses.replace(self, agent=dataclasses.replace(agent, **lengths)) if lengths else self
+
+    @property
+    def num_learner_steps(self) -> int:
+        """Learner steps of the whole run, over all processes, up to what its last chunk adds."""
+        agent = self.agent
+        if agent.replay == "none":
+            num_rollouts = math.ceil(self.env_steps / (self.topology.num_envs * agent.rollout_length))
+            return num_rollouts * agent.num_epochs * agent.num_minibatches
+        return int(max(0, self.env_steps - agent.warmup_env_steps) / agent.env_steps_per_learner_step)
 
     def topology_as(self, kind: type[T]) -> T:
         """Returns the topology's config with its own type, for code that belongs to that topology only.

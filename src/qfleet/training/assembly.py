@@ -43,7 +43,7 @@ def footprint(
     if config.topology.runs_in == "joined processes":
         set_cpu_devices(config.topology.mesh.num_devices)  # as if this process had all processes' devices
     env, network = make_env_and_network(config, network)
-    return make_topology(config, env, network, optimiser).footprint()
+    return make_topology(config.with_schedule_lengths(), env, network, optimiser).footprint()
 
 
 def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
