@@ -72,7 +72,7 @@ def test_a_topology_that_learns_while_others_act_gets_a_replay_and_says_why():
 
 def test_settings_tuned_for_the_environment_win():
     config, reason = make_explained_config("CartPole-v1")
-    assert config == make_config("CartPole-v1", "pqn") and reason == "settings tuned for CartPole-v1"
+    assert config == make_config("CartPole-v1", "pqn") and reason == "this preset is tuned for CartPole-v1"
     for env in ("Acrobot-v1", "MountainCar-v0", "gymnax:Breakout-MinAtar"):
         assert make_config(env) == make_config(env, next(preset for preset, name in TUNED if name == env))
 
@@ -89,7 +89,7 @@ def test_the_same_choice_is_made_each_time():
 
 def test_an_environment_whose_random_play_pays_the_same_is_explored_for_longer():
     config, reason = make_explained_config("gym:MountainCar-v0")
-    assert config.agent.exploration_env_steps == defaults.NO_SIGNAL["exploration_env_steps"]
+    assert config.agent.exploration_env_steps == defaults.SEEN["no signal"][1]["exploration_env_steps"]
     assert "random play pays the same" in reason
     falls, reason = make_explained_config("gym:CartPole-v1")  # it pays the same too, but ends
     assert falls.agent.exploration_env_steps < config.agent.exploration_env_steps and "random" not in reason
@@ -132,15 +132,15 @@ def env_of(lanes: Lanes) -> HostEnv:
 @pytest.mark.parametrize(
     ("lanes", "expected"),
     [
-        (Lanes(), True),
-        (Lanes(rewards=(-1.0,)), True),
-        (Lanes(rewards=(0.0,) * 100 + (1.0,)), False),
-        (Lanes(terminates_at=200), False),
-        (Lanes(fails_at=7), False),
+        (Lanes(), "no signal"),
+        (Lanes(rewards=(-1.0,)), "no signal"),
+        (Lanes(rewards=(0.0,) * 100 + (1.0,)), None),
+        (Lanes(terminates_at=200), None),
+        (Lanes(fails_at=7), None),
     ],
 )
 def test_a_probe_sees_whether_actions_make_a_difference_and_closes_its_environment(lanes, expected):
-    assert defaults.gives_no_signal(env_of(lanes)) is expected
+    assert defaults.probe(env_of(lanes)) == expected
     assert lanes.is_closed and len(lanes.actions) <= defaults.PROBE_STEPS
     assert len(set(lanes.actions)) == 2
 
@@ -148,7 +148,10 @@ def test_a_probe_sees_whether_actions_make_a_difference_and_closes_its_environme
 def test_a_probe_of_a_slow_environment_is_given_up(monkeypatch):
     monkeypatch.setattr(defaults, "PROBE_SECONDS", -1.0)
     lanes = Lanes()
-    assert not defaults.gives_no_signal(env_of(lanes)) and len(lanes.actions) == 1
+    assert defaults.probe(env_of(lanes)) == "slow" and len(lanes.actions) == 1
+    monkeypatch.setattr(defaults, "make_env", lambda name: env_of(Lanes()))
+    config, reason = make_explained_config("Slow-v0")
+    assert config.env_steps <= 20_000 and config.agent.exploration_env_steps < config.env_steps and "slow" in reason
 
 
 def test_no_environment_is_made_if_the_preset_is_named(monkeypatch):
@@ -166,6 +169,18 @@ def test_options_are_passed_on_to_the_environment():
     env_options = {"max_episode_steps": 50}
     config, _ = make_explained_config("gym:MountainCar-v0", env_options=env_options)
     assert config.env_options == env_options
+
+
+def test_a_replay_of_large_pixels_keeps_fewer_of_them(monkeypatch):
+    sizes = {}
+    for shape, dtype in (((84, 84), "uint8"), ((96, 96, 3), "uint8"), ((96, 96, 3), "float32")):
+        env = env_of(Lanes())._replace(spec=spec_of(shape, dtype))
+        monkeypatch.setattr(defaults, "make_env", lambda name, env=env: env)
+        agent = make_config("Pixels-v0").agent
+        sizes[shape, dtype] = agent.replay_capacity
+        assert agent.replay_capacity * np.prod(shape) * np.dtype(dtype).itemsize <= defaults.PIXEL_BYTES
+        assert agent.warmup_env_steps <= agent.replay_capacity / 2
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True) and max(sizes.values()) == 1_000_000
 
 
 # --- The command line ---

@@ -23,7 +23,11 @@ PROBE_STEPS = 300
 """Random steps that show how an environment outside JAX pays."""
 
 PROBE_SECONDS = 1.0
-"""Time after which a probe ends without a result, because the environment is slow."""
+"""Time after which a probe ends, because the environment is slow."""
+
+
+PIXEL_BYTES = 8 * 10**9
+"""What a replay of pixels may take. A million frames of Atari fit."""
 
 
 class Choice(NamedTuple):
@@ -50,7 +54,6 @@ _VECTORS: Mapping[str, Any] = {
     "layer_norm": True,
     "batch_size": 64,
     "replay_capacity": 200_000,
-    "warmup_env_steps": 5_000,
     "env_steps_per_learner_step": 4.0,
     "learning_rate": 5e-4,
     "exploration_env_steps": 100_000,
@@ -67,7 +70,6 @@ _STATES: Mapping[str, Any] = {
     "num_envs": 16,
     "batch_size": 128,
     "replay_capacity": 200_000,
-    "warmup_env_steps": 5_000,
     "env_steps_per_learner_step": 4.0,
     "target_update_period": 200,
     "exploration_env_steps": 300_000,
@@ -82,12 +84,12 @@ _SMALL_IMAGES: Mapping[str, Any] = {
     "num_envs": 128,
     "rollout_length": 32,
     "num_minibatches": 32,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "learning_rate_schedule": "linear",
     "learning_rate_learner_steps": None,
-    "exploration_env_steps": 400_000,
-    "env_steps": 5_000_000,
-    "eval_period_env_steps": 250_000,
+    "exploration_env_steps": 800_000,
+    "env_steps": 8_000_000,
+    "eval_period_env_steps": 400_000,
 }
 
 _SMALL_IMAGES_REPLAYED: Mapping[str, Any] = {
@@ -101,15 +103,35 @@ _SMALL_IMAGES_REPLAYED: Mapping[str, Any] = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "pixels": Family("it shows pixels", "atari_dqn", {}),
-    "small images": Family("it shows small images", "pqn", _SMALL_IMAGES, ("double_dqn", _SMALL_IMAGES_REPLAYED)),
-    "states": Family("it shows which of its states it is in", "double_dqn", _STATES),
-    "vectors": Family("it shows vectors of numbers", "rainbow_lite", _VECTORS),
+    "pixels": Family("the environment shows pixels", "atari_dqn", {}),
+    "small images": Family(
+        "the environment shows small images", "pqn", _SMALL_IMAGES, ("double_dqn", _SMALL_IMAGES_REPLAYED)
+    ),
+    "states": Family("the environment shows which of its states it is in", "double_dqn", _STATES),
+    "vectors": Family("the environment shows vectors of numbers", "rainbow_lite", _VECTORS),
 }
 """Preset and settings by kind of environment. Except for pixels, a run takes about five minutes on two cores."""
 
-NO_SIGNAL = {"exploration_env_steps": 300_000, "n_step": 5}
-"""Further settings where random play pays the same at every step, so that the first success must be met by chance."""
+SEEN: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "no signal": (
+        "random play pays the same at every step",
+        {"exploration_env_steps": 300_000, "n_step": 5},
+    ),
+    "slow": (
+        "it is slow",
+        {
+            "num_envs": 4,
+            "replay_capacity": 50_000,
+            "env_steps_per_learner_step": 1.0,
+            "target_update_period": 200,
+            "exploration_env_steps": 4_000,
+            "env_steps": 20_000,
+            "eval_period_env_steps": 2_000,
+            "eval_episodes": 10,
+        },
+    ),
+}
+"""What a short random play has shown of an environment with vectors: how to say it, and further settings."""
 
 
 def choose(env_name: str, topology: str, env_options: Mapping[str, Any]) -> Choice:
@@ -127,12 +149,16 @@ def choose(env_name: str, topology: str, env_options: Mapping[str, Any]) -> Choi
     try:
         env = make_env(env_name, **env_options)
     except Exception:  # a user's function may raise anything, and the run calls it again
-        return _choice(FAMILIES["vectors"]._replace(reason="it can't be looked into without its options"), topology)
+        return _choice(
+            FAMILIES["vectors"]._replace(reason="nothing is known of the environment without its options"), topology
+        )
     name = family_of(env.spec)
     family = FAMILIES[name]
-    if name == "vectors" and gives_no_signal(env):
-        reason = f"{family.reason}, and random play pays the same at every step"
-        family = family._replace(reason=reason, settings={**family.settings, **NO_SIGNAL})
+    if name == "pixels":
+        family = family._replace(settings=_sizes_of_replay(env.spec))
+    if name == "vectors" and (seen := probe(env)):
+        what, settings = SEEN[seen]
+        family = family._replace(reason=f"{family.reason}, and {what}", settings={**family.settings, **settings})
     return _choice(family, topology)
 
 
@@ -165,36 +191,45 @@ def accepts(topology: str, *, replay: str) -> bool:
     return True
 
 
-def gives_no_signal(env: "InGraphEnv | HostEnv") -> bool:
-    """Returns whether all steps of a short random play pay the same, and none of them terminates an episode.
+def probe(env: "InGraphEnv | HostEnv") -> str | None:
+    """Plays an environment outside JAX for a moment, and returns what is remarkable: a key of `SEEN`, or None.
 
-    Then no action seems better than another. Returns False for environments in JAX, which would have to be compiled,
-    and for those that fail or are too slow.
+    The actions are random, from a fixed seed. "no signal": all steps pay the same and none terminates an episode, so no
+    action seems better than another. "slow": the steps take more than `PROBE_SECONDS`. Environments in JAX aren't
+    played, because they would have to be compiled. One that fails is left to the run, which reports it.
     """
     from qfleet.envs.host import HostEnv, LaneOptions
 
     if not isinstance(env, HostEnv):
-        return False
+        return None
     try:
         with contextlib.closing(env.make_lanes(1, LaneOptions(max_failures=0))) as lanes:
-            return _pays_the_same(lanes, env.spec.num_actions)
-    except RunFailed:
-        return False
+            lanes.reset(0)
+            return _play(lanes, env.spec.num_actions)
+    except (ConfigError, RunFailed):
+        return None
 
 
-def _pays_the_same(lanes: "HostLanes", num_actions: int) -> bool:
+def _play(lanes: "HostLanes", num_actions: int) -> str | None:
     random, until = np.random.default_rng(0), time.monotonic() + PROBE_SECONDS
-    lanes.reset(0)
-    rewards, has_ended = set(), False
+    rewards, has_ended, has_terminated = set(), False, False
     for action in random.integers(num_actions, size=PROBE_STEPS, dtype=np.int32):
         lanes.send(action[None])
         step = lanes.recv()
         if not has_ended:  # otherwise the step only starts an episode
             rewards.add(float(step.reward[0]))
-        if len(rewards) > 1 or step.terminated[0] or time.monotonic() > until:
-            return False
-        has_ended = bool(step.truncated[0])
-    return True
+        has_ended = bool(step.terminated[0] or step.truncated[0])
+        has_terminated |= bool(step.terminated[0])
+        if time.monotonic() > until:
+            return "slow"
+    return "no signal" if len(rewards) == 1 and not has_terminated else None
+
+
+def _sizes_of_replay(spec: "EnvSpec") -> dict[str, int]:
+    """Returns a capacity of a million frames or of `PIXEL_BYTES`, and a warm-up that leaves room in it."""
+    frame_bytes = int(np.prod(spec.observation_shape)) * spec.observation_dtype.itemsize
+    capacity = max(1_000, min(1_000_000, PIXEL_BYTES // frame_bytes))
+    return {"replay_capacity": capacity, "warmup_env_steps": min(50_000, capacity // 2)}
 
 
 def _choice(family: Family, topology: str) -> Choice:

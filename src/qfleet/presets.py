@@ -339,7 +339,7 @@ def _choose(env: str, topology: str, env_options: Mapping[str, Any]) -> Choice:
     for (preset, name), tuned in TUNED.items():
         replay = PRESETS[preset].settings.get("replay", "uniform")
         if name == env and accepts(topology, replay=replay):
-            return Choice(preset, tuned, f"settings tuned for {env}")
+            return Choice(preset, tuned, f"this preset is tuned for {env}")
     choice = choose(env, topology, env_options)
     return choice._replace(settings={**_settings_for(choice.preset, env), **choice.settings})
 

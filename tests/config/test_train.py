@@ -1,6 +1,7 @@
 """Rules that concern a whole run: the warm-up, and schedules that last until its end."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -43,7 +44,8 @@ def test_schedules_to_the_end_get_the_length_of_the_run_and_keep_it_when_it_is_e
     assert begun.agent.learning_rate_learner_steps == begun.num_learner_steps == 9_900
     extended = dataclasses.replace(begun, env_steps=200_000).with_schedule_lengths()
     assert extended.agent == begun.agent
-    assert decode(encode(config)) == config and decode(encode(begun)) == begun
+    for each in (config, begun):
+        assert decode(json.loads(json.dumps(encode(each)))) == each
 
 
 def test_schedules_of_given_lengths_stay():

@@ -20,7 +20,7 @@ def follow(run: "Run | LaunchedRun", *, quiet: bool, reason: str = "") -> int:
     """
     with ProgressView(run.config.env_steps, quiet=quiet) as view:
         place = environments(run.backend, run.config.topology)
-        preset = run.config.preset + (f" (chosen: {reason})" if reason else "")
+        preset = run.config.preset + (f" (chosen because {reason})" if reason else "")
         view.message(f"{run.config.env} ({place}) with {preset}, into {run.directory.path}")
         for progress in run:
             view.update({"env_steps": progress.env_steps, **progress.metrics()})

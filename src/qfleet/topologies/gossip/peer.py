@@ -66,6 +66,7 @@ def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> Train
       number: number of the peer, from 0.
       is_in_graph: whether the environment is written in JAX.
     """
+    config = config.with_schedule_lengths()  # of the whole run, before they are divided
     topology, agent = config.topology_as(GossipConfig), config.agent
     num_peers = topology.num_processes
     num_envs, mesh = topology.num_envs // num_peers, MeshConfig(data=topology.devices_per_process)
