@@ -6,7 +6,7 @@ import pytest
 
 import qfleet
 from qfleet import defaults
-from qfleet.cli.train_command import config_of, parse
+from qfleet.cli.train_command import parse
 from qfleet.config import TOPOLOGIES, ConfigError
 from qfleet.core.types import EnvSpec
 from qfleet.envs.host import HostEnv, HostStep, LaneOptions
@@ -80,6 +80,15 @@ def test_settings_tuned_for_the_environment_win():
 def test_the_users_settings_win_over_the_chosen_ones():
     config = make_config("FrozenLake-v1", hidden_sizes=(8,), env_steps=20_000, exploration_env_steps=6_000)
     assert config.agent.hidden_sizes == (8,) and config.env_steps == 20_000
+
+
+@pytest.mark.parametrize("env", ["FrozenLake-v1", "gym:CartPole-v1", "LunarLander-v3", "CartPole-v1", "ale:Pong"])
+def test_a_short_trial_run_learns_and_explores_within_its_length(env):
+    config = make_config(env, env_steps=2_000)
+    if config.agent.replay != "none":
+        assert config.agent.warmup_env_steps <= 200 and config.num_learner_steps > 0
+    assert config.agent.exploration_env_steps <= 800
+    assert make_config(env).agent.exploration_env_steps > 800
 
 
 def test_the_same_choice_is_made_each_time():
@@ -187,11 +196,10 @@ def test_a_replay_of_large_pixels_keeps_fewer_of_them(monkeypatch):
 
 
 def test_the_command_line_chooses_by_environment_and_topology():
-    flags = parse(["gym:MountainCar-v0"])
-    assert config_of(flags) == make_config("gym:MountainCar-v0") and "random play" in flags.reason
-    assert parse(["--seed", "3", "FrozenLake-v1"]).preset == make_config("FrozenLake-v1").preset
-    flags = parse(["CartPole-v1", "--topology", "parameter-server"])
-    assert config_of(flags).agent.replay != "none"
+    request = parse(["gym:MountainCar-v0"])
+    assert request.config == make_config("gym:MountainCar-v0") and "random play" in request.reason
+    assert parse(["--seed", "3", "FrozenLake-v1"]).config.preset == make_config("FrozenLake-v1").preset
+    assert parse(["CartPole-v1", "--topology", "parameter-server"]).config.agent.replay != "none"
     assert parse(["CartPole-v1", "--preset", "dqn"]).reason == ""
 
 

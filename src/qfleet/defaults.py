@@ -162,6 +162,18 @@ def choose(env_name: str, topology: str, env_options: Mapping[str, Any]) -> Choi
     return _choice(family, topology)
 
 
+def shortened(settings: Mapping[str, Any], env_steps: int | None) -> dict[str, Any]:
+    """Returns chosen settings for a run of `env_steps` environment steps, or of its own length if that is None.
+
+    A shorter run warms up for a tenth of it at most, and epsilon decays for two fifths of it at most.
+    """
+    if env_steps is None or env_steps < 1:  # which is refused later
+        return dict(settings)
+    longest = {"warmup_env_steps": env_steps // 10, "exploration_env_steps": max(1, env_steps * 2 // 5)}
+    defaults = vars(AgentConfig())
+    return {**settings, **{name: min(settings.get(name, defaults[name]), most) for name, most in longest.items()}}
+
+
 def family_of(spec: "EnvSpec") -> str:
     """Returns the name of an environment's family, one of `FAMILIES`, by the shape and type of its observations."""
     shape, dtype = spec.agent_observation_shape, spec.observation_dtype

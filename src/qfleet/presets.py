@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
+from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
-from qfleet.defaults import Choice, accepts, choose, is_atari
+from qfleet.config.values import to_plain
+from qfleet.defaults import Choice, accepts, choose, is_atari, shortened
 from qfleet.envs.registry import default_topology
 
 
@@ -312,18 +314,23 @@ def make_explained_config(
     env: str, preset: str | None = None, topology: str | None = None, **settings: Any
 ) -> tuple[TrainConfig, str]:
     """Returns the config that `make_config` returns, and why its preset was chosen: "" if the caller named it."""
+    env, preset, topology = (
+        to_plain(kind, value, name)
+        for kind, value, name in ((str, env, "env"), (str | None, preset, "preset"), (str | None, topology, "topology"))
+    )
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
     topology = without_alias(topology, settings.pop("exchange", None))
-    topology = topology or (preset and PRESETS[preset].topology) or default_topology(env)
+    options = to_plain(Mapping[str, Any], settings.get("env_options", {}), "env_options")
+    topology = topology or (preset and PRESETS[preset].topology) or default_topology(env, **options)
     check_topology_name(topology)
-    reason = ""
     if preset is None:
-        preset, chosen, reason = _choose(env, topology, settings.get("env_options", {}))
+        preset, chosen, reason = _choose(env, topology, options)
+        env_steps = to_plain(int | None, settings.get("env_steps"), "env_steps")
+        found = shortened({**PRESETS[preset].settings, **chosen}, env_steps)
     else:
-        chosen = _settings_for(preset, env)
-    starts_from = {**PRESETS[preset].settings, **chosen}
-    merged = {**{name: value for name, value in starts_from.items() if suits(name, topology)}, **settings}
+        found, reason = {**PRESETS[preset].settings, **_settings_for(preset, env)}, ""
+    merged = {**_starts_from(found, topology, settings), **settings}
     return _assemble(env, preset, topology, settings, merged), reason
 
 
@@ -360,10 +367,21 @@ def _assemble(env: str, preset: str, topology: str, given: Mapping[str, Any], me
     def settings_of(kind: type) -> dict[str, Any]:
         return {name: value for name, value in merged.items() if name in names[kind.__name__]}
 
-    return TrainConfig(
+    config = TrainConfig(
         env=env,
         preset=preset,
         agent=AgentConfig(**settings_of(AgentConfig)),
         topology=TOPOLOGIES[topology](**settings_of(TOPOLOGIES[topology])),
         **settings_of(TrainConfig),
     )
+    check_new_run(config)
+    return config
+
+
+def _starts_from(found: Mapping[str, Any], topology: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preset's and the tuned settings, without those that have no effect beside the given ones."""
+    dropped = set(settings_without_effect({**found, **settings}, TOPOLOGIES[topology]))
+    rate = to_plain(float, settings.get("target_update_rate", 1.0), "target_update_rate")
+    if rate < 1 and found.get("target_update_period") != 1:
+        dropped.add("target_update_period")  # it is meant for whole copies, and would make a smaller rate too slow
+    return {name: value for name, value in found.items() if name not in dropped and suits(name, topology)}
