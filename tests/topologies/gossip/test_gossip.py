@@ -208,10 +208,11 @@ def test_a_peer_has_its_share_of_what_counts_environment_steps_and_batches_of_it
 
 
 def test_peers_share_the_learner_steps_of_a_schedule_unless_each_learns_from_its_own_rollouts():
-    with_replay = config_of(num_envs=8, num_processes=4, learning_rate_learner_steps=1_001)
+    schedule = {"learning_rate_schedule": "linear", "learning_rate_learner_steps": 1_001}
+    with_replay = config_of(num_envs=8, num_processes=4, **schedule)
     assert peer_config(with_replay, 0, is_in_graph=True).agent.learning_rate_learner_steps == 251
     assert peer_config(with_replay, 0, is_in_graph=True).agent.target_update_period == 500
-    without = config_of("pqn", num_envs=8, num_processes=4, learning_rate_learner_steps=1_001)
+    without = config_of("pqn", num_envs=8, num_processes=4, **schedule)
     own = peer_config(without, 0, is_in_graph=True)
     assert own.agent.learning_rate_learner_steps == 1_001
     whole, share = without.num_learner_steps, dataclasses.replace(own, env_steps=own.env_steps // 4).num_learner_steps
