@@ -43,7 +43,7 @@ def footprint(
     if config.topology.runs_in == "joined processes":
         set_cpu_devices(config.topology.mesh.num_devices)  # as if this process had all processes' devices
     env, network = make_env_and_network(config, network)
-    return make_topology(config.with_schedule_lengths(), env, network, optimiser).footprint()
+    return make_topology(config, env, network, optimiser).footprint()
 
 
 def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
@@ -75,7 +75,7 @@ def make_topology(
             f"a topology must suit the environment, got {config.topology.name} for {config.env}, which is "
             f"{'' if is_in_graph else 'not '}written in JAX; give --topology {'fused' if is_in_graph else 'overlapped'}"
         )
-    return _MAKERS[config.topology.name](config, env, network, optimiser)
+    return _MAKERS[config.topology.name](config.with_schedule_lengths(), env, network, optimiser)
 
 
 def make_own_learner(config: TrainConfig) -> OwnLearner:
