@@ -154,6 +154,11 @@ def test_a_probe_sees_whether_actions_make_a_difference_and_closes_its_environme
     assert len(set(lanes.actions)) == 2
 
 
+def test_an_environment_for_worker_processes_is_not_played_in_this_one(monkeypatch):
+    monkeypatch.setattr(defaults, "probe", None)
+    assert make_config("gym:MountainCar-v0", num_env_workers=1).agent.replay != "none"
+
+
 def test_a_probe_of_a_slow_environment_is_given_up(monkeypatch):
     monkeypatch.setattr(defaults, "PROBE_SECONDS", -1.0)
     lanes = Lanes()
@@ -169,9 +174,11 @@ def test_no_environment_is_made_if_the_preset_is_named(monkeypatch):
     make_config("ale:Pong", "dqn")
 
 
-def test_an_environment_that_needs_options_still_gets_a_default():
+def test_an_environment_that_cannot_be_made_gets_a_default_and_the_run_says_what_is_wrong():
     config, reason = make_explained_config("NoSuchEnvironment-v0")
-    assert config.agent.replay != "none" and "options" in reason
+    assert config.agent.replay != "none" and "nothing is known" in reason
+    with pytest.raises(ConfigError, match="no environment is named"):
+        qfleet.iterate(config)
 
 
 def test_options_are_passed_on_to_the_environment():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, RunFailed
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError
 from qfleet.envs.registry import make_env
 
 if TYPE_CHECKING:
@@ -134,29 +134,32 @@ SEEN: dict[str, tuple[str, Mapping[str, Any]]] = {
 """What a short random play has shown of an environment with vectors: how to say it, and further settings."""
 
 
-def choose(env_name: str, topology: str, env_options: Mapping[str, Any]) -> Choice:
+def choose(env_name: str, topology: str, env_options: Mapping[str, Any], *, may_play: bool = True) -> Choice:
     """Returns the preset and the settings for an environment and a topology, and the reason for them.
 
     It makes the environment to read its spec. One outside JAX is then played for a moment, with random actions from a
     fixed seed. gymnax's environments are not made, because importing gymnax starts JAX, whose devices can't be divided
     afterwards. Their names tell their family.
 
-    An environment that can't be made, perhaps for lack of its options, is taken for one that shows vectors. If there is
-    an error, the run itself reports it.
+    An environment that can't be made is taken for one that shows vectors, and the run itself reports the error.
+
+    Args:
+      env_name: name of the environment.
+      topology: name of the topology.
+      env_options: arguments of the function that makes the environment.
+      may_play: whether the environment may be stepped in this process.
     """
     if env_name.startswith("gymnax:"):
         return _choice(FAMILIES["small images" if env_name.endswith("-MinAtar") else "vectors"], topology)
     try:
         env = make_env(env_name, **env_options)
     except Exception:  # a user's function may raise anything, and the run calls it again
-        return _choice(
-            FAMILIES["vectors"]._replace(reason="nothing is known of the environment without its options"), topology
-        )
+        return _choice(FAMILIES["vectors"]._replace(reason="nothing is known of the environment"), topology)
     name = family_of(env.spec)
     family = FAMILIES[name]
     if name == "pixels":
         family = family._replace(settings=_sizes_of_replay(env.spec))
-    if name == "vectors" and (seen := probe(env)):
+    if name == "vectors" and may_play and (seen := probe(env)):
         what, settings = SEEN[seen]
         family = family._replace(reason=f"{family.reason}, and {what}", settings={**family.settings, **settings})
     return _choice(family, topology)
@@ -218,7 +221,7 @@ def probe(env: "InGraphEnv | HostEnv") -> str | None:
         with contextlib.closing(env.make_lanes(1, LaneOptions(max_failures=0))) as lanes:
             lanes.reset(0)
             return _play(lanes, env.spec.num_actions)
-    except (ConfigError, RunFailed):
+    except Exception:  # a user's environment may raise anything, and the run steps it again
         return None
 
 

@@ -325,7 +325,9 @@ def make_explained_config(
     topology = topology or (preset and PRESETS[preset].topology) or default_topology(env, **options)
     check_topology_name(topology)
     if preset is None:
-        preset, chosen, reason = _choose(env, topology, options)
+        # One that is to be stepped in processes of its own may hang or crash in this one.
+        may_play = not settings.get("num_env_workers")
+        preset, chosen, reason = _choose(env, topology, options, may_play)
         env_steps = to_plain(int | None, settings.get("env_steps"), "env_steps")
         found = shortened({**PRESETS[preset].settings, **chosen}, env_steps)
     else:
@@ -341,13 +343,13 @@ def _settings_for(preset: str, env: str) -> Mapping[str, Any]:
     return {**(ON_ATARI if is_atari(env) else OFF_ATARI).get(preset, {}), **TUNED.get((preset, env), {})}
 
 
-def _choose(env: str, topology: str, env_options: Mapping[str, Any]) -> Choice:
+def _choose(env: str, topology: str, env_options: Mapping[str, Any], may_play: bool) -> Choice:
     """Returns the preset with settings tuned for this very environment, if there is one, or the one for its family."""
     for (preset, name), tuned in TUNED.items():
         replay = PRESETS[preset].settings.get("replay", "uniform")
         if name == env and accepts(topology, replay=replay):
             return Choice(preset, tuned, f"this preset is tuned for {env}")
-    choice = choose(env, topology, env_options)
+    choice = choose(env, topology, env_options, may_play=may_play)
     return choice._replace(settings={**_settings_for(choice.preset, env), **choice.settings})
 
 
