@@ -57,6 +57,7 @@ def iterate(
     Args and Raises: as for `train`.
     """
     check_new_run(config)
+    config = config.with_schedule_lengths()
     check_is_built_in(config, network, optimiser)
     if config.topology.runs_in == "joined processes":
         return LaunchedRun(config, lambda: directory_of_all(config))
