@@ -1,11 +1,12 @@
 """Named combinations of options, and settings tuned for single environments."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
+from qfleet.envs.factory import name_of_factory
 from qfleet.envs.registry import default_topology
 
 
@@ -246,11 +247,13 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
 }
 
 
-def make_config(env: str, preset: str = "pqn", topology: str | None = None, **settings: Any) -> TrainConfig:
+def make_config(
+    env: str | Callable[..., Any], preset: str = "pqn", topology: str | None = None, **settings: Any
+) -> TrainConfig:
     """Returns the config of `preset` for `env`. `settings` replace the tuned ones, and those replace the preset's.
 
     Args:
-      env: name of an environment.
+      env: name of an environment, or a function or class that makes it, which runs record as `factory:` and its name.
       preset: one of `PRESETS`.
       topology: one of `qfleet.config.TOPOLOGIES`; by default the one that suits the environment.
       **settings: any field of `AgentConfig`, of the topology's config, or of `TrainConfig`.
@@ -258,10 +261,11 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     Raises:
       ConfigError: if the preset, the topology or a field is unknown, or a value breaks its rule.
     """
+    env = env if isinstance(env, str) else name_of_factory(env)
     if preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
     topology = without_alias(topology, settings.pop("exchange", None))
-    topology = topology or PRESETS[preset].topology or default_topology(env)
+    topology = topology or PRESETS[preset].topology or default_topology(env, settings.get("env_options"))
     check_topology_name(topology)
     starts_from = {**PRESETS[preset].settings, **TUNED.get((preset, env), {})}
     merged = {**{name: value for name, value in starts_from.items() if suits(name, topology)}, **settings}

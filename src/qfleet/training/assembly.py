@@ -17,7 +17,7 @@ from qfleet.config import (
 from qfleet.config.topology import EnvironmentKind
 from qfleet.core.types import Network
 from qfleet.envs.host import HostEnv
-from qfleet.envs.registry import make_env
+from qfleet.envs.registry import check_can_travel, make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu, use_cpu_only
@@ -87,7 +87,12 @@ def make_own_learner(config: TrainConfig) -> OwnLearner:
 
 
 def check_is_built_in(config: TrainConfig, network: Network | None, optimiser: Any) -> None:
-    """Raises ConfigError if a network or optimiser is given to a topology whose processes build their own."""
+    """Raises ConfigError if a topology's processes must build what only this process has.
+
+    That is a network or an optimiser that is given, or an environment that this program registers.
+    """
+    if config.topology.builds_own_network:
+        check_can_travel(config.env)
     if config.topology.builds_own_network and (network is not None or optimiser is not None):
         given = " and ".join(
             name for name, value in (("network", network), ("optimiser", optimiser)) if value is not None
