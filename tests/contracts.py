@@ -8,6 +8,15 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
+NESTED = spaces.Dict(
+    {
+        "place": spaces.Discrete(3, start=-1),
+        "all": spaces.Tuple([spaces.MultiBinary(2), spaces.Box(-9, 9, (2, 2))]),
+        "levels": spaces.MultiDiscrete([2, 3], start=[1, 5]),
+        "number": spaces.Box(0, 9, (), np.float64),
+    }
+)
+
 
 class Plain(gymnasium.Env):
     """Observes zeros, pays 1 per step, and terminates in its fifth step."""

@@ -6,6 +6,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from contracts import NESTED
 from gymnasium import spaces
 from gymnasium.vector.utils import concatenate, create_empty_array
 
@@ -15,15 +16,6 @@ from qfleet.envs.contract import BrokenContract, to_flag, to_reward
 from qfleet.envs.observations import encoder_of_arrays, make_encoder
 
 NUM_EXAMPLES = int(os.environ.get("QFLEET_FUZZ_EXAMPLES", "150"))
-
-NESTED = spaces.Dict(
-    {
-        "place": spaces.Discrete(3, start=-1),
-        "all": spaces.Tuple([spaces.MultiBinary(2), spaces.Box(-9, 9, (2, 2))]),
-        "levels": spaces.MultiDiscrete([2, 3], start=[1, 5]),
-        "number": spaces.Box(0, 9, (), np.float64),
-    }
-)
 
 
 def samples(space: gymnasium.Space, count: int = 5) -> list[Any]:

@@ -12,6 +12,7 @@ import pytest
 from gymnasium import spaces
 
 from qfleet.config import ConfigError
+from qfleet.envs import conformance
 from qfleet.envs import gymnasium as backend
 from qfleet.envs.host import HostEnv, LaneOptions
 from qfleet.envs.probe import check_works
@@ -51,6 +52,30 @@ def made_by(make: Any) -> HostEnv:
     return backend.from_maker("Mine", make, {}, make())
 
 
+def test_check_env_reports_it() -> None:
+    (check,) = conformance.check(backend.make("contracts:FourValues-v0"), num_steps=5)
+    assert not check.is_ok and "got 4 values" in check.detail
+
+
+@pytest.mark.parametrize("space", [contracts.NESTED, spaces.MultiBinary(3), spaces.MultiDiscrete([2, 3])])
+def test_the_conformance_suite_takes_every_space(space: gymnasium.Space) -> None:
+    class Sampled(contracts.Plain):
+        observation_space = space
+
+        def reset(self, **options: Any) -> Any:
+            super().reset(**options)
+            return self.observe(), {}
+
+        def step(self, action: Any) -> Any:
+            return self.observe(), *super().step(action)[1:]
+
+        def observe(self) -> Any:
+            space.seed(int(self.np_random.integers(2**31)))
+            return space.sample()
+
+    assert [found for found in conformance.check(made_by(Sampled), num_steps=20) if not found.is_ok] == []
+
+
 def test_what_the_environment_raises_is_told_with_its_own_line() -> None:
     with pytest.raises(ConfigError, match=r"failed: OSError: no game today \(.*counters\.py:\d+\)"):
         check_works(backend.make("counters:Counter-v0", fault="raise in reset"), LaneOptions())
@@ -79,7 +104,7 @@ def test_an_environment_that_works_is_not_spoken_of(caplog: pytest.LogCaptureFix
 def test_lanes_of_a_users_own_must_return_what_their_spec_says() -> None:
     env = backend.make("CartPole-v1")
     wrong = env._replace(make_lanes=backend.make("FrozenLake-v1").make_lanes)
-    with pytest.raises(ConfigError, match=r"reset of its lanes must return observations float32\[1, 4\], got bool"):
+    with pytest.raises(ConfigError, match=r"must return observation of reset as float32\[1, 4\], got bool\[1, 16\]"):
         check_works(wrong, LaneOptions())
 
 

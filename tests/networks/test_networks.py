@@ -225,7 +225,7 @@ def test_hidden_units_start_with_the_variance_of_their_inputs():
     [(VECTOR, "minatar", 3), (VECTOR, "nature", 36), (make_spec((35, 84, 1)), "nature", 36)],
 )
 def test_a_torso_that_does_not_fit_says_what_it_needs(spec, torso, smallest):
-    with pytest.raises(ConfigError, match=f"torso {torso} needs images at least {smallest} .* probe; give --torso auto"):
+    with pytest.raises(ConfigError, match=f"torso {torso} needs images at least {smallest} .*; give --torso auto"):
         make_network(spec, AgentConfig(torso=torso))
 
 

@@ -13,6 +13,13 @@ from qfleet.envs.host import HostEnv, LaneOptions
 logger = logging.getLogger("qfleet")
 
 
+class NeverWorks(ConfigError):
+    """An environment fails in its first step, so that nothing can be learned in it."""
+
+    def __init__(self, name: str, error: str) -> None:
+        super().__init__(f"environment {name} must work from its first step on, but it failed: {error}")
+
+
 def check_works(env: HostEnv, options: LaneOptions) -> None:
     """Takes one step in one lane, and warns of what learning ignores or changes.
 
@@ -24,7 +31,8 @@ def check_works(env: HostEnv, options: LaneOptions) -> None:
       options: how its lanes are stepped. With workers, the lane is in one, since it may end its process.
 
     Raises:
-      ConfigError: if the environment can't be made, fails, or returns something that can't be learned from.
+      NeverWorks: if the environment fails, or returns something that can't be learned from.
+      ConfigError: if it can't be made.
     """
     name = env.spec.name
     one = dataclasses.replace(options, num_env_workers=min(options.num_env_workers, 1), max_failures=0)
@@ -37,20 +45,16 @@ def check_works(env: HostEnv, options: LaneOptions) -> None:
     except ConfigError:
         raise
     except TooManyFailures as error:
-        raise ConfigError(_refusal(name, error.failure.error)) from error
+        raise NeverWorks(name, error.failure.error) from error
     except Exception as error:  # a user's lanes may raise anything
-        raise ConfigError(_refusal(name, describe(error))) from error
-    for what, array in (("reset", observation), ("recv", step.observation)):
-        got = f"{array.dtype}{list(array.shape)}"
-        if got != (wanted := f"{env.spec.observation_dtype}{[1, *env.spec.observation_shape]}"):
-            raise ConfigError(_refusal(name, f"{what} of its lanes must return observations {wanted}, got {got}"))
+        raise NeverWorks(name, describe(error)) from error
+    wanted = [f"{env.spec.observation_dtype}{[1, *env.spec.observation_shape]}"] * 2 + ["float32[1]"] + ["bool[1]"] * 3
+    for what, array, right in zip(("observation of reset", *step._fields), (observation, *step), wanted, strict=True):
+        if (got := f"{array.dtype}{list(array.shape)}") != right:
+            raise NeverWorks(name, f"its lanes must return {what} as {right}, got {got}")
     if has_action_mask:
         logger.warning(
             "environment %s returns an action mask in info, which is ignored: the agent may choose any action", name
         )
     if env.actions is not None and env.actions.message:
         logger.warning("%s", env.actions.message)
-
-
-def _refusal(name: str, error: str) -> str:
-    return f"environment {name} must work from its first step on, but it failed: {error}"
