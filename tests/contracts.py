@@ -88,6 +88,18 @@ class Masked(Plain):
         return np.asarray(action, np.float32), *super().step(action)[1:]
 
 
+class Rendered(Plain):
+    """Draws black pictures."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
+    def render(self) -> Any:
+        return np.zeros((4, 4, 3), np.uint8) if self.render_mode == "rgb_array" else None
+
+
 class StartsProcess(Plain):
     """Starts a process, as simulators do."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
-from qfleet.core.types import EnvSpec, Network, Params
+from qfleet.core.types import Network, Params
 from qfleet.envs.factory import name_of_factory, remember_factory
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
@@ -172,8 +172,11 @@ def load(
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
     label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
-    blamed = f"the environment {config.env}" if network is None else "`network`"
-    return Policy(made, network_in_use, _params_of(network_in_use, params, blamed, made.spec), label)
+    rule = "`network` must be the one that the run was trained with"
+    if network is None:
+        sizes = f"observations {list(made.spec.agent_observation_shape)} and {made.spec.num_actions} actions"
+        rule = f"the environment {config.env} must be as it was in training; it has {sizes} now"
+    return Policy(made, network_in_use, _params_of(network_in_use, params, rule), label)
 
 
 def watch(
@@ -204,11 +207,11 @@ def watch(
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
 
 
-def _params_of(network: Network, stored: Any, blamed: str, spec: EnvSpec) -> Params:
+def _params_of(network: Network, stored: Any, rule: str) -> Params:
     """Returns a checkpoint's parameters, which are nested dictionaries, in the structure of `network`'s parameters.
 
     Raises:
-      ConfigError: if they don't fit. The message blames what the user can change, `blamed`.
+      ConfigError: if they don't fit. The message begins with the rule that the user has broken.
     """
 
     def find(path: tuple, wanted: jax.ShapeDtypeStruct) -> Any:
@@ -217,9 +220,8 @@ def _params_of(network: Network, stored: Any, blamed: str, spec: EnvSpec) -> Par
         if getattr(leaf, "shape", None) != wanted.shape:
             got = "none" if not hasattr(leaf, "shape") else f"{list(leaf.shape)}"
             raise ConfigError(
-                f"{blamed} must be as it was when the run was trained, but a network for observations "
-                f"{list(spec.agent_observation_shape)} and {spec.num_actions} actions has params/{'/'.join(names)} of "
-                f"shape {list(wanted.shape)}, and the checkpoint has {got}; undo the change, or train anew"
+                f"{rule}: params/{'/'.join(names)} should have shape {list(wanted.shape)}, and the checkpoint has "
+                f"{got}; give what the run was trained with, or train anew"
             )
         return leaf
 

@@ -1,5 +1,6 @@
 """The first look at an environment: what can never be learned in is told at once, in words about the environment."""
 
+import contextlib
 import inspect
 import logging
 import multiprocessing
@@ -93,6 +94,30 @@ def test_an_action_mask_and_combined_actions_are_said(caplog: pytest.LogCaptureF
     mask, actions = (record.getMessage() for record in caplog.records)
     assert "returns an action mask in info, which is ignored" in mask
     assert "learned as one choice among 6 combinations" in actions
+
+
+def test_bytes_in_floats_that_no_bound_declares_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Image(contracts.Plain):
+        observation_space = spaces.Box(-np.inf, np.inf, (6, 6, 3))
+
+        def reset(self, **options: Any) -> Any:
+            return np.full((6, 6, 3), 200.0, np.float32), {}
+
+        def step(self, action: Any) -> Any:
+            return np.zeros((6, 6, 3), np.float32), 0.0, True, False, {}
+
+    with caplog.at_level(logging.WARNING, "qfleet"):
+        check_works(made_by(Image), LaneOptions())
+    assert "an image of floats up to 200, which isn't divided by 255" in caplog.text
+
+
+def test_a_function_renders_if_it_takes_the_mode_or_makes_environments_with_it() -> None:
+    for make in (contracts.Rendered, lambda: contracts.Rendered("rgb_array")):
+        env = made_by(make)
+        assert env.make_rendered_lanes is not None
+        with contextlib.closing(env.make_rendered_lanes(LaneOptions())) as lanes:
+            lanes.reset(0)
+            assert lanes.render().shape == (4, 4, 3)
 
 
 def test_an_environment_that_works_is_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:

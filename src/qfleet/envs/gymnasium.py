@@ -57,7 +57,8 @@ def make(name: str, **options: Any) -> HostEnv:
     env = _make_one(name, registered, options)
     make_one = functools.partial(make_single, registered, options)
     kind = _describe(env, f"gym:{name}", make_one, _time_limit(registered, options))
-    lanes = functools.partial(_make_lanes, kind, registered, options, _use_vector(name, registered, options))
+    use_vector = functools.cache(functools.partial(_use_vector, kind.spec.name, registered, options))
+    lanes = functools.partial(_make_lanes, kind, registered, options, use_vector)
     can_render = not _is_vector(env) and "rgb_array" in (env.metadata.get("render_modes") or ())
     return _host_env(kind, lanes, {"render_mode": "rgb_array"} if can_render else None)
 
@@ -201,13 +202,13 @@ def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -
         env = _make_vector(registered, options, 1)
     except Exception as error:
         if must:
-            raise ConfigError(f"gym:{name} has no version that can be made: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"{name} has no version that can be made: {type(error).__name__}: {error}") from error
         return False  # it doesn't take the arguments that the single version takes
     env.close()
     mode = env.metadata.get("autoreset_mode")
     if must and not isinstance(mode, AutoresetMode):
         rule = "a vector environment's metadata['autoreset_mode'] must be a gymnasium.vector.AutoresetMode"
-        raise ConfigError(f"gym:{name}: {rule}, got {mode!r}")
+        raise ConfigError(f"{name}: {rule}, got {mode!r}")
     return must or mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED)
 
 
@@ -232,13 +233,13 @@ def _make_lanes(
     kind: _Kind,
     registered: GymnasiumSpec,
     options: dict[str, Any],
-    use_vector: bool,
+    use_vector: Callable[[], bool],
     num_lanes: int,
     lane_options: LaneOptions,
 ) -> HostLanes:
     if lane_options.num_env_workers and registered.entry_point is None:
         raise ConfigError(f"num_env_workers must be 0 for {kind.spec.name}, of which there are no single environments")
-    if use_vector and not lane_options.num_env_workers:
+    if not lane_options.num_env_workers and use_vector():
 
         def make_backend(num_lanes: int) -> GymnasiumVector:
             return GymnasiumVector(_make_vector(registered, options, num_lanes), kind.encoder, kind.actions)

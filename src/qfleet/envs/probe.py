@@ -52,9 +52,24 @@ def check_works(env: HostEnv, options: LaneOptions) -> None:
     for what, array, right in zip(("observation of reset", *step._fields), (observation, *step), wanted, strict=True):
         if (got := f"{array.dtype}{list(array.shape)}") != right:
             raise NeverWorks(name, f"its lanes must return {what} as {right}, got {got}")
+    if _may_be_unscaled(env, observation):
+        logger.warning(
+            "environment %s returns an image of floats up to %g, which isn't divided by 255, because its space doesn't "
+            "say that values end there; declare it as Box(0, 255), or return uint8 or floats up to 1",
+            name,
+            observation.max(),
+        )
     if has_action_mask:
         logger.warning(
             "environment %s returns an action mask in info, which is ignored: the agent may choose any action", name
         )
     if env.actions is not None and env.actions.message:
         logger.warning("%s", env.actions.message)
+
+
+def _may_be_unscaled(env: HostEnv, observation: np.ndarray) -> bool:
+    """Returns whether an observation looks like an image of bytes, though it is neither uint8 nor bounded as one."""
+    spec = env.spec
+    if len(spec.observation_shape) != 3 or spec.observation_dtype.kind != "f" or spec.pixel_limit is not None:
+        return False
+    return bool(16 < observation.max() <= 255 and observation.min() >= 0 and (observation % 1 == 0).all())

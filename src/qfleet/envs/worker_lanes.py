@@ -58,8 +58,7 @@ class WorkerLanes:
         except _WorkerLost as lost:
             self.close()
             raise ConfigError(
-                f"environment {env.name} must be one that a worker process can make, got: {lost}. If your script "
-                "trains at its top level, put that under `if __name__ == '__main__':`"
+                f"environment {env.name} must be one that a worker process can make, got: {lost}{lost.hint}"
             ) from lost
 
     def reset(self, seed: int) -> np.ndarray:
@@ -120,6 +119,15 @@ class WorkerLanes:
 class _WorkerLost(Exception):
     """A worker died or hangs. The message says which."""
 
+    hint = ". If your script trains at its top level, put that under `if __name__ == '__main__':`"
+    """What the reason may be if the worker never was ready."""
+
+
+class _CannotMake(_WorkerLost):
+    """A worker couldn't make its environments, and told why."""
+
+    hint = ""
+
 
 class _Worker:
     """One worker process and its pipe. It can be restarted."""
@@ -140,7 +148,7 @@ class _Worker:
         self._sent_at = time.monotonic()
         reason = self._answer(_START_SECONDS)
         if reason is not None:
-            raise _WorkerLost(reason)
+            raise _CannotMake(reason)
 
     def reset(self, seed: int) -> None:
         self._seed, self._rebuilds = seed, 0
