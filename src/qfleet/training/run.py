@@ -12,8 +12,6 @@ import numpy as np
 
 from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.types import Network
-from qfleet.envs.host import HostEnv
-from qfleet.envs.probe import check_works
 from qfleet.envs.registry import backend_of
 from qfleet.runtime import peers
 from qfleet.runtime.cache import enable_compilation_cache
@@ -56,8 +54,6 @@ class Run:
         self._has_own_network = network is not None
         env, network = make_env_and_network(config, network)
         self._topology = make_topology(config, env, network, optimiser)
-        if isinstance(env, HostEnv):
-            check_works(env, config.topology.lane_options)
         footprint_of = functools.partial(footprint, network=network, optimiser=optimiser)
         if not is_resumed:
             check_fits(config, self._topology.footprint(), footprint_of)
