@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 
 from qfleet.config.errors import ConfigError, suggest
 from qfleet.envs.actions import Actions, make_actions
+from qfleet.envs.failures import describe
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
 from qfleet.envs.lane_group import SingleEnv, make_single
 from qfleet.envs.names import import_module_of
@@ -59,7 +60,7 @@ def make(name: str, **options: Any) -> HostEnv:
     kind = _describe(env, f"gym:{name}", make_one, _time_limit(registered, options))
     use_vector = functools.cache(functools.partial(_use_vector, kind.spec.name, registered, options))
     lanes = functools.partial(_make_lanes, kind, registered, options, use_vector)
-    can_render = not _is_vector(env) and "rgb_array" in (env.metadata.get("render_modes") or ())
+    can_render = not _is_vector(env) and _can_draw(env)
     return _host_env(kind, lanes, {"render_mode": "rgb_array"} if can_render else None)
 
 
@@ -79,7 +80,7 @@ def from_maker(name: str, make: Callable[..., gymnasium.Env], options: dict[str,
     make_new = _MakeNew(name, functools.partial(make, **options), env)
     kind = _describe(env, name, make_new, _limit_of(env))
     takes_mode = "render_mode" in _parameters(make)
-    if takes_mode and "rgb_array" in (env.metadata.get("render_modes") or ()):
+    if takes_mode and _can_draw(env):
         render_options: dict[str, Any] | None = {"render_mode": "rgb_array"}
     else:
         render_options = {} if env.render_mode == "rgb_array" else None
@@ -105,6 +106,11 @@ class _MakeNew:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_last": None}  # what another process makes is new to this one
+
+
+def _can_draw(env: Any) -> bool:
+    """Returns whether an environment says that it can render RGB pictures."""
+    return "rgb_array" in ((env.metadata or {}).get("render_modes") or ())
 
 
 def _describe(env: Any, name: str, make_one: Callable[..., gymnasium.Env], time_limit: int | None) -> _Kind:
@@ -170,9 +176,7 @@ def _make_one(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> 
         box2d = "pip install 'qfleet[box2d]'" if "box2d" in str(error).lower() else "install that"
         raise ConfigError(f"gym:{name} needs a package that is missing ({error}); {box2d}") from error
     except Exception as error:  # a constructor may raise anything
-        raise ConfigError(
-            f"gym:{name} must be one that gymnasium.make can make, got {type(error).__name__}: {error}"
-        ) from error
+        raise ConfigError(f"gym:{name} must be one that gymnasium.make can make, got {describe(error)}") from error
 
 
 def _make_vector(registered: GymnasiumSpec, options: dict[str, Any], num_lanes: int) -> gymnasium.vector.VectorEnv:
