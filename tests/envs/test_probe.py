@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import logging
 import multiprocessing
+import sys
 from typing import Any
 
 import contracts
@@ -120,6 +121,13 @@ def test_a_function_renders_if_it_takes_the_mode_or_makes_environments_with_it()
             assert lanes.render().shape == (4, 4, 3)
 
 
+def test_a_function_that_ignores_the_mode_is_told_to_take_it() -> None:
+    env = made_by(lambda: contracts.Rendered())
+    assert env.make_rendered_lanes is not None
+    with pytest.raises(ConfigError, match="let the function that makes it take render_mode"):
+        env.make_rendered_lanes(LaneOptions())
+
+
 def test_an_environment_that_works_is_not_spoken_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "qfleet"):
         check_works(backend.make("CartPole-v1"), LaneOptions())
@@ -144,6 +152,14 @@ def test_what_cannot_be_sent_to_workers_is_refused() -> None:
     env = made_by(lambda: (generator, contracts.Plain())[1])
     with pytest.raises(ConfigError, match="can be sent to worker processes, got TypeError: cannot pickle 'generator'"):
         check_works(env, LaneOptions(num_env_workers=1))
+
+
+def test_a_function_travels_to_workers_which_do_without_jax() -> None:
+    def make() -> gymnasium.Env:
+        assert multiprocessing.parent_process() is None or "jax" not in sys.modules
+        return contracts.Plain()
+
+    check_works(made_by(make), LaneOptions(num_env_workers=1))
 
 
 def test_an_environment_in_a_worker_may_start_a_process() -> None:

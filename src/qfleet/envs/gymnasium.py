@@ -4,7 +4,6 @@ import contextlib
 import functools
 import inspect
 import os
-import weakref
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -16,13 +15,15 @@ from qfleet.config.errors import ConfigError, suggest
 from qfleet.envs.actions import Actions, make_actions
 from qfleet.envs.failures import describe
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
-from qfleet.envs.lane_group import SingleEnv, make_single
+from qfleet.envs.lane_group import MakeNew, SingleEnv, make_single
 from qfleet.envs.names import import_module_of
 from qfleet.envs.observations import Encoder, make_encoder
 from qfleet.envs.rendering import is_picture
 from qfleet.envs.single_lanes import SingleLanes
 from qfleet.envs.vector_lanes import GymnasiumVector, VectorLanes
 from qfleet.envs.worker_lanes import WorkerLanes
+
+_RENDER = "let its render() return an RGB picture, and add 'rgb_array' to its metadata['render_modes']"
 
 
 class _Kind(NamedTuple):
@@ -77,35 +78,15 @@ def from_maker(name: str, make: Callable[..., gymnasium.Env], options: dict[str,
     Raises:
       ConfigError: if the environment has spaces that can't be learned in, or `make` returns the same object each time.
     """
-    make_new = _MakeNew(name, functools.partial(make, **options), env)
+    make_new = MakeNew(name, functools.partial(make, **options), env)
     kind = _describe(env, name, make_new, _limit_of(env))
     takes_mode = "render_mode" in _parameters(make)
     if takes_mode and _can_draw(env):
         render_options: dict[str, Any] | None = {"render_mode": "rgb_array"}
     else:
         render_options = {} if env.render_mode == "rgb_array" else None
-    return _host_env(kind, functools.partial(_make_single_lanes, kind), render_options)
-
-
-class _MakeNew:
-    """A user's function that must return a new environment each time, because lanes can't share one."""
-
-    def __init__(self, name: str, make: Callable[..., gymnasium.Env], env: gymnasium.Env) -> None:
-        self._name, self._make = name, make
-        self._last: weakref.ref[gymnasium.Env] | None = weakref.ref(env)
-
-    def __call__(self, **options: Any) -> gymnasium.Env:
-        env = self._make(**options)
-        if self._last is not None and self._last() is env:
-            raise ConfigError(
-                f"environment {self._name} must be a new one for each lane, but its maker returned the same object "
-                f"twice; make it inside the function, as in `lambda: gymnasium.make(...)`"
-            )
-        self._last = weakref.ref(env)
-        return env
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_last": None}  # what another process makes is new to this one
+    remedy = "let the function that makes it take render_mode, and hand that on" if _can_draw(env) else _RENDER
+    return _host_env(kind, functools.partial(_make_single_lanes, kind), render_options, remedy)
 
 
 def _can_draw(env: Any) -> bool:
@@ -142,13 +123,22 @@ def _space_of(env: Any, attribute: str, name: str) -> gymnasium.Space:
     return space
 
 
-def _host_env(kind: _Kind, lanes: Callable[..., HostLanes], render_options: dict[str, Any] | None) -> HostEnv:
-    """Returns the environment; `render_options` are those with which one renders, and None if it can't."""
+def _host_env(
+    kind: _Kind, lanes: Callable[..., HostLanes], render_options: dict[str, Any] | None, remedy: str = _RENDER
+) -> HostEnv:
+    """Returns the environment.
+
+    Args:
+      kind: kind of the environment.
+      lanes: makes lanes for training and evaluation.
+      render_options: options with which an environment renders. None if it can't.
+      remedy: what the user can do if it can't.
+    """
     rendered: Callable[[LaneOptions], RenderedLanes] | None = None
     if render_options is not None:
         rendered = functools.partial(_make_rendered_lanes, kind, render_options)
     elif not is_picture(kind.spec):
-        rendered = functools.partial(_refuse_to_render, kind.spec)
+        rendered = functools.partial(_refuse_to_render, kind.spec, remedy)
     return HostEnv(kind.spec, lanes, lanes, rendered, kind.encoder, kind.actions)
 
 
@@ -257,11 +247,8 @@ def _make_single_lanes(kind: _Kind, num_lanes: int, lane_options: LaneOptions) -
     return lanes(kind.single(), num_lanes, lane_options)
 
 
-def _refuse_to_render(spec: EnvSpec, lane_options: LaneOptions) -> RenderedLanes:
-    raise ConfigError(
-        f"{spec.name} must have the render mode 'rgb_array' to be watched, and it has none; let its render() return "
-        f"an RGB picture, and add 'rgb_array' to its metadata['render_modes']"
-    )
+def _refuse_to_render(spec: EnvSpec, remedy: str, lane_options: LaneOptions) -> RenderedLanes:
+    raise ConfigError(f"{spec.name} must have the render mode 'rgb_array' to be watched, and it hasn't; {remedy}")
 
 
 def _make_rendered_lanes(kind: _Kind, options: dict[str, Any], lane_options: LaneOptions) -> RenderedLanes:

@@ -5,6 +5,7 @@ Worker processes import this module, so it must not import JAX.
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from qfleet.config.errors import ConfigError
 from qfleet.envs.actions import Actions
 from qfleet.envs.contract import BrokenContract, at, explain, reset_env, step_env
 from qfleet.envs.failures import Failure, describe, lane_seed
@@ -67,6 +69,30 @@ def make_single(registered: EnvSpec, options: dict[str, Any], **further_options:
     """
     # Gymnasium's checker takes time in every step, and `qfleet check-env` checks more.
     return gymnasium.make(registered, disable_env_checker=True, **{**options, **further_options})
+
+
+class MakeNew:
+    """A user's function that must return a new environment each time, because lanes can't share one.
+
+    Workers call it, so it must be in a module that doesn't import JAX.
+    """
+
+    def __init__(self, name: str, make: Callable[..., gymnasium.Env], env: gymnasium.Env) -> None:
+        self._name, self._make = name, make
+        self._last: weakref.ref[gymnasium.Env] | None = weakref.ref(env)
+
+    def __call__(self, **options: Any) -> gymnasium.Env:
+        env = self._make(**options)
+        if self._last is not None and self._last() is env:
+            raise ConfigError(
+                f"environment {self._name} must be a new one for each lane, but its maker returned the same object "
+                f"twice; make it inside the function, as in `lambda: gymnasium.make(...)`"
+            )
+        self._last = weakref.ref(env)
+        return env
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_last": None}  # what another process makes is new to this one
 
 
 class SingleEnv(NamedTuple):
