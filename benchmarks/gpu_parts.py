@@ -216,6 +216,7 @@ def config_for(sizes: Sizes, env: str, preset: str, lanes: int, profile: bool | 
             "env_steps_per_learner_step": batch_size / agent.replay_ratio,
             "replay_capacity": sizes.frames if env == PONG else 64 * lanes,
             "warmup_env_steps": 8 * lanes,
+            "exploration_env_steps": max(agent.exploration_env_steps, 16 * lanes),
         }
     return qfleet.make_config(
         env,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
+from qfleet.config.new_run import check_new_run
 from qfleet.core.types import Network, Params
 from qfleet.envs.factory import name_of_factory, remember_factory
 from qfleet.envs.registry import make_env
@@ -69,6 +70,7 @@ def iterate(
     """
     if env is not None:
         config = dataclasses.replace(config, env=name_of_factory(env))
+    check_new_run(config)
     check_is_built_in(config, network, optimiser)
     if config.topology.runs_in == "joined processes":
         return LaunchedRun(config, lambda: directory_of_all(config))

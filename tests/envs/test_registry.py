@@ -118,7 +118,7 @@ def test_a_maker_gets_the_options_and_may_return_any_kind(options: dict, kind: t
 
     register_env("Mine", make)
     assert isinstance(make_env("Mine", **options), kind)
-    assert default_topology("Mine", options) == topology
+    assert default_topology("Mine", **options) == topology
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_maker_gets_the_options_and_may_return_any_kind(options: dict, kind: t
 )
 def test_a_maker_that_fails_is_one_clear_error(make: Any, options: dict[str, Any], message: str) -> None:
     register_env("Mine", make)
-    for function in (lambda: make_env("Mine", **options), lambda: default_topology("Mine", options)):
+    for function in (lambda: make_env("Mine", **options), lambda: default_topology("Mine", **options)):
         with pytest.raises(ConfigError, match=message):
             function()
 

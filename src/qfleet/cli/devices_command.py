@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qfleet.cli.train_command import config_of, parse
+from qfleet.cli.train_command import parse
 from qfleet.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     if rest[:1] in (["-h"], ["--help"]):
         print(_HELP, end="")
         return 0
-    config = config_of(parse(rest, prog="qfleet devices")) if rest else None
+    config = parse(rest, prog="qfleet devices").config if rest else None
     return _show(config, as_json=len(rest) < len(arguments))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from qfleet.config import ConfigError
+from qfleet.cli.flag_types import FLAG_TYPES
+from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +30,11 @@ class _EvalFlags:
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluates the run that the flags name."""
-    flags = tyro.cli(_EvalFlags, prog="qfleet eval", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
-    if flags.episodes < 1:
-        raise ConfigError(f"episodes must be at least 1, got {flags.episodes}")
+    flags = tyro.cli(_EvalFlags, prog="qfleet eval", args=list(arguments), registry=FLAG_TYPES)
+    check_count("episodes", flags.episodes, maximum=MAX_EPISODES)
+    check_count("seed", flags.seed, minimum=0, maximum=MAX_SEED)
+    if flags.checkpoint is not None:
+        check_count("checkpoint", flags.checkpoint, minimum=0)
     from qfleet.api import load
 
     policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed)

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import tyro
 
+from qfleet.cli.flag_types import FLAG_TYPES
+from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check, check_count
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _WatchFlags:
@@ -28,7 +31,11 @@ class _WatchFlags:
 
 def run(arguments: Sequence[str]) -> int:
     """Films the run that the flags name."""
-    flags = tyro.cli(_WatchFlags, prog="qfleet watch", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
+    flags = tyro.cli(_WatchFlags, prog="qfleet watch", args=list(arguments), registry=FLAG_TYPES)
+    for name, most in (("episodes", MAX_EPISODES), ("seed", MAX_SEED), ("frames_per_second", 1_000)):
+        check(getattr(flags, name) <= most, name, f"at most {most}", getattr(flags, name))
+    if flags.checkpoint is not None:
+        check_count("checkpoint", flags.checkpoint, minimum=0)
     from qfleet.api import load
     from qfleet.runtime.run_directory import RunDirectory
     from qfleet.runtime.video import check_extra

@@ -152,11 +152,11 @@ def _call(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv | H
         raise ConfigError(f"environment {name}: its maker must return an environment, got {describe(error)}") from error
 
 
-def default_topology(name: str, options: Mapping[str, Any] | None = None) -> str:
+def default_topology(name: str, **options: Any) -> str:
     """Returns the name of the topology that suits an environment: `fused` if it is written in JAX, or `overlapped`.
 
-    The name tells which kind an environment is, unless the user registered it. Then this makes the environment to see,
-    with the options of its maker.
+    The name tells which kind an environment is, unless the user registered it. Then this makes the environment, with
+    these options, to see.
     """
     backend, separator, _ = name.partition(":")
     if name in _OURS or backend == "gymnax":
@@ -173,7 +173,7 @@ def default_topology(name: str, options: Mapping[str, Any] | None = None) -> str
 
     from qfleet.envs.spec import InGraphEnv
 
-    env = _call(name, make, options or {})
+    env = _call(name, make, options)
     if isinstance(env, InGraphEnv):
         return "fused"
     if callable(close := getattr(env, "close", None)):

@@ -74,6 +74,7 @@ class OnRay(Topology):
             lanes=((), REPLICATED),
             replay=(replay, jax.tree.map(lambda x: REPLICATED, replay)),
             batch=(batch_shapes(self._stored_spec, self._config.agent, self._pool.num_lanes, 1), REPLICATED),
+            evaluation=(self._evaluator.shapes(self._config.eval_episodes, self._stored_spec), REPLICATED),
         )
 
     def start(self) -> float:
