@@ -15,7 +15,7 @@ import numpy as np
 
 from qfleet.config.errors import ConfigError, suggest
 from qfleet.envs.factory import FACTORY, factory_of
-from qfleet.envs.names import BACKENDS, import_module_of, module_that_registers
+from qfleet.envs.names import BACKENDS, import_module_of, module_that_registers, searched_for
 
 if TYPE_CHECKING:
     import gymnasium
@@ -82,7 +82,8 @@ def make_env(name: str, **options: Any) -> "InGraphEnv | HostEnv":
     """
     try:
         _, make = _find(name)
-        return make(**options)
+        with searched_for(name):  # a name may be registered with the name of another module
+            return make(**options)
     except TypeError as error:  # Python's error for an argument that a function doesn't have
         if options:
             raise ConfigError(f"env_options must be options that {name} takes, got {options} ({error})") from error
@@ -173,7 +174,8 @@ def default_topology(name: str, **options: Any) -> str:
 
     from qfleet.envs.spec import InGraphEnv
 
-    env = _call(name, make, options)
+    with searched_for(name):
+        env = _call(name, make, options)
     if isinstance(env, InGraphEnv):
         return "fused"
     if callable(close := getattr(env, "close", None)):
@@ -208,7 +210,7 @@ def _is_registered_by_gymnasium(name: str) -> bool:
     if registered is None or (isinstance(entry_point, str) and entry_point.startswith("gymnasium.envs.")):
         return True  # an unknown id has an error of its own
     code = f"import gymnasium; raise SystemExit({name!r} not in gymnasium.registry)"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def check_env(env: "InGraphEnv | HostEnv", name: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from qfleet.envs.failures import describe
 from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
+from qfleet.envs.python_path import forget_safe_start, leave_module_folder
 
 
 class Share(NamedTuple):
@@ -34,6 +35,7 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process too, but the parent decides when it ends
     # An environment may start processes itself, which Python forbids to daemons. This one ends with its pipe instead.
     multiprocessing.current_process().daemon = False
+    forget_safe_start()
     lanes = slice(share.lanes.start, share.lanes.stop)
     out = make_arrays(share.num_lanes, share.env.encoder, buffer).of(lanes)
     try:
@@ -41,6 +43,7 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
     except Exception as error:
         connection.send(describe(error))
         return
+    leave_module_folder()
     connection.send(None)
     try:
         while True:
