@@ -73,6 +73,7 @@ def iterate(
     if env is not None:
         config = dataclasses.replace(config, env=name_of_factory(env))
     check_new_run(config)
+    config = config.with_schedule_lengths()
     check_is_built_in(config, network, optimiser)
     if config.topology.runs_in == "joined processes":
         return LaunchedRun(config, lambda: directory_of_all(config))

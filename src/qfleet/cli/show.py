@@ -11,11 +11,18 @@ if TYPE_CHECKING:
     from qfleet.training.run import Run
 
 
-def follow(run: "Run | LaunchedRun", *, quiet: bool) -> int:
-    """Iterates over a run until it ends, shows its progress, and returns the exit code."""
+def follow(run: "Run | LaunchedRun", *, quiet: bool, reason: str = "") -> int:
+    """Iterates over a run until it ends, shows its progress, and returns the exit code.
+
+    Args:
+      run: the run.
+      quiet: print nothing but errors.
+      reason: why the preset was chosen, if the user named none.
+    """
     with ProgressView(run.config.env_steps, quiet=quiet) as view:
         place = environments(run.backend, run.config.topology)
-        view.message(f"{run.config.env} ({place}) with {run.config.preset}, into {run.directory.path}")
+        preset = run.config.preset + (f" (chosen because {reason})" if reason else "")
+        view.message(f"{run.config.env} ({place}) with {preset}, into {run.directory.path}")
         for progress in run:
             view.update({"env_steps": progress.env_steps, **progress.metrics()})
     if not quiet:
