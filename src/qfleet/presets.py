@@ -1,7 +1,7 @@
 """Named combinations of options, and settings tuned for single environments."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
@@ -9,6 +9,7 @@ from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
 from qfleet.config.values import to_plain
 from qfleet.defaults import Choice, accepts, choose, is_atari, shortened
+from qfleet.envs.factory import name_of_factory
 from qfleet.envs.registry import default_topology
 
 
@@ -297,11 +298,13 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
 }
 
 
-def make_config(env: str, preset: str | None = None, topology: str | None = None, **settings: Any) -> TrainConfig:
+def make_config(
+    env: str | Callable[..., Any], preset: str | None = None, topology: str | None = None, **settings: Any
+) -> TrainConfig:
     """Returns the config of `preset` for `env`. `settings` replace the tuned ones, and those replace the preset's.
 
     Args:
-      env: name of an environment.
+      env: name of an environment, or a function or class that makes it, which runs record as `factory:` and its name.
       preset: one of `PRESETS`. By default, preset and settings are chosen for the environment and the topology, see
         `qfleet.defaults`. The environment is made for this, and one outside JAX may be played for a moment.
       topology: one of `qfleet.config.TOPOLOGIES`; by default the one that suits the environment.
@@ -310,7 +313,8 @@ def make_config(env: str, preset: str | None = None, topology: str | None = None
     Raises:
       ConfigError: if the preset, the topology or a field is unknown, or a value breaks its rule.
     """
-    return make_explained_config(env, preset, topology, **settings)[0]
+    name = env if isinstance(env, str) else name_of_factory(env)
+    return make_explained_config(name, preset, topology, **settings)[0]
 
 
 def make_explained_config(

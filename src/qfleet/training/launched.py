@@ -10,6 +10,8 @@ from typing import Any
 from qfleet.config import AllReduceConfig, ConfigError, TrainConfig
 from qfleet.config.encoding import encode_topology
 from qfleet.core.learner import make_optimiser
+from qfleet.envs.host import HostEnv
+from qfleet.envs.probe import check_works
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.checkpoints import Checkpoints
@@ -38,6 +40,8 @@ class LaunchedRun:
         env = make_env(config.env, **config.env_options)
         check_network(make_network(env.spec, config.agent), env.spec)
         make_optimiser(config.agent)
+        if isinstance(env, HostEnv):
+            check_works(env, self._topology.lane_options)
         self.config = config
         self.backend = backend_of(config.env)
         """Backend that makes the environments, as named by `backend_of`."""
