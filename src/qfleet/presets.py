@@ -122,7 +122,6 @@ PRESETS: dict[str, Preset] = {
             "env_steps": 50_000_000,
             "eval_period_env_steps": 500_000,
             "eval_episodes": 16,
-            "eval_exploration": 0.001,
             "checkpoint_period_seconds": 600.0,
         },
     ),
@@ -145,7 +144,6 @@ PRESETS: dict[str, Preset] = {
             "env_steps": 50_000_000,
             "eval_period_env_steps": 500_000,
             "eval_episodes": 16,
-            "eval_exploration": 0.001,
             "checkpoint_period_seconds": 600.0,
         },
     ),
@@ -164,6 +162,7 @@ ON_ATARI: dict[str, Mapping[str, Any]] = {
         "learning_rate": 6.25e-5,
         "exploration_end": 0.01,
         "exploration_env_steps": 250_000,
+        "eval_exploration": 0.001,
     },
 }
 """The published settings of presets whose own are for small problems. They replace the preset's on Atari."""
@@ -388,13 +387,13 @@ def _assemble(env: str, preset: str, topology: str, given: Mapping[str, Any], me
 
 
 def _evaluation_of(env: str) -> Mapping[str, Any]:
-    """Returns how evaluations play in a family of environments: with a few random actions in MinAtar.
+    """Returns how evaluations play in a family of environments: with a few random actions in MinAtar and on Atari.
 
-    Its games are nearly deterministic. Breakout has two beginnings and Space Invaders one, so a greedy policy plays
-    one or two episodes again and again. One action in a thousand is random, as in evaluations on Atari since van
-    Hasselt et al. 2016.
+    These games are deterministic or nearly so. MinAtar's Breakout has two beginnings and its Space Invaders one, so a
+    greedy policy plays one or two episodes again and again. One action in a thousand is random, as in evaluations on
+    Atari since van Hasselt et al. 2016; `atari_dqn` keeps the 5% of Mnih et al. 2015.
     """
-    return {"eval_exploration": 0.001} if env.endswith("-MinAtar") else {}
+    return {"eval_exploration": 0.001} if env.endswith("-MinAtar") or is_atari(env) else {}
 
 
 def _starts_from(found: Mapping[str, Any], topology: str, settings: Mapping[str, Any]) -> dict[str, Any]:
