@@ -82,8 +82,13 @@ def _topology_of(fields: Mapping[str, Any]) -> str:
 
 
 def _migrate_from_2(content: Any) -> Any:
-    """Changes nothing: since version 3 a run has an id, which is beside the config."""
-    return content
+    """Adds how evaluations play, which was strictly greedy.
+
+    Since version 3 a run also has an id, which is beside the config.
+    """
+    if not isinstance(content, dict):
+        return content  # decoding refuses it
+    return {"eval_exploration": 0.0, "eval_max_episode_steps": None, **content}
 
 
 _MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1, 2: _migrate_from_2}
