@@ -38,6 +38,11 @@ def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
         "solved_at": isinstance(solved_at, list)
         and len(solved_at) == config.num_seeds
         and all(steps is None or _is_count(steps) for steps in solved_at),
+        "evaluation_rounds": _are_rounds(metadata.get("evaluation_rounds"), config),
+        "evaluated_at": _is_count(metadata.get("evaluated_at", 0)),
+        "num_episodes": _is_count(metadata.get("num_episodes", 0)),
+        "stop_return": metadata.get("stop_return") is None or _is_number(metadata["stop_return"]),
+        "best_evaluation": _are_evaluations(metadata.get("best_evaluation")),
         "has_own_network": isinstance(metadata.get("has_own_network"), bool),
         "layout": isinstance(layout, str)
         or (
@@ -46,6 +51,53 @@ def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
             and all(_is_count(layout.get(name)) for name in ("num_segments", "lanes_per_segment"))
         ),
     }
+
+
+def _are_rounds(rounds: Any, config: TrainConfig) -> bool:
+    """Returns whether this is what a run remembers of its evaluations. Older versions remember nothing."""
+    if rounds is None:
+        return True
+    if not isinstance(rounds, dict):
+        return False
+    newest, new_episodes, lengths = (rounds.get(name) for name in ("newest", "new_episodes", "lengths"))
+    return (
+        isinstance(newest, dict)
+        and _are_returns(newest.get("eval_returns"))
+        and isinstance(new_episodes, list)
+        and len(new_episodes) == config.num_seeds
+        and all(count is None or _is_count(count) for count in new_episodes)
+        and isinstance(lengths, list)
+        and len(lengths) == 2
+        and all(map(_is_number, [*lengths, rounds.get("env_steps_taken"), rounds.get("mean_length")]))
+    )
+
+
+def _are_returns(returns: Any) -> bool:
+    """Returns whether this is None or a list of each seed's returns."""
+    return returns is None or (
+        isinstance(returns, list)
+        and all(isinstance(each, list) and all(map(_is_number_or_none, each)) for each in returns)
+    )
+
+
+def _are_evaluations(evaluations: Any) -> bool:
+    """Returns whether this is None, or the best and the newest evaluation, each three numbers or None."""
+    return evaluations is None or (
+        isinstance(evaluations, list)
+        and len(evaluations) == 2
+        and all(
+            each is None or (isinstance(each, list) and len(each) == 3 and all(map(_is_number_or_none, each)))
+            for each in evaluations
+        )
+    )
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
 
 
 def _is_count(value: Any) -> bool:
