@@ -163,6 +163,7 @@ ON_ATARI: dict[str, Mapping[str, Any]] = {
         "learning_rate": 6.25e-5,
         "exploration_end": 0.01,
         "exploration_env_steps": 250_000,
+        "eval_exploration": 0.001,
     },
 }
 """The published settings of presets whose own are for small problems. They replace the preset's on Atari."""
@@ -180,6 +181,7 @@ OFF_ATARI: dict[str, Mapping[str, Any]] = {
         "env_steps": 500_000,
         "eval_period_env_steps": 10_000,
         "eval_episodes": 20,
+        "eval_exploration": 0.0,
         "checkpoint_period_seconds": 60.0,
     },
 }
