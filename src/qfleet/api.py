@@ -13,7 +13,7 @@ from qfleet.networks import check_network, make_network
 from qfleet.policy import Policy
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.devices import limit_cpu_threads
+from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.video import Video, params_label
 from qfleet.training.assembly import check_is_built_in
@@ -46,6 +46,7 @@ def train(
     return run.summary
 
 
+@clear_platform_errors()
 def iterate(
     config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
 ) -> Run | LaunchedRun:
@@ -59,6 +60,7 @@ def iterate(
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
 
+@clear_platform_errors()
 def resume(
     run_dir: str | os.PathLike[str],
     *,
@@ -112,6 +114,7 @@ def resume(
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 
 
+@clear_platform_errors()
 def load(
     run_dir: str | os.PathLike[str],
     *,
@@ -147,8 +150,13 @@ def load(
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
+    remedy = (
+        "give the network that the run was trained with"
+        if network
+        else f"let {config.env} have the observations and actions that it had when the run was trained, or train anew"
+    )
     label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
-    return Policy(env, network_in_use, _params_of(network_in_use, params), label)
+    return Policy(env, network_in_use, _params_of(network_in_use, params, remedy), label)
 
 
 def watch(
@@ -178,16 +186,21 @@ def watch(
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
 
 
-def _params_of(network: Network, stored: Any) -> Params:
-    """Returns a checkpoint's parameters, which are nested dictionaries, in the structure of `network`'s parameters."""
+def _params_of(network: Network, stored: Any, remedy: str) -> Params:
+    """Returns a checkpoint's parameters, which are nested dictionaries, in the structure of `network`'s parameters.
+
+    Raises:
+      ConfigError: if they don't fit; the message ends with `remedy`.
+    """
 
     def find(path: tuple, wanted: jax.ShapeDtypeStruct) -> Any:
         names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
         leaf = functools.reduce(lambda node, name: node.get(name, {}) if isinstance(node, dict) else {}, names, stored)
         if getattr(leaf, "shape", None) != wanted.shape:
+            found = list(leaf.shape) if hasattr(leaf, "shape") else "none"
             raise ConfigError(
-                f"`network` must be the one that the run was trained with, but its params/{'/'.join(names)} has shape "
-                f"{list(wanted.shape)}, unlike the checkpoint's; give the network that the run was trained with"
+                f"the network must be the one that the run was trained with, got params/{'/'.join(names)} of shape "
+                f"{list(wanted.shape)} for the checkpoint's {found}; {remedy}"
             )
         return leaf
 

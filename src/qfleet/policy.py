@@ -16,6 +16,7 @@ from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import EnvSpec, Network, Params
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.episodes import play
 from qfleet.runtime.evaluation import MAX_LOST, greedy_returns, host_greedy_returns
 from qfleet.runtime.video import Video, check_extra, film, video_name
@@ -43,6 +44,7 @@ class Policy:
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """Returns greedy actions, `[batch]` int32, for observations `[batch, *agent_observation_shape]`."""
+        check_not_forked()
         return np.asarray(self._greedy(self._to_view(obs)))
 
     def q_values(self, obs: np.ndarray) -> np.ndarray:
@@ -51,6 +53,7 @@ class Policy:
         Args:
           obs: observations, `[batch, *agent_observation_shape]`.
         """
+        check_not_forked()
         return np.asarray(self._apply_network(self.params, self._to_view(obs)))
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
@@ -59,6 +62,7 @@ class Policy:
         Raises:
           RunFailed: if the environment fails more than `MAX_LOST` times per episode that is asked for.
         """
+        check_not_forked()
         env = self._env
         if isinstance(env, HostEnv):
             lanes = env.make_eval_lanes(
@@ -96,6 +100,7 @@ class Policy:
         _check_at_least(1, num_episodes=num_episodes, frames_per_second=frames_per_second)
         _check_at_least(0, seed=seed)
         check_extra()
+        check_not_forked()
         q_values = functools.partial(self._apply_network, self.params)
         episodes = play(self._env, q_values, num_episodes, seed, self._network.to_storage_layout)
         with contextlib.closing(episodes):  # this also closes the lanes that draw, even if the caller stops early

@@ -27,22 +27,23 @@ def enable_compilation_cache() -> Path | None:
     if configured:
         return Path(configured)
     chosen = os.environ.get("QFLEET_CACHE_DIR")
-    if chosen:
-        directory = Path(chosen).expanduser().absolute()
-    else:
-        import platformdirs
-
-        directory = Path(platformdirs.user_cache_dir("qfleet")) / "xla"
+    directory = Path(chosen or "the user's cache folder")  # for the warning, if there is no such folder
     try:
+        if chosen:
+            directory = Path(chosen).expanduser().absolute()
+        else:
+            import platformdirs
+
+            directory = Path(platformdirs.user_cache_dir("qfleet")) / "xla"
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass  # only writing a file shows whether one can: root, read-only mounts and quotas defy permission bits
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the second one says that the user has no home folder
         _log.warning(
             "qfleet: there is no compilation cache, so every start compiles anew: can't write to %s (%s); "
             "set QFLEET_CACHE_DIR to a writable folder",
             directory,
-            error.strerror or error,
+            (isinstance(error, OSError) and error.strerror) or error,
         )
         return None
     keep_cache_entries_whole()

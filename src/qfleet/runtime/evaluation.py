@@ -14,6 +14,7 @@ from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import EnvSpec, Params, identity
 from qfleet.envs.host import HostLanes
 from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime.activity import announce
 from qfleet.runtime.host_acting import HostActing
 
 logger = logging.getLogger("qfleet")
@@ -110,6 +111,8 @@ def host_greedy_returns(
         acting.send(np.asarray(act(view), np.int32))
         row = acting.receive()
         returns |= zip(under_way[row.episode_ended].tolist(), row.returns, strict=True)
+        if np.any(row.episode_ended):
+            announce(f"evaluating {min(len(returns), num_episodes)} of {num_episodes}")
         is_next = row.episode_ended | row.failed
         under_way[is_next] = np.max(under_way) + 1 + np.arange(np.sum(is_next))
         view = push(view, acting.obs, acting.is_first)
