@@ -3,9 +3,13 @@
 import dataclasses
 import statistics
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 
+from qfleet.cli.run_folder import RUN_HELP, find_run
+from qfleet.cli.show import status_line
+from qfleet.cli.streams import only_the_answer_on_stdout
 from qfleet.config import ConfigError
 
 
@@ -13,8 +17,7 @@ from qfleet.config import ConfigError
 class _EvalFlags:
     """Plays greedy episodes with what a run has learned, on seeds that training does not use."""
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     episodes: int = 100
     """Number of episodes to play."""
     checkpoint: int | None = None
@@ -32,12 +35,17 @@ def run(arguments: Sequence[str]) -> int:
     flags = tyro.cli(_EvalFlags, prog="qfleet eval", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
     if flags.episodes < 1:
         raise ConfigError(f"episodes must be at least 1, got {flags.episodes}")
+    run_dir = find_run(flags.run)
     from qfleet.api import load
+    from qfleet.runtime.activity import announce
 
-    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed)
-    returns = policy.evaluate(flags.episodes, flags.seed).tolist()
+    with only_the_answer_on_stdout(flags.json), status_line():
+        announce("loading")
+        policy = load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed)
+        announce(f"evaluating {flags.episodes} episodes")
+        returns = policy.evaluate(flags.episodes, flags.seed).tolist()
     result = {
-        "run": flags.run,
+        "run": run_dir,
         "env": policy.spec.name,
         "episodes": flags.episodes,
         "return_mean": statistics.fmean(returns),

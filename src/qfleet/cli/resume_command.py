@@ -2,10 +2,13 @@
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 
+from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import check_flags, replace_alias
 from qfleet.config import TOPOLOGIES, TopologyConfig
@@ -20,8 +23,7 @@ class _ResumeFlags:
     in another size. Its lanes then begin new episodes, and the replay is divided anew over them.
     """
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     env_steps: int | None = None
     """Environment step at which the run ends, counted from its beginning. The default is the run's own."""
     checkpoint: int | None = None
@@ -50,19 +52,21 @@ def run(arguments: Sequence[str]) -> int:
         _ResumeFlags, prog="qfleet resume", args=list(arguments), config=_CONFIG, return_unknown_args=True
     )
     flags, others = parsed
+    run_dir = find_run(flags.run)
     from qfleet.api import resume
 
-    run = resume(
-        flags.run,
+    start = functools.partial(
+        resume,
+        run_dir,
         env_steps=flags.env_steps,
         checkpoint=flags.checkpoint,
-        topology=_topology_of(flags.run, others) if others else None,
+        topology=_topology_of(run_dir, others) if others else None,
         num_processes=flags.num_processes,
         coordinator=flags.coordinator,
         process_id=flags.process_id,
         ray_address=flags.ray_address,
     )
-    return follow(run, quiet=flags.quiet)
+    return follow(start, quiet=flags.quiet)
 
 
 def _topology_of(run_dir: str, arguments: list[str]) -> TopologyConfig:

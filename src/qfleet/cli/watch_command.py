@@ -2,16 +2,18 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
+
+from qfleet.cli.run_folder import RUN_HELP, find_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _WatchFlags:
     """Plays greedy episodes with what a run has learned, and writes a video of each, as an mp4 and a GIF."""
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     episodes: int = 1
     """Number of episodes to play."""
     checkpoint: int | None = None
@@ -29,13 +31,14 @@ class _WatchFlags:
 def run(arguments: Sequence[str]) -> int:
     """Films the run that the flags name."""
     flags = tyro.cli(_WatchFlags, prog="qfleet watch", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
+    run_dir = find_run(flags.run)
     from qfleet.api import load
     from qfleet.runtime.run_directory import RunDirectory
     from qfleet.runtime.video import check_extra
 
     check_extra()  # before loading the checkpoint, which takes a while
-    directory = RunDirectory.open(flags.run)
-    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed)
+    directory = RunDirectory.open(run_dir)
+    policy = load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed)
     videos = policy.film(flags.out or directory.videos_path, flags.episodes, flags.seed, flags.frames_per_second)
     for i, video in enumerate(videos):
         print(f"episode {i}: return {video.episode_return:.1f} in {video.episode_steps} steps", flush=True)
