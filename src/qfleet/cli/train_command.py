@@ -8,6 +8,7 @@ import tyro
 
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import check_flags, replace_alias, value_of
+from qfleet.cli.train_help import show_help
 from qfleet.config import TOPOLOGIES, AgentConfig, TopologyConfig, TrainConfig
 from qfleet.presets import make_config
 
@@ -55,7 +56,7 @@ def run(arguments: Sequence[str]) -> int:
     flags = parse(arguments)
     from qfleet.api import iterate
 
-    return follow(iterate(config_of(flags)), quiet=flags.quiet)
+    return follow(lambda: iterate(config_of(flags)), quiet=flags.quiet)
 
 
 def config_of(flags: _TrainFlags) -> TrainConfig:
@@ -71,6 +72,8 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> _TrainFlags:
       prog: name of the command in errors and in the help.
     """
     arguments = replace_alias(arguments)
+    if {"-h", "--help"} & set(arguments):
+        _show_help(arguments, prog)
     preset = value_of("--preset", arguments) or DEFAULT_PRESET
     topology = value_of("--topology", arguments)
     if arguments and not arguments[0].startswith("-"):
@@ -78,6 +81,14 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> _TrainFlags:
     flags = _parse(arguments, make_config("ENV", preset, topology or "fused"), is_env_known=False, prog=prog)
     tuned = make_config(flags.env, preset, topology)
     return _parse(arguments, tuned, is_env_known=True, prog=prog)
+
+
+def _show_help(arguments: Sequence[str], prog: str) -> None:
+    """Shows all flags, with the defaults of the preset and environment that are named, and exits."""
+    preset, topology = value_of("--preset", arguments) or DEFAULT_PRESET, value_of("--topology", arguments)
+    is_env_known = not arguments[0].startswith("-")
+    env, topology = (arguments[0], topology) if is_env_known else ("ENV", topology or "fused")
+    show_help(make_config(env, preset, topology), prog)
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig, *, is_env_known: bool, prog: str) -> _TrainFlags:
