@@ -74,7 +74,7 @@ def test_closed_streams_are_silent() -> None:
 
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
     code = (
-        "import sys; from qfleet.cli.streams import open_closed_streams; open_closed_streams(); "
+        "import sys; from qfleet.cli.streams import prepare_streams; prepare_streams(); "
         f"file = open({str(tmp_path / 'file')!r}, 'w'); print('lost'); sys.exit(file.fileno() <= 2)"
     )
     assert shell(f'{sys.executable} -c "{code}" >&- 2>&- <&-').returncode == 0
@@ -110,3 +110,9 @@ def test_a_command_shows_in_a_terminal_what_it_is_busy_with(
     with status_line():
         announce("evaluating 1 of 20")
     assert stream.getvalue() == shown
+
+
+def test_a_terminal_that_lacks_a_character_gets_it_as_an_escape() -> None:
+    code = "from qfleet.cli.streams import prepare_streams; prepare_streams(); print('caf\\xe9', '\\udcff')"
+    found = shell(f'PYTHONIOENCODING=ascii {sys.executable} -c "{code}"')
+    assert (found.stdout, found.stderr) == ("caf\\xe9 \\udcff\n", "")

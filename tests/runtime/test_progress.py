@@ -222,6 +222,14 @@ def test_what_is_announced_reaches_the_innermost_listener() -> None:
     assert (outer, inner) == (["saving"], ["compiling"])
 
 
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    terminal = Terminal()
+    with ProgressView(10, stream=terminal) as view:
+        view.update({"env_steps": 1})
+    assert terminal.getvalue() == "env steps 1/10 (10%)\n"
+
+
 def test_messages_reach_a_log_as_lines(clock: Clock) -> None:
     log = io.StringIO()
     with ProgressView(10, stream=log) as view:

@@ -29,11 +29,13 @@ def run(arguments: Sequence[str]) -> int:
     if rest[:1] in (["-h"], ["--help"]):
         print(_HELP, end="")
         return 0
-    config = config_of(parse(rest, prog="qfleet devices")) if rest else None
+    as_json = len(rest) < len(arguments)
+    with only_the_answer_on_stdout(as_json):  # the environment's module may print when it is imported
+        config = config_of(parse(rest, prog="qfleet devices")) if rest else None
     from qfleet.runtime.devices import clear_platform_errors
 
     with clear_platform_errors():
-        return _show(config, as_json=len(rest) < len(arguments))
+        return _show(config, as_json=as_json)
 
 
 def _show(config: TrainConfig | None, *, as_json: bool) -> int:

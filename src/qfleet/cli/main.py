@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from qfleet.cli.streams import give_stdout_up, open_closed_streams
+from qfleet.cli.streams import give_stdout_up, prepare_streams
 from qfleet.config import ConfigError, RunFailed, suggest
 
 # A module is imported only when its command is called, because the help text must not wait for JAX.
@@ -40,7 +40,7 @@ Add --debug to any command to get a traceback with an error.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    open_closed_streams()
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:

@@ -2,15 +2,17 @@
 
 import contextlib
 import ctypes
+import io
 import os
 import sys
 from collections.abc import Iterator
 
 
-def open_closed_streams() -> None:
-    """Opens /dev/null in place of stdin, stdout or stderr if it is closed, as after `>&-`.
+def prepare_streams() -> None:
+    """Opens /dev/null in place of stdin, stdout or stderr if it is closed, and lets stdout take any text.
 
-    Otherwise the next file that is opened gets the free descriptor, and whatever is printed ends up in it.
+    After `>&-`, the next file that is opened would get the free descriptor, and whatever is printed would end up in it.
+    A path or a name may have characters that the terminal's encoding lacks; they are then written as escapes.
     """
     for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -19,6 +21,8 @@ def open_closed_streams() -> None:
             _point_to_null(descriptor)
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, it stays open
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def give_stdout_up() -> None:

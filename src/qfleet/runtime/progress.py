@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -52,7 +53,7 @@ class ProgressView:
         Args:
           total_env_steps: environment steps at which the run ends, over all lanes. `begin` sets it later.
           quiet: show nothing, not even messages.
-          stream: stream to write to, by default stdout. The view is live if it is a terminal.
+          stream: stream to write to, by default stdout. The view is live if it is a terminal that can move its cursor.
           plain_period_seconds: wall time between plain lines.
         """
         self._total = total_env_steps
@@ -60,7 +61,7 @@ class ProgressView:
         self.is_unwritable = False
         """Whether the stream has refused what was written to it."""
         self._stream = stream if stream is not None else sys.stdout
-        self._is_live = self._stream.isatty() and not quiet
+        self._is_live = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and not quiet
         self._period_seconds = _REFRESH_SECONDS if self._is_live else plain_period_seconds
         self._live: Any = None  # rich.live.Live, once there is something to show
         self._history: deque[tuple[float, float, float]] = deque()  # time, env steps, learner steps
