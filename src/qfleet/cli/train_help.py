@@ -67,7 +67,7 @@ def show_help(config: TrainConfig, prog: str, **more: Any) -> None:
         values |= {field.name: (field.type, getattr(owner, field.name)) for field in dataclasses.fields(owner)}
     env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help=texts["env"])]
     boxes: list[Any] = [("env", env, tyro.MISSING)]
-    for title, names in _groups().items():
+    for title, names in groups().items():
         boxes.append(_box(title, [(name, *values[name], texts[name]) for name in names]))
     boxes += _topology_boxes(config)
     kind = dataclasses.make_dataclass("Help", boxes, kw_only=True)
@@ -84,18 +84,21 @@ def field_texts(config: type) -> dict[str, str]:
         for field, text in zip(tree.body, tree.body[1:], strict=False):
             is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-                texts[field.target.id] = inspect.cleandoc(text.value.value)  # type: ignore[attr-defined]
+                texts[field.target.id] = " ".join(text.value.value.split())  # type: ignore[attr-defined]
     return texts
 
 
-@functools.cache
-def _groups() -> dict[str, tuple[str, ...]]:
-    """Returns `GROUPS` with the fields that it lacks added to the runs' or the agents' first group."""
-    groups, grouped = dict(GROUPS), {name for names in GROUPS.values() for name in names}
-    for title, config in (("run", TrainConfig), ("learning", AgentConfig)):
-        known = grouped | {"env", "agent", "topology"}
-        groups[title] += tuple(field.name for field in dataclasses.fields(config) if field.name not in known)
-    return groups
+def groups() -> dict[str, list[str]]:
+    """Returns `GROUPS`, where a field that it lacks joins the group of the field before it in the config."""
+    found = {title: list(names) for title, names in GROUPS.items()}
+    grouped = {name: title for title, names in GROUPS.items() for name in names}
+    for config in (TrainConfig, AgentConfig):
+        title = next(iter(GROUPS))
+        for field in dataclasses.fields(config):
+            title = grouped.get(field.name, title)
+            if field.name not in {*found[title], "env", "agent", "topology"}:
+                found[title].append(field.name)
+    return found
 
 
 def _topology_boxes(config: TrainConfig) -> list[Any]:
