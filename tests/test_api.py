@@ -265,9 +265,9 @@ def test_an_environment_that_has_changed_since_is_blamed_and_no_network_that_nob
     qfleet.register_env("Changing-v0", probes.constant_reward)
     qfleet.train(tiny(tmp_path / "run", env="Changing-v0"))
     env = probes.constant_reward()
-    changed = dataclasses.replace(env.spec, observation_shape=(3,))
+    changed = dataclasses.replace(env.spec, num_actions=3)
     qfleet.register_env("Changing-v0", lambda: env._replace(spec=changed))
-    with pytest.raises(ConfigError, match=r"of shape \[3, .*let Changing-v0 have the observations and actions"):
+    with pytest.raises(ConfigError, match=r"got params/.*; let Changing-v0 have the observations and actions"):
         qfleet.load(tmp_path / "run")
 
 
