@@ -50,6 +50,8 @@ class Sizes(NamedTuple):
     """Settings of the run that must reach a return."""
     pong: Mapping[str, Any]
     """Settings of the run that takes the time that is left."""
+    tests: str
+    """Which of the tests marked `gpu` to run: what pytest's -k takes."""
 
 
 FULL = Sizes(
@@ -62,6 +64,7 @@ FULL = Sizes(
     breakout={"stop_return": 60.0, "eval_period_env_steps": 250_000},
     # The preset explores for a tenth of its 50 million steps. This is a tenth of the steps that there is time for here.
     pong={"exploration_env_steps": 300_000, "eval_period_env_steps": 250_000, "eval_episodes": 8},
+    tests="",
 )
 TINY = Sizes(
     seconds=0.1,
@@ -72,6 +75,7 @@ TINY = Sizes(
     network={"torso": "mlp", "hidden_sizes": (8,)},
     breakout={"stop_return": 0.0, "num_envs": 8, "eval_period_env_steps": 1_024, "eval_episodes": 2},
     pong={"num_envs": 2, "eval_period_env_steps": 64, "eval_episodes": 1, "env_steps": 64},
+    tests="convolution",
 )
 
 
@@ -119,11 +123,12 @@ def pong(sizes: Sizes, until: float) -> Iterator[Result]:
 
 
 def tests(sizes: Sizes, until: float) -> Iterator[Result]:
-    """Runs the tests marked `gpu` in a process of their own, and yields how many there are."""
+    """Runs tests marked `gpu` in a process of their own, and yields how many there are."""
     folder = common.HERE.parent / "tests"
     files = [str(file) for file in sorted(folder.rglob("test_*.py")) if "@pytest.mark.gpu\n" in file.read_text()]
     with tempfile.NamedTemporaryFile(suffix=".xml") as report:
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--junitxml", report.name, *files]
+        selection = ["-m", "gpu", "-k", sizes.tests]
+        command = [sys.executable, "-m", "pytest", *selection, "-q", "--junitxml", report.name, *files]
         # An empty JAX_PLATFORMS means all platforms, so that tests see the CPU beside the GPU. Nothing is preallocated,
         # because this process already holds three quarters of the GPU's memory.
         variables = os.environ | {"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -211,6 +216,7 @@ def config_for(sizes: Sizes, env: str, preset: str, lanes: int, profile: bool | 
             "env_steps_per_learner_step": batch_size / agent.replay_ratio,
             "replay_capacity": sizes.frames if env == PONG else 64 * lanes,
             "warmup_env_steps": 8 * lanes,
+            "exploration_env_steps": max(agent.exploration_env_steps, 16 * lanes),
         }
     return qfleet.make_config(
         env,

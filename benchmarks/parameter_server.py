@@ -93,7 +93,7 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     setattr(director_module, "RemoteWorker", StubWorker)  # noqa: B010, the module imports this name from another
     config = qfleet.make_config(
         "ale:Pong", "atari_dqn", "parameter-server", num_workers=arguments.workers, num_server_shards=arguments.shards,
-        lanes_per_worker=1, rows_per_chunk=1, env_steps=100, warmup_env_steps=1, env_steps_per_learner_step=1e-6,
+        lanes_per_worker=1, rows_per_chunk=1, env_steps=10**6, warmup_env_steps=1, env_steps_per_learner_step=1e-3,
         replay_capacity=1000, gradient_dtype=dtype, max_loss_deviations=None,
     )  # fmt: skip
     server = fleet_limits.topology_of(config)

@@ -20,7 +20,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = qfleet.make_config(
-        "LunarLander-v3", "double_dqn", stop_return=220, env_steps=arguments.env_steps, run_dir=arguments.run_dir
+        "LunarLander-v3",
+        "double_dqn",
+        warmup_env_steps=min(5_000, arguments.env_steps // 2),
+        stop_return=220,
+        env_steps=arguments.env_steps,
+        run_dir=arguments.run_dir,
     )
     run = qfleet.iterate(config)
     for progress in run:

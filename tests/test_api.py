@@ -65,13 +65,10 @@ def tiny(run_dir: Path, preset: str = "pqn", env: str = "Corner-v0", **settings:
         "env_steps": 256,
         "eval_period_env_steps": 128,
         "eval_episodes": 5,
-        "batch_size": 8,
-        "replay_capacity": 256,
-        "warmup_env_steps": 32,
-        "num_minibatches": 1,
-        "rollout_length": 16,
         "run_dir": str(run_dir),
     }
+    if preset != "pqn":
+        defaults |= {"batch_size": 8, "replay_capacity": 256, "warmup_env_steps": 32}
     return qfleet.make_config(env, preset, **defaults | settings)
 
 

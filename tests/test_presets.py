@@ -12,8 +12,8 @@ from qfleet.presets import PRESETS, TUNED, make_config
 
 def test_explicit_settings_win_over_tuned_ones_and_those_over_the_presets() -> None:
     tuned = TUNED["rainbow_lite", "CartPole-v1"]
-    config = make_config("CartPole-v1", "rainbow_lite", n_step=5, num_envs=8, env_steps=123)
-    assert (config.agent.n_step, config.topology.num_envs, config.env_steps) == (5, 8, 123)
+    config = make_config("CartPole-v1", "rainbow_lite", n_step=5, num_envs=8, env_steps=12_345)
+    assert (config.agent.n_step, config.topology.num_envs, config.env_steps) == (5, 8, 12_345)
     assert config.agent.hidden_sizes == tuned["hidden_sizes"] != AgentConfig().hidden_sizes
     assert config.agent.dueling and not AgentConfig().dueling
     assert config.agent.discount == AgentConfig().discount

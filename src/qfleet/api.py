@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
+from qfleet.config.new_run import check_new_run
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
@@ -54,6 +55,7 @@ def iterate(
 
     Args and Raises: as for `train`.
     """
+    check_new_run(config)
     check_is_built_in(config, network, optimiser)
     if config.topology.runs_in == "joined processes":
         return LaunchedRun(config, lambda: directory_of_all(config))

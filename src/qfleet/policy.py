@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from qfleet.config import ConfigError
+from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_count
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.keys import Stream, key_of
@@ -60,9 +61,12 @@ class Policy:
         """Returns the undiscounted returns of greedy episodes in its environment, `[num_episodes]` float32.
 
         Raises:
+          ConfigError: if a number is out of bounds.
           RunFailed: if the environment fails more than `MAX_LOST` times per episode that is asked for.
         """
         check_not_forked()
+        check_count("num_episodes", num_episodes, maximum=MAX_EPISODES)
+        check_count("seed", seed, minimum=0, maximum=MAX_SEED)
         env = self._env
         if isinstance(env, HostEnv):
             lanes = env.make_eval_lanes(

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
+from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
+from qfleet.config.values import to_plain
 from qfleet.envs.registry import default_topology
 
 
@@ -258,13 +260,17 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     Raises:
       ConfigError: if the preset, the topology or a field is unknown, or a value breaks its rule.
     """
+    env, preset, topology = (
+        to_plain(kind, value, name)
+        for kind, value, name in ((str, env, "env"), (str, preset, "preset"), (str | None, topology, "topology"))
+    )
     if preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
     topology = without_alias(topology, settings.pop("exchange", None))
-    topology = topology or PRESETS[preset].topology or default_topology(env)
+    options = to_plain(Mapping[str, Any], settings.get("env_options", {}), "env_options")
+    topology = topology or PRESETS[preset].topology or default_topology(env, **options)
     check_topology_name(topology)
-    starts_from = {**PRESETS[preset].settings, **TUNED.get((preset, env), {})}
-    merged = {**{name: value for name, value in starts_from.items() if suits(name, topology)}, **settings}
+    merged = {**_starts_from(env, preset, topology, settings), **settings}
     kinds = (AgentConfig, TOPOLOGIES[topology], TrainConfig)
     names = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     known = set.union(*names.values()) - {"agent", "topology", "env", "preset"}
@@ -279,10 +285,22 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     def settings_of(kind: type) -> dict[str, Any]:
         return {name: value for name, value in merged.items() if name in names[kind.__name__]}
 
-    return TrainConfig(
+    config = TrainConfig(
         env=env,
         preset=preset,
         agent=AgentConfig(**settings_of(AgentConfig)),
         topology=TOPOLOGIES[topology](**settings_of(TOPOLOGIES[topology])),
         **settings_of(TrainConfig),
     )
+    check_new_run(config)
+    return config
+
+
+def _starts_from(env: str, preset: str, topology: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the preset's and the tuned settings, without those that have no effect beside the given ones."""
+    found = {**PRESETS[preset].settings, **TUNED.get((preset, env), {})}
+    dropped = set(settings_without_effect({**found, **settings}, TOPOLOGIES[topology]))
+    rate = to_plain(float, settings.get("target_update_rate", 1.0), "target_update_rate")
+    if rate < 1 and found.get("target_update_period") != 1:
+        dropped.add("target_update_period")  # it is meant for whole copies, and would make a smaller rate too slow
+    return {name: value for name, value in found.items() if name not in dropped and suits(name, topology)}

@@ -14,7 +14,7 @@ import pytest
 import qfleet
 from qfleet.cli.main import main
 from qfleet.cli.show import environments
-from qfleet.cli.train_command import config_of, parse
+from qfleet.cli.train_command import parse
 from qfleet.config import ActorLearnerConfig, FusedConfig, OverlappedConfig
 from qfleet.core.keys import Stream, key_of
 from qfleet.presets import make_config
@@ -48,7 +48,7 @@ def exit_code(arguments: list[str]) -> int:
         (["train", "CartPole-v1", "--preset", "pqnn"], "Did you mean pqn"),
         (["train", "CartPole-v1", "--num-env", "4"], "--num-envs"),
         (["train", "CartPole-v1", "--num-envs", "0"], "num_envs must be"),
-        (["train", "CartPole-v1", "--num-envs", "1000000000000"], "below 2**31"),
+        (["train", "CartPole-v1", "--num-envs", "1000000000000"], "at most 2147483647"),
         (["train", "CartPole-v1", "--env-steps", "-1"], "env_steps must be"),
         (["train", "CartPole-v1", "--profile"], "profile must come with topology overlapped, got topology fused"),
         (["train", "--profile", "CartPole-v1"], "jax.profiler.trace"),
@@ -60,15 +60,19 @@ def exit_code(arguments: list[str]) -> int:
         (["train", "no_such_module:X"], "can be imported"),
         (["eval", "no-such-run"], "a run is a folder with a config.json"),
         (["eval", "no-such-run", "--episodes", "0"], "episodes must be"),
+        (
+            ["eval", "no-such-run", "--episodes", "18446744073709551616"],
+            "episodes must be a whole number, at most 1000000",
+        ),
         (["watch", "no-such-run"], "a run is a folder with a config.json"),
         (["resume", "no-such-run"], "a run is a folder with a config.json"),
         (["check-env", "CartPol-v1"], "Did you mean CartPole-v1"),
-        (["check-env", "CartPole-v1", "--steps", "0"], "steps must be at least 1"),
+        (["check-env", "CartPole-v1", "--steps", "0"], "steps must be a whole number, at least 1"),
         (["devices", "CartPol-v1"], "Did you mean CartPole-v1"),
         (["devices", "--mesh.data", "2"], "Missing from qfleet devices"),
         (["devices", "CartPole-v1", "--mesh.model", "1024"], "at most the number of devices"),
         (["devices", "CartPole-v1", "--mesh.data", "3"], "num_envs must divide over mesh.data"),
-        (["check-env", "CartPole-v1", "--num-env-workers", "-1"], "num_env_workers must be at least 0"),
+        (["check-env", "CartPole-v1", "--num-env-workers", "-1"], "num_env_workers must be a whole number, at least 0"),
     ],
     ids=" ".join,
 )
@@ -237,12 +241,10 @@ def test_a_run_that_does_not_fit_into_memory_is_bad_input(
 
 
 def test_tuned_settings_apply_wherever_the_environment_stands() -> None:
-    expected = make_config("CartPole-v1", "pqn")
-    first = parse(["CartPole-v1"])
+    first = parse(["CartPole-v1", "--preset", "pqn"])
     last = parse(["--seed", "0", "--preset=pqn", "CartPole-v1"])
-    assert first.agent == last.agent == expected.agent
-    assert first.topology == last.topology == expected.topology
-    assert parse(["CartPole-v1", "--learning-rate", "0.5"]).agent.learning_rate == 0.5
+    assert first.config == last.config == make_config("CartPole-v1", "pqn")
+    assert parse(["CartPole-v1", "--learning-rate", "0.5"]).config.agent.learning_rate == 0.5
 
 
 def test_presets_and_environments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -313,7 +315,7 @@ def test_a_profiled_run_prints_where_its_time_went(tmp_path: Path, capsys: pytes
 
 def test_flags_set_the_ray_resources_of_a_fleets_processes() -> None:
     resources = ["--learner-resources", "GPU", "1", "CPU", "2", "--actor-resources", "CPU", "0.5", "actor", "1"]
-    topology = config_of(parse(["CartPole-v1", "--preset", "ape_x", *resources])).topology
+    topology = parse(["CartPole-v1", "--preset", "ape_x", *resources]).config.topology
     assert isinstance(topology, ActorLearnerConfig)
     assert topology.learner_resources == {"GPU": 1, "CPU": 2}
     assert topology.actor_resources == {"CPU": 0.5, "actor": 1}
@@ -351,7 +353,10 @@ def test_devices_shows_what_a_run_would_keep_on_each_device(capsys: pytest.Captu
     found = json.loads(capsys.readouterr().out)
     parts = {part.pop("name"): part for part in found["parts"]}
     axes = {name: part["axis"] for name, part in parts.items()}
-    learner, rest = ("parameters", "target network", "optimiser state"), ("lanes", "replay", "priorities", "batch")
+    learner, rest = (
+        ("parameters", "target network", "optimiser state"),
+        ("lanes", "replay", "priorities", "batch", "evaluation"),
+    )
     assert axes == dict.fromkeys(learner, "model") | dict.fromkeys(rest, "data")
     assert found["mesh"] == {"data": 2, "model": 2} and found["topology"] == "fused" and found["refusal"] is None
     assert found["bytes_per_device"] == sum(part["bytes_per_device"] for part in parts.values())

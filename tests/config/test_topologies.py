@@ -36,6 +36,7 @@ def test_the_command_line_replaces_the_earlier_name(arguments, expected):
         ("overlapped", {"num_workers": 2}, "num_workers must be given by its new name .*; give num_env_workers"),
         ("gossip", {"peer_timeout_seconds": 9}, "peer_timeout_seconds must .*; give silence_seconds"),
         ("actor-learner", {"ladder_base": 0.3}, "ladder_base must .*; give actor_epsilon_base"),
+        ("fused", {"ladder_base": 0.3}, "ladder_base must come with topology actor-learner, got topology fused"),
         ("fused", {"num_workers": 2}, "num_workers must come with topology parameter-server, got topology fused"),
         ("gossip", {"coordinator": "host:1"}, "coordinator must come with topology all-reduce, got topology gossip"),
         ("fusde", {}, "topology must be one of fused, .* Did you mean fused"),

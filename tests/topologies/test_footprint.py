@@ -33,7 +33,7 @@ MESHES = [MeshConfig(data=d, model=m) for d, m in ((1, 1), (4, 1), (1, 2), (2, 2
 
 
 def config_for(kind, topology, **settings):
-    return TrainConfig(env="probe", agent=AGENTS[kind], topology=topology, eval_episodes=5, **settings)
+    return TrainConfig(**{"env": "probe", "agent": AGENTS[kind], "topology": topology, "eval_episodes": 5, **settings})
 
 
 def make_fused(kind, mesh, **settings):
@@ -86,7 +86,7 @@ def parts_of(learner, lanes, replay):
 def test_a_footprint_is_the_bytes_of_the_real_arrays(make, kept_by, kind, mesh):
     topology = make(kind, mesh)
     footprint = topology.footprint()
-    found = {part.name: part for part in footprint.parts if part.name != "batch"}
+    found = {part.name: part for part in footprint.parts if part.name not in ("batch", "evaluation")}
     kept = kept_by(topology)
     assert list(found) == list(kept)
     for name, leaves in kept.items():
@@ -106,7 +106,7 @@ def test_the_footprint_of_many_seeds_is_the_bytes_of_the_real_arrays():
     fused = make_fused("prioritised", MeshConfig(), num_seeds=12)  # 2 on each of 6 devices
     footprint = fused.footprint()
     state = fused._over_seeds().init(fused._seeds)
-    found = {part.name: part for part in footprint.parts if part.name != "batch"}
+    found = {part.name: part for part in footprint.parts if part.name not in ("batch", "evaluation")}
     for name, leaves in parts_of(state.learner, state.actor, state.replay).items():
         assert found[name].total_bytes == sum(leaf.nbytes for leaf in leaves) == 6 * found[name].bytes_per_device
         assert found[name].axis == "seeds"
@@ -133,6 +133,25 @@ def test_the_batch_of_a_footprint_is_what_is_learned_from(kind):
         assert part == footprint_module.Part(
             name="batch", total_bytes=num_bytes, bytes_per_device=num_bytes // share, axis=axis
         )
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2], ids=lambda mesh: f"{mesh.data}x{mesh.model}")
+def test_the_episodes_that_an_evaluation_plays_at_once_are_counted(mesh):
+    few, many = (make_fused("uniform", mesh, eval_episodes=n).footprint() for n in (8, 8_000))
+    found, larger = (footprint.bytes_per_device_of("evaluation") for footprint in (few, many))
+    assert larger == 1_000 * found > 0
+    assert many.bytes_per_device - few.bytes_per_device == larger - found
+    stack = 2 * np.prod(ENV.spec.observation_shape) * ENV.spec.observation_dtype.itemsize
+    assert found >= 8 // mesh.data * (stack + 4 + 1)  # with its return, and whether it has ended
+
+
+def test_fewer_episodes_are_a_remedy_where_an_evaluation_does_not_fit(tmp_path, monkeypatch):
+    limit(monkeypatch, 3_500_000)
+    config = config_with_replay(tmp_path, eval_episodes=1_000_000)
+    num_episodes = int(re.search(r"evaluation .*try eval_episodes (\d+)$", refusal(config)).group(1))
+    assert 1_000 < num_episodes < 100_000
+    fitting = dataclasses.replace(config, eval_episodes=num_episodes)
+    assert qfleet.training.assembly.footprint(fitting).bytes_per_device <= 3_500_000
 
 
 def limit(monkeypatch, num_bytes):
@@ -165,7 +184,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_made_and_told_wha
 
 
 def test_a_resumed_run_must_fit_as_well(tmp_path, monkeypatch):
-    config = config_with_replay(tmp_path, env_steps=128, hidden_sizes=(4,))
+    config = config_with_replay(tmp_path, env_steps=128, warmup_env_steps=16, hidden_sizes=(4,))
     qfleet.train(config)
     before = sorted(tmp_path.rglob("*"))
     limit(monkeypatch, 1_000_000)
@@ -190,7 +209,7 @@ def test_what_no_replay_could_make_fit_is_told_apart(tmp_path, monkeypatch):
 
 def test_without_a_known_limit_nothing_is_refused(tmp_path, monkeypatch):
     limit(monkeypatch, None)
-    run = qfleet.iterate(config_with_replay(tmp_path, env_steps=8, hidden_sizes=(4,)))
+    run = qfleet.iterate(config_with_replay(tmp_path, env_steps=8, warmup_env_steps=0, hidden_sizes=(4,)))
     for _ in run:
         break
     assert (tmp_path / "run" / "config.json").exists()

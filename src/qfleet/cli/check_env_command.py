@@ -1,11 +1,14 @@
 """`qfleet check-env NAME`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tyro
 
-from qfleet.config import ConfigError
+from qfleet.cli.flag_types import FLAG_TYPES
+from qfleet.config.checks import MAX_PROCESSES, MAX_SEED, MAX_SIZE, check_count
+from qfleet.config.values import to_plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,23 +21,29 @@ class _CheckFlags:
     """Steps to take in each of the four lanes."""
     num_env_workers: int = 0
     """Processes that step the environment, if it is one of Gymnasium's."""
+    env_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of the function that makes the environment, as for `qfleet train`."""
     seed: int = 0
     """Seed of the environment and of the random actions."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Checks the environment that the flags name."""
-    flags = tyro.cli(_CheckFlags, prog="qfleet check-env", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
-    for name, least in (("steps", 1), ("num_env_workers", 0), ("seed", 0)):
-        if getattr(flags, name) < least:
-            raise ConfigError(f"{name} must be at least {least}, got {getattr(flags, name)}")
+    flags = tyro.cli(_CheckFlags, prog="qfleet check-env", args=list(arguments), registry=FLAG_TYPES)
+    check_count("steps", flags.steps, maximum=MAX_SIZE)
+    check_count("num_env_workers", flags.num_env_workers, minimum=0, maximum=MAX_PROCESSES)
+    check_count("seed", flags.seed, minimum=0, maximum=MAX_SEED)
+    options = to_plain(Mapping[str, Any], flags.env_options, "env_options")
     from qfleet.envs import conformance
     from qfleet.envs.registry import backend_of, make_env
     from qfleet.runtime.devices import clear_platform_errors
 
     with clear_platform_errors():
         checks = conformance.check(
-            make_env(flags.env), num_steps=flags.steps, seed=flags.seed, num_env_workers=flags.num_env_workers
+            make_env(flags.env, **options),
+            num_steps=flags.steps,
+            seed=flags.seed,
+            num_env_workers=flags.num_env_workers,
         )
     print(f"{flags.env} ({backend_of(flags.env)})")
     for found in checks:

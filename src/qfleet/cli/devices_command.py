@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from qfleet.cli.streams import only_the_answer_on_stdout
-from qfleet.cli.train_command import config_of, parse
+from qfleet.cli.train_command import parse
 from qfleet.config import ConfigError, TrainConfig
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     as_json = len(rest) < len(arguments)
     with only_the_answer_on_stdout(as_json):  # the environment's module may print when it is imported
-        config = config_of(parse(rest, prog="qfleet devices")) if rest else None
+        config = parse(rest, prog="qfleet devices").config if rest else None
     from qfleet.runtime.devices import clear_platform_errors
 
     with clear_platform_errors():

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import tyro
 
+from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.cli.show import status_line
 from qfleet.cli.streams import only_the_answer_on_stdout
-from qfleet.config import ConfigError
+from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,11 @@ class _EvalFlags:
 
 def run(arguments: Sequence[str]) -> int:
     """Evaluates the run that the flags name."""
-    flags = tyro.cli(_EvalFlags, prog="qfleet eval", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
-    if flags.episodes < 1:
-        raise ConfigError(f"episodes must be at least 1, got {flags.episodes}")
+    flags = tyro.cli(_EvalFlags, prog="qfleet eval", args=list(arguments), registry=FLAG_TYPES)
+    check_count("episodes", flags.episodes, maximum=MAX_EPISODES)
+    check_count("seed", flags.seed, minimum=0, maximum=MAX_SEED)
+    if flags.checkpoint is not None:
+        check_count("checkpoint", flags.checkpoint, minimum=0)
     run_dir = find_run(flags.run)
     from qfleet.api import load
     from qfleet.runtime.activity import announce

@@ -1,18 +1,20 @@
 """`qfleet resume RUN`."""
 
-import argparse
 import dataclasses
 import functools
+import typing
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
+from qfleet.cli.flag_types import FLAG_TYPES, read_flags
 from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.cli.show import follow
-from qfleet.cli.topology_flags import check_flags, replace_alias
+from qfleet.cli.topology_flags import take_mesh, topology_flags
 from qfleet.config import TOPOLOGIES, TopologyConfig
-from qfleet.config.topologies import check_topology_name, field_names
+from qfleet.config.checks import check_count
+from qfleet.config.topologies import check_suits, check_topology_name, field_names, without_alias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,15 +45,9 @@ class _ResumeFlags:
     """Print nothing but errors."""
 
 
-_CONFIG = (tyro.conf.FlagCreatePairsOff,)
-
-
 def run(arguments: Sequence[str]) -> int:
     """Continues the run that the flags name."""
-    parsed = tyro.cli(
-        _ResumeFlags, prog="qfleet resume", args=list(arguments), config=_CONFIG, return_unknown_args=True
-    )
-    flags, others = parsed
+    flags, others = parse(arguments)
     run_dir = find_run(flags.run)
     from qfleet.api import resume
 
@@ -69,23 +65,42 @@ def run(arguments: Sequence[str]) -> int:
     return follow(start, quiet=flags.quiet)
 
 
-def _topology_of(run_dir: str, arguments: list[str]) -> TopologyConfig:
-    """Returns the topology that the flags describe; what they leave out is as the run began.
+def parse(arguments: Sequence[str]) -> tuple[_ResumeFlags, dict[str, Any]]:
+    """Returns the command's own flags, and the settings of a topology that the others give.
 
     Raises:
-      ConfigError: if there is no such run or topology.
+      ConfigError: if a number is out of bounds.
+      SystemExit: if a flag is unknown or its value can't be read, or after the help was shown.
+    """
+    if {"-h", "--help"} & set(arguments):
+        tyro.cli(_ResumeFlags, prog="qfleet resume", args=["--help"], registry=FLAG_TYPES)
+    own: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(_ResumeFlags)}
+    kinds = topology_flags() | own | {"run": typing.Required[own["run"]]}
+    given = read_flags(kinds, arguments, "qfleet resume")
+    flags = _ResumeFlags(**{name: given.pop(name) for name in own if name in given})
+    for name, least in (("env_steps", 1), ("checkpoint", 0)):
+        if (count := getattr(flags, name)) is not None:
+            check_count(name, count, least)
+    return flags, given
+
+
+def _topology_of(run_dir: str, settings: dict[str, Any]) -> TopologyConfig:
+    """Returns the topology that the settings describe; what they leave out is as the run began.
+
+    Raises:
+      ConfigError: if there is no such run or topology, or a setting belongs to another one.
     """
     from qfleet.runtime.run_directory import RunDirectory
 
     recorded = RunDirectory.open(run_dir).config.topology
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--topology", default=recorded.name)
-    chosen, flags = chooser.parse_known_args(replace_alias(arguments))
-    check_topology_name(chosen.topology)
-    check_flags(flags, chosen.topology)
-    kind = TOPOLOGIES[chosen.topology]
+    name = without_alias(settings.pop("topology", None), settings.pop("exchange", None)) or recorded.name
+    check_topology_name(name)
+    kind, mesh = TOPOLOGIES[name], take_mesh(settings)
+    for setting in (*settings, *(["mesh"] if mesh else [])):
+        check_suits(setting, name)
     default = recorded
-    if chosen.topology != recorded.name:
+    if name != recorded.name:
         default = kind(**({"num_envs": recorded.num_envs} if "num_envs" in field_names(kind) else {}))
-    topology: TopologyConfig = tyro.cli(kind, prog="qfleet resume", args=flags, default=default, config=_CONFIG)
-    return topology
+    if mesh:
+        settings["mesh"] = dataclasses.replace(default.mesh, **mesh)
+    return dataclasses.replace(default, **settings)

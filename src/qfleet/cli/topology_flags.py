@@ -1,9 +1,11 @@
-"""Shared by commands with `--topology`: finding its value before parsing, and refusing flags of other topologies."""
+"""Shared by commands with `--topology`: the flags of all topologies, and finding its value before parsing."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-from qfleet.config import TOPOLOGIES
-from qfleet.config.topologies import RENAMED, check_suits, field_names, without_alias
+from qfleet.config import TOPOLOGIES, MeshConfig
+from qfleet.config.topologies import RENAMED, without_alias
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -30,17 +32,21 @@ def replace_alias(arguments: Sequence[str]) -> list[str]:
     return others if name is None else [*others, "--topology", name]
 
 
-def check_flags(arguments: Sequence[str], topology: str) -> None:
-    """Checks that no flag belongs to another topology; tyro would only say that it is unknown.
+def topology_flags() -> dict[str, Any]:
+    """Returns the types of the flags that choose a topology and set it, by name: the settings of all topologies."""
+    kinds: dict[str, Any] = {"topology": str, "exchange": str}
+    for topology in TOPOLOGIES.values():
+        for field in dataclasses.fields(topology):
+            known = kinds.get(field.name, field.type)
+            kinds[field.name] = known if known == field.type else known | field.type  # such as `str` and `str | None`
+    kinds |= {earlier: kinds[name] for earlier, name in RENAMED.items() if earlier not in kinds}
+    del kinds["mesh"]
+    return kinds | {f"mesh.{field.name}": field.type for field in dataclasses.fields(MeshConfig)}
 
-    Raises:
-      ConfigError: if one does.
-    """
-    known = {name for kind in TOPOLOGIES.values() for name in (*field_names(kind), *kind.settings_without_effect)}
-    given = {argument.partition("=")[0] for argument in arguments}
-    for setting in sorted(known | set(RENAMED)):
-        if f"--{setting.replace('_', '-')}" in given:
-            check_suits(setting, topology)
+
+def take_mesh(given: dict[str, Any]) -> dict[str, int]:
+    """Takes the settings of a mesh out of the flags that a command line gives, and returns them."""
+    return {name: given.pop(f"mesh.{name}") for name in ("data", "model") if f"mesh.{name}" in given}
 
 
 def _without(arguments: list[str], flag: str) -> list[str]:

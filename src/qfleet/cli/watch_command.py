@@ -6,7 +6,9 @@ from typing import Annotated
 
 import tyro
 
+from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.cli.run_folder import RUN_HELP, find_run
+from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check, check_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,11 @@ class _WatchFlags:
 
 def run(arguments: Sequence[str]) -> int:
     """Films the run that the flags name."""
-    flags = tyro.cli(_WatchFlags, prog="qfleet watch", args=list(arguments), config=(tyro.conf.FlagCreatePairsOff,))
+    flags = tyro.cli(_WatchFlags, prog="qfleet watch", args=list(arguments), registry=FLAG_TYPES)
+    for name, most in (("episodes", MAX_EPISODES), ("seed", MAX_SEED), ("frames_per_second", 1_000)):
+        check(getattr(flags, name) <= most, name, f"at most {most}", getattr(flags, name))
+    if flags.checkpoint is not None:
+        check_count("checkpoint", flags.checkpoint, minimum=0)
     run_dir = find_run(flags.run)
     from qfleet.api import load
     from qfleet.runtime.run_directory import RunDirectory

@@ -1,16 +1,21 @@
 """What is learned: the agent's settings."""
 
 import dataclasses
-import math
-import sys
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from qfleet.config.checks import check, check_choices, check_count
+from qfleet.config.checks import MAX_COUNT, MAX_SIZE, check, check_count, check_counts, check_positive
+from qfleet.config.errors import ConfigError
+from qfleet.config.values import MAX_FLOAT, Config
+
+MIN_ENV_STEPS_PER_LEARNER_STEP = 1e-3
+"""A thousand learner steps for each environment step. Plans of the longest run then stay within 64-bit integers."""
+
+_TARGET_UPDATE_PERIOD = 500
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AgentConfig:
+class AgentConfig(Config):
     """What is learned. It knows nothing about processes, devices or queues.
 
     Options compose: `double`, `dueling`, `n_step` and prioritised `replay` together are the core of Rainbow
@@ -55,8 +60,8 @@ class AgentConfig:
 
     optimiser: str = "adam"
     """Name of any optimiser function in Optax, such as adam, adamw, radam, rmsprop, sgd or lion."""
-    optimiser_options: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Further arguments of the optimiser function, such as `eps`."""
+    optimiser_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of the optimiser function, such as `eps` or `nesterov`: numbers, flags or text."""
     learning_rate: float = 1e-3
     """Learning rate at the first learner step."""
     learning_rate_schedule: Literal["constant", "linear", "cosine", "exponential"] = "constant"
@@ -79,8 +84,9 @@ class AgentConfig:
     """Environment steps before the first learner step, over all lanes."""
     env_steps_per_learner_step: float = 10.0
     """Environment steps for each learner step, over all lanes. It means the same with any number of lanes."""
-    target_update_period: int = 500
-    """Learner steps between updates of the target network."""
+    target_update_period: int = None  # type: ignore[assignment]  # the constructor replaces None
+    """Learner steps between updates of the target network: 500, unless `target_update_rate` is below 1.
+    Then this must be given too."""
     target_update_rate: float = 1.0
     """Share of the online parameters in each update of the target network.
     With 1 they are copied; less than 1, with a period of 1, is Polyak averaging."""
@@ -101,26 +107,35 @@ class AgentConfig:
     """Q(lambda): learner steps per pass."""
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        has_period = self.target_update_period is not None
+        if not has_period:
+            object.__setattr__(self, "target_update_period", _TARGET_UPDATE_PERIOD)
+        super().__post_init__()
+        if not has_period and self.target_update_rate < 1 and self.replay != "none":
+            raise ConfigError(
+                f"target_update_period must be given too if target_update_rate is below 1, got target_update_rate="
+                f"{self.target_update_rate} alone; give target_update_period=1 for Polyak averaging, or another period"
+            )
         for name in ("discount", "target_update_rate"):
             check(0.0 < getattr(self, name) <= 1.0, name, "in (0, 1]", getattr(self, name))
         for name in ("trace_decay", "priority_exponent", "importance_exponent_start", "learning_rate_end_fraction"):
             check(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]", getattr(self, name))
-        for name in (
-            "n_step", "batch_size", "replay_capacity", "target_update_period", "rollout_length", "num_epochs",
-            "num_minibatches", "exploration_env_steps", "learning_rate_learner_steps",
-            "importance_exponent_env_steps",
-        ):  # fmt: skip
-            check_count(name, getattr(self, name))
-        for name in ("huber_delta", "learning_rate", "env_steps_per_learner_step"):
-            check(0.0 < getattr(self, name) < math.inf, name, "positive and finite", getattr(self, name))
-        check_count("warmup_env_steps", self.warmup_env_steps, minimum=0)
-        check(
-            self.max_gradient_norm is None or self.max_gradient_norm > 0,
-            "max_gradient_norm", "positive, or None to leave gradients alone", self.max_gradient_norm,
+        check_counts(
+            self, "n_step", "batch_size", "replay_capacity", "target_update_period", "rollout_length", "num_epochs",
+            "num_minibatches", "learning_rate_learner_steps", maximum=MAX_SIZE,
         )  # fmt: skip
-        check(all(size >= 1 for size in self.hidden_sizes), "hidden_sizes", "all at least 1", self.hidden_sizes)
-        highest = 1.0 if self.exploration == "epsilon_greedy" else sys.float_info.max
+        check_counts(self, "exploration_env_steps", "importance_exponent_env_steps")
+        check_count("warmup_env_steps", self.warmup_env_steps, minimum=0)
+        check_positive(self, "discount", "target_update_rate", "huber_delta", "learning_rate")
+        check_positive(self, "max_gradient_norm", or_none=", or None to leave gradients alone")
+        check(
+            MIN_ENV_STEPS_PER_LEARNER_STEP <= self.env_steps_per_learner_step <= MAX_COUNT,
+            "env_steps_per_learner_step", f"{MIN_ENV_STEPS_PER_LEARNER_STEP:g} to {MAX_COUNT}",
+            self.env_steps_per_learner_step,
+        )  # fmt: skip
+        for i, size in enumerate(self.hidden_sizes):
+            check_count(f"hidden_sizes[{i}]", size, maximum=MAX_SIZE)
+        highest = 1.0 if self.exploration == "epsilon_greedy" else MAX_FLOAT
         lowest_end = 0.0 if self.exploration_schedule == "linear" and self.exploration == "epsilon_greedy" else 1e-8
         check(
             lowest_end <= self.exploration_end <= self.exploration_start <= highest,

@@ -1,37 +1,70 @@
 """Rules that configs check on construction. Each raises `ConfigError`, which names the rule, the value and the fix."""
 
 import math
-import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from qfleet.config.errors import ConfigError, suggest
+from qfleet.config.errors import ConfigError
+from qfleet.config.values import MAX_FLOAT, show, to_plain
+
+MAX_COUNT = 10**15
+"""Largest number of steps. It is exact in float64 too."""
+
+MAX_SIZE = 2**31 - 1
+"""Largest size of an array, and largest number of steps that a device counts: both are 32-bit integers."""
+
+MAX_EPISODES = 10**6
+"""Largest number of episodes in one evaluation, which plays them all at once."""
+
+MAX_SEED = 2**32 - 1
+"""Largest seed; a random key is made from a 32-bit integer."""
+
+MAX_PROCESSES = 2**16
+"""Largest number of processes or of independent learners."""
+
+MAX_SECONDS = 10**6
+"""Longest time that can be waited for, eleven days; the operating system counts milliseconds in 32 bits."""
+
+MIN_POSITIVE = 1.2e-38
+"""Smallest positive setting; float32, in which runs compute, holds no smaller one in full precision."""
 
 
 def check(holds: bool, name: str, rule: str, value: Any) -> None:
     """Raises ConfigError, with the rule that `name` broke, unless the rule holds."""
     if not holds:
-        raise ConfigError(f"{name} must be {rule}, got {value}")
+        is_word = isinstance(value, str) and 0 < len(value) < 100
+        raise ConfigError(f"{name} must be {rule}, got {value if is_word else show(value)}")
 
 
-def check_count(name: str, value: int, minimum: int = 1) -> None:
-    """Checks that a value is a whole number of at least `minimum`."""
-    check(isinstance(value, int) and value >= minimum, name, f"a whole number, at least {minimum}", value)
+def check_count(name: str, value: int, minimum: int = 1, maximum: int = MAX_COUNT) -> None:
+    """Checks that a value is a whole number from `minimum` to `maximum`."""
+    number = to_plain(int, value, name)
+    check(number >= minimum, name, f"a whole number, at least {minimum}", number)
+    check(number <= maximum, name, f"a whole number, at most {maximum}", number)
 
 
-def check_counts(config: Any, *names: str, minimum: int = 1) -> None:
-    """Checks that these fields of a config are whole numbers of at least `minimum`."""
+def check_counts(config: Any, *names: str, minimum: int = 1, maximum: int = MAX_COUNT) -> None:
+    """Checks that these fields of a config are whole numbers from `minimum` to `maximum`."""
     for name in names:
-        check_count(name, getattr(config, name), minimum)
+        check_count(name, getattr(config, name), minimum, maximum)
 
 
-def check_choices(config: Any) -> None:
-    """Checks that every field whose type is a Literal has one of its values."""
-    for name, kind in typing.get_type_hints(type(config)).items():
-        choices, value = typing.get_args(kind), getattr(config, name)
-        if typing.get_origin(kind) is Literal and value not in choices:
-            hint = suggest(str(value), choices)
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
+def check_positive(config: Any, *names: str, maximum: float = MAX_FLOAT, or_none: str = "") -> None:
+    """Checks that these fields of a config are positive numbers that float32 holds.
+
+    Args:
+      config: the config.
+      names: names of the fields.
+      maximum: the largest value that is allowed.
+      or_none: what None means, such as ", or None for no limit", if None is allowed.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is None and or_none:
+            continue
+        check(value > 0, name, f"positive{or_none}", value)
+        check(value >= MIN_POSITIVE, name, f"positive, at least {MIN_POSITIVE:g}", value)
+        check(value <= maximum, name, f"at most {maximum:g}", value)
 
 
 def check_divides(name: str, value: int, divisor_name: str, divisor: int) -> None:
@@ -51,6 +84,7 @@ def check_resources(name: str, amounts: Mapping[str, float]) -> None:
 def check_silence(seconds: float) -> None:
     """Checks the number of seconds of silence after which a process counts as lost."""
     check(seconds >= 5, "silence_seconds", "at least 5", seconds)
+    check(seconds <= MAX_SECONDS, "silence_seconds", f"at most {MAX_SECONDS}", seconds)
 
 
 def check_ray_address(address: str) -> None:
@@ -61,4 +95,5 @@ def check_ray_address(address: str) -> None:
 def is_host_and_port(address: str) -> bool:
     """Returns whether an address is HOST:PORT."""
     host, _, port = address.rpartition(":")
-    return bool(host) and "/" not in host and port.isdecimal()
+    is_port = port.isdecimal() and len(port) <= 5 and 1 <= int(port) <= 65_535
+    return bool(host) and "/" not in host and is_port

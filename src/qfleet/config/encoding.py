@@ -4,15 +4,14 @@ A change to what the JSON holds must raise `SCHEMA_VERSION` and add a migration 
 """
 
 import dataclasses
-import types
-import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from qfleet.config.errors import ConfigError
 from qfleet.config.topologies import RENAMED, TOPOLOGIES
 from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
+from qfleet.config.values import show
 
 SCHEMA_VERSION = 2
 
@@ -47,10 +46,10 @@ def decode(content: Any, schema_version: int = SCHEMA_VERSION) -> TrainConfig:
 
 def decode_topology(content: Any, name: str = "topology") -> TopologyConfig:
     """Returns the topology that was read from JSON; errors call it `name`."""
-    if not isinstance(content, dict) or content.get("name") not in TOPOLOGIES:
-        raise ConfigError(f"{name} must have a name, one of {', '.join(TOPOLOGIES)}, got {content!r}")
+    if not isinstance(content, dict) or str(content.get("name")) not in TOPOLOGIES:
+        raise ConfigError(f"{name} must have a name, one of {', '.join(TOPOLOGIES)}, got {show(content)}")
     fields = {field: value for field, value in content.items() if field != "name"}
-    topology: TopologyConfig = _decode_dataclass(TOPOLOGIES[content["name"]], fields, name)
+    topology: TopologyConfig = _decode(TOPOLOGIES[content["name"]], fields, name)
     return topology
 
 
@@ -86,60 +85,18 @@ _MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1}
 """Functions that convert content to the next version, by the version that they convert from."""
 
 
-def _decode(kind: Any, value: Any, name: str) -> Any:
-    """Returns `value`, which was read from JSON, as a `kind`; the inverse of `dataclasses.asdict` and JSON."""
+def _decode(kind: type, content: Any, name: str) -> Any:
+    """Returns the config of class `kind` that was read from JSON; its constructor checks the fields' types."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{name} must be an object, got {show(content)}")
+    if fields.keys() != set(content):
+        missing, unknown = sorted(fields.keys() - set(content)), sorted(set(content) - fields.keys())
+        raise ConfigError(f"{name} must have exactly its known fields, got missing {missing}, unknown {unknown}")
+    return kind(**{field: _decode_field(fields[field], value, f"{name}.{field}") for field, value in content.items()})
+
+
+def _decode_field(kind: Any, value: Any, name: str) -> Any:
     if kind is TopologyConfig:
         return decode_topology(value, name)
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _decode_dataclass(kind, value, name)
-    if origin in (typing.Union, types.UnionType):
-        return _decode_union(arguments, value, name)
-    if origin is Literal:
-        fits = value in arguments
-    elif origin is tuple:  # tuple[X, ...]
-        if isinstance(value, list):
-            return tuple(_decode(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-        fits = False
-    elif origin is Mapping:
-        if isinstance(value, dict):
-            return {key: _decode(arguments[1], item, f"{name}[{key}]") for key, item in value.items()}
-        fits = False
-    elif kind is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-    elif kind is int:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    else:
-        fits = isinstance(value, kind)
-    if not fits:
-        raise ConfigError(f"{name} must be {_describe(kind)}, got {value!r}")
-    return value
-
-
-def _decode_dataclass(kind: type, value: Any, name: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    fields = {field.name for field in dataclasses.fields(kind)}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} must be an object, got {value!r}")
-    if fields != set(value):
-        missing, unknown = sorted(fields - set(value)), sorted(set(value) - fields)
-        raise ConfigError(f"{name} must have exactly its known fields, got missing {missing}, unknown {unknown}")
-    return kind(**{field: _decode(hints[field], item, f"{name}.{field}") for field, item in value.items()})
-
-
-def _decode_union(kinds: tuple[Any, ...], value: Any, name: str) -> Any:
-    errors = []
-    for kind in kinds:
-        try:
-            return _decode(kind, value, name)
-        except ConfigError as error:
-            errors.append(str(error))
-    raise ConfigError(" or ".join(errors))
-
-
-def _describe(kind: Any) -> str:
-    if kind is types.NoneType:
-        return "null"
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
-    return str(getattr(kind, "__name__", kind))
+    return _decode(kind, value, name) if dataclasses.is_dataclass(kind) and isinstance(kind, type) else value

@@ -2,11 +2,12 @@
 
 import dataclasses
 
-from qfleet.config.checks import check, check_count
+from qfleet.config.checks import MAX_PROCESSES, MAX_SECONDS, check_count, check_positive
+from qfleet.config.values import Config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LaneOptions:
+class LaneOptions(Config):
     """How lanes are stepped, and which failures they survive."""
 
     num_env_workers: int = 0
@@ -18,8 +19,9 @@ class LaneOptions:
     A process that hangs or dies counts as one failure, although all its lanes are lost with it."""
 
     def __post_init__(self) -> None:
-        check_count("num_env_workers", self.num_env_workers, minimum=0)
-        check(self.step_timeout_seconds > 0, "step_timeout_seconds", "positive", self.step_timeout_seconds)
+        super().__post_init__()
+        check_count("num_env_workers", self.num_env_workers, minimum=0, maximum=MAX_PROCESSES)
+        check_positive(self, "step_timeout_seconds", maximum=MAX_SECONDS)
         check_count("max_failures", self.max_failures, minimum=0)
 
     @property

@@ -1,16 +1,17 @@
 """Configs of the topologies whose processes Ray starts and watches: actor-learner, parameter-server and gossip."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from qfleet.config.agent import AgentConfig
 from qfleet.config.checks import (
+    MAX_PROCESSES,
+    MAX_SIZE,
     check,
-    check_choices,
     check_count,
     check_counts,
+    check_positive,
     check_ray_address,
     check_resources,
     check_silence,
@@ -63,6 +64,7 @@ class RayTopologyConfig(TopologyConfig):
             """The processes that act, and the shards that keep their transitions."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_ray_address(self.ray_address)
         check_silence(self.silence_seconds)
         check_count("max_restarts", self.max_restarts, minimum=0)
@@ -110,19 +112,16 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     The default is one CPU, and one GPU for each device of the learner's mesh if the cluster has that many."""
 
     def __post_init__(self) -> None:
-        RayTopologyConfig.__post_init__(self)
-        LaneOptions.__post_init__(self)
-        check_counts(
-            self, "num_actors", "lanes_per_actor", "num_replay_shards", "rows_per_chunk",
-            "broadcast_period_learner_steps",
-        )  # fmt: skip
+        super().__post_init__()
+        check_counts(self, "num_actors", "num_replay_shards", maximum=MAX_PROCESSES)
+        check_counts(self, "lanes_per_actor", "rows_per_chunk", maximum=MAX_SIZE)
+        check_count("broadcast_period_learner_steps", self.broadcast_period_learner_steps)
         fits = self.num_replay_shards <= self.num_actors
         check(fits, "num_replay_shards", f"at most num_actors={self.num_actors}", self.num_replay_shards)
         fits = self.num_env_workers <= self.lanes_per_actor
         check(fits, "num_env_workers", f"at most lanes_per_actor={self.lanes_per_actor}", self.num_env_workers)
         check(0.0 < self.actor_epsilon_base <= 1.0, "actor_epsilon_base", "in (0, 1]", self.actor_epsilon_base)
-        fits = 0.0 <= self.actor_epsilon_exponent < math.inf
-        check(fits, "actor_epsilon_exponent", "at least 0", self.actor_epsilon_exponent)
+        check(self.actor_epsilon_exponent >= 0, "actor_epsilon_exponent", "at least 0", self.actor_epsilon_exponent)
         check(
             not self.num_env_workers or self.silence_seconds > self.step_timeout_seconds,
             "silence_seconds", f"above step_timeout_seconds={self.step_timeout_seconds:g}, or an actor is replaced "
@@ -213,16 +212,13 @@ class ParameterServerConfig(RayTopologyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(
-            self, "num_workers", "lanes_per_worker", "num_server_shards", "rows_per_chunk",
-            "gradients_per_learner_step", "snapshot_period_learner_steps",
-        )  # fmt: skip
+        check_counts(self, "num_workers", "num_server_shards", maximum=MAX_PROCESSES)
+        check_counts(self, "lanes_per_worker", "rows_per_chunk", maximum=MAX_SIZE)
+        check_counts(self, "gradients_per_learner_step", "snapshot_period_learner_steps")
         check_counts(self, "num_replay_shards", "max_staleness", "max_failures", minimum=0)
-        check_choices(self)
         fits = self.num_replay_shards <= self.num_workers
         check(fits, "num_replay_shards", f"at most num_workers={self.num_workers}", self.num_replay_shards)
-        limit = self.max_loss_deviations
-        check(limit is None or limit > 0, "max_loss_deviations", "positive, or None", limit)
+        check_positive(self, "max_loss_deviations", or_none=", or None")
         check_resources("worker_resources", self.worker_resources)
 
     @property
@@ -287,9 +283,10 @@ class GossipConfig(LaneOptions, RayTopologyConfig):
     """Learner steps after its last exchange when a peer starts another exchange, with a peer chosen at random."""
 
     def __post_init__(self) -> None:
-        RayTopologyConfig.__post_init__(self)
-        LaneOptions.__post_init__(self)
-        check_counts(self, "num_envs", "num_processes", "devices_per_process", "gossip_period_learner_steps")
+        super().__post_init__()
+        check_count("num_envs", self.num_envs, maximum=MAX_SIZE)
+        check_counts(self, "num_processes", "devices_per_process", maximum=MAX_PROCESSES)
+        check_count("gossip_period_learner_steps", self.gossip_period_learner_steps)
         each = self.num_envs // self.num_processes
         fits = self.num_env_workers <= each
         check(fits, "num_env_workers", f"at most num_envs / num_processes={each}", self.num_env_workers)

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from qfleet.config.checks import (
+    MAX_PROCESSES,
+    MAX_SIZE,
     check,
     check_count,
     check_counts,
@@ -32,7 +34,8 @@ class FusedConfig(TopologyConfig):
     """The devices that share the work."""
 
     def __post_init__(self) -> None:
-        check_count("num_envs", self.num_envs)
+        super().__post_init__()
+        check_count("num_envs", self.num_envs, maximum=MAX_SIZE)
 
     def describe_lanes(self, backend: str) -> str:
         """Returns "in-graph", because the environments are part of the program."""
@@ -61,7 +64,7 @@ class OverlappedConfig(LaneOptions, TopologyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_envs", self.num_envs)
+        check_count("num_envs", self.num_envs, maximum=MAX_SIZE)
         fits = self.num_env_workers <= self.num_envs
         check(fits, "num_env_workers", f"at most num_envs={self.num_envs}", self.num_env_workers)
         check(
@@ -120,7 +123,8 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self, "num_envs", "num_processes", "devices_per_process")
+        check_count("num_envs", self.num_envs, maximum=MAX_SIZE)
+        check_counts(self, "num_processes", "devices_per_process", maximum=MAX_PROCESSES)
         check_count("max_restarts", self.max_restarts, minimum=0)
         check_silence(self.silence_seconds)
         each = self.num_envs // self.num_processes
@@ -256,9 +260,9 @@ def check_suits(setting: str, topology: str) -> None:
             f"{setting} must be given by its new name with topology {topology}, got the earlier one; give "
             f"{RENAMED[setting]}"
         )
-    if suits(setting, topology):
+    homes = _homes(setting) or _homes(RENAMED.get(setting, ""))
+    if not homes or topology in homes:
         return
-    homes = [name for name, kind in TOPOLOGIES.items() if setting in field_names(kind)]
     remedy = f"leave it out, or choose topology {' or '.join(homes)}"
     if setting == "profile":
         remedy = (
@@ -270,8 +274,12 @@ def check_suits(setting: str, topology: str) -> None:
 
 def suits(setting: str, topology: str) -> bool:
     """Returns whether a setting belongs to this topology, or to none."""
-    known = {name: field_names(kind) for name, kind in TOPOLOGIES.items()}
-    return setting in known[topology] or not any(setting in names for names in known.values())
+    return topology in (_homes(setting) or [topology])
+
+
+def _homes(setting: str) -> list[str]:
+    """Returns the names of the topologies that have a setting."""
+    return [name for name, kind in TOPOLOGIES.items() if setting in field_names(kind)]
 
 
 def field_names(kind: Any) -> set[str]:

@@ -5,16 +5,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from qfleet.config.agent import AgentConfig
-from qfleet.config.checks import check, check_count
+from qfleet.config.checks import MAX_PROCESSES, check, check_count
 from qfleet.config.errors import ConfigError
 from qfleet.config.lane_options import LaneOptions
+from qfleet.config.values import Config
 
 EnvironmentKind = Literal["in-graph", "host"]
 """in-graph: written in JAX, as part of the compiled program. host: from another library, outside the program."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Config):
     """The devices of a run, arranged as `data` times `model`. The same program runs on a mesh of any size."""
 
     data: int = 1
@@ -23,8 +24,9 @@ class MeshConfig:
     """Devices over which the network, its target and the optimiser's moments are divided."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("data", "model"):
-            check_count(f"mesh.{name}", getattr(self, name))
+            check_count(f"mesh.{name}", getattr(self, name), maximum=MAX_PROCESSES)
 
     @property
     def num_devices(self) -> int:
@@ -40,7 +42,7 @@ class Division(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TopologyConfig:
+class TopologyConfig(Config):
     """Where a run takes place. Each topology has a subclass, which tells the rest of qfleet what it must know of it."""
 
     name: ClassVar[str]

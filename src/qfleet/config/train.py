@@ -1,26 +1,41 @@
 """One run: what to learn, where, and when to evaluate, save and stop."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from qfleet.config.agent import AgentConfig
-from qfleet.config.checks import check, check_count, check_divides
+from qfleet.config.checks import (
+    MAX_COUNT,
+    MAX_EPISODES,
+    MAX_PROCESSES,
+    MAX_SEED,
+    MAX_SIZE,
+    check,
+    check_count,
+    check_counts,
+    check_divides,
+    check_positive,
+)
 from qfleet.config.errors import ConfigError
 from qfleet.config.topologies import FusedConfig
 from qfleet.config.topology import MeshConfig, TopologyConfig
+from qfleet.config.values import Config
 
 T = TypeVar("T", bound=TopologyConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Config):
     """One run: an environment, an agent, a topology, and when to evaluate, save and stop."""
 
     env: str
     """Name of the environment, as listed by `qfleet envs`."""
-    env_options: Mapping[str, float | bool | str] = dataclasses.field(default_factory=dict)
-    """Arguments of the function that makes the environment, such as ALE's `repeat_action_probability`."""
+    env_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of the function that makes the environment, such as ALE's `repeat_action_probability`.
+    On the command line: `--env-options max_episode_steps 50 is_slippery false map_name 8x8`. Lists, and text that looks
+    like a number, are written as in JSON: `'[0.5, 1]'`, `'"50"'`."""
     preset: str = "custom"
     """Name of the preset that the agent's settings came from. It is only recorded, and changes nothing."""
     agent: AgentConfig = dataclasses.field(default_factory=AgentConfig)
@@ -50,15 +65,19 @@ class TrainConfig:
     """Store the replay in checkpoints; without it a resumed run warms up anew and differs."""
 
     def __post_init__(self) -> None:
-        for name in ("num_seeds", "env_steps", "eval_period_env_steps", "eval_episodes", "checkpoints_kept"):
-            check_count(name, getattr(self, name))
+        super().__post_init__()
+        check_count("num_seeds", self.num_seeds, maximum=MAX_PROCESSES)
+        check_count("eval_episodes", self.eval_episodes, maximum=MAX_EPISODES)
+        check_counts(self, "env_steps", "eval_period_env_steps", "checkpoints_kept")
         if self.video_period_env_steps is not None:
             check_count("video_period_env_steps", self.video_period_env_steps)
         check_count("seed", self.seed, minimum=0)
-        check(self.seed + self.num_seeds <= 2**32, "seed + num_seeds", "at most 2**32", self.seed + self.num_seeds)
         check(
-            self.checkpoint_period_seconds > 0, "checkpoint_period_seconds", "positive", self.checkpoint_period_seconds
+            self.seed + self.num_seeds - 1 <= MAX_SEED, "seed + num_seeds", "at most 2**32", self.seed + self.num_seeds
         )
+        check_positive(self, "checkpoint_period_seconds", maximum=MAX_COUNT)
+        is_path = self.run_dir is None or (self.run_dir != "" and "\0" not in self.run_dir)
+        check(is_path, "run_dir", "the path of a folder", self.run_dir)
         mesh = self.topology.mesh
         check(
             self.num_seeds == 1 or mesh == MeshConfig(),
@@ -81,29 +100,41 @@ def _check_sizes(agent: AgentConfig, topology: TopologyConfig) -> None:
     """Checks that sizes of agent and topology fit together, and that 32 bits can index the arrays."""
     topology.check_agent(agent)
     num_lanes, over = topology.num_envs, topology.lane_division
+    check(num_lanes <= MAX_SIZE, "num_envs", f"at most {MAX_SIZE}", num_lanes)
     check_divides("num_envs", num_lanes, *over)
     if agent.replay == "none":
         _check_rollouts(agent, topology)
         return
     check_divides("batch_size", agent.batch_size, *topology.batch_division)
-    check(agent.replay_capacity < 2**31, "replay_capacity", "below 2**31", agent.replay_capacity)
     fewest = num_lanes * (agent.n_step + 2)
     if agent.replay_capacity < fewest:
         raise ConfigError(
             f"replay_capacity must hold at least n_step + 2 steps of each lane, got replay_capacity="
-            f"{agent.replay_capacity}, num_envs={num_lanes}, n_step={agent.n_step}; try {fewest}"
+            f"{agent.replay_capacity}, num_envs={num_lanes}, n_step={agent.n_step}; "
+            f"try {fewest if fewest <= MAX_SIZE else 'a smaller num_envs or n_step'}"
         )
+    per_row = num_lanes / agent.env_steps_per_learner_step
+    check(
+        per_row <= MAX_SIZE,
+        "num_envs / env_steps_per_learner_step, the learner steps after one step of all lanes,", f"at most {MAX_SIZE}",
+        per_row,
+    )  # fmt: skip
 
 
 def _check_rollouts(agent: AgentConfig, topology: TopologyConfig) -> None:
     num_lanes, over = topology.num_envs, topology.lane_division
     num_samples = num_lanes * agent.rollout_length
-    check(num_samples < 2**31, "num_envs x rollout_length", "below 2**31", num_samples)
+    check(num_samples <= MAX_SIZE, "num_envs x rollout_length", f"at most {MAX_SIZE}", num_samples)
     num_own = num_samples // over.num_shares
     if num_own % agent.num_minibatches:
-        fitting = max(n for n in range(1, agent.num_minibatches) if num_own % n == 0)
         raise ConfigError(
             f"num_minibatches must divide num_envs x rollout_length (over {over.name}), got num_minibatches="
             f"{agent.num_minibatches}, {num_lanes} x {agent.rollout_length} / {over.num_shares} = {num_own}; "
-            f"try {fitting}"
+            f"try {_largest_divisor(num_own, agent.num_minibatches)}"
         )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """Returns the largest divisor of a number that is at most `limit`."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return max(n for n in (*low, *(number // n for n in low)) if n <= limit)

@@ -115,7 +115,7 @@ def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
     """Returns gradient clipping followed by the Optax optimiser that `config` names.
 
     Raises:
-      ConfigError: if Optax has no such optimiser, or the optimiser doesn't take these options.
+      ConfigError: if Optax has no such optimiser, or the optimiser doesn't take these options or values.
     """
     known = _optimisers()
     if config.optimiser not in known:
@@ -130,7 +130,14 @@ def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
             f"optimiser_options must be arguments of optax.{config.optimiser}, got {', '.join(unknown)}; "
             f"it takes {', '.join(options)}"
         )
-    optimiser = make(learning_rate=_learning_rate(config), **config.optimiser_options)
+    try:
+        optimiser = make(learning_rate=_learning_rate(config), **config.optimiser_options)
+        jax.eval_shape(lambda params: optimiser.update(params, optimiser.init(params), params), {"w": jnp.ones((2, 2))})
+    except Exception as error:  # whatever Optax makes of a value
+        raise ConfigError(
+            f"optimiser_options must be values that optax.{config.optimiser} can compute with, got "
+            f"{dict(config.optimiser_options)} ({type(error).__name__}: {error}); choose other options"
+        ) from error
     if config.max_gradient_norm is not None:
         optimiser = optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optimiser)
     return _flattened_if_small(optimiser) if config.optimiser in ELEMENTWISE else optimiser

@@ -112,10 +112,11 @@ def _make_registered(name: str, make: _Make, **options: Any) -> "InGraphEnv | Ho
     return env
 
 
-def default_topology(name: str) -> str:
+def default_topology(name: str, **options: Any) -> str:
     """Returns the name of the topology that suits an environment: `fused` if it is written in JAX, or `overlapped`.
 
-    The name tells which kind an environment is, unless the user registered it. Then this makes the environment to see.
+    The name tells which kind an environment is, unless the user registered it. Then this makes the environment, with
+    these options, to see.
     """
     backend, separator, _ = name.partition(":")
     if name in _OURS or backend == "gymnax":
@@ -128,7 +129,7 @@ def default_topology(name: str) -> str:
 
     from qfleet.envs.host import HostEnv
 
-    return "overlapped" if isinstance(_registered[local_name](), HostEnv) else "fused"
+    return "overlapped" if isinstance(make_env(name, **options), HostEnv) else "fused"
 
 
 def check_env(env: "InGraphEnv | HostEnv", name: str) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,10 +11,11 @@ from qfleet.config import TrainConfig
 from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
 from qfleet.core.keys import Stream, key_of
-from qfleet.core.types import Params
+from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
+from qfleet.topologies.footprint import evaluation_shapes
 
 
 class HostEvaluator:
@@ -68,6 +70,13 @@ class Evaluator:
         if self._host:
             return self._host.returns(params, num_episodes, seed_of(*numbers))[None]
         return np.asarray(self._in_graph(params, key_of(*numbers), num_episodes))[None]
+
+    def shapes(self, num_episodes: int, stored: EnvSpec) -> Any:
+        """Returns the shapes of the episodes that it plays at once in a compiled program; empty if it plays in lanes.
+
+        Args: as for `evaluation_shapes`.
+        """
+        return () if isinstance(self._env, HostEnv) else evaluation_shapes(self._env, stored, num_episodes)
 
     def close(self) -> None:
         """Ends the lanes; may be called twice."""

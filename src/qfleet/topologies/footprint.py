@@ -18,6 +18,7 @@ from qfleet.config import AgentConfig, ConfigError, TrainConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import ReplayState
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
+from qfleet.envs.spec import InGraphEnv
 from qfleet.networks.partition import MODEL_AXIS
 from qfleet.runtime.devices import available_bytes, describe_memory
 from qfleet.topologies.schedule import rows_per_iteration
@@ -26,6 +27,7 @@ HEADROOM = 0.1
 """Fraction of the memory left for the replay that a suggested capacity keeps free for temporaries."""
 
 REPLAY_PARTS = ("replay", "priorities")
+EVALUATION_PART = "evaluation"
 
 Placed = tuple[Any, Any]
 """Shapes of one replica's arrays, and how they are divided: a tree of `PartitionSpec`s or a prefix of one."""
@@ -45,7 +47,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Everything that a run keeps on its devices between steps, and the batch that it learns from."""
+    """Everything that a run keeps on its devices between steps and in an evaluation, and the batch it learns from."""
 
     axes: Mapping[str, int]
     """Number of devices along each axis of the mesh."""
@@ -64,7 +66,14 @@ class Footprint:
 
 
 def make_footprint(
-    axes: Mapping[str, int], devices: tuple[Any, ...], *, learner: Placed, lanes: Placed, replay: Placed, batch: Placed
+    axes: Mapping[str, int],
+    devices: tuple[Any, ...],
+    *,
+    learner: Placed,
+    lanes: Placed,
+    replay: Placed,
+    batch: Placed,
+    evaluation: Placed = ((), ()),
 ) -> Footprint:
     """Returns the footprint of a run.
 
@@ -75,6 +84,7 @@ def make_footprint(
       lanes: the arrays that lanes keep on the devices.
       replay: a `ReplayState`, or `()`.
       batch: the data of one learner step, or of one round of them.
+      evaluation: the episodes that an evaluation plays at once; none if it plays them outside the compiled program.
     """
     (state, specs), (stored, stored_specs) = learner, replay
     placed = {
@@ -84,6 +94,7 @@ def make_footprint(
         "lanes": lanes,
         "replay": _without_tree(stored, stored_specs),
         "priorities": (stored.tree, stored_specs.tree) if isinstance(stored, ReplayState) else ((), ()),
+        EVALUATION_PART: evaluation,
         "batch": batch,
     }
     parts = tuple(_part(name, axes, *each) for name, each in placed.items() if jax.tree.leaves(each[0]))
@@ -144,6 +155,21 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
     return Regression(obs, action, number, number)
 
 
+def evaluation_shapes(env: InGraphEnv, stored: EnvSpec, num_episodes: int) -> Any:
+    """Returns the shapes of what an evaluation keeps of the episodes that it plays at once in a compiled program.
+
+    Args:
+      env: the environment.
+      stored: the spec of observations in the network's storage layout.
+      num_episodes: number of episodes of one replica.
+    """
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_episodes))
+    state, _ = jax.eval_shape(jax.vmap(env.reset), keys)
+    view = jax.ShapeDtypeStruct((num_episodes, *stored.agent_observation_shape), stored.observation_dtype)
+    has_ended, episode_return = (jax.ShapeDtypeStruct((num_episodes,), dtype) for dtype in (np.bool_, np.float32))
+    return state, view, has_ended, episode_return
+
+
 def check_fits(config: TrainConfig, footprint: Footprint, footprint_of: Callable[[TrainConfig], Footprint]) -> None:
     """Checks that a run fits into the memory of its devices, if they report how much they have.
 
@@ -180,6 +206,7 @@ def _remedy(
     remedies = []
     for name, others in (
         ("replay_capacity", _with_less_replay(config, footprint, limit)),
+        ("eval_episodes", _with_fewer_episodes(config, footprint, limit)),
         ("mesh.data", _with_more_devices(config)),
     ):
         for value, make in others:
@@ -199,16 +226,26 @@ _Others = list[tuple[int, Callable[[], TrainConfig]]]
 
 
 def _with_less_replay(config: TrainConfig, footprint: Footprint, limit: int) -> _Others:
-    replay = footprint.bytes_per_device_of(*REPLAY_PARTS)
-    left = limit - (footprint.bytes_per_device - replay)
-    if not replay or left <= 0:
-        return []
-    capacity = _rounded_down(int(config.agent.replay_capacity * (1 - HEADROOM) * left / replay))
+    share = _fitting_share(footprint, limit, *REPLAY_PARTS)
+    capacity = _rounded_down(int(config.agent.replay_capacity * share))
 
     def make() -> TrainConfig:
         return dataclasses.replace(config, agent=dataclasses.replace(config.agent, replay_capacity=capacity))
 
-    return [(capacity, make)]
+    return [(capacity, make)] if share else []
+
+
+def _with_fewer_episodes(config: TrainConfig, footprint: Footprint, limit: int) -> _Others:
+    share = _fitting_share(footprint, limit, EVALUATION_PART)
+    num_episodes = _rounded_down(int(config.eval_episodes * share))
+    return [(num_episodes, lambda: dataclasses.replace(config, eval_episodes=num_episodes))] if share else []
+
+
+def _fitting_share(footprint: Footprint, limit: int, *names: str) -> float:
+    """Returns the fraction of these parts that would fit, or 0 if the others alone are too large."""
+    size = footprint.bytes_per_device_of(*names)
+    left = limit - (footprint.bytes_per_device - size)
+    return (1 - HEADROOM) * left / size if size and left > 0 else 0.0
 
 
 def _with_more_devices(config: TrainConfig) -> _Others:

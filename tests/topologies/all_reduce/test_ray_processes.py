@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from other_processes import command_of, lives, wait_until
 
 import qfleet
 from qfleet.config import AllReduceConfig, ConfigError, RunFailed
@@ -285,28 +285,36 @@ def test_a_node_that_can_not_run_qfleet_is_an_error_with_its_reason(cluster, tmp
 def test_nothing_is_left_behind_of_a_local_ray(tmp_path: Path, ending: str) -> None:
     pytest.importorskip("ray")
     run_dir = tmp_path / "run"
-    flags = ["--topology=all-reduce", "--num-processes=2", "--ray-address=local", f"--run-dir={run_dir}"]
+    flags = ["--topology=all-reduce", "--num-processes=2", "--ray-address=local", "--silence-seconds=300"]
     env_steps = 2048 if ending == "its end" else 100_000_000
-    command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", *flags, f"--env-steps={env_steps}"]
-    output = (tmp_path / "output").open("w+")
-    # In a session of its own, whose number marks all of Ray's processes.
-    launcher = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    flags += [f"--run-dir={run_dir}", f"--env-steps={env_steps}"]
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", *flags]
+        # In a session of its own, whose number marks all of Ray's processes.
+        launcher = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         if ending != "its end":
-            wait_until(lambda: (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").stat().st_size > 0)
-            assert len(peers_of(run_dir)) == 2
-            os.killpg(launcher.pid, signal.Signals[ending]) if ending == "SIGINT" else launcher.kill()
+            wait_until(lambda: has_begun(run_dir) or launcher.poll() is not None)
+            assert launcher.poll() is None, output.read_text()
+            if ending == "SIGINT":
+                os.killpg(launcher.pid, signal.SIGINT)
+            else:
+                launcher.kill()
         code = launcher.wait()
     finally:
         launcher.kill()
         launcher.wait()
-    output.seek(0)
-    assert code == (-signal.SIGKILL if ending == "SIGKILL" else 0), output.read()
-    output.close()
+    assert code == (-signal.SIGKILL if ending == "SIGKILL" else 0), output.read_text()
     wait_until(lambda: not peers_of(run_dir))
     # Where Ray isn't ended in order, two helpers of its own look for the rest of it for another minute.
     helpers = ("ray::DashboardAgent", "ray::RuntimeEnvAgent") if ending == "SIGKILL" else ()
     wait_until(lambda: not [pid for pid in of_session(launcher.pid) if not in_words(pid).startswith(helpers)])
+
+
+def has_begun(run_dir: Path) -> bool:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def of_session(number: int) -> list[int]:
@@ -330,23 +338,3 @@ def peers_of(folder: Path) -> list[int]:
 
 def all_processes() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal()]
-
-
-def command_of(pid: int) -> list[str]:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def lives(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Returns once it holds; where it never does, the test's own time runs out."""
-    while not holds():
-        time.sleep(0.1)

@@ -11,7 +11,7 @@ from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.records import Progress, Sum, make_progress, mean, sum_of
 from qfleet.topologies.actor_learner.learner import batches_per_round
-from qfleet.topologies.base import Layout, check_loss
+from qfleet.topologies.base import check_loss
 from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 
@@ -112,20 +112,3 @@ class ActorLearner(OnRay):
         if self._config.checkpoint_replay:
             state["replay"] = join_shards(self._director.snapshots(), self._pool)
         return state
-
-    @property
-    def counters(self) -> dict[str, Any]:
-        """Counters that `restore` needs beside `state`."""
-        return {
-            "env_steps": self.env_steps,
-            "learner_steps": self.learner_steps,
-            "replay_starts_at": self._director.rate_limiter.replay_starts_at,
-            "version": self._director.version,
-            "incarnations": list(self._director.incarnations),
-        }
-
-    @property
-    def layout(self) -> Layout:
-        """Layout of the arrays in a checkpoint: those of equal layouts have the same shapes and the same order."""
-        num_segments, num_lanes = self._topology.num_actors, self._topology.lanes_per_actor
-        return Layout(topology="actor-learner", num_segments=num_segments, lanes_per_segment=num_lanes)

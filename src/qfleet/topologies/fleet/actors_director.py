@@ -123,6 +123,20 @@ class ActorsDirector(Director[S], Generic[S, A]):
         self._post(lambda: self._restore_processes(state, incarnation, counters.get("version", 0)))
 
     @property
+    def counters(self) -> dict[str, Any]:
+        """The counts that `restore` needs in addition to the state and to the numbers of steps."""
+        return {
+            "replay_starts_at": self.rate_limiter.replay_starts_at,
+            "version": self.version,
+            "incarnations": list(self.incarnations),
+        }
+
+    @property
+    @abc.abstractmethod
+    def version(self) -> int:
+        """Version of the newest parameters that actors can fetch; it never decreases."""
+
+    @property
     def num_ready_actors(self) -> int:
         """Number of actors that are ready."""
         return sum(actor.process.is_ready for actor in self._actors)

@@ -114,6 +114,11 @@ class Director(abc.ABC, Generic[S]):
     def _is_busy(self) -> bool:
         """Returns whether anything is on its way to the vital processes."""
 
+    @property
+    @abc.abstractmethod
+    def counters(self) -> dict[str, Any]:
+        """The counts that `restore` needs in addition to the state and to the numbers of steps."""
+
     @abc.abstractmethod
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Makes all processes go on from a checkpoint, before the first `resume`.

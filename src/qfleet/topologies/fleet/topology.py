@@ -17,7 +17,7 @@ from qfleet.core.types import Network, stored_spec
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.base import StateIsLost, Topology
+from qfleet.topologies.base import Layout, StateIsLost, Topology
 from qfleet.topologies.evaluator import Evaluator
 from qfleet.topologies.fleet.replay_shard import make_whole_replay
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
@@ -74,6 +74,7 @@ class OnRay(Topology):
             lanes=((), REPLICATED),
             replay=(replay, jax.tree.map(lambda x: REPLICATED, replay)),
             batch=(batch_shapes(self._stored_spec, self._config.agent, self._pool.num_lanes, 1), REPLICATED),
+            evaluation=(self._evaluator.shapes(self._config.eval_episodes, self._stored_spec), REPLICATED),
         )
 
     def start(self) -> float:
@@ -137,6 +138,20 @@ class OnRay(Topology):
     def _is_prioritised(self) -> bool:
         """Whether the replays keep priorities; `ReplayShard` does even for uniform sampling."""
         return True
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """The counts that `restore` needs in addition to `state`."""
+        return {"env_steps": self.env_steps, "learner_steps": self.learner_steps, **self._director.counters}
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the checkpoints that it saves."""
+        return Layout(
+            topology=self._config.topology.name,
+            num_segments=self._pool.num_actors,
+            lanes_per_segment=self._pool.lanes_per_actor,
+        )
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Goes on from a checkpoint. If it has no replay, an empty one is filled in a new warm-up.

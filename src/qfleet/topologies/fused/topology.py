@@ -25,7 +25,7 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import num_shards
 from qfleet.runtime.records import Progress, Sum, make_progress
 from qfleet.topologies.base import Layout, OwnLearner, check_loss
-from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
+from qfleet.topologies.footprint import Footprint, batch_shapes, evaluation_shapes, make_footprint
 from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState, Program, make_program, partition_state
 from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
 from qfleet.topologies.restoring import read_state
@@ -60,7 +60,7 @@ class Fused(OwnLearner):
         )
         self._program = self._make_program(self._placement.replicas)
         self._config = config
-        self._env_name = env.spec.name
+        self._env, self._env_name = env, env.spec.name
         self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
         self.env_steps = self.learner_steps = self._replay_starts_at = 0
         self._seconds_per_iteration = CHUNK_SECONDS  # a guess that makes the first chunk one iteration
@@ -113,11 +113,15 @@ class Fused(OwnLearner):
         batch = batch_shapes(
             self._stored_spec, self._config.agent, self._config.topology.num_envs, mesh.shape[DATA_AXIS]
         )
+        num_episodes = math.ceil(self._config.eval_episodes / mesh.shape[DATA_AXIS])
+        episodes = evaluation_shapes(self._env, self._stored_spec, num_episodes)
         axes, devices, batch_specs = mesh.shape, mesh.local_devices, PartitionSpec(DATA_AXIS)
         if self._config.num_seeds > 1:
             devices = self._devices_of_seeds
             axes, share, split = {"seeds": len(devices)}, self._config.num_seeds // len(devices), PartitionSpec("seeds")
-            shapes, batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((share, *x.shape), x.dtype), (shapes, batch))
+            shapes, batch, episodes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((share, *x.shape), x.dtype), (shapes, batch, episodes)
+            )
             specs, batch_specs = jax.tree.map(lambda x: split, shapes), split
         return make_footprint(
             axes,
@@ -126,6 +130,7 @@ class Fused(OwnLearner):
             lanes=(shapes.actor, specs.actor),
             replay=(shapes.replay, specs.replay),
             batch=(batch, batch_specs),
+            evaluation=(episodes, batch_specs),
         )
 
     @property

@@ -119,9 +119,9 @@ class GossipDirector(Director[GossipStats]):
         self.begin_with(leaves_of(state["learner"]), state.get("replay"))
 
     @property
-    def replay_starts_at(self) -> int:
-        """Environment steps when the replay was last empty, summed over the peers."""
-        return sum(peer.replay_starts_at for peer in self._peers)
+    def counters(self) -> dict[str, Any]:
+        """The counts that `restore` needs in addition to the state and to the numbers of steps."""
+        return {"replay_starts_at": sum(peer.replay_starts_at for peer in self._peers)}
 
     @property
     def num_ready_peers(self) -> int:

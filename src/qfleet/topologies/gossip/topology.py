@@ -17,7 +17,7 @@ from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.records import Progress, make_progress, mean, sum_of, weighted_sum
-from qfleet.topologies.base import Layout, OwnLearner, StateIsLost
+from qfleet.topologies.base import OwnLearner, StateIsLost
 from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 from qfleet.topologies.footprint import Footprint, Part
@@ -186,27 +186,12 @@ class Gossip(OnRay):
         return jax.tree.map(np.array, SavedReplay(state.ring, replay.leaves(state), state.max_priority))
 
     @property
-    def counters(self) -> dict[str, int]:
-        """The counters that `restore` needs besides `state`."""
-        return {
-            "env_steps": self.env_steps,
-            "learner_steps": self.learner_steps,
-            "replay_starts_at": self._director.replay_starts_at,
-        }
-
-    @property
     def _replay_shape(self) -> tuple[int, int]:
         return self._own.agent.replay_capacity // self._pool.lanes_per_actor, self._pool.num_lanes
 
     @property
     def _is_prioritised(self) -> bool:
         return self._config.agent.replay == "prioritised"
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of the checkpoints that it saves."""
-        num_segments, num_lanes = self._pool.num_actors, self._pool.lanes_per_actor
-        return Layout(topology="gossip", num_segments=num_segments, lanes_per_segment=num_lanes)
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Continues from a checkpoint. Without a replay in it, the peers begin with empty ones and warm up again.

@@ -15,7 +15,7 @@ from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.records import Progress, make_progress, sum_of
-from qfleet.topologies.base import Layout, check_loss
+from qfleet.topologies.base import check_loss
 from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 
@@ -119,20 +119,3 @@ class ParameterServer(OnRay):
         if self._config.checkpoint_replay:
             state["replay"] = join_shards(self._director.snapshots(), self._pool)
         return state
-
-    @property
-    def counters(self) -> dict[str, Any]:
-        """What `restore` needs besides `state`."""
-        return {
-            "env_steps": self.env_steps,
-            "learner_steps": self.learner_steps,
-            "replay_starts_at": self._director.rate_limiter.replay_starts_at,
-            "version": self._director.version,
-            "incarnations": list(self._director.incarnations),
-        }
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of the checkpoints that it saves."""
-        num_segments, num_lanes = self._topology.num_workers, self._topology.lanes_per_worker
-        return Layout(topology="parameter-server", num_segments=num_segments, lanes_per_segment=num_lanes)

@@ -1,0 +1,107 @@
+"""How the text of a flag becomes a value: whole numbers as 1000 or 1e3, and options as what they look like."""
+
+import ast
+import collections.abc
+import contextlib
+import json
+import math
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+FLAG_TYPES = ConstructorRegistry()
+"""Rules for `tyro.cli(..., registry=FLAG_TYPES)`."""
+
+_WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+def read_flags(kinds: Mapping[str, Any], arguments: Sequence[str], prog: str) -> dict[str, Any]:
+    """Returns the flags that a command line gives, by name. A flag that isn't given is absent.
+
+    Args:
+      kinds: types of all flags, by name.
+      arguments: arguments of the command.
+      prog: name of the command in errors.
+
+    Raises:
+      SystemExit: if a flag is unknown, its value can't be read, or a required one is missing.
+    """
+    make: Any = typing.TypedDict
+    return dict(tyro.cli(make("Flags", dict(kinds), total=False), prog=prog, args=list(arguments), registry=FLAG_TYPES))
+
+
+@FLAG_TYPES.primitive_rule
+def _whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    if info.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda texts: _to_int(texts[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@FLAG_TYPES.primitive_rule
+def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    if info.type is not Any:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="VALUE",
+        instance_from_str=lambda texts: read_option(texts[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@FLAG_TYPES.primitive_rule
+def _mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+    if info.type_origin is not collections.abc.Mapping:
+        return None
+    read = float if typing.get_args(info.type)[1] is float else read_option
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME VALUE ...]",
+        instance_from_str=lambda texts: _to_dict(texts, read),
+        is_instance=lambda value: isinstance(value, collections.abc.Mapping),
+        str_from_instance=lambda value: [str(item) for pair in value.items() for item in pair],
+    )
+
+
+def _to_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+    if not math.isfinite(number) or number != math.floor(number):
+        raise ValueError(f"it must be a whole number, got {text[:50]}")
+    return int(number)
+
+
+def _to_dict(texts: list[str], read: Callable[[str], Any]) -> dict[str, Any]:
+    names = texts[::2]
+    if len(texts) % 2 or len(set(names)) < len(names):
+        raise ValueError(f"it must be pairs of a NAME and a VALUE, each name once, got {' '.join(texts)[:200]}")
+    return {name: read(text) for name, text in zip(names, texts[1::2], strict=True)}
+
+
+def read_option(text: str) -> Any:
+    """Returns the value of an option that is written as in JSON or in Python; any other text is itself.
+
+    `50` is a whole number, `0.5` and `1e-3` are numbers, `true` and `False` flags, `none` and `null` None, `[1, 2]` and
+    `('a', 'b')` lists, `8x8` and `"50"` text.
+    """
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    readers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
+    if not text.startswith(tuple("\"'[({")):
+        readers = () if "_" in text else (int, float)
+    for read in readers:
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return read(text)
+    return text

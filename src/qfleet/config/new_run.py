@@ -1,0 +1,98 @@
+"""Checks of a new run. A run's folder may hold a config that breaks them, because earlier versions took it."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from qfleet.config.agent import AgentConfig
+from qfleet.config.errors import ConfigError
+from qfleet.config.topology import TopologyConfig
+from qfleet.config.train import TrainConfig
+from qfleet.config.values import show
+
+
+class _Mode(NamedTuple):
+    """Values of one setting with which other settings have no effect."""
+
+    setting: str
+    values: tuple[str, ...]
+    without_effect: tuple[str, ...]
+    remedy: str
+
+
+_MODES = (
+    _Mode(
+        "replay", ("none",),
+        (
+            "double", "n_step", "batch_size", "replay_capacity", "warmup_env_steps", "env_steps_per_learner_step",
+            "target_update_period", "target_update_rate",
+        ),
+        "choose replay uniform or prioritised; without replay, trace_decay does the work of n_step",
+    ),
+    _Mode(
+        "replay", ("uniform", "prioritised"), ("rollout_length", "trace_decay", "num_epochs", "num_minibatches"),
+        "choose replay none",
+    ),
+    _Mode(
+        "replay", ("uniform", "none"),
+        ("priority_exponent", "importance_exponent_start", "importance_exponent_env_steps"),
+        "choose replay prioritised",
+    ),
+    _Mode("loss", ("squared",), ("huber_delta",), "choose loss huber"),
+    _Mode(
+        "learning_rate_schedule", ("constant",), ("learning_rate_end_fraction", "learning_rate_learner_steps"),
+        "choose another learning_rate_schedule, such as linear",
+    ),
+    _Mode("torso", ("mlp",), ("convolution",), "choose a torso with convolutions"),
+)  # fmt: skip
+
+
+def settings_without_effect(settings: Mapping[str, Any], topology: type[TopologyConfig]) -> dict[str, str]:
+    """Returns the fields of `AgentConfig` that have no effect in a run, each with the reason and the remedy.
+
+    Args:
+      settings: values of fields of `AgentConfig`; those left out have their defaults.
+      topology: class of the topology's config.
+    """
+    modes = vars(AgentConfig()) | dict(settings)
+    found = {name: f"come with {reason}" for name, reason in topology.settings_without_effect.items()}
+    for mode in _MODES:
+        if modes[mode.setting] in mode.values:
+            reason = f"be left out with {mode.setting} {modes[mode.setting]}, where it has no effect"
+            found |= dict.fromkeys(mode.without_effect, f"{reason}, got {{value}}; leave it out, or {mode.remedy}")
+    return found
+
+
+def check_new_run(config: TrainConfig) -> None:
+    """Checks that a new run learns, and that each of its settings has an effect or its default.
+
+    Raises:
+      ConfigError: if it doesn't.
+    """
+    agent, defaults = vars(config.agent), vars(AgentConfig())
+    for name, words in settings_without_effect(agent, type(config.topology)).items():
+        if agent[name] != defaults[name]:
+            raise ConfigError(f"{name} must {words.replace('{value}', show(agent[name]))}")
+    if config.agent.replay != "none":
+        _check_warmup(config)
+
+
+def _check_warmup(config: TrainConfig) -> None:
+    agent, warmup = config.agent, config.agent.warmup_env_steps
+    if warmup >= config.env_steps:
+        raise ConfigError(
+            f"warmup_env_steps must be below env_steps, or nothing is learned, got warmup_env_steps={warmup}, "
+            f"env_steps={config.env_steps}; try warmup_env_steps={config.env_steps // 10}, or more env_steps"
+        )
+    if warmup + agent.env_steps_per_learner_step > config.env_steps:
+        raise ConfigError(
+            f"env_steps_per_learner_step must leave time for a learner step after the warm-up, got "
+            f"env_steps_per_learner_step={agent.env_steps_per_learner_step:g}, warmup_env_steps={warmup}, "
+            f"env_steps={config.env_steps}; give more env_steps"
+        )
+    decays = "exploration_env_steps" not in config.topology.settings_without_effect
+    if decays and agent.exploration_end < agent.exploration_start and warmup >= agent.exploration_env_steps:
+        raise ConfigError(
+            f"warmup_env_steps must be below exploration_env_steps, or the exploration has decayed before anything is "
+            f"learned, got warmup_env_steps={warmup}, exploration_env_steps={agent.exploration_env_steps}; "
+            f"try exploration_env_steps={10 * warmup}"
+        )
