@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import qfleet
-from qfleet.cli.train_command import config_of as config_of_flags
 from qfleet.cli.train_command import parse
 from qfleet.config import ConfigError, FusedConfig, GossipConfig, OverlappedConfig, TrainConfig
 from qfleet.core.replay import NO_STEP
@@ -300,7 +299,7 @@ def test_a_batch_of_each_peer_need_not_divide_over_the_peers():
 
 
 def test_the_command_line_has_it():
-    config = config_of_flags(parse(["CartPole-v1", "--topology", "gossip", "--num-processes", "4"]))
+    config = parse(["CartPole-v1", "--topology", "gossip", "--num-processes", "4"]).config
     assert config.topology == GossipConfig(num_processes=4)
 
 
