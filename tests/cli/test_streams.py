@@ -17,7 +17,9 @@ import qfleet.api
 from qfleet.cli.main import main
 from qfleet.cli.show import status_line
 from qfleet.cli.streams import only_the_answer_on_stdout
+from qfleet.policy import EvaluationOptions
 from qfleet.runtime.activity import announce
+from qfleet.runtime.evaluation import Episodes
 
 QFLEET = f"{sys.executable} -m qfleet"
 
@@ -50,12 +52,17 @@ def test_eval_prints_nothing_but_json_whatever_the_environment_prints(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def load(*_: Any, **__: Any) -> Any:
-        def evaluate(*_: Any, **__: Any) -> np.ndarray:
+        def play_episodes(*_: Any, **__: Any) -> Episodes:
             print_everywhere()
-            return np.array([1.0, 3.0])
+            return Episodes(np.array([1.0, 3.0]), np.array([1, 3]), np.array([5, 6]), np.array([False, False]))
 
         print_everywhere()
-        return SimpleNamespace(evaluate=evaluate, spec=SimpleNamespace(name="Loud-v0"))
+        return SimpleNamespace(
+            play_episodes=play_episodes,
+            spec=SimpleNamespace(name="Loud-v0"),
+            options=EvaluationOptions(),
+            episode_limit=lambda options: 10,
+        )
 
     monkeypatch.setattr(qfleet.api, "load", load)
     assert main(["eval", str(tmp_path), "--episodes", "2", "--json"]) == 0

@@ -42,4 +42,4 @@ def test_a_log_has_the_return_of_each_of_several_seeds(
     returns: tuple[tuple[float, ...], ...] | None, expected: dict[str, float | None]
 ) -> None:
     logged = dataclasses.replace(EMPTY, eval_returns=returns).metrics()
-    assert {name: value for name, value in logged.items() if name.startswith("eval")} == expected
+    assert {name: value for name, value in logged.items() if name.startswith("eval_return_mean")} == expected

@@ -9,14 +9,15 @@ import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.cli.run_folder import RUN_HELP, find_run
-from qfleet.cli.show import status_line
+from qfleet.cli.show import evaluation_in_words, status_line
 from qfleet.cli.streams import only_the_answer_on_stdout
+from qfleet.config import RunFailed
 from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EvalFlags:
-    """Plays greedy episodes with what a run has learned, on seeds that training does not use."""
+    """Plays episodes with what a run has learned, on seeds that training does not use."""
 
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     episodes: int = 100
@@ -27,6 +28,14 @@ class _EvalFlags:
     """Seed to evaluate, of a run with several seeds. The default is the first one."""
     seed: int = 0
     """Seed of the episodes."""
+    exploration: float | None = None
+    """Probability of a random action. The default is the run's eval_exploration."""
+    max_episode_steps: int | None = None
+    """Environment steps after which an episode is cut. The default is the limit of the run's evaluations."""
+    num_env_workers: int | None = None
+    """Processes that step an environment that isn't written in JAX. The default is as in training."""
+    trust: bool = False
+    """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
     json: bool = False
     """Print one line of JSON."""
 
@@ -44,13 +53,23 @@ def run(arguments: Sequence[str]) -> int:
 
     with only_the_answer_on_stdout(flags.json), status_line():
         announce("loading")
-        policy = load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed)
+        policy = load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
+        given = {name: getattr(flags, name) for name in ("exploration", "max_episode_steps", "num_env_workers")}
+        given = {name: value for name, value in given.items() if value is not None}
+        options = dataclasses.replace(policy.options, **given)
         announce(f"evaluating {flags.episodes} episodes")
-        returns = policy.evaluate(flags.episodes, flags.seed).tolist()
+        episodes = policy.play_episodes(flags.episodes, flags.seed, options)
+    returns = episodes.returns.tolist()
+    if not returns:
+        raise RunFailed(f"{policy.spec.name} failed in every episode")
     result = {
         "run": run_dir,
         "env": policy.spec.name,
-        "episodes": flags.episodes,
+        "episodes": len(returns),
+        "different_episodes": int(episodes.num_different()),
+        "cut_episodes": int(episodes.was_cut.sum()),
+        "episode_limit": policy.episode_limit(options),
+        "exploration": options.exploration,
         "return_mean": statistics.fmean(returns),
         "return_std": statistics.pstdev(returns),
         "return_min": min(returns),
@@ -62,8 +81,15 @@ def run(arguments: Sequence[str]) -> int:
 
         print(strict_json(result))
     else:
+        words = evaluation_in_words(
+            len(returns),
+            num_different=result["different_episodes"],
+            num_cut=result["cut_episodes"],
+            limit=result["episode_limit"],
+            exploration=options.exploration,
+        )
         print(
-            f"{policy.spec.name}: mean greedy return {result['return_mean']:.1f} over {flags.episodes} episodes "
+            f"{policy.spec.name}: mean greedy return {result['return_mean']:.1f} {words} "
             f"(std {result['return_std']:.1f}, min {result['return_min']:.1f}, max {result['return_max']:.1f})"
         )
     return 0

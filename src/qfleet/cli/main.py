@@ -5,7 +5,6 @@ ends it cleanly, with exit code 0.
 """
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -45,8 +44,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # so that MODULE:NAME finds the user's module, as with `python -m qfleet`
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()  # here, where a failure has an exit code

@@ -24,8 +24,6 @@ def main() -> int:
     from qfleet.runtime import peers
 
     reporter = peers.Reporter(arguments.report_descriptor)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # so that MODULE:NAME finds the user's module
     try:
         from qfleet.training.peer import run_peer
 

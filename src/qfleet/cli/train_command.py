@@ -12,9 +12,7 @@ from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import replace_alias, take_mesh, topology_flags, value_of
 from qfleet.cli.train_help import show_help
 from qfleet.config import AgentConfig, MeshConfig, TrainConfig
-from qfleet.presets import make_config
-
-DEFAULT_PRESET = "pqn"
+from qfleet.presets import make_config, make_explained_config
 
 _Env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV")]
 
@@ -32,14 +30,16 @@ class TrainRequest(NamedTuple):
 
     config: TrainConfig
     quiet: bool
+    reason: str
+    """Why the preset was chosen; empty if the user named it."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Trains the run that the flags describe."""
-    config, quiet = parse(arguments)
+    config, quiet, reason = parse(arguments)
     from qfleet.api import iterate
 
-    return follow(lambda: iterate(config), quiet=quiet)
+    return follow(lambda: iterate(config), quiet=quiet, reason=reason)
 
 
 def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
@@ -59,13 +59,14 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
     quiet = given.pop("quiet", False)
     if mesh := take_mesh(given):
         given["mesh"] = MeshConfig(**mesh)
-    env, preset = given.pop("env"), given.pop("preset", DEFAULT_PRESET)
-    return TrainRequest(make_config(env, preset, given.pop("topology", None), **given), quiet)
+    env, preset = given.pop("env"), given.pop("preset", None)
+    config, reason = make_explained_config(env, preset, given.pop("topology", None), **given)
+    return TrainRequest(config, quiet, reason)
 
 
 def _show_help(arguments: Sequence[str], prog: str) -> None:
     """Shows all flags, with the defaults of the preset and environment that are named, and exits."""
-    preset, topology = value_of("--preset", arguments) or DEFAULT_PRESET, value_of("--topology", arguments)
+    preset, topology = value_of("--preset", arguments), value_of("--topology", arguments)
     is_env_known = not arguments[0].startswith("-")
     env, topology = (arguments[0], topology) if is_env_known else ("ENV", topology or "fused")
     show_help(make_config(env, preset, topology), prog, registry=FLAG_TYPES)

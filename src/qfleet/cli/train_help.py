@@ -14,7 +14,10 @@ from qfleet.config import TOPOLOGIES, AgentConfig, TrainConfig
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "run": ("env_options", "preset", "seed", "num_seeds", "env_steps", "stop_return", "run_dir", "quiet"),
-    "evaluation": ("eval_period_env_steps", "eval_episodes", "video_period_env_steps"),
+    "evaluation": (
+        "eval_period_env_steps", "eval_episodes", "eval_exploration", "eval_max_episode_steps",
+        "video_period_env_steps",
+    ),
     "checkpoint": ("checkpoint_period_seconds", "checkpoints_kept", "checkpoint_replay"),
     "learning": (
         "discount", "double", "n_step", "loss", "huber_delta", "target_update_period", "target_update_rate",
@@ -60,7 +63,10 @@ def show_help(config: TrainConfig, prog: str, **more: Any) -> None:
       SystemExit: always.
     """
     texts = field_texts(TrainConfig) | field_texts(AgentConfig)
-    texts["preset"] = "Preset that the defaults of the other settings come from, as listed by `qfleet presets`."
+    texts["preset"] = (
+        "Preset that the defaults of the other settings come from, as listed by `qfleet presets`. "
+        "By default, preset and settings are chosen for the environment and the topology."
+    )
     texts["quiet"] = "Print nothing but errors."
     values: dict[str, Any] = {"quiet": (bool, False)}
     for owner in (config.agent, config):

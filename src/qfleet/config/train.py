@@ -52,6 +52,13 @@ class TrainConfig(Config):
     """Environment steps between greedy evaluations."""
     eval_episodes: int = 20
     """Greedy episodes per evaluation."""
+    eval_exploration: float = 0.0
+    """Probability of a uniformly random action in evaluations.
+    Without any, a greedy policy plays the same few episodes again and again where the environment is deterministic."""
+    eval_max_episode_steps: int | None = None
+    """Environment steps after which an evaluation cuts an episode; None leaves it to the environment's time limit.
+    Without a time limit, None means ten times the mean length of training episodes, between 1,000 and 27,000, or less
+    if evaluations would take more environment steps than training."""
     video_period_env_steps: int | None = None
     """Environment steps between videos of a greedy episode; None records none.
     Each video is recorded at the next evaluation."""
@@ -71,6 +78,9 @@ class TrainConfig(Config):
         check_counts(self, "env_steps", "eval_period_env_steps", "checkpoints_kept")
         if self.video_period_env_steps is not None:
             check_count("video_period_env_steps", self.video_period_env_steps)
+        check(0 <= self.eval_exploration < 1, "eval_exploration", "at least 0 and below 1", self.eval_exploration)
+        if self.eval_max_episode_steps is not None:
+            check_count("eval_max_episode_steps", self.eval_max_episode_steps, maximum=MAX_SIZE)
         check_count("seed", self.seed, minimum=0)
         check(
             self.seed + self.num_seeds - 1 <= MAX_SEED, "seed + num_seeds", "at most 2**32", self.seed + self.num_seeds
@@ -84,6 +94,29 @@ class TrainConfig(Config):
             "num_seeds", "1 on a mesh, because several seeds are spread over the devices without one", self.num_seeds,
         )  # fmt: skip
         _check_sizes(self.agent, self.topology)
+
+    def with_schedule_lengths(self) -> "TrainConfig":
+        """Returns the config with numbers in place of schedules that last until the end of the run.
+
+        A run's folder keeps the result. So a run that is extended later keeps the schedules that it began with, and
+        what it learns doesn't depend on where it was interrupted.
+        """
+        agent = self.agent
+        lengths: dict[str, Any] = {
+            "importance_exponent_env_steps": self.env_steps,
+            "learning_rate_learner_steps": max(1, self.num_learner_steps),
+        }
+        lengths = {name: length for name, length in lengths.items() if getattr(agent, name) is None}
+        return dataclasses.replace(self, agent=dataclasses.replace(agent, **lengths)) if lengths else self
+
+    @property
+    def num_learner_steps(self) -> int:
+        """Learner steps of the whole run, over all processes, up to what its last chunk adds."""
+        agent = self.agent
+        if agent.replay == "none":
+            num_rollouts = math.ceil(self.env_steps / (self.topology.num_envs * agent.rollout_length))
+            return num_rollouts * agent.num_epochs * agent.num_minibatches
+        return int(max(0, self.env_steps - agent.warmup_env_steps) / agent.env_steps_per_learner_step)
 
     def topology_as(self, kind: type[T]) -> T:
         """Returns the topology's config with its own type, for code that belongs to that topology only.

@@ -1,9 +1,9 @@
 """The metrics of a run: one line of JSON per progress record, and the same numbers for TensorBoard."""
 
-import json
+import itertools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -11,6 +11,10 @@ from typing import Any, Self, TextIO
 from qfleet.config import ConfigError
 from qfleet.runtime.process import seconds_since_process_start
 from qfleet.runtime.run_directory import RunDirectory, strict_json
+from qfleet.runtime.run_files import UnusableFile, open_to_append, parse_json, read_lines, shortened, temporary_of
+
+_BEGINNING = b'{"env_steps": '
+"""How every line begins."""
 
 
 class MetricsWriter:
@@ -39,28 +43,39 @@ class MetricsWriter:
           ConfigError: if any other line isn't a record.
         """
         path = self._run.metrics_path
-        kept: list[str] = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = json.loads(line)
-                    is_late = record["env_steps"] > env_steps
-                    seconds = float(record["wall_seconds"])
-                except (ValueError, TypeError, KeyError) as error:
-                    if number == len(lines) and not line.endswith("\n"):
-                        break
-                    raise ConfigError(
-                        f"each line of metrics.jsonl must be a record, got {line.strip()!r}, line {number} of {path}; "
-                        f"repair or remove that line"
-                    ) from error
-                if not is_late:
-                    kept.append(line if line.endswith("\n") else line + "\n")
-                    self._earlier_seconds = max(self._earlier_seconds, seconds)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
+        try:
+            lines = read_lines(path)
+            first = next(lines, b"")
+        except FileNotFoundError:
+            first, lines = b"", iter(())
+        except (OSError, UnusableFile) as error:
+            raise ConfigError(f"metrics.jsonl must be a readable file, got {path} ({error}); move it away") from error
+        if first:
+            temporary = temporary_of(path)
+            with temporary.open("xb") as file:
+                file.writelines(self._records_until(env_steps, itertools.chain([first], lines)))
             os.replace(temporary, path)
         self._purge_step = env_steps + 1
+
+    def _records_until(self, env_steps: int, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Yields the lines of the records up to `env_steps`, and notes the time that they tell of."""
+        number, line = 0, b""
+        try:
+            for line in lines:
+                number += 1
+                record = parse_json(line)
+                is_late = record["env_steps"] > env_steps
+                seconds = float(record["wall_seconds"])
+                if not is_late:
+                    yield line if line.endswith(b"\n") else line + b"\n"
+                    self._earlier_seconds = max(self._earlier_seconds, seconds)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            if not line.endswith(b"\n") and line.startswith(_BEGINNING[: len(line)]):  # the last line, cut off
+                return
+            raise ConfigError(
+                f"each line of metrics.jsonl must be a record, got {shortened(str(line.strip()), 100)}, line {number} "
+                f"of {self._run.metrics_path}; repair or remove that line"
+            ) from error
 
     def write(self, env_steps: int, values: Mapping[str, float | None]) -> None:
         """Adds one record. It is in metrics.jsonl when this returns.
@@ -70,7 +85,7 @@ class MetricsWriter:
           values: any numbers by name. None or NaN if there is nothing to report yet.
         """
         if self._file is None:
-            self._file = self._run.metrics_path.open("a", encoding="utf-8")
+            self._file = open_to_append(self._run.metrics_path)
         wall_seconds = round(self._earlier_seconds + seconds_since_process_start(), 3)
         self._file.write(strict_json({"env_steps": env_steps, "wall_seconds": wall_seconds, **values}) + "\n")
         self._file.flush()

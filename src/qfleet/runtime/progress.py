@@ -79,7 +79,7 @@ class ProgressView:
 
         A log gets such a line only if it has had no other for a while.
         """
-        if self._quiet:
+        if self._quiet or (self._is_live and self._status is not None and self._status[0] == text):
             return
         now = time.monotonic()
         shown, since = self._status or ("", now)

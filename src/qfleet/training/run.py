@@ -28,15 +28,14 @@ from qfleet.runtime.stopwatch import TimeShares
 from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
+from qfleet.training.evaluation_rounds import EvaluationRounds
+from qfleet.training.metadata import read_metadata
 from qfleet.training.resuming import check_goes_on, check_network_is_given
 
 if TYPE_CHECKING:
     import optax
 
 logger = logging.getLogger("qfleet")
-
-CONFIRMING_EPISODES = 100
-"""Number of fresh episodes whose mean must confirm a return. That 20 episodes reach it once is partly luck."""
 
 
 class Run:
@@ -67,7 +66,10 @@ class Run:
         """Folder of the run."""
         self._topology.checkpoints_path = self.directory.checkpoints_path
         self._checkpoints = Checkpoints(
-            self.directory.checkpoints_path, keep=config.checkpoints_kept, is_keeper=peers.is_first()
+            self.directory.checkpoints_path,
+            keep=config.checkpoints_kept,
+            run_id=self.directory.run_id,
+            is_keeper=peers.is_first(),
         )
         metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
         if is_resumed:  # only once the network is known to be the one that the run was trained with
@@ -77,7 +79,7 @@ class Run:
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
         self._solved_at: list[int | None] = [None] * config.num_seeds
-        self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], of the newest evaluation
+        self._rounds = EvaluationRounds(config, self._topology, env.spec.time_limit)
         self._evaluated_at = 0  # in environment steps
         self._num_env_failures = 0
         self._speed = _Speed()
@@ -86,6 +88,7 @@ class Run:
         enable_compilation_cache()
         announce("starting processes" if config.topology.runs_in == "ray" else "compiling")
         self._compile_seconds = self._topology.start()
+        self._topology.prepare_evaluation()
         self._writes = peers.is_first()  # files that a run has once, even in several processes
         self._metrics = MetricsWriter(self.directory) if self._writes else None
         self._is_new = True  # not iterated over yet
@@ -98,7 +101,7 @@ class Run:
         """Returns the metadata of the checkpoint to continue from, after checking it; None if there is none yet."""
         if checkpoint is None and self._checkpoints.latest() is None:
             return None
-        metadata = self._checkpoints.read_metadata(checkpoint)
+        metadata = read_metadata(self._checkpoints, checkpoint, self.config)
         check_network_is_given(self._has_own_network, metadata["has_own_network"])
         check_goes_on(metadata, self.config)
         return metadata
@@ -110,6 +113,7 @@ class Run:
         period = self.config.eval_period_env_steps
         self._evaluated_at = self._topology.env_steps // period * period
         self._solved_at = metadata["solved_at"]
+        self._rounds.restore(metadata.get("evaluation_rounds"))
         for i in range(self.config.num_seeds):
             if self._solved_at[i] is not None:
                 self._topology.keep(i)
@@ -164,38 +168,27 @@ class Run:
         self._speed.add(progress)
         self._time_shares.add(progress)
         self._num_env_failures += progress.num_env_failures
+        self._rounds.add(progress)
         if progress.env_steps >= goal:
-            if (returns := self._evaluate()).size:
-                progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, returns.tolist())))
+            progress = dataclasses.replace(progress, **self._evaluate(stop))
             self._film_if_due(stop)
             self._evaluated_at = progress.env_steps
         if self._metrics:
             self._metrics.write(progress.env_steps, progress.metrics())
         return progress
 
-    def _evaluate(self) -> np.ndarray:
-        """Returns greedy returns, `[num_seeds, episodes]`, and notes which seeds have reached the return to stop at.
+    def _evaluate(self, stop: StopFlag) -> dict[str, Any]:
+        """Evaluates, if that is due, and notes which seeds have reached the return to stop at.
 
-        A seed has reached it once both these episodes and fresh ones say so. If environments fail, so that fewer
-        episodes are played than are due, no seed counts.
+        Returns:
+          The evaluation's fields of `Progress`; none if there was no evaluation.
         """
-        returns, reach_it = self._play(self.config.eval_episodes, batch=0)
-        is_new = reach_it & [solved is None for solved in self._solved_at]
-        if np.any(is_new):
-            is_new &= self._play(CONFIRMING_EPISODES, batch=1)[1]
-        for i in np.flatnonzero(is_new):
+        unsolved = np.array([solved is None for solved in self._solved_at])
+        evaluated, reached = self._rounds.evaluate(unsolved, lambda: stop.requested)
+        for i in np.flatnonzero(reached):
             self._solved_at[i] = self._topology.env_steps
             self._topology.keep(int(i))
-        return returns
-
-    def _play(self, num_episodes: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns greedy returns, `[num_seeds, episodes]`, and whether each seed reaches the return to stop at."""
-        announce(f"evaluating {num_episodes} episodes")
-        self._eval_returns = returns = self._topology.evaluate(num_episodes, batch)
-        required = self.config.stop_return
-        if required is None or returns.shape[1] < num_episodes:
-            return returns, np.zeros(len(returns), bool)
-        return returns, returns.mean(axis=1) >= required
+        return evaluated
 
     def _film_if_due(self, stop: StopFlag) -> None:
         recorder, env_steps = self._recorder, self._topology.env_steps
@@ -220,6 +213,7 @@ class Run:
         metadata = {
             "counters": self._topology.counters,
             "solved_at": self._solved_at,
+            "evaluation_rounds": self._rounds.saved,
             "has_own_network": self._has_own_network,
             "layout": self._topology.layout,
         }
@@ -230,7 +224,7 @@ class Run:
         self._write_summary(stopped)
 
     def _write_summary(self, stopped: str, **more: Any) -> None:
-        config, returns = self.config, self._eval_returns
+        config = self.config
         self.summary = {
             "env": config.env,
             "backend": self.backend,
@@ -247,8 +241,7 @@ class Run:
             "env_steps_per_second": self._speed.per_second(self._speed.env_steps),
             "learner_steps_per_second": self._speed.per_second(self._speed.learner_steps),
             **self._time_shares.summary(),
-            "eval_return_mean": None if returns is None or not returns.size else float(returns.mean()),
-            "eval_returns": None if returns is None else returns.tolist(),
+            **self._rounds.summary,
             "num_env_failures": self._num_env_failures,
             "num_videos": self._recorder.num_videos if self._recorder else 0,
             "num_video_failures": self._recorder.num_failures if self._recorder else 0,
