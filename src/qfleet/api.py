@@ -18,7 +18,7 @@ from qfleet.networks import check_network, make_network
 from qfleet.policy import EvaluationOptions, Policy
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.devices import limit_cpu_threads
+from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.video import Video, params_label
 from qfleet.training.assembly import check_is_built_in
@@ -59,6 +59,7 @@ def train(
     return run.summary
 
 
+@clear_platform_errors()
 def iterate(
     config: TrainConfig,
     *,
@@ -80,6 +81,7 @@ def iterate(
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
 
+@clear_platform_errors()
 def resume(
     run_dir: str | os.PathLike[str],
     *,
@@ -141,6 +143,7 @@ def resume(
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 
 
+@clear_platform_errors()
 def load(
     run_dir: str | os.PathLike[str],
     *,

@@ -22,6 +22,7 @@ from qfleet.envs.contract import BrokenContract
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
 from qfleet.envs.observations import Encoder, encoder_of_arrays
 from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.episodes import play
 from qfleet.runtime.evaluation import (
     MAX_LOST,
@@ -105,6 +106,7 @@ class Policy:
         Raises:
           ConfigError: if the observations aren't those of the environment, or aren't finite.
         """
+        check_not_forked()
         batch, is_batch = self._to_batch(obs)
         action = np.asarray(self._greedy(self._to_view(batch)))
         if is_batch:
@@ -116,6 +118,7 @@ class Policy:
 
         Args and Raises: as for calling the policy.
         """
+        check_not_forked()
         batch, is_batch = self._to_batch(obs)
         q = np.asarray(self._apply_network(self.params, self._to_view(batch)))
         return q if is_batch else q[0]
@@ -143,6 +146,7 @@ class Policy:
           ConfigError: if a number is out of bounds.
           RunFailed: if the environment fails more than `MAX_LOST` times per episode that is asked for.
         """
+        check_not_forked()
         check_count("num_episodes", num_episodes, maximum=MAX_EPISODES)
         check_count("seed", seed, minimum=0, maximum=MAX_SEED)
         options = self.options if options is None else options
@@ -221,6 +225,7 @@ class Policy:
         _check_at_least(1, num_episodes=num_episodes, frames_per_second=frames_per_second)
         _check_at_least(0, seed=seed)
         check_extra()
+        check_not_forked()
         q_values = functools.partial(self._apply_network, self.params)
         episodes = play(self._env, q_values, num_episodes, seed, self._network.to_storage_layout)
         with contextlib.closing(episodes):  # this also closes the lanes that draw, even if the caller stops early

@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from qfleet.cli.streams import give_stdout_up, prepare_streams
 from qfleet.config import ConfigError, RunFailed, suggest
 
 # A module is imported only when its command is called, because the help text must not wait for JAX.
@@ -38,13 +39,20 @@ Add --debug to any command to get a traceback with an error.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, where a failure has an exit code
+        return code
+    except BrokenPipeError:  # the reader of stdout has had enough, as in `qfleet envs | head -1`
+        give_stdout_up()
+        return 1
     except (ConfigError, RunFailed, OSError) as error:
+        _give_up_a_full_stdout()
         if debug:
             traceback.print_exc()
         print(f"qfleet: error: {error}", file=sys.stderr)
@@ -63,6 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print("qfleet: interrupted", file=sys.stderr)
         return 130
+
+
+def _give_up_a_full_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        give_stdout_up()
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -14,7 +14,9 @@ from qfleet.envs.host import HostEnv
 from qfleet.envs.probe import check_works
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.networks import check_network, make_network
+from qfleet.runtime.activity import announce
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.devices import check_platforms_of_children
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
@@ -37,6 +39,8 @@ class LaunchedRun:
         self._topology = config.topology_as(AllReduceConfig)
         # Mistakes are found here, once, before the folder is touched. This process uses no device.
         check_places(self._topology)
+        if self._topology.ray_address is None:
+            check_platforms_of_children()
         env = make_env(config.env, **config.env_options)
         check_network(make_network(env.spec, config.agent), env.spec)
         make_optimiser(config.agent)
@@ -62,6 +66,7 @@ class LaunchedRun:
     def __iter__(self) -> Iterator[Progress]:
         """Yields the progress of the first process, which stands for all; nothing if it runs on another host."""
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
+        announce("starting processes")
         try:
             for message in launcher.run(lambda: self._checkpoints.latest() or 0):
                 yield _progress_of(message)

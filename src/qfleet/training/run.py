@@ -14,8 +14,10 @@ from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.types import Network
 from qfleet.envs.registry import backend_of
 from qfleet.runtime import peers
+from qfleet.runtime.activity import announce
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
 from qfleet.runtime.recorder import Recorder
@@ -84,6 +86,7 @@ class Run:
         self._time_shares = TimeShares(config.topology.num_envs)
         self._decided_at = 0.0  # in seconds since the start of the process
         enable_compilation_cache()
+        announce("starting processes" if config.topology.runs_in == "ray" else "compiling")
         self._compile_seconds = self._topology.start()
         self._topology.prepare_evaluation()
         self._writes = peers.is_first()  # files that a run has once, even in several processes
@@ -122,6 +125,7 @@ class Run:
                 f"qfleet.resume({str(self.directory.path)!r}, env_steps=...)"
             )
         self._is_new = False
+        check_not_forked()
         return self._train()
 
     def _train(self) -> Iterator[Progress]:
@@ -189,6 +193,7 @@ class Run:
     def _film_if_due(self, stop: StopFlag) -> None:
         recorder, env_steps = self._recorder, self._topology.env_steps
         if recorder is not None and recorder.is_due(env_steps, self._evaluated_at) and self._writes:
+            announce("filming")
             recorder.record(
                 jax.device_get(self._topology.params), env_steps, self.directory.videos_path, lambda: stop.requested
             )
@@ -199,6 +204,7 @@ class Run:
         return "env steps" if self._topology.env_steps >= self.config.env_steps else None
 
     def _save(self) -> None:
+        announce("saving")
         try:
             state = self._topology.state  # must come first: a fleet continues meanwhile, and this fixes what counts
         except StateIsLost as error:
