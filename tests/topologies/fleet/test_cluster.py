@@ -108,12 +108,16 @@ class Actor:
 
 
 @pytest.fixture(scope="module")
-def local() -> Iterator[None]:
+def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Starts a Ray in an empty current folder, and yields that folder."""
+    here, there = os.getcwd(), tmp_path_factory.mktemp("current")
+    os.chdir(there)
     before, handler, group = auth_variables(), signal.getsignal(signal.SIGTERM), os.getpgrp()
     with connected("local", 3, "ray_address"):
         folder = Path(ray._private.worker._global_node.get_session_dir_path()).parents[1]
+        os.chdir(here)
         assert (signal.getsignal(signal.SIGTERM), os.getpgrp()) == (handler, group)
-        yield
+        yield there
         assert ray.is_initialized()
     assert not ray.is_initialized()
     assert not folder.exists()
@@ -121,9 +125,8 @@ def local() -> Iterator[None]:
 
 
 @pytest.mark.slow
-def test_the_current_folder_is_not_on_the_path_of_processes(local) -> None:
-    assert os.getcwd() not in sys.path
-    assert ray.get(Actor.remote().has_on_path.remote(os.getcwd())) is False
+def test_the_current_folder_is_not_on_the_path_of_processes(local: Path) -> None:
+    assert ray.get(Actor.remote().has_on_path.remote(str(local))) is False
 
 
 @pytest.mark.slow
