@@ -305,7 +305,7 @@ def test_an_environment_that_has_changed_since_is_blamed_and_no_network_that_nob
     env = probes.constant_reward()
     changed = dataclasses.replace(env.spec, num_actions=3)
     qfleet.register_env("Changing-v0", lambda: env._replace(spec=changed))
-    with pytest.raises(ConfigError, match=r"got params/.*; let Changing-v0 have the observations and actions"):
+    with pytest.raises(ConfigError, match=r"environment Changing-v0 must be as it was in training; .* params/"):
         qfleet.load(tmp_path / "run")
 
 
