@@ -48,6 +48,7 @@ class FailureBudget:
                 f"environments may fail at most max_failures={self._max_failures} times, {self._name} failed "
                 f"{self.count} times, last {failure}. Fix the environment, or raise max_failures",
                 learner_is_sound=True,
+                num_env_failures=self.count,
             )
         logger.warning(
             "environment %s failed %s; replaced (failure %d of %d that the run survives)",

@@ -3,12 +3,12 @@
 Worker processes import this module, so it must not import JAX.
 """
 
-import signal
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from qfleet.envs.failures import describe
 from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
+from qfleet.envs.worker_signals import leave_to_parent
 
 
 class Share(NamedTuple):
@@ -28,7 +28,7 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
 
     Before that, it sends one message: `None` once the environments are made, or a line that says why they couldn't be.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process too, but the parent decides when it ends
+    leave_to_parent()
     lanes = slice(share.lanes.start, share.lanes.stop)
     out = make_arrays(share.num_lanes, share.env.encoder, buffer).of(lanes)
     try:

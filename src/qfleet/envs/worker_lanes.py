@@ -4,6 +4,7 @@ Actions and failures travel through pipes, arrays through memory that the proces
 than forked, because a forked copy of a process in which JAX has threads may hang.
 """
 
+import atexit
 import multiprocessing
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from qfleet.envs.failures import Failure, FailureBudget, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.lane_group import SingleEnv, make_arrays, num_bytes
 from qfleet.envs.worker import Share, work
+from qfleet.envs.worker_signals import held_back
 
 _START_SECONDS = 120.0  # time to start Python, import what the environments need, and make them
 _CLOSE_SECONDS = 2.0  # time to close the environments, after which the worker is killed
@@ -34,7 +36,10 @@ class WorkerLanes:
         self._arrays = make_arrays(num_lanes, env.encoder, buffer)
         shares = np.array_split(np.arange(num_lanes), min(options.num_env_workers, num_lanes))
         env = env._replace(make=CloudpickleWrapper(env.make))  # so that closures and notebook classes can be sent too
-        self._workers = []
+        self._workers: list[_Worker] = []
+        # At the end of this process, multiprocessing asks its children to end by SIGTERM, which these don't heed, and
+        # waits for them. So they must have ended before.
+        atexit.register(self.close)
         for lanes in shares:
             share = Share(env, num_lanes, options.max_failures, range(int(lanes[0]), int(lanes[-1]) + 1))
             self._workers.append(_Worker(context, buffer, share))
@@ -47,6 +52,9 @@ class WorkerLanes:
                 f"environment {env.name} must be one that a worker process can make, got: {lost}. If your script "
                 "trains at its top level, put that under `if __name__ == '__main__':`"
             ) from lost
+        except BaseException:  # a request to stop, while environments are made
+            self.close()
+            raise
 
     def reset(self, seed: int) -> np.ndarray:
         for worker in self._workers:
@@ -64,6 +72,7 @@ class WorkerLanes:
         return HostStep(*(array.copy() for array in self._arrays))
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         for worker in self._workers:
             worker.hang_up()
         deadline = time.monotonic() + _CLOSE_SECONDS
@@ -167,7 +176,8 @@ class _Worker:
         self._process = self._context.Process(
             target=work, args=(theirs, self._buffer, self._share), name=f"qfleet-envs-{self.lanes.start}", daemon=True
         )
-        self._process.start()
+        with held_back():
+            self._process.start()
         theirs.close()  # while this process holds that end, it can't see that the worker has died
 
     def _answer(self, timeout_seconds: float) -> Any:
