@@ -9,6 +9,7 @@ A tree is stored as nested dictionaries, with the names of its fields, keys and 
 qfleet's classes and never unpickles. The folder gets its final name once everything in it is written.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -24,6 +25,7 @@ import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.runtime import checkpoint_files as files
+from qfleet.runtime.workarounds.tensorstore_callbacks import ignore_late_callbacks
 
 PyTree = Any
 
@@ -194,10 +196,15 @@ class Checkpoints:
         return path, files.read_index(path, items)
 
     def _write_error(self, error: Exception) -> OSError:
+        if self._is_keeper:
+            with contextlib.suppress(OSError):  # the error that is under way matters more
+                files.make_directory(self._directory)  # which removes the unfinished one, because it takes up room
         reason = " ".join(str(error).split())
+        newest = self.latest()
+        there_is = "there is none yet" if newest is None else f"the newest one is {newest}"
         return OSError(
             f"a checkpoint must be writable, got {type(error).__name__} in {self._directory}: {reason}; free space or "
-            f"fix permissions there, then resume from checkpoint {self.latest()}"
+            f"fix permissions there, then `qfleet resume` the run ({there_is})"
         )
 
 
@@ -208,9 +215,16 @@ class Checkpoints:
 def _orbax() -> Any:
     import orbax.checkpoint
 
-    # Orbax logs each save through absl, and also the tracebacks of errors that it raises.
+    # Orbax logs each save through absl, and also the tracebacks of errors that it raises. If one of its tasks fails, it
+    # raises the error of that one, and asyncio logs those of the others.
+    ignore_late_callbacks()
+    logging.getLogger("asyncio").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in _with_traceback(record))
     logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
     return orbax.checkpoint
+
+
+def _with_traceback(record: logging.LogRecord) -> str:
+    return record.getMessage() + (logging.Formatter().formatException(record.exc_info) if record.exc_info else "")
 
 
 @functools.cache
