@@ -12,7 +12,15 @@ import pytest
 from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.host import HostStep
 from qfleet.envs.registry import make_env
-from qfleet.runtime.evaluation import greedy_returns, host_greedy_returns
+from qfleet.runtime.evaluation import (
+    Episodes,
+    InPieces,
+    are_over,
+    begin_episodes,
+    greedy_returns,
+    host_greedy_returns,
+    play_on,
+)
 
 
 def constant_q(params: Params, obs: jax.Array) -> jax.Array:
@@ -134,3 +142,36 @@ def test_an_evaluation_that_gets_too_few_whole_episodes_is_given_up(caplog: pyte
     lanes = CountedLanes(2, itertools.repeat(10), fails=lambda row, lane: row % 3 == 2 and (lane == 1 or row > 12))
     assert host_returns(lanes, 3) == [10]
     assert "lost 10 episodes to environments that failed, and was given up with 1 whole ones of 3" in caplog.text
+
+
+def test_episodes_played_in_pieces_are_those_played_at_once() -> None:
+    env = probes.random_walk()
+    key, params = jax.random.key(3), jnp.zeros(1)
+    whole = greedy_returns(env, constant_q, params, key, 6)
+    asked = []
+
+    def play(params: jax.Array, episodes: Episodes, until: np.int32) -> tuple[Episodes, jax.Array, jax.Array]:
+        asked.append(int(until))
+        episodes = play_on(env, constant_q, params, episodes, until)
+        return episodes, episodes.returns, are_over(env, episodes)
+
+    pieces = InPieces(lambda: begin_episodes(env, key, 6), play)
+    pieces._length = 1
+    np.testing.assert_array_equal(pieces.returns(params, (), lambda: None), whole)
+    assert len(asked) > 1 and asked[0] == 1
+
+
+def test_an_evaluation_in_pieces_can_be_left_between_them() -> None:
+    env, num_checks = probes.random_walk(), 0
+
+    def stop_at_second() -> None:
+        nonlocal num_checks
+        num_checks += 1
+        if num_checks == 2:
+            raise InterruptedError
+
+    def play(params: jax.Array, episodes: Episodes, until: np.int32) -> tuple[Episodes, jax.Array, np.ndarray]:
+        return episodes, episodes.returns, np.array(False)
+
+    with pytest.raises(InterruptedError):
+        InPieces(lambda: begin_episodes(env, jax.random.key(0), 2), play).returns({}, (), stop_at_second)

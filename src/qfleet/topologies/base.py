@@ -1,6 +1,7 @@
 """The interface between a run and its topology."""
 
 import abc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -38,6 +39,8 @@ class Topology(abc.ABC):
     """Learner steps taken so far, by each seed's learner."""
     checkpoints_path: Path | None = None
     """Folder of the run's checkpoints. Processes that replace others restore their state from it."""
+    check_stop: Callable[[], None] = staticmethod(lambda: None)
+    """Raises an error if the run must stop. `evaluate` calls it from time to time, and lets the error through."""
     _replay_starts_at: int
     """Environment steps when the replay was last empty."""
 
@@ -55,6 +58,13 @@ class Topology(abc.ABC):
 
         Raises:
           RunFailed: if the run can't continue.
+        """
+
+    def prepare_evaluation(self) -> None:  # noqa: B027, does nothing where evaluation is a compiled program
+        """Makes the environments that `evaluate` needs, so that what prevents them is found before training.
+
+        Raises:
+          ConfigError: if they can't be made beside those for training.
         """
 
     @abc.abstractmethod

@@ -92,6 +92,10 @@ class OnRay(Topology):
             raise
         return time.perf_counter() - started
 
+    def prepare_evaluation(self) -> None:
+        """Makes the environments of evaluations, which this process plays."""
+        self._evaluator.start()
+
     def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
         """Returns greedy returns of the newest parameters, `[1, num_episodes]`, while the other processes go on.
 
@@ -105,7 +109,7 @@ class OnRay(Topology):
         if batch:
             with contextlib.suppress(StateIsLost):
                 self._director.quiesce()
-        return self._evaluator.returns(self.params, self.env_steps, num_episodes, batch)
+        return self._evaluator.returns(self.params, self.env_steps, num_episodes, batch, self.check_stop)
 
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
         """Returns the state that a checkpoint holds, whichever topology and number of processes have saved it."""

@@ -19,7 +19,7 @@ from qfleet.core.types import Params, stored_spec
 from qfleet.core.updates import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
 from qfleet.envs.in_graph import draw
 from qfleet.envs.spec import InGraphEnv
-from qfleet.runtime.evaluation import greedy_returns
+from qfleet.runtime.evaluation import Episodes, are_over, begin_episodes, play_on
 from qfleet.topologies.acting import ActorState, RowStats, act, init_actor
 from qfleet.topologies.schedule import Plan, rows_per_iteration
 
@@ -63,9 +63,12 @@ class Program(NamedTuple):
     """`init(seed) -> state`, from a `[]` uint32."""
     run: Callable[[FusedState, Plan, Array], tuple[FusedState, ChunkStats]]
     """`run(state, plan, num_iterations) -> state, stats`."""
-    evaluate: Callable[[Params, Array, Array, Array], Array]
-    """`evaluate(params, seed, evaluation_step, batch) -> returns` of `eval_episodes` greedy episodes. Each seed,
+    begin_evaluation: Callable[[Array, Array, Array], Episodes]
+    """`begin_evaluation(seed, evaluation_step, batch) -> episodes`: `eval_episodes` greedy episodes. Each seed,
     evaluation step and batch has episodes of its own; the evaluation step is the run's number of environment steps."""
+    evaluate: Callable[[Params, Episodes, Array], tuple[Episodes, Array, Array]]
+    """`evaluate(params, episodes, until) -> episodes, returns, are_over`: plays until so many steps after their
+    beginning. The returns are those of all replicas' episodes, and so far; `are_over` is `[replicas]` bool."""
     replay_leaves: Callable[[ReplayState], Array | tuple[()]]
     """`replay_leaves(replay) -> priorities`, in the form that `SavedReplay` holds."""
     restore_replay: Callable[[SavedReplay], ReplayState]
@@ -112,9 +115,14 @@ def make_program(
         state, stats = jax.lax.fori_loop(0, num_iterations, iteration, (state, _no_stats()))
         return state, _over_replicas(stats, replicas)
 
-    def evaluate(params: Params, seed: Array, evaluation_step: Array, batch: Array) -> Array:
+    def begin_evaluation(seed: Array, evaluation_step: Array, batch: Array) -> Episodes:
         key = key_of(seed, Stream.EVALUATION, evaluation_step, batch)
-        return greedy_returns(env, agent.q_values, params, key, config.eval_episodes, agent.to_storage_layout, replicas)
+        return begin_episodes(env, key, config.eval_episodes, agent.to_storage_layout, replicas)
+
+    def evaluate(params: Params, episodes: Episodes, until: Array) -> tuple[Episodes, Array, Array]:
+        episodes = play_on(env, agent.q_values, params, episodes, until, agent.to_storage_layout, replicas)
+        returns = replicas.gather(episodes.returns).reshape(-1)[: config.eval_episodes]
+        return episodes, returns, replicas.gather(are_over(env, episodes))
 
     def replay_leaves(state: ReplayState) -> Array | tuple[()]:
         return replay.leaves(state) if replay else ()
@@ -123,7 +131,7 @@ def make_program(
         assert replay is not None
         return replay.restore(saved)
 
-    return Program(init, run, evaluate, replay_leaves, restore_replay)
+    return Program(init, run, begin_evaluation, evaluate, replay_leaves, restore_replay)
 
 
 def _replay_iteration(

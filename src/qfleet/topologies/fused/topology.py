@@ -4,7 +4,6 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,7 +21,9 @@ from qfleet.core.types import Network, Params, stored_spec
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.compiling import compilers
 from qfleet.runtime.devices import num_shards
+from qfleet.runtime.evaluation import InPieces, divide_episodes
 from qfleet.runtime.records import Progress, Sum, make_progress
 from qfleet.topologies.base import Layout, OwnLearner, check_loss
 from qfleet.topologies.footprint import Footprint, batch_shapes, evaluation_shapes, make_footprint
@@ -72,16 +73,20 @@ class Fused(OwnLearner):
         program = self._over_seeds() if self._config.num_seeds > 1 else self._on_mesh()
         self._replay_leaves, self._restore_replay = program.replay_leaves, program.restore_replay
         state = jax.eval_shape(program.init, self._seeds)
-        with ThreadPoolExecutor() as pool:  # XLA compiles one program, the largest first, while Python traces the next
+        with compilers() as pool:  # XLA compiles one program, the largest first, while Python traces the next
             compiled_run = pool.submit(program.run.lower(state, self._plan(), np.int32(0)).compile)
             lowered = program.init.lower(self._seeds)
             # This program runs once: optimising it would cost more time than it saves. XLA can skip that on a CPU only.
             unoptimised = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
             compiled_init = pool.submit(lowered.compile, compiler_options=unoptimised)
-            lowered = program.evaluate.lower(state.learner.params, self._seeds, np.uint32(0), np.int32(0))
+            evaluation = (self._seeds, np.uint32(0), np.int32(0))
+            episodes = jax.eval_shape(program.begin_evaluation, *evaluation)
+            lowered = program.evaluate.lower(state.learner.params, episodes, np.int32(0))
             compiled_evaluate = pool.submit(lowered.compile)
+            compiled_begin = pool.submit(program.begin_evaluation.lower(*evaluation).compile)
             self._fused_state: FusedState = compiled_init.result()(self._seeds)
-            self._run, self._greedy_returns = compiled_run.result(), compiled_evaluate.result()
+            self._run = compiled_run.result()
+            self._evaluation = InPieces(compiled_begin.result(), compiled_evaluate.result())
         return time.perf_counter() - started
 
     def _on_mesh(self) -> Any:
@@ -91,10 +96,12 @@ class Fused(OwnLearner):
         learner = state.learner
         saved = shapes.replay and partition_saved(shapes.replay, DATA_AXIS)
         program, whole = self._program, REPLICATED
+        episodes = divide_episodes(PartitionSpec(DATA_AXIS), whole)
         return Program(
             init=placement.jit(program.init, (whole,), state),
             run=placement.jit(program.run, (state, whole, whole), (state, whole), donate_argnums=(0,)),
-            evaluate=placement.jit(program.evaluate, (learner.params, whole, whole, whole), whole),
+            begin_evaluation=placement.jit(program.begin_evaluation, (whole, whole, whole), episodes),
+            evaluate=placement.jit(program.evaluate, (learner.params, episodes, whole), (episodes, whole, whole)),
             replay_leaves=placement.jit(program.replay_leaves, (state.replay,), saved and saved.leaves),
             restore_replay=placement.jit(program.restore_replay, (saved,), state.replay),
         )
@@ -154,7 +161,8 @@ class Fused(OwnLearner):
         return Program(
             init=over_seeds(program.init, split),
             run=over_seeds(program.run, split, whole, whole, donate_argnums=(0,)),
-            evaluate=over_seeds(program.evaluate, split, split, whole, whole),
+            begin_evaluation=over_seeds(program.begin_evaluation, split, whole, whole),
+            evaluate=over_seeds(program.evaluate, split, split, whole),
             replay_leaves=over_seeds(program.replay_leaves, split),
             restore_replay=over_seeds(program.restore_replay, split),
         )
@@ -245,9 +253,10 @@ class Fused(OwnLearner):
           batch: evaluations of the same parameters with different numbers see different episodes.
         """
         batches = range(batch, batch + math.ceil(num_episodes / self._config.eval_episodes))
-        evaluation_step = np.uint32(self.env_steps % 2**32)
+        params, evaluation_step = self.params, np.uint32(self.env_steps % 2**32)
         returns = [
-            np.asarray(self._greedy_returns(self.params, self._seeds, evaluation_step, np.int32(i))) for i in batches
+            self._evaluation.returns(params, (self._seeds, evaluation_step, np.int32(i)), self.check_stop)
+            for i in batches
         ]
         return np.concatenate(returns, axis=-1).reshape(self._config.num_seeds, -1)[:, :num_episodes]
 

@@ -257,6 +257,10 @@ class Overlapped(OwnLearner):
         stats.add(received, self._to_host(q_max), staleness)
         return HostRow(obs, action, received.reward, received.terminated, received.truncated, received.no_step), q_max
 
+    def prepare_evaluation(self) -> None:
+        """Makes the environments of evaluations."""
+        self._evaluator.start()
+
     def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
         """Returns greedy returns of the newest parameters, `[1, num_episodes]`.
 
