@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -27,6 +27,8 @@ class _ResumeFlags:
     """The run's folder."""
     env_steps: int | None = None
     """Environment step at which the run ends, counted from its beginning. The default is the run's own."""
+    stop_return: float | Literal["none"] | None = None
+    """Mean greedy return at which the run ends, or `none`. The default is the run's own, unless it has been reached."""
     checkpoint: int | None = None
     """Environment step of the checkpoint to continue from, instead of the newest; newer ones are set aside."""
     num_processes: int | None = None
@@ -52,6 +54,7 @@ def run(arguments: Sequence[str]) -> int:
     run = resume(
         flags.run,
         env_steps=flags.env_steps,
+        stop_return=flags.stop_return,
         checkpoint=flags.checkpoint,
         topology=_topology_of(flags.run, others) if others else None,
         num_processes=flags.num_processes,
