@@ -118,6 +118,14 @@ def test_whatever_leaves_the_loop_is_noted_and_what_was_learned_is_saved(tmp_pat
     assert follow(qfleet.resume(tmp_path / "run"))["stopped"] == "env steps"
 
 
+def test_a_run_that_its_environments_end_says_how_many_failed(tmp_path: Path) -> None:
+    error = RunFailed("environments may fail at most 2 times", learner_is_sound=True, num_env_failures=3)
+    with pytest.raises(RunFailed, match="at most 2 times"):
+        qfleet.train(tiny(tmp_path / "run", register(train=raising(error, at=20))))
+    assert summary_of(tmp_path / "run")["num_env_failures"] == 3
+    assert checkpoints(tmp_path / "run") == [64]
+
+
 def test_an_environment_that_can_be_made_only_once_is_found_before_training(tmp_path: Path) -> None:
     spec = qfleet.EnvSpec(
         name="robot", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2, time_limit=8
