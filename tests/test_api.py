@@ -14,16 +14,21 @@ import pytest
 
 import qfleet
 from qfleet.config import ConfigError, RunFailed, TrainConfig
+from qfleet.runtime.evaluation import Episodes
 from qfleet.topologies.fused.topology import Fused
 
 SUMMARY_FIELDS = {
     "env", "backend", "preset", "topology", "seed", "stopped", "env_steps", "learner_steps", "wall_seconds",
     "compile_seconds", "env_steps_per_second", "learner_steps_per_second", "eval_return_mean", "eval_returns",
-    "peak_rss_bytes", "version",
+    "eval_num_different", "eval_num_cut", "eval_episode_limit", "eval_at_env_steps", "eval_exploration",
+    "confirmed_by_new_episodes", "peak_rss_bytes", "version",
 }  # fmt: skip
 
 qfleet.register_env("Corner-v0", probes.observation_action_reward)
 qfleet.register_env("NaN-v0", lambda: probes.nan_reward(at_step=100))
+
+
+qfleet.register_env("Endless-v0", lambda: probes.nan_reward(at_step=10**6))
 
 
 class FailingLanes:
@@ -210,9 +215,10 @@ def test_a_run_stops_only_when_fresh_episodes_confirm_the_return(
 ) -> None:
     asked = []
 
-    def evaluate(self: Fused, num_episodes: int, batch: int = 0) -> np.ndarray:
+    def evaluate(self: Fused, num_episodes: int, batch: int = 0, **more: Any) -> Episodes:
         asked.append((num_episodes, batch))
-        return np.full((1, num_episodes), confirming if batch else first)
+        returns = np.full((1, num_episodes), confirming if batch else first)
+        return Episodes(returns, np.ones((1, num_episodes), int), returns.astype(int), returns < 0)
 
     monkeypatch.setattr(Fused, "evaluate", evaluate)
     summary = qfleet.train(tiny(tmp_path / "run", stop_return=475, eval_episodes=20))
@@ -221,6 +227,41 @@ def test_a_run_stops_only_when_fresh_episodes_confirm_the_return(
     assert ((100, 1) in asked) == (first >= 475)
     assert summary["env_steps"] == (128 if stopped == "return reached" else 256)
     assert summary["solved_at_env_steps"] == [128 if stopped == "return reached" else None]
+
+
+def test_a_deterministic_game_is_one_episode_unless_evaluations_explore(tmp_path: Path) -> None:
+    """Two episodes begin `Corner-v0`, and each has two ends: the greedy one, and the one after the other action."""
+    strict = qfleet.train(tiny(tmp_path / "strict", eval_episodes=40))
+    loose = qfleet.train(tiny(tmp_path / "loose", eval_episodes=40, eval_exploration=0.5))
+    assert (strict["eval_num_different"], strict["eval_num_cut"], strict["eval_exploration"]) == (2, 0, 0.0)
+    assert (loose["eval_num_different"], loose["eval_exploration"]) == (4, 0.5)
+    lines = [json.loads(line) for line in (tmp_path / "loose" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["eval_num_different"] for line in lines if line["eval_return_mean"] is not None] == [4, 4]
+    policy = qfleet.load(tmp_path / "loose")  # it is evaluated as the run was
+    assert policy.play_episodes(40).num_different() == 4
+    assert_same(policy.play_episodes(40).returns, policy.evaluate(40))
+    assert_same(qfleet.load(tmp_path / "strict").params, policy.params)  # exploring in evaluations changes nothing else
+
+
+def test_a_stopped_run_keeps_the_evaluation_that_it_had(tmp_path: Path) -> None:
+    first = qfleet.train(tiny(tmp_path / "run"))
+    run = qfleet.resume(tmp_path / "run", env_steps=10**6)
+    for _ in run:
+        break
+    assert run.summary["stopped"] == "interrupted" and run.summary["env_steps"] > 256
+    for name in (name for name in SUMMARY_FIELDS if name.startswith("eval_")):
+        assert run.summary[name] == first[name], name
+    assert run.summary["eval_at_env_steps"] == 256
+
+
+def test_a_policy_that_goes_round_in_circles_is_cut_and_that_is_said(tmp_path: Path) -> None:
+    """With a learning rate of practically 0, a greedy policy takes one action for ever, and never ends an episode."""
+    settings: dict[str, Any] = {"env_steps": 128, "eval_episodes": 2, "num_envs": 2, "learning_rate": 1e-30}
+    summary = qfleet.train(tiny(tmp_path / "run", env="Endless-v0", **settings))
+    assert (summary["eval_num_cut"], summary["eval_num_different"], summary["eval_episode_limit"]) == (2, 1, 1000)
+    assert summary["eval_returns"] == [[1000.0, 1000.0]]
+    episodes = qfleet.load(tmp_path / "run").play_episodes(3)
+    assert episodes.lengths.tolist() == [1000] * 3 and episodes.was_cut.all()
 
 
 def test_many_seeds_report_and_load_each(tmp_path: Path) -> None:

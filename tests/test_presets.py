@@ -21,10 +21,28 @@ def test_explicit_settings_win_over_tuned_ones_and_those_over_the_presets() -> N
 
 
 def test_an_environment_without_tuned_settings_gets_the_presets_own() -> None:
-    config = make_config("gymnax:SpaceInvaders-MinAtar", "pqn")
+    config = make_config("gymnax:Catch-bsuite", "pqn")
     assert config.agent == AgentConfig(**PRESETS["pqn"].settings)
     assert config.topology == FusedConfig()
-    assert config == TrainConfig(env="gymnax:SpaceInvaders-MinAtar", preset="pqn", agent=config.agent)
+    assert config == TrainConfig(env="gymnax:Catch-bsuite", preset="pqn", agent=config.agent)
+
+
+@pytest.mark.parametrize(
+    ("env", "preset", "exploration"),
+    [
+        ("CartPole-v1", "pqn", 0.0),
+        ("gymnax:SpaceInvaders-MinAtar", "double_dqn", 0.001),
+        ("gymnax:Breakout-MinAtar", "pqn", 0.001),
+        ("ale:Pong", "atari_dqn", 0.05),
+        ("ale:Pong", "atari_pqn", 0.001),
+        ("ale:Pong", "ape_x", 0.001),
+    ],
+)
+def test_evaluations_of_deterministic_games_take_the_random_actions_of_published_ones(
+    env: str, preset: str, exploration: float
+) -> None:
+    assert make_config(env, preset).eval_exploration == exploration
+    assert make_config(env, preset, eval_exploration=0.25).eval_exploration == 0.25
 
 
 @pytest.mark.parametrize("preset", PRESETS)

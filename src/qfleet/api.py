@@ -11,7 +11,7 @@ from qfleet.config.new_run import check_new_run
 from qfleet.core.types import Network, Params
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
-from qfleet.policy import Policy
+from qfleet.policy import EvaluationOptions, Policy
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import limit_cpu_threads
@@ -162,7 +162,7 @@ def load(
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
     label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
-    return Policy(env, network_in_use, _params_of(network_in_use, params), label)
+    return Policy(env, network_in_use, _params_of(network_in_use, params), label, _evaluation_options(config, metadata))
 
 
 def watch(
@@ -190,6 +190,18 @@ def watch(
     policy = load(run_dir, checkpoint=checkpoint, seed=train_seed, network=network)
     out_dir = RunDirectory.open(run_dir).videos_path if out_dir is None else out_dir
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
+
+
+def _evaluation_options(config: TrainConfig, metadata: dict[str, Any]) -> EvaluationOptions:
+    """Returns how a run evaluated itself when it saved a checkpoint with this metadata."""
+    limit = config.eval_max_episode_steps
+    if limit is None:
+        limit = metadata.get("evaluation_rounds", {}).get("newest", {}).get("eval_episode_limit")
+    return EvaluationOptions(
+        exploration=config.eval_exploration,
+        max_episode_steps=limit,
+        num_env_workers=config.topology.lane_options.num_env_workers,
+    )
 
 
 def _params_of(network: Network, stored: Any) -> Params:

@@ -1,16 +1,17 @@
 """The policy that a run has learned, ready to act."""
 
 import contextlib
+import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from qfleet.config import ConfigError
-from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_count
+from qfleet.config.checks import MAX_EPISODES, MAX_PROCESSES, MAX_SEED, MAX_SIZE, check, check_count
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.keys import Stream, key_of
@@ -18,23 +19,62 @@ from qfleet.core.types import EnvSpec, Network, Params
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.episodes import play
-from qfleet.runtime.evaluation import MAX_LOST, greedy_returns, host_greedy_returns
+from qfleet.runtime.evaluation import (
+    MAX_LOST,
+    Episodes,
+    Pieces,
+    episode_limit,
+    join_episodes,
+    make_evaluation,
+    play_host_episodes,
+)
 from qfleet.runtime.video import Video, check_extra, film, video_name
 
 EVAL_LANES = 8
-"""Number of lanes for the evaluation of an environment that is not written in JAX."""
+"""Least number of lanes for the evaluation of an environment that is not written in JAX."""
+
+MAX_TOGETHER = 1024
+"""Most episodes that the compiled program plays at once; more of them are played in turn, with the same results."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """How episodes are played to evaluate a policy."""
+
+    exploration: float = 0.0
+    """Probability of a uniformly random action."""
+    max_episode_steps: int | None = None
+    """Environment steps after which an episode is cut; None leaves it to the environment's time limit. Without one it
+    means 27,000."""
+    num_env_workers: int = 0
+    """Processes that step an environment that is not written in JAX; with 0, this process does."""
+
+    def __post_init__(self) -> None:
+        check(0 <= self.exploration < 1, "exploration", "at least 0 and below 1", self.exploration)
+        if self.max_episode_steps is not None:
+            check_count("max_episode_steps", self.max_episode_steps, maximum=MAX_SIZE)
+        check_count("num_env_workers", self.num_env_workers, minimum=0, maximum=MAX_PROCESSES)
 
 
 class Policy:
     """The greedy policy of one Q-network: `policy(obs)` returns actions."""
 
-    def __init__(self, env: InGraphEnv | HostEnv, network: Network, params: Params, label: str) -> None:
+    def __init__(
+        self,
+        env: InGraphEnv | HostEnv,
+        network: Network,
+        params: Params,
+        label: str,
+        options: EvaluationOptions | None = None,
+    ) -> None:
         self.params = params
         """Parameters of the network, a tree of arrays."""
         self.spec: EnvSpec = env.spec
         """Spec of the environment it was trained in."""
         self.label = label
         """Name among the policies of its run: the checkpoint, and the seed if the run trained many."""
+        self.options = options or EvaluationOptions()
+        """How `evaluate` plays: as the run evaluated itself."""
         self._env = env
         self._network = network
         self._apply_network = jax.jit(network.apply)
@@ -55,7 +95,23 @@ class Policy:
         return np.asarray(self._apply_network(self.params, self._to_view(obs)))
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
-        """Returns the undiscounted returns of greedy episodes in its environment, `[num_episodes]` float32.
+        """Returns the undiscounted returns of episodes in its environment, `[num_episodes]` float32.
+
+        Raises:
+          ConfigError: if a number is out of bounds.
+          RunFailed: if the environment fails more than `MAX_LOST` times per episode that is asked for.
+        """
+        return self.play_episodes(num_episodes, seed).returns
+
+    def play_episodes(
+        self, num_episodes: int = 100, seed: int = 0, options: EvaluationOptions | None = None
+    ) -> Episodes:
+        """Returns episodes in its environment: returns, lengths, and which of them are the same.
+
+        Args:
+          num_episodes: number of episodes.
+          seed: seed of these episodes.
+          options: how to play them, instead of as the run evaluated itself.
 
         Raises:
           ConfigError: if a number is out of bounds.
@@ -63,21 +119,59 @@ class Policy:
         """
         check_count("num_episodes", num_episodes, maximum=MAX_EPISODES)
         check_count("seed", seed, minimum=0, maximum=MAX_SEED)
-        env = self._env
-        if isinstance(env, HostEnv):
-            lanes = env.make_eval_lanes(
-                min(num_episodes, EVAL_LANES), LaneOptions(max_failures=MAX_LOST * num_episodes)
+        options = self.options if options is None else options
+        if isinstance(self._env, HostEnv):
+            return self._play_host(self._env, num_episodes, seed, options)
+        return self._play_in_graph(self._env, num_episodes, seed, options)
+
+    def _play_host(self, env: HostEnv, num_episodes: int, seed: int, options: EvaluationOptions) -> Episodes:
+        num_lanes = min(num_episodes, max(EVAL_LANES, options.num_env_workers))
+        lane_options = LaneOptions(
+            max_failures=MAX_LOST * num_episodes, num_env_workers=min(options.num_env_workers, num_lanes)
+        )
+        lanes = env.make_eval_lanes(num_lanes, lane_options)
+        try:
+            episodes = play_host_episodes(
+                lanes,
+                env.spec,
+                self._greedy,
+                num_episodes,
+                seed_of(seed, Stream.POLICY),
+                self._network.to_storage_layout,
+                exploration=options.exploration,
+                max_episode_steps=options.max_episode_steps,
             )
-            try:
-                lanes_seed = seed_of(seed, Stream.POLICY)
-                return host_greedy_returns(
-                    lanes, env.spec, self._greedy, num_episodes, lanes_seed, self._network.to_storage_layout
-                )
-            finally:
-                lanes.close()
-        apply, to_storage_layout = self._network.apply, self._network.to_storage_layout
-        run = jax.jit(lambda params, key: greedy_returns(env, apply, params, key, num_episodes, to_storage_layout))
-        return np.asarray(run(self.params, key_of(seed, Stream.POLICY)))
+        finally:
+            lanes.close()
+        assert episodes is not None  # nobody asks it to stop
+        return episodes
+
+    def _play_in_graph(self, env: InGraphEnv, num_episodes: int, seed: int, options: EvaluationOptions) -> Episodes:
+        num_together = min(num_episodes, MAX_TOGETHER)
+        begin, play = self._in_graph(num_together, options.exploration)
+        key, pieces, batches = key_of(seed, Stream.POLICY), Pieces(), []
+        for number in range(0, num_episodes, num_together):
+            first = np.uint32(number)
+            batch = pieces.play(
+                functools.partial(begin, key, first),
+                functools.partial(play, self.params, key, first),
+                env.spec,
+                options.max_episode_steps,
+            )
+            assert batch is not None  # nobody asks it to stop
+            batches.append(batch)
+        return join_episodes(batches, num_episodes)
+
+    @functools.cache  # noqa: B019, the compiled programs live as long as their policy
+    def _in_graph(self, num_together: int, exploration: float) -> tuple[Callable, Callable]:
+        assert isinstance(self._env, InGraphEnv)
+        network = self._network
+        evaluation = make_evaluation(self._env, network.apply, num_together, exploration, network.to_storage_layout)
+        return jax.jit(evaluation.begin), jax.jit(evaluation.play)
+
+    def episode_limit(self, options: EvaluationOptions | None = None) -> int:
+        """Returns the environment steps after which an episode of an evaluation ends at the latest."""
+        return episode_limit(self.spec, (self.options if options is None else options).max_episode_steps)
 
     def film(
         self, out_dir: str | os.PathLike[str], num_episodes: int = 1, seed: int = 0, frames_per_second: int = 30
@@ -85,7 +179,8 @@ class Policy:
         """Yields the videos of greedy episodes in its environment, each as soon as it is written.
 
         Below the picture they show the step, the return so far and the Q-value of every action; the greedy action is
-        marked. In an environment written in JAX, the episodes begin like those of `evaluate` with the same arguments.
+        marked, and always taken. In an environment written in JAX, the episodes begin like those of `evaluate` with the
+        same arguments.
 
         Args:
           out_dir: folder for `<label>-seed<seed>-episode<i>.mp4` and `.gif`. It is made if absent.

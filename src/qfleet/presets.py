@@ -73,6 +73,7 @@ PRESETS: dict[str, Preset] = {
             "env_steps": 50_000_000,
             "eval_period_env_steps": 250_000,
             "eval_episodes": 16,
+            "eval_exploration": 0.05,
             "checkpoint_period_seconds": 600.0,
         },
     ),
@@ -107,6 +108,7 @@ PRESETS: dict[str, Preset] = {
             "env_steps": 50_000_000,
             "eval_period_env_steps": 500_000,
             "eval_episodes": 16,
+            "eval_exploration": 0.001,
             "checkpoint_period_seconds": 600.0,
         },
     ),
@@ -131,6 +133,7 @@ PRESETS: dict[str, Preset] = {
             "env_steps": 50_000_000,
             "eval_period_env_steps": 500_000,
             "eval_episodes": 16,
+            "eval_exploration": 0.001,
             "checkpoint_period_seconds": 600.0,
         },
     ),
@@ -296,9 +299,19 @@ def make_config(env: str, preset: str = "pqn", topology: str | None = None, **se
     return config
 
 
+def _evaluation_of(env: str) -> Mapping[str, Any]:
+    """Returns how evaluations play in a family of environments: with a few random actions in MinAtar.
+
+    Its games are nearly deterministic. Breakout has two beginnings and Space Invaders one, so a greedy policy plays
+    one or two episodes again and again. One action in a thousand is random, as in evaluations on Atari since van
+    Hasselt et al. 2016.
+    """
+    return {"eval_exploration": 0.001} if env.endswith("-MinAtar") else {}
+
+
 def _starts_from(env: str, preset: str, topology: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the preset's and the tuned settings, without those that have no effect beside the given ones."""
-    found = {**PRESETS[preset].settings, **TUNED.get((preset, env), {})}
+    found = {**_evaluation_of(env), **PRESETS[preset].settings, **TUNED.get((preset, env), {})}
     dropped = set(settings_without_effect({**found, **settings}, TOPOLOGIES[topology]))
     rate = to_plain(float, settings.get("target_update_rate", 1.0), "target_update_rate")
     if rate < 1 and found.get("target_update_period") != 1:

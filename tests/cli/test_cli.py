@@ -18,6 +18,7 @@ from qfleet.cli.train_command import parse
 from qfleet.config import ActorLearnerConfig, FusedConfig, OverlappedConfig
 from qfleet.core.keys import Stream, key_of
 from qfleet.presets import make_config
+from qfleet.runtime import evaluation
 from qfleet.topologies.fused.topology import Fused
 
 TINY = ["--num-envs", "4", "--hidden-sizes", "8", "--num-minibatches", "1", "--eval-episodes", "5"]
@@ -143,6 +144,44 @@ def test_eval_prints_json_that_any_parser_reads(run_dir: Path, capsys: pytest.Ca
     result = json.loads(capsys.readouterr().out)
     assert (result["env"], result["episodes"], len(result["returns"])) == ("CartPole-v1", 7, 7)
     assert result["return_min"] <= result["return_mean"] <= result["return_max"]
+    assert (result["different_episodes"], result["cut_episodes"]) == (7, 0)
+    assert (result["episode_limit"], result["exploration"]) == (500, 0.0)
+
+
+def test_eval_plays_as_it_is_told_and_says_so(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run_dir), "--episodes", "5", "--exploration", "0.5", "--max-episode-steps", "3"]) == 0
+    said = capsys.readouterr()
+    assert "mean greedy return 3.0 over 5 episodes with 50% random actions, all different, 5 of 5 cut at 3" in said.out
+    assert said.err == ""  # progress is for terminals
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--episodes", "0"], "episodes must be a whole number, at least 1, got 0"),
+        (["--episodes", str(2**64)], "episodes must be a whole number, at most 1000000"),
+        (["--seed", "-1"], "seed must be a whole number, at least 0, got -1"),
+        (["--exploration", "1"], "exploration must be at least 0 and below 1, got 1"),
+        (["--max-episode-steps", "0"], "max_episode_steps must be a whole number, at least 1, got 0"),
+        (["--num-env-workers", "-1"], "num_env_workers must be a whole number, at least 0, got -1"),
+    ],
+)
+def test_eval_refuses_what_it_can_not_play(
+    run_dir: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(run_dir), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_eval_shows_in_a_terminal_how_far_it_is(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "FIRST_PIECE_STEPS", 1)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["eval", str(run_dir), "--episodes", "5", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "evaluating 0 of 5" in said.err and said.err.endswith("\r\x1b[K")
+    assert len(json.loads(said.out)["returns"]) == 5
 
 
 def test_watch_writes_the_episodes_that_eval_counts(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,9 +102,17 @@ def test_configs_that_the_first_version_wrote_are_read(old, expected):
     assert decode(v1(old), schema_version=1).topology == expected
 
 
+def test_evaluations_of_a_run_of_the_second_version_stay_strictly_greedy():
+    config = qfleet.TrainConfig(env="CartPole-v1")
+    old = {name: value for name, value in encode(config).items() if not name.startswith(("eval_ex", "eval_max"))}
+    assert decode(json.loads(json.dumps(old)), schema_version=2) == config
+    with pytest.raises(ConfigError, match=r"missing \['eval_exploration', 'eval_max_episode_steps'\]"):
+        decode(old)
+
+
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "2"])
 def test_a_version_that_is_not_known_is_refused(version):
-    with pytest.raises(ConfigError, match=r"schema_version must be 1 to 2, got"):
+    with pytest.raises(ConfigError, match=f"schema_version must be 1 to {SCHEMA_VERSION}, got"):
         decode(v1({}), schema_version=version)
 
 

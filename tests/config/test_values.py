@@ -71,7 +71,7 @@ def run(**settings: Any) -> TrainConfig:
         (run, "env_options", {"config": {"lanes": 3, "v": np.eye(1)}}, {"config": {"lanes": 3, "v": [[1.0]]}}),
         (run, "env_options", {"map_name": "8x8", "p": 1.0}, {"map_name": "8x8", "p": 1.0}),
     ],
-    ids=show,
+    ids=lambda value: getattr(value, "__name__", None) or show(value),  # the same in every process
 )  # fmt: skip
 def test_values_are_brought_to_plain_python(make: Any, name: str, value: Any, expected: Any) -> None:
     found = getattr(make(**{name: value}), name)
@@ -118,7 +118,7 @@ def test_values_are_brought_to_plain_python(make: Any, name: str, value: Any, ex
         (run, "env_options", [], "env_options must be a mapping of names to values, got \\[\\]"),
         (run, "env_options", {"x": 2**64}, r"env_options\[x\] must be a whole number of at most 64 bits, got"),
     ],
-    ids=show,
+    ids=lambda value: getattr(value, "__name__", None) or show(value),  # the same in every process
 )  # fmt: skip
 def test_other_values_are_refused_with_field_value_and_remedy(make: Any, name: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:

@@ -10,15 +10,15 @@ import probes
 import pytest
 
 from qfleet.config import ConfigError, RunFailed
-from qfleet.core.keys import Stream, key_of
+from qfleet.core.keys import Stream
 from qfleet.core.types import EnvSpec
 from qfleet.envs import gymnasium as backend
 from qfleet.envs.failures import lane_seed
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
+from qfleet.policy import Policy
 from qfleet.runtime.episodes import Moment, play
-from qfleet.runtime.evaluation import greedy_returns
 
 
 def drawn(env: InGraphEnv) -> InGraphEnv:
@@ -36,7 +36,7 @@ def test_episodes_are_those_of_evaluation(frame_stack: int) -> None:
     env = drawn(probes.random_walk(frame_stack))
     network = probes.linear_network(env.spec)
     params = network.init(jax.random.key(1))
-    expected = greedy_returns(env, network.apply, params, key_of(5, Stream.POLICY), 8)
+    expected = Policy(env, network, params, "").evaluate(8, seed=5)
     episodes = played(env, 8, 5)
     np.testing.assert_allclose([moments[-1].episode_return for moments in episodes], expected, rtol=1e-5)
     assert len({len(moments) for moments in episodes}) > 1

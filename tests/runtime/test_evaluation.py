@@ -1,7 +1,8 @@
-"""Returns of greedy episodes: each complete episode counts once."""
+"""Episodes of an evaluation: each complete episode counts once, and those that repeat another are known."""
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,54 +13,149 @@ import pytest
 from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.host import HostStep
 from qfleet.envs.registry import make_env
-from qfleet.runtime.evaluation import (
-    Episodes,
-    InPieces,
-    are_over,
-    begin_episodes,
-    greedy_returns,
-    host_greedy_returns,
-    play_on,
-)
+from qfleet.envs.spec import InGraphEnv, StepResult
+from qfleet.policy import EvaluationOptions, Policy
+from qfleet.runtime import evaluation
+from qfleet.runtime.evaluation import Episodes, Pieces, make_evaluation, play_host_episodes
 
 
 def constant_q(params: Params, obs: jax.Array) -> jax.Array:
     return jnp.broadcast_to(params, (obs.shape[0], len(params)))
 
 
+def play(
+    env: InGraphEnv, params: Any, num_episodes: int, seed: int = 0, exploration: float = 0.0, **more: Any
+) -> Episodes | None:
+    functions = make_evaluation(env, constant_q, num_episodes, exploration)
+    key, first, step = jax.random.key(seed), jnp.uint32(0), jax.jit(functions.play)
+    return Pieces().play(
+        lambda: functions.begin(key, first),
+        lambda *further: step(jnp.asarray(params), key, first, *further),
+        env.spec,
+        **{"max_episode_steps": None} | more,
+    )
+
+
+def episodes_of(env: InGraphEnv, params: Any, num_episodes: int, **more: Any) -> Episodes:
+    episodes = play(env, params, num_episodes, **more)
+    assert episodes is not None
+    return episodes
+
+
 def test_an_episode_counts_up_to_its_time_limit() -> None:
-    env = probes.time_limit(steps=5)
-    returns = greedy_returns(env, constant_q, jnp.zeros(1), jax.random.key(0), 3)
-    np.testing.assert_array_equal(returns, [5.0, 5.0, 5.0])
+    episodes = episodes_of(probes.time_limit(steps=5), [0.0], 3)
+    np.testing.assert_array_equal(episodes.returns, [5.0, 5.0, 5.0])
+    np.testing.assert_array_equal(episodes.lengths, [5, 5, 5])
+    assert not episodes.was_cut.any()
 
 
 def test_a_step_after_the_end_does_not_count() -> None:
     env = probes.delayed_reward()  # if it were stepped beyond its end, it would continue to pay 1
-    returns = greedy_returns(env, constant_q, jnp.zeros(1), jax.random.key(0), 4)
-    np.testing.assert_array_equal(returns, np.ones(4))
+    episodes = episodes_of(env, [0.0], 4)
+    np.testing.assert_array_equal(episodes.returns, np.ones(4))
+    np.testing.assert_array_equal(episodes.lengths, np.full(4, 2))
 
 
 def test_actions_are_the_greedy_ones() -> None:
     env = probes.action_reward()
     for q, expected in (([1.0, 0.0], -1.0), ([0.0, 1.0], 1.0)):
-        returns = greedy_returns(env, constant_q, jnp.array(q), jax.random.key(0), 2)
-        np.testing.assert_array_equal(returns, [expected, expected])
+        np.testing.assert_array_equal(episodes_of(env, q, 2).returns, [expected, expected])
 
 
 def test_episodes_of_different_lengths_each_count_their_own_steps() -> None:
-    env = make_env("CartPole-v1")
-    returns = np.asarray(greedy_returns(env, constant_q, jnp.array([0.0, 1.0]), jax.random.key(0), 32))
-    assert len(set(returns.tolist())) > 1
-    assert np.all((returns >= 8) & (returns <= 11))  # pushed one way, the pole falls within 8 to 11 steps
+    episodes = episodes_of(make_env("CartPole-v1"), [0.0, 1.0], 32)
+    assert len(set(episodes.returns.tolist())) > 1
+    assert np.all((episodes.returns >= 8) & (episodes.returns <= 11))  # pushed one way, the pole falls within 11 steps
+    np.testing.assert_array_equal(episodes.lengths, episodes.returns)
+    assert episodes.num_different() == 32
 
 
 def test_the_key_decides_the_episodes() -> None:
     env = probes.observation_reward()
-    first, again, other = (
-        np.asarray(greedy_returns(env, constant_q, jnp.zeros(1), jax.random.key(i), 64)) for i in (0, 0, 1)
-    )
+    first, again, other = (episodes_of(env, [0.0], 64, seed=seed).returns for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.any(first != other)
+
+
+def test_episodes_with_the_same_observations_and_rewards_are_one_and_the_same() -> None:
+    assert episodes_of(probes.time_limit(steps=5), [0.0], 8).num_different() == 1
+    assert episodes_of(probes.observation_reward(), [0.0], 64).num_different() == 2
+
+
+def test_episodes_that_differ_in_their_rewards_alone_are_different() -> None:
+    """With half of the actions random, the reward is -1 or 1 at one observation."""
+    assert episodes_of(probes.action_reward(), [1.0, 0.0], 64, exploration=0.5).num_different() == 2
+
+
+def test_episodes_that_differ_in_one_number_of_one_observation_are_different() -> None:
+    """The environment shows for three steps 0 or, once, a number that depends on the episode; it pays nothing."""
+    spec = EnvSpec(
+        name="one-number", observation_shape=(2, 3), observation_dtype=np.dtype(np.uint8), num_actions=1, time_limit=3
+    )
+
+    def step(state: tuple, action: jax.Array, key: jax.Array) -> StepResult:
+        time, number = state
+        shown = jnp.zeros((2, 3), jnp.uint8).at[1, 2].set(jnp.where(time == 1, number, 0).astype(jnp.uint8))
+        return StepResult((time + 1, number), shown, jnp.float32(0), jnp.bool_(False), jnp.bool_(False))
+
+    def reset(key: jax.Array) -> tuple:
+        return (jnp.int32(0), jax.random.randint(key, (), 0, 4)), jnp.zeros((2, 3), jnp.uint8)
+
+    assert episodes_of(InGraphEnv(spec, reset, step), [0.0], 64).num_different() == 4
+
+
+def test_episodes_are_counted_as_new_only_if_an_earlier_evaluation_has_not_had_them() -> None:
+    env = probes.random_walk(frame_stack=1)
+    first, second = (episodes_of(env, [0.0, 1.0], 8, seed=seed) for seed in (0, 1))
+    assert first.num_different(first) == 0
+    assert second.num_different(first) == second.num_different() == 8
+    seeds = Episodes(*(np.stack(parts) for parts in zip(first, second, strict=True)))
+    one_seed_twice = Episodes(*(np.stack(parts) for parts in zip(first, first, strict=True)))
+    np.testing.assert_array_equal(seeds.num_different(one_seed_twice), [0, 8])
+
+
+def test_exploration_is_the_probability_of_a_random_action() -> None:
+    returns = episodes_of(probes.action_reward(), [1.0, 0.0], 4000, exploration=0.2).returns
+    assert np.mean(returns == 1.0) == pytest.approx(0.1, abs=4 * np.sqrt(0.09 / 4000))
+
+
+@pytest.mark.parametrize(
+    ("time_limit", "max_episode_steps", "steps", "is_cut"),
+    [(5, None, 5, False), (5, 9, 5, False), (5, 5, 5, False), (5, 3, 3, True), (None, 40, 40, True)],
+)
+def test_what_the_evaluation_itself_cuts_is_said(
+    time_limit: int | None, max_episode_steps: int | None, steps: int, is_cut: bool
+) -> None:
+    env = probes.time_limit(5) if time_limit else probes.nan_reward(at_step=100)
+    episodes = episodes_of(env, [0.0], 2, max_episode_steps=max_episode_steps)
+    np.testing.assert_array_equal(episodes.lengths, [steps] * 2)
+    np.testing.assert_array_equal(episodes.returns, [steps] * 2)
+    np.testing.assert_array_equal(episodes.was_cut, [is_cut] * 2)
+
+
+def test_the_lengths_of_the_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = make_env("CartPole-v1")
+    monkeypatch.setattr(evaluation, "FIRST_PIECE_STEPS", 1000)
+    whole = episodes_of(env, [0.0, 1.0], 16, exploration=0.3)
+    monkeypatch.setattr(evaluation, "FIRST_PIECE_STEPS", 1)
+    for mine, other in zip(episodes_of(env, [0.0, 1.0], 16, exploration=0.3), whole, strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+def test_a_compiled_evaluation_hears_a_request_to_stop_between_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "FIRST_PIECE_STEPS", 1)
+    answers = iter([False, True])  # it isn't asked a third time
+    assert play(probes.nan_reward(at_step=100), [0.0], 2, should_stop=lambda: next(answers)) is None
+
+
+def test_more_episodes_than_are_played_at_once_are_the_same_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = probes.random_walk(frame_stack=2)
+    network = probes.linear_network(env.spec)
+    policy = Policy(env, network, network.init(jax.random.key(1)), "", EvaluationOptions(exploration=0.1))
+    at_once = policy.play_episodes(10, seed=3)
+    monkeypatch.setattr("qfleet.policy.MAX_TOGETHER", 4)
+    for mine, other in zip(policy.play_episodes(10, seed=3), at_once, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-6)
 
 
 class CountedLanes:
@@ -70,12 +166,14 @@ class CountedLanes:
     ) -> None:
         self._lengths, self._fails, self.row = lengths, fails, 0
         self._left = [next(lengths) for _ in range(num_lanes)]
+        self.actions: list[np.ndarray] = []
 
     def reset(self, seed: int) -> np.ndarray:
         return np.zeros((len(self._left), 1), np.float32)
 
     def send(self, action: np.ndarray) -> None:
         assert action.shape == (len(self._left),)
+        self.actions.append(action)
 
     def recv(self) -> HostStep:
         reward, terminated, failed = (np.zeros(len(self._left), kind) for kind in (np.float32, bool, bool))
@@ -94,12 +192,18 @@ class CountedLanes:
         pass
 
 
-def host_returns(lanes: CountedLanes, num_episodes: int, time_limit: int | None = None) -> list[float]:
+def play_host(lanes: CountedLanes, num_episodes: int, time_limit: int | None = None, **more: Any) -> Episodes | None:
     spec = EnvSpec(
-        name="counted", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=1,
+        name="counted", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=4,
         time_limit=time_limit,
     )  # fmt: skip
-    return host_greedy_returns(lanes, spec, lambda view: jnp.zeros(len(view), int), num_episodes, seed=0).tolist()
+    return play_host_episodes(lanes, spec, lambda view: jnp.zeros(len(view), int), num_episodes, 0, **more)
+
+
+def host_returns(lanes: CountedLanes, num_episodes: int, time_limit: int | None = None) -> list[float]:
+    episodes = play_host(lanes, num_episodes, time_limit)
+    assert episodes is not None
+    return episodes.returns.tolist()
 
 
 def test_the_host_counts_the_episodes_that_start_first_not_those_that_end_first() -> None:
@@ -144,34 +248,33 @@ def test_an_evaluation_that_gets_too_few_whole_episodes_is_given_up(caplog: pyte
     assert "lost 10 episodes to environments that failed, and was given up with 1 whole ones of 3" in caplog.text
 
 
-def test_episodes_played_in_pieces_are_those_played_at_once() -> None:
-    env = probes.random_walk()
-    key, params = jax.random.key(3), jnp.zeros(1)
-    whole = greedy_returns(env, constant_q, params, key, 6)
-    asked = []
-
-    def play(params: jax.Array, episodes: Episodes, until: np.int32) -> tuple[Episodes, jax.Array, jax.Array]:
-        asked.append(int(until))
-        episodes = play_on(env, constant_q, params, episodes, until)
-        return episodes, episodes.returns, are_over(env, episodes)
-
-    pieces = InPieces(lambda: begin_episodes(env, key, 6), play)
-    pieces._length = 1
-    np.testing.assert_array_equal(pieces.returns(params, (), lambda: None), whole)
-    assert len(asked) > 1 and asked[0] == 1
+def test_the_host_counts_different_episodes_and_those_that_it_cuts() -> None:
+    episodes = play_host(CountedLanes(2, iter([3, 40, 4, 3, 4, 9, 9, 9, 9])), 5, max_episode_steps=10)
+    assert episodes is not None
+    assert episodes.lengths.tolist() == episodes.returns.tolist() == [3, 10, 4, 3, 10]  # the rest of 40 counts, too
+    assert episodes.was_cut.tolist() == [False, True, False, False, True]
+    assert episodes.num_different() == 3  # of 3, 4 and 10 steps
 
 
-def test_an_evaluation_in_pieces_can_be_left_between_them() -> None:
-    env, num_checks = probes.random_walk(), 0
+def test_an_environment_that_ends_at_its_time_limit_is_not_cut() -> None:
+    episodes = play_host(CountedLanes(2, itertools.repeat(1000)), 2, time_limit=7)
+    assert episodes is not None
+    assert episodes.lengths.tolist() == [7, 7] and not episodes.was_cut.any()
 
-    def stop_at_second() -> None:
-        nonlocal num_checks
-        num_checks += 1
-        if num_checks == 2:
-            raise InterruptedError
 
-    def play(params: jax.Array, episodes: Episodes, until: np.int32) -> tuple[Episodes, jax.Array, np.ndarray]:
-        return episodes, episodes.returns, np.array(False)
+def test_the_host_takes_random_actions_with_the_probability_of_exploration() -> None:
+    lanes = CountedLanes(4, itertools.repeat(1000))
+    play_host(lanes, 4, exploration=0.2)
+    actions = np.stack(lanes.actions)
+    share = np.array([np.mean(actions == action) for action in range(4)])
+    np.testing.assert_allclose(share[1:], 0.05, atol=4 * np.sqrt(0.05 / actions.size))
+    assert np.any(actions[:, 0] != actions[:, 1])  # each lane has its own random numbers
+    greedy = CountedLanes(4, itertools.repeat(10))
+    play_host(greedy, 4)
+    assert not np.any(greedy.actions)
 
-    with pytest.raises(InterruptedError):
-        InPieces(lambda: begin_episodes(env, jax.random.key(0), 2), play).returns({}, (), stop_at_second)
+
+def test_a_host_evaluation_hears_a_request_to_stop_before_every_step() -> None:
+    lanes = CountedLanes(2, itertools.repeat(1000))
+    assert play_host(lanes, 2, should_stop=lambda: lanes.row == 3) is None
+    assert lanes.row == 3

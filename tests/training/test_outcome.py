@@ -8,20 +8,14 @@ import numpy as np
 import pytest
 
 from qfleet.runtime.records import make_progress, sum_of
-from qfleet.training.outcome import Closing, DivergenceCheck, Evaluations
+from qfleet.training.outcome import BestEvaluation, Closing, DivergenceCheck
 
 
-def noted(*means: float, spread: float = 0.0) -> Evaluations:
-    evaluations = Evaluations()
+def noted(*means: float, spread: float = 0.0) -> BestEvaluation:
+    evaluations = BestEvaluation()
     for i, mean in enumerate(means):
         evaluations.add(100 * (i + 1), np.array([[mean - spread, mean, mean + spread, mean]]))
     return evaluations
-
-
-def test_an_evaluation_without_episodes_does_not_replace_an_earlier_one() -> None:
-    evaluations = noted(10.0)
-    evaluations.add(200, np.zeros((1, 0)))
-    assert (evaluations.at, evaluations.mean) == (100, 10.0)
 
 
 def test_a_fall_far_below_the_best_is_said_and_one_within_chance_is_not() -> None:
@@ -30,14 +24,16 @@ def test_a_fall_far_below_the_best_is_said_and_one_within_chance_is_not() -> Non
     assert noted(20.0, 500.0, 300.0, spread=400.0).fall() is None, "the episodes differ by more than that"
     assert noted(-200.0, -96.0, -180.0).fall() is not None, "returns may be negative"
     assert noted(20.0, 500.0).fall() is None
-    assert Evaluations().fall() is None
+    assert BestEvaluation().fall() is None
 
 
-def test_evaluations_survive_a_checkpoint() -> None:
-    before, after = noted(20.0, 500.0, 133.0), Evaluations()
+def test_the_best_evaluation_survives_a_checkpoint() -> None:
+    before, after, empty = noted(20.0, 500.0, 133.0), BestEvaluation(), BestEvaluation()
     after.restore(json.loads(json.dumps(before.saved(), allow_nan=False)))
-    assert after.summary() == before.summary()
+    assert after.summary() == before.summary() == {"best_eval_at_env_steps": 200, "best_eval_return_mean": 500.0}
     assert after.fall() == before.fall()
+    empty.restore(empty.saved())
+    assert empty.summary() == {"best_eval_at_env_steps": None, "best_eval_return_mean": None}
 
 
 def progress(q: float, returns: list[float]) -> Any:

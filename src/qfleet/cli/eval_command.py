@@ -1,18 +1,23 @@
 """`qfleet eval RUN`."""
 
+import contextlib
 import dataclasses
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 
 import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
+from qfleet.cli.show import evaluation_in_words
+from qfleet.config import RunFailed
 from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_count
+from qfleet.runtime.activity import announced_to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EvalFlags:
-    """Plays greedy episodes with what a run has learned, on seeds that training does not use."""
+    """Plays episodes with what a run has learned, on seeds that training does not use."""
 
     run: tyro.conf.Positional[str]
     """The run's folder."""
@@ -24,6 +29,12 @@ class _EvalFlags:
     """Seed to evaluate, of a run with several seeds. The default is the first one."""
     seed: int = 0
     """Seed of the episodes."""
+    exploration: float | None = None
+    """Probability of a random action. The default is the run's eval_exploration."""
+    max_episode_steps: int | None = None
+    """Environment steps after which an episode is cut. The default is the limit of the run's evaluations."""
+    num_env_workers: int | None = None
+    """Processes that step an environment that isn't written in JAX. The default is as in training."""
     json: bool = False
     """Print one line of JSON."""
 
@@ -38,11 +49,21 @@ def run(arguments: Sequence[str]) -> int:
     from qfleet.api import load
 
     policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed)
-    returns = policy.evaluate(flags.episodes, flags.seed).tolist()
+    given = {name: getattr(flags, name) for name in ("exploration", "max_episode_steps", "num_env_workers")}
+    options = dataclasses.replace(policy.options, **{name: value for name, value in given.items() if value is not None})
+    with _shown():
+        episodes = policy.play_episodes(flags.episodes, flags.seed, options)
+    returns = episodes.returns.tolist()
+    if not returns:
+        raise RunFailed(f"{policy.spec.name} failed in every episode")
     result = {
         "run": flags.run,
         "env": policy.spec.name,
-        "episodes": flags.episodes,
+        "episodes": len(returns),
+        "different_episodes": int(episodes.num_different()),
+        "cut_episodes": int(episodes.was_cut.sum()),
+        "episode_limit": policy.episode_limit(options),
+        "exploration": options.exploration,
         "return_mean": statistics.fmean(returns),
         "return_std": statistics.pstdev(returns),
         "return_min": min(returns),
@@ -54,8 +75,35 @@ def run(arguments: Sequence[str]) -> int:
 
         print(strict_json(result))
     else:
+        words = evaluation_in_words(
+            len(returns),
+            num_different=result["different_episodes"],
+            num_cut=result["cut_episodes"],
+            limit=result["episode_limit"],
+            exploration=options.exploration,
+        )
         print(
-            f"{policy.spec.name}: mean greedy return {result['return_mean']:.1f} over {flags.episodes} episodes "
+            f"{policy.spec.name}: mean greedy return {result['return_mean']:.1f} {words} "
             f"(std {result['return_std']:.1f}, min {result['return_min']:.1f}, max {result['return_max']:.1f})"
         )
     return 0
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[None]:
+    """Shows on stderr how far the evaluation is, if that is a terminal, and takes it away at the end."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    last = [""]
+
+    def show(activity: str) -> None:
+        if activity != last[0]:
+            last[0] = activity
+            print(f"\r\x1b[K{activity}", end="", file=sys.stderr, flush=True)
+
+    with announced_to(show):
+        try:
+            yield
+        finally:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

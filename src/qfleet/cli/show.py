@@ -41,8 +41,8 @@ def outcome(summary: dict[str, Any], path: str) -> str:
     if between > 0.05 * summary["env_steps"]:
         lines.append(f"{between:,} of these steps only began an episode, and took no action")
     if returns is not None:
-        num_episodes = sum(map(len, summary["eval_returns"]))
-        lines.append(f"mean greedy return: {returns:.1f} over {num_episodes} episodes")
+        lines.append(f"mean greedy return: {returns:.1f} {_evaluation_of(summary)}")
+        lines += _confirmation_of(summary)
     if summary.get("num_restarts"):
         repeated = summary.get("env_steps_repeated")
         again = "" if repeated is None else f", {repeated:,} environment steps repeated"
@@ -61,6 +61,52 @@ def outcome(summary: dict[str, Any], path: str) -> str:
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
     lines.append(f"next: qfleet eval {path} | qfleet resume {path}{further}")
     return "\n".join(lines)
+
+
+def evaluation_in_words(
+    num_episodes: int, *, num_different: int, num_cut: int, limit: int | None, exploration: float
+) -> str:
+    """Returns what a mean return was measured over: "over 100 episodes, 2 of them different".
+
+    Args:
+      num_episodes: number of episodes.
+      num_different: how many of them differ from each other.
+      num_cut: how many of them were cut short.
+      limit: environment steps after which they were.
+      exploration: probability of a random action.
+    """
+    words = f"over {num_episodes} episode{'s' if num_episodes > 1 else ''}"
+    if exploration:
+        words += f" with {100 * exploration:.4g}% random actions"
+    if num_episodes > 1:
+        words += ", all different" if num_different == num_episodes else f", {num_different} of them different"
+    if num_cut:
+        words += f", {num_cut} of {num_episodes} cut at {limit} steps"
+    return words
+
+
+def _evaluation_of(summary: dict[str, Any]) -> str:
+    words = evaluation_in_words(
+        sum(map(len, summary["eval_returns"])),
+        num_different=summary["eval_num_different"],
+        num_cut=summary["eval_num_cut"],
+        limit=summary["eval_episode_limit"],
+        exploration=summary["eval_exploration"],
+    )
+    at = summary["eval_at_env_steps"]
+    return words if at == summary["env_steps"] else f"{words}, after {at:,} environment steps"
+
+
+def _confirmation_of(summary: dict[str, Any]) -> list[str]:
+    """Returns a line that says so if the episodes that confirmed a return were the ones that had been played before."""
+    seeds = [seed for seed, new in enumerate(summary["confirmed_by_new_episodes"], summary["seed"]) if new == 0]
+    if not seeds:
+        return []
+    whose = "" if summary["num_seeds"] == 1 else f" of seed {', '.join(map(str, seeds))}"
+    return [
+        f"the episodes that confirm the return{whose} repeat earlier ones: the environment is deterministic, and the "
+        f"return exact; --eval-exploration 0.001 would vary them"
+    ]
 
 
 def print_time_shares(summary: dict[str, Any], num_envs: int) -> None:

@@ -13,7 +13,7 @@ from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
 from qfleet.config.values import show
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def encode(config: TrainConfig) -> dict[str, Any]:
@@ -81,7 +81,14 @@ def _topology_of(fields: Mapping[str, Any]) -> str:
     return "overlapped" if "lock_step" in fields else "fused"
 
 
-_MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1}
+def _migrate_from_2(content: Any) -> Any:
+    """Adds how evaluations play, which was strictly greedy."""
+    if not isinstance(content, dict):
+        return content  # decoding refuses it
+    return {"eval_exploration": 0.0, "eval_max_episode_steps": None, **content}
+
+
+_MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1, 2: _migrate_from_2}
 """Functions that convert content to the next version, by the version that they convert from."""
 
 

@@ -52,6 +52,13 @@ class TrainConfig(Config):
     """Environment steps between greedy evaluations."""
     eval_episodes: int = 20
     """Greedy episodes per evaluation."""
+    eval_exploration: float = 0.0
+    """Probability of a uniformly random action in evaluations.
+    Without any, a greedy policy plays the same few episodes again and again where the environment is deterministic."""
+    eval_max_episode_steps: int | None = None
+    """Environment steps after which an evaluation cuts an episode; None leaves it to the environment's time limit.
+    Without a time limit, None means ten times the mean length of training episodes, between 1,000 and 27,000, or less
+    if evaluations would take more environment steps than training."""
     video_period_env_steps: int | None = None
     """Environment steps between videos of a greedy episode; None records none.
     Each video is recorded at the next evaluation."""
@@ -71,6 +78,9 @@ class TrainConfig(Config):
         check_counts(self, "env_steps", "eval_period_env_steps", "checkpoints_kept")
         if self.video_period_env_steps is not None:
             check_count("video_period_env_steps", self.video_period_env_steps)
+        check(0 <= self.eval_exploration < 1, "eval_exploration", "at least 0 and below 1", self.eval_exploration)
+        if self.eval_max_episode_steps is not None:
+            check_count("eval_max_episode_steps", self.eval_max_episode_steps, maximum=MAX_SIZE)
         check_count("seed", self.seed, minimum=0)
         check(
             self.seed + self.num_seeds - 1 <= MAX_SEED, "seed + num_seeds", "at most 2**32", self.seed + self.num_seeds

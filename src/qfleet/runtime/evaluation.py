@@ -1,4 +1,8 @@
-"""Greedy evaluation: whole episodes, apart from training."""
+"""Evaluation: whole episodes of a greedy policy, apart from training.
+
+With `exploration` above 0 the policy takes a uniformly random action with that probability, as published evaluations of
+deterministic games do. There, a strictly greedy policy plays one episode again and again.
+"""
 
 import logging
 import time
@@ -10,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.core import exploration
+from qfleet.core.exploration import epsilon_greedy, greedy
 from qfleet.core.frame_stack import init_view, push_frame
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import EnvSpec, Params, identity
 from qfleet.envs.host import HostLanes
-from qfleet.envs.spec import InGraphEnv
+from qfleet.envs.spec import EnvState, InGraphEnv
 from qfleet.runtime import peers
+from qfleet.runtime.activity import announce
+from qfleet.runtime.fingerprint import HostFingerprints, extend_fingerprints
 from qfleet.runtime.host_acting import HostActing
 
 logger = logging.getLogger("qfleet")
@@ -25,185 +31,339 @@ MAX_LOST = 3
 """Number of episodes that an evaluation may lose to failures, per episode that it asks for."""
 
 MAX_EPISODE_STEPS = 27_000
-"""Length at which an episode is cut if its environment has no time limit: half an hour of Atari at 60 frames/s."""
+"""The longest episode where no limit is known: half an hour of Atari at 60 frames/s."""
+
+PIECE_SECONDS = 0.25
+"""Longest time that one call of the compiled program should take: a request to stop is heard between two calls."""
+
+FIRST_PIECE_STEPS = 32
+"""Environment steps of the first call. Later calls take more, as far as `PIECE_SECONDS` allows."""
+
+
+def never() -> bool:
+    """Returns False: nobody asks to stop."""
+    return False
 
 
 class Episodes(NamedTuple):
-    """Greedy episodes under way inside a compiled program, `[episodes, ...]`, or a replica's share of them."""
+    """The episodes of an evaluation. `[episodes]` everywhere, or `[seeds, episodes]`."""
 
-    time: Array
-    """`[]` int32, steps so far."""
-    key: Array
-    """`[]`, random key of all steps."""
-    env_state: Any
+    returns: np.ndarray
+    """float32, undiscounted."""
+    lengths: np.ndarray
+    """int32, in environment steps."""
+    fingerprints: np.ndarray
+    """uint32, a hash of all observations and rewards of the episode."""
+    was_cut: np.ndarray
+    """bool: the evaluation's own limit cut the episode short, so that its return is only the part up to there."""
+
+    def num_different(self, earlier: "Episodes | None" = None) -> np.ndarray:
+        """Returns the number of different episodes, `[]` or `[seeds]`; not counting those that `earlier` has."""
+        seen = self._distinct() if earlier is None else self._distinct() - earlier._distinct()
+        return np.vectorize(len, otypes=[int])(seen)
+
+    def _distinct(self) -> np.ndarray:
+        """Returns the set of the different episodes of each seed, `[]` or `[seeds]`."""
+        shape = self.returns.shape
+        parts = [np.reshape(part, (-1, shape[-1])).tolist() for part in self[:3]]
+        sets = np.empty(len(parts[0]), object)
+        sets[:] = [set(zip(*seed, strict=True)) for seed in zip(*parts, strict=True)]
+        return sets.reshape(shape[:-1])
+
+
+def join_episodes(batches: list[Episodes], num_episodes: int) -> Episodes:
+    """Returns the first `num_episodes` of several batches of episodes."""
+    return Episodes(*(np.concatenate(parts, axis=-1)[..., :num_episodes] for parts in zip(*batches, strict=True)))
+
+
+# --- Environments written in JAX: a compiled program, called for a bounded number of steps at a time ---
+
+
+class EpisodesUnderWay(NamedTuple):
+    """Episodes that a compiled program steps together. Leading axis `[episodes]` everywhere."""
+
+    env_state: EnvState
     view: Array
-    has_ended: Array
-    returns: Array
+    """What the agent sees: stacks of stored frames."""
+    episode_return: Array
     """float32, undiscounted, so far."""
+    episode_steps: Array
+    """int32, so far."""
+    fingerprint: Array
+    """uint32, so far."""
+    has_ended: Array
+    """bool."""
 
 
-def divide_episodes(over_lanes: Any, whole: Any) -> Any:
-    """Returns what divides `Episodes` over replicas: `over_lanes` for what there is of each episode, or `whole`."""
-    return Episodes(whole, whole, over_lanes, over_lanes, over_lanes, over_lanes)
+class EpisodeStats(NamedTuple):
+    """What the host reads after each call of the program, `[episodes]` over all replicas."""
+
+    episode_return: Array
+    episode_steps: Array
+    fingerprint: Array
+    has_ended: Array
 
 
-def begin_episodes(
-    env: InGraphEnv,
-    key: Array,
-    num_episodes: int,
-    to_storage_layout: Callable[[Array], Array] = identity,
-    replicas: Replicas = ALONE,
-) -> Episodes:
-    """Returns episodes at their first step. The arguments are those of `greedy_returns`."""
-    num_own = -(-num_episodes // replicas.size)
-    reset_key, step_key = jax.random.split(key)
-    env_state, obs = jax.vmap(env.reset)(_keys_of(reset_key, num_own, replicas))
-    view = init_view(to_storage_layout(obs), env.spec.frame_stack)
-    return Episodes(jnp.int32(0), step_key, env_state, view, jnp.zeros(num_own, bool), jnp.zeros(num_own))
+class InGraphEvaluation(NamedTuple):
+    """The pure functions of an evaluation. Each replica runs them on its share of the episodes."""
+
+    begin: Callable[[Array, Array], EpisodesUnderWay]
+    """`begin(key, first_number) -> episodes`, which are numbered from `first_number`, `[]` uint32."""
+    play: Callable[[Params, Array, Array, EpisodesUnderWay, Array, Array], tuple[EpisodesUnderWay, EpisodeStats]]
+    """`play(params, key, first_number, episodes, first_step, num_steps)` takes at most `num_steps` further steps of all
+    episodes, which have taken `first_step` steps so far. It returns early once all of them have ended."""
 
 
-def play_on(
-    env: InGraphEnv,
-    q_values: Callable[[Params, Array], Array],
-    params: Params,
-    episodes: Episodes,
-    until: Array | int,
-    to_storage_layout: Callable[[Array], Array] = identity,
-    replicas: Replicas = ALONE,
-) -> Episodes:
-    """Returns the episodes `until` steps after their beginning, or earlier if all have ended. All are stepped at once.
-
-    The arguments are those of `greedy_returns`.
-    """
-    nobody = jnp.zeros(len(episodes.returns), bool)
-
-    def step(episodes: Episodes) -> Episodes:
-        time, key, env_state, view, has_ended, returns = episodes
-        action = exploration.greedy(q_values(params, view))
-        keys = _keys_of(jax.random.fold_in(key, time), len(returns), replicas)
-        result = jax.vmap(env.step)(env_state, action, keys)
-        returns += jnp.where(has_ended, 0.0, result.reward)
-        has_ended |= result.terminated | result.truncated
-        view = push_frame(view, to_storage_layout(result.observation), nobody, env.spec.frame_stack)
-        return Episodes(time + 1, key, result.state, view, has_ended, returns)
-
-    return jax.lax.while_loop(lambda each: (each.time < until) & ~are_over(env, each), step, episodes)
-
-
-def are_over(env: InGraphEnv, episodes: Episodes) -> Array:
-    """Returns whether all episodes have ended or come to the limit of steps, `[]` bool."""
-    return (episodes.time >= (env.spec.time_limit or MAX_EPISODE_STEPS)) | jnp.all(episodes.has_ended)
-
-
-def greedy_returns(
+def make_evaluation(
     env: InGraphEnv,
     q_values: Callable[[Params, Array], Array],
-    params: Params,
-    key: Array,
     num_episodes: int,
+    exploration: float = 0.0,
     to_storage_layout: Callable[[Array], Array] = identity,
-) -> Array:
-    """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32.
+    replicas: Replicas = ALONE,
+) -> InGraphEvaluation:
+    """Returns the functions that play `num_episodes` at once. Results don't depend on the lengths of the calls.
 
     Args:
+      env: environment to play.
       q_values: `q_values(params, obs) -> q`, for a batch of observations.
-      key: random key of these episodes. Training must not have used it.
       num_episodes: number of episodes, over all replicas.
+      exploration: probability of a uniformly random action.
       to_storage_layout: converts observations to the layout that `q_values` takes; `Network.to_storage_layout`.
+      replicas: the replicas among which the episodes are divided.
     """
-    episodes = begin_episodes(env, key, num_episodes, to_storage_layout)
-    limit = np.iinfo(np.int32).max
-    return play_on(env, q_values, params, episodes, limit, to_storage_layout).returns
+    frame_stack = env.spec.frame_stack
+    num_own = -(-num_episodes // replicas.size)
+    nobody = jnp.zeros(num_own, bool)
+
+    def keys_of(key: Array, first_number: Array) -> Array:
+        numbers = first_number + local_lane_ids(replicas, num_own)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+
+    def begin(key: Array, first_number: Array) -> EpisodesUnderWay:
+        reset_key, _ = jax.random.split(key)
+        env_state, obs = jax.vmap(env.reset)(keys_of(reset_key, first_number))
+        zeros = jnp.zeros(num_own)
+        fingerprint = extend_fingerprints(zeros.astype(jnp.uint32), obs, zeros)
+        view = init_view(to_storage_layout(obs), frame_stack)
+        return EpisodesUnderWay(env_state, view, zeros, zeros.astype(jnp.int32), fingerprint, nobody)
+
+    def act(q: Array, key: Array, first_number: Array, step: Array) -> Array:
+        if not exploration:
+            return greedy(q)
+        explore_key = jax.random.fold_in(jax.random.fold_in(key, 2), step)  # 0 and 1 are the halves of `split`
+        uniform = jax.vmap(jax.random.uniform)(keys_of(explore_key, first_number))
+        return epsilon_greedy(q, jnp.float32(exploration), uniform)
+
+    def play(
+        params: Params, key: Array, first_number: Array, episodes: EpisodesUnderWay, first_step: Array, num_steps: Array
+    ) -> tuple[EpisodesUnderWay, EpisodeStats]:
+        _, step_key = jax.random.split(key)
+
+        def step(carry: tuple[Array, EpisodesUnderWay]) -> tuple[Array, EpisodesUnderWay]:
+            time, now = carry
+            action = act(q_values(params, now.view), key, first_number, time)
+            keys = keys_of(jax.random.fold_in(step_key, time), first_number)
+            result = jax.vmap(env.step)(now.env_state, action, keys)
+            fingerprint = extend_fingerprints(now.fingerprint, result.observation, result.reward)
+            return time + 1, EpisodesUnderWay(
+                env_state=result.state,
+                view=push_frame(now.view, to_storage_layout(result.observation), nobody, frame_stack),
+                episode_return=now.episode_return + jnp.where(now.has_ended, 0.0, result.reward),
+                episode_steps=now.episode_steps + ~now.has_ended,
+                fingerprint=jnp.where(now.has_ended, now.fingerprint, fingerprint),
+                has_ended=now.has_ended | result.terminated | result.truncated,
+            )
+
+        def is_running(carry: tuple[Array, EpisodesUnderWay]) -> Array:
+            time, now = carry
+            return (time < first_step + num_steps) & ~jnp.all(now.has_ended)
+
+        _, episodes = jax.lax.while_loop(is_running, step, (first_step, episodes))
+        own = EpisodeStats(*(getattr(episodes, name) for name in EpisodeStats._fields))
+        return episodes, jax.tree.map(lambda x: replicas.gather(x).reshape(-1)[:num_episodes], own)
+
+    return InGraphEvaluation(begin, play)
 
 
-def _keys_of(key: Array, count: int, replicas: Replicas) -> Array:
-    """Returns the random keys of a replica's `count` episodes."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, local_lane_ids(replicas, count))
+class Pieces:
+    """The lengths of the calls of a compiled evaluation, which adapt to how long calls take."""
 
+    def __init__(self) -> None:
+        self._num_steps = FIRST_PIECE_STEPS
 
-PIECE_SECONDS = 0.5
-"""Target time of a piece of an evaluation. A request to stop is heard between two pieces."""
-
-_LONGEST_PIECE = 2**20  # steps
-
-
-class InPieces:
-    """Greedy episodes of compiled programs, played in pieces of so many steps, so that they can be left half-way."""
-
-    def __init__(self, begin: Callable[..., Episodes], play: Callable[..., tuple[Episodes, Array, Array]]) -> None:
-        """Plays nothing yet.
+    def play(
+        self,
+        begin: Callable[[], Any],
+        play: Callable[[Any, np.int32, np.int32], tuple[Any, EpisodeStats]],
+        spec: EnvSpec,
+        max_episode_steps: int | None,
+        should_stop: Callable[[], bool] = never,
+    ) -> Episodes | None:
+        """Returns the episodes, or None if it was stopped. All processes of a run call it together.
 
         Args:
-          begin: `begin(*arguments) -> episodes`, compiled.
-          play: `play(params, episodes, until) -> episodes, returns, are_over`, compiled.
+          begin: `begin() -> episodes`, under way.
+          play: `play(episodes, first_step, num_steps) -> episodes, stats`, as `InGraphEvaluation.play` returns them;
+            maybe with a leading axis of seeds.
+          spec: of the environment.
+          max_episode_steps: steps after which an episode is cut, where the environment's time limit isn't lower.
+          should_stop: called between two calls. Once it returns True, in any process, the evaluation ends.
         """
-        self._begin, self._play = begin, play
-        self._length = 128  # steps of a piece, a guess
-
-    def returns(self, params: Params, arguments: tuple[Any, ...], check: Callable[[], None]) -> np.ndarray:
-        """Returns the returns of whole episodes, which begin with `arguments`; calls `check` before each piece."""
-        episodes, until, has_ended = self._begin(*arguments), 0, False
-        while not has_ended:
-            check()
-            until += self._length
+        limit = episode_limit(spec, max_episode_steps)
+        episodes, first_step = begin(), 0
+        while True:
+            num_steps = min(self._num_steps, limit - first_step)
             started = time.perf_counter()
-            episodes, returns, over = self._play(params, episodes, np.int32(until))
-            has_ended = bool(np.all(over))
-            seconds = peers.firsts(time.perf_counter() - started)
+            episodes, stats = play(episodes, np.int32(first_step), np.int32(num_steps))
+            stats = jax.device_get(stats)
+            seconds = time.perf_counter() - started
+            first_step += num_steps
+            if np.all(stats.has_ended) or first_step >= limit:
+                was_cut = ~stats.has_ended & is_below_time_limit(limit, spec)
+                return Episodes(stats.episode_return, stats.episode_steps, stats.fingerprint, was_cut)
+            announce(f"evaluating {np.sum(stats.has_ended)} of {stats.has_ended.size}")
+            if peers.any_of(should_stop())[0]:
+                return None
+            seconds = peers.firsts(seconds)
             if seconds < PIECE_SECONDS / 2:
-                self._length = min(2 * self._length, _LONGEST_PIECE)
-            elif seconds > 2 * PIECE_SECONDS:
-                self._length = max(1, self._length // 2)
-        return np.asarray(returns)
+                self._num_steps *= 2
+            elif seconds > PIECE_SECONDS:
+                self._num_steps = max(1, self._num_steps // 2)
 
 
-def host_greedy_returns(
+def episode_limit(spec: EnvSpec, max_episode_steps: int | None = None) -> int:
+    """Returns the steps after which an episode of an evaluation ends at the latest.
+
+    That is the environment's time limit, or `max_episode_steps` if this is lower or there is no time limit. Without
+    either it is `MAX_EPISODE_STEPS`.
+    """
+    given = [limit for limit in (spec.time_limit, max_episode_steps) if limit is not None]
+    return min(given, default=MAX_EPISODE_STEPS)
+
+
+def is_below_time_limit(limit: int, spec: EnvSpec) -> bool:
+    """Returns whether an episode that ends at `limit` would go on in the environment."""
+    return spec.time_limit is None or limit < spec.time_limit
+
+
+# --- Environments outside the compiled program ---
+
+
+def play_host_episodes(
     lanes: HostLanes,
     spec: EnvSpec,
     act: Callable[[Array], Array],
     num_episodes: int,
     seed: int,
     to_storage_layout: Callable[[Array], Array] = identity,
-) -> np.ndarray:
-    """Returns the undiscounted returns of greedy episodes, `[num_episodes]` float32.
+    *,
+    exploration: float = 0.0,
+    max_episode_steps: int | None = None,
+    should_stop: Callable[[], bool] = never,
+) -> Episodes | None:
+    """Returns the episodes that start first, in the order in which they start, or None if it was stopped.
 
-    It counts the episodes that start first, leaving out those whose environment fails. Counting the episodes that end
-    first would favour short ones. Replaying an episode that failed might never end, because the environment may always
-    fail at the same place.
+    Episodes whose environment fails are left out. Counting the episodes that end first would favour short ones.
+    Replaying an episode that failed might never end, because the environment may always fail at the same place.
 
     If failures take more than `MAX_LOST` times as many episodes as are asked for, the evaluation logs a warning and
     returns the whole episodes that it has by then, which may be none: an environment that fails every 1,000 steps never
     completes an episode of 1,000 steps.
 
+    The rest of an episode that is cut counts as another one, because a lane can't be reset alone.
+
     Args:
       lanes: at least one lane; all are reset.
       spec: the spec of the lanes' environment.
-      act: `act(view) -> action`, from `[lanes, ...]` stacks of stored frames to `[lanes]`.
-      num_episodes: how many returns to collect, over all lanes.
+      act: `act(view) -> action`, the greedy one, from `[lanes, ...]` stacks of stored frames to `[lanes]`.
+      num_episodes: how many episodes to play, over all lanes.
       seed: seed of these episodes; it must differ from every seed of training.
       to_storage_layout: converts observations to what `act` expects, as `Network.to_storage_layout` does.
+      exploration: probability of a uniformly random action.
+      max_episode_steps: steps after which an episode is cut, where the environment's time limit isn't lower.
+      should_stop: called before every step. Once it returns True, the evaluation ends.
     """
-    limit = spec.time_limit or MAX_EPISODE_STEPS
+    limit = episode_limit(spec, max_episode_steps)
     push = jax.jit(lambda view, obs, is_first: push_frame(view, to_storage_layout(obs), is_first, spec.frame_stack))
     acting = HostActing(lanes, seed, max_episode_steps=limit)
     view = init_view(to_storage_layout(jnp.asarray(acting.obs)), spec.frame_stack)
-    under_way = np.arange(len(view))  # the episode of each lane, numbered in the order in which they start
-    returns: dict[int, float] = {}
+    explore = _RandomActions(exploration, seed, len(view), spec.num_actions)
+    played = _HostEpisodes(acting.obs, is_below_time_limit(limit, spec))
     num_lost = 0
-    while len(returns) < num_episodes or sorted(returns)[num_episodes - 1] > np.min(under_way):
-        acting.send(np.asarray(act(view), np.int32))
+    while not played.has_all_of_first(num_episodes):
+        if should_stop():
+            return None
+        announce(f"evaluating {min(played.num_whole, num_episodes)} of {num_episodes}")
+        acting.send(explore(np.asarray(act(view), np.int32)))
         row = acting.receive()
-        returns |= zip(under_way[row.episode_ended].tolist(), row.returns, strict=True)
-        is_next = row.episode_ended | row.failed
-        under_way[is_next] = np.max(under_way) + 1 + np.arange(np.sum(is_next))
+        played.add(row, acting.obs)
         view = push(view, acting.obs, acting.is_first)
         num_lost += row.num_failures
         if num_lost > MAX_LOST * num_episodes:
             logger.warning(
                 "an evaluation lost %d episodes to environments that failed, and was given up with %d whole ones of %d",
                 num_lost,
-                min(len(returns), num_episodes),
+                min(played.num_whole, num_episodes),
                 num_episodes,
             )
             break
-    return np.array([returns[number] for number in sorted(returns)[:num_episodes]], np.float32)
+    return played.first(num_episodes)
+
+
+class _RandomActions:
+    """Replaces actions by random ones now and then. Each lane has random numbers of its own."""
+
+    def __init__(self, exploration: float, seed: int, num_lanes: int, num_actions: int) -> None:
+        self._exploration, self._num_actions = exploration, num_actions
+        self._generators = [np.random.default_rng((seed, lane)) for lane in range(num_lanes)] if exploration else []
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """Returns actions, `[lanes]` int32, of which each is random with the given probability."""
+        if not self._generators:
+            return action
+        uniform = np.array([generator.random() for generator in self._generators])
+        # Below the probability, a uniform number divided by it is uniform itself, and picks the action.
+        picked = (uniform / self._exploration * self._num_actions).astype(np.int32) % self._num_actions
+        return np.where(uniform < self._exploration, picked, action).astype(np.int32)
+
+
+class _HostEpisodes:
+    """The episodes of lanes outside the compiled program, numbered in the order in which they start."""
+
+    def __init__(self, obs: np.ndarray, ends_at_own_limit: bool) -> None:
+        self._under_way = np.arange(len(obs))  # the number of each lane's episode
+        self._fingerprints = HostFingerprints(obs)
+        self._ends_at_own_limit = ends_at_own_limit
+        self._whole: dict[int, tuple[float, int, int, bool]] = {}  # by number
+
+    @property
+    def num_whole(self) -> int:
+        """How many have ended."""
+        return len(self._whole)
+
+    def has_all_of_first(self, count: int) -> bool:
+        """Returns whether the `count` episodes that started first, without those that failed, have ended."""
+        return len(self._whole) >= count and sorted(self._whole)[count - 1] <= int(np.min(self._under_way))
+
+    def add(self, row: Any, obs: np.ndarray) -> None:
+        """Adds a `ReceivedRow` and the observations after it, `[lanes, ...]`."""
+        self._fingerprints.extend(obs, row.reward)
+        at_limit = row.episode_ended & ~row.terminated & ~row.truncated
+        for lane in np.flatnonzero(row.episode_ended):
+            self._whole[int(self._under_way[lane])] = (
+                float(row.episode_return[lane]),
+                int(row.episode_steps[lane]),
+                int(self._fingerprints.values[lane]),
+                bool(at_limit[lane] & self._ends_at_own_limit),
+            )
+        is_next = row.episode_ended | row.failed
+        self._under_way[is_next] = np.max(self._under_way) + 1 + np.arange(np.sum(is_next))
+        self._fingerprints.begin(row.no_step | at_limit, obs)
+
+    def first(self, count: int) -> Episodes:
+        """Returns the first `count` episodes that have ended, or all if they are fewer."""
+        numbers = sorted(self._whole)[:count]
+        columns = zip(*(self._whole[number] for number in numbers), strict=True) if numbers else [()] * 4
+        kinds = (np.float32, np.int32, np.uint32, bool)
+        return Episodes(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))

@@ -46,6 +46,10 @@ class Progress:
     """Statistics of the fleet's processes, if the topology has a fleet."""
     eval_returns: tuple[tuple[float, ...], ...] | None = None
     """Returns of the greedy episodes played after this record, `[seeds][episodes]`, if there were any."""
+    eval_num_different: int | None = None
+    """How many of these episodes differ from each other, within each seed; the sum over seeds."""
+    eval_num_cut: int | None = None
+    """How many of them the evaluation has cut short, over all seeds."""
 
     @property
     def eval_return_mean(self) -> float | None:

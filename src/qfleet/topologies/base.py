@@ -12,6 +12,7 @@ from qfleet.config import AgentConfig, RunFailed
 from qfleet.core.learner import LearnerState
 from qfleet.core.types import Params
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.evaluation import Episodes, never
 from qfleet.runtime.records import Progress
 from qfleet.topologies.footprint import Footprint
 
@@ -39,8 +40,6 @@ class Topology(abc.ABC):
     """Learner steps taken so far, by each seed's learner."""
     checkpoints_path: Path | None = None
     """Folder of the run's checkpoints. Processes that replace others restore their state from it."""
-    check_stop: Callable[[], None] = staticmethod(lambda: None)
-    """Raises an error if the run must stop. `evaluate` calls it from time to time, and lets the error through."""
     _replay_starts_at: int
     """Environment steps when the replay was last empty."""
 
@@ -60,20 +59,32 @@ class Topology(abc.ABC):
           RunFailed: if the run can't continue.
         """
 
-    def prepare_evaluation(self) -> None:  # noqa: B027, does nothing where evaluation is a compiled program
-        """Makes the environments that `evaluate` needs, so that what prevents them is found before training.
+    def prepare_evaluation(self) -> None:  # noqa: B027, does nothing where evaluations need no lanes of their own
+        """Makes what evaluations need, so that what can't be made is known before anything is learned.
 
         Raises:
-          ConfigError: if they can't be made beside those for training.
+          RunFailed: if the environment fails.
         """
 
     @abc.abstractmethod
-    def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
-        """Returns greedy returns of the newest parameters, `[num_seeds, num_episodes]`.
+    def evaluate(
+        self,
+        num_episodes: int,
+        batch: int = 0,
+        *,
+        max_episode_steps: int | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> Episodes | None:
+        """Returns episodes of the newest parameters, `[num_seeds, num_episodes]`; None if it was stopped.
+
+        The policy is greedy, but for random actions with probability `TrainConfig.eval_exploration`. There are fewer
+        episodes if environments fail in too many of them.
 
         Args:
           num_episodes: number of episodes of each seed.
           batch: evaluations of the same parameters with different numbers see different episodes.
+          max_episode_steps: steps after which an episode is cut, where the environment's time limit isn't lower.
+          should_stop: called now and then. Once it returns True, the evaluation ends soon.
         """
 
     @property

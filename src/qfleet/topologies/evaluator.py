@@ -1,4 +1,4 @@
-"""Greedy episodes that this process plays with given parameters, in lanes that only evaluation uses."""
+"""Episodes that this process plays with given parameters, in lanes that only evaluation uses."""
 
 import functools
 from collections.abc import Callable
@@ -15,34 +15,39 @@ from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
-from qfleet.runtime.evaluation import (
-    Episodes,
-    InPieces,
-    are_over,
-    begin_episodes,
-    host_greedy_returns,
-    play_on,
-)
+from qfleet.runtime import peers
+from qfleet.runtime.evaluation import Episodes, Pieces, make_evaluation, never, play_host_episodes
 from qfleet.topologies.footprint import evaluation_shapes
 
 
 class HostEvaluator:
-    """Plays greedy episodes of an environment outside the compiled program."""
+    """Plays episodes of an environment outside the compiled program."""
 
-    def __init__(self, env: HostEnv, agent: Agent, num_lanes: int, options: LaneOptions) -> None:
-        """Starts nothing; `start` or the first evaluation makes the lanes."""
+    def __init__(
+        self, env: HostEnv, agent: Agent, num_lanes: int, options: LaneOptions, exploration: float = 0.0
+    ) -> None:
+        """Starts nothing; `start` or the first evaluation makes the lanes.
+
+        Args:
+          env: environment to play.
+          agent: whose values choose the actions.
+          num_lanes: number of lanes.
+          options: how they are stepped.
+          exploration: probability of a uniformly random action.
+        """
         self._env, self._agent, self._num_lanes, self._options = env, agent, num_lanes, options
+        self._exploration = exploration
         self._lanes: HostLanes | None = None
         self._greedy = jax.jit(lambda params, view: greedy(agent.q_values(params, view)))
 
-    def start(self) -> None:
-        """Makes the lanes.
+    def start(self) -> HostLanes:
+        """Makes the lanes, unless they are there, and returns them.
 
         Raises:
           ConfigError: if they can't be made.
         """
         if self._lanes is not None:
-            return
+            return self._lanes
         try:
             self._lanes = self._env.make_eval_lanes(self._num_lanes, self._options)
         except (ConfigError, RunFailed):
@@ -53,32 +58,35 @@ class HostEvaluator:
                 f"beside those for training, got {self._env.spec.name}, which failed when evaluation made it: "
                 f"{describe(error)}"
             ) from error
+        return self._lanes
 
-    def returns(
-        self, params: Params, num_episodes: int, seed: int, check_stop: Callable[[], None] = lambda: None
-    ) -> np.ndarray:
-        """Returns greedy returns, `[num_episodes]`; fewer if environments fail in too many episodes.
+    def play(
+        self,
+        params: Params,
+        num_episodes: int,
+        seed: int,
+        *,
+        max_episode_steps: int | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> Episodes | None:
+        """Returns `num_episodes` episodes, or fewer if environments fail in too many; None if it was stopped.
 
         Args:
           params: the parameters to play with.
           num_episodes: number of episodes to play.
-          seed: seed of the lanes.
-          check_stop: called before each step; raises an error if the run must stop.
+          seed: seed of the episodes.
+          max_episode_steps, should_stop: as for `Topology.evaluate`.
         """
-        self.start()
-        assert self._lanes is not None
-
-        def act(view: jax.Array) -> jax.Array:
-            check_stop()
-            return self._greedy(params, view)
-
-        return host_greedy_returns(
-            self._lanes,
+        return play_host_episodes(
+            self.start(),
             self._env.spec,
-            act,
+            lambda view: self._greedy(params, view),
             num_episodes,
             seed,
             self._agent.to_storage_layout,
+            exploration=self._exploration,
+            max_episode_steps=max_episode_steps,
+            should_stop=should_stop,
         )
 
     def close(self) -> None:
@@ -88,41 +96,77 @@ class HostEvaluator:
             self._lanes = None
 
 
+def gather_episodes(own: Episodes | None, num_own: int) -> Episodes | None:
+    """Returns the episodes of all processes, or None if any process was stopped. All processes call it together.
+
+    Args:
+      own: at most `num_own` episodes that this process has played; None if it was stopped.
+      num_own: number of episodes that each process was asked for.
+    """
+    if jax.process_count() == 1:
+        return own
+    if peers.any_of(own is None)[0] or own is None:
+        return None
+    missing = num_own - len(own.returns)
+    is_there = peers.gather(np.arange(num_own) < len(own.returns))
+    return Episodes(*(peers.gather(np.pad(part, (0, missing)))[is_there] for part in own))
+
+
 class Evaluator:
-    """Plays greedy episodes of either kind of environment."""
+    """Plays episodes of either kind of environment."""
 
     def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, agent: Agent) -> None:
-        self._seed, self._env, self._agent = config.seed, env, agent
+        self._config, self._env, self._agent = config, env, agent
+        self._pieces = Pieces()
         self._host: HostEvaluator | None = None
         if isinstance(env, HostEnv):
             num_lanes = min(config.topology.num_envs, config.eval_episodes)
-            self._host = HostEvaluator(env, agent, num_lanes, config.topology.lane_options)
+            self._host = HostEvaluator(env, agent, num_lanes, config.topology.lane_options, config.eval_exploration)
 
     def start(self) -> None:
-        """Makes the lanes, if there are any.
-
-        Raises:
-          ConfigError: if they can't be made.
-        """
+        """Makes the lanes, if the environment isn't written in JAX."""
         if self._host:
             self._host.start()
 
-    def returns(
-        self, params: Params, env_steps: int, num_episodes: int, batch: int, check_stop: Callable[[], None]
-    ) -> np.ndarray:
-        """Returns greedy returns, `[1, num_episodes]`.
+    def play(
+        self,
+        params: Params,
+        env_steps: int,
+        num_episodes: int,
+        batch: int,
+        *,
+        max_episode_steps: int | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> Episodes | None:
+        """Returns episodes, `[1, num_episodes]`; None if it was stopped.
 
         Args:
           params: the parameters to play with.
           env_steps: environment steps of the run so far; other numbers give other episodes.
           num_episodes: number of episodes to play.
           batch: evaluations of the same parameters with different numbers see different episodes.
-          check_stop: raises an error if the run must stop.
+          max_episode_steps, should_stop: as for `Topology.evaluate`.
         """
-        numbers = (self._seed, Stream.EVALUATION, env_steps % 2**32, batch)
+        numbers = (self._config.seed, Stream.EVALUATION, env_steps % 2**32, batch)
         if self._host:
-            return self._host.returns(params, num_episodes, seed_of(*numbers), check_stop)[None]
-        return self._in_graph(num_episodes).returns(params, (key_of(*numbers),), check_stop)[None]
+            played = self._host.play(
+                params,
+                num_episodes,
+                seed_of(*numbers),
+                max_episode_steps=max_episode_steps,
+                should_stop=should_stop,
+            )
+        else:
+            begin, play = self._in_graph(num_episodes)
+            key, first = key_of(*numbers), np.uint32(0)
+            played = self._pieces.play(
+                lambda: begin(key, first),
+                lambda *further: play(params, key, first, *further),
+                self._env.spec,
+                max_episode_steps,
+                should_stop,
+            )
+        return played and Episodes(*(part[None] for part in played))
 
     def shapes(self, num_episodes: int, stored: EnvSpec) -> Any:
         """Returns the shapes of the episodes that it plays at once in a compiled program; empty if it plays in lanes.
@@ -136,16 +180,9 @@ class Evaluator:
         if self._host:
             self._host.close()
 
-    @functools.cache  # noqa: B019, there is one evaluator in a run
-    def _in_graph(self, num_episodes: int) -> InPieces:
-        env, agent = self._env, self._agent
-        assert isinstance(env, InGraphEnv)
-
-        def begin(key: jax.Array) -> Episodes:
-            return begin_episodes(env, key, num_episodes, agent.to_storage_layout)
-
-        def play(params: Params, episodes: Episodes, until: jax.Array) -> tuple[Episodes, jax.Array, jax.Array]:
-            episodes = play_on(env, agent.q_values, params, episodes, until, agent.to_storage_layout)
-            return episodes, episodes.returns, are_over(env, episodes)
-
-        return InPieces(jax.jit(begin), jax.jit(play))
+    @functools.cache  # noqa: B019, an evaluator lives as long as its run
+    def _in_graph(self, num_episodes: int) -> tuple[Callable, Callable]:
+        assert isinstance(self._env, InGraphEnv)
+        agent, exploration = self._agent, self._config.eval_exploration
+        evaluation = make_evaluation(self._env, agent.q_values, num_episodes, exploration, agent.to_storage_layout)
+        return jax.jit(evaluation.begin), jax.jit(evaluation.play)

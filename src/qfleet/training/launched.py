@@ -19,7 +19,7 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
-from qfleet.training.outcome import Evaluations
+from qfleet.training.outcome import BestEvaluation
 from qfleet.training.resuming import check_goes_on
 
 
@@ -93,7 +93,9 @@ class LaunchedRun:
             "solved_at_env_steps": [None] * config.num_seeds,
             "wall_seconds": seconds,
             "time_shares": None,
-            **Evaluations().summary(),
+            "eval_return_mean": None,
+            "eval_returns": None,
+            **BestEvaluation().summary(),
             "warnings": [],
             "version": self.directory.version,
         }

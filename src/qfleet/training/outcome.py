@@ -4,9 +4,9 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,68 +27,56 @@ _DIVERGED_BLINDLY = 1e8
 """The same while no episode has ended, so that nothing is known about the size of rewards."""
 
 
-class Evaluations:
-    """The newest evaluation of a run and the best one, which a checkpoint keeps."""
+class BestEvaluation:
+    """The best evaluation of a run, beside the newest one. A checkpoint keeps both."""
 
     def __init__(self) -> None:
-        self.at: int | None = None
-        """Environment steps of the newest one; None before the first."""
-        self.returns: list[list[float]] | None = None
-        """Its returns, `[num_seeds][episodes]`."""
-        self.best_at: int | None = None
-        self.best_mean: float | None = None
-        self._best_error = 0.0  # standard error of the best mean
+        self._best: _Evaluation | None = None
+        self._newest: _Evaluation | None = None
 
     def add(self, env_steps: int, returns: np.ndarray) -> None:
-        """Notes an evaluation, `[num_seeds, episodes]`. One without episodes doesn't replace an earlier one."""
-        if not returns.size:
-            return
-        self.at, self.returns = env_steps, returns.tolist()
-        mean = float(np.mean(returns))
-        if self.best_mean is None or mean > self.best_mean:
-            self.best_at, self.best_mean, self._best_error = env_steps, mean, _standard_error(returns)
-
-    @property
-    def mean(self) -> float | None:
-        """Mean return of the newest evaluation, over all seeds."""
-        return None if self.returns is None else float(np.mean(np.array(self.returns, float)))
+        """Notes the evaluation at `env_steps`, with at least one return, `[num_seeds, episodes]`."""
+        error = float(np.std(returns) / math.sqrt(returns.size))
+        self._newest = _Evaluation(env_steps, float(np.mean(returns)), error)
+        if self._best is None or self._newest.mean > self._best.mean:
+            self._best = self._newest
 
     def fall(self) -> str | None:
         """Returns a sentence if the newest mean return is well below the best one, beyond what chance explains."""
-        if self.best_mean is None or self.mean is None or self.best_at == self.at:
+        if self._best is None or self._newest is None:
             return None
-        fall, error = (
-            self.best_mean - self.mean,
-            math.hypot(self._best_error, _standard_error(np.array(self.returns, float))),
-        )
-        if not fall > max(LEAST_FALL * abs(self.best_mean), 2 * error):
+        fall, error = self._best.mean - self._newest.mean, math.hypot(self._best.error, self._newest.error)
+        if not fall > max(LEAST_FALL * abs(self._best.mean), 2 * error):
             return None
         return (
-            f"the last evaluation has a mean return of {self.mean:.1f}, well below the best one, {self.best_mean:.1f} "
-            f"at environment step {self.best_at:,}"
+            f"the last evaluation has a mean return of {self._newest.mean:.1f}, well below the best one, "
+            f"{self._best.mean:.1f} at environment step {self._best.env_steps:,}"
         )
 
-    def saved(self) -> dict[str, Any]:
+    def saved(self) -> Any:
         """Returns what a checkpoint keeps, as strict JSON can hold it."""
-        names = ("at", "returns", "best_at", "best_mean")
-        saved = {name: getattr(self, name) for name in names} | {"best_error": self._best_error}
-        content: dict[str, Any] = json.loads(strict_json(saved))
-        return content
+        return json.loads(strict_json([self._best, self._newest]))
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Goes on from what `saved` returned."""
-        self.at, self.returns = saved["at"], saved["returns"]
-        self.best_at, self.best_mean, self._best_error = saved["best_at"], saved["best_mean"], saved["best_error"]
+    def restore(self, saved: Any) -> None:
+        """Goes on from what `saved` returned, if there is anything."""
+        if saved is not None:
+            self._best, self._newest = (each and _Evaluation(*each) for each in saved)
 
     def summary(self) -> dict[str, Any]:
         """Returns the entries of a run's summary."""
         return {
-            "eval_at_env_steps": self.at,
-            "eval_return_mean": self.mean,
-            "eval_returns": self.returns,
-            "best_eval_at_env_steps": self.best_at,
-            "best_eval_return_mean": self.best_mean,
+            "best_eval_at_env_steps": self._best and self._best.env_steps,
+            "best_eval_return_mean": self._best and self._best.mean,
         }
+
+
+class _Evaluation(NamedTuple):
+    """One evaluation."""
+
+    env_steps: int
+    mean: float
+    error: float
+    """Standard error of the mean."""
 
 
 class DivergenceCheck:
@@ -172,7 +160,3 @@ def message_of(error: BaseException, env_steps: int, checkpoint: int | None, pat
         f"the run failed by environment step {env_steps}: {describe(error)}; {saved}. Once the cause is mended, "
         f"`qfleet resume {path}` goes on"
     )
-
-
-def _standard_error(returns: np.ndarray) -> float:
-    return float(np.std(returns) / math.sqrt(returns.size))

@@ -28,16 +28,14 @@ from qfleet.runtime.stopwatch import TimeShares
 from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
-from qfleet.training.outcome import Closing, DivergenceCheck, Evaluations, Speed, is_of_checkpoints, message_of
+from qfleet.training.evaluation_rounds import EvaluationRounds
+from qfleet.training.outcome import BestEvaluation, Closing, DivergenceCheck, Speed, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given
 
 if TYPE_CHECKING:
     import optax
 
 logger = logging.getLogger("qfleet")
-
-CONFIRMING_EPISODES = 100
-"""Number of fresh episodes whose mean must confirm a return. That 20 episodes reach it once is partly luck."""
 
 
 class Run:
@@ -59,9 +57,8 @@ class Run:
         self.config = config
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
-        self._evaluations = Evaluations()
+        self._best = BestEvaluation()
         self._solved_at: list[int | None] = [None] * config.num_seeds
-        self._eval_returns: np.ndarray | None = None  # [num_seeds, episodes], of the newest evaluation
         self._evaluated_at = 0  # in environment steps
         self._num_env_failures = self._num_episodes = 0
         self._goes_on = False  # although it has reached the return to stop at, because it was resumed after that
@@ -78,6 +75,7 @@ class Run:
             with self._interrupting(stop):
                 env, network = make_env_and_network(config, network)
                 self._topology = make_topology(config, env, network, optimiser)
+                self._rounds = EvaluationRounds(config, self._topology, env.spec.time_limit)
                 self.backend = backend_of(config.env)
                 """Backend that makes the environments: for a bare name, the fastest that there is."""
                 footprint_of = functools.partial(footprint, network=network, optimiser=optimiser)
@@ -153,8 +151,8 @@ class Run:
         env_steps, period = self._topology.env_steps, self.config.eval_period_env_steps
         self._evaluated_at = metadata.get("evaluated_at", env_steps // period * period)
         self._num_episodes = metadata.get("num_episodes", 0)
-        if "evaluations" in metadata:
-            self._evaluations.restore(metadata["evaluations"])
+        self._best.restore(metadata.get("best_evaluation"))
+        self._rounds.restore(metadata.get("evaluation_rounds"))
         if self.config.stop_return == metadata.get("stop_return", self.directory.config.stop_return):
             self._solved_at = metadata["solved_at"]
         self._goes_on = None not in self._solved_at
@@ -174,7 +172,6 @@ class Run:
     def _train(self) -> Iterator[Progress]:
         stopped: str | None = None
         with StopFlag() as stop, self._closing:
-            self._topology.check_stop = functools.partial(_check_stop, stop)
             try:
                 try:
                     self._evaluate_if_pending(stop)
@@ -208,8 +205,9 @@ class Run:
         self._time_shares.add(progress)
         self._num_env_failures += progress.num_env_failures
         self._num_episodes += progress.num_episodes
-        if progress.env_steps >= goal and (returns := self._evaluate_unless_stopped(stop)) is not None and returns.size:
-            progress = dataclasses.replace(progress, eval_returns=tuple(map(tuple, returns.tolist())))
+        self._rounds.add(progress)
+        if progress.env_steps >= goal:
+            progress = dataclasses.replace(progress, **self._evaluate_and_film(stop))
         if diverged := self._divergence.check(progress):
             self._warn("divergence", diverged)
         if self._metrics:
@@ -221,46 +219,39 @@ class Run:
         env_steps, period = self._topology.env_steps, self.config.eval_period_env_steps
         is_at_end = env_steps >= self.config.env_steps and self._evaluated_at < env_steps
         if env_steps // period > self._evaluated_at // period or is_at_end:
-            returns = self._evaluate_unless_stopped(stop)
-            if self._metrics and returns is not None and returns.size:
-                self._metrics.write(env_steps, {"eval_return_mean": float(returns.mean())})
+            evaluated = self._evaluate_and_film(stop)
+            if self._metrics and evaluated:
+                self._metrics.write(env_steps, {"eval_return_mean": float(np.mean(evaluated["eval_returns"]))})
 
-    def _evaluate_unless_stopped(self, stop: StopFlag) -> np.ndarray | None:
-        """Evaluates and films, and returns the greedy returns, `[num_seeds, episodes]`; None if it was interrupted."""
-        is_interruptible = self.config.topology.runs_in == "this process"  # others ask `check_stop`
+    def _evaluate_and_film(self, stop: StopFlag) -> dict[str, Any]:
+        """Evaluates and films, unless a signal interrupts that, and returns what `_evaluate` does."""
+        is_interruptible = self.config.topology.runs_in == "this process"  # others only ask now and then
         try:
             with stop.interrupting() if is_interruptible else contextlib.nullcontext():
-                returns = self._evaluate()
+                evaluated = self._evaluate(stop)
         except StopRequested:
-            return None
-        if self._eval_returns is not None:
-            self._evaluations.add(self._topology.env_steps, self._eval_returns)
+            return {}
+        if not evaluated and peers.any_of(stop.requested)[0]:
+            return {}
+        newest = self._rounds.summary
+        if evaluated:
+            self._best.add(newest["eval_at_env_steps"], np.array(newest["eval_returns"]))
         self._film_if_due(stop)
         self._evaluated_at = self._topology.env_steps
-        return returns
+        return evaluated
 
-    def _evaluate(self) -> np.ndarray:
-        """Returns greedy returns, `[num_seeds, episodes]`, and notes which seeds have reached the return to stop at.
+    def _evaluate(self, stop: StopFlag) -> dict[str, Any]:
+        """Evaluates, if that is due, and notes which seeds have reached the return to stop at.
 
-        A seed has reached it once both these episodes and fresh ones say so. If environments fail, so that fewer
-        episodes are played than are due, no seed counts.
+        Returns:
+          The evaluation's fields of `Progress`; none if there was no evaluation.
         """
-        returns, reach_it = self._play(self.config.eval_episodes, batch=0)
-        is_new = reach_it & [solved is None for solved in self._solved_at]
-        if np.any(is_new):
-            is_new &= self._play(CONFIRMING_EPISODES, batch=1)[1]
-        for i in np.flatnonzero(is_new):
+        unsolved = np.array([solved is None for solved in self._solved_at])
+        evaluated, reached = self._rounds.evaluate(unsolved, lambda: stop.requested)
+        for i in np.flatnonzero(reached):
             self._solved_at[i] = self._topology.env_steps
             self._topology.keep(int(i))
-        return returns
-
-    def _play(self, num_episodes: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns greedy returns, `[num_seeds, episodes]`, and whether each seed reaches the return to stop at."""
-        self._eval_returns = returns = self._topology.evaluate(num_episodes, batch)
-        required = self.config.stop_return
-        if required is None or returns.shape[1] < num_episodes:
-            return returns, np.zeros(len(returns), bool)
-        return returns, returns.mean(axis=1) >= required
+        return evaluated
 
     def _film_if_due(self, stop: StopFlag) -> None:
         recorder, env_steps = self._recorder, self._topology.env_steps
@@ -285,7 +276,8 @@ class Run:
             "solved_at": self._solved_at,
             "stop_return": self.config.stop_return,
             "evaluated_at": self._evaluated_at,
-            "evaluations": self._evaluations.saved(),
+            "evaluation_rounds": self._rounds.saved,
+            "best_evaluation": self._best.saved(),
             "num_episodes": self._num_episodes,
             "has_own_network": self._has_own_network,
             "layout": self._topology.layout,
@@ -306,7 +298,7 @@ class Run:
             self._checkpoints.wait()
         self._save()
         self._checkpoints.wait()
-        if fall := self._evaluations.fall():
+        if fall := self._best.fall():
             self._warn("fall", fall)
         self._write_summary(stopped)
 
@@ -367,7 +359,8 @@ class Run:
             "env_steps_per_second": self._speed.per_second(self._speed.env_steps),
             "learner_steps_per_second": self._speed.per_second(self._speed.learner_steps),
             **self._time_shares.summary(),
-            **self._evaluations.summary(),
+            **self._rounds.summary,
+            **self._best.summary(),
             "num_env_failures": self._num_env_failures,
             "num_videos": self._recorder.num_videos if self._recorder else 0,
             "num_video_failures": self._recorder.num_failures if self._recorder else 0,
@@ -379,9 +372,3 @@ class Run:
         }
         if peers.is_first():
             self.directory.write_summary(self.summary)
-
-
-def _check_stop(stop: StopFlag) -> None:
-    """Raises StopRequested if a signal has asked any process of the run to stop. All of them call this together."""
-    if peers.any_of(stop.requested)[0]:
-        raise StopRequested

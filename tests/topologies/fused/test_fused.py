@@ -13,6 +13,7 @@ from qfleet.config import AgentConfig, FusedConfig, RunFailed, TrainConfig
 from qfleet.core import updates
 from qfleet.core.types import EnvSpec, Regression
 from qfleet.envs.spec import InGraphEnv, StepResult
+from qfleet.runtime import evaluation
 from qfleet.topologies.fused.topology import Fused
 
 NUM_ENVS = 4
@@ -137,8 +138,8 @@ def test_seeds_trained_side_by_side_equal_separate_runs(kind):
         of_seed = jax.tree.map(lambda x, i=i: x[i], together.params)
         params.append(of_seed)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), of_seed, alone.params)
-        returns = together.evaluate(5)[i]
-        np.testing.assert_allclose(returns, alone.evaluate(5)[0], rtol=1e-2, atol=1e-3)
+        returns = together.evaluate(5).returns[i]
+        np.testing.assert_allclose(returns, alone.evaluate(5).returns[0], rtol=1e-2, atol=1e-3)
     assert_differ(params[0], params[1])
 
 
@@ -203,14 +204,24 @@ def test_evaluating_does_not_disturb_training(kind):
 def test_evaluations_repeat_exactly_and_batches_show_other_episodes():
     fused = fresh("pqn")
     advance(fused, CHUNK)
-    first = fused.evaluate(5)
+    first = fused.evaluate(5).returns
     assert first.shape == (1, 5)
-    np.testing.assert_array_equal(fused.evaluate(5), first)
-    longer = fused.evaluate(12)
+    np.testing.assert_array_equal(fused.evaluate(5).returns, first)
+    longer = fused.evaluate(12).returns
     assert longer.shape == (1, 12)
     np.testing.assert_array_equal(longer[:, :5], first)
     assert len(np.unique(longer)) == 12
-    np.testing.assert_array_equal(fused.evaluate(5, batch=1), longer[:, 5:10])
+    np.testing.assert_array_equal(fused.evaluate(5, batch=1).returns, longer[:, 5:10])
+
+
+def test_an_evaluation_can_be_stopped_and_can_cut_episodes(monkeypatch):
+    monkeypatch.setattr(evaluation, "FIRST_PIECE_STEPS", 1)
+    fused = make("pqn", num_seeds=2)
+    assert fused.evaluate(7, should_stop=lambda: True) is None
+    cut = fused.evaluate(7, max_episode_steps=2)
+    assert cut.lengths.shape == (2, 7) and cut.was_cut.any()
+    np.testing.assert_array_equal(cut.lengths[cut.was_cut], 2)
+    assert not fused.evaluate(7).was_cut.any()
 
 
 def test_counters_far_beyond_32_bits_go_on():
@@ -225,7 +236,7 @@ def test_counters_far_beyond_32_bits_go_on():
     assert record.exploration == pytest.approx(AGENTS["uniform"].exploration_end)
     assert record.new_learner_steps in (CHUNK // 6, CHUNK // 6 + 1)
     assert record.learner_steps == 2**35 + record.new_learner_steps
-    assert np.all(np.isfinite(fused.evaluate(5)))
+    assert np.all(np.isfinite(fused.evaluate(5).returns))
 
 
 def test_a_run_resumed_without_its_replay_warms_up_anew():
@@ -346,4 +357,4 @@ def test_a_kept_learner_stays_while_the_others_train_on(kind):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[[0, 2]], y[[0, 2]]), after, expected)
     assert any(np.any(x[1] != y[1]) for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(expected), strict=True))
     jax.tree.map(np.testing.assert_array_equal, fused.state["learner"].params, after)
-    assert fused.evaluate(5).shape == (3, 5)
+    assert fused.evaluate(5).returns.shape == (3, 5)

@@ -121,6 +121,13 @@ def test_in_lock_step_it_takes_the_steps_of_the_fused_topology(kind, mesh):
             np.testing.assert_allclose(mine, other, rtol=1e-3, atol=1e-5)
 
 
+def test_an_evaluation_can_be_stopped_and_can_cut_episodes():
+    overlapped = make_overlapped("pqn", probes.random_walk(frame_stack=2))
+    assert overlapped.evaluate(5, should_stop=lambda: True) is None
+    cut = overlapped.evaluate(5, max_episode_steps=1)
+    assert cut.lengths.tolist() == [[1] * 5] and cut.was_cut.any()
+
+
 @pytest.mark.parametrize("kind", ["pqn", "uniform"])
 def test_how_frames_are_stored_changes_nothing_that_is_learned(kind):
     """A network whose storage layout doubles frames and adds an axis sees such frames in both topologies."""
@@ -143,7 +150,7 @@ def test_how_frames_are_stored_changes_nothing_that_is_learned(kind):
             topology = make(network)
             topology.start()
             advance(topology, 400)
-            learned.append((topology.params, topology.evaluate(5)))
+            learned.append((topology.params, topology.evaluate(5).returns))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *learned)
         policies = [Policy(env, network, learned[0][0], "") for network in (plain, picky)]
         seen = np.random.default_rng(0).normal(size=(3, *env.spec.agent_observation_shape)).astype(np.float32)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +18,7 @@ from qfleet.core.types import Network, stored_spec
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.evaluation import Episodes, never
 from qfleet.topologies.base import Layout, StateIsLost, Topology
 from qfleet.topologies.evaluator import Evaluator
 from qfleet.topologies.fleet.replay_shard import make_whole_replay
@@ -93,23 +95,35 @@ class OnRay(Topology):
         return time.perf_counter() - started
 
     def prepare_evaluation(self) -> None:
-        """Makes the environments of evaluations, which this process plays."""
+        """Makes the lanes of evaluations, if the environment isn't written in JAX."""
         self._evaluator.start()
 
-    def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
-        """Returns greedy returns of the newest parameters, `[1, num_episodes]`, while the other processes go on.
+    def evaluate(
+        self,
+        num_episodes: int,
+        batch: int = 0,
+        *,
+        max_episode_steps: int | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> Episodes | None:
+        """Returns episodes of the newest parameters, `[1, num_episodes]`, while the other processes go on.
 
         Learning rests from the second batch on, so that the parameters that confirm a return are the ones that a
         checkpoint will hold.
 
-        Args:
-          num_episodes: played by this process.
-          batch: evaluations of the same parameters with different numbers see different episodes.
+        Args: as for `Topology.evaluate`. This process plays all episodes.
         """
         if batch:
             with contextlib.suppress(StateIsLost):
                 self._director.quiesce()
-        return self._evaluator.returns(self.params, self.env_steps, num_episodes, batch, self.check_stop)
+        return self._evaluator.play(
+            self.params,
+            self.env_steps,
+            num_episodes,
+            batch,
+            max_episode_steps=max_episode_steps,
+            should_stop=should_stop,
+        )
 
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
         """Returns the state that a checkpoint holds, whichever topology and number of processes have saved it."""

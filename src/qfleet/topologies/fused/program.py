@@ -19,7 +19,7 @@ from qfleet.core.types import Params, stored_spec
 from qfleet.core.updates import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
 from qfleet.envs.in_graph import draw
 from qfleet.envs.spec import InGraphEnv
-from qfleet.runtime.evaluation import Episodes, are_over, begin_episodes, play_on
+from qfleet.runtime.evaluation import EpisodeStats, EpisodesUnderWay, make_evaluation
 from qfleet.topologies.acting import ActorState, RowStats, act, init_actor
 from qfleet.topologies.schedule import Plan, rows_per_iteration
 
@@ -63,12 +63,14 @@ class Program(NamedTuple):
     """`init(seed) -> state`, from a `[]` uint32."""
     run: Callable[[FusedState, Plan, Array], tuple[FusedState, ChunkStats]]
     """`run(state, plan, num_iterations) -> state, stats`."""
-    begin_evaluation: Callable[[Array, Array, Array], Episodes]
-    """`begin_evaluation(seed, evaluation_step, batch) -> episodes`: `eval_episodes` greedy episodes. Each seed,
-    evaluation step and batch has episodes of its own; the evaluation step is the run's number of environment steps."""
-    evaluate: Callable[[Params, Episodes, Array], tuple[Episodes, Array, Array]]
-    """`evaluate(params, episodes, until) -> episodes, returns, are_over`: plays until so many steps after their
-    beginning. The returns are those of all replicas' episodes, and so far; `are_over` is `[replicas]` bool."""
+    begin_episodes: Callable[[Array, Array, Array], EpisodesUnderWay]
+    """`begin_episodes(seed, evaluation_step, batch) -> episodes`, `eval_episodes` of them. Each seed, evaluation step
+    and batch has episodes of its own; the evaluation step is the run's number of environment steps."""
+    play_episodes: Callable[
+        [Params, Array, Array, Array, EpisodesUnderWay, Array, Array], tuple[EpisodesUnderWay, EpisodeStats]
+    ]
+    """`play_episodes(params, seed, evaluation_step, batch, episodes, first_step, num_steps) -> episodes, stats` takes
+    at most `num_steps` steps further, as `InGraphEvaluation.play` does."""
     replay_leaves: Callable[[ReplayState], Array | tuple[()]]
     """`replay_leaves(replay) -> priorities`, in the form that `SavedReplay` holds."""
     restore_replay: Callable[[SavedReplay], ReplayState]
@@ -115,14 +117,18 @@ def make_program(
         state, stats = jax.lax.fori_loop(0, num_iterations, iteration, (state, _no_stats()))
         return state, _over_replicas(stats, replicas)
 
-    def begin_evaluation(seed: Array, evaluation_step: Array, batch: Array) -> Episodes:
-        key = key_of(seed, Stream.EVALUATION, evaluation_step, batch)
-        return begin_episodes(env, key, config.eval_episodes, agent.to_storage_layout, replicas)
+    evaluation = make_evaluation(
+        env, agent.q_values, config.eval_episodes, config.eval_exploration, agent.to_storage_layout, replicas
+    )
 
-    def evaluate(params: Params, episodes: Episodes, until: Array) -> tuple[Episodes, Array, Array]:
-        episodes = play_on(env, agent.q_values, params, episodes, until, agent.to_storage_layout, replicas)
-        returns = replicas.gather(episodes.returns).reshape(-1)[: config.eval_episodes]
-        return episodes, returns, replicas.gather(are_over(env, episodes))
+    def begin_episodes(seed: Array, evaluation_step: Array, batch: Array) -> EpisodesUnderWay:
+        return evaluation.begin(key_of(seed, Stream.EVALUATION, evaluation_step, batch), jnp.uint32(0))
+
+    def play_episodes(
+        params: Params, seed: Array, evaluation_step: Array, batch: Array, *further: Any
+    ) -> tuple[EpisodesUnderWay, EpisodeStats]:
+        key = key_of(seed, Stream.EVALUATION, evaluation_step, batch)
+        return evaluation.play(params, key, jnp.uint32(0), *further)
 
     def replay_leaves(state: ReplayState) -> Array | tuple[()]:
         return replay.leaves(state) if replay else ()
@@ -131,7 +137,7 @@ def make_program(
         assert replay is not None
         return replay.restore(saved)
 
-    return Program(init, run, begin_evaluation, evaluate, replay_leaves, restore_replay)
+    return Program(init, run, begin_episodes, play_episodes, replay_leaves, restore_replay)
 
 
 def _replay_iteration(

@@ -23,7 +23,7 @@ from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.compiling import compilers
 from qfleet.runtime.devices import num_shards
-from qfleet.runtime.evaluation import InPieces, divide_episodes
+from qfleet.runtime.evaluation import Episodes, Pieces, join_episodes, never
 from qfleet.runtime.records import Progress, Sum, make_progress
 from qfleet.topologies.base import Layout, OwnLearner, check_loss
 from qfleet.topologies.footprint import Footprint, batch_shapes, evaluation_shapes, make_footprint
@@ -61,7 +61,8 @@ class Fused(OwnLearner):
         )
         self._program = self._make_program(self._placement.replicas)
         self._config = config
-        self._env, self._env_name = env, env.spec.name
+        self._env = env
+        self._pieces = Pieces()
         self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
         self.env_steps = self.learner_steps = self._replay_starts_at = 0
         self._seconds_per_iteration = CHUNK_SECONDS  # a guess that makes the first chunk one iteration
@@ -76,17 +77,19 @@ class Fused(OwnLearner):
         with compilers() as pool:  # XLA compiles one program, the largest first, while Python traces the next
             compiled_run = pool.submit(program.run.lower(state, self._plan(), np.int32(0)).compile)
             lowered = program.init.lower(self._seeds)
-            # This program runs once: optimising it would cost more time than it saves. XLA can skip that on a CPU only.
+            # This program runs once, and the one that begins episodes takes next to no time. Optimising them would cost
+            # more time than it saves. XLA can skip that on a CPU only.
             unoptimised = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None
             compiled_init = pool.submit(lowered.compile, compiler_options=unoptimised)
-            evaluation = (self._seeds, np.uint32(0), np.int32(0))
-            episodes = jax.eval_shape(program.begin_evaluation, *evaluation)
-            lowered = program.evaluate.lower(state.learner.params, episodes, np.int32(0))
-            compiled_evaluate = pool.submit(lowered.compile)
-            compiled_begin = pool.submit(program.begin_evaluation.lower(*evaluation).compile)
+            arguments, zero = (self._seeds, np.uint32(0), np.int32(0)), np.int32(0)
+            episodes = jax.eval_shape(program.begin_episodes, *arguments)
+            lowered = program.play_episodes.lower(state.learner.params, *arguments, episodes, zero, zero)
+            compiled_play = pool.submit(lowered.compile)
+            lowered = program.begin_episodes.lower(*arguments)
+            compiled_begin = pool.submit(lowered.compile, compiler_options=unoptimised)
             self._fused_state: FusedState = compiled_init.result()(self._seeds)
             self._run = compiled_run.result()
-            self._evaluation = InPieces(compiled_begin.result(), compiled_evaluate.result())
+            self._begin_episodes, self._play_episodes = compiled_begin.result(), compiled_play.result()
         return time.perf_counter() - started
 
     def _on_mesh(self) -> Any:
@@ -95,13 +98,14 @@ class Fused(OwnLearner):
         placement, (shapes, state) = self._placement, self._shapes_and_specs
         learner = state.learner
         saved = shapes.replay and partition_saved(shapes.replay, DATA_AXIS)
-        program, whole = self._program, REPLICATED
-        episodes = divide_episodes(PartitionSpec(DATA_AXIS), whole)
+        program, whole, divided = self._program, REPLICATED, PartitionSpec(DATA_AXIS)
         return Program(
             init=placement.jit(program.init, (whole,), state),
             run=placement.jit(program.run, (state, whole, whole), (state, whole), donate_argnums=(0,)),
-            begin_evaluation=placement.jit(program.begin_evaluation, (whole, whole, whole), episodes),
-            evaluate=placement.jit(program.evaluate, (learner.params, episodes, whole), (episodes, whole, whole)),
+            begin_episodes=placement.jit(program.begin_episodes, (whole,) * 3, divided),
+            play_episodes=placement.jit(
+                program.play_episodes, (learner.params, whole, whole, whole, divided, whole, whole), (divided, whole)
+            ),
             replay_leaves=placement.jit(program.replay_leaves, (state.replay,), saved and saved.leaves),
             restore_replay=placement.jit(program.restore_replay, (saved,), state.replay),
         )
@@ -161,8 +165,8 @@ class Fused(OwnLearner):
         return Program(
             init=over_seeds(program.init, split),
             run=over_seeds(program.run, split, whole, whole, donate_argnums=(0,)),
-            begin_evaluation=over_seeds(program.begin_evaluation, split, whole, whole),
-            evaluate=over_seeds(program.evaluate, split, split, whole),
+            begin_episodes=over_seeds(program.begin_episodes, split, whole, whole),
+            play_episodes=over_seeds(program.play_episodes, split, split, whole, whole, split, whole, whole),
             replay_leaves=over_seeds(program.replay_leaves, split),
             restore_replay=over_seeds(program.restore_replay, split),
         )
@@ -245,20 +249,38 @@ class Fused(OwnLearner):
             exploration=float(plan.exploration[num_iterations - 1, -1]),
         )
 
-    def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
-        """Returns greedy returns of the newest parameters, `[num_seeds, num_episodes]`.
+    def evaluate(
+        self,
+        num_episodes: int,
+        batch: int = 0,
+        *,
+        max_episode_steps: int | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> Episodes | None:
+        """Returns episodes of the newest parameters, `[num_seeds, num_episodes]`; None if it was stopped.
 
-        Args:
-          num_episodes: number of episodes of each seed.
-          batch: evaluations of the same parameters with different numbers see different episodes.
+        Args: as for `Topology.evaluate`.
         """
-        batches = range(batch, batch + math.ceil(num_episodes / self._config.eval_episodes))
-        params, evaluation_step = self.params, np.uint32(self.env_steps % 2**32)
-        returns = [
-            self._evaluation.returns(params, (self._seeds, evaluation_step, np.int32(i)), self.check_stop)
-            for i in batches
-        ]
-        return np.concatenate(returns, axis=-1).reshape(self._config.num_seeds, -1)[:, :num_episodes]
+        episodes = []
+        for i in range(batch, batch + math.ceil(num_episodes / self._config.eval_episodes)):
+            played = self._evaluate_batch(i, max_episode_steps, should_stop)
+            if played is None:
+                return None
+            episodes.append(Episodes(*(part.reshape(self._config.num_seeds, -1) for part in played)))
+        return join_episodes(episodes, num_episodes)
+
+    def _evaluate_batch(
+        self, batch: int, max_episode_steps: int | None, should_stop: Callable[[], bool]
+    ) -> Episodes | None:
+        numbers = (self._seeds, np.uint32(self.env_steps % 2**32), np.int32(batch))
+        params = self.params
+        return self._pieces.play(
+            lambda: self._begin_episodes(*numbers),
+            lambda *further: self._play_episodes(params, *numbers, *further),
+            self._env.spec,
+            max_episode_steps,
+            should_stop,
+        )
 
     @property
     def layout(self) -> Layout:
@@ -294,8 +316,8 @@ class Fused(OwnLearner):
             seed = int(np.argmax(bad_steps != NO_BAD_STEP))
             bad_step = int(bad_steps[seed])
             raise RunFailed(
-                f"rewards and observations must be finite, but {self._env_name} returned one that isn't at environment "
-                f"step {env_steps_before + bad_step} in lane {bad_step % self._config.topology.num_envs} of seed "
-                f"{self._config.seed + seed}"
+                f"rewards and observations must be finite, but {self._env.spec.name} returned one that isn't at "
+                f"environment step {env_steps_before + bad_step} in lane "
+                f"{bad_step % self._config.topology.num_envs} of seed {self._config.seed + seed}"
             )
         check_loss(stats.losses.loss, self.learner_steps, self._config.agent)

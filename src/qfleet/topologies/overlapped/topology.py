@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,12 +16,13 @@ from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv, seed_of
 from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.evaluation import Episodes, never
 from qfleet.runtime.host_acting import HostActing, ReceivedRow
 from qfleet.runtime.records import Progress, Sum, make_progress, sum_of
 from qfleet.runtime.stopwatch import OTHER, Stopwatch
 from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
 from qfleet.topologies.base import Layout, OwnLearner, check_loss
-from qfleet.topologies.evaluator import HostEvaluator
+from qfleet.topologies.evaluator import HostEvaluator, gather_episodes
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.overlapped.learning import Learning
 from qfleet.topologies.overlapped.profile import parts_of, timed_act, timed_lanes
@@ -81,7 +83,9 @@ class Overlapped(OwnLearner):
         self._on_mesh = ProgramsOnMesh(config, config.topology.mesh, env.spec, network, optimiser)
         self._num_lanes = self._on_mesh.num_lanes  # of this process
         num_eval_lanes = min(self._num_lanes, config.eval_episodes)
-        self._evaluator = HostEvaluator(env, self._on_mesh.agent, num_eval_lanes, config.topology.lane_options)
+        self._evaluator = HostEvaluator(
+            env, self._on_mesh.agent, num_eval_lanes, config.topology.lane_options, config.eval_exploration
+        )
         self._stopwatch = Stopwatch(parts_of(config.agent))
         self._to_host, self._to_devices = self._on_mesh.copy_to_host, self._on_mesh.copy_to_devices
         self.env_steps = self.learner_steps = self._replay_starts_at = 0
@@ -258,24 +262,27 @@ class Overlapped(OwnLearner):
         return HostRow(obs, action, received.reward, received.terminated, received.truncated, received.no_step), q_max
 
     def prepare_evaluation(self) -> None:
-        """Makes the environments of evaluations."""
+        """Makes the lanes of evaluations."""
         self._evaluator.start()
 
-    def evaluate(self, num_episodes: int, batch: int = 0) -> np.ndarray:
-        """Returns greedy returns of the newest parameters, `[1, num_episodes]`.
+    def evaluate(
+        self,
+        num_episodes: int,
+        batch: int = 0,
+        *,
+        max_episode_steps: int | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> Episodes | None:
+        """Returns episodes of the newest parameters, `[1, num_episodes]`; None if it was stopped.
 
-        Args:
-          num_episodes: number of episodes, over all processes; each plays its share in lanes of its own.
-          batch: evaluations of the same parameters with different numbers see different episodes.
+        Args: as for `Topology.evaluate`. Each process plays its share of the episodes in lanes of its own.
         """
         seed = seed_of(self._config.seed, Stream.EVALUATION, self.env_steps, batch, jax.process_index())
-        num_processes = jax.process_count()
-        num_own = -(-num_episodes // num_processes)
-        returns = self._evaluator.returns(self._on_mesh.own_copy(self.params), num_own, seed)
-        if num_processes > 1:
-            gathered = peers.gather(np.pad(returns, (0, num_own - len(returns)), constant_values=np.nan))
-            returns = gathered[np.isfinite(gathered)][:num_episodes]
-        return returns[None]
+        num_own = -(-num_episodes // jax.process_count())
+        params = self._on_mesh.own_copy(self.params)
+        own = self._evaluator.play(params, num_own, seed, max_episode_steps=max_episode_steps, should_stop=should_stop)
+        played = gather_episodes(own, num_own)
+        return played and Episodes(*(part[None, :num_episodes] for part in played))
 
     @property
     def layout(self) -> Layout:
