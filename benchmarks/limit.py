@@ -70,7 +70,7 @@ def measure(config: TrainConfig, repeats: int) -> dict[str, float]:
     assert isinstance(env, InGraphEnv)
     network = make_network(env.spec, config.agent)
     limit_cpu_threads(check_network(network, env.spec))
-    fused = Fused(config, env, network)
+    fused = Fused(config.with_schedule_lengths(), env, network)
     fused.start()
     while fused.learner_steps == 0:  # warms up the replay and the machine
         fused.advance(fused.env_steps + fused.env_steps_per_iteration)

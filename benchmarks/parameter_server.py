@@ -49,7 +49,7 @@ class StubWorker(RemoteWorker):
 
     def compute_gradient(self, importance_exponent: float, buffers: Any = None) -> GradientReply:
         """Returns a gradient that took no time except that of writing it to its buffers."""
-        return GradientReply(GradientStats(1.0, 1.0, 0.0), self._write_pieces(self._pieces, buffers), [])
+        return GradientReply(GradientStats(1.0, 1.0, 1.0, 0.0), self._write_pieces(self._pieces, buffers), [])
 
     def pull(self, version: int, params: Any, target_params: Any = ()) -> None:
         """Notes how many seconds it takes until the parameters can be used."""

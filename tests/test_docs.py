@@ -66,7 +66,7 @@ def test_every_command_that_trains_has_flags_that_there_are(name: str) -> None:
     for command in commands:
         env, *flags = shlex.split(command, comments=True)
         if env != "corridor:Corridor-v0":  # the guide's own environment, which is not in a file
-            assert parse([env, *flags]).env == env
+            assert parse([env, *flags]).config.env == env
 
 
 def test_every_flag_of_the_fleets_page_is_one() -> None:

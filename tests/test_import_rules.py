@@ -11,6 +11,7 @@ LAYERS = (
     {"config"},
     {"core"},
     {"networks", "envs"},
+    {"defaults"},
     {"presets"},
     {"runtime"},
     {"topologies"},

@@ -7,10 +7,12 @@
 The names here are the whole public API. They are imported on first use, so that `import qfleet` doesn't wait for JAX.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False
+"""The same as `typing.TYPE_CHECKING`. Nothing is imported before `__main__` takes the current folder off the path."""
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from qfleet.api import iterate, load, resume, train, watch
     from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfig, RunFailed, TrainConfig
     from qfleet.core.types import EnvSpec, Network
@@ -74,7 +76,9 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    import importlib
+
     if name not in _HOME_OF:
         raise AttributeError(f"module 'qfleet' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -9,6 +9,7 @@ import jax
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
 from qfleet.config.new_run import check_new_run
 from qfleet.core.types import Network, Params
+from qfleet.envs.names import check_trusted
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
 from qfleet.policy import EvaluationOptions, Policy
@@ -20,6 +21,7 @@ from qfleet.runtime.signals import StopFlag
 from qfleet.runtime.video import Video, params_label
 from qfleet.training.assembly import check_is_built_in
 from qfleet.training.launched import LaunchedRun, directory_of_all
+from qfleet.training.metadata import read_metadata
 from qfleet.training.resuming import check_network_is_given, config_to_resume
 from qfleet.training.run import Run
 
@@ -63,6 +65,7 @@ def iterate(
     Args and Raises: as for `train`.
     """
     check_new_run(config)
+    config = config.with_schedule_lengths()
     check_is_built_in(config, network, optimiser)
     if config.topology.runs_in == "joined processes":
         return LaunchedRun(config, lambda: directory_of_all(config))
@@ -82,6 +85,7 @@ def resume(
     ray_address: str | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
+    trust: bool = False,
 ) -> Run | LaunchedRun:
     """Returns the run in `run_dir`, to iterate over from its newest checkpoint as if it had never stopped.
 
@@ -104,12 +108,15 @@ def resume(
       ray_address: address of the Ray cluster that the processes run on.
       network: the network that `train` was given, if any.
       optimiser: the optimiser that `train` was given, if any.
+      trust: whether to import the module of an environment `MODULE:NAME` that only the run's folder names. Importing it
+        runs its code. It isn't asked for if the module has been imported already.
 
     Raises:
-      ConfigError: if `run_dir` isn't a run, its checkpoint is damaged, the run has ended already, or another process
-        is training it.
+      ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, its checkpoint is damaged, the run
+        has ended already, or another process is training it.
     """
     directory = RunDirectory.open(run_dir)
+    check_trusted(directory.config.env, directory.path, trust=trust)
     config = config_to_resume(
         directory.config,
         env_steps=env_steps,
@@ -132,6 +139,7 @@ def load(
     checkpoint: int | None = None,
     seed: int | None = None,
     network: Network | None = None,
+    trust: bool = False,
 ) -> Policy:
     """Returns the greedy policy of a run.
 
@@ -140,12 +148,15 @@ def load(
       checkpoint: environment step of the checkpoint to load. The default is the newest one.
       seed: seed to load, of a run with several seeds. The default is the first one.
       network: the network that `train` was given, if any.
+      trust: as for `resume`.
 
     Raises:
-      ConfigError: if `run_dir` isn't a run, or its checkpoint is missing or damaged.
+      ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, or its checkpoint is missing or
+        damaged.
     """
     directory = RunDirectory.open(run_dir)
     config = directory.config
+    check_trusted(config.env, directory.path, trust=trust)
     index = 0 if seed is None else seed - config.seed
     if not 0 <= index < config.num_seeds:
         last = config.seed + config.num_seeds - 1
@@ -154,9 +165,9 @@ def load(
     network_in_use = network or make_network(env.spec, config.agent)
     limit_cpu_threads(check_network(network_in_use, env.spec))
     enable_compilation_cache()
-    with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept) as checkpoints:
+    with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept, run_id=directory.run_id) as checkpoints:
         checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
-        metadata = checkpoints.read_metadata(checkpoint)
+        metadata = read_metadata(checkpoints, checkpoint, config)
         check_network_is_given(network is not None, metadata["has_own_network"])
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
     if config.num_seeds > 1:
@@ -175,11 +186,12 @@ def watch(
     out_dir: str | os.PathLike[str] | None = None,
     frames_per_second: int = 30,
     network: Network | None = None,
+    trust: bool = False,
 ) -> list[Video]:
     """Writes videos of what a run has learned, and returns their files with the returns of the episodes.
 
     Args:
-      run_dir, checkpoint, network: as for `load`.
+      run_dir, checkpoint, network, trust: as for `load`.
       train_seed: seed to watch, of a run with several seeds. The default is the first one.
       out_dir: folder for the videos. The default is `videos` in the run's folder.
       num_episodes, seed, frames_per_second: as for `Policy.film`.
@@ -187,7 +199,7 @@ def watch(
     Raises:
       ConfigError, RunFailed: under the same conditions as `load` and `Policy.film`.
     """
-    policy = load(run_dir, checkpoint=checkpoint, seed=train_seed, network=network)
+    policy = load(run_dir, checkpoint=checkpoint, seed=train_seed, network=network, trust=trust)
     out_dir = RunDirectory.open(run_dir).videos_path if out_dir is None else out_dir
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
 

@@ -8,6 +8,7 @@ from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, sug
 from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
 from qfleet.config.values import to_plain
+from qfleet.defaults import Choice, accepts, choose, is_atari, shortened
 from qfleet.envs.registry import default_topology
 
 
@@ -23,6 +24,29 @@ class Preset:
     """Topology that it runs in by default; None means the one that suits the environment."""
 
 
+_ATARI_DQN: Mapping[str, Any] = {
+    "torso": "nature",
+    "hidden_sizes": (512,),
+    "num_envs": 8,
+    "replay_capacity": 1_000_000,
+    "warmup_env_steps": 50_000,
+    "batch_size": 32,
+    "env_steps_per_learner_step": 4.0,
+    # Their table counts learner steps, but their program counts agent steps, as everybody has since: 10,000.
+    "target_update_period": 2_500,
+    "optimiser": "rmsprop",
+    "optimiser_options": {"decay": 0.95, "eps": 0.01 / 32**2, "centered": 1.0},
+    "learning_rate": 2.5e-4,
+    "max_gradient_norm": None,
+    "exploration_end": 0.1,
+    "exploration_env_steps": 1_000_000,
+    "env_steps": 50_000_000,
+    "eval_period_env_steps": 250_000,
+    "eval_episodes": 16,
+    "eval_exploration": 0.05,
+    "checkpoint_period_seconds": 600.0,
+}
+
 PRESETS: dict[str, Preset] = {
     "dqn": Preset(
         summary="Q-network, uniform replay, target network, epsilon-greedy",
@@ -37,7 +61,14 @@ PRESETS: dict[str, Preset] = {
     "rainbow_lite": Preset(
         summary="double, dueling, 3-step returns, prioritised replay",
         source="Hessel et al. 2018, arXiv 1710.02298, without its distributional and noisy parts",
-        settings={"double": True, "dueling": True, "n_step": 3, "replay": "prioritised"},
+        settings={
+            "double": True,
+            "dueling": True,
+            "n_step": 3,
+            "replay": "prioritised",
+            "priority_exponent": 0.5,
+            "importance_exponent_env_steps": None,
+        },
     ),
     "pqn": Preset(
         summary="Q(lambda) with layer normalisation; no replay, no target network; the fastest in many lanes",
@@ -54,31 +85,10 @@ PRESETS: dict[str, Preset] = {
     "atari_dqn": Preset(
         summary="dqn as published for Atari: one update of 32 every 4 agent steps, a replay of a million frames",
         source="Mnih et al. 2015, Nature 518, extended data table 1; RMSProp's epsilon is adapted to mean gradients",
-        settings={
-            "torso": "nature",
-            "hidden_sizes": (512,),
-            "num_envs": 8,
-            "replay_capacity": 1_000_000,
-            "warmup_env_steps": 50_000,
-            "batch_size": 32,
-            "env_steps_per_learner_step": 4.0,
-            # Their table counts learner steps, but their program counts agent steps, as everybody has since: 10,000.
-            "target_update_period": 2_500,
-            "optimiser": "rmsprop",
-            "optimiser_options": {"decay": 0.95, "eps": 0.01 / 32**2, "centered": 1.0},
-            "learning_rate": 2.5e-4,
-            "max_gradient_norm": None,
-            "exploration_end": 0.1,
-            "exploration_env_steps": 1_000_000,
-            "env_steps": 50_000_000,
-            "eval_period_env_steps": 250_000,
-            "eval_episodes": 16,
-            "eval_exploration": 0.05,
-            "checkpoint_period_seconds": 600.0,
-        },
+        settings=_ATARI_DQN,
     ),
     "ape_x": Preset(
-        summary="many actors (360 as published), each with its own epsilon, a prioritised replay, one learner",
+        summary="many actors, each with its own epsilon, a prioritised replay, and one learner",
         source="Horgan et al. 2018, arXiv 1803.00933, section 4.1 and appendix C",
         topology="actor-learner",
         settings={
@@ -90,12 +100,15 @@ PRESETS: dict[str, Preset] = {
             "batch_size": 512,
             "replay_capacity": 2_000_000,
             "warmup_env_steps": 50_000,
-            # They don't set it, but report 19 learner steps per second while 12,500 transitions per second come in.
-            "env_steps_per_learner_step": 660.0,
+            # Ours. They don't set a ratio: with 360 actors they report 12,500 transitions and 19 learner steps per
+            # second, one step per 660. Fewer actors bring less at the same speed of the learner. With 64, each
+            # transition is learned from 8 times, as in DQN.
+            "env_steps_per_learner_step": 64.0,
             "target_update_period": 2_500,
             "priority_exponent": 0.6,
             "importance_exponent_start": 0.4,
             "importance_exponent_env_steps": 10**15,  # the exponent practically stays at its start
+            "loss": "squared",  # their equation of the loss; the norm of 40 is made for its gradients
             "optimiser": "rmsprop",
             "optimiser_options": {"decay": 0.95, "eps": 1.5e-7, "centered": 1.0},
             "learning_rate": 2.5e-4 / 4,
@@ -126,8 +139,6 @@ PRESETS: dict[str, Preset] = {
             "num_minibatches": 32,
             "optimiser": "radam",
             "learning_rate": 2.5e-4,
-            "learning_rate_schedule": "linear",
-            "learning_rate_learner_steps": 781_250,
             "exploration_end": 0.001,
             "exploration_env_steps": 5_000_000,
             "env_steps": 50_000_000,
@@ -138,6 +149,41 @@ PRESETS: dict[str, Preset] = {
         },
     ),
 }
+
+ON_ATARI: dict[str, Mapping[str, Any]] = {
+    "dqn": _ATARI_DQN,
+    "double_dqn": _ATARI_DQN,  # van Hasselt et al. 2016 compare both with the same settings
+    # Hessel et al. 2018, table 1. Epsilon decays in place of their noisy layers, as in Dopamine's Rainbow.
+    "rainbow_lite": {
+        **{name: value for name, value in _ATARI_DQN.items() if name != "max_gradient_norm"},
+        "warmup_env_steps": 20_000,
+        "target_update_period": 2_000,
+        "optimiser": "adam",
+        "optimiser_options": {"eps": 1.5e-4},
+        "learning_rate": 6.25e-5,
+        "exploration_end": 0.01,
+        "exploration_env_steps": 250_000,
+    },
+}
+"""The published settings of presets whose own are for small problems. They replace the preset's on Atari."""
+
+OFF_ATARI: dict[str, Mapping[str, Any]] = {
+    "ape_x": {
+        "hidden_sizes": (128, 128),
+        "batch_size": 128,
+        "replay_capacity": 200_000,
+        "warmup_env_steps": 2_000,
+        "env_steps_per_learner_step": 8.0,
+        "target_update_period": 500,
+        "learning_rate": 2.5e-4,
+        "broadcast_period_learner_steps": 20,
+        "env_steps": 500_000,
+        "eval_period_env_steps": 10_000,
+        "eval_episodes": 20,
+        "checkpoint_period_seconds": 60.0,
+    },
+}
+"""Our settings of presets whose own are the published ones for Atari. They replace the preset's elsewhere."""
 
 # Our own settings, tuned on two CPU cores for the least wall time to a confirmed return; see benchmarks/solve.py.
 TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
@@ -251,33 +297,71 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
 }
 
 
-def make_config(env: str, preset: str = "pqn", topology: str | None = None, **settings: Any) -> TrainConfig:
+def make_config(env: str, preset: str | None = None, topology: str | None = None, **settings: Any) -> TrainConfig:
     """Returns the config of `preset` for `env`. `settings` replace the tuned ones, and those replace the preset's.
 
     Args:
       env: name of an environment.
-      preset: one of `PRESETS`.
+      preset: one of `PRESETS`. By default, preset and settings are chosen for the environment and the topology, see
+        `qfleet.defaults`. The environment is made for this, and one outside JAX may be played for a moment.
       topology: one of `qfleet.config.TOPOLOGIES`; by default the one that suits the environment.
       **settings: any field of `AgentConfig`, of the topology's config, or of `TrainConfig`.
 
     Raises:
       ConfigError: if the preset, the topology or a field is unknown, or a value breaks its rule.
     """
+    return make_explained_config(env, preset, topology, **settings)[0]
+
+
+def make_explained_config(
+    env: str, preset: str | None = None, topology: str | None = None, **settings: Any
+) -> tuple[TrainConfig, str]:
+    """Returns the config that `make_config` returns, and why its preset was chosen: "" if the caller named it."""
     env, preset, topology = (
         to_plain(kind, value, name)
-        for kind, value, name in ((str, env, "env"), (str, preset, "preset"), (str | None, topology, "topology"))
+        for kind, value, name in ((str, env, "env"), (str | None, preset, "preset"), (str | None, topology, "topology"))
     )
-    if preset not in PRESETS:
+    if preset is not None and preset not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
     topology = without_alias(topology, settings.pop("exchange", None))
     options = to_plain(Mapping[str, Any], settings.get("env_options", {}), "env_options")
-    topology = topology or PRESETS[preset].topology or default_topology(env, **options)
+    topology = topology or (preset and PRESETS[preset].topology) or default_topology(env, **options)
     check_topology_name(topology)
-    merged = {**_starts_from(env, preset, topology, settings), **settings}
+    if preset is None:
+        # One that is to be stepped in processes of its own may hang or crash in this one.
+        may_play = not settings.get("num_env_workers")
+        preset, chosen, reason = _choose(env, topology, options, may_play)
+        env_steps = to_plain(int | None, settings.get("env_steps"), "env_steps")
+        found = shortened({**PRESETS[preset].settings, **chosen}, env_steps)
+    else:
+        found, reason = {**PRESETS[preset].settings, **_settings_for(preset, env)}, ""
+    merged = {**_starts_from({**_evaluation_of(env), **found}, topology, settings), **settings}
+    return _assemble(env, preset, topology, settings, merged), reason
+
+
+def _settings_for(preset: str, env: str) -> Mapping[str, Any]:
+    """Returns the settings that replace those of a preset in this environment."""
+    if preset not in (*ON_ATARI, *OFF_ATARI):
+        return TUNED.get((preset, env), {})
+    return {**(ON_ATARI if is_atari(env) else OFF_ATARI).get(preset, {}), **TUNED.get((preset, env), {})}
+
+
+def _choose(env: str, topology: str, env_options: Mapping[str, Any], may_play: bool) -> Choice:
+    """Returns the preset with settings tuned for this very environment, if there is one, or the one for its family."""
+    for (preset, name), tuned in TUNED.items():
+        replay = PRESETS[preset].settings.get("replay", "uniform")
+        if name == env and accepts(topology, replay=replay):
+            return Choice(preset, tuned, f"this preset is tuned for {env}")
+    choice = choose(env, topology, env_options, may_play=may_play)
+    return choice._replace(settings={**_settings_for(choice.preset, env), **choice.settings})
+
+
+def _assemble(env: str, preset: str, topology: str, given: Mapping[str, Any], merged: Mapping[str, Any]) -> TrainConfig:
+    """Returns the config with the `merged` settings, after checking the names of those that the caller has given."""
     kinds = (AgentConfig, TOPOLOGIES[topology], TrainConfig)
     names = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     known = set.union(*names.values()) - {"agent", "topology", "env", "preset"}
-    for name in settings:
+    for name in given:
         check_suits(name, topology)
     for name in merged:
         if name not in known:
@@ -309,9 +393,8 @@ def _evaluation_of(env: str) -> Mapping[str, Any]:
     return {"eval_exploration": 0.001} if env.endswith("-MinAtar") else {}
 
 
-def _starts_from(env: str, preset: str, topology: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _starts_from(found: Mapping[str, Any], topology: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the preset's and the tuned settings, without those that have no effect beside the given ones."""
-    found = {**_evaluation_of(env), **PRESETS[preset].settings, **TUNED.get((preset, env), {})}
     dropped = set(settings_without_effect({**found, **settings}, TOPOLOGIES[topology]))
     rate = to_plain(float, settings.get("target_update_rate", 1.0), "target_update_rate")
     if rate < 1 and found.get("target_update_period") != 1:

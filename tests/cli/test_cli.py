@@ -100,8 +100,15 @@ def test_bad_input_is_one_clear_error_and_exit_code_2(
 @pytest.mark.parametrize(
     ("arguments", "place"),
     [
-        (["CartPole-v1"], "CartPole-v1 (in-graph) with pqn"),
-        (["FrozenLake-v1", "--num-env-workers", "1"], "FrozenLake-v1 (gymnasium, 4 in 1 worker process) with pqn"),
+        (
+            ["CartPole-v1"],
+            "CartPole-v1 (in-graph) with pqn (chosen because this preset is tuned for CartPole-v1), into",
+        ),
+        (
+            ["FrozenLake-v1", "--num-env-workers", "1"],
+            "FrozenLake-v1 (gymnasium, 4 in 1 worker process) with double_dqn (chosen because the environment shows",
+        ),
+        (["CartPole-v1", "--preset", "pqn"], "CartPole-v1 (in-graph) with pqn, into"),
     ],
 )
 def test_a_run_says_where_its_environments_step(
@@ -332,7 +339,7 @@ def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_can_be_resumed(tm
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stopped"] == "interrupted"
     resumed = subprocess.run(
-        [SCRIPT, "resume", "run", "--env-steps", str(summary["env_steps"] + 64), "--quiet"],
+        [SCRIPT, "resume", "run", "--trust", "--env-steps", str(summary["env_steps"] + 64), "--quiet"],
         cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.stderr
@@ -341,7 +348,8 @@ def test_a_signal_ends_a_run_of_ones_own_module_cleanly_and_it_can_be_resumed(tm
 
 def test_a_profiled_run_prints_where_its_time_went(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    arguments = ["train", "gym:CartPole-v1", *TINY, "--env-steps", "256", "--run-dir", str(run), "--profile"]
+    pqn = ["--preset", "pqn", *TINY]
+    arguments = ["train", "gym:CartPole-v1", *pqn, "--env-steps", "256", "--run-dir", str(run), "--profile"]
     assert main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     shares = json.loads((run / "summary.json").read_text())["time_shares"]

@@ -66,7 +66,7 @@ def test_softmax_at_the_lowest_temperature_allowed_is_greedy():
 
 
 def test_linear_exploration_goes_straight_from_start_to_end():
-    config = AgentConfig(exploration_start=0.9, exploration_end=0.1, exploration_env_steps=1000)
+    config = AgentConfig(exploration_start=0.9, exploration_end=0.1, exploration_env_steps=1000, warmup_env_steps=0)
     levels = exploration.exploration_at(config, np.array([[0, 250], [500, 1000]]))
     assert levels.dtype == np.float32
     np.testing.assert_allclose(levels, [[0.9, 0.7], [0.5, 0.1]], rtol=1e-6)
@@ -74,8 +74,9 @@ def test_linear_exploration_goes_straight_from_start_to_end():
 
 def test_exponential_exploration_falls_by_equal_factors():
     config = AgentConfig(
-        exploration_schedule="exponential", exploration_start=1.0, exploration_end=0.01, exploration_env_steps=1000
-    )
+        exploration_schedule="exponential", exploration_start=1.0, exploration_end=0.01, exploration_env_steps=1000,
+        warmup_env_steps=0,
+    )  # fmt: skip
     levels = exploration.exploration_at(config, np.array([0, 250, 500, 1000]))
     assert levels.dtype == np.float32
     np.testing.assert_allclose(levels, [1, 0.01**0.25, 0.1, 0.01], rtol=1e-6)
@@ -84,12 +85,12 @@ def test_exponential_exploration_falls_by_equal_factors():
 @pytest.mark.parametrize("schedule", ["linear", "exponential"])
 def test_exploration_stays_at_its_end_beyond_any_32_bit_count(schedule):
     config = AgentConfig(exploration_schedule=schedule, exploration_end=0.05)
-    steps = np.array([25_000, 2**31, 2**32 + 5, 10**15], np.int64)
+    steps = np.array([26_000, 2**31, 2**32 + 5, 10**15], np.int64)
     np.testing.assert_array_equal(exploration.exploration_at(config, steps), np.float32(0.05))
 
 
 def test_a_schedule_longer_than_32_bits_does_not_wrap():
-    config = AgentConfig(exploration_start=1.0, exploration_end=0.0, exploration_env_steps=2**34)
+    config = AgentConfig(exploration_start=1.0, exploration_end=0.0, exploration_env_steps=2**34, warmup_env_steps=0)
     levels = exploration.exploration_at(config, np.array([2**31, 2**32, 2**33, 2**34], np.int64))
     np.testing.assert_array_equal(levels, [7 / 8, 3 / 4, 1 / 2, 0])
 
@@ -98,6 +99,20 @@ def test_exploration_may_stay_constant():
     for schedule in ("linear", "exponential"):
         config = AgentConfig(exploration_schedule=schedule, exploration_start=0.1, exploration_end=0.1)
         np.testing.assert_array_equal(exploration.exploration_at(config, np.arange(0, 10**5, 999)), np.float32(0.1))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "exponential"])
+def test_actions_are_uniform_until_learning_begins_and_the_decay_begins_then(schedule):
+    config = AgentConfig(exploration_schedule=schedule, warmup_env_steps=4_000, exploration_env_steps=10_000)
+    levels = exploration.exploration_at(config, np.array([0, 3_999, 4_000, 4_001, 14_000]))
+    np.testing.assert_array_equal(levels[:3], 1.0)
+    assert levels[3] < 1.0
+    np.testing.assert_allclose(levels[4], config.exploration_end, rtol=1e-6)
+
+
+def test_without_replay_there_is_no_warm_up_and_exploration_decays_at_once():
+    config = AgentConfig(replay="none", exploration_end=0.0, exploration_env_steps=1_000)
+    np.testing.assert_allclose(exploration.exploration_at(config, np.array([0, 500, 1_000])), [1.0, 0.5, 0.0])
 
 
 def test_the_importance_exponent_grows_to_one_and_stays():

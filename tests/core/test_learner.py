@@ -62,6 +62,19 @@ OPTIMISERS = {
     "adam_with_options": (optax.adam(1e-3, eps=1e-4, b1=0.5), {"optimiser_options": {"eps": 1e-4, "b1": 0.5}}),
     "rmsprop": (optax.rmsprop(1e-3), {"optimiser": "rmsprop"}),
     "adamw": (optax.adamw(1e-3), {"optimiser": "adamw"}),
+    **{
+        f"centred_rmsprop_{i}": (
+            optax.rmsprop(1e-3, centered=True, **options),
+            {"optimiser": "rmsprop", "optimiser_options": {"centered": True, **options}},
+        )
+        for i, options in enumerate(
+            [
+                {"eps": 1e-3},
+                {"eps": 1e-3, "momentum": 0.9, "nesterov": True, "decay": 0.5},
+                {"eps": 1e-3, "eps_in_sqrt": False, "bias_correction": True, "initial_scale": 0.1},
+            ]
+        )
+    },
 }
 
 
@@ -79,6 +92,22 @@ def test_updates_are_optaxs_own(name, batch):
         np.testing.assert_allclose(info.loss, value, rtol=1e-6)
         np.testing.assert_allclose(info.td_error, td_error, rtol=1e-6)
     assert_trees_close(state.params, params)
+
+
+@pytest.mark.parametrize("options", [{}, {"eps_in_sqrt": False}, {"bias_correction": True}], ids=str)
+def test_a_gradient_that_hardly_changes_gives_centred_rmsprop_no_negative_variance(options):
+    """The mean square and the square of the mean are then equal up to rounding, which may have either sign."""
+    options = {"centered": True, "decay": 0.95, "eps": 1.5e-7, **options}
+    optimiser = make_optimiser(AgentConfig(optimiser="rmsprop", optimiser_options=options, max_gradient_norm=None))
+    params = jnp.zeros(512)
+    grads, state = jnp.linspace(1.0, 100.0, 512), optimiser.init(params)
+
+    def step(state, _):
+        updates, state = optimiser.update(grads, state, params)
+        return state, updates
+
+    _, updates = jax.lax.scan(step, state, length=400)
+    assert np.all(np.isfinite(updates)) and np.all(np.asarray(updates) < 0)
 
 
 def test_a_step_of_plain_gradient_descent_by_hand(batch):

@@ -1,9 +1,16 @@
 """The compilation cache: a second process compiles nothing, and nothing is written where it shouldn't be."""
 
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import jax
+import pytest
+
+from qfleet.runtime.cache import enable_compilation_cache
 
 CODE = """
 import jax, jax.numpy as jnp
@@ -53,6 +60,37 @@ def test_a_cache_the_user_set_in_jax_is_left_as_it_is(tmp_path: Path) -> None:
     assert used == configured == str(theirs)
     assert not ours.exists()
     assert files(theirs) == set(), "JAX's own threshold keeps quick compilations out"
+
+
+def test_a_new_folder_is_the_users_alone(tmp_path: Path) -> None:
+    run(QFLEET_CACHE_DIR=str(tmp_path / "above" / "cache"))
+    assert stat.S_IMODE((tmp_path / "above" / "cache").stat().st_mode) == 0o700
+
+
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """Makes this process have no cache yet."""
+    before = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_folder_that_others_can_write_to_is_not_used(
+    no_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("QFLEET_CACHE_DIR", str(tmp_path))
+    for mode in (0o777, 0o770, 0o702):
+        tmp_path.chmod(mode)
+        assert enable_compilation_cache() is None
+        assert "is writable by other users" in caplog.text and "QFLEET_CACHE_DIR to a folder of your own" in caplog.text
+        caplog.clear()
+    tmp_path.chmod(0o700)
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    assert enable_compilation_cache() is None
+    assert f"belongs to user {owner}" in caplog.text
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_costs_one_warning_line(tmp_path: Path) -> None:

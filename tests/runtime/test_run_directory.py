@@ -44,6 +44,22 @@ def test_the_default_name_tells_what_the_run_is(tmp_path: Path, monkeypatch: pyt
     assert RunDirectory.open(first.path).config == RunDirectory.open(second.path).config == config
 
 
+def test_each_run_has_an_id_of_its_own_and_older_ones_have_none(tmp_path: Path) -> None:
+    first, second = (RunDirectory.create(tmp_path / name, CONFIG) for name in ("first", "second"))
+    assert RunDirectory.open(first.path).run_id == first.run_id != second.run_id
+    content = json.loads(first.config_path.read_text())
+    del content["run_id"]
+    first.config_path.write_text(json.dumps({**content, "schema_version": 2}))
+    assert RunDirectory.open(first.path).run_id == ""
+
+
+def test_a_lock_that_is_no_file_is_an_error(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, CONFIG)
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(ConfigError, match="its lock a regular file, got .*lock"):
+        run.lock()
+
+
 def test_an_empty_folder_is_fine_for_a_new_run(tmp_path: Path) -> None:
     assert RunDirectory.create(tmp_path, CONFIG).config_path.exists()
 
@@ -97,6 +113,9 @@ def change(content: dict[str, Any], path: str, value: Any) -> None:
         ("config.agent.colour", "red", r"config.agent must have .*missing \[\], unknown \['colour'\]"),
         ("config.env", ..., r"config must have .*missing \['env'\], unknown \[\]"),
         ("qfleet_version", ..., "must hold qfleet_version and config"),
+        ("run_id", ..., "run_id must be 16 hexadecimal digits, got None"),
+        ("run_id", "../x", "run_id must be 16 hexadecimal digits, got '../x'"),
+        ("schema_version", 1.5, "schema_version must be 1 to"),
     ],
 )
 def test_a_changed_config_file_is_an_error_that_names_the_field(

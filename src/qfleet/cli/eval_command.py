@@ -35,6 +35,8 @@ class _EvalFlags:
     """Environment steps after which an episode is cut. The default is the limit of the run's evaluations."""
     num_env_workers: int | None = None
     """Processes that step an environment that isn't written in JAX. The default is as in training."""
+    trust: bool = False
+    """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
     json: bool = False
     """Print one line of JSON."""
 
@@ -48,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         check_count("checkpoint", flags.checkpoint, minimum=0)
     from qfleet.api import load
 
-    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed)
+    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
     given = {name: getattr(flags, name) for name in ("exploration", "max_episode_steps", "num_env_workers")}
     options = dataclasses.replace(policy.options, **{name: value for name, value in given.items() if value is not None})
     with _shown():

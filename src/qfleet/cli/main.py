@@ -59,8 +59,6 @@ def _run_safely(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # so that MODULE:NAME finds the user's module, as with `python -m qfleet`
     try:
         return _dispatch(arguments)
     except (ConfigError, RunFailed, OSError) as error:

@@ -26,8 +26,6 @@ def main() -> int:
     from qfleet.runtime.signals import StopFlag
 
     reporter = peers.Reporter(arguments.report_descriptor)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # so that MODULE:NAME finds the user's module
     try:
         with StopFlag():  # from now on a request to stop is kept until the run can answer it
             from qfleet.training.peer import run_peer

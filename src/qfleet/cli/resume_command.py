@@ -42,6 +42,8 @@ class _ResumeFlags:
     Start the others with otherwise the same flags."""
     ray_address: str | None = None
     """Address of the Ray cluster that the processes run on."""
+    trust: bool = False
+    """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -61,6 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         coordinator=flags.coordinator,
         process_id=flags.process_id,
         ray_address=flags.ray_address,
+        trust=flags.trust,
     )
     return follow(run, quiet=flags.quiet)
 

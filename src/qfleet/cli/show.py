@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from qfleet.config import TopologyConfig
+from qfleet.envs.names import module_in
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
@@ -10,11 +11,18 @@ if TYPE_CHECKING:
     from qfleet.training.run import Run
 
 
-def follow(run: "Run | LaunchedRun", *, quiet: bool) -> int:
-    """Iterates over a run until it ends, shows its progress, and returns the exit code."""
+def follow(run: "Run | LaunchedRun", *, quiet: bool, reason: str = "") -> int:
+    """Iterates over a run until it ends, shows its progress, and returns the exit code.
+
+    Args:
+      run: the run.
+      quiet: print nothing but errors.
+      reason: why the preset was chosen, if the user named none.
+    """
     with ProgressView(run.config.env_steps, quiet=quiet) as view:
         place = environments(run.backend, run.config.topology)
-        view.message(f"{run.config.env} ({place}) with {run.config.preset}, into {run.directory.path}")
+        preset = run.config.preset + (f" (chosen because {reason})" if reason else "")
+        view.message(f"{run.config.env} ({place}) with {preset}, into {run.directory.path}")
         for progress in run:
             view.update({"env_steps": progress.env_steps, **progress.metrics()})
     if not quiet:
@@ -59,7 +67,8 @@ def outcome(summary: dict[str, Any], path: str) -> str:
         failed = f", {summary['num_video_failures']} failed" if summary["num_video_failures"] else ""
         lines.append(f"videos: {summary['num_videos']} in {path}/videos{failed}")
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
-    lines.append(f"next: qfleet eval {path} | qfleet resume {path}{further}")
+    trust = " --trust" if module_in(summary["env"]) else ""
+    lines.append(f"next: qfleet eval {path}{trust} | qfleet resume {path}{further}{trust}")
     return "\n".join(lines)
 
 

@@ -11,9 +11,7 @@ from qfleet.cli.flag_types import FLAG_TYPES, read_flags
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import replace_alias, take_mesh, topology_flags, value_of
 from qfleet.config import TOPOLOGIES, AgentConfig, MeshConfig, TopologyConfig, TrainConfig
-from qfleet.presets import make_config
-
-DEFAULT_PRESET = "pqn"
+from qfleet.presets import make_config, make_explained_config
 
 _FLAT = tyro.conf.arg(name="")  # flags of the config's fields have no prefix
 
@@ -35,8 +33,9 @@ class _Help(TrainConfig):  # what the help is made from
 
     env: _Env
     """Name of the environment to learn, as listed by `qfleet envs`."""
-    preset: str = DEFAULT_PRESET
-    """Preset that the defaults of the other settings come from, as listed by `qfleet presets`."""
+    preset: str = "custom"
+    """Preset that the defaults of the other settings come from, as listed by `qfleet presets`.
+    By default, preset and settings are chosen for the environment and the topology."""
     agent: Annotated[AgentConfig, _FLAT] = dataclasses.field(default_factory=AgentConfig)
     topology_name: Annotated[str, tyro.conf.arg(name="topology", metavar="NAME", help=_TOPOLOGY_HELP)] = "fused"
     quiet: bool = False
@@ -67,14 +66,16 @@ class TrainRequest(NamedTuple):
 
     config: TrainConfig
     quiet: bool
+    reason: str
+    """Why the preset was chosen; empty if the user named it."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Trains the run that the flags describe."""
-    config, quiet = parse(arguments)
+    config, quiet, reason = parse(arguments)
     from qfleet.api import iterate
 
-    return follow(iterate(config), quiet=quiet)
+    return follow(iterate(config), quiet=quiet, reason=reason)
 
 
 def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
@@ -94,13 +95,14 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
     quiet = given.pop("quiet", False)
     if mesh := take_mesh(given):
         given["mesh"] = MeshConfig(**mesh)
-    env, preset = given.pop("env"), given.pop("preset", DEFAULT_PRESET)
-    return TrainRequest(make_config(env, preset, given.pop("topology", None), **given), quiet)
+    env, preset = given.pop("env"), given.pop("preset", None)
+    config, reason = make_explained_config(env, preset, given.pop("topology", None), **given)
+    return TrainRequest(config, quiet, reason)
 
 
 def _show_help(arguments: Sequence[str], prog: str) -> None:
     """Shows all flags, with the defaults of the preset and environment that are named, and exits."""
-    preset, topology = value_of("--preset", arguments) or DEFAULT_PRESET, value_of("--topology", arguments)
+    preset, topology = value_of("--preset", arguments), value_of("--topology", arguments)
     if arguments[0].startswith("-"):
         config, env = make_config("ENV", preset, topology or "fused"), tyro.MISSING
     else:

@@ -27,6 +27,8 @@ class _WatchFlags:
     """Folder for the videos. The default is `videos` in the run's folder."""
     frames_per_second: int = 30
     """Frames per second of the mp4, in which each step is one frame."""
+    trust: bool = False
+    """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -42,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
 
     check_extra()  # before loading the checkpoint, which takes a while
     directory = RunDirectory.open(flags.run)
-    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed)
+    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
     videos = policy.film(flags.out or directory.videos_path, flags.episodes, flags.seed, flags.frames_per_second)
     for i, video in enumerate(videos):
         print(f"episode {i}: return {video.episode_return:.1f} in {video.episode_steps} steps", flush=True)

@@ -56,7 +56,8 @@ class AgentConfig(Config):
     exploration_schedule: Literal["linear", "exponential"] = "linear"
     """How epsilon, or the temperature, decays from start to end."""
     exploration_env_steps: int = 25_000
-    """Environment steps that the decay takes, over all lanes."""
+    """Environment steps that the decay takes, over all lanes.
+    With a replay it begins after `warmup_env_steps`, and exploration stays at its start until then."""
 
     optimiser: str = "adam"
     """Name of any optimiser function in Optax, such as adam, adamw, radam, rmsprop, sgd or lion."""
@@ -68,8 +69,8 @@ class AgentConfig(Config):
     """How the learning rate changes over `learning_rate_learner_steps`."""
     learning_rate_end_fraction: float = 0.0
     """Final learning rate as a fraction of the first. It must be above 0 with the exponential schedule."""
-    learning_rate_learner_steps: int = 100_000
-    """Learner steps that the learning rate's schedule takes."""
+    learning_rate_learner_steps: int | None = 100_000
+    """Learner steps that the learning rate's schedule takes. None means until the end of the run."""
     max_gradient_norm: float | None = 10.0
     """Largest global norm of a gradient; larger gradients are scaled down to it. None leaves gradients alone."""
 
@@ -94,8 +95,8 @@ class AgentConfig(Config):
     """Exponent of priorities (alpha): 0 draws uniformly, 1 fully in proportion to the TD error."""
     importance_exponent_start: float = 0.4
     """Exponent of importance weights (beta) at the first step; 1 corrects the sampling bias in full."""
-    importance_exponent_env_steps: int = 100_000
-    """Environment steps over which the exponent of importance weights grows to 1."""
+    importance_exponent_env_steps: int | None = 100_000
+    """Environment steps over which the exponent of importance weights grows to 1. None means until the run ends."""
 
     rollout_length: int = 16
     """Q(lambda): environment steps per lane between two rounds of learning."""
@@ -122,9 +123,13 @@ class AgentConfig(Config):
             check(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]", getattr(self, name))
         check_counts(
             self, "n_step", "batch_size", "replay_capacity", "target_update_period", "rollout_length", "num_epochs",
-            "num_minibatches", "learning_rate_learner_steps", maximum=MAX_SIZE,
+            "num_minibatches", maximum=MAX_SIZE,
         )  # fmt: skip
-        check_counts(self, "exploration_env_steps", "importance_exponent_env_steps")
+        check_counts(self, "exploration_env_steps")
+        if self.learning_rate_learner_steps is not None:
+            check_counts(self, "learning_rate_learner_steps", maximum=MAX_SIZE)
+        if self.importance_exponent_env_steps is not None:
+            check_counts(self, "importance_exponent_env_steps")
         check_count("warmup_env_steps", self.warmup_env_steps, minimum=0)
         check_positive(self, "discount", "target_update_rate", "huber_delta", "learning_rate")
         check_positive(self, "max_gradient_norm", or_none=", or None to leave gradients alone")
@@ -147,6 +152,11 @@ class AgentConfig(Config):
                 self.learning_rate_end_fraction > 0,
                 "learning_rate_end_fraction", "above 0 for an exponential schedule", self.learning_rate_end_fraction,
             )  # fmt: skip
+
+    @property
+    def exploration_begins(self) -> int:
+        """Environment steps after which exploration begins to decay: those of the warm-up, as in Mnih et al. 2015."""
+        return 0 if self.replay == "none" else self.warmup_env_steps
 
     @property
     def replay_ratio(self) -> float:

@@ -82,7 +82,10 @@ def _topology_of(fields: Mapping[str, Any]) -> str:
 
 
 def _migrate_from_2(content: Any) -> Any:
-    """Adds how evaluations play, which was strictly greedy."""
+    """Adds how evaluations play, which was strictly greedy.
+
+    Since version 3 a run also has an id, which is beside the config.
+    """
     if not isinstance(content, dict):
         return content  # decoding refuses it
     return {"eval_exploration": 0.0, "eval_max_episode_steps": None, **content}

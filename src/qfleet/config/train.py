@@ -95,6 +95,29 @@ class TrainConfig(Config):
         )  # fmt: skip
         _check_sizes(self.agent, self.topology)
 
+    def with_schedule_lengths(self) -> "TrainConfig":
+        """Returns the config with numbers in place of schedules that last until the end of the run.
+
+        A run's folder keeps the result. So a run that is extended later keeps the schedules that it began with, and
+        what it learns doesn't depend on where it was interrupted.
+        """
+        agent = self.agent
+        lengths: dict[str, Any] = {
+            "importance_exponent_env_steps": self.env_steps,
+            "learning_rate_learner_steps": max(1, self.num_learner_steps),
+        }
+        lengths = {name: length for name, length in lengths.items() if getattr(agent, name) is None}
+        return dataclasses.replace(self, agent=dataclasses.replace(agent, **lengths)) if lengths else self
+
+    @property
+    def num_learner_steps(self) -> int:
+        """Learner steps of the whole run, over all processes, up to what its last chunk adds."""
+        agent = self.agent
+        if agent.replay == "none":
+            num_rollouts = math.ceil(self.env_steps / (self.topology.num_envs * agent.rollout_length))
+            return num_rollouts * agent.num_epochs * agent.num_minibatches
+        return int(max(0, self.env_steps - agent.warmup_env_steps) / agent.env_steps_per_learner_step)
+
     def topology_as(self, kind: type[T]) -> T:
         """Returns the topology's config with its own type, for code that belongs to that topology only.
 

@@ -53,13 +53,17 @@ def greedy(q: Array) -> Array:
 def exploration_at(config: AgentConfig, env_steps: np.ndarray) -> np.ndarray:
     """Returns epsilon, or the temperature, after `env_steps` environment steps.
 
+    It stays at its start until learning begins, because the actions of an untrained network are worth no more than
+    random ones.
+
     Args:
       env_steps: any shape, int64, over all lanes.
 
     Returns:
       The same shape, float32.
+    Source: Mnih et al. 2015, Nature 518, extended data table 1: a uniform policy runs before learning starts.
     """
-    decayed = np.clip(env_steps / config.exploration_env_steps, 0.0, 1.0)
+    decayed = np.clip((env_steps - config.exploration_begins) / config.exploration_env_steps, 0.0, 1.0)
     start, end = config.exploration_start, config.exploration_end
     if config.exploration_schedule == "exponential":
         return (start * (end / start) ** decayed).astype(np.float32)
@@ -76,5 +80,7 @@ def importance_exponent_at(config: AgentConfig, env_steps: np.ndarray) -> np.nda
       The same shape, float32.
     Source: Schaul et al. 2016, arXiv 1511.05952, section 3.4.
     """
-    start = config.importance_exponent_start
-    return (start + (1.0 - start) * np.clip(env_steps / config.importance_exponent_env_steps, 0, 1)).astype(np.float32)
+    start, length = config.importance_exponent_start, config.importance_exponent_env_steps
+    if length is None:
+        raise ValueError("importance_exponent_env_steps must be a number once a run has begun, got None")
+    return (start + (1.0 - start) * np.clip(env_steps / length, 0, 1)).astype(np.float32)

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +130,8 @@ def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
             f"optimiser_options must be arguments of optax.{config.optimiser}, got {', '.join(unknown)}; "
             f"it takes {', '.join(options)}"
         )
+    if config.optimiser == "rmsprop" and config.optimiser_options.get("centered"):
+        make = _centred_rmsprop
     try:
         optimiser = make(learning_rate=_learning_rate(config), **config.optimiser_options)
         jax.eval_shape(lambda params: optimiser.update(params, optimiser.init(params), params), {"w": jnp.ones((2, 2))})
@@ -141,6 +143,41 @@ def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
     if config.max_gradient_norm is not None:
         optimiser = optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optimiser)
     return _flattened_if_small(optimiser) if config.optimiser in ELEMENTWISE else optimiser
+
+
+def _centred_rmsprop(
+    learning_rate: float | optax.Schedule,
+    *,
+    centered: bool,
+    momentum: float | None = None,
+    nesterov: bool = False,
+    **options: Any,
+) -> optax.GradientTransformation:
+    """Returns `optax.rmsprop(centered=True)` with a variance that is never negative. Its state is the same.
+
+    The variance is the mean square minus the square of the mean. If a gradient hardly changes, both are almost equal.
+    Rounding can then make the difference more negative than `eps` is positive, and its root would be NaN.
+    """
+    del centered
+    moments = optax.scale_by_stddev(**options)
+
+    def update(grads: Params, state: optax.OptState, params: Params | None = None) -> tuple[Params, optax.OptState]:
+        _, state = moments.update(grads, state, params)
+        mean, mean_square = state.mu, state.nu
+        if options.get("bias_correction"):
+            decay = options.get("decay", 0.9)
+            mean, mean_square = (optax.tree.bias_correction(each, decay, state.count) for each in (mean, mean_square))
+        variance = jax.tree.map(lambda m, s: jnp.maximum(s - jnp.square(m), 0.0), mean, mean_square)
+        eps = options.get("eps", 1e-8)
+        if options.get("eps_in_sqrt", True):
+            return jax.tree.map(lambda g, v: g * jax.lax.rsqrt(v + eps), grads, variance), state
+        return jax.tree.map(lambda g, v: g / (jnp.sqrt(v) + eps), grads, variance), state
+
+    return optax.chain(
+        optax.GradientTransformation(moments.init, update),
+        optax.scale_by_learning_rate(learning_rate),
+        optax.identity() if momentum is None else optax.trace(momentum, nesterov),
+    )
 
 
 def _flattened_if_small(optimiser: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -176,9 +213,11 @@ def _parameters(function: object) -> list[str]:
 def _learning_rate(config: AgentConfig) -> float | optax.Schedule:
     start, end_fraction = config.learning_rate, config.learning_rate_end_fraction
     num_steps = config.learning_rate_learner_steps
+    if config.learning_rate_schedule == "constant":
+        return start
+    if num_steps is None:
+        raise ValueError("learning_rate_learner_steps must be a number once a run has begun, got None")
     match config.learning_rate_schedule:
-        case "constant":
-            return start
         case "linear":
             return optax.linear_schedule(start, start * end_fraction, num_steps)
         case "cosine":

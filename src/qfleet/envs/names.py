@@ -1,8 +1,13 @@
 """The part of an environment's name before the colon: a backend, or a Python module to import."""
 
+import contextlib
 import importlib
+import os
+import sys
+from pathlib import Path
 
 from qfleet.config.errors import ConfigError, suggest
+from qfleet.envs.python_path import module_folder, module_folder_searched
 
 BACKENDS = {
     "gymnax": "qfleet.envs.gymnax",
@@ -13,8 +18,25 @@ BACKENDS = {
 """The module of each backend. Its `make` takes the part of the name after the colon."""
 
 
+def module_in(name: str) -> str:
+    """Returns the Python module that making an environment of this name imports: MODULE of `MODULE:NAME`, or ''."""
+    prefix, separator, rest = name.partition(":")
+    if separator and prefix == "gym":  # whose own names may have a module too
+        name = rest
+    elif separator and prefix in BACKENDS:
+        return ""
+    return name.rpartition(":")[0]
+
+
+def searched_for(name: str) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which the module of an environment's name, and what it imports, can be imported."""
+    return module_folder_searched() if module_in(name) else contextlib.nullcontext()
+
+
 def import_module_of(name: str) -> tuple[str, str]:
     """Imports MODULE of `MODULE:NAME` and returns both parts. Without a colon, imports nothing and returns '' for it.
+
+    The module may be in the current folder, which is searched last.
 
     Raises:
       ConfigError: if the module can't be imported.
@@ -22,10 +44,38 @@ def import_module_of(name: str) -> tuple[str, str]:
     module, separator, local_name = name.rpartition(":")
     if separator:
         try:
-            importlib.import_module(module)
-        except Exception as error:  # a user's module may raise anything
+            with module_folder_searched():
+                importlib.import_module(module)
+        except (Exception, SystemExit) as error:  # a user's module may raise anything
             raise ConfigError(
                 f"the part before the colon must be {', '.join(BACKENDS)} or a Python module that can be imported, "
                 f"got {module!r} ({type(error).__name__}: {error}).{suggest(module, BACKENDS)}"
             ) from error
     return module, local_name
+
+
+def check_trusted(name: str, run: Path, *, trust: bool) -> None:
+    """Checks that the user, rather than a run's folder alone, wants the module of an environment to be imported.
+
+    Args:
+      name: name of the environment in the run's config.json.
+      run: the run's folder.
+      trust: whether the user trusts the module that this folder names.
+
+    Raises:
+      ConfigError: if the module isn't imported yet and either isn't trusted or would be looked for in the run's folder.
+    """
+    module = module_in(name)
+    if not module or module in sys.modules:
+        return
+    if not trust:
+        raise ConfigError(
+            f"a module that only a run's folder names must be trusted before it is imported, because importing it runs "
+            f"its code: {run / 'config.json'} names environment {name}, of module {module}; if you trust that module, "
+            f"give --trust (in Python: trust=True, or import the module first)"
+        )
+    if Path(os.path.realpath(module_folder())).is_relative_to(os.path.realpath(run)):
+        raise ConfigError(
+            f"nothing in a run's folder is ever imported, so module {module} can't be looked for in {module_folder()}, "
+            f"which is part of run {run.absolute()}; change to the folder with your module and give the run's path"
+        )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qfleet.config.errors import ConfigError, suggest
-from qfleet.envs.names import BACKENDS, import_module_of
+from qfleet.envs.names import BACKENDS, import_module_of, searched_for
 
 if TYPE_CHECKING:
     from qfleet.envs.host import HostEnv
@@ -74,7 +74,8 @@ def make_env(name: str, **options: Any) -> "InGraphEnv | HostEnv":
     """
     try:
         _, make = _find(name)
-        return make(**options)
+        with searched_for(name):  # a name may be registered with the name of another module
+            return make(**options)
     except TypeError as error:  # Python's error for an argument that a function doesn't have
         if options:
             raise ConfigError(f"env_options must be options that {name} takes, got {options} ({error})") from error

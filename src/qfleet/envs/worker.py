@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from qfleet.envs.failures import describe
 from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
+from qfleet.envs.python_path import forget_safe_start, leave_module_folder
 from qfleet.envs.worker_signals import leave_to_parent
 
 
@@ -29,6 +30,7 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
     Before that, it sends one message: `None` once the environments are made, or a line that says why they couldn't be.
     """
     leave_to_parent()
+    forget_safe_start()
     lanes = slice(share.lanes.start, share.lanes.stop)
     out = make_arrays(share.num_lanes, share.env.encoder, buffer).of(lanes)
     try:
@@ -36,6 +38,7 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
     except Exception as error:
         connection.send(describe(error))
         return
+    leave_module_folder()
     connection.send(None)
     try:
         while True:

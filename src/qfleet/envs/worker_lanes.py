@@ -18,6 +18,8 @@ from qfleet.config.errors import ConfigError
 from qfleet.envs.failures import Failure, FailureBudget, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.lane_group import SingleEnv, make_arrays, num_bytes
+from qfleet.envs.names import searched_for
+from qfleet.envs.python_path import starts_safely
 from qfleet.envs.worker import Share, work
 from qfleet.envs.worker_signals import held_back
 
@@ -176,7 +178,8 @@ class _Worker:
         self._process = self._context.Process(
             target=work, args=(theirs, self._buffer, self._share), name=f"qfleet-envs-{self.lanes.start}", daemon=True
         )
-        with held_back():
+        # The process takes over this process's path.
+        with held_back(), starts_safely(), searched_for(self._share.env.name):
             self._process.start()
         theirs.close()  # while this process holds that end, it can't see that the worker has died
 

@@ -17,9 +17,12 @@ def enable_compilation_cache() -> Path | None:
 
     The programs go to `$QFLEET_CACHE_DIR`. If it is not set, they go to qfleet's folder in the user's cache folder. The
     folder never shrinks; it can be deleted at any time. A cache that the user has configured in JAX is left as it is.
+    Whoever writes to the folder decides what this process runs. So it must be the user's own, and nobody else may write
+    to it; one that is made here has mode 0700.
 
     Returns:
-      The folder in use. None if it can't be written to; the run then logs a warning and compiles everything itself.
+      The folder in use. None if it can't be written to, or others can write to it; the run then logs a warning and
+      compiles everything itself.
     """
     import jax
 
@@ -34,19 +37,33 @@ def enable_compilation_cache() -> Path | None:
 
         directory = Path(platformdirs.user_cache_dir("qfleet")) / "xla"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if reason := _why_unsafe(directory):
+            _warn(f"{directory} {reason}, and who writes there can run code here", _REMEDY_FOR_UNSAFE)
+            return None
         with tempfile.TemporaryFile(dir=directory):
             pass  # only writing a file shows whether one can: root, read-only mounts and quotas defy permission bits
     except OSError as error:
-        _log.warning(
-            "qfleet: there is no compilation cache, so every start compiles anew: can't write to %s (%s); "
-            "set QFLEET_CACHE_DIR to a writable folder",
-            directory,
-            error.strerror or error,
-        )
+        _warn(f"can't write to {directory} ({error.strerror or error})", "set QFLEET_CACHE_DIR to a writable folder")
         return None
     keep_cache_entries_whole()
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return directory
+
+
+_REMEDY_FOR_UNSAFE = "set QFLEET_CACHE_DIR to a folder of your own with mode 0700"
+
+
+def _warn(reason: str, remedy: str) -> None:
+    _log.warning("qfleet: there is no compilation cache, so every start compiles anew: %s; %s", reason, remedy)
+
+
+def _why_unsafe(directory: Path) -> str:
+    """Returns why others may have written to a folder, or ''."""
+    status = directory.stat()
+    if status.st_uid != os.getuid():
+        return f"belongs to user {status.st_uid}"
+    return "is writable by other users" if status.st_mode & 0o022 else ""

@@ -1,30 +1,57 @@
-"""The files of a checkpoint, apart from the arrays that Orbax writes: their names, the index and the checksums."""
+"""The files of a checkpoint, apart from the arrays that Orbax writes: their names, the index and the checksums.
+
+Everything in a run's folder may be damaged, or may not be qfleet's. A folder counts as a checkpoint if its name is a
+number and it holds an index or checksums. It is deleted only if it is proven to be this run's: its checksums hold for
+its index, and the index names the run.
+"""
 
 import json
+import logging
+import os
+import re
 import shutil
+import stat
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from qfleet.config import ConfigError
+from qfleet.runtime.checkpoint_index import FORMAT, check_index, declared_bytes
+from qfleet.runtime.run_files import UnusableFile, open_regular, read_json, shortened, sync_folder
 
-FORMAT = 2
-"""Version of the format that is written and read here."""
+logger = logging.getLogger("qfleet")
 
 INDEX = "index.json"
 CHECKSUMS = "checksums.json"
+
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+
+_UNFINISHED = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp|deleted-tmp)")
+"""Folders that a process left when it was killed: it was writing one, or deleting one."""
+
+_SPARE_BYTES = 64 * 2**20
+"""Size that the files of an item may have beyond a multiple of its arrays' size."""
 
 
 class CheckpointError(ConfigError):
     """A checkpoint is absent or damaged, or was not written by qfleet. The message says which, why and what to do."""
 
 
+class _Damaged(Exception):
+    """A file of a checkpoint isn't as qfleet wrote it. The message says which one."""
+
+
 def list_checkpoints(directory: Path) -> list[int]:
     """Returns the environment steps of every complete checkpoint, ascending. Their contents are not verified."""
-    if not directory.is_dir():
+    try:
+        return sorted(int(path.name) for path in directory.iterdir() if _NUMBER.fullmatch(path.name) and _claims(path))
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal())
+    except OSError as error:
+        raise CheckpointError(
+            f"a run's checkpoints must be readable, got {directory} ({error.strerror}); fix the permissions there"
+        ) from error
 
 
 def check_exists(directory: Path, env_steps: int | None) -> int:
@@ -44,18 +71,26 @@ def check_exists(directory: Path, env_steps: int | None) -> int:
     return steps
 
 
-def read_index(path: Path, items: Iterable[str]) -> dict[str, Any]:
+def read_index(path: Path, items: Iterable[str], run_id: str | None) -> dict[str, Any]:
     """Returns the index of a checkpoint, after verifying the index and the files of `items`.
 
     Raises:
-      CheckpointError: if one of these files is missing or has changed, the format is another, or an item was not saved.
+      CheckpointError: if one of these files is missing or has changed, the format is another, an item was not saved, or
+        the checkpoint is another run's.
     """
     items = list(items)
-    check_intact(path, items)
-    index: dict[str, Any] = json.loads((path / INDEX).read_bytes())
-    if index["format"] != FORMAT:
+    try:
+        index = _verified_index(path, items)
+    except _Damaged as damage:
         raise CheckpointError(
-            f"checkpoint format must be {FORMAT}, got {index['format']} in {path}; use the qfleet that wrote it"
+            f"a checkpoint must be as qfleet wrote it, got {path}: {damage}; {_remedy(path)}"
+        ) from damage
+    owner = index.get("run_id", "")
+    if run_id is not None and owner != run_id:
+        here, there = (f"run {name}" if name else "a run of an older version, without id" for name in (run_id, owner))
+        raise CheckpointError(
+            f"a checkpoint must be of the run in whose folder it is, got one of {there} in {path}, and this is {here}; "
+            f"move it back into the folder of its own run, or delete it"
         )
     for item in items:
         if item not in index["items"]:
@@ -66,21 +101,6 @@ def read_index(path: Path, items: Iterable[str]) -> dict[str, Any]:
     return index
 
 
-def check_intact(path: Path, items: Iterable[str]) -> None:
-    """Raises CheckpointError, which names the newest intact checkpoint before it, if a file of `items` is damaged."""
-    damage = find_damage(path, items)
-    if not damage:
-        return
-    older = (step for step in reversed(list_checkpoints(path.parent)) if step < int(path.name))
-    intact = next((step for step in older if not find_damage(path.with_name(str(step)))), None)
-    remedy = (
-        f"continue from the newest intact one before it: --checkpoint {intact}"
-        if intact is not None
-        else "no older one is intact, so train again or restore the folder from a copy"
-    )
-    raise CheckpointError(f"a checkpoint must be as qfleet wrote it, got {path}: {damage}; {remedy}")
-
-
 def find_damage(path: Path, items: Iterable[str] | None = None) -> str:
     """Returns what is wrong with the files of a checkpoint, or ''.
 
@@ -89,41 +109,117 @@ def find_damage(path: Path, items: Iterable[str] | None = None) -> str:
       items: items whose files are read, in addition to the index. None reads every file.
     """
     try:
-        sums = json.loads((path / CHECKSUMS).read_bytes())["files"]
+        _verified_index(path, items)
+    except (_Damaged, CheckpointError) as damage:
+        return str(damage)
+    return ""
+
+
+def _remedy(path: Path) -> str:
+    older = (step for step in reversed(list_checkpoints(path.parent)) if step < int(path.name))
+    intact = next((step for step in older if not find_damage(path.with_name(str(step)))), None)
+    if intact is None:
+        return "no older one is intact, so train again or restore the folder from a copy"
+    return f"continue from the newest intact one before it: --checkpoint {intact}"
+
+
+def _verified_index(path: Path, items: Iterable[str] | None) -> dict[str, Any]:
+    """Returns the index of a checkpoint, after verifying it and the files of `items`; None verifies those of all items.
+
+    Raises:
+      _Damaged: if one of these files is missing, has changed, or holds something that qfleet never writes.
+      CheckpointError: if the format is another.
+    """
+    sums = _read_checksums(path)
+    _verify(path, INDEX, sums[INDEX])
+    try:
+        index: dict[str, Any] = read_json(path / INDEX)
+    except (OSError, ValueError) as error:
+        raise _Damaged(f"{INDEX} is not what qfleet writes ({error})") from error
+    if isinstance(index, dict) and index.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(
+            f"checkpoint format must be {FORMAT}, got {shortened(str(index['format']), 50)} in {path}; "
+            f"use the qfleet that wrote it"
+        )
+    if problem := check_index(index, int(path.name)):
+        raise _Damaged(f"{INDEX} is not what qfleet writes: {problem}")
+    for item in index["items"] if items is None else items:
+        if item in index["items"]:
+            _verify_item(path, item, sums, declared_bytes(index["items"][item]))
+    return index
+
+
+def _read_checksums(path: Path) -> dict[str, tuple[int, int]]:
+    try:
+        sums = read_json(path / CHECKSUMS)["files"]
         expected = {name: (int(size), int(crc)) for name, (size, crc) in sums.items()}
     except OSError as error:
-        return f"{CHECKSUMS} can't be read ({error.strerror}), so it was cut off or isn't qfleet's"
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return f"{CHECKSUMS} is not what qfleet writes"
+        raise _Damaged(f"{CHECKSUMS} can't be read ({error.strerror}), so it was cut off or isn't qfleet's") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        why = f" ({error})" if isinstance(error, UnusableFile) else ""
+        raise _Damaged(f"{CHECKSUMS} is not what qfleet writes{why}") from error
     if INDEX not in expected:
-        return f"{CHECKSUMS} lists no {INDEX}"
-    folders = None if items is None else {INDEX, *items}
-    for name, written in expected.items():
-        if folders is None or name.split("/")[0] in folders:
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            found = size_and_crc32(file)
-            if found != written:
-                sizes = f"{found[0]} bytes instead of {written[0]}" if found[0] != written[0] else "other bytes inside"
-                return f"{name} has changed since it was written ({sizes})"
-    return ""
+        raise _Damaged(f"{CHECKSUMS} lists no {INDEX}")
+    return expected
+
+
+def _verify_item(path: Path, item: str, sums: Mapping[str, tuple[int, int]], array_bytes: int) -> None:
+    """Verifies that an item's folder holds the files that the checksums list, and nothing else that may be read."""
+    listed = {name: written for name, written in sums.items() if name.split("/")[0] == item}
+    if sum(size for size, _ in listed.values()) > 4 * array_bytes + _SPARE_BYTES:
+        raise _Damaged(f"{item} has files that are far larger than its arrays")
+    for name, written in listed.items():
+        _verify(path, name, written)
+    for folder, folders, files in os.walk(path / item):
+        for name in (*folders, *files):
+            found = Path(folder, name)
+            relative = found.relative_to(path).as_posix()
+            is_folder = name in folders and not found.is_symlink()
+            is_hidden_file = name.startswith(".") and stat.S_ISREG(found.lstat().st_mode)  # of a file manager
+            if not is_folder and relative not in listed and not is_hidden_file:
+                raise _Damaged(f"{shortened(relative, 200)} is not one of its files")
+
+
+def _verify(path: Path, name: str, written: tuple[int, int]) -> None:
+    shown = shortened(name, 200)
+    if name.startswith("/") or ".." in name.split("/"):
+        raise _Damaged(f"{CHECKSUMS} lists {shown}, which is outside of it")
+    try:
+        with open_regular(path / name) as file:
+            size = os.fstat(file.fileno()).st_size
+        found = size_and_crc32(path / name) if size == written[0] else (size, 0)
+    except FileNotFoundError as error:
+        raise _Damaged(f"{shown} is missing") from error
+    except (OSError, ValueError) as error:
+        raise _Damaged(f"{shown} can't be read ({error})") from error
+    if found != written:
+        sizes = f"{found[0]} bytes instead of {written[0]}" if found[0] != written[0] else "other bytes inside"
+        raise _Damaged(f"{shown} has changed since it was written ({sizes})")
 
 
 def write_index(path: Path, index: Mapping[str, Any]) -> None:
     """Writes the index into the folder of a checkpoint whose items are complete, and the checksums of all files."""
-    (path / INDEX).write_text(json.dumps(index, allow_nan=False), encoding="utf-8")
+    _write(path / INDEX, json.dumps(index, allow_nan=False))
     files = [path / INDEX]
     for item in index["items"]:
         files += sorted(file for file in (path / item).rglob("*") if file.is_file())
     sums = {file.relative_to(path).as_posix(): size_and_crc32(file) for file in files}
-    (path / CHECKSUMS).write_text(json.dumps({"files": sums}, indent=1), encoding="utf-8")
+    _write(path / CHECKSUMS, json.dumps({"files": sums}, indent=1))
+    sync_folder(path)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file that is on disk when this returns."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def size_and_crc32(file: Path) -> tuple[int, int]:
-    """Returns the size of a file in bytes, and its CRC-32."""
+    """Returns the size of a regular file in bytes, and its CRC-32."""
     size = crc = 0
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         while block := stream.read(1 << 20):
             size += len(block)
             crc = zlib.crc32(block, crc)
@@ -133,26 +229,69 @@ def size_and_crc32(file: Path) -> tuple[int, int]:
 def make_directory(directory: Path) -> None:
     """Makes the folder of checkpoints, and removes what a process left there when it was killed."""
     directory.mkdir(parents=True, exist_ok=True)
-    for pattern in ("*.orbax-checkpoint-tmp", "*.deleted-tmp"):  # it was writing one, or deleting one
-        for path in directory.glob(pattern):
-            shutil.rmtree(path)
+    if directory.is_symlink():
+        return
+    for path in directory.iterdir():
+        if _UNFINISHED.fullmatch(path.name) and _is_folder(path):
+            _delete(path)
 
 
-def delete_all_but_newest(directory: Path, keep: int) -> None:
-    """Deletes all checkpoints but the `keep` newest."""
-    for env_steps in list_checkpoints(directory)[:-keep]:
-        path = directory / str(env_steps)
+def delete_all_but_newest(directory: Path, keep: int, run_id: str | None) -> None:
+    """Deletes all of a run's own checkpoints but the `keep` newest. Logs a warning about what can't be deleted.
+
+    Nothing is deleted through a symbolic link, or unless it is proven to be this run's.
+    """
+    steps = list_checkpoints(directory)
+    if len(steps) <= keep or directory.is_symlink():
+        return
+    own = [path for path in (directory / str(step) for step in steps) if _is_of_run(path, run_id)]
+    for path in own[:-keep]:
         doomed = path.with_name(f"{path.name}.deleted-tmp")
-        path.rename(doomed)  # first, because a half-deleted checkpoint must not look like a complete one
-        shutil.rmtree(doomed)
+        try:
+            path.rename(doomed)  # first, because a half-deleted checkpoint must not look like a complete one
+        except OSError as error:
+            logger.warning("checkpoint %s can't be deleted (%s); fix the permissions, or delete it", path, error)
+        else:
+            _delete(doomed)
 
 
-def set_aside_after(directory: Path, env_steps: int) -> None:
-    """Renames checkpoints newer than `env_steps` to `<env_steps>.set-aside`, replacing any that have this name."""
+def set_aside_after(directory: Path, env_steps: int, run_id: str | None) -> None:
+    """Renames checkpoints newer than `env_steps` to `<env_steps>.set-aside`, replacing the run's own of this name."""
     for newer in list_checkpoints(directory):
         if newer > env_steps:
-            path = directory / str(newer)
-            aside = path.with_name(f"{newer}.set-aside")
-            if aside.exists():
-                shutil.rmtree(aside)
-            path.rename(aside)
+            aside, number = directory / f"{newer}.set-aside", 1
+            if _is_of_run(aside, run_id) and not directory.is_symlink():
+                _delete(aside)
+            while os.path.lexists(aside):
+                number += 1
+                aside = directory / f"{newer}.set-aside-{number}"
+            (directory / str(newer)).rename(aside)
+
+
+def _delete(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("the rest of a checkpoint, %s, can't be deleted (%s); fix the permissions there", path, error)
+
+
+def _claims(path: Path) -> bool:
+    """Returns whether a folder looks like a checkpoint, whole or damaged."""
+    return _is_folder(path) and any(os.path.lexists(path / name) for name in (INDEX, CHECKSUMS))
+
+
+def _is_of_run(path: Path, run_id: str | None) -> bool:
+    """Returns whether a folder is proven to be a checkpoint of this run: its intact index says so."""
+    try:
+        if not _is_folder(path):
+            return False
+        _verify(path, INDEX, _read_checksums(path)[INDEX])
+        index = read_json(path / INDEX)
+        steps = int(path.name.removesuffix(".set-aside"))
+        return not check_index(index, steps) and index["format"] == FORMAT and index.get("run_id", "") == run_id
+    except (_Damaged, OSError, ValueError):
+        return False
+
+
+def _is_folder(path: Path) -> bool:
+    return stat.S_ISDIR(path.lstat().st_mode) if os.path.lexists(path) else False

@@ -2,7 +2,7 @@
 
     checkpoints/<env_steps>/
       <item>/          one Orbax tree of arrays per item: learner, replay ...
-      index.json       the run's own data, and path, shape and dtype of every array
+      index.json       the run's id and its own data, and path, shape and dtype of every array
       checksums.json   size and CRC-32 of each file above
 
 A tree is stored as nested dictionaries, with the names of its fields, keys and indices. So reading one needs none of
@@ -14,7 +14,7 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +25,9 @@ import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.runtime import checkpoint_files as files
+from qfleet.runtime.checkpoint_index import FORMAT, declared_bytes
+from qfleet.runtime.process import available_memory_bytes
+from qfleet.runtime.run_files import shortened, sync_folder
 from qfleet.runtime.workarounds.tensorstore_callbacks import ignore_late_callbacks
 
 PyTree = Any
@@ -38,20 +41,27 @@ class Checkpoints:
     Use it as a context manager or `close` it, because the last save may still be under way.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int = 3, *, is_keeper: bool = True) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], keep: int = 3, *, run_id: str | None = "", is_keeper: bool = True
+    ) -> None:
         """Neither reads nor writes anything yet.
 
         Args:
           directory: holds one folder per checkpoint. The first save makes it.
           keep: number of newest checkpoints that a save leaves.
+          run_id: the run's id. Every checkpoint bears it, and those of other runs are neither read nor deleted.
+            None reads those of any run, and saves none.
           is_keeper: whether this process deletes and renames checkpoints. If several processes save together, exactly
             one of them should.
         """
         self._directory = Path(directory).absolute()
         self._keep = keep
+        self._run_id = run_id
         self._writer: Any = None  # an orbax AsyncCheckpointer
         self._index: dict[str, Any] = {}  # index.json of the save under way
         self._is_keeper = is_keeper
+        self._is_unsynced = False
+        """Whether a save has begun whose folder isn't known to be on disk."""
 
     def all(self) -> list[int]:
         """Returns the environment steps of every complete checkpoint, ascending. Contents are not verified."""
@@ -76,13 +86,19 @@ class Checkpoints:
           OSError: if this or the previous save couldn't be written.
           ValueError: if `metadata` isn't strict JSON.
         """
+        assert self._run_id is not None
         self.wait()
+        path = self._directory / str(env_steps)
         if env_steps in self.all():
+            files.read_index(path, [], self._run_id)  # raises if it is another run's
             return
+        if os.path.lexists(path):
+            raise self._write_error(FileExistsError(f"{path} is in the way and no checkpoint; move it away"))
         leaves = {item: _named_leaves(tree) for item, tree in state.items()}
         self._index = {
-            "format": files.FORMAT,
+            "format": FORMAT,
             "env_steps": env_steps,
+            "run_id": self._run_id,
             "metadata": dict(metadata),
             "items": {
                 item: [{"path": path, **_describe(leaf)} for path, leaf in named.items()]
@@ -99,7 +115,8 @@ class Checkpoints:
                     files.make_directory(self._directory)
                 self._writer = _orbax().AsyncCheckpointer(_handler_classes()[0](lambda: self._index))
             arguments = {item: _orbax().args.PyTreeSave(tree) for item, tree in trees.items() if tree}
-            self._writer.save(self._directory / str(env_steps), args=_handler_classes()[1](**arguments))
+            self._is_unsynced = True
+            self._writer.save(path, args=_handler_classes()[1](**arguments))
         except Exception as error:
             raise self._write_error(error) from error
 
@@ -109,7 +126,7 @@ class Checkpoints:
         A run that goes back to `env_steps` will write new ones, and the old ones must not be mistaken for them.
         """
         if self._is_keeper:
-            files.set_aside_after(self._directory, env_steps)
+            files.set_aside_after(self._directory, env_steps, self._run_id)
 
     def wait(self) -> None:
         """Waits until the save under way, if any, is complete, then deletes checkpoints that are no longer kept.
@@ -121,8 +138,10 @@ class Checkpoints:
             return
         try:
             self._writer.wait_until_finished()
-            if self._is_keeper:
-                files.delete_all_but_newest(self._directory, self._keep)
+            if self._is_keeper and self._is_unsynced:
+                sync_folder(self._directory)  # of the name that the checkpoint got last
+                files.delete_all_but_newest(self._directory, self._keep, self._run_id)
+            self._is_unsynced = False
         except Exception as error:
             raise self._write_error(error) from error
 
@@ -158,7 +177,9 @@ class Checkpoints:
         path, index = self._open(env_steps, like)
         for item, tree in like.items():
             _check_same(path, item, _recorded(index, item), _named_leaves(tree))
-        return {item: _restore_like(path / item, index, item, tree) for item, tree in like.items()}, index["metadata"]
+        with _reading(path):
+            state = {item: _restore_like(path / item, index, item, tree) for item, tree in like.items()}
+        return state, index["metadata"]
 
     def restore_item(self, item: str, like: PyTree = None, env_steps: int | None = None) -> PyTree:
         """Returns one item of a checkpoint, after verifying its files.
@@ -177,8 +198,10 @@ class Checkpoints:
         if like is not None:
             return self.restore(env_steps, {item: like})[0][item]
         path, index = self._open(env_steps, [item])
+        _check_fits(path, item, declared_bytes(index["items"][item]))
         recorded = _recorded(index, item)
-        return _nest(zip(recorded, _read(path / item, recorded, dict.fromkeys(recorded)), strict=True))
+        with _reading(path):
+            return _nest(zip(recorded, _read(path / item, recorded, dict.fromkeys(recorded)), strict=True))
 
     def read_metadata(self, env_steps: int | None = None) -> dict[str, Any]:
         """Returns the metadata that was given to `save`. Reads no arrays.
@@ -193,7 +216,7 @@ class Checkpoints:
         """Returns the folder and the index of a checkpoint, after verifying its files for `items`."""
         self.wait()
         path = self._directory / str(files.check_exists(self._directory, env_steps))
-        return path, files.read_index(path, items)
+        return path, files.read_index(path, items, self._run_id)
 
     def _write_error(self, error: Exception) -> OSError:
         if self._is_keeper:
@@ -266,6 +289,7 @@ def _read(path: Path, recorded: Mapping[_TreePath, Mapping[str, Any]], wanted: M
 
     arguments = {name: argument(name, leaf) for name, leaf in wanted.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        _check_stored(reader.metadata(path).item_metadata.tree, recorded)
         tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=_nest(arguments.items())))
     leaves = []
     for name in wanted:
@@ -274,6 +298,40 @@ def _read(path: Path, recorded: Mapping[_TreePath, Mapping[str, Any]], wanted: M
             value = jax.random.wrap_key_data(jnp.asarray(value), impl=recorded[name]["key_impl"])
         leaves.append(value)
     return leaves
+
+
+def _check_stored(stored: Any, recorded: Mapping[_TreePath, Mapping[str, Any]]) -> None:
+    """Raises ValueError unless the arrays that Orbax would read are as large as the index says, and no larger."""
+    for name, entry in recorded.items():
+        array = functools.reduce(lambda node, key: node[key], name, stored)
+        shape, wanted = tuple(array.shape), tuple(entry["shape"])
+        is_key_data = "key_impl" in entry and shape[:-1] == wanted and len(shape) > len(wanted) and shape[-1] <= 16
+        chunk = array.storage.chunk_shape or shape
+        if not (shape == wanted or is_key_data) or any(size > max(1, n) for size, n in zip(chunk, shape, strict=True)):
+            raise ValueError(f"{'/'.join(name)} has shape {list(shape)} in chunks of {list(chunk)}")
+
+
+def _check_fits(path: Path, item: str, size: int) -> None:
+    available = available_memory_bytes()
+    if available is not None and size > available:
+        raise files.CheckpointError(
+            f"a checkpoint must fit into memory to be read, got {size:,} bytes of {item} in {path} and {available:,} "
+            f"bytes free; use a machine with more memory"
+        )
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns whatever Orbax raises meanwhile into a CheckpointError, because it may be asked to read anything."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise files.CheckpointError(
+            f"a checkpoint must hold arrays that Orbax can read, got {path} ({type(error).__name__}: "
+            f"{shortened(str(error))}); restore it from a copy, or give an older one with --checkpoint"
+        ) from error
 
 
 def _check_same(

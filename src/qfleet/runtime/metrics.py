@@ -1,19 +1,23 @@
 """The metrics of a run: one line of JSON per progress record, and the same numbers for TensorBoard."""
 
-import json
+import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from qfleet.config import ConfigError
 from qfleet.runtime.run_directory import RunDirectory, strict_json
+from qfleet.runtime.run_files import UnusableFile, open_to_append, parse_json, read_lines, shortened, temporary_of
 from qfleet.runtime.tensorboard import EventLog
 
 logger = logging.getLogger("qfleet")
+
+_BEGINNING = b'{"env_steps": '
+"""How every line begins."""
 
 
 class MetricsWriter:
@@ -34,7 +38,7 @@ class MetricsWriter:
         self._path = run.metrics_path
         self._began = time.monotonic() if began is None else began
         self._earlier_seconds = 0.0
-        self._descriptor: int | None = None
+        self._file: TextIO | None = None
         self._has_failed = False
         self._events = EventLog(run.path)
 
@@ -47,28 +51,39 @@ class MetricsWriter:
           ConfigError: if any other line isn't a record.
         """
         path = self._path
-        kept: list[str] = []
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = json.loads(line)
-                    is_late = record["env_steps"] > env_steps
-                    seconds = float(record["wall_seconds"])
-                except (ValueError, TypeError, KeyError) as error:
-                    if number == len(lines) and not line.endswith("\n"):
-                        break
-                    raise ConfigError(
-                        f"each line of metrics.jsonl must be a record, got {line.strip()!r}, line {number} of {path}; "
-                        f"repair or remove that line"
-                    ) from error
-                if not is_late:
-                    kept.append(line if line.endswith("\n") else line + "\n")
-                    self._earlier_seconds = max(self._earlier_seconds, seconds)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
+        try:
+            lines = read_lines(path)
+            first = next(lines, b"")
+        except FileNotFoundError:
+            first, lines = b"", iter(())
+        except (OSError, UnusableFile) as error:
+            raise ConfigError(f"metrics.jsonl must be a readable file, got {path} ({error}); move it away") from error
+        if first:
+            temporary = temporary_of(path)
+            with temporary.open("xb") as file:
+                file.writelines(self._records_until(env_steps, itertools.chain([first], lines)))
             os.replace(temporary, path)
         self._events.purge_from(env_steps + 1)
+
+    def _records_until(self, env_steps: int, lines: Iterable[bytes]) -> Iterator[bytes]:
+        """Yields the lines of the records up to `env_steps`, and notes the time that they tell of."""
+        number, line = 0, b""
+        try:
+            for line in lines:
+                number += 1
+                record = parse_json(line)
+                is_late = record["env_steps"] > env_steps
+                seconds = float(record["wall_seconds"])
+                if not is_late:
+                    yield line if line.endswith(b"\n") else line + b"\n"
+                    self._earlier_seconds = max(self._earlier_seconds, seconds)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            if not line.endswith(b"\n") and line.startswith(_BEGINNING[: len(line)]):  # the last line, cut off
+                return
+            raise ConfigError(
+                f"each line of metrics.jsonl must be a record, got {shortened(str(line.strip()), 100)}, line {number} "
+                f"of {self._path}; repair or remove that line"
+            ) from error
 
     def write(self, env_steps: int, values: Mapping[str, float | None]) -> None:
         """Adds one record. It is in metrics.jsonl when this returns.
@@ -96,9 +111,9 @@ class MetricsWriter:
     def close(self) -> None:
         """Finishes both files. Idempotent."""
         self._events.close()
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __enter__(self) -> Self:
         return self
@@ -110,13 +125,12 @@ class MetricsWriter:
 
     def _append(self, line: bytes) -> None:
         """Appends the whole line, or nothing of it."""
-        if self._descriptor is None:
-            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        size = os.fstat(self._descriptor).st_size
-        rest = line
+        self._file = self._file or open_to_append(self._path)
+        descriptor, rest = self._file.fileno(), line
+        size = os.fstat(descriptor).st_size
         try:
             while rest:
-                rest = rest[os.write(self._descriptor, rest) :]
+                rest = rest[os.write(descriptor, rest) :]
         except OSError:
-            os.ftruncate(self._descriptor, size)
+            os.ftruncate(descriptor, size)
             raise

@@ -6,6 +6,7 @@ these functions at the same places.
 """
 
 import ctypes
+import ipaddress
 import json
 import os
 import signal
@@ -114,6 +115,8 @@ def _die_with_parent() -> None:
 def join(coordinator: str, num_processes: int, index: int, num_devices: int, timeout_seconds: float) -> None:
     """Joins the processes of a run. Call this before JAX is used for anything else.
 
+    If the coordinator's address is one that only this machine can reach, the first process listens on nothing else.
+
     Args:
       coordinator: HOST:PORT of the first process.
       num_processes: number of processes in total.
@@ -132,7 +135,16 @@ def join(coordinator: str, num_processes: int, index: int, num_devices: int, tim
         initialization_timeout=max(60, round(2 * timeout_seconds)),
         heartbeat_timeout_seconds=max(5, round(timeout_seconds)),
         shutdown_timeout_seconds=max(5, round(timeout_seconds)),
+        coordinator_bind_address=coordinator if _is_loopback(coordinator) else None,  # by default on all interfaces
     )
+
+
+def _is_loopback(address: str) -> bool:
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def leave() -> None:

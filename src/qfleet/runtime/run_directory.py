@@ -1,7 +1,7 @@
 """The folder of a run: what it was asked to do, what it did, and what it learned.
 
 runs/<name>/
-  config.json      the TrainConfig that the run was created with; it never changes
+  config.json      the run's id, and the TrainConfig that it was created with; it never changes
   metrics.jsonl    one line per progress record
   events.out.*     the same for TensorBoard: `tensorboard --logdir runs` compares runs
   checkpoints/     the newest few, named by their environment steps
@@ -26,6 +26,7 @@ import filelock
 
 from qfleet.config import ConfigError, TrainConfig
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
+from qfleet.runtime.run_files import read_json, shortened, temporary_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class RunDirectory:
     """The config that the run was created with. Checkpoints and summary tell how far it got or was extended."""
     version: str
     """Version of the qfleet that created it."""
+    run_id: str = ""
+    """Random name of the run, which its checkpoints bear too. Runs of older versions have none."""
     is_new: bool = dataclasses.field(default=False, compare=False)
     """Whether this object has made the folder."""
 
@@ -52,7 +55,13 @@ class RunDirectory:
         Raises:
           ConfigError: if the folder already holds something or can't be made.
         """
-        content = {"qfleet_version": _version(), "schema_version": SCHEMA_VERSION, "config": encode(config)}
+        run_id = secrets.token_hex(8)
+        content = {
+            "qfleet_version": _version(),
+            "schema_version": SCHEMA_VERSION,
+            "run_id": run_id,
+            "config": encode(config),
+        }
         try:
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         except ValueError as error:
@@ -75,7 +84,7 @@ class RunDirectory:
                 f"a new run needs an absent or empty folder, got {folder}, which holds files already; "
                 f"give another --run-dir, or continue that run with `qfleet resume {folder}`"
             )
-        return cls(folder, config, _version(), is_new)
+        return cls(folder, config, _version(), run_id, is_new)
 
     def discard(self) -> None:
         """Deletes what `create` made, if nothing has come of the run. Call it without holding the lock."""
@@ -95,24 +104,31 @@ class RunDirectory:
         path = Path(path)
         file = path / "config.json"
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file, _MAX_CONFIG_BYTES)
         except OSError as error:
             raise ConfigError(
                 f"a run is a folder with a config.json, got {path} ({error.strerror}: {file}); "
                 f"give the folder that `qfleet train` named"
             ) from error
-        except ValueError as error:
+        except ValueError as error:  # a file of another kind, or a path that no file can have
             raise ConfigError(f"a run's config.json must be JSON, got {file} ({error}); {_RESTORE}") from error
-        if not isinstance(content, dict) or set(content) - {"schema_version"} != {"qfleet_version", "config"}:
+        needed = {"qfleet_version", "config"}
+        if not isinstance(content, dict) or not needed <= set(content) <= {"schema_version", "run_id", *needed}:
             raise ConfigError(f"a run's config.json must hold qfleet_version and config, {file} doesn't; {_RESTORE}")
-        version = content["qfleet_version"]
+        version, schema_version = shortened(str(content["qfleet_version"]), 50), content.get("schema_version", 1)
         try:
-            return cls(path, decode(content["config"], content.get("schema_version", 1)), version)
-        except ConfigError as error:
+            config = decode(content["config"], schema_version)
+            if len(config.env) > _MAX_NAME_LENGTH:
+                raise ConfigError(f"config.env must be a name of at most {_MAX_NAME_LENGTH} characters")
+            run_id = content.get("run_id", "") if schema_version < _FIRST_WITH_ID else content.get("run_id")
+            if not isinstance(run_id, str) or not re.fullmatch("[0-9a-f]{16}|", run_id):
+                raise ConfigError(f"run_id must be 16 hexadecimal digits, got {run_id!r}")
+        except Exception as error:  # numbers that nobody thought of may raise anything
             raise ConfigError(
-                f"a run's config.json must hold a valid configuration, got {file}: {error}; it was written by "
-                f"qfleet {version}, and this is {_version()}: use that version, or {_RESTORE}"
+                f"a run's config.json must hold a valid configuration, got {file}: {shortened(str(error))}; it was "
+                f"written by qfleet {version}, and this is {_version()}: use that version, or {_RESTORE}"
             ) from error
+        return cls(path, config, version, run_id)
 
     @property
     def config_path(self) -> Path:
@@ -138,7 +154,7 @@ class RunDirectory:
         """Returns a lock that no other process can take while this one holds it. It is freed when the process ends.
 
         Raises:
-          ConfigError: if another process is training this run.
+          ConfigError: if another process is training this run, or there can be no lock.
         """
         lock = filelock.FileLock(self.path / ".lock")
         try:
@@ -147,6 +163,11 @@ class RunDirectory:
             raise ConfigError(
                 f"a run is trained by one process at a time, and another one is training {self.path}; wait for it, or "
                 f"stop it: it leaves a checkpoint"
+            ) from error
+        except OSError as error:  # a folder that can't be written to, or something else of that name
+            raise ConfigError(
+                f"a run's folder must be writable, and its lock a regular file, got {lock.lock_file} "
+                f"({error.strerror}); fix the permissions, or move it away"
             ) from error
         return lock
 
@@ -160,11 +181,11 @@ class RunDirectory:
         Raises:
           ConfigError: if summary.json isn't a JSON object.
         """
-        if not self.summary_path.exists():
-            return None
         try:
-            summary = json.loads(self.summary_path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            summary = read_json(self.summary_path)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"summary.json must be JSON, got {self.summary_path} ({error}); delete it and `qfleet resume` the run"
             ) from error
@@ -180,6 +201,13 @@ def strict_json(value: Any, indent: int | None = None) -> str:
     """
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
+
+_MAX_CONFIG_BYTES = 2**20
+
+_MAX_NAME_LENGTH = 500
+
+_FIRST_WITH_ID = 3
+"""Schema version from which on config.json holds the run's id."""
 
 _RESTORE = "restore the file from a copy, or train again into another folder"
 
@@ -197,7 +225,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -213,7 +241,7 @@ def _write_if_absent(path: Path, text: str) -> bool:
 
     A reader finds either no file or all of it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_of(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

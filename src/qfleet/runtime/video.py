@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from qfleet.config import ConfigError
 from qfleet.runtime.episodes import Moment
+from qfleet.runtime.run_files import temporary_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,7 +88,7 @@ class _Mp4:
 
         self.path = path
         self._av = av
-        self._temporary = _temporary(path)
+        self._temporary = temporary_of(path)
         self._container = av.open(self._temporary, "w", format="mp4", options={"movflags": "faststart"})
         self._stream = self._container.add_stream("libx264", rate=frames_per_second, options=MP4_OPTIONS)
         self._stream.width, self._stream.height = size
@@ -140,7 +141,7 @@ class _Gif:
         frames = self._frames if self._last is None else [*self._frames, _few_colours(self._last)]
         each = round(min(self._period * self._milliseconds, GIF_MAX_MILLISECONDS))
         durations = [each] * (len(frames) - 1) + [GIF_LAST_MILLISECONDS]
-        temporary = _temporary(self.path)
+        temporary = temporary_of(self.path)
         try:
             frames[0].save(
                 temporary, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=False
@@ -154,7 +155,3 @@ def _few_colours(frame: "Image") -> "Image":
     from PIL import Image
 
     return frame.quantize(GIF_COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -75,7 +75,7 @@ def make_topology(
             f"a topology must suit the environment, got {config.topology.name} for {config.env}, which is "
             f"{'' if is_in_graph else 'not '}written in JAX; give --topology {'fused' if is_in_graph else 'overlapped'}"
         )
-    return _MAKERS[config.topology.name](config, env, network, optimiser)
+    return _MAKERS[config.topology.name](config.with_schedule_lengths(), env, network, optimiser)
 
 
 def make_own_learner(config: TrainConfig) -> OwnLearner:

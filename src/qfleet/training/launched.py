@@ -19,6 +19,7 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
+from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation
 from qfleet.training.resuming import check_goes_on
 
@@ -46,9 +47,11 @@ class LaunchedRun:
         """Backend that makes the environments, as named by `backend_of`."""
         self.directory = open_directory()
         """Folder of the run, which all its processes write to."""
-        self._checkpoints = Checkpoints(self.directory.checkpoints_path, keep=config.checkpoints_kept)
+        self._checkpoints = Checkpoints(
+            self.directory.checkpoints_path, keep=config.checkpoints_kept, run_id=self.directory.run_id
+        )
         if is_resumed and self._checkpoints.latest() is not None:
-            metadata = self._checkpoints.read_metadata(checkpoint)
+            metadata = read_metadata(self._checkpoints, checkpoint, config)
             check_goes_on(metadata, config)
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
         if is_resumed and checkpoint is not None and self._lock:
@@ -115,7 +118,7 @@ class LaunchedRun:
             "stop-return": json.dumps(self.config.stop_return),
         }
         flags = [f"--{name}={value}" for name, value in arguments.items()]
-        return [peer.python, "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]
+        return [peer.python, "-P", "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]
 
 
 def _progress_of(message: dict[str, Any]) -> Progress:

@@ -41,7 +41,7 @@ def run_peer(
     peers.join(coordinator, topology.num_processes, process_id, topology.devices_per_process, timeout_seconds)
     if topology.num_processes > 1:
         # Each launcher has its own flags and, if a flag is wrong or the file system slow, its own view of the folder.
-        newest = Checkpoints(directory.checkpoints_path).latest()
+        newest = Checkpoints(directory.checkpoints_path, run_id=directory.run_id).latest()
         peers.check_agreed({"env_steps": config.env_steps, "newest checkpoint": newest or 0})
     run = Run(config, lambda: directory, None, None, is_resumed=True)
     for progress in run:

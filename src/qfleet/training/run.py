@@ -29,6 +29,7 @@ from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
 from qfleet.training.evaluation_rounds import EvaluationRounds
+from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation, Closing, DivergenceCheck, Speed, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given
 
@@ -108,7 +109,10 @@ class Run:
         config, topology = self.config, self._topology
         topology.checkpoints_path = self.directory.checkpoints_path
         self._checkpoints = Checkpoints(
-            self.directory.checkpoints_path, keep=config.checkpoints_kept, is_keeper=peers.is_first()
+            self.directory.checkpoints_path,
+            keep=config.checkpoints_kept,
+            run_id=self.directory.run_id,
+            is_keeper=peers.is_first(),
         )
         metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
         if is_resumed:  # only once the network is known to be the one that the run was trained with
@@ -140,7 +144,7 @@ class Run:
         """Returns the metadata of the checkpoint to continue from, after checking it; None if there is none yet."""
         if checkpoint is None and self._checkpoints.latest() is None:
             return None
-        metadata = self._checkpoints.read_metadata(checkpoint)
+        metadata = read_metadata(self._checkpoints, checkpoint, self.config)
         check_network_is_given(self._has_own_network, metadata["has_own_network"])
         check_goes_on(metadata, self.config)
         return metadata

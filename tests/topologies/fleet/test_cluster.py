@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ def test_to_a_cluster_of_others_the_users_settings_hold(monkeypatch, address: st
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
     before, seen = auth_variables(), []
 
-    def init(**settings):
+    def init(job_config, **settings):
+        assert job_config._runtime_env_has_working_dir()
         seen.append((settings, auth_variables(), ray._private.ray_constants.ENABLE_RAY_CLUSTER))
 
     monkeypatch.setattr(ray, "init", init)
@@ -101,16 +103,48 @@ class Actor:
     def address(self) -> str:
         return ray.util.get_node_ip_address()
 
+    def has_on_path(self, folder: str) -> bool:
+        return folder in sys.path
+
 
 @pytest.fixture(scope="module")
 def local() -> Iterator[None]:
     before, handler, group = auth_variables(), signal.getsignal(signal.SIGTERM), os.getpgrp()
     with connected("local", 3, "ray_address"):
+        folder = Path(ray._private.worker._global_node.get_session_dir_path()).parents[1]
         assert (signal.getsignal(signal.SIGTERM), os.getpgrp()) == (handler, group)
         yield
         assert ray.is_initialized()
     assert not ray.is_initialized()
+    assert not folder.exists()
     assert auth_variables() == before
+
+
+@pytest.mark.slow
+def test_the_current_folder_is_not_on_the_path_of_processes(local) -> None:
+    assert os.getcwd() not in sys.path
+    assert ray.get(Actor.remote().has_on_path.remote(os.getcwd())) is False
+
+
+@pytest.mark.slow
+def test_the_current_folder_is_on_the_path_of_processes_of_a_ray_that_is_started_otherwise(local) -> None:
+    """Tells when `ray_internals.path_of_this_process_only` is no longer needed."""
+    code = (
+        "import os, ray, sys; ray.init(address=sys.argv[1], logging_level='WARNING'); "
+        "print(ray.get(ray.remote(lambda folder: folder in sys.path).remote(os.getcwd())))"
+    )
+    command = [sys.executable, "-P", "-W", "ignore", "-c", code, ray.get_runtime_context().gcs_address]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    assert done.stdout == "True\n", (
+        f"Ray now leaves the current folder out: delete path_of_this_process_only, and its use ({done.stderr})"
+    )
+
+
+@pytest.mark.slow
+def test_nobody_else_can_enter_the_folder_of_a_local_ray(local) -> None:
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    assert stat.S_IMODE(session.parents[1].stat().st_mode) == 0o700
+    assert session.parents[1].stat().st_uid == os.getuid()
 
 
 @pytest.mark.slow

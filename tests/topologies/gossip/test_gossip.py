@@ -1,6 +1,7 @@
 """Peers that gossip: the averaging step, who exchanges with whom, what a checkpoint holds, and lost peers."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -12,7 +13,6 @@ import numpy as np
 import pytest
 
 import qfleet
-from qfleet.cli.train_command import config_of as config_of_flags
 from qfleet.cli.train_command import parse
 from qfleet.config import ConfigError, FusedConfig, GossipConfig, OverlappedConfig, TrainConfig
 from qfleet.core.replay import NO_STEP
@@ -207,6 +207,26 @@ def test_a_peer_has_its_share_of_what_counts_environment_steps_and_batches_of_it
     assert host.topology == OverlappedConfig(num_envs=2, num_env_workers=1, lock_step=True)
 
 
+def test_peers_share_the_learner_steps_of_a_schedule_unless_each_learns_from_its_own_rollouts():
+    schedule = {"learning_rate_schedule": "linear", "learning_rate_learner_steps": 1_001}
+    with_replay = config_of(num_envs=8, num_processes=4, **schedule)
+    assert peer_config(with_replay, 0, is_in_graph=True).agent.learning_rate_learner_steps == 251
+    assert peer_config(with_replay, 0, is_in_graph=True).agent.target_update_period == 500
+    without = config_of("pqn", num_envs=8, num_processes=4, **schedule)
+    own = peer_config(without, 0, is_in_graph=True)
+    assert own.agent.learning_rate_learner_steps == 1_001
+    whole, share = without.num_learner_steps, dataclasses.replace(own, env_steps=own.env_steps // 4).num_learner_steps
+    assert whole == share, "a peer takes as many learner steps as one process would"
+
+
+def test_the_division_over_peers_breaks_no_rule_that_the_whole_run_keeps():
+    config = config_of(
+        num_envs=8, num_processes=4, warmup_env_steps=1_001, exploration_env_steps=1_002, env_steps=9_999
+    )
+    agent = peer_config(config, 0, is_in_graph=True).agent
+    assert agent.warmup_env_steps < agent.exploration_env_steps
+
+
 def test_a_chunk_is_half_a_period_in_whole_iterations():
     assert env_steps_per_chunk(peer_config(config_of(), 0, is_in_graph=True), 32) == 64  # 8 learner steps in 32
     assert env_steps_per_chunk(peer_config(config_of(), 0, is_in_graph=True), 1) == 32
@@ -300,7 +320,7 @@ def test_a_batch_of_each_peer_need_not_divide_over_the_peers():
 
 
 def test_the_command_line_has_it():
-    config = config_of_flags(parse(["CartPole-v1", "--topology", "gossip", "--num-processes", "4"]))
+    config = parse(["CartPole-v1", "--topology", "gossip", "--num-processes", "4"]).config
     assert config.topology == GossipConfig(num_processes=4)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from small_servers import BATCH, batch_of, config_of, distance, learner_of, pulled
 
+from qfleet.core.losses import huber_loss
 from qfleet.core.sharded_learner import to_vector
 from qfleet.topologies.parameter_server.server_shard import ServerShard
 from qfleet.topologies.parameter_server.worker import Worker
@@ -35,6 +36,9 @@ def test_a_worker_learns_from_its_own_replay_and_sets_its_priorities():
     expected, info = sharded.learner.gradients(jax.tree.map(jnp.array, state), sample.transition)
     np.testing.assert_allclose(np.concatenate(gradient), to_vector(expected), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(result.loss, info.loss, rtol=1e-5)
+    unweighted = np.mean(huber_loss(info.td_error, config.agent.huber_delta))
+    np.testing.assert_allclose(result.unweighted_loss, unweighted, rtol=1e-5)
+    assert result.unweighted_loss != result.loss, "importance weights don't decide what is unusual"
     assert not np.array_equal(np.concatenate(worker.compute_gradient(0.4).pieces), np.concatenate(gradient)), (
         "another batch"
     )

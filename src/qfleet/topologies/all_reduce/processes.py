@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from qfleet.runtime.run_files import open_to_append
+
 
 class JoinInfo(NamedTuple):
     """What a process must know to join the others."""
@@ -83,7 +85,7 @@ class ChildProcess:
           log: file to which its output is appended.
           folder: its working directory; None for that of this process.
         """
-        with log.open("ab") as output:
+        with open_to_append(log) as output:
             # It leads a process group of its own, so that it and its children can be killed together, and so that only
             # the launcher receives Ctrl-C.
             self._process = subprocess.Popen(

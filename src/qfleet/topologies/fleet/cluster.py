@@ -13,16 +13,19 @@ import sysconfig
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from qfleet.config import ConfigError
+from qfleet.envs.python_path import module_folder_variables
 
 try:
     import ray
 except ImportError as error:
     raise ConfigError(f"this topology needs Ray ({error}); pip install 'qfleet[ray]'") from error
 
-from qfleet.topologies.fleet.ray_internals import on_loopback, read_variables_again
+from qfleet.topologies.fleet.private_folder import private_folder
+from qfleet.topologies.fleet.ray_internals import on_loopback, path_of_this_process_only, read_variables_again
 
 _PASSED_ON = ("GLOO_", "JAX_", "NCCL_", "QFLEET_", "XLA_")
 """Prefixes of the variables that processes take from the launcher's environment instead of their node's."""
@@ -54,9 +57,11 @@ def connected(address: str, num_cpus: int, what: str) -> Iterator[bool]:
     if ray.is_initialized():
         yield False
         return
-    with _own_token() if address == "local" else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if address == "local":
+            stack.enter_context(_own_token())
         try:
-            _connect(address, num_cpus)
+            _connect(address, num_cpus, stack.enter_context(private_folder()) if address == "local" else None)
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
             raise ConfigError(
                 f"{what} must be the address of a Ray cluster that this machine is part of, got {address} ({error}); "
@@ -81,6 +86,7 @@ def variables() -> dict[str, str]:
     `PYTHONPATH` holds the folders that come before those of the node.
     """
     found = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    found |= module_folder_variables()
     for name in ("OMP_NUM_THREADS", "PJRT_NPROC"):
         if name in os.environ:
             found[name] = os.environ[name]
@@ -115,23 +121,16 @@ def _is_in(path: str, folders: set[str]) -> bool:
     return any(path == folder or path.startswith(folder + os.sep) for folder in folders)
 
 
-def _connect(address: str, num_cpus: int) -> None:
+def _connect(address: str, num_cpus: int, folder: Path | None) -> None:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the supervisor asks for errors and reports each once
     settings: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "WARNING"}
-    if address != "local":
+    if folder is None:
         _init(settings)
         return
-    settings |= {"num_cpus": max(os.cpu_count() or 1, num_cpus), "include_dashboard": False}
-    path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (variables()["PYTHONPATH"], path)))
-    try:
-        with on_loopback():
-            _init(settings)
-    finally:
-        if path is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = path
+    settings |= {"num_cpus": max(os.cpu_count() or 1, num_cpus), "include_dashboard": False, "_temp_dir": str(folder)}
+    path = os.pathsep.join(filter(None, (variables()["PYTHONPATH"], os.environ.get("PYTHONPATH"))))
+    with on_loopback(), _set({"PYTHONPATH": path, **module_folder_variables()}):
+        _init(settings)
 
 
 def _init(settings: dict[str, Any]) -> None:
@@ -142,7 +141,7 @@ def _init(settings: dict[str, Any]) -> None:
             # Ray forks to start its own processes. These exec at once, so they miss no thread of this process.
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
             warnings.filterwarnings("ignore", r".*use of fork\w*\(\) may lead to deadlocks", DeprecationWarning)
-            ray.init(**settings)
+            ray.init(**settings, job_config=path_of_this_process_only())
     finally:
         if threading.current_thread() is threading.main_thread() and handler is not None:
             signal.signal(signal.SIGTERM, handler)
@@ -164,9 +163,19 @@ def _own_token() -> Iterator[None]:
     settings = {"RAY_AUTH_MODE": "token"}
     if not any(map(os.environ.get, _TOKENS)):
         settings["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    read_variables_again()
+    try:
+        with _set(settings):
+            read_variables_again()
+            yield
+    finally:
+        read_variables_again()
+
+
+@contextlib.contextmanager
+def _set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables of this process meanwhile, which processes that it starts inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -175,4 +184,3 @@ def _own_token() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-        read_variables_again()

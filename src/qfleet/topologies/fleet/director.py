@@ -272,7 +272,7 @@ class Director(abc.ABC, Generic[S]):
         """Returns what `read` reads of the newest checkpoint, and its counters; None if there is none yet."""
         if self.checkpoints_path is None:
             return None
-        checkpoints = Checkpoints(self.checkpoints_path, is_keeper=False)
+        checkpoints = Checkpoints(self.checkpoints_path, run_id=None, is_keeper=False)
         while (newest := checkpoints.latest()) is not None:
             try:
                 return read(checkpoints, newest), checkpoints.read_metadata(newest)["counters"]

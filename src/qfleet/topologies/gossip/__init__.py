@@ -37,6 +37,6 @@ Source: Lian et al. 2018, arXiv 1710.06952 (AD-PSGD). Deviations:
 - Both sides average snapshots that are about a chunk old, instead of locking each other.
 - Each peer's optimiser may have moments. They stay with the peer, and only parameters are averaged.
 - Schedules in environment steps are divided among the peers (`peer.peer_config`), because each peer takes only its
-  share of those steps. Schedules in learner steps (`learning_rate_learner_steps`, `target_update_period`) are not
-  divided: every peer goes through the whole of them by its own count of learner steps.
+  share of those steps. With a replay this holds for learner steps too, so `learning_rate_learner_steps` is divided.
+  Without replay each peer takes as many learner steps as one process would. `target_update_period` is each peer's own.
 """

@@ -54,8 +54,9 @@ def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> Train
     Settings that count environment steps over all lanes are divided by the number of peers: lanes, replay, warm-up, and
     the schedules of exploration and of the importance exponent. The batch size and the rate of learner steps to
     environment steps are each peer's own, so that each environment step is learned from as often as in one process.
-    Schedules in learner steps (`learning_rate_learner_steps`, `target_update_period`) are not divided: a peer counts
-    its own learner steps.
+    The learning rate's schedule is divided as well, because the peers share the learner steps of a run. Without replay
+    it is not: then each peer takes as many learner steps as one process would, on smaller minibatches.
+    `target_update_period` is not divided: each peer has a target network of its own.
 
     The peer's random numbers depend on the run's seed and on the peer's number. They also depend on the environment
     step that a process begins at, so a replacement does not repeat the numbers of the process before it.
@@ -65,6 +66,7 @@ def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> Train
       number: number of the peer, from 0.
       is_in_graph: whether the environment is written in JAX.
     """
+    config = config.with_schedule_lengths()  # of the whole run, before they are divided
     topology, agent = config.topology_as(GossipConfig), config.agent
     num_peers = topology.num_processes
     num_envs, mesh = topology.num_envs // num_peers, MeshConfig(data=topology.devices_per_process)
@@ -72,13 +74,16 @@ def peer_config(config: TrainConfig, number: int, *, is_in_graph: bool) -> Train
     if not is_in_graph:
         options = dataclasses.asdict(topology.lane_options)
         own = OverlappedConfig(num_envs=num_envs, mesh=mesh, lock_step=topology.lock_step, **options)
-    divided = ("warmup_env_steps", "exploration_env_steps", "importance_exponent_env_steps")
+    divided = ["exploration_env_steps", "importance_exponent_env_steps"]
+    if agent.replay != "none":
+        divided.append("learning_rate_learner_steps")
     return dataclasses.replace(
         config,
         topology=own,
         agent=dataclasses.replace(
             agent,
             replay_capacity=max(1, agent.replay_capacity // num_peers),
+            warmup_env_steps=agent.warmup_env_steps // num_peers,  # below the share of exploration, which is rounded up
             **{name: math.ceil(getattr(agent, name) / num_peers) for name in divided},
         ),
         seed=seed_of(config.seed, Stream.PEER, number),

@@ -35,7 +35,7 @@ class GradientFilter:
         Args:
           version: version of the parameters that the gradient was computed with.
           newest_version: version that the server has, or will have once it has applied all gradients before this one.
-          loss: loss of the gradient's batch.
+          loss: loss of the gradient's batch, without importance weights.
         """
         is_stale = version < self.oldest_version or newest_version - version > self._max_staleness
         is_outlier = self._is_outlier(loss)

@@ -103,7 +103,7 @@ class GradientRequests:
             worker.is_learning = False
             pieces = tuple(request.buffers) if request.buffers else references.pieces
             gradient = VectorHandle(pieces, lease, references.pieces)
-            self._on_gradient(result, self._server.push(gradient, pull.version, result.loss))
+            self._on_gradient(result, self._server.push(gradient, pull.version, result.unweighted_loss))
             if drawn is not None and self._replay is not None:
                 self._replay.return_errors(drawn, references.td_errors)
 

@@ -138,7 +138,7 @@ class ShardedServer:
         Args:
           gradient: handle of the gradient.
           version: version of the parameters that it was computed with.
-          loss: loss of its batch.
+          loss: loss of its batch, without importance weights.
         """
         admission = self._queue.push(gradient, version, loss)
         self._send_steps()

@@ -56,7 +56,7 @@ class StepQueue(Generic[G]):
         Args:
           gradient: the gradient.
           version: version of the parameters that it was computed with.
-          loss: loss of its batch.
+          loss: loss of its batch, without importance weights.
         """
         newest_version = self.version + len(self.pending_steps)
         decision = self._filter.decision(version, newest_version, loss)

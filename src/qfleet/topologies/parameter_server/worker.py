@@ -12,6 +12,7 @@ from jax import Array
 from qfleet.config import ParameterServerConfig, TrainConfig
 from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import UpdateInfo
+from qfleet.core.losses import make_loss
 from qfleet.core.replay import ReplayState, SavedReplay
 from qfleet.core.sharded_learner import ShardedLearner
 from qfleet.core.types import Params, Transition
@@ -29,6 +30,8 @@ class GradientStats(NamedTuple):
     loss: float
     td_error: float
     """Mean of the absolute values."""
+    unweighted_loss: float
+    """The loss without importance weights, which says how unusual the batch is. Weights shrink as beta grows."""
     busy_seconds: float
     """Time that the gradient took."""
 
@@ -70,6 +73,7 @@ class Worker(Actor):
         reuse_freed_memory()
         self._mapping = RegionMapping(memory)
         self._own_replay = None if topology.num_replay_shards else ReplayShard(config, number, built.stored_spec)
+        self._elementwise_loss = make_loss(config.agent)
         self._learner = ShardedLearner(built.agent, config.agent, topology.num_server_shards)
         self._gradient_dtype = jnp.dtype(topology.gradient_dtype)
         # The replay is donated: its priorities are set in place.
@@ -158,19 +162,24 @@ class Worker(Actor):
     def _sample_and_differentiate(
         self, state: ReplayState, params: Params, target_params: Params, key: Array, importance_exponent: Array
     ) -> tuple[ReplayState, list[Array], Array]:
-        """Returns the replay with new priorities, the pieces of a gradient, and its losses, `[2]`. To be compiled."""
+        """Returns the replay with new priorities, the pieces of a gradient, and its losses, `[3]`. To be compiled."""
         assert self._own_replay is not None
         sample = self._own_replay.replay.sample(state, key, importance_exponent)
         pieces, info = self._learner.gradients(params, target_params, sample.transition, self._gradient_dtype)
         state = self._own_replay.replay.set_priorities(state, sample, info.td_error)
-        return state, pieces, _losses(info)
+        return state, pieces, self._losses(info)
 
     def _differentiate(
         self, params: Params, target_params: Params, batch: Transition
     ) -> tuple[list[Array], Array, Array]:
-        """Returns the pieces of a gradient, its losses, `[2]`, and its TD errors, `[batch]`. To be compiled."""
+        """Returns the pieces of a gradient, its losses, `[3]`, and its TD errors, `[batch]`. To be compiled."""
         pieces, info = self._learner.gradients(params, target_params, batch, self._gradient_dtype)
-        return pieces, _losses(info), info.td_error
+        return pieces, self._losses(info), info.td_error
+
+    def _losses(self, info: UpdateInfo) -> Array:
+        """Returns the losses of `GradientStats` as one array, `[3]`: every transfer from the device costs time."""
+        unweighted_loss = jnp.mean(self._elementwise_loss(info.td_error))
+        return jnp.stack([info.loss, jnp.mean(jnp.abs(info.td_error)), unweighted_loss])
 
     def _write_pieces(self, pieces: Sequence[Array], buffers: Sequence[Buffer] | None) -> list[np.ndarray]:
         """Writes the pieces of a gradient to their buffers; returns the pieces if there are no buffers."""
@@ -194,11 +203,6 @@ class Worker(Actor):
         return self._own_replay.restore(saved)
 
 
-def _losses(info: UpdateInfo) -> Array:
-    """Returns loss and mean absolute TD error as one array, `[2]`: every transfer from the device costs time."""
-    return jnp.stack([info.loss, jnp.mean(jnp.abs(info.td_error))])
-
-
 def _gradient_stats(started: float, losses: Array) -> GradientStats:
-    loss, td_error = np.asarray(losses)
-    return GradientStats(float(loss), float(td_error), time.perf_counter() - started)
+    loss, td_error, unweighted_loss = np.asarray(losses)
+    return GradientStats(float(loss), float(td_error), float(unweighted_loss), time.perf_counter() - started)

@@ -1,0 +1,254 @@
+"""The choice of a preset and its settings for an environment, when the user names no preset.
+
+The environment's family decides: what it shows (pixels, a small image, one of a number of states, or numbers), and
+whether it is written in JAX. Settings are tuned for whole families rather than for single environments.
+"""
+
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError
+from qfleet.envs.registry import make_env
+
+if TYPE_CHECKING:
+    from qfleet.core.types import EnvSpec
+    from qfleet.envs.host import HostEnv, HostLanes
+    from qfleet.envs.spec import InGraphEnv
+
+PROBE_STEPS = 300
+"""Random steps that show how an environment outside JAX pays."""
+
+PROBE_SECONDS = 1.0
+"""Time after which a probe ends, because the environment is slow."""
+
+
+PIXEL_BYTES = 8 * 10**9
+"""What a replay of pixels may take. A million frames of Atari fit."""
+
+
+class Choice(NamedTuple):
+    """A preset, settings that replace some of its own, and why they were chosen."""
+
+    preset: str
+    settings: Mapping[str, Any]
+    reason: str
+
+
+class Family(NamedTuple):
+    """A preset and settings for all environments of a kind."""
+
+    reason: str
+    """What these environments have in common."""
+    preset: str
+    settings: Mapping[str, Any]
+    with_replay: tuple[str, Mapping[str, Any]] | None = None
+    """Another preset and its settings, for topologies that need a replay, if `preset` has none."""
+
+
+_VECTORS: Mapping[str, Any] = {
+    "num_envs": 16,
+    "layer_norm": True,
+    "batch_size": 64,
+    "replay_capacity": 200_000,
+    "env_steps_per_learner_step": 4.0,
+    "learning_rate": 5e-4,
+    "exploration_env_steps": 100_000,
+    "env_steps": 1_000_000,
+    "eval_period_env_steps": 25_000,
+}
+
+_STATES: Mapping[str, Any] = {
+    # Without hidden layers, the network is a table. Steps become small, so that it averages over random outcomes.
+    "hidden_sizes": (),
+    "learning_rate": 1e-2,
+    "learning_rate_schedule": "linear",
+    "learning_rate_learner_steps": None,
+    "num_envs": 16,
+    "batch_size": 128,
+    "replay_capacity": 200_000,
+    "env_steps_per_learner_step": 4.0,
+    "target_update_period": 200,
+    "exploration_env_steps": 300_000,
+    "env_steps": 1_000_000,
+    "eval_period_env_steps": 25_000,
+}
+
+_SMALL_IMAGES: Mapping[str, Any] = {
+    # Gallici et al. 2024 for MinAtar, but with dense layers, which a CPU computes faster than convolutions.
+    "torso": "mlp",
+    "hidden_sizes": (128, 128),
+    "num_envs": 128,
+    "rollout_length": 32,
+    "num_minibatches": 32,
+    "learning_rate": 1e-3,
+    "learning_rate_schedule": "linear",
+    "learning_rate_learner_steps": None,
+    "exploration_env_steps": 800_000,
+    "env_steps": 8_000_000,
+    "eval_period_env_steps": 400_000,
+}
+
+_SMALL_IMAGES_REPLAYED: Mapping[str, Any] = {
+    **_VECTORS,
+    "torso": "mlp",
+    "n_step": 3,
+    "batch_size": 128,
+    "env_steps_per_learner_step": 8.0,
+    "exploration_env_steps": 200_000,
+    "env_steps": 2_000_000,
+}
+
+FAMILIES: dict[str, Family] = {
+    "pixels": Family("the environment shows pixels", "atari_dqn", {}),
+    "small images": Family(
+        "the environment shows small images", "pqn", _SMALL_IMAGES, ("double_dqn", _SMALL_IMAGES_REPLAYED)
+    ),
+    "states": Family("the environment shows which of its states it is in", "double_dqn", _STATES),
+    "vectors": Family("the environment shows vectors of numbers", "rainbow_lite", _VECTORS),
+}
+"""Preset and settings by kind of environment. Except for pixels, a run takes about five minutes on two cores."""
+
+SEEN: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "no signal": (
+        "random play pays the same at every step",
+        {"exploration_env_steps": 300_000, "n_step": 5},
+    ),
+    "slow": (
+        "it is slow",
+        {
+            "num_envs": 4,
+            "replay_capacity": 50_000,
+            "env_steps_per_learner_step": 1.0,
+            "target_update_period": 200,
+            "exploration_env_steps": 4_000,
+            "env_steps": 20_000,
+            "eval_period_env_steps": 2_000,
+            "eval_episodes": 10,
+        },
+    ),
+}
+"""What a short random play has shown of an environment with vectors: how to say it, and further settings."""
+
+
+def choose(env_name: str, topology: str, env_options: Mapping[str, Any], *, may_play: bool = True) -> Choice:
+    """Returns the preset and the settings for an environment and a topology, and the reason for them.
+
+    It makes the environment to read its spec. One outside JAX is then played for a moment, with random actions from a
+    fixed seed. gymnax's environments are not made, because importing gymnax starts JAX, whose devices can't be divided
+    afterwards. Their names tell their family.
+
+    An environment that can't be made is taken for one that shows vectors, and the run itself reports the error.
+
+    Args:
+      env_name: name of the environment.
+      topology: name of the topology.
+      env_options: arguments of the function that makes the environment.
+      may_play: whether the environment may be stepped in this process.
+    """
+    if env_name.startswith("gymnax:"):
+        return _choice(FAMILIES["small images" if env_name.endswith("-MinAtar") else "vectors"], topology)
+    try:
+        env = make_env(env_name, **env_options)
+    except Exception:  # a user's function may raise anything, and the run calls it again
+        return _choice(FAMILIES["vectors"]._replace(reason="nothing is known of the environment"), topology)
+    name = family_of(env.spec)
+    family = FAMILIES[name]
+    if name == "pixels":
+        family = family._replace(settings=_sizes_of_replay(env.spec))
+    if name == "vectors" and may_play and (seen := probe(env)):
+        what, settings = SEEN[seen]
+        family = family._replace(reason=f"{family.reason}, and {what}", settings={**family.settings, **settings})
+    return _choice(family, topology)
+
+
+def shortened(settings: Mapping[str, Any], env_steps: int | None) -> dict[str, Any]:
+    """Returns chosen settings for a run of `env_steps` environment steps, or of its own length if that is None.
+
+    A shorter run warms up for a tenth of it at most, and epsilon decays for two fifths of it at most.
+    """
+    if env_steps is None or env_steps < 1:  # which is refused later
+        return dict(settings)
+    longest = {"warmup_env_steps": env_steps // 10, "exploration_env_steps": max(1, env_steps * 2 // 5)}
+    defaults = vars(AgentConfig())
+    return {**settings, **{name: min(settings.get(name, defaults[name]), most) for name, most in longest.items()}}
+
+
+def family_of(spec: "EnvSpec") -> str:
+    """Returns the name of an environment's family, one of `FAMILIES`, by the shape and type of its observations."""
+    shape, dtype = spec.agent_observation_shape, spec.observation_dtype
+    is_image = len(shape) == 3 or (len(shape) == 2 and dtype == np.uint8)
+    if is_image and min(shape[:2]) >= 5:
+        return "pixels" if min(shape[:2]) >= 36 else "small images"
+    return "states" if len(shape) == 1 and dtype == np.bool_ else "vectors"
+
+
+def is_atari(env_name: str) -> bool:
+    """Returns whether a name stands for an Atari game, with pixels as Mnih et al. 2015 prepare them."""
+    if not env_name.startswith("envpool:"):
+        return env_name.startswith("ale:")
+    try:
+        spec = make_env(env_name).spec
+    except ConfigError:
+        return False  # the run reports what is missing
+    return family_of(spec) == "pixels" and spec.frame_stack > 1
+
+
+def accepts(topology: str, *, replay: str) -> bool:
+    """Returns whether a topology can train an agent with this kind of replay."""
+    try:
+        TOPOLOGIES[topology]().check_agent(AgentConfig(replay=replay))  # type: ignore[arg-type]
+    except ConfigError:
+        return False
+    return True
+
+
+def probe(env: "InGraphEnv | HostEnv") -> str | None:
+    """Plays an environment outside JAX for a moment, and returns what is remarkable: a key of `SEEN`, or None.
+
+    The actions are random, from a fixed seed. "no signal": all steps pay the same and none terminates an episode, so no
+    action seems better than another. "slow": the steps take more than `PROBE_SECONDS`. Environments in JAX aren't
+    played, because they would have to be compiled. One that fails is left to the run, which reports it.
+    """
+    from qfleet.envs.host import HostEnv, LaneOptions
+
+    if not isinstance(env, HostEnv):
+        return None
+    try:
+        with contextlib.closing(env.make_lanes(1, LaneOptions(max_failures=0))) as lanes:
+            lanes.reset(0)
+            return _play(lanes, env.spec.num_actions)
+    except Exception:  # a user's environment may raise anything, and the run steps it again
+        return None
+
+
+def _play(lanes: "HostLanes", num_actions: int) -> str | None:
+    random, until = np.random.default_rng(0), time.monotonic() + PROBE_SECONDS
+    rewards, has_ended, has_terminated = set(), False, False
+    for action in random.integers(num_actions, size=PROBE_STEPS, dtype=np.int32):
+        lanes.send(action[None])
+        step = lanes.recv()
+        if not has_ended:  # otherwise the step only starts an episode
+            rewards.add(float(step.reward[0]))
+        has_ended = bool(step.terminated[0] or step.truncated[0])
+        has_terminated |= bool(step.terminated[0])
+        if time.monotonic() > until:
+            return "slow"
+    return "no signal" if len(rewards) == 1 and not has_terminated else None
+
+
+def _sizes_of_replay(spec: "EnvSpec") -> dict[str, int]:
+    """Returns a capacity of a million frames or of `PIXEL_BYTES`, and a warm-up that leaves room in it."""
+    frame_bytes = int(np.prod(spec.observation_shape)) * spec.observation_dtype.itemsize
+    capacity = max(1_000, min(1_000_000, PIXEL_BYTES // frame_bytes))
+    return {"replay_capacity": capacity, "warmup_env_steps": min(50_000, capacity // 2)}
+
+
+def _choice(family: Family, topology: str) -> Choice:
+    if family.with_replay is None or accepts(topology, replay="none"):
+        return Choice(family.preset, family.settings, family.reason)
+    preset, settings = family.with_replay
+    return Choice(preset, settings, f"{family.reason}, and topology {topology} needs a replay")

@@ -1,0 +1,70 @@
+"""Which folders Python imports from, here and in processes that are started.
+
+The current folder may hold anything, such as a run that somebody else made. If it comes first in `sys.path`, as Python
+puts it for `python -m` and `python -c`, a file named random.py or zstandard.py in it runs in place of the real module.
+So qfleet searches it last, and only while it imports a module that the user has named.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+_FOLDER = "QFLEET_MODULE_FOLDER"
+"""Variable that tells processes on Ray, which may have another current folder, where the user's modules are."""
+
+_SAFE_PATH = "PYTHONSAFEPATH"
+_OURS = "qfleet"
+
+
+def module_folder() -> str:
+    """Returns the folder with the user's modules: the current folder of the process that the user started."""
+    return os.environ.get(_FOLDER) or os.getcwd()
+
+
+def module_folder_variables() -> dict[str, str]:
+    """Returns the environment variables that make `module_folder` the same folder in another process."""
+    return {_FOLDER: module_folder()}
+
+
+@contextlib.contextmanager
+def module_folder_searched() -> Iterator[None]:
+    """Makes Python search the folder with the user's modules meanwhile, after all other folders."""
+    folder = module_folder()
+    if folder in sys.path or ("" in sys.path and folder == os.getcwd()):
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the module itself may have removed it
+            sys.path.remove(folder)
+
+
+def leave_module_folder() -> None:
+    """Ends `module_folder_searched` in a process that was started within it, because it took over the path."""
+    if sys.path and sys.path[-1] == module_folder():
+        sys.path.pop()
+
+
+@contextlib.contextmanager
+def starts_safely() -> Iterator[None]:
+    """Keeps the current folder off the path of Python processes that are started meanwhile.
+
+    Such a process should call `forget_safe_start`, so that this does not reach the programs that it starts itself.
+    """
+    if os.environ.get(_SAFE_PATH):
+        yield
+        return
+    os.environ[_SAFE_PATH] = _OURS  # any text will do
+    try:
+        yield
+    finally:
+        del os.environ[_SAFE_PATH]
+
+
+def forget_safe_start() -> None:
+    """Lets programs that this process starts have Python's usual path, unless the user has asked for a safe one."""
+    if os.environ.get(_SAFE_PATH) == _OURS:
+        del os.environ[_SAFE_PATH]

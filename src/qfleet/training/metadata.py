@@ -1,0 +1,73 @@
+"""The metadata of a run's checkpoints, which may have been damaged or written by somebody else."""
+
+from typing import Any
+
+from qfleet.config import TrainConfig
+from qfleet.runtime.checkpoint_files import CheckpointError
+from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.run_files import shortened
+
+_COUNTERS = ("env_steps", "learner_steps", "replay_starts_at")
+"""Counters that every topology saves. Others are whole numbers or lists of them, too."""
+
+
+def read_metadata(checkpoints: Checkpoints, checkpoint: int | None, config: TrainConfig) -> dict[str, Any]:
+    """Returns the metadata of a checkpoint, after checking that it is what a run with this config saves.
+
+    Raises:
+      CheckpointError: if there is no such checkpoint, or its metadata holds something else.
+    """
+    metadata = checkpoints.read_metadata(checkpoint)
+    for name, fits in _checks(metadata, config).items():
+        if not fits:
+            raise CheckpointError(
+                f"a checkpoint's metadata must be what this run saves, got {name} "
+                f"{shortened(repr(metadata.get(name)), 100)} in {'the newest' if checkpoint is None else checkpoint}; "
+                f"restore the checkpoint from a copy, or give another one with --checkpoint"
+            )
+    return metadata
+
+
+def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
+    """Returns whether each part of a checkpoint's metadata is of the right kind, by name."""
+    counters, solved_at, layout = (metadata.get(name) for name in ("counters", "solved_at", "layout"))
+    return {
+        "counters": isinstance(counters, dict)
+        and all(_is_count(counters.get(name)) for name in _COUNTERS)
+        and all(_is_count(value) or _are_counts(value) for value in counters.values()),
+        "solved_at": isinstance(solved_at, list)
+        and len(solved_at) == config.num_seeds
+        and all(steps is None or _is_count(steps) for steps in solved_at),
+        "stop_return": _is_number(metadata.get("stop_return")),
+        "evaluated_at": _is_count(metadata.get("evaluated_at", 0)),
+        "num_episodes": _is_count(metadata.get("num_episodes", 0)),
+        "best_evaluation": _are_evaluations(metadata.get("best_evaluation", [None, None])),
+        "has_own_network": isinstance(metadata.get("has_own_network"), bool),
+        "layout": isinstance(layout, str)
+        or (
+            isinstance(layout, dict)
+            and isinstance(layout.get("topology"), str)
+            and all(_is_count(layout.get(name)) for name in ("num_segments", "lanes_per_segment"))
+        ),
+    }
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and -1 <= value < 2**62  # -1 is an incarnation that has not begun
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(map(_is_count, values))
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or type(value) in (int, float)
+
+
+def _are_evaluations(values: Any) -> bool:
+    """Returns whether this is what `BestEvaluation.saved` returns."""
+
+    def fits(each: Any) -> bool:
+        return each is None or (isinstance(each, list) and len(each) == 3 and all(map(_is_number, each)))
+
+    return isinstance(values, list) and len(values) == 2 and all(map(fits, values))
