@@ -24,7 +24,7 @@ help:
 
 demo: $(VENV)/.installed-core
 	$(BIN)/qfleet train CartPole-v1 --preset pqn --stop-return 475
-	$(BIN)/qfleet eval "$$(ls -td runs/CartPole-v1-pqn-*/ | head -n 1)"
+	$(BIN)/qfleet eval latest
 
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile

@@ -82,11 +82,11 @@ def main() -> None:
     parser.add_argument("--env-steps", type=int, default=60_000)
     parser.add_argument("--plot", type=Path, help="where to draw the curves, as SVG")
     arguments = parser.parse_args()
-    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    curves: dict[str, list[Points]] = {}
     rows = []
     for name in arguments.topologies:
         runs = [one_run(name, seed, arguments.env_steps) for seed in range(arguments.seeds)]
-        curves[name] = [records for records, _ in runs]
+        curves[name] = [points_of(records) for records, _ in runs]
         rows.append({"topology": name, **figures(WAYS[name], runs)})
         print(rows[-1], flush=True)
     common.report("topologies", rows)
@@ -150,29 +150,55 @@ def with_new_env_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**now, "new_env_steps": now["env_steps"] - then} for now, then in zip(records, before, strict=True)]
 
 
-def draw(curves: dict[str, list[list[dict[str, Any]]]], path: Path) -> None:
-    """Draws the median and the range over the seeds, against wall time and against environment steps."""
+Points = list[tuple[float, float]]
+"""Mean greedy returns of one run: environment steps, and the return."""
+
+
+def points_of(run: list[dict[str, Any]]) -> Points:
+    """Returns the evaluations among a run's records."""
+    return [(record["env_steps"], record["eval_return_mean"]) for record in run if record["eval_return_mean"]]
+
+
+def draw(runs: dict[str, list[Points]], path: Path) -> None:
+    """Draws a panel for each topology: the median over the seeds, and the range from worst to best.
+
+    The grey line, for comparison, is the median of the first topology. The table has the seconds.
+
+    Args:
+      runs: the runs of each topology.
+      path: where to draw, as SVG.
+    """
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "qfleet"
+    matplotlib.rcParams.update({"svg.hashsalt": "qfleet", "svg.fonttype": "none", "font.size": 8})
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-    for axis, against, label in zip(axes, ("wall_seconds", "env_steps"), ("seconds", "environment steps"), strict=True):
-        for name, runs in curves.items():
-            points = [[(r[against], r["eval_return_mean"]) for r in run if r["eval_return_mean"]] for run in runs]
-            begin, end = max(run[0][0] for run in points), min(run[-1][0] for run in points)
-            grid = np.geomspace(begin, end, 200) if against == "wall_seconds" else np.linspace(begin, end, 200)
-            values = np.array([np.interp(grid, *np.array(run).T) for run in points])
-            (line,) = axis.plot(grid, np.median(values, axis=0), label=name)
-            axis.fill_between(grid, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.12)
+    num_rows = -(-len(runs) // 3)
+    figure, axes = pyplot.subplots(
+        num_rows, 3, figsize=(9, 2.2 * num_rows), sharex=True, sharey=True, layout="constrained", squeeze=False
+    )
+    ranges = {name: range_of(each) for name, each in runs.items()}
+    reference = next(iter(ranges.values()))
+    for axis, (name, (grid, worst, median, best)) in zip(axes.flat, ranges.items(), strict=False):
+        axis.plot(reference[0], reference[2], color="0.7", linewidth=0.8)
+        axis.fill_between(grid, worst, best, color="tab:blue", alpha=0.2, linewidth=0)
+        axis.plot(grid, median, color="tab:blue", linewidth=1.5)
         axis.axhline(SOLVED, color="grey", linewidth=0.8, linestyle=":")
-        axis.set_xlabel(label)
-    axes[0].set_xscale("log")
-    axes[0].set_ylabel("mean greedy return")
-    axes[1].legend(fontsize=7)
+        axis.set_title(name, fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("environment steps")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean greedy return")
     figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+
+
+def range_of(runs: list[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns where all runs have returns, `[points]`, and the worst, median and best return there."""
+    begin, end = max(run[0][0] for run in runs), min(run[-1][0] for run in runs)
+    grid = np.linspace(begin, end, 80)
+    values = np.array([np.interp(grid, *np.array(run).T) for run in runs])
+    return grid, values.min(axis=0), np.median(values, axis=0), values.max(axis=0)
 
 
 if __name__ == "__main__":

@@ -292,11 +292,21 @@ def test_a_network_of_lists_and_an_optimiser_of_ones_own_train_load_and_resume(t
     assert isinstance(policy.params, list)
     assert policy(np.zeros((3, 1), np.float32)).shape == (3,)
     assert follow(qfleet.resume(tmp_path / "run", env_steps=512, **own))["env_steps"] == 512
-    with pytest.raises(ConfigError, match="must be the one that the run was trained with.*params/0"):
+    with pytest.raises(ConfigError, match=r"got params/0 of shape \[1, 9\] for .* \[1, 8\]; give the network that the"):
         qfleet.load(tmp_path / "run", network=list_network(9))
     for without in (qfleet.load, lambda path: qfleet.resume(path, env_steps=1024)):
         with pytest.raises(ConfigError, match="this run has its own network; give `network`"):
             without(tmp_path / "run")
+
+
+def test_an_environment_that_has_changed_since_is_blamed_and_no_network_that_nobody_gave(tmp_path: Path) -> None:
+    qfleet.register_env("Changing-v0", probes.constant_reward)
+    qfleet.train(tiny(tmp_path / "run", env="Changing-v0"))
+    env = probes.constant_reward()
+    changed = dataclasses.replace(env.spec, num_actions=3)
+    qfleet.register_env("Changing-v0", lambda: env._replace(spec=changed))
+    with pytest.raises(ConfigError, match=r"got params/.*; let Changing-v0 have the observations and actions"):
+        qfleet.load(tmp_path / "run")
 
 
 def test_a_network_given_to_a_run_with_a_built_in_one_is_refused(tmp_path: Path) -> None:

@@ -192,7 +192,9 @@ def test_a_replay_of_large_pixels_keeps_fewer_of_them(monkeypatch):
     for shape, dtype in (((84, 84), "uint8"), ((96, 96, 3), "uint8"), ((96, 96, 3), "float32")):
         env = env_of(Lanes())._replace(spec=spec_of(shape, dtype))
         monkeypatch.setattr(defaults, "make_env", lambda name, env=env: env)
-        agent = make_config("Pixels-v0").agent
+        config = make_config("Pixels-v0")
+        agent = config.agent
+        assert config.eval_exploration == 0
         sizes[shape, dtype] = agent.replay_capacity
         assert agent.replay_capacity * np.prod(shape) * np.dtype(dtype).itemsize <= defaults.PIXEL_BYTES
         assert agent.warmup_env_steps <= agent.replay_capacity / 2
@@ -220,6 +222,7 @@ def test_on_atari_the_names_of_papers_bring_the_papers_settings(preset):
     assert (agent.torso, agent.hidden_sizes, agent.batch_size) == ("nature", (512,), 32)
     assert (agent.replay_capacity, agent.env_steps_per_learner_step) == (1_000_000, 4.0)
     assert toy.agent.torso == "auto" and toy.agent.replay_capacity <= 100_000
+    assert config.eval_exploration == (0.001 if preset == "rainbow_lite" else 0.05) and toy.eval_exploration == 0
     assert preset in ON_ATARI and agent.double == (preset != "dqn")
     assert make_config("ale:Pong", "dqn").agent == make_config("ale:Pong", "atari_dqn").agent
 
@@ -242,6 +245,7 @@ def test_ape_x_has_squared_errors_and_no_ratio_of_360_actors():
         assert config.topology.name == "actor-learner"
         assert config.agent.replay_ratio >= 8
     assert on_atari.env_steps == 50_000_000
+    assert on_atari.eval_exploration == 0.001 and elsewhere.eval_exploration == 0
     assert elsewhere.env_steps <= 1_000_000 and elsewhere.agent.warmup_env_steps < 10_000
 
 

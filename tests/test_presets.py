@@ -36,6 +36,9 @@ def test_an_environment_without_tuned_settings_gets_the_presets_own() -> None:
         ("ale:Pong", "atari_dqn", 0.05),
         ("ale:Pong", "atari_pqn", 0.001),
         ("ale:Pong", "ape_x", 0.001),
+        ("ale:Pong", "pqn", 0.001),
+        ("ale:Pong", "rainbow_lite", 0.001),
+        ("CartPole-v1", "ape_x", 0.0),
     ],
 )
 def test_evaluations_of_deterministic_games_take_the_random_actions_of_published_ones(

@@ -1,7 +1,9 @@
 """Functions that train, and that use what a run leaves: `train`, `iterate`, `resume`, `load`, `watch`."""
 
+import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -9,13 +11,14 @@ import jax
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
 from qfleet.config.new_run import check_new_run
 from qfleet.core.types import Network, Params
+from qfleet.envs.factory import name_of_factory, remember_factory
 from qfleet.envs.names import check_trusted
 from qfleet.envs.registry import make_env
 from qfleet.networks import check_network, make_network
 from qfleet.policy import EvaluationOptions, Policy
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.devices import limit_cpu_threads
+from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.runtime.video import Video, params_label
@@ -30,12 +33,19 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
+    config: TrainConfig,
+    *,
+    env: Callable[..., Any] | None = None,
+    network: Network | None = None,
+    optimiser: "optax.GradientTransformation | None" = None,
 ) -> dict[str, Any]:
     """Trains until the run ends as `config` says, and returns the content of summary.json.
 
     Args:
       config: what to learn, where to run it, and when to stop; `qfleet.make_config` makes one from a preset.
+      env: a function or class that makes the environment, in place of the one that `config` names: a new
+        `gymnasium.Env` each time, an `InGraphEnv` or a `HostEnv`. `make_config` takes it too. In another process,
+        `load`, `resume` and `watch` then need it as well.
       network: replaces the network that `config.agent` describes. It is any pair of functions, or a Flax NNX module
         that `qfleet.from_nnx` converts. `load` and `resume` then need it too.
       optimiser: replaces the optimiser that `config.agent` names. `resume` then needs it too.
@@ -47,7 +57,7 @@ def train(
         loop over several runs ends too.
     """
     with StopFlag() as stop:
-        run = iterate(config, network=network, optimiser=optimiser)
+        run = iterate(config, env=env, network=network, optimiser=optimiser)
         for _ in run:
             pass
         if stop.requested:
@@ -55,8 +65,13 @@ def train(
     return run.summary
 
 
+@clear_platform_errors()
 def iterate(
-    config: TrainConfig, *, network: Network | None = None, optimiser: "optax.GradientTransformation | None" = None
+    config: TrainConfig,
+    *,
+    env: Callable[..., Any] | None = None,
+    network: Network | None = None,
+    optimiser: "optax.GradientTransformation | None" = None,
 ) -> Run | LaunchedRun:
     """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
 
@@ -64,6 +79,8 @@ def iterate(
 
     Args and Raises: as for `train`.
     """
+    if env is not None:
+        config = dataclasses.replace(config, env=name_of_factory(env))
     check_new_run(config)
     config = config.with_schedule_lengths()
     check_is_built_in(config, network, optimiser)
@@ -72,6 +89,7 @@ def iterate(
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
 
+@clear_platform_errors()
 def resume(
     run_dir: str | os.PathLike[str],
     *,
@@ -83,6 +101,7 @@ def resume(
     coordinator: str | None = None,
     process_id: int | None = None,
     ray_address: str | None = None,
+    env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
     trust: bool = False,
@@ -106,6 +125,7 @@ def resume(
       process_id: number of the process to start here, if each is started by hand. Start the others with otherwise the
         same arguments. Only the first one locks the folder, sets checkpoints aside, and returns progress.
       ray_address: address of the Ray cluster that the processes run on.
+      env: the function that made the environment, if the run began with one.
       network: the network that `train` was given, if any.
       optimiser: the optimiser that `train` was given, if any.
       trust: whether to import the module of an environment `MODULE:NAME` that only the run's folder names. Importing it
@@ -116,6 +136,8 @@ def resume(
         has ended already, or another process is training it.
     """
     directory = RunDirectory.open(run_dir)
+    if env is not None:
+        remember_factory(directory.config.env, env)
     check_trusted(directory.config.env, directory.path, trust=trust)
     config = config_to_resume(
         directory.config,
@@ -133,11 +155,13 @@ def resume(
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 
 
+@clear_platform_errors()
 def load(
     run_dir: str | os.PathLike[str],
     *,
     checkpoint: int | None = None,
     seed: int | None = None,
+    env: Callable[..., Any] | None = None,
     network: Network | None = None,
     trust: bool = False,
 ) -> Policy:
@@ -147,23 +171,26 @@ def load(
       run_dir: a run's folder.
       checkpoint: environment step of the checkpoint to load. The default is the newest one.
       seed: seed to load, of a run with several seeds. The default is the first one.
+      env: the function that made the environment, if the run began with one.
       network: the network that `train` was given, if any.
       trust: as for `resume`.
 
     Raises:
-      ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, or its checkpoint is missing or
-        damaged.
+      ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, its checkpoint is missing or damaged,
+        or the environment has changed.
     """
     directory = RunDirectory.open(run_dir)
     config = directory.config
+    if env is not None:
+        remember_factory(config.env, env)
     check_trusted(config.env, directory.path, trust=trust)
     index = 0 if seed is None else seed - config.seed
     if not 0 <= index < config.num_seeds:
         last = config.seed + config.num_seeds - 1
         raise ConfigError(f"seed must be one that the run trained, {config.seed} to {last}, got {seed}")
-    env = make_env(config.env, **config.env_options)
-    network_in_use = network or make_network(env.spec, config.agent)
-    limit_cpu_threads(check_network(network_in_use, env.spec))
+    made = make_env(config.env, **config.env_options)
+    network_in_use = network or make_network(made.spec, config.agent)
+    limit_cpu_threads(check_network(network_in_use, made.spec))
     enable_compilation_cache()
     with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept, run_id=directory.run_id) as checkpoints:
         checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
@@ -173,7 +200,12 @@ def load(
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
     label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
-    return Policy(env, network_in_use, _params_of(network_in_use, params), label, _evaluation_options(config, metadata))
+    rule = "`network` must be the one that the run was trained with"
+    if network is None:
+        sizes = f"observations {list(made.spec.agent_observation_shape)} and {made.spec.num_actions} actions"
+        rule = f"the environment {config.env} must be as it was in training; it has {sizes} now"
+    params = _params_of(network_in_use, params, rule)
+    return Policy(made, network_in_use, params, label, _evaluation_options(config, metadata))
 
 
 def watch(
@@ -185,13 +217,14 @@ def watch(
     seed: int = 0,
     out_dir: str | os.PathLike[str] | None = None,
     frames_per_second: int = 30,
+    env: Callable[..., Any] | None = None,
     network: Network | None = None,
     trust: bool = False,
 ) -> list[Video]:
     """Writes videos of what a run has learned, and returns their files with the returns of the episodes.
 
     Args:
-      run_dir, checkpoint, network, trust: as for `load`.
+      run_dir, checkpoint, env, network, trust: as for `load`.
       train_seed: seed to watch, of a run with several seeds. The default is the first one.
       out_dir: folder for the videos. The default is `videos` in the run's folder.
       num_episodes, seed, frames_per_second: as for `Policy.film`.
@@ -199,7 +232,7 @@ def watch(
     Raises:
       ConfigError, RunFailed: under the same conditions as `load` and `Policy.film`.
     """
-    policy = load(run_dir, checkpoint=checkpoint, seed=train_seed, network=network, trust=trust)
+    policy = load(run_dir, checkpoint=checkpoint, seed=train_seed, env=env, network=network, trust=trust)
     out_dir = RunDirectory.open(run_dir).videos_path if out_dir is None else out_dir
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
 
@@ -216,16 +249,21 @@ def _evaluation_options(config: TrainConfig, metadata: dict[str, Any]) -> Evalua
     )
 
 
-def _params_of(network: Network, stored: Any) -> Params:
-    """Returns a checkpoint's parameters, which are nested dictionaries, in the structure of `network`'s parameters."""
+def _params_of(network: Network, stored: Any, rule: str) -> Params:
+    """Returns a checkpoint's parameters, which are nested dictionaries, in the structure of `network`'s parameters.
+
+    Raises:
+      ConfigError: if they don't fit. The message begins with the rule that the user has broken.
+    """
 
     def find(path: tuple, wanted: jax.ShapeDtypeStruct) -> Any:
         names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
         leaf = functools.reduce(lambda node, name: node.get(name, {}) if isinstance(node, dict) else {}, names, stored)
         if getattr(leaf, "shape", None) != wanted.shape:
+            got = "none" if not hasattr(leaf, "shape") else f"{list(leaf.shape)}"
             raise ConfigError(
-                f"`network` must be the one that the run was trained with, but its params/{'/'.join(names)} has shape "
-                f"{list(wanted.shape)}, unlike the checkpoint's; give the network that the run was trained with"
+                f"{rule}: params/{'/'.join(names)} should have shape {list(wanted.shape)}, and the checkpoint has "
+                f"{got}; give what the run was trained with, or train anew"
             )
         return leaf
 

@@ -158,7 +158,8 @@ def choose(env_name: str, topology: str, env_options: Mapping[str, Any], *, may_
     name = family_of(env.spec)
     family = FAMILIES[name]
     if name == "pixels":
-        family = family._replace(settings=_sizes_of_replay(env.spec))
+        greedy = {} if is_atari(env_name) else {"eval_exploration": 0.0}  # Atari's games begin in few ways
+        family = family._replace(settings=_sizes_of_replay(env.spec) | greedy)
     if name == "vectors" and may_play and (seen := probe(env)):
         what, settings = SEEN[seen]
         family = family._replace(reason=f"{family.reason}, and {what}", settings={**family.settings, **settings})

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +17,12 @@ from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import EnvSpec, Network, Params
+from qfleet.envs.actions import Actions
+from qfleet.envs.contract import BrokenContract
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
+from qfleet.envs.observations import Encoder, encoder_of_arrays
 from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.episodes import play
 from qfleet.runtime.evaluation import (
     MAX_LOST,
@@ -76,23 +81,47 @@ class Policy:
         self.options = options or EvaluationOptions()
         """How `evaluate` plays: as the run evaluated itself."""
         self._env = env
+        self._encoder: Encoder = encoder_of_arrays(env.spec.agent_observation_shape, env.spec.observation_dtype)
+        self._actions: Actions | None = None
+        if isinstance(env, HostEnv):
+            self._encoder, self._actions = env.encoder or self._encoder, env.actions
         self._network = network
         self._apply_network = jax.jit(network.apply)
         self._to_view = jax.jit(
             lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, env.spec.frame_stack)
         )
 
-    def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """Returns greedy actions, `[batch]` int32, for observations `[batch, *agent_observation_shape]`."""
-        return np.asarray(self._greedy(self._to_view(obs)))
-
-    def q_values(self, obs: np.ndarray) -> np.ndarray:
-        """Returns Q-values, `[batch, num_actions]` float32 in units of discounted reward.
+    def __call__(self, obs: Any) -> Any:
+        """Returns greedy actions, as the environment takes them.
 
         Args:
-          obs: observations, `[batch, *agent_observation_shape]`.
+          obs: what the environment returns, either one observation or a batch of them. A batch has one more axis in
+            front; a batch of a Dict or Tuple is a dict or tuple of batches, as in Gymnasium's vector environments.
+            Frames are stacked along the last axis, `[batch, *agent_observation_shape]`, if the agent sees several. What
+            `HostLanes` and `InGraphEnv` return is taken too.
+
+        Returns:
+          One action for one observation: an integer, or an array if the environment takes several choices at once. For
+          a batch, an array `[batch, ...]` of them.
+        Raises:
+          ConfigError: if the observations aren't those of the environment, or aren't finite.
         """
-        return np.asarray(self._apply_network(self.params, self._to_view(obs)))
+        check_not_forked()
+        batch, is_batch = self._to_batch(obs)
+        action = np.asarray(self._greedy(self._to_view(batch)))
+        if is_batch:
+            return action if self._actions is None else self._actions.batch(action)
+        return int(action[0]) if self._actions is None else self._actions.one(int(action[0]))
+
+    def q_values(self, obs: Any) -> np.ndarray:
+        """Returns Q-values, `[batch, num_actions]` float32 in units of discounted reward; `[num_actions]` for one.
+
+        Args and Raises: as for calling the policy.
+        """
+        check_not_forked()
+        batch, is_batch = self._to_batch(obs)
+        q = np.asarray(self._apply_network(self.params, self._to_view(batch)))
+        return q if is_batch else q[0]
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
         """Returns the undiscounted returns of episodes in its environment, `[num_episodes]` float32.
@@ -117,6 +146,7 @@ class Policy:
           ConfigError: if a number is out of bounds.
           RunFailed: if the environment fails more than `MAX_LOST` times per episode that is asked for.
         """
+        check_not_forked()
         check_count("num_episodes", num_episodes, maximum=MAX_EPISODES)
         check_count("seed", seed, minimum=0, maximum=MAX_SEED)
         options = self.options if options is None else options
@@ -195,12 +225,23 @@ class Policy:
         _check_at_least(1, num_episodes=num_episodes, frames_per_second=frames_per_second)
         _check_at_least(0, seed=seed)
         check_extra()
+        check_not_forked()
         q_values = functools.partial(self._apply_network, self.params)
         episodes = play(self._env, q_values, num_episodes, seed, self._network.to_storage_layout)
         with contextlib.closing(episodes):  # this also closes the lanes that draw, even if the caller stops early
             for i, moments in enumerate(episodes):
                 name = video_name(self.label, seed, i)
                 yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
+
+    def _to_batch(self, obs: Any) -> tuple[np.ndarray, bool]:
+        """Returns observations as the agent sees them, `[batch, ...]`, and whether there was a batch."""
+        try:
+            return self._encoder.any_batch(obs)
+        except BrokenContract as error:
+            raise ConfigError(
+                f"the policy takes one observation of {self.spec.name} ({self._encoder.rule}) or a batch of them, with "
+                f"one more axis in front: {error}"
+            ) from error
 
     def _greedy(self, view: jax.Array) -> jax.Array:
         return greedy(self._apply_network(self.params, view))

@@ -1,7 +1,7 @@
 """Named combinations of options, and settings tuned for single environments."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
@@ -9,6 +9,7 @@ from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
 from qfleet.config.values import to_plain
 from qfleet.defaults import Choice, accepts, choose, is_atari, shortened
+from qfleet.envs.factory import name_of_factory
 from qfleet.envs.registry import default_topology
 
 
@@ -121,7 +122,6 @@ PRESETS: dict[str, Preset] = {
             "env_steps": 50_000_000,
             "eval_period_env_steps": 500_000,
             "eval_episodes": 16,
-            "eval_exploration": 0.001,
             "checkpoint_period_seconds": 600.0,
         },
     ),
@@ -144,7 +144,6 @@ PRESETS: dict[str, Preset] = {
             "env_steps": 50_000_000,
             "eval_period_env_steps": 500_000,
             "eval_episodes": 16,
-            "eval_exploration": 0.001,
             "checkpoint_period_seconds": 600.0,
         },
     ),
@@ -163,6 +162,7 @@ ON_ATARI: dict[str, Mapping[str, Any]] = {
         "learning_rate": 6.25e-5,
         "exploration_end": 0.01,
         "exploration_env_steps": 250_000,
+        "eval_exploration": 0.001,
     },
 }
 """The published settings of presets whose own are for small problems. They replace the preset's on Atari."""
@@ -180,6 +180,7 @@ OFF_ATARI: dict[str, Mapping[str, Any]] = {
         "env_steps": 500_000,
         "eval_period_env_steps": 10_000,
         "eval_episodes": 20,
+        "eval_exploration": 0.0,
         "checkpoint_period_seconds": 60.0,
     },
 }
@@ -297,11 +298,13 @@ TUNED: dict[tuple[str, str], Mapping[str, Any]] = {
 }
 
 
-def make_config(env: str, preset: str | None = None, topology: str | None = None, **settings: Any) -> TrainConfig:
+def make_config(
+    env: str | Callable[..., Any], preset: str | None = None, topology: str | None = None, **settings: Any
+) -> TrainConfig:
     """Returns the config of `preset` for `env`. `settings` replace the tuned ones, and those replace the preset's.
 
     Args:
-      env: name of an environment.
+      env: name of an environment, or a function or class that makes it, which runs record as `factory:` and its name.
       preset: one of `PRESETS`. By default, preset and settings are chosen for the environment and the topology, see
         `qfleet.defaults`. The environment is made for this, and one outside JAX may be played for a moment.
       topology: one of `qfleet.config.TOPOLOGIES`; by default the one that suits the environment.
@@ -310,7 +313,8 @@ def make_config(env: str, preset: str | None = None, topology: str | None = None
     Raises:
       ConfigError: if the preset, the topology or a field is unknown, or a value breaks its rule.
     """
-    return make_explained_config(env, preset, topology, **settings)[0]
+    name = env if isinstance(env, str) else name_of_factory(env)
+    return make_explained_config(name, preset, topology, **settings)[0]
 
 
 def make_explained_config(
@@ -384,13 +388,13 @@ def _assemble(env: str, preset: str, topology: str, given: Mapping[str, Any], me
 
 
 def _evaluation_of(env: str) -> Mapping[str, Any]:
-    """Returns how evaluations play in a family of environments: with a few random actions in MinAtar.
+    """Returns how evaluations play in a family of environments: with a few random actions in MinAtar and on Atari.
 
-    Its games are nearly deterministic. Breakout has two beginnings and Space Invaders one, so a greedy policy plays
-    one or two episodes again and again. One action in a thousand is random, as in evaluations on Atari since van
-    Hasselt et al. 2016.
+    These games are deterministic or nearly so. MinAtar's Breakout has two beginnings and its Space Invaders one, so a
+    greedy policy plays one or two episodes again and again. One action in a thousand is random, as in evaluations on
+    Atari since van Hasselt et al. 2016; `atari_dqn` keeps the 5% of Mnih et al. 2015.
     """
-    return {"eval_exploration": 0.001} if env.endswith("-MinAtar") else {}
+    return {"eval_exploration": 0.001} if env.endswith("-MinAtar") or is_atari(env) else {}
 
 
 def _starts_from(found: Mapping[str, Any], topology: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 from qfleet.cli.show import evaluation_in_words, outcome
 
 SUMMARY: dict[str, Any] = {
+    "env": "CartPole-v1",
     "stopped": "return reached", "env_steps": 4096, "learner_steps": 64, "wall_seconds": 2.0, "seed": 3, "num_seeds": 1,
     "eval_return_mean": 85.0, "eval_returns": [[85.0] * 100], "eval_num_different": 2, "eval_num_cut": 0,
     "eval_episode_limit": None, "eval_exploration": 0.0, "eval_at_env_steps": 4096, "confirmed_by_new_episodes": [40],

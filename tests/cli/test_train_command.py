@@ -22,7 +22,7 @@ from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, GossipConfig, Ov
 from qfleet.config.encoding import decode, encode
 from qfleet.presets import PRESETS, make_config
 
-NUM_EXAMPLES = int(os.environ.get("QFLEET_TEST_COMMAND_LINES", "40"))
+NUM_EXAMPLES = int(os.environ.get("QFLEET_TEST_COMMAND_LINES", "30"))
 """Number of random command lines; 2,000 take three minutes."""
 
 

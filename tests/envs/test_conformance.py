@@ -84,7 +84,7 @@ def heeds_every_action(lanes: Broken, step: HostStep) -> HostStep:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (wrong_dtype, "shapes and dtypes"),
+        (wrong_dtype, "the first step"),
         (pays_at_starts, "training: rows after an end pay nothing"),
         (overwrites, "training: arrays are left alone"),
         (runs_on, "training: the time limit truncates"),

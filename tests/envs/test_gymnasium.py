@@ -112,7 +112,6 @@ def test_discrete_spaces_may_start_anywhere() -> None:
         ("CartPol-v1", r"no environment 'CartPol-v1'\. Did you mean CartPole-v1"),
         ("no_such_module:X-v0", "a Python module that can be imported, got 'no_such_module'"),
         ("Pendulum-v1", r"actions must be Discrete, got Box"),
-        ("Blackjack-v1", r"observations must be a Box with axes or Discrete, got Tuple.*FlattenObservation"),
     ],
 )
 def test_what_cannot_be_learned_is_one_clear_error(name: str, message: str) -> None:

@@ -8,21 +8,33 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import counters
+import gymnasium as gymnasium_itself
 import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
 
 from qfleet.config import ConfigError
-from qfleet.envs import cartpole, gymnasium, registry
+from qfleet.envs import cartpole, factory, gymnasium, registry
+from qfleet.envs.factory import name_of_factory, remember_factory
 from qfleet.envs.host import HostEnv
-from qfleet.envs.registry import backend_of, check_env, list_envs, make_env, register_env
+from qfleet.envs.registry import (
+    backend_of,
+    check_can_travel,
+    check_env,
+    default_topology,
+    list_envs,
+    make_env,
+    register_env,
+)
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 
 @pytest.fixture(autouse=True)
 def fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", {})
+    monkeypatch.setattr(factory, "_factories", {})
 
 
 @pytest.mark.parametrize("name", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0"])
@@ -69,7 +81,7 @@ def test_names_that_would_hide_others_are_refused(name: str) -> None:
     [
         ("Cartpole-v1", r"no environment is named 'Cartpole-v1'\. Did you mean CartPole-v1"),
         ("Breakout-MinAtar", r"Did you mean gymnax:Breakout-MinAtar"),
-        ("Maze-7", r"`qfleet envs` lists them all"),
+        ("Maze-7", r"as in MODULE:Maze-7\. `qfleet envs` lists all others"),
         ("gymnaxx:Breakout-MinAtar", r"got 'gymnaxx' \(ModuleNotFoundError.*Did you mean gymnax"),
         (":CartPole-v1", r"got ''"),
         ("LunarLandr-v3", r"no environment is named 'LunarLandr-v3'\. Did you mean LunarLander-v3"),
@@ -80,6 +92,96 @@ def test_names_that_would_hide_others_are_refused(name: str) -> None:
 def test_an_unknown_name_says_what_is_near(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_env(name)
+
+
+def test_an_id_that_a_package_registers_on_import_is_told_with_its_module(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mazes").mkdir()
+    (tmp_path / "mazes" / "__init__.py").write_text("raise SystemExit('imported'); register(id='Maze-v3')\n")
+    info = tmp_path / "mazes-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: mazes\nVersion: 1.0\nRequires-Dist: gymnasium>=1.0\n")
+    (info / "RECORD").write_text("mazes/__init__.py,,\n")
+    with pytest.raises(ConfigError, match="until the package that registers it is imported; .* mazes:Maze-v3$"):
+        make_env("Maze-v3")
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "topology"),
+    [({"in_jax": True}, InGraphEnv, "fused"), ({"in_jax": False}, HostEnv, "overlapped")],
+)
+def test_a_maker_gets_the_options_and_may_return_any_kind(options: dict, kind: type, topology: str) -> None:
+    def make(in_jax: bool) -> Any:
+        return probes.time_limit() if in_jax else counters.Counter()
+
+    register_env("Mine", make)
+    assert isinstance(make_env("Mine", **options), kind)
+    assert default_topology("Mine", **options) == topology
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (probes.time_limit, {"size": 3}, r"options that the maker of Mine takes, got \{'size': 3\}"),
+        (lambda size: None, {}, r"options that the maker of Mine takes, got \{\}.*'size'"),
+        (lambda: 1 / 0, {}, r"Mine: its maker must return an environment, got ZeroDivisionError.*test_registry.py:\d+"),
+    ],
+)
+def test_a_maker_that_fails_is_one_clear_error(make: Any, options: dict[str, Any], message: str) -> None:
+    register_env("Mine", make)
+    for function in (lambda: make_env("Mine", **options), lambda: default_topology("Mine", **options)):
+        with pytest.raises(ConfigError, match=message):
+            function()
+
+
+def test_a_function_is_recorded_by_a_name_that_means_it_in_this_process() -> None:
+    name = name_of_factory(counters.Counter)
+    assert name == name_of_factory(counters.Counter) == "factory:Counter"
+    assert isinstance(make_env(name), HostEnv) and backend_of(name) == "factory"
+    assert default_topology(name_of_factory(probes.time_limit)) == "fused"
+    others = [name_of_factory(lambda: counters.Counter()) for _ in range(2)]
+    assert others == ["factory:lambda", "factory:lambda-2"]
+    with pytest.raises(ConfigError, match="factory:Unknown is a function that another process was given"):
+        make_env("factory:Unknown")
+
+
+@pytest.mark.parametrize("given", [counters.Counter(), cartpole.make(), 3])
+def test_an_environment_itself_is_no_function_that_makes_one(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"a function that makes a new environment each time, got .*lambda"):
+        name_of_factory(given)
+
+
+def test_only_a_run_that_began_with_a_function_takes_one() -> None:
+    with pytest.raises(ConfigError, match="must be left out .* got one for a run in CartPole-v1"):
+        remember_factory("CartPole-v1", counters.Counter)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CartPole-v1", "gym:CartPole-v1", "gymnax:Breakout-MinAtar", "counters:Counter-v0", "gym:counters:Counter-v0"],
+)
+def test_what_any_process_finds_by_name_can_travel(name: str) -> None:
+    check_can_travel(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Mine", "is registered by this program only"),
+        ("ScriptOnly-v0", "is registered with Gymnasium by this program only"),
+        ("gym:ScriptOnly-v0", "is registered with Gymnasium by this program only"),
+        ("factory:Counter", "is a function of this program"),
+        ("__main__:Mine", "is in the script that is run"),
+    ],
+)
+def test_what_only_this_process_knows_cannot_travel(name: str, why: str) -> None:
+    register_env("Mine", probes.time_limit)
+    if "ScriptOnly-v0" not in gymnasium_itself.registry:
+        gymnasium_itself.register("ScriptOnly-v0", entry_point=counters.Counter)
+    with pytest.raises(ConfigError, match=f"got {name}, which {why}; register it in a module .* MODULE:NAME"):
+        check_can_travel(name)
 
 
 def test_a_module_before_the_colon_is_imported_and_registers(
@@ -151,7 +253,8 @@ def test_a_breach_of_the_contract_is_one_clear_error(changes: dict[str, Any], me
 def test_a_make_that_returns_something_else_is_refused() -> None:
     register_env("Mine", lambda: None)  # type: ignore[arg-type, return-value]
     with pytest.raises(
-        ConfigError, match=r"what its make\(\) returns must be an InGraphEnv or a HostEnv, got NoneType"
+        ConfigError,
+        match=r"what its make\(\) returns must be a gymnasium.Env, an InGraphEnv or a HostEnv, got builtins",
     ):
         make_env("Mine")
 

@@ -127,7 +127,8 @@ def test_gymnasium_renders_the_state_it_is_in() -> None:
 
 
 def test_what_gymnasium_can_not_draw_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make_env("gym:counters:LimitedCounter-v0").make_rendered_lanes is None
+    with pytest.raises(ConfigError, match="LimitedCounter-v0 must have the render mode 'rgb_array' to be watched"):
+        rendered("gym:counters:LimitedCounter-v0")
     monkeypatch.setitem(sys.modules, "pygame", None)
     with pytest.raises(ConfigError, match="gym:CartPole-v1 must render to be watched, got DependencyNotInstalled"):
         rendered("gym:CartPole-v1")

@@ -1,5 +1,7 @@
 """The built-in Q-networks: torsos, normalisation, heads."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.types import identity
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import QNetwork, make_network
-from qfleet.networks.torsos import LayerNorm, choose_torso
+from qfleet.networks.torsos import LayerNorm, choose_torso, image_shape
 
 
 def make_spec(shape, dtype=np.float32, frame_stack=1, num_actions=3):
@@ -51,6 +53,66 @@ SPECS = {
 def test_auto_chooses_the_torso_by_the_shape_of_the_observation(case):
     spec, torso = SPECS[case]
     assert choose_torso(spec, "auto") == torso
+
+
+CHANNELS_FIRST = {
+    "atari": (make_spec((4, 84, 84), np.uint8), (84, 84, 4), "nature"),
+    "colour_stack": (make_spec((12, 64, 64), np.uint8), (64, 64, 12), "nature"),
+    "minatar": (make_spec((4, 10, 10), bool), (10, 10, 4), "minatar"),
+    "wide": (make_spec((3, 120, 160)), (120, 160, 3), "nature"),
+    "stacked": (make_spec((3, 40, 44), frame_stack=2), (40, 44, 6), "nature"),
+}
+
+
+@pytest.mark.parametrize("case", CHANNELS_FIRST)
+def test_channels_that_come_first_are_moved_last(case):
+    spec, image, torso = CHANNELS_FIRST[case]
+    assert image_shape(spec) == image and choose_torso(spec, "auto") == torso
+    height, width, _ = image
+    last = dataclasses.replace(spec, observation_shape=(height, width, spec.observation_shape[0]))
+    config = AgentConfig(hidden_sizes=(8,))
+    first_network, last_network = make_network(spec, config), make_network(last, config)
+    params = random_params(last_network)
+    obs = np.random.default_rng(0).integers(0, 2, (2, *spec.agent_observation_shape)).astype(spec.observation_dtype)
+    moved = np.moveaxis(obs, 1, 3)
+    expected = last_network.apply(params, moved)
+    np.testing.assert_array_equal(first_network.apply(params, obs), expected)
+    stored, moved = (
+        stack_to_storage_layout(network.to_storage_layout, x, spec.frame_stack)
+        for network, x in ((first_network, obs), (last_network, moved))
+    )
+    np.testing.assert_array_equal(stored, moved)
+    np.testing.assert_array_equal(first_network.apply(params, stored), expected)
+
+
+@pytest.mark.parametrize("shape", [(10, 10, 4), (6, 7, 2), (19, 19, 17), (8, 8, 119), (6, 7, 119), (10, 10, 10)])
+def test_channels_that_come_last_stay_there(shape):
+    assert image_shape(make_spec(shape)) == shape
+
+
+def test_a_mlp_leaves_channels_where_they_are():
+    network = make_network(make_spec((4, 84, 84), np.uint8), AgentConfig(hidden_sizes=(8,), torso="mlp"))
+    assert network.to_storage_layout is identity
+
+
+@pytest.mark.parametrize(("shape", "torso"), [((84, 84), "nature"), ((84, 84, 3), "nature"), ((4,), "mlp")])
+def test_float_pixels_are_divided_by_their_limit(shape, torso):
+    bounded = dataclasses.replace(make_spec(shape), pixel_limit=255.0)
+    assert choose_torso(bounded, "auto") == torso
+    config = AgentConfig(hidden_sizes=(8,))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape)).astype(np.uint8)
+    as_bytes, as_floats = make_network(make_spec(shape, np.uint8), config), make_network(bounded, config)
+    params = random_params(as_bytes)
+    np.testing.assert_allclose(
+        as_floats.apply(params, pixels.astype(np.float32)), as_bytes.apply(params, pixels), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shape", [(4, 84, 84, 3), (84, 84, 3, 4), (2, 2, 64, 64, 3)])
+def test_stacks_of_images_are_refused_with_the_remedy(shape):
+    with pytest.raises(ConfigError, match=r"2 or 3 axes, got .*join the frames of a stack with their channels.* mlp"):
+        choose_torso(make_spec(shape, np.uint8), "auto")
+    assert choose_torso(make_spec(shape, np.uint8), "mlp") == "mlp"
 
 
 @pytest.mark.parametrize("dueling", [False, True])
@@ -163,7 +225,7 @@ def test_hidden_units_start_with_the_variance_of_their_inputs():
     [(VECTOR, "minatar", 3), (VECTOR, "nature", 36), (make_spec((35, 84, 1)), "nature", 36)],
 )
 def test_a_torso_that_does_not_fit_says_what_it_needs(spec, torso, smallest):
-    with pytest.raises(ConfigError, match=f"torso {torso} needs images at least {smallest} .* probe; try torso auto"):
+    with pytest.raises(ConfigError, match=f"torso {torso} needs images at least {smallest} .*; give --torso auto"):
         make_network(spec, AgentConfig(torso=torso))
 
 

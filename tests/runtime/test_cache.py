@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import platformdirs
 import pytest
 
 from qfleet.runtime.cache import enable_compilation_cache
@@ -99,3 +100,20 @@ def test_a_folder_that_cannot_be_written_costs_one_warning_line(tmp_path: Path) 
     assert used == configured == "None"
     assert stderr.count("\n") == 1
     assert str(tmp_path / "file" / "cache") in stderr and "set QFLEET_CACHE_DIR" in stderr
+
+
+def test_a_user_without_a_home_folder_gets_the_same_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def find_no_home(*_: object) -> str:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.delenv("QFLEET_CACHE_DIR", raising=False)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", find_no_home)
+    configured = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert enable_compilation_cache() is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", configured)
+    assert "could not determine the home directory" in caplog.text and "set QFLEET_CACHE_DIR" in caplog.text

@@ -3,9 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import pytest
 
+import qfleet
+from qfleet.cli.main import main
 from qfleet.runtime import devices
 
 
@@ -66,3 +70,86 @@ def test_devices_of_a_cpu_share_the_hosts_memory_and_others_have_their_own(monke
     monkeypatch.setattr(devices, "available_memory_bytes", lambda: 8000)
     assert devices.available_bytes(found) == expected
     assert ("H100" in devices.describe_memory(found)) == (found[0].platform == "gpu")
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), RuntimeError("Unable to initialize backend 'cuda': no GPU (set ...)")]
+)
+def test_a_platform_that_is_not_there_is_one_clear_error_before_anything_is_made(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find_no_devices(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(jax, "devices", find_no_devices)
+    monkeypatch.chdir(tmp_path)
+    for command in (["train", "CartPole-v1"], ["devices"], ["devices", "CartPole-v1", "--json"]):
+        assert main(command) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and captured.out == ""
+        assert "JAX must find the devices that it is told to use, got JAX_PLATFORMS=" in captured.err
+        assert "unset JAX_PLATFORMS, or set JAX_PLATFORMS=cpu" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_pass_unchanged() -> None:
+    with pytest.raises(RuntimeError, match="of the environment"), devices.clear_platform_errors():
+        raise RuntimeError("of the environment")
+
+
+def test_64_bits_are_refused_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with jax.enable_x64(True):
+        assert main(["train", "CartPole-v1"]) == 2
+        assert "unset JAX_ENABLE_X64" in capsys.readouterr().err
+        with jax.enable_x64(False), devices.clear_platform_errors():
+            pass  # the remedy that the message names
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_child_forked_after_jax_has_started_is_told_to_use_spawn() -> None:
+    program = """if True:
+        import os, sys, warnings
+        import jax
+        from qfleet.config import ConfigError
+        from qfleet.runtime import devices
+
+        def fork():
+            warnings.simplefilter("ignore")  # JAX and Python warn of the fork
+            if child := os.fork():
+                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            try:
+                devices.check_not_forked()
+            except ConfigError as error:
+                os._exit(1 if "spawn" in str(error) else 2)
+            os._exit(0)
+
+        devices.check_not_forked()
+        assert fork() == 0, "before JAX has started, a fork is fine"
+        jax.devices()
+        devices.check_not_forked()
+        assert fork() == 1
+    """
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize("name", ["train", "iterate", "resume", "load"])
+def test_nothing_starts_in_such_a_child(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_is_forked", True)
+    argument = qfleet.make_config("CartPole-v1", "dqn") if name in ("train", "iterate") else "no-such-run"
+    with pytest.raises(qfleet.ConfigError, match=r"multiprocessing.get_context\('spawn'\)"):
+        getattr(qfleet, name)(argument)
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "cpu,nonsense"])
+def test_equal_processes_are_not_started_without_their_devices(
+    platforms: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["train", "CartPole-v1", "--preset", "dqn", "--topology", "all-reduce"]) == 2
+    assert "JAX must find the devices that it is told to use" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -92,7 +92,7 @@ def test_host_observations_that_are_pictures_are_drawn() -> None:
             probes.constant_reward(),
             r"observations float32 \[1\], which are not pictures; give the InGraphEnv a `render`",
         ),
-        (backend.make("counters:LimitedCounter-v0"), "give the HostEnv `make_rendered_lanes`"),
+        (backend.make("counters:LimitedCounter-v0"), "must have the render mode .rgb_array. to be watched"),
         (
             probes.constant_reward()._replace(render=lambda state, observation: np.zeros((4, 6))),
             r"must be a uint8 array \[height, width, 3\], got float64 \[4, 6\]; fix its renderer",

@@ -36,10 +36,15 @@ def run(arguments: Sequence[str]) -> int:
     options = to_plain(Mapping[str, Any], flags.env_options, "env_options")
     from qfleet.envs import conformance
     from qfleet.envs.registry import backend_of, make_env
+    from qfleet.runtime.devices import clear_platform_errors
 
-    checks = conformance.check(
-        make_env(flags.env, **options), num_steps=flags.steps, seed=flags.seed, num_env_workers=flags.num_env_workers
-    )
+    with clear_platform_errors():
+        checks = conformance.check(
+            make_env(flags.env, **options),
+            num_steps=flags.steps,
+            seed=flags.seed,
+            num_env_workers=flags.num_env_workers,
+        )
     print(f"{flags.env} ({backend_of(flags.env)})")
     for found in checks:
         print(f"{'ok  ' if found.is_ok else 'FAIL'} {found.what}{': ' if found.detail else ''}{found.detail}")

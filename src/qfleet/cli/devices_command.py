@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qfleet.cli.streams import only_the_answer_on_stdout
 from qfleet.cli.train_command import parse
 from qfleet.config import ConfigError, TrainConfig
 
@@ -28,19 +29,26 @@ def run(arguments: Sequence[str]) -> int:
     if rest[:1] in (["-h"], ["--help"]):
         print(_HELP, end="")
         return 0
-    config = parse(rest, prog="qfleet devices").config if rest else None
-    return _show(config, as_json=len(rest) < len(arguments))
+    as_json = len(rest) < len(arguments)
+    with only_the_answer_on_stdout(as_json):  # the environment's module may print when it is imported
+        config = parse(rest, prog="qfleet devices").config if rest else None
+    from qfleet.runtime.devices import clear_platform_errors
+
+    with clear_platform_errors():
+        return _show(config, as_json=as_json)
 
 
 def _show(config: TrainConfig | None, *, as_json: bool) -> int:
-    footprint, refusal = (None, None) if config is None else _footprint(config)
+    with only_the_answer_on_stdout(as_json):
+        footprint, refusal = (None, None) if config is None else _footprint(config)
+        machine = _machine_as_dict()
     result: dict[str, Any] = {} if config is None or footprint is None else _run_as_dict(config, footprint, refusal)
     if as_json:
         from qfleet.runtime.run_directory import strict_json
 
-        print(strict_json({**_machine_as_dict(), **result}))
+        print(strict_json({**machine, **result}))
     elif footprint is None:
-        _print_machine()
+        _print_machine(machine)
     else:
         _print_run(result)
     return 0 if refusal is None else 1
@@ -99,10 +107,9 @@ def _run_as_dict(config: TrainConfig, footprint: "Footprint", refusal: str | Non
     }
 
 
-def _print_machine() -> None:
+def _print_machine(machine: dict[str, Any]) -> None:
     from qfleet.topologies.footprint import show_bytes
 
-    machine = _machine_as_dict()
     rows = [
         (
             device["platform"],

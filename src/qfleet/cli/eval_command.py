@@ -1,26 +1,25 @@
 """`qfleet eval RUN`."""
 
-import contextlib
 import dataclasses
 import statistics
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
-from qfleet.cli.show import evaluation_in_words
+from qfleet.cli.run_folder import RUN_HELP, find_run
+from qfleet.cli.show import evaluation_in_words, status_line
+from qfleet.cli.streams import only_the_answer_on_stdout
 from qfleet.config import RunFailed
 from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_count
-from qfleet.runtime.activity import announced_to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EvalFlags:
     """Plays episodes with what a run has learned, on seeds that training does not use."""
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     episodes: int = 100
     """Number of episodes to play."""
     checkpoint: int | None = None
@@ -48,18 +47,23 @@ def run(arguments: Sequence[str]) -> int:
     check_count("seed", flags.seed, minimum=0, maximum=MAX_SEED)
     if flags.checkpoint is not None:
         check_count("checkpoint", flags.checkpoint, minimum=0)
+    run_dir = find_run(flags.run)
     from qfleet.api import load
+    from qfleet.runtime.activity import announce
 
-    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
-    given = {name: getattr(flags, name) for name in ("exploration", "max_episode_steps", "num_env_workers")}
-    options = dataclasses.replace(policy.options, **{name: value for name, value in given.items() if value is not None})
-    with _shown():
+    with only_the_answer_on_stdout(flags.json), status_line():
+        announce("loading")
+        policy = load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
+        given = {name: getattr(flags, name) for name in ("exploration", "max_episode_steps", "num_env_workers")}
+        given = {name: value for name, value in given.items() if value is not None}
+        options = dataclasses.replace(policy.options, **given)
+        announce(f"evaluating {flags.episodes} episodes")
         episodes = policy.play_episodes(flags.episodes, flags.seed, options)
     returns = episodes.returns.tolist()
     if not returns:
         raise RunFailed(f"{policy.spec.name} failed in every episode")
     result = {
-        "run": flags.run,
+        "run": run_dir,
         "env": policy.spec.name,
         "episodes": len(returns),
         "different_episodes": int(episodes.num_different()),
@@ -89,23 +93,3 @@ def run(arguments: Sequence[str]) -> int:
             f"(std {result['return_std']:.1f}, min {result['return_min']:.1f}, max {result['return_max']:.1f})"
         )
     return 0
-
-
-@contextlib.contextmanager
-def _shown() -> Iterator[None]:
-    """Shows on stderr how far the evaluation is, if that is a terminal, and takes it away at the end."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    last = [""]
-
-    def show(activity: str) -> None:
-        if activity != last[0]:
-            last[0] = activity
-            print(f"\r\x1b[K{activity}", end="", file=sys.stderr, flush=True)
-
-    with announced_to(show):
-        try:
-            yield
-        finally:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

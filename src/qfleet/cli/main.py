@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from qfleet.cli.streams import give_stdout_up, prepare_streams
 from qfleet.config import ConfigError, RunFailed, suggest
 
 # A module is imported only when its command is called, because the help text must not wait for JAX.
@@ -56,12 +57,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_safely(arguments: list[str]) -> int:
     """Runs one command, turns what users can cause into a line and an exit code, and returns that."""
+    prepare_streams()
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, where a failure has an exit code
+        return code
+    except BrokenPipeError:  # the reader of stdout has had enough, as in `qfleet envs | head -1`
+        give_stdout_up()
+        return 1
     except (ConfigError, RunFailed, OSError) as error:
+        _give_up_a_full_stdout()
         if debug:
             traceback.print_exc()
         print(f"qfleet: error: {error}", file=sys.stderr)
@@ -80,6 +88,13 @@ def _run_safely(arguments: list[str]) -> int:
             traceback.print_exc()
         print("qfleet: interrupted", file=sys.stderr)
         return 130
+
+
+def _give_up_a_full_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        give_stdout_up()
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -1,13 +1,15 @@
 """`qfleet resume RUN`."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES, read_flags
+from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import take_mesh, topology_flags
 from qfleet.config import TOPOLOGIES, TopologyConfig
@@ -23,8 +25,7 @@ class _ResumeFlags:
     in another size. Its lanes then begin new episodes, and the replay is divided anew over them.
     """
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     env_steps: int | None = None
     """Environment step at which the run ends, counted from its beginning. The default is the run's own."""
     stop_return: float | Literal["none"] | None = None
@@ -51,21 +52,23 @@ class _ResumeFlags:
 def run(arguments: Sequence[str]) -> int:
     """Continues the run that the flags name."""
     flags, others = parse(arguments)
+    run_dir = find_run(flags.run)
     from qfleet.api import resume
 
-    run = resume(
-        flags.run,
+    start = functools.partial(
+        resume,
+        run_dir,
         env_steps=flags.env_steps,
         stop_return=flags.stop_return,
         checkpoint=flags.checkpoint,
-        topology=_topology_of(flags.run, others) if others else None,
+        topology=_topology_of(run_dir, others) if others else None,
         num_processes=flags.num_processes,
         coordinator=flags.coordinator,
         process_id=flags.process_id,
         ray_address=flags.ray_address,
         trust=flags.trust,
     )
-    return follow(run, quiet=flags.quiet)
+    return follow(start, quiet=flags.quiet)
 
 
 def parse(arguments: Sequence[str]) -> tuple[_ResumeFlags, dict[str, Any]]:

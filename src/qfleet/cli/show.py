@@ -1,9 +1,14 @@
 """What the terminal shows of a run."""
 
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from qfleet.cli.streams import give_stdout_up
 from qfleet.config import TopologyConfig
 from qfleet.envs.names import module_in
+from qfleet.runtime.activity import announced_to
 from qfleet.runtime.progress import ProgressView
 
 if TYPE_CHECKING:
@@ -11,25 +16,52 @@ if TYPE_CHECKING:
     from qfleet.training.run import Run
 
 
-def follow(run: "Run | LaunchedRun", *, quiet: bool, reason: str = "") -> int:
-    """Iterates over a run until it ends, shows its progress, and returns the exit code.
+def follow(start: "Callable[[], Run | LaunchedRun]", *, quiet: bool, reason: str = "") -> int:
+    """Starts a run, iterates over it until it ends, shows its progress, and returns the exit code.
 
     Args:
-      run: the run.
+      start: starts the run.
       quiet: print nothing but errors.
       reason: why the preset was chosen, if the user named none.
     """
-    with ProgressView(run.config.env_steps, quiet=quiet) as view:
+    with ProgressView(quiet=quiet) as view, announced_to(view.status):
+        run = start()
+        view.begin(run.config.env_steps)
         place = environments(run.backend, run.config.topology)
         preset = run.config.preset + (f" (chosen because {reason})" if reason else "")
         view.message(f"{run.config.env} ({place}) with {preset}, into {run.directory.path}")
         for progress in run:
             view.update({"env_steps": progress.env_steps, **progress.metrics()})
-    if not quiet:
-        print(outcome(run.summary, str(run.directory.path)))
-        if run.summary["time_shares"] is not None:
-            print_time_shares(run.summary, run.config.topology.num_envs)
+    view.message(outcome(run.summary, str(run.directory.path)))
+    if view.is_unwritable:  # the run is as good without a reader
+        give_stdout_up()
+    elif run.summary["time_shares"] is not None and not quiet:
+        print_time_shares(run.summary, run.config.topology.num_envs)
     return 0
+
+
+@contextlib.contextmanager
+def status_line() -> Iterator[None]:
+    """Shows what is announced meanwhile in a line of the terminal, which vanishes afterwards.
+
+    The line goes to stderr, because stdout is for the answer. If stderr isn't a terminal, there is no line.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    shown = ""
+
+    def show(activity: str) -> None:
+        nonlocal shown
+        if activity != shown:
+            shown = activity
+            print(f"\r\x1b[K{activity}", end="", file=sys.stderr, flush=True)
+
+    with announced_to(show):
+        try:
+            yield
+        finally:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def environments(backend: str, topology: TopologyConfig) -> str:

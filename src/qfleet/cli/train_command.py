@@ -10,47 +10,11 @@ import tyro
 from qfleet.cli.flag_types import FLAG_TYPES, read_flags
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import replace_alias, take_mesh, topology_flags, value_of
-from qfleet.config import TOPOLOGIES, AgentConfig, MeshConfig, TopologyConfig, TrainConfig
+from qfleet.cli.train_help import show_help
+from qfleet.config import AgentConfig, MeshConfig, TrainConfig
 from qfleet.presets import make_config, make_explained_config
 
-_FLAT = tyro.conf.arg(name="")  # flags of the config's fields have no prefix
-
 _Env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV")]
-
-_TOPOLOGY_HELP = (
-    "Where the run takes place. The default is the topology that suits the environment. "
-    + " ".join(f"{name}: {kind.summary}." for name, kind in TOPOLOGIES.items())
-    + " (`decentralised --exchange all-reduce` and `--exchange gossip` are earlier names of two of them.)"
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Help(TrainConfig):  # what the help is made from
-    """Trains a deep Q-network, and writes everything about the run to its folder.
-
-    The defaults are those of the preset, or the ones tuned for the environment: name the environment to see them.
-    """
-
-    env: _Env
-    """Name of the environment to learn, as listed by `qfleet envs`."""
-    preset: str = "custom"
-    """Preset that the defaults of the other settings come from, as listed by `qfleet presets`.
-    By default, preset and settings are chosen for the environment and the topology."""
-    agent: Annotated[AgentConfig, _FLAT] = dataclasses.field(default_factory=AgentConfig)
-    topology_name: Annotated[str, tyro.conf.arg(name="topology", metavar="NAME", help=_TOPOLOGY_HELP)] = "fused"
-    quiet: bool = False
-    """Print nothing but errors."""
-
-    def __post_init__(self) -> None:
-        """Checks nothing, because the environment may be missing."""
-
-
-def _help_of(kind: type[TopologyConfig]) -> type[_Help]:
-    """Returns one class with all flags of a run with this topology; as a field of its own it would be a subcommand."""
-    topology = ("topology", Annotated[kind, _FLAT], dataclasses.field(default_factory=kind))
-    flags = dataclasses.make_dataclass("_Flags", [topology], bases=(_Help,), frozen=True, kw_only=True)
-    flags.__doc__ = _Help.__doc__
-    return flags
 
 
 def flag_kinds() -> dict[str, Any]:
@@ -75,7 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     config, quiet, reason = parse(arguments)
     from qfleet.api import iterate
 
-    return follow(iterate(config), quiet=quiet, reason=reason)
+    return follow(lambda: iterate(config), quiet=quiet, reason=reason)
 
 
 def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
@@ -103,12 +67,6 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
 def _show_help(arguments: Sequence[str], prog: str) -> None:
     """Shows all flags, with the defaults of the preset and environment that are named, and exits."""
     preset, topology = value_of("--preset", arguments), value_of("--topology", arguments)
-    if arguments[0].startswith("-"):
-        config, env = make_config("ENV", preset, topology or "fused"), tyro.MISSING
-    else:
-        config = make_config(arguments[0], preset, topology)
-        env = config.env
-    kind = _help_of(type(config.topology))
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
-    default = kind(**fields | {"env": env}, topology_name=config.topology.name)
-    tyro.cli(kind, prog=prog, args=["--help"], default=default, registry=FLAG_TYPES)
+    is_env_known = not arguments[0].startswith("-")
+    env, topology = (arguments[0], topology) if is_env_known else ("ENV", topology or "fused")
+    show_help(make_config(env, preset, topology), prog, registry=FLAG_TYPES)

@@ -2,10 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
+from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check, check_count
 
 
@@ -13,8 +15,7 @@ from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check, check_count
 class _WatchFlags:
     """Plays greedy episodes with what a run has learned, and writes a video of each, as an mp4 and a GIF."""
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     episodes: int = 1
     """Number of episodes to play."""
     checkpoint: int | None = None
@@ -38,13 +39,14 @@ def run(arguments: Sequence[str]) -> int:
         check(getattr(flags, name) <= most, name, f"at most {most}", getattr(flags, name))
     if flags.checkpoint is not None:
         check_count("checkpoint", flags.checkpoint, minimum=0)
+    run_dir = find_run(flags.run)
     from qfleet.api import load
     from qfleet.runtime.run_directory import RunDirectory
     from qfleet.runtime.video import check_extra
 
     check_extra()  # before loading the checkpoint, which takes a while
-    directory = RunDirectory.open(flags.run)
-    policy = load(flags.run, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
+    directory = RunDirectory.open(run_dir)
+    policy = load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
     videos = policy.film(flags.out or directory.videos_path, flags.episodes, flags.seed, flags.frames_per_second)
     for i, video in enumerate(videos):
         print(f"episode {i}: return {video.episode_return:.1f} in {video.episode_steps} steps", flush=True)

@@ -25,6 +25,9 @@ class EnvSpec:
     """Number of newest frames that the agent sees at once, oldest first along the last axis. 1 adds no axis."""
     time_limit: int | None = None
     """Environment steps after which an episode is truncated, or None."""
+    pixel_limit: float | None = None
+    """Largest value of a pixel, by which networks divide, if observations are images that aren't uint8. With it,
+    observations of two axes count as images too. None divides by nothing."""
 
     @property
     def agent_observation_shape(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from qfleet.envs import in_graph
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, HostStep, LaneOptions
+from qfleet.envs.probe import NeverWorks, check_works
 from qfleet.envs.spec import InGraphEnv
 
 NUM_LANES = 4
@@ -62,6 +63,11 @@ def check(env: InGraphEnv | HostEnv, *, num_steps: int = 500, seed: int = 0, num
     """
     options = LaneOptions(num_env_workers=num_env_workers)
     host = env if isinstance(env, HostEnv) else as_host(env)
+    try:
+        if isinstance(env, HostEnv):
+            check_works(env, options)
+    except NeverWorks as error:
+        return [Check("the first step", False, str(error))]
     actions = np.random.default_rng(seed).integers(env.spec.num_actions, size=(num_steps, NUM_LANES), dtype=np.int32)
     lanes = host.make_lanes(NUM_LANES, options)
     try:

@@ -9,9 +9,10 @@ import gymnasium
 import numpy as np
 
 from qfleet.config.errors import ConfigError, suggest
+from qfleet.envs.actions import make_actions
 from qfleet.envs.ale import FRAME_SKIP, NOOP_MAX, SCREEN, TIME_LIMIT_FRAMES
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
-from qfleet.envs.observations import discrete_actions, make_encoder
+from qfleet.envs.observations import make_encoder
 from qfleet.envs.rendering import is_picture
 from qfleet.envs.vector_lanes import VectorLanes, VectorStep
 
@@ -146,11 +147,18 @@ def _describe(name: str, is_atari: bool, make_pool: Callable[..., Any]) -> tuple
         name=f"envpool:{name}",
         observation_shape=first.shape,
         observation_dtype=first.dtype,
-        num_actions=int(discrete_actions(pool.action_space, f"envpool:{name}").n),
+        num_actions=_num_actions(pool.action_space, name),
         frame_stack=4 if is_atari else 1,
         time_limit=None if limit >= _NO_LIMIT else limit,
     )
     return spec, encode
+
+
+def _num_actions(space: gymnasium.Space, name: str) -> int:
+    actions = make_actions(space, f"envpool:{name}")
+    if not np.array_equal(actions.table, np.arange(actions.num_actions)):
+        raise ConfigError(f"environment envpool:{name}: actions must be Discrete from 0 on, got {space}")
+    return actions.num_actions
 
 
 def _make_encode(observations: gymnasium.Space, name: str, is_atari: bool) -> _Encode:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qfleet.config.errors import RunFailed
+from qfleet.envs.contract import BrokenContract, is_between
 
 logger = logging.getLogger("qfleet")
 
@@ -28,6 +29,15 @@ class Failure(NamedTuple):
         return f"in {lanes} (seed {self.seed}): {self.error}"
 
 
+class TooManyFailures(RunFailed):
+    """Environments failed more often than the run survives."""
+
+    def __init__(self, message: str, failure: Failure, num_env_failures: int) -> None:
+        super().__init__(message, learner_is_sound=True, num_env_failures=num_env_failures)
+        self.failure = failure
+        """The last failure."""
+
+
 class FailureBudget:
     """Counts failures and logs each of them. One more than allowed ends the run."""
 
@@ -40,15 +50,15 @@ class FailureBudget:
         """Counts a failure.
 
         Raises:
-          RunFailed: if it exceeds the number of failures that the run survives.
+          TooManyFailures: if it exceeds the number of failures that the run survives.
         """
         self.count += 1
         if self.count > self._max_failures:
-            raise RunFailed(
+            raise TooManyFailures(
                 f"environments may fail at most max_failures={self._max_failures} times, {self._name} failed "
                 f"{self.count} times, last {failure}. Fix the environment, or raise max_failures",
-                learner_is_sound=True,
-                num_env_failures=self.count,
+                failure,
+                self.count,
             )
         logger.warning(
             "environment %s failed %s; replaced (failure %d of %d that the run survives)",
@@ -65,7 +75,17 @@ def lane_seed(seed: int, lane: int, rebuilds: int = 0) -> int:
 
 
 def describe(error: BaseException) -> str:
-    """Returns a description of an exception in one line: its type, its message, and where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
+    """Returns a description of an exception in one line: its type, its message, and where the user's code raised it.
+
+    A broken contract names that place itself.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, BrokenContract):
+        return message
+    frames = [
+        (frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not is_between(str(frame.f_globals.get("__name__", "")))
+    ]
+    where = " ({}:{})".format(*frames[-1]) if frames else ""
+    return f"{type(error).__name__}: {message}{where}"

@@ -11,6 +11,8 @@ import numpy as np
 
 from qfleet.config.lane_options import LaneOptions
 from qfleet.core.types import EnvSpec
+from qfleet.envs.actions import Actions
+from qfleet.envs.observations import Encoder
 
 __all__ = ["EnvSpec", "HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes", "seed_of"]
 
@@ -95,3 +97,7 @@ class HostEnv(NamedTuple):
     """`make_rendered_lanes(options)` returns one evaluation lane with pictures, for `qfleet watch`.
 
     Without it, observations are shown if they are pictures."""
+    encoder: Encoder | None = None
+    """Converts what the environment itself returns to observations of `spec`. None if it returns these."""
+    actions: Actions | None = None
+    """What the environment itself takes for each of the agent's actions. None if it takes their numbers."""

@@ -5,6 +5,7 @@ Worker processes import this module, so it must not import JAX.
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,9 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
+from qfleet.config.errors import ConfigError
+from qfleet.envs.actions import Actions
+from qfleet.envs.contract import BrokenContract, at, explain, reset_env, step_env
 from qfleet.envs.failures import Failure, describe, lane_seed
 from qfleet.envs.observations import Encoder
 
@@ -58,13 +62,37 @@ def _padded(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
-def make_single(registered: EnvSpec, options: dict[str, Any]) -> gymnasium.Env:
+def make_single(registered: EnvSpec, options: dict[str, Any], **further_options: Any) -> gymnasium.Env:
     """Returns one environment as Gymnasium makes it.
 
     Workers call this function, so it must be in a module that doesn't import JAX.
     """
     # Gymnasium's checker takes time in every step, and `qfleet check-env` checks more.
-    return gymnasium.make(registered, disable_env_checker=True, **options)
+    return gymnasium.make(registered, disable_env_checker=True, **{**options, **further_options})
+
+
+class MakeNew:
+    """A user's function that must return a new environment each time, because lanes can't share one.
+
+    Workers call it, so it must be in a module that doesn't import JAX.
+    """
+
+    def __init__(self, name: str, make: Callable[..., gymnasium.Env], env: gymnasium.Env) -> None:
+        self._name, self._make = name, make
+        self._last: weakref.ref[gymnasium.Env] | None = weakref.ref(env)
+
+    def __call__(self, **options: Any) -> gymnasium.Env:
+        env = self._make(**options)
+        if self._last is not None and self._last() is env:
+            raise ConfigError(
+                f"environment {self._name} must be a new one for each lane, but its maker returned the same object "
+                f"twice; make it inside the function, as in `lambda: gymnasium.make(...)`"
+            )
+        self._last = weakref.ref(env)
+        return env
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_last": None}  # what another process makes is new to this one
 
 
 class SingleEnv(NamedTuple):
@@ -73,8 +101,7 @@ class SingleEnv(NamedTuple):
     name: str
     make: Callable[[], gymnasium.Env]
     encoder: Encoder
-    first_action: int
-    """Number of the environment's first action, which is action 0 of the agent."""
+    actions: Actions
 
 
 class LaneGroup:
@@ -82,6 +109,11 @@ class LaneGroup:
 
     def __init__(self, env: SingleEnv, lanes: Sequence[int], max_failures: int) -> None:
         self._lanes = [_LaneEnv(env, lane, max_failures) for lane in lanes]
+
+    @property
+    def has_action_mask(self) -> bool:
+        """Whether some environment has returned `info["action_mask"]` from `reset`."""
+        return any(lane.has_action_mask for lane in self._lanes)
 
     def reset(self, seed: int, rebuilds: int, out: StepArrays) -> list[Failure]:
         """Starts an episode in every lane, writes the first observations into `out` and returns the failures."""
@@ -115,10 +147,12 @@ class _LaneEnv:
     """The environment of one lane, with NEXT_STEP autoreset. It is replaced when it fails."""
 
     def __init__(self, env: SingleEnv, lane: int, max_failures: int) -> None:
-        self._make_env, self._encoder, self._first_action = env.make, env.encoder, env.first_action
+        self._make_env, self._encoder, self._actions = env.make, env.encoder, env.actions
         self._lane = lane
         self._max_failures = max_failures
         self._env = env.make()
+        self.has_action_mask = False
+        self._has_worked = False  # until a step has, a failure may mean that the environment never can
         self._ended = False
         self._seed = self._rebuilds = self._env_seed = 0
         self._failures: list[Failure] = []
@@ -135,12 +169,11 @@ class _LaneEnv:
             if self._ended:
                 # Without a seed, the environment continues with its own random numbers.
                 return self._begin(None), 0.0, False, False
-            raw, reward, terminated, truncated, _ = self._env.step(self._first_action + int(action))
-            observation, reward = self._encoder(raw), float(reward)
-            if not math.isfinite(reward):
-                raise ValueError(f"the reward must be finite, got {reward}")
-            self._ended = bool(terminated or truncated)
-            return observation, reward, bool(terminated), bool(truncated)
+            raw, reward, terminated, truncated = step_env(self._env, self._actions.one(action))
+            observation = self._encode(raw, "step")
+            self._ended = terminated or truncated
+            self._has_worked = True
+            return observation, reward, terminated, truncated
         except Exception as error:
             return self._replace(error), 0.0, False, False
 
@@ -160,15 +193,24 @@ class _LaneEnv:
         return self._begin(self._env_seed)
 
     def _begin(self, seed: int | None) -> np.ndarray:
-        raw, _ = self._env.reset(seed=seed)
+        raw, info = reset_env(self._env, seed)
         self._ended = False
-        return self._encoder(raw)
+        self.has_action_mask |= "action_mask" in info
+        return self._encode(raw, "reset")
+
+    def _encode(self, raw: Any, method: str) -> np.ndarray:
+        try:
+            return self._encoder(raw)
+        except BrokenContract as error:
+            raise BrokenContract(f"{error}{at(self._env, method)}") from None
 
     def _replace(self, error: Exception) -> np.ndarray:
         """Replaces the environment and returns the first observation of the new one.
 
         If that fails too, it counts as another failure, and the next one is tried.
         """
+        if not self._has_worked:
+            error = explain(error, self._make_env, self._actions.one(0))
         self._fail(error)
         while len(self._failures) <= self._max_failures:
             self.close()

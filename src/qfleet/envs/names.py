@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib
+import importlib.metadata
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from qfleet.config.errors import ConfigError, suggest
@@ -14,6 +17,7 @@ BACKENDS = {
     "gym": "qfleet.envs.gymnasium",
     "ale": "qfleet.envs.ale",
     "envpool": "qfleet.envs.envpool",
+    "factory": "qfleet.envs.factory",
 }
 """The module of each backend. Its `make` takes the part of the name after the colon."""
 
@@ -79,3 +83,27 @@ def check_trusted(name: str, run: Path, *, trust: bool) -> None:
             f"nothing in a run's folder is ever imported, so module {module} can't be looked for in {module_folder()}, "
             f"which is part of run {run.absolute()}; change to the folder with your module and give the run's path"
         )
+
+
+def module_that_registers(name: str) -> str | None:
+    """Returns the installed module that registers an id with Gymnasium when imported, or None if none is known to.
+
+    It imports nothing. It looks for the id in the first file of each module whose package needs Gymnasium.
+    """
+    quoted = re.compile(rf"""["']{re.escape(name)}["']""")
+    for module, file in _modules_with_gymnasium():
+        if quoted.search(file.read_text(encoding="utf-8", errors="replace")):
+            return module
+    return None
+
+
+def _modules_with_gymnasium() -> Iterator[tuple[str, Path]]:
+    """Yields the installed modules, each with its `__init__.py`, of packages that name Gymnasium as a requirement."""
+    for distribution in importlib.metadata.distributions():
+        if not any(re.match(r"gymnasium\b", requirement) for requirement in distribution.requires or ()):
+            continue
+        for path in distribution.files or ():
+            if len(path.parts) == 2 and path.name == "__init__.py" and path.parts[0].isidentifier():
+                file = Path(str(path.locate()))
+                if file.is_file():
+                    yield path.parts[0], file

@@ -4,44 +4,178 @@ Worker processes import this module, so it must not import JAX.
 """
 
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
+from gymnasium import spaces
 
 from qfleet.config.errors import ConfigError
+from qfleet.envs.contract import BrokenContract, summary, to_numbers
+
+_SMALLEST_PICTURE = 36  # pixels, the side from which convolutions of the Nature network suit an image
+
+MOST_VALUES = 1_000_000
+"""Largest number of values that the parts of one observation may become."""
 
 
-@dataclasses.dataclass(frozen=True)
+class _Part(NamedTuple):
+    """One array or number of an observation: all of it, or an entry of a Dict or a Tuple."""
+
+    path: tuple[Any, ...]
+    """Keys and indices that lead to it from the observation."""
+    shape: tuple[int, ...]
+    """Shape of what the environment returns."""
+    dtype: np.dtype
+    """Type of its encoding."""
+    choices: np.ndarray | None
+    """`[numbers, 2]` int64, the start and the count of each number, if it chooses among few values and becomes one-hot.
+    None if the numbers are values themselves."""
+
+    @property
+    def size(self) -> int:
+        """Number of values of its encoding."""
+        return math.prod(self.shape) if self.choices is None else int(self.choices[:, 1].sum())
+
+    @property
+    def name(self) -> str:
+        """Name of the part in errors."""
+        return "the observation" + "".join(f"[{key!r}]" for key in self.path)
+
+    @property
+    def rule(self) -> str:
+        """Description of what the environment must return."""
+        if self.choices is None:
+            return f"{self.dtype} of shape {self.shape}"
+        limits = ", ".join(f"{start} to {start + count - 1}" for start, count in self.choices[:3].tolist())
+        more = ", ..." if len(self.choices) > 3 else ""
+        return f"a whole number from {limits}" if not self.shape else f"{self.shape} whole numbers from {limits}{more}"
+
+    def encode(self, raw: Any, batch: tuple[int, ...]) -> np.ndarray:
+        """Returns the encoding, `[*batch, *shape]`, or `[*batch, size]` if it is one-hot."""
+        numbers = to_numbers(self.name, raw)
+        if numbers.shape != (*batch, *self.shape):
+            raise BrokenContract(f"{self.name} must have shape {(*batch, *self.shape)}, got {numbers.shape}")
+        return _fit(numbers, self.dtype, self.name) if self.choices is None else self._one_hot(numbers, batch)
+
+    def _one_hot(self, numbers: np.ndarray, batch: tuple[int, ...]) -> np.ndarray:
+        assert self.choices is not None
+        start, count = self.choices.T
+        columns = numbers.reshape(*batch, len(count))
+        is_valid = (columns >= start) & (columns < start + count)
+        if columns.dtype.kind == "f":
+            is_valid &= columns == np.floor(columns)
+        if not is_valid.all():
+            raise BrokenContract(f"{self.name} must be {self.rule}, got {columns[~is_valid].flat[0]}")
+        first_of_each = np.cumsum(count) - count - start
+        encoded = np.zeros((*batch, self.size), bool)
+        np.put_along_axis(encoded, first_of_each + columns.astype(np.int64), True, -1)
+        return encoded
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Encoder:
     """Converts raw observations to new arrays of one shape and dtype, and refuses those that don't fit."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    first: int | None = None
-    """Smallest observation of a Discrete space, whose observations become one-hot. None for a Box."""
+    parts: tuple[_Part, ...]
+    """What the observation consists of, in the order in which it is joined."""
+    structure: Any = None
+    """The keys of Dicts and the lengths of Tuples, nested as they are in the space. None for one part."""
+    pixel_limit: float | None = None
+    """Largest value of a pixel if the observation is an image whose space says so. `EnvSpec.pixel_limit`."""
 
     def __call__(self, raw: Any, num_lanes: int | None = None) -> np.ndarray:
         """Returns one observation `[*shape]`, or `[num_lanes, *shape]` from a batch, in an array of its own.
 
+        A batch of a Dict or Tuple space is a dict or tuple of batches, as Gymnasium's vector environments return it.
+
         Raises:
-          ValueError: if the shape isn't that of the space, or a number isn't finite.
+          BrokenContract: if the observation isn't one of the space, isn't finite, or can't be stored unchanged. Floats
+            are rounded to float32.
         """
-        if self.first is not None:
-            encoded = np.asarray(raw)[..., None] - self.first == np.arange(self.shape[0])
-            if not encoded.any(-1).all():
-                raise ValueError(f"the observation is outside of its Discrete space, got {raw}")
-        else:
-            with np.errstate(over="ignore"):  # an overflow gives infinity, which the check below reports more clearly
-                encoded = np.array(raw, self.dtype)
         batch = () if num_lanes is None else (num_lanes,)
-        if encoded.shape != (*batch, *self.shape):
-            raise ValueError(f"the observation must have shape {(*batch, *self.shape)}, got {encoded.shape}")
-        if encoded.dtype.kind == "f" and not np.isfinite(encoded).all():
-            where = "" if num_lanes is None else f" in lane {first_not_finite(encoded)}"
-            value = encoded[~np.isfinite(encoded)][0]
-            raise ValueError(f"the observation must be finite, got {value}{where}")
-        return encoded
+        if self.structure is None:
+            return self.parts[0].encode(raw, batch).reshape(*batch, *self.shape)
+        leaves = _leaves(self.structure, raw, "the observation")
+        encoded = [part.encode(leaf, batch) for part, leaf in zip(self.parts, leaves, strict=True)]
+        return np.concatenate([array.reshape(*batch, -1) for array in encoded], -1, dtype=self.dtype)
+
+    def any_batch(self, observation: Any) -> tuple[np.ndarray, bool]:
+        """Returns observations `[batch, *shape]`, and whether there was a batch rather than one observation.
+
+        It takes raw observations of the environment, and arrays that are encoded already.
+
+        Raises:
+          BrokenContract: if it is neither one observation nor a batch of them.
+        """
+        if self._is_encoded(observation):
+            array = np.asarray(observation)
+            is_batch = array.ndim > len(self.shape)
+            return _fit(array if is_batch else array[None], self.dtype, "the observation"), is_batch
+        leaves = [observation]
+        if self.structure is not None:
+            leaves = list(_leaves(self.structure, observation, "the observation"))
+        first = to_numbers(self.parts[0].name, leaves[0])
+        if first.ndim == len(self.parts[0].shape) + 1:
+            return self(observation, len(first)), True
+        return self(observation)[None], False
+
+    @property
+    def rule(self) -> str:
+        """Description of what the environment must return, in a few words."""
+        if self.structure is None:
+            return self.parts[0].rule
+        return "; ".join(f"{part.name.removeprefix('the ')}: {part.rule}" for part in self.parts)
+
+    def _is_encoded(self, observation: Any) -> bool:
+        """Returns whether an array has the encoding's shape and is nothing that the environment could return."""
+        if self.structure is None and self.parts[0].choices is None and self.parts[0].shape == self.shape:
+            return False  # both are the same
+        if not hasattr(observation, "dtype") or np.dtype(observation.dtype) != self.dtype:
+            return False
+        shape = np.shape(observation)
+        return shape == self.shape or shape[1:] == self.shape
+
+
+def _fit(numbers: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Returns numbers in a new array of another dtype.
+
+    Raises:
+      BrokenContract: if one isn't finite, or differs afterwards by more than float32's precision.
+    """
+    with np.errstate(all="ignore"):
+        stored = np.array(numbers, dtype)
+    if dtype.kind == "f":
+        is_right = np.isfinite(stored)
+        rule = f"finite in {dtype}"
+    elif numbers.dtype == dtype:
+        return stored
+    else:
+        is_right = stored == numbers
+        rule = f"whole numbers that {dtype} can hold" if dtype.kind in "iu" else "0 or 1"
+    if not is_right.all():
+        raise BrokenContract(f"{name} must be {rule}, got {numbers[~is_right].flat[0]}")
+    return stored
+
+
+def _leaves(structure: Any, raw: Any, name: str) -> Iterator[Any]:
+    """Yields the parts of a nested observation, in the order of the space."""
+    if structure is None:
+        yield raw
+    elif isinstance(structure, dict):
+        if not isinstance(raw, Mapping) or set(raw) != set(structure):
+            raise BrokenContract(f"{name} must be a dict with keys {list(structure)}, got {summary(raw)}")
+        for key, inner in structure.items():
+            yield from _leaves(inner, raw[key], f"{name}[{key!r}]")
+    else:
+        if not isinstance(raw, tuple | list) or len(raw) != len(structure):
+            raise BrokenContract(f"{name} must be a tuple of {len(structure)}, got {summary(raw)}")
+        for i, inner in enumerate(structure):
+            yield from _leaves(inner, raw[i], f"{name}[{i}]")
 
 
 def first_not_finite(batch: np.ndarray) -> int:
@@ -52,30 +186,74 @@ def first_not_finite(batch: np.ndarray) -> int:
 def make_encoder(space: gymnasium.Space, name: str) -> Encoder:
     """Returns the encoder of an observation space.
 
-    It keeps a Box as it is, but converts numbers that are floats or wider than 32 bits to float32. It makes Discrete
-    observations one-hot bool.
+    It keeps a Box as it is, but converts numbers that are floats or wider than 32 bits to float32. Discrete and
+    MultiDiscrete observations become one-hot bool, MultiBinary ones bool. The parts of a Dict or Tuple are flattened
+    and joined in the order of `gymnasium.spaces.utils.flatten`: a Dict's by its sorted keys, a Tuple's as they are.
+    They become bool if all of them are, keep their dtype if they share one, and become float32 otherwise.
 
     Raises:
-      ConfigError: if the space is neither.
+      ConfigError: if the space is another one, or is empty or too large.
     """
-    if isinstance(space, gymnasium.spaces.Discrete):
-        return Encoder((int(space.n),), np.dtype(bool), int(space.start))
-    if isinstance(space, gymnasium.spaces.Box) and space.shape:
+    parts = tuple(_parts(space, (), name))
+    size = sum(part.size for part in parts)
+    if not 1 <= size <= MOST_VALUES:
+        raise ConfigError(
+            f"environment {name}: an observation must have 1 to {MOST_VALUES} values, got {size} from {space}"
+        )
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        dtypes = {part.dtype for part in parts}
+        return Encoder((size,), dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32), parts, _structure(space))
+    (part,) = parts
+    shape = part.shape if isinstance(space, spaces.Box) and part.shape else (size,)
+    return Encoder(shape, part.dtype, parts, pixel_limit=_pixel_limit(space))
+
+
+def encoder_of_arrays(shape: tuple[int, ...], dtype: np.dtype) -> Encoder:
+    """Returns the encoder of observations that already are arrays of this shape and dtype."""
+    return Encoder(shape, dtype, (_Part((), shape, dtype, None),))
+
+
+def _parts(space: gymnasium.Space, path: tuple[Any, ...], name: str) -> Iterator[_Part]:
+    if isinstance(space, spaces.Dict):
+        for key, inner in space.spaces.items():
+            yield from _parts(inner, (*path, key), name)
+    elif isinstance(space, spaces.Tuple):
+        for i, inner in enumerate(space.spaces):
+            yield from _parts(inner, (*path, i), name)
+    elif isinstance(space, spaces.Discrete):
+        yield _Part(path, (), np.dtype(bool), np.array([[space.start, space.n]], np.int64))
+    elif isinstance(space, spaces.MultiDiscrete):
+        choices = np.stack([space.start.flatten(), space.nvec.flatten()], -1).astype(np.int64)
+        yield _Part(path, space.shape, np.dtype(bool), choices)
+    elif isinstance(space, spaces.MultiBinary):
+        yield _Part(path, tuple(space.shape), np.dtype(bool), None)
+    elif isinstance(space, spaces.Box):
         dtype = np.dtype(space.dtype)
         # Networks compute in float32. Narrower dtypes are kept because they save memory in the replay.
         is_kept = dtype.kind in "biu" and dtype.itemsize <= 4
-        return Encoder(space.shape, dtype if is_kept else np.dtype(np.float32))
-    remedy = "wrap it in gymnasium.wrappers.FlattenObservation and register that under an id of your own"
-    raise ConfigError(f"environment {name}: observations must be a Box with axes or Discrete, got {space}; {remedy}")
+        yield _Part(path, space.shape, dtype if is_kept else np.dtype(np.float32), None)
+    else:
+        rule = "a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple of these"
+        remedy = "wrap it in gymnasium.wrappers.TransformObservation, whose function returns one of these"
+        raise ConfigError(f"environment {name}: observations must be {rule}, got {space}; {remedy}")
 
 
-def discrete_actions(space: gymnasium.Space, name: str) -> gymnasium.spaces.Discrete:
-    """Returns the action space, which must be Discrete.
+def _structure(space: gymnasium.Space) -> Any:
+    if isinstance(space, spaces.Dict):
+        return {key: _structure(inner) for key, inner in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(map(_structure, space.spaces))
+    return None
 
-    Raises:
-      ConfigError: if it isn't.
+
+def _pixel_limit(space: gymnasium.Space) -> float | None:
+    """Returns the largest value of a pixel if the bounds of a Box of 2 or 3 axes are those of an image: 0 and 1 or 255.
+
+    A table of two axes with values up to 1 may be anything, so it must be as large as images are.
     """
-    if not isinstance(space, gymnasium.spaces.Discrete):
-        remedy = "choose an environment with discrete actions, or wrap it in gymnasium.wrappers.TransformAction"
-        raise ConfigError(f"environment {name}: actions must be Discrete, got {space}; {remedy}")
-    return space
+    if not isinstance(space, spaces.Box) or len(space.shape) not in (2, 3) or space.dtype in (np.uint8, np.bool_):
+        return None
+    high = float(space.high.flat[0])
+    is_bounded = high in (1.0, 255.0) and bool((space.low == 0).all() and (space.high == high).all())
+    is_large = len(space.shape) == 3 or high > 1 or min(space.shape) >= _SMALLEST_PICTURE
+    return high if is_bounded and is_large else None

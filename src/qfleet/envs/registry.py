@@ -5,15 +5,21 @@ This module doesn't import JAX until an environment is made, so that the command
 
 import functools
 import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from qfleet.config.errors import ConfigError, suggest
-from qfleet.envs.names import BACKENDS, import_module_of, searched_for
+from qfleet.envs.factory import FACTORY, factory_of
+from qfleet.envs.names import BACKENDS, import_module_of, module_that_registers, searched_for
 
 if TYPE_CHECKING:
+    import gymnasium
+
     from qfleet.envs.host import HostEnv
     from qfleet.envs.spec import InGraphEnv
 
@@ -24,13 +30,15 @@ _OURS = {
 }
 _MINATAR = ("Asterix-MinAtar", "Breakout-MinAtar", "Freeway-MinAtar", "Seaquest-MinAtar", "SpaceInvaders-MinAtar")
 
-_Make = Callable[..., "InGraphEnv | HostEnv"]
+_Make = Callable[..., "InGraphEnv | HostEnv | gymnasium.Env"]
 
 _registered: dict[str, _Make] = {}
 
 
 def register_env(name: str, make: _Make) -> None:
     """Gives an environment a name. `make_env(name, **options)` then calls `make(**options)` and checks the result.
+
+    `make` returns an `InGraphEnv`, a `HostEnv`, or a `gymnasium.Env`, which must be a new one each time.
 
     Registering a name again replaces it, so that a notebook cell may run twice.
 
@@ -92,7 +100,7 @@ def backend_of(name: str) -> str:
     return backend
 
 
-def _find(name: str) -> tuple[str, _Make]:
+def _find(name: str) -> "tuple[str, Callable[..., InGraphEnv | HostEnv]]":
     """Returns the backend of a name, and the function that makes the environment from its options."""
     if name in _OURS:
         return "in-graph", importlib.import_module(_OURS[name]).make
@@ -102,15 +110,47 @@ def _find(name: str) -> tuple[str, _Make]:
         return module_name.rpartition(".")[2], functools.partial(importlib.import_module(module_name).make, rest)
     module, local_name = import_module_of(name)
     if local_name in _registered:
-        return "registered", functools.partial(_make_registered, name, _registered[local_name])
+        make = _registered[local_name]
+        return "registered", lambda **options: make_by(name, make, options)
     _check_in_gymnasium(name, module, local_name)
     return "gymnasium", functools.partial(importlib.import_module(BACKENDS["gym"]).make, name)
 
 
-def _make_registered(name: str, make: _Make, **options: Any) -> "InGraphEnv | HostEnv":
-    env = make(**options)
+def make_by(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv | HostEnv":
+    """Returns the environment that a user's maker returns, after checking it.
+
+    Raises:
+      ConfigError: if the maker fails, doesn't take the options, or returns something else.
+    """
+    import gymnasium
+
+    env = _call(name, make, options)
+    if isinstance(env, gymnasium.Env):
+        from qfleet.envs.gymnasium import from_maker
+
+        return from_maker(name, cast("Callable[..., gymnasium.Env]", make), dict(options), env)
     check_env(env, name)
     return env
+
+
+def _call(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv | HostEnv | gymnasium.Env":
+    """Returns what a user's maker returns, and says which environment it is if it fails."""
+    from qfleet.envs.failures import describe
+
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ConfigError(
+            f"env_options must be options that the maker of {name} takes, got {dict(options)} ({error})"
+        ) from error
+    except ValueError:  # some functions written in C have no signature
+        pass
+    try:
+        return make(**options)
+    except ConfigError:
+        raise
+    except Exception as error:  # a user's function may raise anything
+        raise ConfigError(f"environment {name}: its maker must return an environment, got {describe(error)}") from error
 
 
 def default_topology(name: str, **options: Any) -> str:
@@ -122,15 +162,55 @@ def default_topology(name: str, **options: Any) -> str:
     backend, separator, _ = name.partition(":")
     if name in _OURS or backend == "gymnax":
         return "fused"
-    if separator and backend in BACKENDS:
+    if name.startswith(FACTORY):
+        make = factory_of(name)
+    elif separator and backend in BACKENDS:
         return "overlapped"
-    _, local_name = import_module_of(name)
-    if local_name not in _registered:
-        return "overlapped"
+    else:
+        _, local_name = import_module_of(name)
+        if local_name not in _registered:
+            return "overlapped"
+        make = _registered[local_name]
 
-    from qfleet.envs.host import HostEnv
+    from qfleet.envs.spec import InGraphEnv
 
-    return "overlapped" if isinstance(make_env(name, **options), HostEnv) else "fused"
+    with searched_for(name):
+        env = _call(name, make, options)
+    if isinstance(env, InGraphEnv):
+        return "fused"
+    if callable(close := getattr(env, "close", None)):
+        close()
+    return "overlapped"
+
+
+def check_can_travel(name: str) -> None:
+    """Raises ConfigError if processes that don't run the user's script can't find an environment by its name."""
+    module, _, local_name = name.rpartition(":")
+    if name.startswith(FACTORY) or module in ("__main__", "gym:__main__"):
+        what = "is a function of this program" if name.startswith(FACTORY) else "is in the script that is run"
+    elif not module and local_name in _registered:
+        what = "is registered by this program only"
+    elif module in ("", "gym") and local_name not in _OURS and not _is_registered_by_gymnasium(local_name):
+        what = "is registered with Gymnasium by this program only"
+    else:
+        return
+    remedy = "register it in a module that they can import, and train in MODULE:NAME"
+    raise ConfigError(
+        f"a run in several processes must find its environment by name in each of them, got {name}, which {what}; "
+        f"{remedy}, or in topology overlapped or fused"
+    )
+
+
+def _is_registered_by_gymnasium(name: str) -> bool:
+    """Returns whether a new process knows an id, because Gymnasium or one of its plugins registers it."""
+    import gymnasium
+
+    registered = gymnasium.registry.get(name)
+    entry_point = getattr(registered, "entry_point", None) or getattr(registered, "vector_entry_point", None)
+    if registered is None or (isinstance(entry_point, str) and entry_point.startswith("gymnasium.envs.")):
+        return True  # an unknown id has an error of its own
+    code = f"import gymnasium; raise SystemExit({name!r} not in gymnasium.registry)"
+    return subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=False).returncode == 0
 
 
 def check_env(env: "InGraphEnv | HostEnv", name: str) -> None:
@@ -142,7 +222,8 @@ def check_env(env: "InGraphEnv | HostEnv", name: str) -> None:
     from qfleet.envs.spec import InGraphEnv
 
     is_env = isinstance(env, InGraphEnv | HostEnv)
-    _check(is_env, name, "what its make() returns", "an InGraphEnv or a HostEnv", type(env).__name__)
+    rule = "a gymnasium.Env, an InGraphEnv or a HostEnv"
+    _check(is_env, name, "what its make() returns", rule, f"{type(env).__module__}.{type(env).__name__}")
     _check_spec(env.spec, name)
     if isinstance(env, InGraphEnv):
         _check_in_graph(env, name)
@@ -159,7 +240,15 @@ def _check_in_gymnasium(name: str, module: str, local_name: str) -> None:
         raise ConfigError(f"{rule}, it registered no such name.{near}")
     known = dict.fromkeys([*_OURS, *_registered, *(f"gymnax:{minatar}" for minatar in _MINATAR), *gymnasium.registry])
     near = suggest(name, known)
-    raise ConfigError(f"no environment is named {name!r}.{near} `qfleet envs` lists them all.")
+    if home := module_that_registers(name):
+        raise ConfigError(
+            f"no environment is named {name!r} until the package that registers it is imported; name its module too: "
+            f"{home}:{name}"
+        )
+    raise ConfigError(
+        f"no environment is named {name!r}.{near} If a package registers it when imported, name its module too, as in "
+        f"MODULE:{name}. `qfleet envs` lists all others."
+    )
 
 
 def _check(holds: bool, name: str, what: str, rule: str, value: Any) -> None:
@@ -181,6 +270,9 @@ def _check_spec(spec: Any, name: str) -> None:
     for name_of_count in ("num_actions", "frame_stack"):
         count = getattr(spec, name_of_count)
         _check(_is_count(count), name, name_of_count, "a whole number, at least 1", count)
+    pixel = spec.pixel_limit
+    is_limit = pixel is None or (isinstance(pixel, int | float) and pixel > 0)
+    _check(is_limit, name, "pixel_limit", "a positive number or None", pixel)
     limit = spec.time_limit
     _check(limit is None or _is_count(limit), name, "time_limit", "a whole number, at least 1, or None", limit)
 

@@ -8,6 +8,8 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from qfleet.envs.actions import Actions
+from qfleet.envs.contract import BrokenContract, to_numbers
 from qfleet.envs.failures import Failure, FailureBudget, describe, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.observations import Encoder, first_not_finite
@@ -78,10 +80,7 @@ class VectorLanes:
                 raise self._error
             step = self._backend.recv()
             live = ~self._ended
-            reward = np.where(live, step.reward, 0.0).astype(np.float32)
-            if not np.isfinite(reward).all():
-                lane = first_not_finite(reward)
-                raise ValueError(f"the reward must be finite, got {reward[lane]} in lane {lane}")
+            reward = _stored(np.where(live, step.reward, 0.0))
         except Exception as error:
             nothing = np.zeros(self._num_lanes, bool)
             observation = self._replace(error)
@@ -89,6 +88,11 @@ class VectorLanes:
         terminated, truncated = live & step.terminated, live & step.truncated
         self._ended = terminated | truncated
         return HostStep(step.observation, reward, terminated, truncated, np.zeros(self._num_lanes, bool))
+
+    @property
+    def has_action_mask(self) -> bool:
+        """Whether the backend has returned `info["action_mask"]` from `reset`."""
+        return bool(getattr(self._backend, "has_action_mask", False))
 
     def close(self) -> None:
         self._backend.close()
@@ -112,6 +116,16 @@ class VectorLanes:
                 error = another
 
 
+def _stored(reward: np.ndarray) -> np.ndarray:
+    """Returns rewards as the replay stores them, or raises `BrokenContract` if float32 can't hold one."""
+    with np.errstate(over="ignore"):  # an overflow gives infinity, which the error reports more clearly
+        stored = reward.astype(np.float32)
+    if not np.isfinite(stored).all():
+        lane = first_not_finite(stored)
+        raise BrokenContract(f"the reward must be finite in float32, got {reward[lane]} in lane {lane}")
+    return stored
+
+
 class GymnasiumVector:
     """A Gymnasium VectorEnv of any autoreset mode, as a backend. `recv` does the work.
 
@@ -127,19 +141,21 @@ class GymnasiumVector:
     all lanes from one generator.
     """
 
-    def __init__(self, env: gymnasium.vector.VectorEnv, encoder: Encoder, first_action: int) -> None:
-        self._env, self._encoder, self._first_action = env, encoder, first_action
+    def __init__(self, env: gymnasium.vector.VectorEnv, encoder: Encoder, actions: Actions) -> None:
+        self._env, self._encoder, self._actions = env, encoder, actions
         self._mode = env.metadata["autoreset_mode"]
-        self._action = np.zeros(env.num_envs, np.int64)
+        self._action = actions.batch(np.zeros(env.num_envs, np.int32))
+        self.has_action_mask = False
         self._ended = np.zeros(env.num_envs, bool)
 
     def begin(self, seeds: Sequence[int]) -> np.ndarray:
-        raw, _ = self._env.reset(seed=seeds[0])
+        raw, info = self._env.reset(seed=seeds[0])
+        self.has_action_mask |= "action_mask" in info
         self._ended = np.zeros(self._env.num_envs, bool)
         return self._encode(raw)
 
     def send(self, action: np.ndarray) -> None:
-        self._action = action.astype(np.int64) + self._first_action
+        self._action = self._actions.batch(action)
 
     def recv(self) -> VectorStep:
         begins = self._ended
@@ -155,7 +171,7 @@ class GymnasiumVector:
         if self._mode is AutoresetMode.SAME_STEP:
             for lane in np.flatnonzero(self._ended):
                 observation[lane] = self._encoder(info["final_obs"][lane])
-        return VectorStep(observation, np.array(reward, np.float32), terminated, truncated)
+        return VectorStep(observation, to_numbers("the reward", reward), terminated, truncated)
 
     def close(self) -> None:
         self._env.close()

@@ -3,6 +3,7 @@
 Worker processes import this module, so it must not import JAX.
 """
 
+import multiprocessing
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -25,11 +26,15 @@ class Share(NamedTuple):
 
 
 def work(connection: Connection, buffer: Any, share: Share) -> None:
-    """Answers `("reset", seed, rebuilds)` and `("step", actions)` with lists of failures, until the other end closes.
+    """Answers `("reset", seed, rebuilds)` and `("step", actions)` until the other end closes.
+
+    Each answer is a pair: the failures, and whether an environment has returned an action mask.
 
     Before that, it sends one message: `None` once the environments are made, or a line that says why they couldn't be.
     """
     leave_to_parent()
+    # An environment may start processes itself, which Python forbids to daemons. This one ends with its pipe instead.
+    multiprocessing.current_process().daemon = False
     forget_safe_start()
     lanes = slice(share.lanes.start, share.lanes.stop)
     out = make_arrays(share.num_lanes, share.env.encoder, buffer).of(lanes)
@@ -44,8 +49,8 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
         while True:
             match connection.recv():
                 case "reset", seed, rebuilds:
-                    connection.send(group.reset(seed, rebuilds, out))
+                    connection.send((group.reset(seed, rebuilds, out), group.has_action_mask))
                 case "step", actions:
-                    connection.send(group.step(actions, out))
+                    connection.send((group.step(actions, out), group.has_action_mask))
     except (EOFError, OSError):  # the parent has closed its end of the pipe, or has died
         group.close()

@@ -6,6 +6,7 @@ than forked, because a forked copy of a process in which JAX has threads may han
 
 import atexit
 import multiprocessing
+import pickle
 import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -31,6 +32,11 @@ class WorkerLanes:
     """`HostLanes` in `options.num_env_workers` processes, or as many as there are lanes."""
 
     def __init__(self, env: SingleEnv, num_lanes: int, options: LaneOptions) -> None:
+        if multiprocessing.current_process().daemon:
+            raise ConfigError(
+                f"num_env_workers must be 0 in a process that may start no others, such as multiprocessing.Pool's, got "
+                f"{options.num_env_workers}; start the run from concurrent.futures.ProcessPoolExecutor instead"
+            )
         self._options = options
         self._budget = FailureBudget(env.name, options.max_failures)
         context = multiprocessing.get_context("spawn")
@@ -38,6 +44,14 @@ class WorkerLanes:
         self._arrays = make_arrays(num_lanes, env.encoder, buffer)
         shares = np.array_split(np.arange(num_lanes), min(options.num_env_workers, num_lanes))
         env = env._replace(make=CloudpickleWrapper(env.make))  # so that closures and notebook classes can be sent too
+        try:
+            pickle.dumps(env)
+        except Exception as error:  # what can't be pickled raises errors of many types
+            raise ConfigError(
+                f"environment {env.name} must be one that can be sent to worker processes, got "
+                f"{type(error).__name__}: {error}; make what it holds inside the function that makes it, or train with "
+                f"num_env_workers=0"
+            ) from error
         self._workers: list[_Worker] = []
         # At the end of this process, multiprocessing asks its children to end by SIGTERM, which these don't heed, and
         # waits for them. So they must have ended before.
@@ -51,8 +65,7 @@ class WorkerLanes:
         except _WorkerLost as lost:
             self.close()
             raise ConfigError(
-                f"environment {env.name} must be one that a worker process can make, got: {lost}. If your script "
-                "trains at its top level, put that under `if __name__ == '__main__':`"
+                f"environment {env.name} must be one that a worker process can make, got: {lost}{lost.hint}"
             ) from lost
         except BaseException:  # a request to stop, while environments are made
             self.close()
@@ -72,6 +85,11 @@ class WorkerLanes:
     def recv(self) -> HostStep:
         self._gather()
         return HostStep(*(array.copy() for array in self._arrays))
+
+    @property
+    def has_action_mask(self) -> bool:
+        """Whether some environment has returned `info["action_mask"]` from `reset`."""
+        return any(worker.has_action_mask for worker in self._workers)
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -112,6 +130,15 @@ class WorkerLanes:
 class _WorkerLost(Exception):
     """A worker died or hangs. The message says which."""
 
+    hint = ". If your script trains at its top level, put that under `if __name__ == '__main__':`"
+    """What the reason may be if the worker never was ready."""
+
+
+class _CannotMake(_WorkerLost):
+    """A worker couldn't make its environments, and told why."""
+
+    hint = ""
+
 
 class _Worker:
     """One worker process and its pipe. It can be restarted."""
@@ -121,6 +148,7 @@ class _Worker:
         self.lanes = share.lanes
         self._seed = self._rebuilds = 0
         self._sent_at = 0.0
+        self.has_action_mask = False
         self._start()
 
     @property
@@ -131,7 +159,7 @@ class _Worker:
         self._sent_at = time.monotonic()
         reason = self._answer(_START_SECONDS)
         if reason is not None:
-            raise _WorkerLost(reason)
+            raise _CannotMake(reason)
 
     def reset(self, seed: int) -> None:
         self._seed, self._rebuilds = seed, 0
@@ -150,8 +178,9 @@ class _Worker:
         Raises:
           _WorkerLost: if the worker died or takes too long.
         """
-        answer: list[Failure] = self._answer(timeout_seconds)
-        return answer
+        failures: list[Failure]
+        failures, self.has_action_mask = self._answer(timeout_seconds)
+        return failures
 
     def restart(self, rebuilds: int) -> None:
         """Starts another process in place of this one, and a new episode in each of its lanes."""

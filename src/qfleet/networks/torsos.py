@@ -40,26 +40,45 @@ TORSOS: dict[TorsoName, tuple[ConvolutionSize, ...]] = {
 def choose_torso(spec: EnvSpec, torso: Literal["auto", "mlp", "minatar", "nature"]) -> TorsoName:
     """Returns the torso that `torso` means for these observations.
 
-    `auto` decides by their shape before stacking. Observations with three axes, or with two axes of uint8 pixels, are
-    images. Images of at least 36 pixels in height and width, the least that its convolutions take, get `nature`. Images
-    of at least 5 pixels get `minatar`, and everything else gets `mlp`. A torso has convolutions only: the dense layers
-    that follow it are `AgentConfig.hidden_sizes`, whatever the torso.
+    `auto` decides by their shape before stacking. Observations with three axes, or with two axes of pixels (uint8, or
+    with a `pixel_limit`), are images. Images of at least 36 pixels in height and width, the least that its convolutions
+    take, get `nature`. Images of at least 5 pixels get `minatar`, and everything else gets `mlp`. A torso has
+    convolutions only: the dense layers that follow it are `AgentConfig.hidden_sizes`, whatever the torso.
 
     Raises:
-      ConfigError: if the torso needs images, or larger ones.
+      ConfigError: if the torso needs images, or larger ones, or `auto` meets what may be stacked images.
     """
+    shape = spec.observation_shape
     image = image_shape(spec)
     if torso == "auto":
+        if len(shape) > 3 and sorted(shape)[-2] >= _smallest_image(TORSOS["nature"]):
+            raise ConfigError(
+                f"images must have 2 or 3 axes, got observations of shape {shape} from {spec.name}; join the frames of "
+                f"a stack with their channels, as [height, width, frames x channels], or give --torso mlp to flatten "
+                f"them"
+            )
         size = min(image[:2]) if image else 0
-        is_picture = len(spec.observation_shape) == 3 or spec.observation_dtype == np.uint8
+        is_picture = len(shape) == 3 or spec.observation_dtype == np.uint8 or spec.pixel_limit is not None
         return "mlp" if size < 5 or not is_picture else "minatar" if size < 36 else "nature"
     smallest = _smallest_image(TORSOS[torso])
     if TORSOS[torso] and (image is None or min(image[:2]) < smallest):
+        seen = f"height, width and channels {image}" if image else f"shape {spec.agent_observation_shape}"
         raise ConfigError(
-            f"torso {torso} needs images at least {smallest} pixels high and wide, got observations of shape "
-            f"{spec.agent_observation_shape} from {spec.name}; try torso auto"
+            f"torso {torso} needs images at least {smallest} pixels high and wide, got observations of {seen} from "
+            f"{spec.name}; give --torso auto, or let the environment return larger images"
         )
     return torso
+
+
+def has_channels_first(spec: EnvSpec) -> bool:
+    """Returns whether an observation is `[channels, height, width]` rather than `[height, width, channels]`.
+
+    It is if its first axis is the shortest of three, and the other two are as similar as the sides of a picture.
+    """
+    if len(spec.observation_shape) != 3:
+        return False
+    channels, height, width = spec.observation_shape
+    return channels < min(height, width) and max(height, width) <= 4 * min(height, width)
 
 
 def image_shape(spec: EnvSpec) -> tuple[int, int, int] | None:
@@ -67,6 +86,8 @@ def image_shape(spec: EnvSpec) -> tuple[int, int, int] | None:
     if len(spec.observation_shape) not in (2, 3):
         return None
     height, width, *channels = spec.observation_shape
+    if has_channels_first(spec):
+        height, width, channels = width, channels[0], [height]
     return height, width, math.prod(channels) * spec.frame_stack
 
 
@@ -143,18 +164,26 @@ def block_size(spec: EnvSpec, config: AgentConfig) -> int:
 def make_storage_layout(spec: EnvSpec, config: AgentConfig) -> Callable[[jax.Array], jax.Array]:
     """Returns the function that brings frames into the layout that the torso's first layer takes.
 
+    Channels that come first are moved to the last axis, where convolutions take them.
+
     With blocks of s x s pixels, `[..., height, width(, channels)]` becomes
     `[..., s * s * channels, height / s, width / s]`. The replay stores frames in this layout, because making blocks at
     every learner step would take a fifth of the step's time with the Nature network. Channels come first because the
     fastest products on a CPU have pixels as columns.
     """
     size = block_size(spec, config)
+    moves_channels = has_channels_first(spec) and choose_torso(spec, config.torso) != "mlp"
+
+    def channels_last(obs: jax.Array) -> jax.Array:
+        return jnp.moveaxis(obs, -3, -1) if moves_channels else obs
 
     def to_storage_layout(obs: jax.Array) -> jax.Array:
-        image = obs if len(spec.observation_shape) == 3 else obs[..., None]
+        image = channels_last(obs) if len(spec.observation_shape) == 3 else obs[..., None]
         return jnp.moveaxis(to_blocks(image, size), -1, -3)
 
-    return to_storage_layout if size > 1 else identity
+    if size > 1:
+        return to_storage_layout
+    return channels_last if moves_channels else identity
 
 
 class Torso(nnx.Module):
@@ -170,6 +199,7 @@ class Torso(nnx.Module):
         self.num_features = math.prod(spec.agent_observation_shape)
         self.block_size = block_size(spec, config)
         self.raw_shape, self.frame_stack = spec.agent_observation_shape, spec.frame_stack
+        self.pixel_limit = 255 if spec.observation_dtype == np.uint8 else spec.pixel_limit
         self.to_storage_layout = make_storage_layout(spec, config)
         self.convolutions: nnx.List[Hidden] = nnx.List([])
         if self.image_shape is None:
@@ -186,8 +216,8 @@ class Torso(nnx.Module):
         if observations.shape[1:] == self.raw_shape:
             observations = stack_to_storage_layout(self.to_storage_layout, observations, self.frame_stack)
         x = observations.astype(jnp.float32)
-        if observations.dtype == jnp.uint8:
-            x = x / 255
+        if self.pixel_limit is not None and self.pixel_limit != 1:
+            x = x / self.pixel_limit
         if self.block_size > 1:
             x = jnp.moveaxis(x, 1, 3)  # channels of a block, before the frames of a stack
             x = x.reshape(*x.shape[:3], -1)

@@ -30,13 +30,14 @@ def enable_compilation_cache() -> Path | None:
     if configured:
         return Path(configured)
     chosen = os.environ.get("QFLEET_CACHE_DIR")
-    if chosen:
-        directory = Path(chosen).expanduser().absolute()
-    else:
-        import platformdirs
-
-        directory = Path(platformdirs.user_cache_dir("qfleet")) / "xla"
+    directory = Path(chosen or "the user's cache folder")  # for the warning, if there is no such folder
     try:
+        if chosen:
+            directory = Path(chosen).expanduser().absolute()
+        else:
+            import platformdirs
+
+            directory = Path(platformdirs.user_cache_dir("qfleet")) / "xla"
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory.mkdir(mode=0o700, exist_ok=True)
         if reason := _why_unsafe(directory):
@@ -44,8 +45,9 @@ def enable_compilation_cache() -> Path | None:
             return None
         with tempfile.TemporaryFile(dir=directory):
             pass  # only writing a file shows whether one can: root, read-only mounts and quotas defy permission bits
-    except OSError as error:
-        _warn(f"can't write to {directory} ({error.strerror or error})", "set QFLEET_CACHE_DIR to a writable folder")
+    except (OSError, RuntimeError) as error:  # the second one says that the user has no home folder
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        _warn(f"can't write to {directory} ({reason})", "set QFLEET_CACHE_DIR to a writable folder")
         return None
     keep_cache_entries_whole()
     jax.config.update("jax_compilation_cache_dir", str(directory))

@@ -1,17 +1,108 @@
 """Settings of JAX devices: which ones XLA uses, with how many threads and how much memory."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 
 import jax
 
+from qfleet.config import ConfigError, RunFailed
 from qfleet.runtime.process import available_memory_bytes
+from qfleet.runtime.workarounds.jax_backends import has_started
 
 SMALL = 50_000
 """Number of parameters up to which one thread is faster than several.
 
 On two cores a learner step of 5,000 parameters takes 80 us with one thread and 110 us with two. Two threads spend the
 difference on handing tiny operations to each other."""
+
+
+_is_forked = False  # whether this process was forked from one that had started JAX
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = has_started()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def check_not_forked() -> None:
+    """Checks that JAX can compute in this process. In a process that was forked after JAX had started, it hangs.
+
+    Raises:
+      ConfigError: if it can't.
+    """
+    if _is_forked:
+        raise ConfigError(
+            f"JAX must start in the process that uses it, got process {os.getpid()}, which was forked from one that "
+            f"had started JAX and would hang; start processes with multiprocessing.get_context('spawn'), or with "
+            f"mp_context=multiprocessing.get_context('spawn') for concurrent.futures"
+        )
+
+
+@contextlib.contextmanager
+def clear_platform_errors() -> Iterator[None]:
+    """Raises a ConfigError with the remedy if JAX can't be used as this process and its variables are set up.
+
+    Use it around the beginning of a run, or as a decorator. It doesn't start JAX by itself.
+
+    Raises:
+      ConfigError: if JAX computes in 64 bits, finds no device, or was started before this process was forked.
+    """
+    check_not_forked()
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise ConfigError(
+            "qfleet computes in 32 bits, got jax_enable_x64; unset JAX_ENABLE_X64, or call qfleet within "
+            "`with jax.enable_x64(False):`"
+        )
+    try:
+        yield
+    except (ConfigError, RunFailed):
+        raise
+    except (RuntimeError, AssertionError) as error:  # of whatever used JAX first
+        if reason := _why_no_devices():
+            raise ConfigError(reason) from error
+        raise
+
+
+def check_platforms_of_children() -> None:
+    """Checks that a process started with this one's variables would find its devices, without starting JAX here.
+
+    Raises:
+      ConfigError: if `JAX_PLATFORMS` names others than the CPU, and JAX doesn't find them.
+    """
+    if os.environ.get("JAX_PLATFORMS", "cpu") not in ("", "cpu"):
+        command = [sys.executable, "-c", "import jax; jax.devices()"]
+        found = subprocess.run(command, capture_output=True, text=True)
+        if found.returncode != 0:
+            raise ConfigError(_no_devices(found.stderr.strip().rpartition("\n")[2].partition(": ")[2]))
+
+
+def _why_no_devices() -> str | None:
+    """Returns the reason why JAX can't start, with the remedy; None if it can."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        return _no_devices(str(error))
+    return None
+
+
+def _no_devices(error: str) -> str:
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    detail = error.partition(" (")[0].strip(" .") or "there is no such device"
+    if platforms:
+        given, remedy = f"JAX_PLATFORMS={platforms}", "unset JAX_PLATFORMS, or set JAX_PLATFORMS=cpu"
+    else:
+        given, remedy = "no JAX_PLATFORMS", "set JAX_PLATFORMS=cpu to do without the device that fails"
+    return (
+        f"JAX must find the devices that it is told to use, got {given}: {detail}; {remedy}; for NVIDIA GPUs, "
+        f"install qfleet's extra `cuda`, and let nvidia-smi show the GPU"
+    )
 
 
 def limit_cpu_threads(num_parameters: int) -> None:

@@ -63,7 +63,11 @@ def play(
         yield from _play_in_graph(env, q_values, num_episodes, seed, to_storage_layout)
         return
     if env.make_rendered_lanes is None:
-        _check_is_picture(env.spec, "HostEnv `make_rendered_lanes`")
+        _check_is_picture(
+            env.spec,
+            'let a Gymnasium environment render: "rgb_array" in its metadata["render_modes"], and a picture from '
+            "`render`; give a HostEnv of your own `make_rendered_lanes`",
+        )
     # No failure may pass unnoticed, because the episode shown would then be pieced together from two.
     options = LaneOptions(max_failures=0)
     lanes = env.make_rendered_lanes(options) if env.make_rendered_lanes else _Observed(env, options)
@@ -93,7 +97,7 @@ def _play_in_graph(
 ) -> Iterator[Iterator[Moment]]:
     render = env.render
     if render is None:
-        _check_is_picture(env.spec, "InGraphEnv a `render`")
+        _check_is_picture(env.spec, "give the InGraphEnv a `render`")
     reset_key, step_key = jax.random.split(key_of(seed, Stream.POLICY))
 
     @jax.jit
@@ -184,5 +188,5 @@ def _check_is_picture(spec: EnvSpec, remedy: str) -> None:
     if not is_picture(spec):
         raise ConfigError(
             f"{spec.name} must have something to draw to be watched, got no renderer, and observations "
-            f"{spec.observation_dtype} {list(spec.observation_shape)}, which are not pictures; give the {remedy}"
+            f"{spec.observation_dtype} {list(spec.observation_shape)}, which are not pictures; {remedy}"
         )

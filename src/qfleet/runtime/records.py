@@ -74,6 +74,9 @@ class Progress:
         values["env_steps_per_second"] = self.new_env_steps / self.train_seconds
         values["learner_steps_per_second"] = self.new_learner_steps / self.train_seconds
         values["eval_return_mean"] = self.eval_return_mean
+        if self.eval_returns is not None and len(self.eval_returns) > 1:
+            for i, returns in enumerate(self.eval_returns):
+                values[f"eval_return_mean_seed_{i}"] = mean(returns)
         for part, seconds in (self.part_seconds or {}).items():
             values[f"time_share_{part}"] = seconds / self.train_seconds
         for name, value in (self.fleet or {}).items():

@@ -17,7 +17,8 @@ from qfleet.config import (
 from qfleet.config.topology import EnvironmentKind
 from qfleet.core.types import Network
 from qfleet.envs.host import HostEnv
-from qfleet.envs.registry import make_env
+from qfleet.envs.probe import check_works
+from qfleet.envs.registry import check_can_travel, make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu, use_cpu_only
@@ -42,12 +43,24 @@ def footprint(
     """
     if config.topology.runs_in == "joined processes":
         set_cpu_devices(config.topology.mesh.num_devices)  # as if this process had all processes' devices
-    env, network = make_env_and_network(config, network)
+    env, network = _describe_env_and_network(config, network)
     return make_topology(config, env, network, optimiser).footprint()
 
 
 def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
-    """Divides the CPU into the devices that the run wants, which must precede any use of JAX, and returns both."""
+    """Divides the CPU into the devices that the run wants, which must precede any use of JAX, and returns both.
+
+    Raises:
+      ConfigError: if there is no such environment, it fails in its first step, or the network doesn't suit it.
+    """
+    env, network = _describe_env_and_network(config, network)
+    if isinstance(env, HostEnv):
+        check_works(env, config.topology.lane_options)
+    return env, network
+
+
+def _describe_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
+    """Returns both as `make_env_and_network` does, but takes no step in the environment."""
     topology = config.topology
     if topology.runs_in == "ray":
         use_cpu_only()  # this process only directs the others, and one of them may need the whole GPU
@@ -80,14 +93,19 @@ def make_topology(
 
 def make_own_learner(config: TrainConfig) -> OwnLearner:
     """Returns the topology of a process that learns on its own; a gossip run calls this in each of its peers."""
-    env, network = make_env_and_network(config, None)
+    env, network = _describe_env_and_network(config, None)
     topology = make_topology(config, env, network, None)
     assert isinstance(topology, OwnLearner)
     return topology
 
 
 def check_is_built_in(config: TrainConfig, network: Network | None, optimiser: Any) -> None:
-    """Raises ConfigError if a network or optimiser is given to a topology whose processes build their own."""
+    """Raises ConfigError if a topology's processes must build what only this process has.
+
+    That is a network or an optimiser that is given, or an environment that this program registers.
+    """
+    if config.topology.builds_own_network:
+        check_can_travel(config.env)
     if config.topology.builds_own_network and (network is not None or optimiser is not None):
         given = " and ".join(
             name for name, value in (("network", network), ("optimiser", optimiser)) if value is not None

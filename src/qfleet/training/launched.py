@@ -11,9 +11,13 @@ from typing import Any
 from qfleet.config import AllReduceConfig, ConfigError, TrainConfig
 from qfleet.config.encoding import encode_topology
 from qfleet.core.learner import make_optimiser
+from qfleet.envs.host import HostEnv
+from qfleet.envs.probe import check_works
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.networks import check_network, make_network
+from qfleet.runtime.activity import announce
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.devices import check_platforms_of_children
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
@@ -39,9 +43,13 @@ class LaunchedRun:
         self._began = time.monotonic()
         # Mistakes are found here, once, before the folder is touched. This process uses no device.
         check_places(self._topology)
+        if self._topology.ray_address is None:
+            check_platforms_of_children()
         env = make_env(config.env, **config.env_options)
         check_network(make_network(env.spec, config.agent), env.spec)
         make_optimiser(config.agent)
+        if isinstance(env, HostEnv):
+            check_works(env, self._topology.lane_options)
         self.config = config
         self.backend = backend_of(config.env)
         """Backend that makes the environments, as named by `backend_of`."""
@@ -63,6 +71,7 @@ class LaunchedRun:
         """Yields the progress of the first process, which stands for all; nothing if it runs on another host."""
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
         has_begun = False
+        announce("starting processes")
         try:
             with StopFlag() as stop:
                 with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes

@@ -38,10 +38,11 @@ def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
         "solved_at": isinstance(solved_at, list)
         and len(solved_at) == config.num_seeds
         and all(steps is None or _is_count(steps) for steps in solved_at),
-        "stop_return": _is_number(metadata.get("stop_return")),
+        "evaluation_rounds": _are_rounds(metadata.get("evaluation_rounds"), config),
         "evaluated_at": _is_count(metadata.get("evaluated_at", 0)),
         "num_episodes": _is_count(metadata.get("num_episodes", 0)),
-        "best_evaluation": _are_evaluations(metadata.get("best_evaluation", [None, None])),
+        "stop_return": metadata.get("stop_return") is None or _is_number(metadata["stop_return"]),
+        "best_evaluation": _are_evaluations(metadata.get("best_evaluation")),
         "has_own_network": isinstance(metadata.get("has_own_network"), bool),
         "layout": isinstance(layout, str)
         or (
@@ -52,22 +53,56 @@ def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
     }
 
 
+def _are_rounds(rounds: Any, config: TrainConfig) -> bool:
+    """Returns whether this is what a run remembers of its evaluations. Older versions remember nothing."""
+    if rounds is None:
+        return True
+    if not isinstance(rounds, dict):
+        return False
+    newest, new_episodes, lengths = (rounds.get(name) for name in ("newest", "new_episodes", "lengths"))
+    return (
+        isinstance(newest, dict)
+        and _are_returns(newest.get("eval_returns"))
+        and isinstance(new_episodes, list)
+        and len(new_episodes) == config.num_seeds
+        and all(count is None or _is_count(count) for count in new_episodes)
+        and isinstance(lengths, list)
+        and len(lengths) == 2
+        and all(map(_is_number, [*lengths, rounds.get("env_steps_taken"), rounds.get("mean_length")]))
+    )
+
+
+def _are_returns(returns: Any) -> bool:
+    """Returns whether this is None or a list of each seed's returns."""
+    return returns is None or (
+        isinstance(returns, list)
+        and all(isinstance(each, list) and all(map(_is_number_or_none, each)) for each in returns)
+    )
+
+
+def _are_evaluations(evaluations: Any) -> bool:
+    """Returns whether this is None, or the best and the newest evaluation, each three numbers or None."""
+    return evaluations is None or (
+        isinstance(evaluations, list)
+        and len(evaluations) == 2
+        and all(
+            each is None or (isinstance(each, list) and len(each) == 3 and all(map(_is_number_or_none, each)))
+            for each in evaluations
+        )
+    )
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and -1 <= value < 2**62  # -1 is an incarnation that has not begun
 
 
 def _are_counts(values: Any) -> bool:
     return isinstance(values, list) and all(map(_is_count, values))
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or type(value) in (int, float)
-
-
-def _are_evaluations(values: Any) -> bool:
-    """Returns whether this is what `BestEvaluation.saved` returns."""
-
-    def fits(each: Any) -> bool:
-        return each is None or (isinstance(each, list) and len(each) == 3 and all(map(_is_number, each)))
-
-    return isinstance(values, list) and len(values) == 2 and all(map(fits, values))

@@ -16,8 +16,10 @@ from qfleet.core.types import Network
 from qfleet.envs.failures import describe
 from qfleet.envs.registry import backend_of
 from qfleet.runtime import peers
+from qfleet.runtime.activity import announce
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
 from qfleet.runtime.recorder import Recorder
@@ -122,6 +124,7 @@ class Run:
         self._closing.add(self._checkpoints.close)
         self._closing.add(topology.close)
         enable_compilation_cache()
+        announce("starting processes" if config.topology.runs_in == "ray" else "compiling")
         with self._interrupting(stop):
             self._compile_seconds = topology.start()
             topology.prepare_evaluation()
@@ -171,6 +174,7 @@ class Run:
                 f"qfleet.resume({str(self.directory.path)!r}, env_steps=...)"
             )
         self._is_new = False
+        check_not_forked()
         return iter(()) if self.summary else self._train()  # stopped already, while it started
 
     def _train(self) -> Iterator[Progress]:
@@ -260,6 +264,7 @@ class Run:
     def _film_if_due(self, stop: StopFlag) -> None:
         recorder, env_steps = self._recorder, self._topology.env_steps
         if recorder is not None and recorder.is_due(env_steps, self._evaluated_at) and self._writes:
+            announce("filming")
             recorder.record(
                 jax.device_get(self._topology.params), env_steps, self.directory.videos_path, lambda: stop.requested
             )
@@ -270,6 +275,7 @@ class Run:
         return "env steps" if self._topology.env_steps >= self.config.env_steps else None
 
     def _save(self) -> None:
+        announce("saving")
         try:
             state = self._topology.state  # must come first: a fleet continues meanwhile, and this fixes what counts
         except StateIsLost as error:

@@ -127,20 +127,6 @@ def test_the_current_folder_is_not_on_the_path_of_processes(local) -> None:
 
 
 @pytest.mark.slow
-def test_the_current_folder_is_on_the_path_of_processes_of_a_ray_that_is_started_otherwise(local) -> None:
-    """Tells when `ray_internals.path_of_this_process_only` is no longer needed."""
-    code = (
-        "import os, ray, sys; ray.init(address=sys.argv[1], logging_level='WARNING'); "
-        "print(ray.get(ray.remote(lambda folder: folder in sys.path).remote(os.getcwd())))"
-    )
-    command = [sys.executable, "-P", "-W", "ignore", "-c", code, ray.get_runtime_context().gcs_address]
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/")
-    assert done.stdout == "True\n", (
-        f"Ray now leaves the current folder out: delete path_of_this_process_only, and its use ({done.stderr})"
-    )
-
-
-@pytest.mark.slow
 def test_nobody_else_can_enter_the_folder_of_a_local_ray(local) -> None:
     session = Path(ray._private.worker._global_node.get_session_dir_path())
     assert stat.S_IMODE(session.parents[1].stat().st_mode) == 0o700
@@ -160,18 +146,22 @@ def test_nothing_of_a_local_ray_listens_to_other_machines(local) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_ray_that_is_started_otherwise_listens_to_other_machines() -> None:
-    """Tells when `ray_internals.on_loopback` is no longer needed."""
+def test_a_ray_that_is_started_otherwise_listens_to_other_machines_and_searches_the_current_folder() -> None:
+    """Tells when functions of `ray_internals` are no longer needed."""
     start = (
-        "import ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False, logging_level='WARNING'); "
+        "import os, ray, sys; ray.init(address='local', num_cpus=1, include_dashboard=False, logging_level='WARNING'); "
+        "print(ray.get(ray.remote(lambda folder: folder in sys.path).remote(os.getcwd())), flush=True); "
         "print('ready', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        assert process.stdout is not None
+        is_searched = process.stdout.readline()
+        assert process.stdout.readline() == "ready\n"
         found = [address for pid in descendants(process.pid) for address in addresses_of(pid)]
         process.communicate()  # closes its input, and so ends it
+    assert is_searched == "True\n", "delete ray_internals.path_of_this_process_only, and its call in cluster"
     assert found and not all(address.is_loopback for address in found), (
         "a local Ray now keeps to loopback by itself: delete ray_internals.on_loopback, and its call in cluster"
     )

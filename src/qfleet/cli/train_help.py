@@ -1,0 +1,141 @@
+"""The help of `qfleet train`: all flags in groups, with the defaults of the run that the other arguments describe."""
+
+import ast
+import copy
+import dataclasses
+import functools
+import inspect
+import textwrap
+from typing import Annotated, Any
+
+import tyro
+
+from qfleet.config import TOPOLOGIES, AgentConfig, TrainConfig
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "run": ("env_options", "preset", "seed", "num_seeds", "env_steps", "stop_return", "run_dir", "quiet"),
+    "evaluation": (
+        "eval_period_env_steps", "eval_episodes", "eval_exploration", "eval_max_episode_steps",
+        "video_period_env_steps",
+    ),
+    "checkpoint": ("checkpoint_period_seconds", "checkpoints_kept", "checkpoint_replay"),
+    "learning": (
+        "discount", "double", "n_step", "loss", "huber_delta", "target_update_period", "target_update_rate",
+        "env_steps_per_learner_step", "batch_size",
+    ),
+    "exploration": (
+        "exploration", "exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps",
+    ),
+    "network": ("torso", "hidden_sizes", "layer_norm", "dueling", "convolution"),
+    "optimiser": (
+        "optimiser", "optimiser_options", "learning_rate", "learning_rate_schedule", "learning_rate_end_fraction",
+        "learning_rate_learner_steps", "max_gradient_norm",
+    ),
+    "replay": (
+        "replay", "replay_capacity", "warmup_env_steps", "priority_exponent", "importance_exponent_start",
+        "importance_exponent_env_steps",
+    ),
+    "Q(lambda)": ("rollout_length", "trace_decay", "num_epochs", "num_minibatches"),
+}  # fmt: skip
+"""Fields of a run's and an agent's config, by the group that the help shows them in."""
+
+_SUMMARY = """\
+Trains a deep Q-network, and writes everything about the run to its folder.
+
+The defaults are those of the preset, or the ones tuned for the environment: name the environment to see them."""
+
+_TOPOLOGY = (
+    "Where the run takes place. The default is the topology that suits the environment. "
+    + " ".join(f"{name}: {kind.summary}." for name, kind in TOPOLOGIES.items())
+    + " (`decentralised --exchange all-reduce` and `--exchange gossip` are earlier names of two of them.)"
+)
+
+
+def show_help(config: TrainConfig, prog: str, **more: Any) -> None:
+    """Prints the help, and ends the process with exit code 0.
+
+    Args:
+      config: the run whose settings are shown as defaults.
+      prog: name of the command.
+      **more: further arguments of `tyro.cli`.
+
+    Raises:
+      SystemExit: always.
+    """
+    texts = field_texts(TrainConfig) | field_texts(AgentConfig)
+    texts["preset"] = (
+        "Preset that the defaults of the other settings come from, as listed by `qfleet presets`. "
+        "By default, preset and settings are chosen for the environment and the topology."
+    )
+    texts["quiet"] = "Print nothing but errors."
+    values: dict[str, Any] = {"quiet": (bool, False)}
+    for owner in (config.agent, config):
+        values |= {field.name: (field.type, getattr(owner, field.name)) for field in dataclasses.fields(owner)}
+    env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help=texts["env"])]
+    boxes: list[Any] = [("env", env, tyro.MISSING)]
+    for title, names in groups().items():
+        boxes.append(_box(title, [(name, *values[name], texts[name]) for name in names]))
+    boxes += _topology_boxes(config)
+    kind = dataclasses.make_dataclass("Help", boxes, kw_only=True)
+    kind.__doc__ = _SUMMARY
+    tyro.cli(kind, prog=prog, args=["--help"], **more)
+
+
+def field_texts(config: type) -> dict[str, str]:
+    """Returns what the source code of a config class and its bases says about each field, below the field."""
+    texts: dict[str, str] = {}
+    for kind in reversed(config.__mro__[:-1]):
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in zip(tree.body, tree.body[1:], strict=False):
+            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+                texts[field.target.id] = " ".join(text.value.value.split())  # type: ignore[attr-defined]
+    return texts
+
+
+def groups() -> dict[str, list[str]]:
+    """Returns `GROUPS`, where a field that it lacks joins the group of the field before it in the config."""
+    found = {title: list(names) for title, names in GROUPS.items()}
+    grouped = {name: title for title, names in GROUPS.items() for name in names}
+    for config in (TrainConfig, AgentConfig):
+        title = next(iter(GROUPS))
+        for field in dataclasses.fields(config):
+            title = grouped.get(field.name, title)
+            if field.name not in {*found[title], "env", "agent", "topology"}:
+                found[title].append(field.name)
+    return found
+
+
+def _topology_boxes(config: TrainConfig) -> list[Any]:
+    topology, texts = config.topology, field_texts(type(config.topology))
+    fields = [
+        (field.name, field.type, getattr(topology, field.name), texts[field.name])
+        for field in dataclasses.fields(topology)
+        if field.name != "mesh"
+    ]
+    boxes = [_box("topology", [("topology", str, topology.name, _TOPOLOGY), *fields])]
+    if any(field.name == "mesh" for field in dataclasses.fields(topology)):
+        boxes.append(("mesh", type(topology.mesh), dataclasses.field(default=topology.mesh)))
+    return boxes
+
+
+def _box(title: str, fields: list[tuple[str, Any, Any, str]]) -> tuple[str, Any, Any]:
+    """Returns a field of the help whose flags stand in a box of their own, without the title before their names.
+
+    Args:
+      title: title of the box.
+      fields: name, type, default and text of each flag.
+    """
+    flags = [
+        (
+            name,
+            Annotated[kind, tyro.conf.arg(prefix_name=False, help=text)],
+            dataclasses.field(default_factory=functools.partial(copy.copy, default)),
+        )
+        for name, kind, default, text in fields
+    ]
+    kind = dataclasses.make_dataclass(title.title().replace("(", "").replace(")", ""), flags, kw_only=True)
+    kind.__doc__ = ""
+    field = "box_" + "".join(filter(str.isalpha, title))
+    return field, Annotated[kind, tyro.conf.arg(name=title)], dataclasses.field(default_factory=kind)

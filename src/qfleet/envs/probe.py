@@ -1,0 +1,75 @@
+"""A first look at an environment before a run begins: one reset and one step, in the kind of lane that will train."""
+
+import contextlib
+import dataclasses
+import logging
+
+import numpy as np
+
+from qfleet.config.errors import ConfigError
+from qfleet.envs.failures import TooManyFailures, describe
+from qfleet.envs.host import HostEnv, LaneOptions
+
+logger = logging.getLogger("qfleet")
+
+
+class NeverWorks(ConfigError):
+    """An environment fails in its first step, so that nothing can be learned in it."""
+
+    def __init__(self, name: str, error: str) -> None:
+        super().__init__(f"environment {name} must work from its first step on, but it failed: {error}")
+
+
+def check_works(env: HostEnv, options: LaneOptions) -> None:
+    """Takes one step in one lane, and warns of what learning ignores or changes.
+
+    An environment that fails later, in the middle of training, is replaced. One that fails here can never be learned
+    in, so nothing is tried twice.
+
+    Args:
+      env: the environment.
+      options: how its lanes are stepped. With workers, the lane is in one, since it may end its process.
+
+    Raises:
+      NeverWorks: if the environment fails, or returns something that can't be learned from.
+      ConfigError: if it can't be made.
+    """
+    name = env.spec.name
+    one = dataclasses.replace(options, num_env_workers=min(options.num_env_workers, 1), max_failures=0)
+    try:
+        with contextlib.closing(env.make_lanes(1, one)) as lanes:
+            observation = lanes.reset(0)
+            lanes.send(np.zeros(1, np.int32))
+            step = lanes.recv()
+            has_action_mask = getattr(lanes, "has_action_mask", False)
+    except ConfigError:
+        raise
+    except TooManyFailures as error:
+        raise NeverWorks(name, error.failure.error) from error
+    except Exception as error:  # a user's lanes may raise anything
+        raise NeverWorks(name, describe(error)) from error
+    wanted = [f"{env.spec.observation_dtype}{[1, *env.spec.observation_shape]}"] * 2 + ["float32[1]"] + ["bool[1]"] * 3
+    for what, array, right in zip(("observation of reset", *step._fields), (observation, *step), wanted, strict=True):
+        if (got := f"{array.dtype}{list(array.shape)}") != right:
+            raise NeverWorks(name, f"its lanes must return {what} as {right}, got {got}")
+    if _may_be_unscaled(env, observation):
+        logger.warning(
+            "environment %s returns an image of floats up to %g, which isn't divided by 255, because its space doesn't "
+            "say that values end there; declare it as Box(0, 255), or return uint8 or floats up to 1",
+            name,
+            observation.max(),
+        )
+    if has_action_mask:
+        logger.warning(
+            "environment %s returns an action mask in info, which is ignored: the agent may choose any action", name
+        )
+    if env.actions is not None and env.actions.message:
+        logger.warning("%s", env.actions.message)
+
+
+def _may_be_unscaled(env: HostEnv, observation: np.ndarray) -> bool:
+    """Returns whether an observation looks like an image of bytes, though it is neither uint8 nor bounded as one."""
+    spec = env.spec
+    if len(spec.observation_shape) != 3 or spec.observation_dtype.kind != "f" or spec.pixel_limit is not None:
+        return False
+    return bool(16 < observation.max() <= 255 and observation.min() >= 0 and (observation % 1 == 0).all())

@@ -1,0 +1,157 @@
+"""A policy in hand: it takes what the environment returns, and returns what the environment takes."""
+
+from pathlib import Path
+from typing import Any
+
+import contracts
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import probes
+import pytest
+from gymnasium import spaces
+
+import qfleet
+from qfleet.config import ConfigError
+from qfleet.core.types import Network
+from qfleet.envs import gymnasium as backend
+from qfleet.policy import Policy
+
+
+def policy_of(env: Any, choose: Any) -> Policy:
+    """Returns a policy whose greedy action for an encoded observation `x`, `[*shape]`, is `choose(x)`."""
+    actions = jnp.arange(env.spec.num_actions)
+
+    def apply(params: Any, obs: jax.Array) -> jax.Array:
+        flat = obs.reshape(len(obs), -1).astype(jnp.float32)
+        return -jnp.abs(jax.vmap(choose)(flat)[:, None] - actions)
+
+    return Policy(env, Network(lambda key: {}, apply), {}, "mine")
+
+
+def made_by(kind: Any) -> Any:
+    return backend.from_maker("Mine", kind, {}, kind())
+
+
+def test_states_are_encoded_as_in_training() -> None:
+    policy = policy_of(backend.make("FrozenLake-v1"), lambda x: jnp.argmax(x) % 4)
+    env = gymnasium.make("FrozenLake-v1")
+    obs, _ = env.reset(seed=0)
+    env.step(policy(obs))
+    assert policy(obs) == 0 and isinstance(policy(7), int) and policy(7) == 3
+    assert policy(np.arange(16)).tolist() == [i % 4 for i in range(16)]
+    assert policy.q_values(5).shape == (4,) and policy.q_values(np.arange(3)).shape == (3, 4)
+
+
+def test_actions_are_the_environments() -> None:
+    offset = policy_of(backend.make("counters:Offset-v0"), lambda x: jnp.argmax(x))
+    assert offset(5) == 5 and offset(np.array([7, 6])).tolist() == [7, 6]
+    several = policy_of(made_by(contracts.Masked), lambda x: x[0])
+    assert several(np.array([4.0, 0])).tolist() == [1, 1]
+    assert several(np.array([[4.0, 0], [5, 0]])).tolist() == [[1, 1], [1, 2]]
+
+
+def test_parts_are_taken_as_the_environment_returns_them() -> None:
+    policy = policy_of(backend.make("Blackjack-v1"), lambda x: x[14])
+    assert policy((14, 10, 0)) == 1 and policy((13, 10, 0)) == 0
+    assert policy((np.array([14, 13]), np.array([10, 10]), np.array([0, 1]))).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("env", "obs", "message"),
+    [
+        (probes.time_limit(), np.zeros((4, 3)), r"observation of time-limit .* must have shape \(4, 1\), got \(4, 3\)"),
+        (probes.time_limit(), np.zeros(8), r"must have shape \(1,\), got \(8,\)"),
+        (probes.time_limit(), [np.nan], "must be finite in float32, got nan"),
+        (probes.time_limit(), 3.0, r"must have shape \(1,\), got \(\)"),
+        (probes.time_limit(), None, "must be made of numbers, got NoneType None"),
+        (backend.make("FrozenLake-v1"), 16, "observation of gym:FrozenLake-v1 .* a whole number from 0 to 15, got 16"),
+        (backend.make("FrozenLake-v1"), np.eye(16), r"must have shape \(\), got \(16, 16\)"),
+        (backend.make("Blackjack-v1"), (14, 10), "must be a tuple of 3, got 2 values"),
+    ],
+)
+def test_what_is_no_observation_is_refused_in_the_environments_words(env: Any, obs: Any, message: str) -> None:
+    policy = policy_of(env, lambda x: 0.0)
+    for ask in (policy, policy.q_values):
+        with pytest.raises(ConfigError, match=message):
+            ask(obs)
+
+
+def test_numbers_keep_their_values() -> None:
+    policy = policy_of(probes.random_walk(frame_stack=1), lambda x: x[0] > 2.9e9)
+    assert policy(np.array([3_000_000_000, 0])) == 1
+    assert policy(np.array([[3_000_000_000, 0], [2_000_000_000, 0]], np.int64)).tolist() == [1, 0]
+
+
+class Corner(contracts.Plain):
+    """Observes a dict, pays 1 for action 6, and ends at once."""
+
+    observation_space = spaces.Dict({"side": spaces.Discrete(2, start=5), "noise": spaces.Box(-1, 1, (2,))})
+    action_space = spaces.Discrete(2, start=5)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        return {"side": 5, "noise": np.zeros(2, np.float32)}, {}
+
+    def step(self, action: Any) -> Any:
+        return {"side": 6, "noise": np.ones(2, np.float32)}, float(action == 6), True, False, {}
+
+
+def settings(run_dir: Path) -> dict[str, Any]:
+    return {
+        "run_dir": str(run_dir), "num_envs": 4, "hidden_sizes": (8,), "env_steps": 64, "eval_period_env_steps": 64,
+        "eval_episodes": 2, "num_minibatches": 1, "rollout_length": 8,
+    }  # fmt: skip
+
+
+def test_a_function_that_makes_the_environment_is_trained_in_resumed_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = qfleet.make_config(Corner, "pqn", **settings(tmp_path / "run"))
+    assert (config.env, config.topology.name) == ("factory:Corner", "overlapped")
+    assert qfleet.train(config)["stopped"] == "env steps"
+    policy = qfleet.load(tmp_path / "run")
+    assert policy({"side": 5, "noise": np.zeros(2)}) in (5, 6)
+    monkeypatch.setattr("qfleet.envs.factory._factories", {})  # as in another process
+    with pytest.raises(ConfigError, match=r"factory:Corner is a function .* qfleet.load\(run, env="):
+        qfleet.load(tmp_path / "run")
+    assert qfleet.load(tmp_path / "run", env=Corner).spec.num_actions == 2
+    run = qfleet.resume(tmp_path / "run", env=Corner, env_steps=128)
+    assert [progress.env_steps for progress in run][-1] == 128
+
+
+def test_train_takes_a_function_in_place_of_a_name(tmp_path: Path) -> None:
+    config = qfleet.make_config("FrozenLake-v1", "pqn", **settings(tmp_path / "run"))
+    run = qfleet.iterate(config, env=lambda: Corner())
+    assert run.config.env.startswith("factory:lambda") and run.config.topology == config.topology
+    next(iter(run))
+
+
+def test_what_breaks_the_contract_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    config = qfleet.make_config(contracts.FourValues, "pqn", **settings(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="step must return .*, got 4 values"):
+        qfleet.train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("topology", ["actor-learner", "all-reduce", "gossip"])
+def test_what_other_processes_cannot_find_is_refused_at_once(topology: str) -> None:
+    preset = "double_dqn" if topology == "actor-learner" else "pqn"
+    for env in (Corner, "Mine-v0"):
+        qfleet.register_env("Mine-v0", Corner)
+        config = qfleet.make_config(env, preset, topology)
+        with pytest.raises(ConfigError, match="must find its environment by name in each of them"):
+            qfleet.iterate(config)
+
+
+def test_an_environment_that_changed_is_blamed_for_it_and_not_a_network(tmp_path: Path) -> None:
+    class Wider(Corner):
+        observation_space = spaces.Box(-1, 1, (5,))
+
+    qfleet.train(qfleet.make_config(Corner, "pqn", **settings(tmp_path / "run")))
+    with pytest.raises(
+        ConfigError, match=r"^the environment factory:.* must be as it was .* observations \[5\]"
+    ) as error:
+        qfleet.load(tmp_path / "run", env=Wider)
+    assert "`network`" not in str(error.value)
