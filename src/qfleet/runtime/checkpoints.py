@@ -12,7 +12,6 @@ qfleet's classes and never unpickles. The folder gets its final name once everyt
 import contextlib
 import functools
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from qfleet.runtime import checkpoint_files as files
 from qfleet.runtime.checkpoint_index import FORMAT, declared_bytes
 from qfleet.runtime.process import available_memory_bytes
 from qfleet.runtime.run_files import shortened, sync_folder
-from qfleet.runtime.workarounds.tensorstore_callbacks import ignore_late_callbacks
+from qfleet.runtime.workarounds.orbax_messages import keep_orbax_quiet
 
 PyTree = Any
 
@@ -238,16 +237,8 @@ class Checkpoints:
 def _orbax() -> Any:
     import orbax.checkpoint
 
-    # Orbax logs each save through absl, and also the tracebacks of errors that it raises. If one of its tasks fails, it
-    # raises the error of that one, and asyncio logs those of the others.
-    ignore_late_callbacks()
-    logging.getLogger("asyncio").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in _with_traceback(record))
-    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    keep_orbax_quiet()
     return orbax.checkpoint
-
-
-def _with_traceback(record: logging.LogRecord) -> str:
-    return record.getMessage() + (logging.Formatter().formatException(record.exc_info) if record.exc_info else "")
 
 
 @functools.cache
