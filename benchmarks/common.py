@@ -28,6 +28,11 @@ def train(directory: Path, env: str, *flags: str, cache: Path | None = None) -> 
     return summary
 
 
+def seconds_since_process_start(summary: dict[str, Any]) -> float:
+    """Returns the wall time of a run, counted from the start of the process that ran it."""
+    return float(summary["process_age_seconds"] + summary["wall_seconds"])
+
+
 def env_steps_per_second(config: qfleet.TrainConfig, warmup_env_steps: int) -> float:
     """Trains in this process, into a temporary folder, and returns our speed after the warm-up."""
     with scratch() as folder:

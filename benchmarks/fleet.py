@@ -187,7 +187,7 @@ def qfleet_solve(
         "torch_threads": None,
         "seed": seed,
         "solved": int(summary["stopped"] == "return reached"),
-        "wall_seconds": summary["wall_seconds"],
+        "wall_seconds": common.seconds_since_process_start(summary),
         "env_steps": summary["env_steps"],
         "greedy_return": summary["eval_return_mean"],
     }

@@ -89,7 +89,7 @@ def solve(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
         "seed": seed,
         "solved": int(summary["stopped"] == "return reached"),
         "env_steps": summary["env_steps"],
-        "wall_seconds": summary["wall_seconds"],
+        "wall_seconds": common.seconds_since_process_start(summary),
         "compile_seconds": summary["compile_seconds"],
         "consensus_distance_max": max(record["fleet_consensus_distance"] for record in records),
         "greedy_return": summary["eval_return_mean"],

@@ -37,7 +37,7 @@ def measure(seed: int) -> dict[str, Any]:
         summary = common.train(run, "LunarLander-v3", *flags)
         returns = qfleet.load(run).evaluate(100, seed=1000 + seed)
     return {
-        "seconds": summary["wall_seconds"],
+        "seconds": common.seconds_since_process_start(summary),
         "env_steps": summary["env_steps"],
         "return_mean": float(returns.mean()),
     }

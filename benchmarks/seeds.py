@@ -24,7 +24,7 @@ def main() -> None:
                 flags = ("--num-seeds", str(num_seeds), "--env-steps", str(arguments.env_steps))
                 summary = common.train(Path(folder) / f"{num_seeds}-{repeat}", "CartPole-v1", *flags)
                 if repeat:
-                    seconds[num_seeds].append(summary["wall_seconds"])
+                    seconds[num_seeds].append(common.seconds_since_process_start(summary))
     one = statistics.median(seconds[1])
     results = []
     for num_seeds, walls in seconds.items():

@@ -44,8 +44,8 @@ def solve(preset: str, seed: int) -> dict[str, Any]:
     return {
         "preset": preset,
         "seed": str(seed),
-        "cold_seconds": cold["wall_seconds"],
-        "warm_seconds": warm["wall_seconds"],
+        "cold_seconds": common.seconds_since_process_start(cold),
+        "warm_seconds": common.seconds_since_process_start(warm),
         "env_steps": warm["env_steps"],
         "solved": int(warm["stopped"] == "return reached"),
         "greedy_return": warm["eval_return_mean"],

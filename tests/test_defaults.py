@@ -255,6 +255,12 @@ def test_toy_text_is_one_family():
     assert "Taxi-v4" in gymnasium.registry
 
 
+def test_flags_of_several_parts_are_no_state_of_a_table():
+    assert make_config("FrozenLake-v1").agent.hidden_sizes == ()
+    config, reason = make_explained_config("Blackjack-v1")  # the sum, the dealer's card and the ace, each one-hot
+    assert config.agent.hidden_sizes and "vectors" in reason
+
+
 def test_an_unknown_preset_is_still_refused():
     with pytest.raises(ConfigError, match="preset must be one of"):
         make_config("CartPole-v1", "auto")

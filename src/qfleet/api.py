@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
@@ -20,6 +20,7 @@ from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
 from qfleet.runtime.run_directory import RunDirectory
+from qfleet.runtime.signals import StopFlag
 from qfleet.runtime.video import Video, params_label
 from qfleet.training.assembly import check_is_built_in
 from qfleet.training.launched import LaunchedRun, directory_of_all
@@ -51,11 +52,16 @@ def train(
 
     Raises:
       ConfigError: on bad input, before any work starts.
-      RunFailed: if the run can't go on; its checkpoints are kept.
+      RunFailed: if the run can't go on; its checkpoints are kept, and what is sound has been saved.
+      KeyboardInterrupt: after a signal (INT, TERM or HUP) has stopped the run, once its checkpoint is written. So a
+        loop over several runs ends too.
     """
-    run = iterate(config, env=env, network=network, optimiser=optimiser)
-    for _ in run:
-        pass
+    with StopFlag() as stop:
+        run = iterate(config, env=env, network=network, optimiser=optimiser)
+        for _ in run:
+            pass
+        if stop.requested:
+            raise KeyboardInterrupt(f"a signal has stopped the run; `qfleet resume {run.directory.path}` goes on")
     return run.summary
 
 
@@ -68,6 +74,8 @@ def iterate(
     optimiser: "optax.GradientTransformation | None" = None,
 ) -> Run | LaunchedRun:
     """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
+
+    A signal (INT, TERM or HUP) ends the loop as if the run were over, and the summary says "interrupted".
 
     Args and Raises: as for `train`.
     """
@@ -86,6 +94,7 @@ def resume(
     run_dir: str | os.PathLike[str],
     *,
     env_steps: int | None = None,
+    stop_return: float | Literal["none"] | None = None,
     checkpoint: int | None = None,
     topology: TopologyConfig | None = None,
     num_processes: int | None = None,
@@ -102,6 +111,8 @@ def resume(
     Args:
       run_dir: a run's folder. If it has no checkpoint yet, the run starts from the beginning.
       env_steps: environment step at which the run ends, instead of the one in its config.
+      stop_return: return at which the run ends, instead of the one in its config; "none" for no such return. A run that
+        has reached its return already goes on to `env_steps`.
       checkpoint: environment step of the checkpoint to continue from, instead of the newest. Newer ones are set aside,
         by renaming.
       topology: where the run continues, if that is another topology or another size. Its lanes begin new episodes, and
@@ -131,6 +142,7 @@ def resume(
     config = config_to_resume(
         directory.config,
         env_steps=env_steps,
+        stop_return=stop_return,
         topology=topology,
         num_processes=num_processes,
         coordinator=coordinator,

@@ -156,6 +156,8 @@ def choose(env_name: str, topology: str, env_options: Mapping[str, Any], *, may_
     except Exception:  # a user's function may raise anything, and the run calls it again
         return _choice(FAMILIES["vectors"]._replace(reason="nothing is known of the environment"), topology)
     name = family_of(env.spec)
+    if name == "states" and may_play and not shows_one_state(env):
+        name = "vectors"
     family = FAMILIES[name]
     if name == "pixels":
         greedy = {} if is_atari(env_name) else {"eval_exploration": 0.0}  # Atari's games begin in few ways
@@ -205,6 +207,22 @@ def accepts(topology: str, *, replay: str) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def shows_one_state(env: "InGraphEnv | HostEnv") -> bool:
+    """Returns whether the first observation of an environment outside JAX is one-hot, so that a table can hold values.
+
+    Observations of several parts, such as Blackjack's, are flags too, but with one for each part.
+    """
+    from qfleet.envs.host import HostEnv, LaneOptions
+
+    if not isinstance(env, HostEnv):
+        return False
+    try:
+        with contextlib.closing(env.make_lanes(1, LaneOptions(max_failures=0))) as lanes:
+            return int(np.sum(lanes.reset(0))) == 1
+    except Exception:  # a user's environment may raise anything, and the run steps it again
+        return False
 
 
 def probe(env: "InGraphEnv | HostEnv") -> str | None:

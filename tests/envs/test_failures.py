@@ -145,6 +145,21 @@ def test_a_worker_killed_from_outside_is_replaced(is_under_way: bool) -> None:
         lanes.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_workers_leave_signals_to_their_parent(number: signal.Signals) -> None:
+    """A signal to the whole process group, as from `timeout` or Ctrl-C, must not look like a failure."""
+    lanes = make_lanes(1, num_env_workers=1)
+    try:
+        lanes.reset(0)
+        (worker,) = [child for child in multiprocessing.active_children() if child.name == "qfleet-envs-0"]
+        os.kill(worker.pid or 0, number)
+        for _ in range(2):
+            lanes.send(zeros(1, 1)[0])
+            assert not lanes.recv().failed.any()
+    finally:
+        lanes.close()
+
+
 def test_a_worker_that_always_dies_ends_the_run() -> None:
     lanes = make_lanes(1, fault="die", num_env_workers=1, max_failures=1)
     with pytest.raises(RunFailed, match=r"failed 2 times, last in lane 0 .*died"):

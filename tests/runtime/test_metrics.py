@@ -1,16 +1,22 @@
 """Metrics: each step appears once, in JSON that any parser reads, and equally in TensorBoard."""
 
+import errno
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qfleet.config import ConfigError, TrainConfig
+from qfleet.runtime import tensorboard
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.run_directory import RunDirectory
 
@@ -49,7 +55,7 @@ def test_each_record_is_one_line_and_one_point_per_value(run: RunDirectory) -> N
     assert (first["loss"], first["return"]) == (0.5, None)
     assert (second["loss"], second["return"]) == (None, 20)
     assert (third["env_steps"], third["loss"], third["return"]) == (2**40, None, 21.0)
-    assert 0 < first["wall_seconds"] <= second["wall_seconds"] <= third["wall_seconds"]
+    assert 0 <= first["wall_seconds"] <= second["wall_seconds"] <= third["wall_seconds"]
     points = [(event.step, value.tag, value.simple_value) for event in events(run) for value in event.summary.value]
     assert points == [(100, "loss", 0.5), (200, "return", 20.0), (2**40, "return", 21.0)]
 
@@ -59,13 +65,13 @@ def test_a_resumed_run_repeats_no_step_and_its_time_goes_on(run: RunDirectory) -
         for env_steps in (100, 200, 300):
             writer.write(env_steps, {"loss": 1.0})
     earlier = lines(run)
-    with MetricsWriter(run) as writer:
+    with MetricsWriter(run, began=time.monotonic() - 60) as writer:
         writer.truncate_after(200)
         assert lines(run) == earlier[:2]
         writer.write(300, {"loss": 2.0})
     assert lines(run)[:2] == earlier[:2]
     assert [(line["env_steps"], line["loss"]) for line in lines(run)[2:]] == [(300, 2.0)]
-    assert lines(run)[2]["wall_seconds"] > earlier[1]["wall_seconds"] + 0.5, "two processes' time"
+    assert lines(run)[2]["wall_seconds"] >= 60 + earlier[1]["wall_seconds"], "two runs' time"
     starts = [event.step for event in events(run) if event.HasField("session_log")]
     assert starts == [201], "TensorBoard drops what the first process wrote from there on"
 
@@ -110,3 +116,68 @@ heavy = {name.split(".")[0] for name in sys.modules} & {"tensorboardX", "orbax",
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def full_after(num_bytes: int) -> Callable[[int, bytes], int]:
+    """Returns `os.write` for a disk that takes only so many bytes more."""
+    write, left = os.write, num_bytes
+
+    def write_what_fits(descriptor: int, data: bytes) -> int:
+        nonlocal left
+        if not left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = write(descriptor, data[:left])
+        left -= written
+        return written
+
+    return write_what_fits
+
+
+def test_a_full_disk_costs_whole_records_and_one_warning(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MetricsWriter(run) as writer:
+        writer.write(1, {"loss": 1.0})
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full_after(10))
+            writer.write(2, {"loss": 1.0})
+            writer.write(3, {"loss": 1.0})
+        writer.write(4, {"loss": 1.0})
+    assert [line["env_steps"] for line in lines(run)] == [1, 4], "no line is cut off"
+    assert [str(run.metrics_path) in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_tensorboard_that_can_not_write_is_switched_off_with_one_warning(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorboardX.event_file_writer import EventsWriter
+
+    def fail(self: Any, event: Any) -> None:
+        if event.HasField("summary"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(EventsWriter, "write_event", fail)
+    with MetricsWriter(run) as writer:
+        for env_steps in range(5000):  # more than may wait
+            writer.write(env_steps, {"loss": 1.0})
+    assert len(lines(run)) == 5000
+    (record,) = caplog.records
+    assert "No space left" in record.getMessage() and str(run.path) in record.getMessage()
+
+
+def test_a_file_system_that_does_not_answer_is_not_waited_for(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from tensorboardX.event_file_writer import EventsWriter
+
+    answer = threading.Event()
+    monkeypatch.setattr(tensorboard, "CLOSE_SECONDS", 0.01)
+    monkeypatch.setattr(EventsWriter, "write_event", lambda self, event: event.HasField("summary") and answer.wait())
+    writer = MetricsWriter(run)
+    writer.write(1, {"loss": 1.0})
+    writer.close()  # which would otherwise wait for ever
+    assert "0.01 s" in caplog.text
+    answer.set()
+    for thread in threading.enumerate():
+        if thread.name == "qfleet-tensorboard":
+            thread.join()

@@ -157,8 +157,9 @@ def test_a_renderer_that_fails_later_is_told_once_and_costs_no_run(
 
 def test_a_signal_gives_up_the_video_and_keeps_the_run(tmp_path: Path, renderer: Renderer) -> None:
     renderer.at, renderer.action = 4, lambda: signal.raise_signal(signal.SIGINT)
-    summary = qfleet.train(tiny(tmp_path / "run", video_period_env_steps=128))
-    assert (summary["stopped"], summary["env_steps"], summary["num_videos"]) == ("interrupted", 128, 0)
+    run = qfleet.iterate(tiny(tmp_path / "run", video_period_env_steps=128))
+    assert [progress.env_steps for progress in run][-1] == 128
+    assert (run.summary["stopped"], run.summary["num_videos"]) == ("interrupted", 0)
     assert renderer.pictures == 4
     assert names(tmp_path / "run") == []
     assert (tmp_path / "run" / "checkpoints" / "128").is_dir()

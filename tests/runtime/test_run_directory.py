@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -171,3 +172,43 @@ def test_strict_json_has_no_numbers_that_parsers_reject() -> None:
         "3": 2.0,
         "b": True,
     }
+
+
+def claim(barrier: Any, results: Any, folder: str, path: str | None) -> None:
+    """Tries to make a run's folder at the same moment as others; a process of its own calls this."""
+    os.chdir(folder)
+    barrier.wait()
+    try:
+        results.put(str(RunDirectory.create(path, CONFIG).path))
+    except ConfigError as error:
+        results.put(f"refused: {error}")
+
+
+@pytest.mark.parametrize("path", [None, "given"])
+def test_processes_that_begin_at_the_same_moment_never_share_a_folder(tmp_path: Path, path: str | None) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=claim, args=(barrier, results, str(tmp_path), path)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    paths = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    if path is None:
+        assert len(set(paths)) == 4
+        assert all(RunDirectory.open(tmp_path / each).config == CONFIG for each in paths)
+    else:
+        assert paths.count("given") == 1
+        assert sum("absent or empty" in each for each in paths) == 3
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_run_that_came_to_nothing_leaves_nothing_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name, stays in (("new", False), ("mine", True), ("used", True)):
+        run = RunDirectory.create(tmp_path / name, CONFIG)
+        if name == "used":
+            run.metrics_path.touch()
+        run.discard()
+        assert run.path.exists() == stays
+        assert run.config_path.exists() == (name == "used")

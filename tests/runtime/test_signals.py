@@ -7,12 +7,15 @@ import threading
 
 import pytest
 
-from qfleet.runtime.signals import StopFlag
+from qfleet.runtime import signals
+from qfleet.runtime.signals import StopFlag, StopRequested
+
+STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_sets_the_flag_and_the_old_handler_returns(number: signal.Signals) -> None:
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    before = {each: signal.getsignal(each) for each in (*STOPS, signal.SIGUSR1)}
     with StopFlag() as flag:
         assert not flag.requested
         signal.raise_signal(number)
@@ -21,18 +24,18 @@ def test_a_signal_sets_the_flag_and_the_old_handler_returns(number: signal.Signa
     assert flag.requested, "the flag outlives the context"
 
 
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGHUP)])
 def test_a_second_signal_ends_the_process_at_once(first: signal.Signals, second: signal.Signals) -> None:
     code = """
-import time
-from qfleet.runtime.signals import StopFlag
-with StopFlag() as flag:
+import hashlib, time
+from qfleet.runtime import signals
+signals.SAME_REQUEST_SECONDS = 0.0
+with signals.StopFlag(ends_process=True) as flag:
     print("ready", flush=True)
     while not flag.requested:
         time.sleep(0.01)
     print("asked", flush=True)
-    sum(range(10**12))  # compiled code that never returns to Python
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # compiled code that doesn't return to Python for long
 """
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -61,3 +64,60 @@ def test_outside_the_main_thread_it_does_nothing() -> None:
     thread.start()
     thread.join()
     assert seen == [False, before]
+
+
+def test_a_second_signal_raises_where_the_process_must_survive_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "SAME_REQUEST_SECONDS", 0.0)
+    with StopFlag() as flag:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert flag.requested
+
+
+def test_signals_in_quick_succession_are_one_request() -> None:
+    """`timeout` sends SIGTERM twice, systemd sends SIGHUP right after SIGTERM."""
+    with StopFlag() as flag:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert flag.requested
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopFlag() as flag:
+            signal.raise_signal(signal.SIGHUP)
+            assert not flag.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_request_interrupts_only_what_may_be_left_half_done() -> None:
+    reached = []
+    with StopFlag() as flag:
+        with pytest.raises(StopRequested), flag.interrupting():
+            reached.append("before")
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("after")
+        with pytest.raises(StopRequested), flag.interrupting():
+            reached.append("although it was requested earlier")
+    assert reached == ["before"]
+
+
+def test_a_request_to_save_is_taken_once_and_stops_nothing() -> None:
+    with StopFlag() as flag, flag.interrupting():
+        signal.raise_signal(signal.SIGUSR1)
+        assert [flag.take_save_request(), flag.take_save_request(), flag.requested] == [True, False, False]
+
+
+def test_a_context_shares_the_requests_of_the_one_around_it() -> None:
+    with StopFlag() as outer:
+        with StopFlag() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert inner.requested
+        assert outer.requested
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "the outer one still listens"
+        with StopFlag() as later:
+            assert later.requested, "a request that came between two contexts isn't lost"

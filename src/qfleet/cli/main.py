@@ -4,10 +4,13 @@ Exit codes: 0 done; 1 the run or the check failed; 2 bad input; 130 interrupted.
 ends it cleanly, with exit code 0.
 """
 
+import contextlib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 from qfleet.cli.streams import give_stdout_up, prepare_streams
 from qfleet.config import ConfigError, RunFailed, suggest
@@ -38,9 +41,23 @@ Add --debug to any command to get a traceback with an error.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code."""
+    """Runs one command and returns its exit code.
+
+    Args:
+      argv: arguments. None means those of this process, which then ends with the command.
+    """
+    code = _run_safely(list(sys.argv[1:] if argv is None else argv))
+    compiling = sys.modules.get("qfleet.runtime.compiling")
+    if argv is None and compiling and compiling.are_busy():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # a stop doesn't wait for a compilation, as the end of Python would
+    return code
+
+
+def _run_safely(arguments: list[str]) -> int:
+    """Runs one command, turns what users can cause into a line and an exit code, and returns that."""
     prepare_streams()
-    arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
@@ -94,6 +111,20 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError(
             f"the command must be one of {', '.join(_COMMANDS)}, got {command!r}.{suggest(command, _COMMANDS)}"
         )
+    with _signals(command):
+        return _run(command, rest)
+
+
+def _signals(command: str) -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which signals ask the command to stop, if it is one that trains."""
+    if command not in ("train", "resume"):
+        return contextlib.nullcontext()
+    from qfleet.runtime.signals import StopFlag
+
+    return StopFlag(ends_process=True)
+
+
+def _run(command: str, rest: list[str]) -> int:
     module = importlib.import_module(f"qfleet.cli.{command.replace('-', '_')}_command")
     code: int = module.run(rest)
     return code

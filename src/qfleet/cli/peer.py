@@ -20,25 +20,29 @@ def main() -> int:
     parser.add_argument("--timeout-seconds", type=float, required=True)
     parser.add_argument("--report-descriptor", type=int, required=True)
     parser.add_argument("--env-steps", type=int, required=True)
+    parser.add_argument("--stop-return", default="null", help="a number in JSON, or null")
     arguments = parser.parse_args()
     from qfleet.runtime import peers
+    from qfleet.runtime.signals import StopFlag
 
     reporter = peers.Reporter(arguments.report_descriptor)
     try:
-        from qfleet.training.peer import run_peer
+        with StopFlag():  # from now on a request to stop is kept until the run can answer it
+            from qfleet.training.peer import run_peer
 
-        topology = decode_topology(json.loads(arguments.topology))
-        assert isinstance(topology, AllReduceConfig)
+            topology = decode_topology(json.loads(arguments.topology))
+            assert isinstance(topology, AllReduceConfig)
 
-        run_peer(
-            arguments.run,
-            process_id=arguments.process_id,
-            topology=topology,
-            coordinator=arguments.coordinator,
-            timeout_seconds=arguments.timeout_seconds,
-            env_steps=arguments.env_steps,
-            reporter=reporter,
-        )
+            run_peer(
+                arguments.run,
+                process_id=arguments.process_id,
+                topology=topology,
+                coordinator=arguments.coordinator,
+                timeout_seconds=arguments.timeout_seconds,
+                env_steps=arguments.env_steps,
+                stop_return=json.loads(arguments.stop_return),
+                reporter=reporter,
+            )
     except Exception as error:
         traceback.print_exc()
         if isinstance(error, (ConfigError, RunFailed)):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import typing
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -28,6 +28,8 @@ class _ResumeFlags:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     env_steps: int | None = None
     """Environment step at which the run ends, counted from its beginning. The default is the run's own."""
+    stop_return: float | Literal["none"] | None = None
+    """Mean greedy return at which the run ends, or `none`. The default is the run's own, unless it has been reached."""
     checkpoint: int | None = None
     """Environment step of the checkpoint to continue from, instead of the newest; newer ones are set aside."""
     num_processes: int | None = None
@@ -57,6 +59,7 @@ def run(arguments: Sequence[str]) -> int:
         resume,
         run_dir,
         env_steps=flags.env_steps,
+        stop_return=flags.stop_return,
         checkpoint=flags.checkpoint,
         topology=_topology_of(run_dir, others) if others else None,
         num_processes=flags.num_processes,

@@ -77,6 +77,9 @@ def outcome(summary: dict[str, Any], path: str) -> str:
         f"stopped: {summary['stopped']}, after {summary['env_steps']:,} environment steps and "
         f"{summary['learner_steps']:,} learner steps in {summary['wall_seconds']:.1f} s"
     ]
+    between = summary.get("env_steps_between_episodes", 0)
+    if between > 0.05 * summary["env_steps"]:
+        lines.append(f"{between:,} of these steps only began an episode, and took no action")
     if returns is not None:
         lines.append(f"mean greedy return: {returns:.1f} {_evaluation_of(summary)}")
         lines += _confirmation_of(summary)

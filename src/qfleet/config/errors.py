@@ -11,10 +11,12 @@ class ConfigError(ValueError):
 class RunFailed(RuntimeError):
     """The run cannot go on. The message says what happened and where. Checkpoints written earlier can be used."""
 
-    def __init__(self, message: str, *, learner_is_sound: bool = False) -> None:
+    def __init__(self, message: str, *, learner_is_sound: bool = False, num_env_failures: int = 0) -> None:
         super().__init__(message)
         self.learner_is_sound = learner_is_sound
         """Whether the learner did not cause the failure, so that what it has learned is worth a checkpoint."""
+        self.num_env_failures = num_env_failures
+        """Number of environments that have failed, if that caused the failure."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -32,8 +32,8 @@ class Failure(NamedTuple):
 class TooManyFailures(RunFailed):
     """Environments failed more often than the run survives."""
 
-    def __init__(self, message: str, failure: Failure) -> None:
-        super().__init__(message, learner_is_sound=True)
+    def __init__(self, message: str, failure: Failure, num_env_failures: int) -> None:
+        super().__init__(message, learner_is_sound=True, num_env_failures=num_env_failures)
         self.failure = failure
         """The last failure."""
 
@@ -58,6 +58,7 @@ class FailureBudget:
                 f"environments may fail at most max_failures={self._max_failures} times, {self._name} failed "
                 f"{self.count} times, last {failure}. Fix the environment, or raise max_failures",
                 failure,
+                self.count,
             )
         logger.warning(
             "environment %s failed %s; replaced (failure %d of %d that the run survives)",

@@ -4,13 +4,13 @@ Worker processes import this module, so it must not import JAX.
 """
 
 import multiprocessing
-import signal
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from qfleet.envs.failures import describe
 from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
 from qfleet.envs.python_path import forget_safe_start, leave_module_folder
+from qfleet.envs.worker_signals import leave_to_parent
 
 
 class Share(NamedTuple):
@@ -32,7 +32,7 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
 
     Before that, it sends one message: `None` once the environments are made, or a line that says why they couldn't be.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches this process too, but the parent decides when it ends
+    leave_to_parent()
     # An environment may start processes itself, which Python forbids to daemons. This one ends with its pipe instead.
     multiprocessing.current_process().daemon = False
     forget_safe_start()

@@ -4,6 +4,7 @@ Actions and failures travel through pipes, arrays through memory that the proces
 than forked, because a forked copy of a process in which JAX has threads may hang.
 """
 
+import atexit
 import multiprocessing
 import pickle
 import time
@@ -21,6 +22,7 @@ from qfleet.envs.lane_group import SingleEnv, make_arrays, num_bytes
 from qfleet.envs.names import searched_for
 from qfleet.envs.python_path import starts_safely
 from qfleet.envs.worker import Share, work
+from qfleet.envs.worker_signals import held_back
 
 _START_SECONDS = 120.0  # time to start Python, import what the environments need, and make them
 _CLOSE_SECONDS = 2.0  # time to close the environments, after which the worker is killed
@@ -50,7 +52,10 @@ class WorkerLanes:
                 f"{type(error).__name__}: {error}; make what it holds inside the function that makes it, or train with "
                 f"num_env_workers=0"
             ) from error
-        self._workers = []
+        self._workers: list[_Worker] = []
+        # At the end of this process, multiprocessing asks its children to end by SIGTERM, which these don't heed, and
+        # waits for them. So they must have ended before.
+        atexit.register(self.close)
         for lanes in shares:
             share = Share(env, num_lanes, options.max_failures, range(int(lanes[0]), int(lanes[-1]) + 1))
             self._workers.append(_Worker(context, buffer, share))
@@ -62,6 +67,9 @@ class WorkerLanes:
             raise ConfigError(
                 f"environment {env.name} must be one that a worker process can make, got: {lost}{lost.hint}"
             ) from lost
+        except BaseException:  # a request to stop, while environments are made
+            self.close()
+            raise
 
     def reset(self, seed: int) -> np.ndarray:
         for worker in self._workers:
@@ -84,6 +92,7 @@ class WorkerLanes:
         return any(worker.has_action_mask for worker in self._workers)
 
     def close(self) -> None:
+        atexit.unregister(self.close)
         for worker in self._workers:
             worker.hang_up()
         deadline = time.monotonic() + _CLOSE_SECONDS
@@ -198,7 +207,8 @@ class _Worker:
         self._process = self._context.Process(
             target=work, args=(theirs, self._buffer, self._share), name=f"qfleet-envs-{self.lanes.start}", daemon=True
         )
-        with starts_safely(), searched_for(self._share.env.name):  # the process takes over this process's path
+        # The process takes over this process's path.
+        with held_back(), starts_safely(), searched_for(self._share.env.name):
             self._process.start()
         theirs.close()  # while this process holds that end, it can't see that the worker has died
 

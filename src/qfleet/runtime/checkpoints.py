@@ -12,7 +12,6 @@ qfleet's classes and never unpickles. The folder gets its final name once everyt
 import contextlib
 import functools
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from qfleet.runtime import checkpoint_files as files
 from qfleet.runtime.checkpoint_index import FORMAT, check_stored, declared_bytes
 from qfleet.runtime.process import available_memory_bytes
 from qfleet.runtime.run_files import shortened, sync_folder
+from qfleet.runtime.workarounds.orbax_messages import keep_orbax_quiet
 
 PyTree = Any
 
@@ -218,10 +218,15 @@ class Checkpoints:
         return path, files.read_index(path, items, self._run_id)
 
     def _write_error(self, error: Exception) -> OSError:
+        if self._is_keeper:
+            with contextlib.suppress(OSError):  # the error that is under way matters more
+                files.make_directory(self._directory)  # which removes the unfinished one, because it takes up room
         reason = " ".join(str(error).split())
+        newest = self.latest()
+        there_is = "there is none yet" if newest is None else f"the newest one is {newest}"
         return OSError(
             f"a checkpoint must be writable, got {type(error).__name__} in {self._directory}: {reason}; free space or "
-            f"fix permissions there, then resume from checkpoint {self.latest()}"
+            f"fix permissions there, then `qfleet resume` the run ({there_is})"
         )
 
 
@@ -232,8 +237,7 @@ class Checkpoints:
 def _orbax() -> Any:
     import orbax.checkpoint
 
-    # Orbax logs each save through absl, and also the tracebacks of errors that it raises.
-    logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+    keep_orbax_quiet()
     return orbax.checkpoint
 
 

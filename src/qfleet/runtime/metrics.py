@@ -1,17 +1,20 @@
 """The metrics of a run: one line of JSON per progress record, and the same numbers for TensorBoard."""
 
 import itertools
+import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Self, TextIO
 
 from qfleet.config import ConfigError
-from qfleet.runtime.process import seconds_since_process_start
 from qfleet.runtime.run_directory import RunDirectory, strict_json
 from qfleet.runtime.run_files import UnusableFile, open_to_append, parse_json, read_lines, shortened, temporary_of
+from qfleet.runtime.tensorboard import EventLog
+
+logger = logging.getLogger("qfleet")
 
 _BEGINNING = b'{"env_steps": '
 """How every line begins."""
@@ -21,18 +24,23 @@ class MetricsWriter:
     """Appends progress records to metrics.jsonl and to TensorBoard's event file. Use it as a context manager.
 
     A line holds `env_steps`, `wall_seconds` and the record's values. A value that isn't finite is null. `wall_seconds`
-    is the age of the process, plus the time of the processes that this one resumed from. A thread of its own imports
-    TensorBoard's writer and writes the events, so that this never delays training.
+    is the time since the run began, plus that of the runs that this one resumes. Records that can't be written, because
+    the disk is full for example, are left out and the run goes on; the first such failure is logged.
     """
 
-    def __init__(self, run: RunDirectory) -> None:
-        self._run = run
-        self._file: TextIO | None = None
-        self._purge_step: int | None = None
+    def __init__(self, run: RunDirectory, began: float | None = None) -> None:
+        """Writes nothing yet.
+
+        Args:
+          run: the run's folder.
+          began: when the run began, on the monotonic clock; by default now.
+        """
+        self._path = run.metrics_path
+        self._began = time.monotonic() if began is None else began
         self._earlier_seconds = 0.0
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorboard")
-        self._events: Any = None  # a tensorboardX SummaryWriter; only the worker may touch it
-        self._last: Future[None] | None = None
+        self._file: TextIO | None = None
+        self._has_failed = False
+        self._events = EventLog(run.path)
 
     def truncate_after(self, env_steps: int) -> None:
         """Drops the records after `env_steps`, because a run that resumes from there will write them again.
@@ -42,7 +50,7 @@ class MetricsWriter:
         Raises:
           ConfigError: if any other line isn't a record.
         """
-        path = self._run.metrics_path
+        path = self._path
         try:
             lines = read_lines(path)
             first = next(lines, b"")
@@ -55,7 +63,7 @@ class MetricsWriter:
             with temporary.open("xb") as file:
                 file.writelines(self._records_until(env_steps, itertools.chain([first], lines)))
             os.replace(temporary, path)
-        self._purge_step = env_steps + 1
+        self._events.purge_from(env_steps + 1)
 
     def _records_until(self, env_steps: int, lines: Iterable[bytes]) -> Iterator[bytes]:
         """Yields the lines of the records up to `env_steps`, and notes the time that they tell of."""
@@ -74,7 +82,7 @@ class MetricsWriter:
                 return
             raise ConfigError(
                 f"each line of metrics.jsonl must be a record, got {shortened(str(line.strip()), 100)}, line {number} "
-                f"of {self._run.metrics_path}; repair or remove that line"
+                f"of {self._path}; repair or remove that line"
             ) from error
 
     def write(self, env_steps: int, values: Mapping[str, float | None]) -> None:
@@ -84,28 +92,28 @@ class MetricsWriter:
           env_steps: environment steps of the record, over all lanes: TensorBoard's x axis.
           values: any numbers by name. None or NaN if there is nothing to report yet.
         """
-        if self._file is None:
-            self._file = open_to_append(self._run.metrics_path)
-        wall_seconds = round(self._earlier_seconds + seconds_since_process_start(), 3)
-        self._file.write(strict_json({"env_steps": env_steps, "wall_seconds": wall_seconds, **values}) + "\n")
-        self._file.flush()
+        wall_seconds = round(self._earlier_seconds + time.monotonic() - self._began, 3)
+        line = strict_json({"env_steps": env_steps, "wall_seconds": wall_seconds, **values}) + "\n"
+        try:
+            self._append(line.encode())
+        except OSError as error:
+            if not self._has_failed:
+                logger.warning(
+                    "%s can't be written (%s); the run goes on without these records. Free space or fix permissions "
+                    "there, and the next ones will be written",
+                    self._path,
+                    error.strerror,
+                )
+            self._has_failed = True
         numbers = {name: float(value) for name, value in values.items() if value is not None}
-        if self._last is not None and self._last.done():
-            self._last.result()  # raises an error of the worker now, rather than at the end of the run
-        self._last = self._worker.submit(
-            self._write_events, env_steps, {name: value for name, value in numbers.items() if math.isfinite(value)}
-        )
+        self._events.write(env_steps, {name: value for name, value in numbers.items() if math.isfinite(value)})
 
     def close(self) -> None:
         """Finishes both files. Idempotent."""
-        if self._file is None or self._last is None:
-            return
-        self._file.close()
-        self._file = None
-        closing = self._worker.submit(self._close_events)
-        self._worker.shutdown()
-        self._last.result()
-        closing.result()
+        self._events.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __enter__(self) -> Self:
         return self
@@ -115,14 +123,14 @@ class MetricsWriter:
     ) -> None:
         self.close()
 
-    def _write_events(self, env_steps: int, numbers: Mapping[str, float]) -> None:
-        if self._events is None:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(str(self._run.path), purge_step=self._purge_step, flush_secs=10)
-        for name, value in numbers.items():
-            self._events.add_scalar(name, value, env_steps)
-
-    def _close_events(self) -> None:
-        if self._events is not None:
-            self._events.close()
+    def _append(self, line: bytes) -> None:
+        """Appends the whole line, or nothing of it."""
+        self._file = self._file or open_to_append(self._path)
+        descriptor, rest = self._file.fileno(), line
+        size = os.fstat(descriptor).st_size
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise

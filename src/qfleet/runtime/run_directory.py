@@ -40,6 +40,8 @@ class RunDirectory:
     """Version of the qfleet that created it."""
     run_id: str = ""
     """Random name of the run, which its checkpoints bear too. Runs of older versions have none."""
+    is_new: bool = dataclasses.field(default=False, compare=False)
+    """Whether this object has made the folder."""
 
     @classmethod
     def create(cls, path: str | os.PathLike[str] | None, config: TrainConfig) -> "RunDirectory":
@@ -54,32 +56,43 @@ class RunDirectory:
           ConfigError: if the folder already holds something or can't be made.
         """
         run_id = secrets.token_hex(8)
-        run = cls(Path(path) if path is not None else _free_default_path(config), config, _version(), run_id)
         content = {
-            "qfleet_version": run.version,
+            "qfleet_version": _version(),
             "schema_version": SCHEMA_VERSION,
             "run_id": run_id,
             "config": encode(config),
         }
         try:
-            text = json.dumps(content, indent=2, allow_nan=False)
+            text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         except ValueError as error:
             raise ConfigError(f"every number in a run's configuration must be finite, got {config}") from error
+        folder = Path("runs") if path is None else Path(path)
         try:
-            run.path.mkdir(parents=True, exist_ok=True)
-            occupied = any(run.path.iterdir())
+            if path is None:
+                folder, is_new = _make_default_folder(config), True
+            else:
+                is_new = not folder.exists()
+                folder.mkdir(parents=True, exist_ok=True)
+            is_claimed = not any(folder.iterdir()) and _write_if_absent(folder / "config.json", text)
         except OSError as error:
             raise ConfigError(
-                f"a run directory must be a folder that can be made, got {run.path} ({error.strerror}); "
+                f"a run directory must be a folder that can be made, got {folder} ({error.strerror}); "
                 f"give another --run-dir"
             ) from error
-        if occupied:
+        if not is_claimed:
             raise ConfigError(
-                f"a new run needs an absent or empty folder, got {run.path}, which holds files already; "
-                f"give another --run-dir, or continue that run with `qfleet resume {run.path}`"
+                f"a new run needs an absent or empty folder, got {folder}, which holds files already; "
+                f"give another --run-dir, or continue that run with `qfleet resume {folder}`"
             )
-        _write_atomically(run.config_path, text + "\n")
-        return run
+        return cls(folder, config, _version(), run_id, is_new)
+
+    def discard(self) -> None:
+        """Deletes what `create` made, if nothing has come of the run. Call it without holding the lock."""
+        if {path.name for path in self.path.iterdir()} <= {"config.json", ".lock"}:
+            for name in ("config.json", ".lock"):
+                (self.path / name).unlink(missing_ok=True)
+            if self.is_new:
+                self.path.rmdir()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "RunDirectory":
@@ -213,21 +226,54 @@ def _plain(value: Any) -> Any:
 
 def _write_atomically(path: Path, text: str) -> None:
     temporary = temporary_of(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_if_absent(path: Path, text: str) -> bool:
+    """Writes a file as a whole and returns True, or returns False if there is one already. Only one process gets True.
+
+    A reader finds either no file or all of it.
+    """
+    temporary = temporary_of(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links: exclusive all the same, but a reader may find half of the file
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+    finally:
+        temporary.unlink()
+    return True
 
 
-def _free_default_path(config: TrainConfig) -> Path:
+def _make_default_folder(config: TrainConfig) -> Path:
+    """Makes a folder in `runs` that no other process gets, whatever the time at which they ask."""
     name = f"{config.env}-{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     first = Path("runs") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-")
+    first.parent.mkdir(exist_ok=True)
     path, number = first, 1
-    while path.exists():
-        number += 1
-        path = first.with_name(f"{first.name}-{number}")
-    return path
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
 
 
 def _version() -> str:

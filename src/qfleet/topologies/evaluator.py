@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from qfleet.config import TrainConfig
+from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
 from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import EnvSpec, Params
+from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
@@ -40,9 +41,23 @@ class HostEvaluator:
         self._greedy = jax.jit(lambda params, view: greedy(agent.q_values(params, view)))
 
     def start(self) -> HostLanes:
-        """Makes the lanes, unless they are there, and returns them."""
-        if self._lanes is None:
+        """Makes the lanes, unless they are there, and returns them.
+
+        Raises:
+          ConfigError: if they can't be made.
+        """
+        if self._lanes is not None:
+            return self._lanes
+        try:
             self._lanes = self._env.make_eval_lanes(self._num_lanes, self._options)
+        except (ConfigError, RunFailed):
+            raise
+        except Exception as error:  # an environment may raise anything
+            raise ConfigError(
+                f"an environment must be one that can be made several times, because evaluation has lanes of its own "
+                f"beside those for training, got {self._env.spec.name}, which failed when evaluation made it: "
+                f"{describe(error)}"
+            ) from error
         return self._lanes
 
     def play(

@@ -1,5 +1,6 @@
 """An all-reduce run, as seen by the process that launches the processes which train."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -19,9 +20,11 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_platforms_of_children
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
+from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
 from qfleet.training.metadata import read_metadata
+from qfleet.training.outcome import BestEvaluation
 from qfleet.training.resuming import check_goes_on
 
 
@@ -37,6 +40,7 @@ class LaunchedRun:
         checkpoint: int | None = None,
     ) -> None:
         self._topology = config.topology_as(AllReduceConfig)
+        self._began = time.monotonic()
         # Mistakes are found here, once, before the folder is touched. This process uses no device.
         check_places(self._topology)
         if self._topology.ray_address is None:
@@ -66,12 +70,17 @@ class LaunchedRun:
     def __iter__(self) -> Iterator[Progress]:
         """Yields the progress of the first process, which stands for all; nothing if it runs on another host."""
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
+        has_begun = False
         announce("starting processes")
         try:
-            for message in launcher.run(lambda: self._checkpoints.latest() or 0):
-                yield _progress_of(message)
-            if self.directory.read_summary() is None:
-                raise KeyboardInterrupt  # interrupted before anything was done
+            with StopFlag() as stop:
+                with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
+                    for message in launcher.run(lambda: self._checkpoints.latest() or 0):
+                        has_begun = True
+                        yield _progress_of(message)
+                if stop.requested and self._lock and not has_begun and self._topology.coordinator is None:
+                    before = self.directory.read_summary() or self._summary_of_nothing()
+                    self.directory.write_summary({**before, "stopped": "interrupted"})
         finally:
             self.summary = self.directory.read_summary() or {}
             if self._lock:
@@ -80,6 +89,28 @@ class LaunchedRun:
                     self.summary |= restarts
                     self.directory.write_summary(self.summary)
                 self._lock.release()
+
+    def _summary_of_nothing(self) -> dict[str, Any]:
+        """Returns the summary of a run that was stopped before its processes had trained."""
+        config, seconds = self.config, time.monotonic() - self._began
+        names = ("env_steps", "learner_steps", "num_episodes", "num_env_failures", "num_videos", "num_video_failures")
+        return {
+            "env": config.env,
+            "backend": self.backend,
+            "preset": config.preset,
+            "topology": config.topology.name,
+            "seed": config.seed,
+            "num_seeds": config.num_seeds,
+            **dict.fromkeys(names, 0),
+            "solved_at_env_steps": [None] * config.num_seeds,
+            "wall_seconds": seconds,
+            "time_shares": None,
+            "eval_return_mean": None,
+            "eval_returns": None,
+            **BestEvaluation().summary(),
+            "warnings": [],
+            "version": self.directory.version,
+        }
 
     def _command(self, peer: JoinInfo) -> list[str]:
         topology = self._topology
@@ -93,6 +124,7 @@ class LaunchedRun:
             "timeout-seconds": times * topology.silence_seconds,
             "report-descriptor": peer.report_descriptor,
             "env-steps": self.config.env_steps,
+            "stop-return": json.dumps(self.config.stop_return),
         }
         flags = [f"--{name}={value}" for name, value in arguments.items()]
         return [peer.python, "-P", "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]

@@ -18,6 +18,7 @@ def run_peer(
     coordinator: str,
     timeout_seconds: float,
     env_steps: int,
+    stop_return: float | None,
     reporter: peers.Reporter,
 ) -> None:
     """Trains a run to its end as one of equal processes, which a launcher has started.
@@ -29,13 +30,14 @@ def run_peer(
       coordinator: HOST:PORT of the first process.
       timeout_seconds: silence after which JAX tells the other processes that one is lost.
       env_steps: environment step at which the run ends.
+      stop_return: mean greedy return at which the run ends.
       reporter: where the first process reports its progress.
 
     Raises:
       ConfigError, RunFailed: as `train` does.
     """
     directory = RunDirectory.open(run_dir)
-    config = dataclasses.replace(directory.config, env_steps=env_steps, topology=topology)
+    config = dataclasses.replace(directory.config, env_steps=env_steps, stop_return=stop_return, topology=topology)
     peers.join(coordinator, topology.num_processes, process_id, topology.devices_per_process, timeout_seconds)
     if topology.num_processes > 1:
         # Each launcher has its own flags and, if a flag is wrong or the file system slow, its own view of the folder.

@@ -1,19 +1,25 @@
 """Resuming a run: the config that it continues with, and checks."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
 
 
 def config_to_resume(
-    config: TrainConfig, *, env_steps: int | None, topology: TopologyConfig | None, **processes: Any
+    config: TrainConfig,
+    *,
+    env_steps: int | None,
+    stop_return: float | Literal["none"] | None,
+    topology: TopologyConfig | None,
+    **processes: Any,
 ) -> TrainConfig:
     """Returns the config that a run continues with. None leaves a setting as it was when the run began.
 
     Args:
       config: config that the run began with.
       env_steps: new environment step at which the run ends.
+      stop_return: new return at which the run ends; "none" for a run that no return ends.
       topology: where the run continues.
       **processes: settings for `TopologyConfig.with_processes`.
 
@@ -24,12 +30,14 @@ def config_to_resume(
     if given := {name: value for name, value in processes.items() if value is not None}:
         topology = topology.with_processes(given)
     env_steps = config.env_steps if env_steps is None else env_steps
-    return dataclasses.replace(config, env_steps=env_steps, topology=topology)
+    stop_return = config.stop_return if stop_return is None else None if stop_return == "none" else stop_return
+    return dataclasses.replace(config, env_steps=env_steps, stop_return=stop_return, topology=topology)
 
 
 def check_goes_on(metadata: dict[str, Any], config: TrainConfig) -> None:
-    """Raises ConfigError if the run, according to its checkpoint's metadata, has ended already."""
-    if metadata["counters"]["env_steps"] >= config.env_steps:
+    """Raises ConfigError if the run, according to its checkpoint's metadata, has ended already, evaluation included."""
+    env_steps = metadata["counters"]["env_steps"]
+    if env_steps >= config.env_steps and metadata.get("evaluated_at", env_steps) >= env_steps:
         raise ConfigError(
             f"a run ends after env_steps={config.env_steps}, and this one has taken "
             f"{metadata['counters']['env_steps']}; give a larger --env-steps"

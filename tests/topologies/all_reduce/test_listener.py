@@ -66,9 +66,19 @@ def test_what_processes_report_just_before_their_end_is_passed_on(is_stopping: b
 
 def test_a_process_that_is_asked_to_stop_may_end_by_the_signal_but_others_may_not() -> None:
     ended: dict[int, int | None] = {0: 0, 1: -signal.SIGTERM}
-    assert heard(ScriptedGroup([([], ended), ([], ended)]), is_stopping=True) == []
+    running: dict[int, int | None] = {0: None, 1: None}
+    rounds = [([progress(1)], running), ([], ended), ([], ended)]
+    assert heard(ScriptedGroup(rounds), is_stopping=True) == [1]
     with pytest.raises(ProcessLost, match="process 1 ended with -15"):
         heard(ScriptedGroup([([], ended), ([], ended)]))
+
+
+def test_a_request_to_stop_before_any_progress_is_not_waited_for() -> None:
+    """The processes may compile for a long time, and have nothing to save."""
+    running: dict[int, int | None] = {0: None, 1: None}
+    group = ScriptedGroup([([], running), ([progress(1)], running)])
+    assert heard(group, is_stopping=True) == []
+    assert group.num_asked == 0
 
 
 def test_the_process_that_was_killed_is_told_before_those_that_abort_without_it(monkeypatch) -> None:

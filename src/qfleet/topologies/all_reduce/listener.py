@@ -33,6 +33,7 @@ class Listener:
           group: the processes.
         """
         self._silence_seconds, self._group = config.silence_seconds, group
+        self._starts_all = config.coordinator is None
         self._heard_at: dict[int, float] = {}
         """When each process last reported anything."""
         self._unread: dict[int, bytes] = {}
@@ -40,6 +41,8 @@ class Listener:
 
     def messages(self, stop: StopFlag) -> Iterator[dict[str, Any]]:
         """Starts the processes, and yields their messages of progress until all have ended well.
+
+        If it is asked to stop before there is any progress, there is nothing to save, and it returns at once.
 
         Args:
           stop: a request to stop the run, which is passed on to the processes.
@@ -52,16 +55,18 @@ class Listener:
         group.start(lambda: stop.requested)
         progressed_at = time.monotonic()
         self._heard_at = dict.fromkeys(group.exit_codes(), progressed_at)
-        is_stopping = False
+        is_stopping = has_begun = False
         while True:
             # Ask for exit codes before reading: everything that a process reported before its end is read after that.
             have_ended = None not in group.exit_codes().values()
             for message in self._read():
                 if message["kind"] == "progress":
-                    progressed_at = time.monotonic()
+                    progressed_at, has_begun = time.monotonic(), True
                     yield message
                 _raise_if_failed(message)
             if stop.requested and not is_stopping:
+                if not has_begun and self._starts_all:
+                    return
                 is_stopping = True
                 group.ask_to_stop()
             self._check_alive(is_stopping)

@@ -4,7 +4,6 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from qfleet.core.types import Network, Params, stored_spec
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.compiling import compilers
 from qfleet.runtime.devices import num_shards
 from qfleet.runtime.evaluation import Episodes, Pieces, join_episodes, never
 from qfleet.runtime.records import Progress, Sum, make_progress
@@ -74,7 +74,7 @@ class Fused(OwnLearner):
         program = self._over_seeds() if self._config.num_seeds > 1 else self._on_mesh()
         self._replay_leaves, self._restore_replay = program.replay_leaves, program.restore_replay
         state = jax.eval_shape(program.init, self._seeds)
-        with ThreadPoolExecutor() as pool:  # XLA compiles one program, the largest first, while Python traces the next
+        with compilers() as pool:  # XLA compiles one program, the largest first, while Python traces the next
             compiled_run = pool.submit(program.run.lower(state, self._plan(), np.int32(0)).compile)
             lowered = program.init.lower(self._seeds)
             # This program runs once, and the one that begins episodes takes next to no time. Optimising them would cost

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +15,7 @@ from qfleet.core.learner import LearnerState, make_learner
 from qfleet.core.replay import Replay, ReplayState, make_replay, partition, partition_saved
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import EnvSpec, Network, stored_spec
+from qfleet.runtime.compiling import compilers
 from qfleet.runtime.stopwatch import Stopwatch
 from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
@@ -113,16 +113,16 @@ class ProgramsOnMesh:
           learn_arguments: arguments of `learn`.
           stopwatch: if given, `learn` is compiled in parts, each of which the stopwatch times.
         """
-        with ThreadPoolExecutor() as pool:  # XLA compiles one program while Python traces the next
+        with compilers() as pool:  # XLA compiles one program while Python traces the next
             if stopwatch:
                 learn = pool.submit(
                     timed_learn, self._learner, self._replay, self.programs, self._config, stopwatch, learn_arguments
                 )
             else:
                 learn = pool.submit(jitted.learn.lower(*learn_arguments).compile)
-            act = jitted.act.lower(*act_arguments).compile()
-            draw = jitted.draw.lower(key).compile()
-            return CompiledPrograms(draw, act, learn.result())
+            act = pool.submit(jitted.act.lower(*act_arguments).compile)
+            draw = pool.submit(jitted.draw.lower(key).compile)
+            return CompiledPrograms(draw.result(), act.result(), learn.result())
 
     @functools.cached_property
     def _shapes(self) -> tuple[LearnerState, ReplayState | tuple[()], jax.Array]:
