@@ -1,7 +1,9 @@
 """The index of a checkpoint: what it must hold, whoever wrote it."""
 
+import functools
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,17 @@ def check_index(index: Any, env_steps: int) -> str:
 def declared_bytes(arrays: list[dict[str, Any]]) -> int:
     """Returns the size in bytes that the arrays of an item have in memory."""
     return sum(math.prod(array["shape"]) * _itemsize(array["dtype"]) for array in arrays)
+
+
+def check_stored(stored: Any, recorded: Mapping[tuple[str, ...], Mapping[str, Any]]) -> None:
+    """Raises ValueError unless the arrays that Orbax would read are as large as the index says, and no larger."""
+    for name, entry in recorded.items():
+        array = functools.reduce(lambda node, key: node[key], name, stored)
+        shape, wanted = tuple(array.shape), tuple(entry["shape"])
+        is_key_data = "key_impl" in entry and shape[:-1] == wanted and len(shape) > len(wanted) and shape[-1] <= 16
+        chunk = array.storage.chunk_shape or shape
+        if not (shape == wanted or is_key_data) or any(size > max(1, n) for size, n in zip(chunk, shape, strict=True)):
+            raise ValueError(f"{'/'.join(name)} has shape {list(shape)} in chunks of {list(chunk)}")
 
 
 def _is_array(array: Any) -> bool:

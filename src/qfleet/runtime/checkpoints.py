@@ -24,7 +24,7 @@ import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.runtime import checkpoint_files as files
-from qfleet.runtime.checkpoint_index import FORMAT, declared_bytes
+from qfleet.runtime.checkpoint_index import FORMAT, check_stored, declared_bytes
 from qfleet.runtime.process import available_memory_bytes
 from qfleet.runtime.run_files import shortened, sync_folder
 from qfleet.runtime.workarounds.orbax_messages import keep_orbax_quiet
@@ -280,7 +280,7 @@ def _read(path: Path, recorded: Mapping[_TreePath, Mapping[str, Any]], wanted: M
 
     arguments = {name: argument(name, leaf) for name, leaf in wanted.items()}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        _check_stored(reader.metadata(path).item_metadata.tree, recorded)
+        check_stored(reader.metadata(path).item_metadata.tree, recorded)
         tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=_nest(arguments.items())))
     leaves = []
     for name in wanted:
@@ -289,17 +289,6 @@ def _read(path: Path, recorded: Mapping[_TreePath, Mapping[str, Any]], wanted: M
             value = jax.random.wrap_key_data(jnp.asarray(value), impl=recorded[name]["key_impl"])
         leaves.append(value)
     return leaves
-
-
-def _check_stored(stored: Any, recorded: Mapping[_TreePath, Mapping[str, Any]]) -> None:
-    """Raises ValueError unless the arrays that Orbax would read are as large as the index says, and no larger."""
-    for name, entry in recorded.items():
-        array = functools.reduce(lambda node, key: node[key], name, stored)
-        shape, wanted = tuple(array.shape), tuple(entry["shape"])
-        is_key_data = "key_impl" in entry and shape[:-1] == wanted and len(shape) > len(wanted) and shape[-1] <= 16
-        chunk = array.storage.chunk_shape or shape
-        if not (shape == wanted or is_key_data) or any(size > max(1, n) for size, n in zip(chunk, shape, strict=True)):
-            raise ValueError(f"{'/'.join(name)} has shape {list(shape)} in chunks of {list(chunk)}")
 
 
 def _check_fits(path: Path, item: str, size: int) -> None:

@@ -1,5 +1,6 @@
 """The evaluations of a run: whether one is due, how long its episodes may get, and what they show."""
 
+import json
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from qfleet.config import TrainConfig
 from qfleet.runtime import peers
 from qfleet.runtime.evaluation import MAX_EPISODE_STEPS, Episodes
 from qfleet.runtime.records import Progress, Sum
+from qfleet.runtime.run_directory import strict_json
 from qfleet.topologies.base import Topology
 
 logger = logging.getLogger("qfleet")
@@ -74,7 +76,7 @@ class EvaluationRounds:
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps, for `restore`."""
         return {
-            "newest": self._newest,
+            "newest": json.loads(strict_json(self._newest)),  # returns may not be finite
             "new_episodes": self._new_episodes,
             "env_steps_taken": self._env_steps_taken,
             "mean_length": self._mean_length,
