@@ -160,26 +160,33 @@ def make_evaluation(
     ) -> tuple[EpisodesUnderWay, EpisodeStats]:
         _, step_key = jax.random.split(key)
 
-        def step(carry: tuple[Array, EpisodesUnderWay]) -> tuple[Array, EpisodesUnderWay]:
-            time, now = carry
+        def has_any_left(has_ended: Array) -> Array:
+            """Returns whether any replica still plays. All must take as many steps: on a mesh, steps communicate."""
+            return replicas.sum(jnp.any(~has_ended).astype(jnp.int32)) > 0
+
+        def step(carry: tuple[Array, EpisodesUnderWay, Array]) -> tuple[Array, EpisodesUnderWay, Array]:
+            time, now, _ = carry
             action = act(q_values(params, now.view), key, first_number, time)
             keys = keys_of(jax.random.fold_in(step_key, time), first_number)
             result = jax.vmap(env.step)(now.env_state, action, keys)
             fingerprint = extend_fingerprints(now.fingerprint, result.observation, result.reward)
-            return time + 1, EpisodesUnderWay(
+            has_ended = now.has_ended | result.terminated | result.truncated
+            then = EpisodesUnderWay(
                 env_state=result.state,
                 view=push_frame(now.view, to_storage_layout(result.observation), nobody, frame_stack),
                 episode_return=now.episode_return + jnp.where(now.has_ended, 0.0, result.reward),
                 episode_steps=now.episode_steps + ~now.has_ended,
                 fingerprint=jnp.where(now.has_ended, now.fingerprint, fingerprint),
-                has_ended=now.has_ended | result.terminated | result.truncated,
+                has_ended=has_ended,
             )
+            return time + 1, then, has_any_left(has_ended)
 
-        def is_running(carry: tuple[Array, EpisodesUnderWay]) -> Array:
-            time, now = carry
-            return (time < first_step + num_steps) & ~jnp.all(now.has_ended)
+        def is_running(carry: tuple[Array, EpisodesUnderWay, Array]) -> Array:
+            time, _, any_left = carry
+            return (time < first_step + num_steps) & any_left
 
-        _, episodes = jax.lax.while_loop(is_running, step, (first_step, episodes))
+        start = (first_step, episodes, has_any_left(episodes.has_ended))
+        _, episodes, _ = jax.lax.while_loop(is_running, step, start)
         own = EpisodeStats(*(getattr(episodes, name) for name in EpisodeStats._fields))
         return episodes, jax.tree.map(lambda x: replicas.gather(x).reshape(-1)[:num_episodes], own)
 
