@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 _SUMMARY = """\
 Trains a deep Q-network, and writes everything about the run to its folder.
 
-The defaults are those of the preset, or the ones tuned for the environment: name the environment to see them."""
+The defaults come from the preset, or are chosen for the environment and the topology: name them to see the defaults."""
 
 _TOPOLOGY = (
     "Where the run takes place. The default is the topology that suits the environment. "

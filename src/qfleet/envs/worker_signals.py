@@ -1,4 +1,4 @@
-"""Signals in worker processes: what asks a run to stop is for its main process alone, which then ends the workers.
+"""Signals in worker processes. Only a run's main process heeds a request to stop, and it then ends the workers.
 
 Ctrl-C, `timeout`, systemd and batch systems send a signal to all processes of a run. If it ended the workers, the run
 would take them for environments that failed.
@@ -29,7 +29,7 @@ def held_back() -> Iterator[None]:
 
 
 def leave_to_parent() -> None:
-    """Makes the signals have no effect on this process; what it starts itself, such as a simulator, heeds them."""
+    """Makes the signals have no effect on this process. Those that it starts, such as a simulator, still heed them."""
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _do_nothing)  # not SIG_IGN, which the processes that it starts would inherit

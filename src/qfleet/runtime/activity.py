@@ -1,4 +1,4 @@
-"""What a run is busy with between two records of progress, told to whoever shows it."""
+"""Announces what a run is busy with between two records of progress, so that a view can show it."""
 
 import contextlib
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The index of a checkpoint: what it must hold, whoever wrote it."""
+"""Checks of a checkpoint's index, which may have been damaged or written by somebody else."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Threads that compile programs, which a request to stop doesn't wait for."""
+"""Threads that compile programs. A request to stop doesn't wait for them."""
 
 import contextlib
 import threading

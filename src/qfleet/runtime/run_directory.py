@@ -7,6 +7,7 @@ runs/<name>/
   checkpoints/     the newest few, named by their environment steps
   summary.json     the outcome, always replaced as a whole
   videos/          what `qfleet watch` has written, and the run itself if asked to
+  peers/           what the processes of an all-reduce run have printed
   .lock            held by the process that trains the run
 """
 

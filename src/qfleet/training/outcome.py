@@ -1,4 +1,4 @@
-"""What a run notes down about itself on its way, what it does at its end, and what it says of an error."""
+"""What a run notes about itself as it goes, what it does at its end, and the message of an error that ends it."""
 
 import contextlib
 import json
