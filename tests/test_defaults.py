@@ -32,6 +32,7 @@ def spec_of(shape: tuple[int, ...], dtype: str, frame_stack: int = 1) -> EnvSpec
         ((2, 2, 2), "float32", "vectors"),
         ((84, 84), "uint8", "pixels"),
         ((96, 96, 3), "uint8", "pixels"),
+        ((4, 84, 84), "uint8", "pixels"),
         ((210, 160, 3), "uint8", "pixels"),
     ],
     ids=str,

@@ -182,11 +182,16 @@ def shortened(settings: Mapping[str, Any], env_steps: int | None) -> dict[str, A
 
 def family_of(spec: "EnvSpec") -> str:
     """Returns the name of an environment's family, one of `FAMILIES`, by the shape and type of its observations."""
-    shape, dtype = spec.agent_observation_shape, spec.observation_dtype
-    is_image = len(shape) == 3 or (len(shape) == 2 and dtype == np.uint8)
-    if is_image and min(shape[:2]) >= 5:
-        return "pixels" if min(shape[:2]) >= 36 else "small images"
-    return "states" if len(shape) == 1 and dtype == np.bool_ else "vectors"
+    from qfleet.networks.torsos import choose_torso
+
+    try:
+        torso = choose_torso(spec, "auto")
+    except ConfigError:
+        return "vectors"  # the run reports what is wrong with them
+    if torso != "mlp":
+        return "pixels" if torso == "nature" else "small images"
+    is_state = len(spec.agent_observation_shape) == 1 and spec.observation_dtype == np.bool_
+    return "states" if is_state else "vectors"
 
 
 def is_atari(env_name: str) -> bool:

@@ -180,7 +180,6 @@ OFF_ATARI: dict[str, Mapping[str, Any]] = {
         "env_steps": 500_000,
         "eval_period_env_steps": 10_000,
         "eval_episodes": 20,
-        "eval_exploration": 0.0,
         "checkpoint_period_seconds": 60.0,
     },
 }
