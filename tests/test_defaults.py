@@ -163,7 +163,7 @@ def test_an_environment_for_worker_processes_is_not_played_in_this_one(monkeypat
 def test_a_probe_of_a_slow_environment_is_given_up(monkeypatch):
     monkeypatch.setattr(defaults, "PROBE_SECONDS", -1.0)
     lanes = Lanes()
-    assert defaults.probe(env_of(lanes)) == "slow" and len(lanes.actions) == 1
+    assert defaults.probe(env_of(lanes)) == "slow" and len(lanes.actions) == 2
     monkeypatch.setattr(defaults, "make_env", lambda name: env_of(Lanes()))
     config, reason = make_explained_config("Slow-v0")
     assert config.env_steps <= 20_000 and config.agent.exploration_env_steps < config.env_steps and "slow" in reason

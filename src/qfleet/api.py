@@ -246,6 +246,7 @@ def _evaluation_options(config: TrainConfig, metadata: dict[str, Any]) -> Evalua
         exploration=config.eval_exploration,
         max_episode_steps=limit,
         num_env_workers=config.topology.lane_options.num_env_workers,
+        step_timeout_seconds=config.topology.lane_options.step_timeout_seconds,
     )
 
 

@@ -5,6 +5,7 @@ whether it is written in JAX. Settings are tuned for whole families rather than 
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -250,7 +251,7 @@ def probe(env: "InGraphEnv | HostEnv") -> str | None:
 
 
 def _play(lanes: "HostLanes", num_actions: int) -> str | None:
-    random, until = np.random.default_rng(0), time.monotonic() + PROBE_SECONDS
+    random, until = np.random.default_rng(0), math.inf
     rewards, has_ended, has_terminated = set(), False, False
     for action in random.integers(num_actions, size=PROBE_STEPS, dtype=np.int32):
         lanes.send(action[None])
@@ -261,6 +262,8 @@ def _play(lanes: "HostLanes", num_actions: int) -> str | None:
         has_terminated |= bool(step.terminated[0])
         if time.monotonic() > until:
             return "slow"
+        if until == math.inf:  # the first step isn't timed: it may compile something, or load a model
+            until = time.monotonic() + PROBE_SECONDS
     return "no signal" if len(rewards) == 1 and not has_terminated else None
 
 

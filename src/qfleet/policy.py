@@ -12,7 +12,16 @@ import jax
 import numpy as np
 
 from qfleet.config import ConfigError
-from qfleet.config.checks import MAX_EPISODES, MAX_PROCESSES, MAX_SEED, MAX_SIZE, check, check_count
+from qfleet.config.checks import (
+    MAX_EPISODES,
+    MAX_PROCESSES,
+    MAX_SECONDS,
+    MAX_SEED,
+    MAX_SIZE,
+    check,
+    check_count,
+    check_positive,
+)
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.keys import Stream, key_of
@@ -53,12 +62,15 @@ class EvaluationOptions:
     means 27,000."""
     num_env_workers: int = 0
     """Processes that step an environment that is not written in JAX; with 0, this process does."""
+    step_timeout_seconds: float = LaneOptions.step_timeout_seconds
+    """Longest time that one step or reset may take in such a process."""
 
     def __post_init__(self) -> None:
         check(0 <= self.exploration < 1, "exploration", "at least 0 and below 1", self.exploration)
         if self.max_episode_steps is not None:
             check_count("max_episode_steps", self.max_episode_steps, maximum=MAX_SIZE)
         check_count("num_env_workers", self.num_env_workers, minimum=0, maximum=MAX_PROCESSES)
+        check_positive(self, "step_timeout_seconds", maximum=MAX_SECONDS)
 
 
 class Policy:
@@ -86,6 +98,7 @@ class Policy:
         if isinstance(env, HostEnv):
             self._encoder, self._actions = env.encoder or self._encoder, env.actions
         self._network = network
+        self._in_graph = functools.cache(self._make_in_graph)  # the compiled programs live as long as the policy
         self._apply_network = jax.jit(network.apply)
         self._to_view = jax.jit(
             lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, env.spec.frame_stack)
@@ -157,7 +170,9 @@ class Policy:
     def _play_host(self, env: HostEnv, num_episodes: int, seed: int, options: EvaluationOptions) -> Episodes:
         num_lanes = min(num_episodes, max(EVAL_LANES, options.num_env_workers))
         lane_options = LaneOptions(
-            max_failures=MAX_LOST * num_episodes, num_env_workers=min(options.num_env_workers, num_lanes)
+            max_failures=MAX_LOST * num_episodes,
+            num_env_workers=min(options.num_env_workers, num_lanes),
+            step_timeout_seconds=options.step_timeout_seconds,
         )
         lanes = env.make_eval_lanes(num_lanes, lane_options)
         try:
@@ -192,8 +207,7 @@ class Policy:
             batches.append(batch)
         return join_episodes(batches, num_episodes)
 
-    @functools.cache  # noqa: B019, the compiled programs live as long as their policy
-    def _in_graph(self, num_together: int, exploration: float) -> tuple[Callable, Callable]:
+    def _make_in_graph(self, num_together: int, exploration: float) -> tuple[Callable, Callable]:
         assert isinstance(self._env, InGraphEnv)
         network = self._network
         evaluation = make_evaluation(self._env, network.apply, num_together, exploration, network.to_storage_layout)

@@ -20,7 +20,7 @@ import pytest
 
 from qfleet.config import ConfigError
 from qfleet.runtime.checkpoint_files import CheckpointError
-from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.checkpoints import Checkpoints, CheckpointWriteError
 
 
 class State(NamedTuple):
@@ -141,10 +141,31 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "9"]
 
 
-def test_saving_the_same_step_again_changes_nothing(tmp_path: Path) -> None:
+def test_saving_the_same_step_again_changes_nothing_unless_its_metadata_differs(tmp_path: Path) -> None:
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(5, {"learner": jnp.zeros(2)}, {"n": 1})
-        checkpoints.save(5, {"learner": jnp.ones(2)}, {"n": 2})
+        checkpoints.wait()
+        written = (tmp_path / "5").stat().st_ino
+        checkpoints.save(5, {"learner": jnp.zeros(2)}, {"n": 1})
+        checkpoints.wait()
+        assert (tmp_path / "5").stat().st_ino == written
+        checkpoints.save(5, {"learner": jnp.zeros(2)}, {"n": 2})
+        checkpoints.wait()
+        assert checkpoints.read_metadata() == {"n": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["5"], "the replaced one is deleted"
+
+
+def test_a_replacement_that_cannot_be_written_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch) -> None:
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(5, {"learner": jnp.zeros(2)}, {"n": 1})
+        checkpoints.wait()
+
+        def fail(*arguments, **settings):
+            raise OSError("no space is left")
+
+        monkeypatch.setattr(checkpoints._writer, "save", fail)
+        with pytest.raises(CheckpointWriteError, match="no space is left"):
+            checkpoints.save(5, {"learner": jnp.zeros(2)}, {"n": 2})
         assert checkpoints.read_metadata() == {"n": 1}
 
 
@@ -347,7 +368,7 @@ def test_a_save_that_fails_in_the_background_is_raised_by_the_next_call(
     with monkeypatch.context() as patch, Checkpoints(tmp_path) as checkpoints:
         patch.setattr("qfleet.runtime.checkpoint_files.size_and_crc32", fail)
         checkpoints.save(2, {"learner": jnp.zeros(2)}, {})
-        with pytest.raises(OSError, match=r"No space left on device; .*resume from checkpoint 1"):
+        with pytest.raises(OSError, match=r"No space left on device; .*the newest one is 1"):
             checkpoints.wait()
     assert Checkpoints(tmp_path).all() == [1]
     save_some(tmp_path, 2)

@@ -127,6 +127,8 @@ def evaluation_in_words(
 
 
 def _evaluation_of(summary: dict[str, Any]) -> str:
+    if summary["eval_returns"] is None:  # a checkpoint keeps only so many, so a resumed run may lack them
+        return f"after {summary['eval_at_env_steps']:,} environment steps"
     words = evaluation_in_words(
         sum(map(len, summary["eval_returns"])),
         num_different=summary["eval_num_different"],

@@ -34,18 +34,29 @@ def module_folder_searched() -> Iterator[None]:
     if folder in sys.path or ("" in sys.path and folder == os.getcwd()):
         yield
         return
+    global _is_searched
     sys.path.append(folder)
+    _is_searched = True
     try:
         yield
     finally:
+        _is_searched = False
         with contextlib.suppress(ValueError):  # the module itself may have removed it
             sys.path.remove(folder)
 
 
+def is_module_folder_searched() -> bool:
+    """Returns whether `module_folder_searched` has added the folder. Processes started meanwhile take over the path."""
+    return _is_searched
+
+
 def leave_module_folder() -> None:
-    """Ends `module_folder_searched` in a process that was started within it, because it took over the path."""
-    if sys.path and sys.path[-1] == module_folder():
-        sys.path.pop()
+    """Ends `module_folder_searched` in a process that was started while it had added the folder."""
+    with contextlib.suppress(ValueError):  # a module may have removed it
+        sys.path.remove(module_folder())
+
+
+_is_searched = False
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ class Share(NamedTuple):
     """Number of failures that the run survives."""
     lanes: range
     """The lanes of this worker."""
+    searches_module_folder: bool
+    """Whether the folder with the user's modules is on the path only until the environments are made."""
 
 
 def work(connection: Connection, buffer: Any, share: Share) -> None:
@@ -43,7 +45,8 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
     except Exception as error:
         connection.send(describe(error))
         return
-    leave_module_folder()
+    if share.searches_module_folder:
+        leave_module_folder()
     connection.send(None)
     try:
         while True:

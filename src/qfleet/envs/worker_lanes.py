@@ -20,7 +20,7 @@ from qfleet.envs.failures import Failure, FailureBudget, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.lane_group import SingleEnv, make_arrays, num_bytes
 from qfleet.envs.names import searched_for
-from qfleet.envs.python_path import starts_safely
+from qfleet.envs.python_path import is_module_folder_searched, starts_safely
 from qfleet.envs.worker import Share, work
 from qfleet.envs.worker_signals import held_back
 
@@ -56,10 +56,11 @@ class WorkerLanes:
         # At the end of this process, multiprocessing asks its children to end by SIGTERM, which these don't heed, and
         # waits for them. So they must have ended before.
         atexit.register(self.close)
-        for lanes in shares:
-            share = Share(env, num_lanes, options.max_failures, range(int(lanes[0]), int(lanes[-1]) + 1))
-            self._workers.append(_Worker(context, buffer, share))
         try:
+            for lanes in shares:
+                own = range(int(lanes[0]), int(lanes[-1]) + 1)
+                share = Share(env, num_lanes, options.max_failures, own, is_module_folder_searched())
+                self._workers.append(_Worker(context, buffer, share))
             for worker in self._workers:
                 worker.wait_until_ready()
         except _WorkerLost as lost:

@@ -41,7 +41,8 @@ def enable_compilation_cache() -> Path | None:
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory.mkdir(mode=0o700, exist_ok=True)
         if reason := _why_unsafe(directory):
-            _warn(f"{directory} {reason}, and who writes there can run code here", _REMEDY_FOR_UNSAFE)
+            remedy = f"delete {directory}, or set QFLEET_CACHE_DIR to a folder of your own with mode 0700"
+            _warn(f"{directory} {reason}, and who writes there can run code here", remedy)
             return None
         with tempfile.TemporaryFile(dir=directory):
             pass  # only writing a file shows whether one can: root, read-only mounts and quotas defy permission bits
@@ -54,9 +55,6 @@ def enable_compilation_cache() -> Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return directory
-
-
-_REMEDY_FOR_UNSAFE = "set QFLEET_CACHE_DIR to a folder of your own with mode 0700"
 
 
 def _warn(reason: str, remedy: str) -> None:

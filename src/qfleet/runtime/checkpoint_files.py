@@ -233,7 +233,7 @@ def make_directory(directory: Path) -> None:
         return
     for path in directory.iterdir():
         if _UNFINISHED.fullmatch(path.name) and _is_folder(path):
-            _delete(path)
+            delete(path)
 
 
 def delete_all_but_newest(directory: Path, keep: int, run_id: str | None) -> None:
@@ -252,23 +252,30 @@ def delete_all_but_newest(directory: Path, keep: int, run_id: str | None) -> Non
         except OSError as error:
             logger.warning("checkpoint %s can't be deleted (%s); fix the permissions, or delete it", path, error)
         else:
-            _delete(doomed)
+            delete(doomed)
 
 
 def set_aside_after(directory: Path, env_steps: int, run_id: str | None) -> None:
     """Renames checkpoints newer than `env_steps` to `<env_steps>.set-aside`, replacing the run's own of this name."""
     for newer in list_checkpoints(directory):
         if newer > env_steps:
-            aside, number = directory / f"{newer}.set-aside", 1
-            if _is_of_run(aside, run_id) and not directory.is_symlink():
-                _delete(aside)
-            while os.path.lexists(aside):
-                number += 1
-                aside = directory / f"{newer}.set-aside-{number}"
-            (directory / str(newer)).rename(aside)
+            set_aside(directory / str(newer), run_id)
 
 
-def _delete(path: Path) -> None:
+def set_aside(path: Path, run_id: str | None) -> Path:
+    """Renames one checkpoint to `<env_steps>.set-aside`, replacing the run's own of this name; returns its new path."""
+    aside, number = path.with_name(f"{path.name}.set-aside"), 1
+    if _is_of_run(aside, run_id) and not path.parent.is_symlink():
+        delete(aside)
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.set-aside-{number}")
+    path.rename(aside)
+    return aside
+
+
+def delete(path: Path) -> None:
+    """Deletes a checkpoint. If that fails, it is a warning."""
     try:
         shutil.rmtree(path)
     except OSError as error:

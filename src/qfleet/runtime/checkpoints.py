@@ -34,6 +34,10 @@ PyTree = Any
 _TreePath = tuple[str, ...]
 
 
+class CheckpointWriteError(OSError):
+    """A checkpoint couldn't be written. The message says where, why and what to do."""
+
+
 class Checkpoints:
     """The checkpoints of one run, named by their environment steps. Only the newest few are kept.
 
@@ -59,6 +63,8 @@ class Checkpoints:
         self._writer: Any = None  # an orbax AsyncCheckpointer
         self._index: dict[str, Any] = {}  # index.json of the save under way
         self._is_keeper = is_keeper
+        self._replaced: Path | None = None
+        """The checkpoint that the save under way replaces, under its other name."""
         self._is_unsynced = False
         """Whether a save has begun whose folder isn't known to be on disk."""
 
@@ -73,8 +79,8 @@ class Checkpoints:
     def save(self, env_steps: int, state: Mapping[str, PyTree], metadata: Mapping[str, Any]) -> None:
         """Copies `state` and writes it in the background. Its arrays may be donated as soon as this returns.
 
-        Waits for the previous save first. Does nothing if there is already a checkpoint at `env_steps`, because within
-        a run it holds the same state.
+        Waits for the previous save first. Within a run, a checkpoint that is already at `env_steps` holds the same
+        state. It is replaced only if its metadata differs, because an evaluation was made up for after a resume.
 
         Args:
           env_steps: environment steps done so far, over all lanes.
@@ -82,15 +88,17 @@ class Checkpoints:
           metadata: any values that strict JSON can hold.
 
         Raises:
-          OSError: if this or the previous save couldn't be written.
+          CheckpointWriteError: if this or the previous save couldn't be written.
           ValueError: if `metadata` isn't strict JSON.
         """
         assert self._run_id is not None
         self.wait()
         path = self._directory / str(env_steps)
         if env_steps in self.all():
-            files.read_index(path, [], self._run_id)  # raises if it is another run's
-            return
+            stored = files.read_index(path, [], self._run_id)  # raises if it is another run's
+            if stored["metadata"] == json.loads(json.dumps(metadata)) or jax.process_count() > 1:
+                return  # several processes could not agree on when to move it away
+            self._replaced = files.set_aside(path, self._run_id)
         if os.path.lexists(path):
             raise self._write_error(FileExistsError(f"{path} is in the way and no checkpoint; move it away"))
         leaves = {item: _named_leaves(tree) for item, tree in state.items()}
@@ -117,6 +125,7 @@ class Checkpoints:
             self._is_unsynced = True
             self._writer.save(path, args=_handler_classes()[1](**arguments))
         except Exception as error:
+            self._put_back_replaced(path)
             raise self._write_error(error) from error
 
     def set_aside_after(self, env_steps: int) -> None:
@@ -131,7 +140,7 @@ class Checkpoints:
         """Waits until the save under way, if any, is complete, then deletes checkpoints that are no longer kept.
 
         Raises:
-          OSError: if the save couldn't be written.
+          CheckpointWriteError: if the save couldn't be written.
         """
         if self._writer is None:
             return
@@ -139,10 +148,21 @@ class Checkpoints:
             self._writer.wait_until_finished()
             if self._is_keeper and self._is_unsynced:
                 sync_folder(self._directory)  # of the name that the checkpoint got last
+                if self._replaced:
+                    files.delete(self._replaced)
+                    self._replaced = None
                 files.delete_all_but_newest(self._directory, self._keep, self._run_id)
             self._is_unsynced = False
         except Exception as error:
+            self._put_back_replaced(self._directory / str(self._index["env_steps"]))
             raise self._write_error(error) from error
+
+    def _put_back_replaced(self, path: Path) -> None:
+        """Gives the checkpoint that was to be replaced its name back, if the new one isn't there."""
+        if self._replaced and not os.path.lexists(path):
+            with contextlib.suppress(OSError):  # the error that is under way matters more
+                self._replaced.rename(path)
+                self._replaced = None
 
     def close(self) -> None:
         """Waits for the save under way, then ends the writer's threads. Idempotent."""
@@ -217,14 +237,14 @@ class Checkpoints:
         path = self._directory / str(files.check_exists(self._directory, env_steps))
         return path, files.read_index(path, items, self._run_id)
 
-    def _write_error(self, error: Exception) -> OSError:
+    def _write_error(self, error: Exception) -> "CheckpointWriteError":
         if self._is_keeper:
             with contextlib.suppress(OSError):  # the error that is under way matters more
                 files.make_directory(self._directory)  # which removes the unfinished one, because it takes up room
         reason = " ".join(str(error).split())
         newest = self.latest()
         there_is = "there is none yet" if newest is None else f"the newest one is {newest}"
-        return OSError(
+        return CheckpointWriteError(
             f"a checkpoint must be writable, got {type(error).__name__} in {self._directory}: {reason}; free space or "
             f"fix permissions there, then `qfleet resume` the run ({there_is})"
         )

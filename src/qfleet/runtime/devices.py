@@ -77,7 +77,7 @@ def check_platforms_of_children() -> None:
       ConfigError: if `JAX_PLATFORMS` names others than the CPU, and JAX doesn't find them.
     """
     if os.environ.get("JAX_PLATFORMS", "cpu") not in ("", "cpu"):
-        command = [sys.executable, "-c", "import jax; jax.devices()"]
+        command = [sys.executable, "-P", "-c", "import jax; jax.devices()"]
         found = subprocess.run(command, capture_output=True, text=True)
         if found.returncode != 0:
             raise ConfigError(_no_devices(found.stderr.strip().rpartition("\n")[2].partition(": ")[2]))

@@ -118,6 +118,7 @@ class Evaluator:
     def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, agent: Agent) -> None:
         self._config, self._env, self._agent = config, env, agent
         self._pieces = Pieces()
+        self._in_graph = functools.cache(self._make_in_graph)  # the compiled programs live as long as the evaluator
         self._host: HostEvaluator | None = None
         if isinstance(env, HostEnv):
             num_lanes = min(config.topology.num_envs, config.eval_episodes)
@@ -180,8 +181,7 @@ class Evaluator:
         if self._host:
             self._host.close()
 
-    @functools.cache  # noqa: B019, an evaluator lives as long as its run
-    def _in_graph(self, num_episodes: int) -> tuple[Callable, Callable]:
+    def _make_in_graph(self, num_episodes: int) -> tuple[Callable, Callable]:
         assert isinstance(self._env, InGraphEnv)
         agent, exploration = self._agent, self._config.eval_exploration
         evaluation = make_evaluation(self._env, agent.q_values, num_episodes, exploration, agent.to_storage_layout)

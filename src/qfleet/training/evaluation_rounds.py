@@ -29,6 +29,9 @@ LEAST_LENGTH_FACTOR = 2
 MIN_LIMIT = 1_000
 """The least limit of an episode where there is no time limit, in environment steps."""
 
+MAX_SAVED_RETURNS = 100_000
+"""Most returns of single episodes that a checkpoint keeps of the newest evaluation, which takes some 2 MB."""
+
 _NO_EVALUATION: dict[str, Any] = {
     "eval_at_env_steps": None,
     "eval_return_mean": None,
@@ -75,8 +78,10 @@ class EvaluationRounds:
     @property
     def saved(self) -> dict[str, Any]:
         """What a checkpoint keeps, for `restore`."""
+        is_huge = sum(map(len, self._newest["eval_returns"] or [])) > MAX_SAVED_RETURNS
+        newest = {**self._newest, "eval_returns": None} if is_huge else self._newest
         return {
-            "newest": json.loads(strict_json(self._newest)),  # returns may not be finite
+            "newest": json.loads(strict_json(newest)),  # returns may not be finite
             "new_episodes": self._new_episodes,
             "env_steps_taken": self._env_steps_taken,
             "mean_length": self._mean_length,

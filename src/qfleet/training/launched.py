@@ -58,7 +58,7 @@ class LaunchedRun:
         self._checkpoints = Checkpoints(
             self.directory.checkpoints_path, keep=config.checkpoints_kept, run_id=self.directory.run_id
         )
-        if is_resumed and self._checkpoints.latest() is not None:
+        if is_resumed and (checkpoint is not None or self._checkpoints.latest() is not None):
             metadata = read_metadata(self._checkpoints, checkpoint, config)
             check_goes_on(metadata, config)
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
@@ -70,25 +70,28 @@ class LaunchedRun:
     def __iter__(self) -> Iterator[Progress]:
         """Yields the progress of the first process, which stands for all; nothing if it runs on another host."""
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
-        has_begun = False
+        before = self.directory.read_summary()
         announce("starting processes")
         try:
             with StopFlag() as stop:
                 with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
                     for message in launcher.run(lambda: self._checkpoints.latest() or 0):
-                        has_begun = True
                         yield _progress_of(message)
-                if stop.requested and self._lock and not has_begun and self._topology.coordinator is None:
-                    before = self.directory.read_summary() or self._summary_of_nothing()
-                    self.directory.write_summary({**before, "stopped": "interrupted"})
+                is_unsaid = self.directory.read_summary() == before  # stopped while its processes (re)started
+                if stop.requested and self._lock and is_unsaid and self._topology.coordinator is None:
+                    now = {"stopped": "interrupted", "env_steps": self._checkpoints.latest() or 0}
+                    self.directory.write_summary({**(before or self._summary_of_nothing()), **now})
         finally:
-            self.summary = self.directory.read_summary() or {}
-            if self._lock:
-                restarts = {"num_restarts": launcher.num_restarts, "env_steps_repeated": launcher.env_steps_repeated}
-                if self.summary:
-                    self.summary |= restarts
+            try:
+                self.summary = self.directory.read_summary() or {}
+                if self._lock and self.summary:
+                    self.summary |= {
+                        "num_restarts": launcher.num_restarts, "env_steps_repeated": launcher.env_steps_repeated
+                    }  # fmt: skip
                     self.directory.write_summary(self.summary)
-                self._lock.release()
+            finally:
+                if self._lock:
+                    self._lock.release()
 
     def _summary_of_nothing(self) -> dict[str, Any]:
         """Returns the summary of a run that was stopped before its processes had trained."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from qfleet.config import ConfigError, RunFailed
 from qfleet.envs.failures import describe
+from qfleet.runtime.checkpoints import CheckpointWriteError
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import strict_json
 
@@ -38,7 +39,7 @@ class BestEvaluation:
         """Notes the evaluation at `env_steps`, with at least one return, `[num_seeds, episodes]`."""
         error = float(np.std(returns) / math.sqrt(returns.size))
         self._newest = _Evaluation(env_steps, float(np.mean(returns)), error)
-        if self._best is None or self._newest.mean > self._best.mean:
+        if math.isfinite(self._newest.mean) and (self._best is None or self._newest.mean > self._best.mean):
             self._best = self._newest
 
     def fall(self) -> str | None:
@@ -60,7 +61,7 @@ class BestEvaluation:
     def restore(self, saved: Any) -> None:
         """Goes on from what `saved` returned, if there is anything."""
         if saved is not None:
-            self._best, self._newest = (each and _Evaluation(*each) for each in saved)
+            self._best, self._newest = map(_restored, saved)
 
     def summary(self) -> dict[str, Any]:
         """Returns the entries of a run's summary."""
@@ -77,6 +78,14 @@ class _Evaluation(NamedTuple):
     mean: float
     error: float
     """Standard error of the mean."""
+
+
+def _restored(saved: list[Any] | None) -> _Evaluation | None:
+    """Returns an evaluation from strict JSON, which has null in place of numbers that aren't finite."""
+    if saved is None:
+        return None
+    env_steps, *numbers = saved
+    return _Evaluation(env_steps, *(math.nan if number is None else number for number in numbers))
 
 
 class DivergenceCheck:
@@ -141,7 +150,7 @@ class Closing(contextlib.ExitStack):
 
 def is_of_checkpoints(error: BaseException) -> bool:
     """Returns whether an error says that a checkpoint couldn't be written."""
-    return isinstance(error, OSError) and error.errno is None
+    return isinstance(error, CheckpointWriteError)
 
 
 def message_of(error: BaseException, env_steps: int, checkpoint: int | None, path: Path) -> str:
@@ -155,6 +164,9 @@ def message_of(error: BaseException, env_steps: int, checkpoint: int | None, pat
     """
     if is_of_checkpoints(error) or isinstance(error, (ConfigError, RunFailed)):
         return str(error)
+    if any(words in str(error) for words in ("Out of memory", "RESOURCE_EXHAUSTED")):  # XLA has no type for it
+        reason = str(error).splitlines()[0]
+        return f"a run must fit into memory, got {reason} Give a smaller replay_capacity, num_envs or num_seeds"
     saved = "there is no checkpoint" if checkpoint is None else f"the newest checkpoint is {checkpoint}"
     return (
         f"the run failed by environment step {env_steps}: {describe(error)}; {saved}. Once the cause is mended, "

@@ -92,8 +92,8 @@ class Run:
                 with self._interrupting(stop):  # the last moment to hear a request that came meanwhile
                     pass
             except StopRequested:
-                self._write_summary_of_start()
-                self._closing.close()
+                with self._closing:
+                    self._write_summary_of_start()
             except BaseException as error:
                 self._closing.close()
                 if isinstance(error, ConfigError) and not is_resumed:
@@ -116,11 +116,14 @@ class Run:
             run_id=self.directory.run_id,
             is_keeper=peers.is_first(),
         )
-        metadata = self._metadata_to_resume(checkpoint) if is_resumed else None
+        if config.topology.runs_in != "joined processes":  # otherwise the launcher holds it
+            # This comes before a checkpoint is chosen, because whoever holds the lock may still write one.
+            self._closing.add(self.directory.lock().release)
+        if is_resumed and checkpoint is None:
+            checkpoint = self._checkpoints.latest()
+        metadata = None if checkpoint is None else self._read_metadata(checkpoint)
         if is_resumed:  # only once the network is known to be the one that the run was trained with
             check_fits(config, topology.footprint(), footprint_of)
-        if config.topology.runs_in != "joined processes":  # otherwise the launcher holds it
-            self._closing.add(self.directory.lock().release)
         self._closing.add(self._checkpoints.close)
         self._closing.add(topology.close)
         enable_compilation_cache()
@@ -143,10 +146,8 @@ class Run:
         is_alone = self.config.topology.runs_in != "joined processes"
         return stop.interrupting() if is_alone else contextlib.nullcontext()
 
-    def _metadata_to_resume(self, checkpoint: int | None) -> dict[str, Any] | None:
-        """Returns the metadata of the checkpoint to continue from, after checking it; None if there is none yet."""
-        if checkpoint is None and self._checkpoints.latest() is None:
-            return None
+    def _read_metadata(self, checkpoint: int) -> dict[str, Any]:
+        """Returns the metadata of the checkpoint to continue from, after checking it."""
         metadata = read_metadata(self._checkpoints, checkpoint, self.config)
         check_network_is_given(self._has_own_network, metadata["has_own_network"])
         check_goes_on(metadata, self.config)
@@ -327,7 +328,12 @@ class Run:
             except Exception as another:
                 logger.warning("what the run has learned since its newest checkpoint is lost: %s", describe(another))
         self._num_env_failures = max(self._num_env_failures, getattr(error, "num_env_failures", 0))
-        message = message_of(error, self._topology.env_steps, self._checkpoints.latest(), self.directory.path)
+        try:
+            newest = self._checkpoints.latest()
+        except ConfigError as another:  # the folder can't be read any more; the error under way matters more
+            logger.warning("%s", another)
+            newest = None
+        message = message_of(error, self._topology.env_steps, newest, self.directory.path)
         self._write_summary_if_possible("failed", error=message)
         return message
 
