@@ -289,7 +289,7 @@ def kill_and_resume(driver: Driver, folder: Path) -> tuple[Driver, float, float]
     driver.process.kill()
     driver.process.wait()
     orphan_seconds, resumed_at = driver.orphan_seconds(), time.time()
-    driver = Driver(folder, "resume", str(folder / "run"), "--quiet")
+    driver = Driver(folder, "resume", str(folder / "run"), "--trust", "--quiet")
     while (folder / "run" / "metrics.jsonl").stat().st_mtime < resumed_at:
         driver.check()
     return driver, orphan_seconds, resumed_at
@@ -364,7 +364,7 @@ def cartpole(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         else:
             driver.process.kill()
             driver.process.wait()
-            driver = stack.enter_context(Driver(folder, "resume", str(folder / "run"), "--quiet"))
+            driver = stack.enter_context(Driver(folder, "resume", str(folder / "run"), "--trust", "--quiet"))
         code = driver.process.wait(10 * TIMEOUT_SECONDS)
         summary = json.loads((driver.run_dir / "summary.json").read_text())
     return {
@@ -416,7 +416,7 @@ def end(driver: Driver) -> dict[str, Any]:
     code, stop_seconds = driver.stop()
     orphan_seconds = driver.orphan_seconds()
     config = RunDirectory.open(driver.run_dir).config
-    saved = saved_replay(Checkpoints(driver.run_dir / "checkpoints").restore_item("replay"))
+    saved = saved_replay(Checkpoints(driver.run_dir / "checkpoints", run_id=None).restore_item("replay"))
     verdict = witness.judge(saved, config)
     lost = re.findall(r"held (\d+) transitions; (\d+) are back", driver.log)
     return {

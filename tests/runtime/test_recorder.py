@@ -77,7 +77,7 @@ def test_a_run_with_videos_is_the_run_without(env: str, tmp_path: Path) -> None:
     assert plain["eval_returns"] == filmed["eval_returns"]
     states = []
     for run in runs:
-        with Checkpoints(run / "checkpoints", keep=3) as checkpoints:
+        with Checkpoints(run / "checkpoints", keep=3, run_id=None) as checkpoints:
             states.append({item: checkpoints.restore_item(item, env_steps=512) for item in ("learner", "replay")})
     assert jax.tree.leaves(states[0])
     jax.tree.map(np.testing.assert_array_equal, *states)

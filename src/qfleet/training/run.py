@@ -201,7 +201,8 @@ class Run:
                 self._finish(stopped)
             except BaseException as error:
                 message = self._fail(error, stop)
-                if isinstance(error, RunFailed) or not isinstance(error, Exception):
+                is_joined = self.config.topology.runs_in == "joined processes"  # the launcher starts them again
+                if isinstance(error, RunFailed) or not isinstance(error, Exception) or is_joined:
                     raise
                 raise RunFailed(message) from error
 

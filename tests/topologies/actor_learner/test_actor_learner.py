@@ -426,7 +426,7 @@ def replay_of(run_dir: str | None) -> SavedReplay:
     from qfleet.runtime.checkpoints import Checkpoints
     from qfleet.topologies.restoring import saved_replay
 
-    return saved_replay(Checkpoints(Path(run_dir or "") / "checkpoints").restore_item("replay"))
+    return saved_replay(Checkpoints(Path(run_dir or "") / "checkpoints", run_id=None).restore_item("replay"))
 
 
 @pytest.mark.slow
@@ -438,7 +438,7 @@ def test_what_a_checkpoint_says_it_has_taken_its_replay_holds(cluster, tmp_path)
     from qfleet.runtime.checkpoints import Checkpoints
     from qfleet.topologies.restoring import saved_replay
 
-    checkpoints = Checkpoints(Path(config.run_dir or "") / "checkpoints")
+    checkpoints = Checkpoints(Path(config.run_dir or "") / "checkpoints", run_id=None)
     assert len(checkpoints.all()) > 1
     for env_steps in checkpoints.all():
         saved = saved_replay(checkpoints.restore_item("replay", env_steps=env_steps))

@@ -203,8 +203,13 @@ class Driver:
 
     def wait_until_saved(self) -> None:
         """Returns once there is a checkpoint of what has happened until now."""
-        checkpoints, env_steps = Checkpoints(self.run_dir / "checkpoints"), self.records()[-1]["env_steps"]
-        self.wait_for(lambda: (checkpoints.latest() or 0) > env_steps)
+        checkpoints, env_steps = Checkpoints(self.run_dir / "checkpoints", run_id=None), self.records()[-1]["env_steps"]
+
+        def is_saved() -> bool:
+            assert self.process.poll() is None
+            return (checkpoints.latest() or 0) > env_steps
+
+        self.wait_for(is_saved)
 
     def end(self) -> None:
         """Ends all of it, and shows what it said, for a test that fails."""
@@ -248,8 +253,7 @@ def test_a_fleet_survives_the_loss_of_each_of_its_processes_and_its_replay_is_so
     driver.process.kill()
     driver.process.wait()
     driver.wait_for(lambda: not driver.parts())
-    driver = drive("resume", str(driver.run_dir))
-    driver.wait_for(lambda: len(driver.parts("RemoteActor")) == 2)
+    driver = drive("resume", str(driver.run_dir), "--trust")
     driver.wait_until_whole()
 
     os.kill(driver.parts("RemoteActor")[0], signal.SIGSTOP)
@@ -259,7 +263,7 @@ def test_a_fleet_survives_the_loss_of_each_of_its_processes_and_its_replay_is_so
 
     summary = json.loads((driver.run_dir / "summary.json").read_text())
     assert summary["stopped"] == "interrupted"
-    saved = saved_replay(Checkpoints(driver.run_dir / "checkpoints").restore_item("replay"))
+    saved = saved_replay(Checkpoints(driver.run_dir / "checkpoints", run_id=None).restore_item("replay"))
     verdict = witness.judge(saved, RunDirectory.open(driver.run_dir).config)
     assert not verdict.faults and verdict.num_cuts >= 6 and verdict.num_rows > 1000, verdict
 
@@ -268,7 +272,7 @@ def test_a_fleet_survives_the_loss_of_each_of_its_processes_and_its_replay_is_so
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_that_is_lost_too_often_fails_the_run_which_can_be_resumed(drive, tmp_path: Path) -> None:
     driver = train(drive, tmp_path, checkpoint_period_seconds=1.0, max_restarts=0, **SMALLEST)
-    checkpoints = Checkpoints(driver.run_dir / "checkpoints")
+    checkpoints = Checkpoints(driver.run_dir / "checkpoints", run_id=None)
     driver.wait_for(
         lambda: checkpoints.latest() is not None and checkpoints.read_metadata()["counters"]["learner_steps"] > 0
     )

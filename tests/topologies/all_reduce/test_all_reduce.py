@@ -84,7 +84,7 @@ def test_a_run_that_began_in_one_process_goes_on_as_equal_processes(tmp_path: Pa
 def test_a_killed_process_costs_what_came_after_the_newest_checkpoint(tmp_path: Path, caplog) -> None:
     run_dir = tmp_path / "run"
     config = config_for(run_dir, 2, env_steps=10**8, checkpoint_period_seconds=0.5)
-    run, checkpoints, pid = qfleet.iterate(config), Checkpoints(run_dir / "checkpoints"), None
+    run, checkpoints, pid = qfleet.iterate(config), Checkpoints(run_dir / "checkpoints", run_id=None), None
     with contextlib.closing(iter(run)) as records:
         for progress in records:
             if pid is None and checkpoints.latest():

@@ -95,7 +95,7 @@ def test_a_killed_process_on_ray_is_named_and_all_go_on_from_the_newest_checkpoi
     cluster, tmp_path: Path, caplog
 ) -> None:
     config = config_for(tmp_path / "run", env_steps=10**8, checkpoint_period_seconds=0.5, ray_address="auto")
-    run, checkpoints = qfleet.iterate(config), Checkpoints(tmp_path / "run" / "checkpoints")
+    run, checkpoints = qfleet.iterate(config), Checkpoints(tmp_path / "run" / "checkpoints", run_id=None)
     killed_at = None
     with contextlib.closing(iter(run)) as records:
         for progress in records:

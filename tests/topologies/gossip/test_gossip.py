@@ -362,7 +362,7 @@ def test_peers_train_are_saved_and_go_on_in_other_numbers_and_elsewhere(cluster,
     )
     assert 0 < found[-1].fleet["consensus_distance"] < 1 and found[-1].fleet["peers_ready"] == 2
     assert not caplog.records
-    saved = saved_replay(Checkpoints(tmp_path / "run" / "checkpoints").restore_item("replay"))
+    saved = saved_replay(Checkpoints(tmp_path / "run" / "checkpoints", run_id=None).restore_item("replay"))
     assert (3 * saved.ring.size).tolist() == [peer.env_steps for peer in peers]
 
     def goes_on(num_env_steps: int, **settings: Any) -> dict[str, Any]:
@@ -395,7 +395,7 @@ def test_the_others_go_on_when_a_peer_is_killed_and_it_comes_back_as_one_of_them
     topology: Any = run._topology
     victim, *others = topology._director._peers
     process = topology._director._processes[0]
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", run_id=None)
     env_steps = learner_steps = 0
     with contextlib.closing(iter(run)) as records:
 
