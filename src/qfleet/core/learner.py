@@ -134,7 +134,8 @@ def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
         make = _centred_rmsprop
     try:
         optimiser = make(learning_rate=_learning_rate(config), **config.optimiser_options)
-        jax.eval_shape(lambda params: optimiser.update(params, optimiser.init(params), params), {"w": jnp.ones((2, 2))})
+        params = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}  # an array would be made by a program of its own
+        jax.eval_shape(lambda params: optimiser.update(params, optimiser.init(params), params), params)
     except Exception as error:  # whatever Optax makes of a value
         raise ConfigError(
             f"optimiser_options must be values that optax.{config.optimiser} can compute with, got "

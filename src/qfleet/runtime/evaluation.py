@@ -134,7 +134,7 @@ def make_evaluation(
     """
     frame_stack = env.spec.frame_stack
     num_own = -(-num_episodes // replicas.size)
-    nobody = jnp.zeros(num_own, bool)
+    nobody: Any = np.zeros(num_own, bool)  # of NumPy, because JAX would compile a program for it here
 
     def keys_of(key: Array, first_number: Array) -> Array:
         numbers = first_number + local_lane_ids(replicas, num_own)
@@ -146,7 +146,7 @@ def make_evaluation(
         zeros = jnp.zeros(num_own)
         fingerprint = extend_fingerprints(zeros.astype(jnp.uint32), obs, zeros)
         view = init_view(to_storage_layout(obs), frame_stack)
-        return EpisodesUnderWay(env_state, view, zeros, zeros.astype(jnp.int32), fingerprint, nobody)
+        return EpisodesUnderWay(env_state, view, zeros, zeros.astype(jnp.int32), fingerprint, jnp.asarray(nobody))
 
     def act(q: Array, key: Array, first_number: Array, step: Array) -> Array:
         if not exploration:
