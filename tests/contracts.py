@@ -50,6 +50,14 @@ class FourValues(Plain):
         return np.zeros(2, np.float32), 1.0, False, {}
 
 
+class FailsToClose(FourValues):
+    def step(self, action: Any) -> Any:
+        return super().step(action)
+
+    def close(self) -> None:
+        raise RuntimeError("it was never open")
+
+
 class NoReward(Plain):
     def step(self, action: Any) -> Any:
         return np.zeros(2, np.float32), None, False, False, {}
@@ -115,6 +123,16 @@ def several_vector(num_envs: int) -> SyncVectorEnv:
     return SyncVectorEnv([Masked] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
 
 
-for kind in (OldReset, OnlyObservation, FourValues, NoReward, HugeReward, WrongShape, WrongDtype, TextFlag):
+for kind in (
+    OldReset,
+    OnlyObservation,
+    FourValues,
+    FailsToClose,
+    NoReward,
+    HugeReward,
+    WrongShape,
+    WrongDtype,
+    TextFlag,
+):
     gymnasium.register(f"{kind.__name__}-v0", entry_point=kind, max_episode_steps=9)
 gymnasium.register("StartsProcess-v0", entry_point=StartsProcess)

@@ -33,6 +33,7 @@ BREACHES = [
         r"reset must return .*, got float32 of shape \(2,\), as Gym before version 0.26",
     ),
     ("FourValues", "step", r"step must return .*, got 4 values .*, as Gym before version 0.26 had it"),
+    ("FailsToClose", "step", r"step must return .*, got 4 values"),
     ("NoReward", "step", "the reward must be made of numbers, got NoneType None"),
     ("HugeReward", "step", "the reward must be finite in float32, got -1.79"),
     ("WrongShape", "reset", r"the observation must have shape \(2,\), got \(3,\)"),

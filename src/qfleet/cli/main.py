@@ -74,14 +74,13 @@ def _run_safely(arguments: list[str]) -> int:
             traceback.print_exc()
         print(f"qfleet: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except RuntimeError as error:  # XLA has no error type for a lack of memory
-        if debug or not any(words in str(error) for words in ("Out of memory", "RESOURCE_EXHAUSTED")):
+    except RuntimeError as error:
+        from qfleet.runtime.devices import lack_of_memory  # only here, because it imports JAX
+
+        lack = lack_of_memory(error)
+        if debug or lack is None:
             raise
-        print(
-            f"qfleet: error: a run must fit into memory, got {str(error).splitlines()[0]} "
-            f"Give a smaller replay_capacity, num_envs or num_seeds.",
-            file=sys.stderr,
-        )
+        print(f"qfleet: error: {lack}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:

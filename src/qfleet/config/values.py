@@ -168,7 +168,7 @@ def show(value: Any) -> str:
         return f"a whole number of about {int(math.log10(abs(value))) + 1} digits"
     try:
         text = repr(value)
-    except Exception:
+    except Exception:  # the value may be of a class of the user's, whose repr may raise anything
         text = f"a {type(value).__name__}"
     return text if len(text) <= 120 else f"{text[:100]} ... ({len(text)} characters)"
 

@@ -3,6 +3,7 @@
 Worker processes import this module, so it must not import JAX.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -153,11 +154,12 @@ def explain(error: Exception, make: Callable[[], gymnasium.Env], action: Any) ->
         step_env(env, action)
     except BrokenContract as breach:
         return breach
-    except Exception:
+    except Exception:  # it failed again, but not by breaking the contract
         return error
     finally:
         if env is not None:
-            env.close()
+            with contextlib.suppress(Exception):  # a broken environment may well fail to close too
+                env.close()
     return error
 
 

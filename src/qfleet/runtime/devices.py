@@ -180,3 +180,11 @@ def num_cores() -> int:
 def num_shards(num_seeds: int, num_devices: int) -> int:
     """Returns the greatest number of devices, at most `num_devices`, over which the learners divide evenly."""
     return max(n for n in range(1, min(num_seeds, num_devices) + 1) if num_seeds % n == 0)
+
+
+def lack_of_memory(error: BaseException) -> str | None:
+    """Returns what to say if an error means that memory ran out, or None. XLA has no type for such an error."""
+    if not any(words in str(error) for words in ("Out of memory", "RESOURCE_EXHAUSTED")):
+        return None
+    reason = str(error).splitlines()[0].rstrip(".")
+    return f"a run must fit into memory, got {reason}; give a smaller replay_capacity, num_envs or num_seeds"

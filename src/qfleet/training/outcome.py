@@ -13,6 +13,7 @@ import numpy as np
 from qfleet.config import ConfigError, RunFailed
 from qfleet.envs.failures import describe
 from qfleet.runtime.checkpoints import CheckpointWriteError
+from qfleet.runtime.devices import lack_of_memory
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import strict_json
 
@@ -164,9 +165,8 @@ def message_of(error: BaseException, env_steps: int, checkpoint: int | None, pat
     """
     if is_of_checkpoints(error) or isinstance(error, (ConfigError, RunFailed)):
         return str(error)
-    if any(words in str(error) for words in ("Out of memory", "RESOURCE_EXHAUSTED")):  # XLA has no type for it
-        reason = str(error).splitlines()[0]
-        return f"a run must fit into memory, got {reason} Give a smaller replay_capacity, num_envs or num_seeds"
+    if lack := lack_of_memory(error):
+        return lack
     saved = "there is no checkpoint" if checkpoint is None else f"the newest checkpoint is {checkpoint}"
     return (
         f"the run failed by environment step {env_steps}: {describe(error)}; {saved}. Once the cause is mended, "
