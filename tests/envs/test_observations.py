@@ -12,7 +12,7 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 
 from qfleet.config import ConfigError
 from qfleet.envs.actions import MOST_COMBINATIONS, make_actions
-from qfleet.envs.contract import BrokenContract, to_flag, to_reward
+from qfleet.envs.contract import BrokenContract, to_flag, to_numbers, to_reward
 from qfleet.envs.observations import encoder_of_arrays, make_encoder
 
 NUM_EXAMPLES = int(os.environ.get("QFLEET_FUZZ_EXAMPLES", "150"))
@@ -298,3 +298,15 @@ def test_arrays_of_an_environment_in_jax_are_taken_as_they_are() -> None:
     assert is_batch and encoded.dtype == np.float32 and encoded.tolist() == [[1, 2], [3, 4]]
     with pytest.raises(BrokenContract, match=r"shape \(4, 2\), got \(4, 3\)"):
         encoder.any_batch(np.zeros((4, 3)))
+
+
+class Unspeakable:
+    """An object that can neither be converted nor described."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("unspeakable")
+
+
+def test_an_object_that_cannot_describe_itself_is_refused_as_any_other() -> None:
+    with pytest.raises(BrokenContract, match="the reward must be made of numbers, got Unspeakable <"):
+        to_numbers("the reward", Unspeakable())

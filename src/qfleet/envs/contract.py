@@ -122,7 +122,10 @@ def summary(value: Any) -> str:
         return f"{len(value)} values ({', '.join(type(item).__name__ for item in value)})"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with keys {list(value)[:10]}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # an object of the user's may fail to describe itself
+        text = object.__repr__(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 

@@ -198,7 +198,8 @@ def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -
         if must:
             raise ConfigError(f"{name} has no version that can be made: {type(error).__name__}: {error}") from error
         return False  # it doesn't take the arguments that the single version takes
-    env.close()
+    with contextlib.suppress(Exception):  # it may fail to close, but it has been made
+        env.close()
     mode = env.metadata.get("autoreset_mode")
     if must and not isinstance(mode, AutoresetMode):
         rule = "a vector environment's metadata['autoreset_mode'] must be a gymnasium.vector.AutoresetMode"
