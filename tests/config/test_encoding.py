@@ -17,6 +17,7 @@ from qfleet.config import (
     MeshConfig,
     OverlappedConfig,
     ParameterServerConfig,
+    TrainConfig,
 )
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
 from qfleet.runtime.run_directory import RunDirectory
@@ -47,9 +48,15 @@ def test_a_config_comes_back_from_json(topology):
 
 def v1(topology: dict) -> dict:
     """Returns a run's config as the first version wrote it, without the topology's name."""
-    agent = dataclasses.asdict(qfleet.make_config("CartPole-v1", "double_dqn").agent)
-    run = encode(qfleet.make_config("CartPole-v1", "double_dqn"))
-    return json.loads(json.dumps({**run, "agent": agent, "topology": topology}))
+    run = v3(qfleet.make_config("CartPole-v1", "double_dqn"))
+    return json.loads(json.dumps({**run, "topology": topology}))
+
+
+def v3(config: TrainConfig) -> dict:
+    """Returns a run's config as the third version wrote it, when importance weights were never normalised."""
+    content = json.loads(json.dumps(encode(config)))
+    del content["agent"]["importance_normalisation"]
+    return content
 
 
 LANES = {"num_workers": 1, "step_timeout_seconds": 60.0, "max_failures": 10}
@@ -104,10 +111,18 @@ def test_configs_that_the_first_version_wrote_are_read(old, expected):
 
 def test_evaluations_of_a_run_of_the_second_version_stay_strictly_greedy():
     config = qfleet.TrainConfig(env="CartPole-v1")
-    old = {name: value for name, value in encode(config).items() if not name.startswith(("eval_ex", "eval_max"))}
-    assert decode(json.loads(json.dumps(old)), schema_version=2) == config
+    old = {name: value for name, value in v3(config).items() if not name.startswith(("eval_ex", "eval_max"))}
+    assert decode(old, schema_version=2) == config
     with pytest.raises(ConfigError, match=r"missing \['eval_exploration', 'eval_max_episode_steps'\]"):
         decode(old)
+
+
+def test_importance_weights_of_a_run_of_the_third_version_stay_as_they_were():
+    config = qfleet.make_config("CartPole-v1", "rainbow_lite")
+    assert config.agent.importance_normalisation == "none"
+    assert decode(v3(config), schema_version=3) == config
+    with pytest.raises(ConfigError, match=r"config.agent must have .* missing \['importance_normalisation'\]"):
+        decode(v3(config))
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "2"])
@@ -128,7 +143,7 @@ def test_a_version_that_is_not_known_is_refused(version):
 def test_an_invalid_topology_is_refused(topology, message):
     content = {**v1({}), "topology": topology}
     with pytest.raises(ConfigError, match=message):
-        decode(content)
+        decode(content, schema_version=3)
 
 
 @pytest.fixture

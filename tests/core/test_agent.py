@@ -160,6 +160,7 @@ MISSPELT = [
     {"exploration_schedule": "exponential_decay"},
     {"learning_rate_schedule": "cosin"},
     {"replay": "prioritized"},
+    {"importance_normalisation": "max"},
 ]
 
 

@@ -33,7 +33,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "replay": (
         "replay", "replay_capacity", "warmup_env_steps", "priority_exponent", "importance_exponent_start",
-        "importance_exponent_env_steps",
+        "importance_exponent_env_steps", "importance_normalisation",
     ),
     "Q(lambda)": ("rollout_length", "trace_decay", "num_epochs", "num_minibatches"),
 }  # fmt: skip

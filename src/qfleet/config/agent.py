@@ -97,6 +97,9 @@ class AgentConfig(Config):
     """Exponent of importance weights (beta) at the first step; 1 corrects the sampling bias in full."""
     importance_exponent_env_steps: int | None = 100_000
     """Environment steps over which the exponent of importance weights grows to 1. None means until the run ends."""
+    importance_normalisation: Literal["none", "batch_max"] = "none"
+    """Divide importance weights by nothing, or by the greatest one of each batch (Schaul et al. 2016, section 3.4).
+    With `batch_max` they only ever make steps smaller, and a transition's weight depends on the rest of its batch."""
 
     rollout_length: int = 16
     """Q(lambda): environment steps per lane between two rounds of learning."""

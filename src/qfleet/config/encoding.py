@@ -13,7 +13,7 @@ from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
 from qfleet.config.values import show
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 def encode(config: TrainConfig) -> dict[str, Any]:
@@ -91,7 +91,14 @@ def _migrate_from_2(content: Any) -> Any:
     return {"eval_exploration": 0.0, "eval_max_episode_steps": None, **content}
 
 
-_MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1, 2: _migrate_from_2}
+def _migrate_from_3(content: Any) -> Any:
+    """Adds how importance weights are normalised, which they weren't."""
+    if not isinstance(content, dict) or not isinstance(content.get("agent"), dict):
+        return content  # decoding refuses it
+    return {**content, "agent": {"importance_normalisation": "none", **content["agent"]}}
+
+
+_MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1, 2: _migrate_from_2, 3: _migrate_from_3}
 """Functions that convert content to the next version, by the version that they convert from."""
 
 

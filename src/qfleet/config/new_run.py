@@ -34,7 +34,7 @@ _MODES = (
     ),
     _Mode(
         "replay", ("uniform", "none"),
-        ("priority_exponent", "importance_exponent_start", "importance_exponent_env_steps"),
+        ("priority_exponent", "importance_exponent_start", "importance_exponent_env_steps", "importance_normalisation"),
         "choose replay prioritised",
     ),
     _Mode("loss", ("squared",), ("huber_delta",), "choose loss huber"),

@@ -248,8 +248,14 @@ class ParameterServerConfig(RayTopologyConfig):
         return Division("", 1)
 
     def check_agent(self, agent: AgentConfig) -> None:
-        """Checks that the agent has a replay."""
+        """Checks that the agent has a replay, and that gradients of one learner step weigh as those of one batch."""
         check_learns_while_others_act(self.name, agent)
+        check(
+            self.gradients_per_learner_step == 1 or agent.importance_normalisation == "none",
+            "importance_normalisation",
+            f"none with gradients_per_learner_step={self.gradients_per_learner_step}, because each of these gradients "
+            f"would be divided by the greatest weight of its own batch", agent.importance_normalisation,
+        )  # fmt: skip
 
     def describe_lanes(self, backend: str) -> str:
         """Returns the number of lanes and of workers."""

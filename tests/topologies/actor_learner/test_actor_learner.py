@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 import qfleet
-from qfleet.config import ActorLearnerConfig, AgentConfig, ConfigError, TrainConfig
+from qfleet.config import ActorLearnerConfig, AgentConfig, ConfigError, MeshConfig, TrainConfig
 from qfleet.core.replay import NO_STEP, DrawShare, SavedReplay
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
@@ -282,16 +282,27 @@ def test_the_learner_owes_what_the_replay_ratio_says_and_the_actors_wait_for_it(
 # --- The learner ---
 
 
-@pytest.mark.parametrize("num_parts", [1, 2])
-@pytest.mark.parametrize("most_batches", [1, 16])
-def test_a_round_is_so_many_steps_of_one_learner(monkeypatch, most_batches, num_parts):
-    """Batches that come from several shards, in any order, are learned from as by `update`; errors go back to them."""
+@pytest.mark.parametrize(
+    ("most_batches", "num_parts", "settings"),
+    [
+        (1, 1, {}), (1, 2, {}), (16, 1, {}), (16, 2, {}), (16, 2, {"importance_normalisation": "batch_max"}),
+        (16, 2, {"importance_normalisation": "batch_max", "mesh": MeshConfig(data=2)}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_round_is_so_many_steps_of_one_learner(monkeypatch, most_batches, num_parts, settings):
+    """Batches that come from several shards, in any order, are learned from as by `update`; errors go back to them.
+
+    Importance weights are divided by the greatest of each batch, whatever the shards and the devices.
+    """
     from qfleet.core.agent import make_agent
     from qfleet.core.learner import make_learner, update
     from qfleet.core.types import Transition
 
     monkeypatch.setattr(learner_module, "MOST_BATCHES", most_batches)
-    config = config_of()
+    config = config_of(**settings)
+    if jax.device_count() < config.topology.mesh.num_devices:
+        pytest.skip("needs two devices")
     spec = make_env(config.env).spec
     num_batches = batches_per_round(config, spec)
     assert num_batches == most_batches
@@ -321,7 +332,10 @@ def test_a_round_is_so_many_steps_of_one_learner(monkeypatch, most_batches, num_
     td_error, loss = np.empty(size, np.float32), 0.0
     for i in range(num_batches):
         batch = slice(i * BATCH, (i + 1) * BATCH)
-        state, info = update(functions, state, jax.tree.map(lambda x, b=batch: x[b], whole))
+        own = jax.tree.map(lambda x, b=batch: x[b], whole)
+        if "importance_normalisation" in settings:
+            own = own._replace(weight=own.weight / own.weight.max())
+        state, info = update(functions, state, own)
         td_error[batch] = info.td_error
         loss += float(info.loss)
     for place, error in zip(places, errors, strict=True):

@@ -17,6 +17,10 @@ from qfleet.config import ConfigError
         ({"gradient_dtype": "float16"}, "gradient_dtype must be one of float32, bfloat16, got 'float16'"),
         ({"max_staleness": -1}, "max_staleness must be a whole number, at least 0, got -1"),
         ({"max_loss_deviations": 0.0}, "max_loss_deviations must be positive, or None, got 0.0"),
+        (
+            {"replay": "prioritised", "importance_normalisation": "batch_max", "gradients_per_learner_step": 2},
+            "importance_normalisation must be none with gradients_per_learner_step=2, .* got batch_max",
+        ),
         ({"num_envs": 8}, "num_envs must come with topology fused.*got topology parameter-server"),
     ],
 )

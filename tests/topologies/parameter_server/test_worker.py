@@ -44,6 +44,24 @@ def test_a_worker_learns_from_its_own_replay_and_sets_its_priorities():
     )
 
 
+def test_a_worker_divides_weights_by_the_greatest_of_its_whole_batch_if_asked_to():
+    """The batch comes from two shards. What is unusual is still decided without weights."""
+    batch, half = batch_of(BATCH, 0), BATCH // 2
+    scaled = batch._replace(weight=batch.weight / batch.weight.max())
+    places = [np.arange(half), np.arange(half, BATCH)]
+    replies = []
+    for normalisation, batches in (("batch_max", [batch]), ("none", [scaled, batch])):
+        config = config_of(replay="prioritised", num_replay_shards=2, importance_normalisation=normalisation)
+        worker = Worker(config, 0)
+        worker.pull(0, *pulled([ServerShard(config, 0)]))
+        for each in batches:
+            shares = [jax.tree.map(lambda x, place=place, each=each: x[place], each) for place in places]
+            replies.append(worker.compute_gradient_of(places, shares))
+    np.testing.assert_allclose(replies[0].pieces[0], replies[1].pieces[0], rtol=1e-5, atol=1e-7)
+    assert distance(replies[2].pieces[0], replies[1].pieces[0]) > 1e-3
+    assert replies[0].result.unweighted_loss == replies[2].result.unweighted_loss != replies[0].result.loss
+
+
 def test_gradients_travel_as_bfloat16_where_that_is_asked_for():
     vectors = {}
     for dtype in ("float32", "bfloat16"):

@@ -1,5 +1,6 @@
 """The replay: a ring of rows, priorities beside it, and transitions that are assembled when they are sampled."""
 
+from qfleet.core.replay.importance import normalise_weights
 from qfleet.core.replay.layout import resharded
 from qfleet.core.replay.replay import (
     DrawShare,
@@ -25,6 +26,7 @@ __all__ = [
     "Sample",
     "SavedReplay",
     "make_replay",
+    "normalise_weights",
     "outcome_of",
     "partition",
     "partition_saved",

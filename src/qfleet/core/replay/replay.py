@@ -14,6 +14,7 @@ import qfleet.core.replay.priorities as priorities
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.replay import ring as rings
 from qfleet.core.replay import sampling
+from qfleet.core.replay.importance import normalise_weights
 from qfleet.core.replay.ring import NO_STEP, Ring, Row, is_overwritten, later_slot, take
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import EnvSpec, Transition
@@ -92,7 +93,8 @@ class Replay(NamedTuple):
     ignores the exponent: its weights are 1."""
     sample_share: Callable[[ReplayState, Array, Array, DrawShare, Array, int], Sample]
     """`sample_share(state, key, importance_exponent, share, first, size) -> sample` makes `size` draws of the share,
-    beginning with draw `first`. Draws beyond `share.num_draws` don't count: `is_mine` is False for them.
+    beginning with draw `first`. Draws beyond `share.num_draws` don't count: `is_mine` is False for them. Weights are
+    not normalised, because the rest of the batch is drawn elsewhere: `normalise_weights` does it for the whole batch.
 
     It needs prioritised replay, without replicas."""
     set_priorities: Callable[[ReplayState, Sample, Array], ReplayState]
@@ -257,21 +259,22 @@ def _sample(settings: _Settings, state: ReplayState, key: Array, importance_expo
             state.ring, key, config.batch_size, config.n_step, settings.spec.frame_stack, replicas
         )
     transition = _transitions(settings, state.ring, slot, weight)
-    return Sample(replicas.deal(transition, is_mine), slot, is_mine, state.ring.insertions)
+    share = normalise_weights(replicas.deal(transition, is_mine), config, replicas)
+    return Sample(share, slot, is_mine, state.ring.insertions)
 
 
 def _draw_by_priority(
     settings: _Settings, state: ReplayState, tree: priorities.SumTree, key: Array, importance_exponent: Array
 ) -> tuple[Array, Array, Array]:
-    """Returns slots, whether each is in this replica's ring, and importance weights, `[batch]` each."""
+    """Returns slots, whether each is in this replica's ring, and importance weights before they are normalised.
+
+    Each is `[batch]`.
+    """
     replicas = settings.replicas
     uniforms = jax.random.uniform(key, (settings.config.batch_size,))
     shares = replicas.gather(jnp.stack([priorities.total(tree), state.num_transitions[0].astype(jnp.float32)]))
     slot, is_mine, probability = priorities.sample_leaves(tree, uniforms, shares[:, 0], replicas.rank())
-    num_transitions = jnp.sum(shares[:, 1])
-    # The weights are not divided by the greatest one of the batch, as is often done. A transition's weight would then
-    # depend on the rest of its batch, and two half batches would differ from the whole batch.
-    return slot, is_mine, (num_transitions * probability) ** -importance_exponent
+    return slot, is_mine, (jnp.sum(shares[:, 1]) * probability) ** -importance_exponent
 
 
 def _sample_share(

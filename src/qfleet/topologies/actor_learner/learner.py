@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from qfleet.config import TrainConfig
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner, update
+from qfleet.core.replay import normalise_weights
 from qfleet.core.types import EnvSpec, Transition
 from qfleet.core.updates import Losses, add_losses, no_losses
 from qfleet.networks import check_network
@@ -61,7 +62,7 @@ class GlobalLearner:
             reuse_freed_memory()
         self._config, self._num_batches = config.agent, batches_per_round(config, env.spec)
         self._placement = Placement(mesh, network)
-        learner = make_learner(agent, config.agent)
+        learner, replicas = make_learner(agent, config.agent), self._placement.replicas
 
         def init(seed: Array) -> LearnerState:
             return init_from_seed(learner, agent, seed)
@@ -69,12 +70,13 @@ class GlobalLearner:
         def learn(state: LearnerState, batches: Transition) -> tuple[LearnerState, Losses, Array]:
             def step(carry: tuple[LearnerState, Losses], batch: Transition) -> tuple:
                 state, losses = carry
-                state, info = update(learner, state, batch, self._placement.replicas.mean)
+                batch = normalise_weights(batch, config.agent, replicas)
+                state, info = update(learner, state, batch, replicas.mean)
                 return (state, add_losses(losses, info)), info.td_error
 
             carry: tuple[Any, Array] = jax.lax.scan(step, (state, no_losses()), batches)
             (state, losses), td_error = carry
-            return state, self._placement.replicas.mean(losses), td_error
+            return state, replicas.mean(losses), td_error
 
         specs = self._placement.partition_learner(jax.eval_shape(init, np.uint32(0)))
         batches = PartitionSpec(None, DATA_AXIS)

@@ -13,7 +13,7 @@ from qfleet.config import ParameterServerConfig, TrainConfig
 from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import UpdateInfo
 from qfleet.core.losses import make_loss
-from qfleet.core.replay import ReplayState, SavedReplay
+from qfleet.core.replay import ReplayState, SavedReplay, normalise_weights
 from qfleet.core.sharded_learner import ShardedLearner
 from qfleet.core.types import Params, Transition
 from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
@@ -73,7 +73,7 @@ class Worker(Actor):
         reuse_freed_memory()
         self._mapping = RegionMapping(memory)
         self._own_replay = None if topology.num_replay_shards else ReplayShard(config, number, built.stored_spec)
-        self._elementwise_loss = make_loss(config.agent)
+        self._agent_config, self._elementwise_loss = config.agent, make_loss(config.agent)
         self._learner = ShardedLearner(built.agent, config.agent, topology.num_server_shards)
         self._gradient_dtype = jnp.dtype(topology.gradient_dtype)
         # The replay is donated: its priorities are set in place.
@@ -173,6 +173,7 @@ class Worker(Actor):
         self, params: Params, target_params: Params, batch: Transition
     ) -> tuple[list[Array], Array, Array]:
         """Returns the pieces of a gradient, its losses, `[3]`, and its TD errors, `[batch]`. To be compiled."""
+        batch = normalise_weights(batch, self._agent_config)
         pieces, info = self._learner.gradients(params, target_params, batch, self._gradient_dtype)
         return pieces, self._losses(info), info.td_error
 

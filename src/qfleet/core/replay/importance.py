@@ -1,0 +1,25 @@
+"""Importance weights of a batch, after they were drawn."""
+
+import jax.numpy as jnp
+
+from qfleet.config import AgentConfig
+from qfleet.core.replicas import ALONE, Replicas
+from qfleet.core.types import Transition
+
+
+def normalise_weights(batch: Transition, config: AgentConfig, replicas: Replicas = ALONE) -> Transition:
+    """Returns a batch whose importance weights are divided as `AgentConfig.importance_normalisation` says.
+
+    Args:
+      batch: `[batch, ...]`, the whole batch of one learner step, or this replica's share of it.
+      config: the kind of replay, and how its weights are normalised.
+      replicas: replicas that share the batch. All of them divide by the same weight, the greatest of the whole batch,
+        so that the mean of their gradients is the gradient of the whole.
+
+    Source: Schaul et al. 2016, arXiv 1511.05952, section 3.4 and algorithm 1. They don't say whether the greatest
+    weight is that of the batch or of the replay. As in Dopamine and Acme, it is that of the batch.
+    """
+    if config.importance_normalisation == "none" or config.replay != "prioritised":
+        return batch
+    greatest = jnp.max(replicas.gather(jnp.max(batch.weight)))
+    return batch._replace(weight=batch.weight / greatest)
