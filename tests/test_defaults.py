@@ -149,21 +149,21 @@ def env_of(lanes: Lanes) -> HostEnv:
         (Lanes(fails_at=7), None),
     ],
 )
-def test_a_probe_sees_whether_actions_make_a_difference_and_closes_its_environment(lanes, expected):
-    assert defaults.probe(env_of(lanes)) == expected
-    assert lanes.is_closed and len(lanes.actions) <= defaults.PROBE_STEPS
+def test_random_play_sees_whether_actions_make_a_difference_and_closes_its_environment(lanes, expected):
+    assert defaults.seen_in_random_play(env_of(lanes)) == expected
+    assert lanes.is_closed and len(lanes.actions) <= defaults.RANDOM_PLAY_STEPS
     assert len(set(lanes.actions)) == 2
 
 
 def test_an_environment_for_worker_processes_is_not_played_in_this_one(monkeypatch):
-    monkeypatch.setattr(defaults, "probe", None)
+    monkeypatch.setattr(defaults, "seen_in_random_play", None)
     assert make_config("gym:MountainCar-v0", num_env_workers=1).agent.replay != "none"
 
 
-def test_a_probe_of_a_slow_environment_is_given_up(monkeypatch):
-    monkeypatch.setattr(defaults, "PROBE_SECONDS", -1.0)
+def test_random_play_in_a_slow_environment_is_given_up(monkeypatch):
+    monkeypatch.setattr(defaults, "RANDOM_PLAY_SECONDS", -1.0)
     lanes = Lanes()
-    assert defaults.probe(env_of(lanes)) == "slow" and len(lanes.actions) == 2
+    assert defaults.seen_in_random_play(env_of(lanes)) == "slow" and len(lanes.actions) == 2
     monkeypatch.setattr(defaults, "make_env", lambda name: env_of(Lanes()))
     config, reason = make_explained_config("Slow-v0")
     assert config.env_steps <= 20_000 and config.agent.exploration_env_steps < config.env_steps and "slow" in reason

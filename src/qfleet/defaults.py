@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from qfleet.envs.host import HostEnv, HostLanes
     from qfleet.envs.spec import InGraphEnv
 
-PROBE_STEPS = 300
+RANDOM_PLAY_STEPS = 300
 """Random steps that show how an environment outside JAX pays."""
 
-PROBE_SECONDS = 1.0
-"""Time after which a probe ends, because the environment is slow."""
+RANDOM_PLAY_SECONDS = 1.0
+"""Time after which random play ends, because the environment is slow."""
 
 
 PIXEL_BYTES = 8 * 10**9
@@ -163,7 +163,7 @@ def choose(env_name: str, topology: str, env_options: Mapping[str, Any], *, may_
     if name == "pixels":
         greedy = {} if is_atari(env_name) else {"eval_exploration": 0.0}  # Atari's games begin in few ways
         family = family._replace(settings=_sizes_of_replay(env.spec) | greedy)
-    if name == "vectors" and may_play and (seen := probe(env)):
+    if name == "vectors" and may_play and (seen := seen_in_random_play(env)):
         what, settings = SEEN[seen]
         family = family._replace(reason=f"{family.reason}, and {what}", settings={**family.settings, **settings})
     return _choice(family, topology)
@@ -231,11 +231,11 @@ def shows_one_state(env: "InGraphEnv | HostEnv") -> bool:
         return False
 
 
-def probe(env: "InGraphEnv | HostEnv") -> str | None:
+def seen_in_random_play(env: "InGraphEnv | HostEnv") -> str | None:
     """Plays an environment outside JAX for a moment, and returns what is remarkable: a key of `SEEN`, or None.
 
     The actions are random, from a fixed seed. "no signal": all steps pay the same and none terminates an episode, so no
-    action seems better than another. "slow": the steps take more than `PROBE_SECONDS`. Environments in JAX aren't
+    action seems better than another. "slow": the steps take more than `RANDOM_PLAY_SECONDS`. Environments in JAX aren't
     played, because they would have to be compiled. One that fails is left to the run, which reports it.
     """
     from qfleet.envs.host import HostEnv, LaneOptions
@@ -253,7 +253,7 @@ def probe(env: "InGraphEnv | HostEnv") -> str | None:
 def _play(lanes: "HostLanes", num_actions: int) -> str | None:
     random, until = np.random.default_rng(0), math.inf
     rewards, has_ended, has_terminated = set(), False, False
-    for action in random.integers(num_actions, size=PROBE_STEPS, dtype=np.int32):
+    for action in random.integers(num_actions, size=RANDOM_PLAY_STEPS, dtype=np.int32):
         lanes.send(action[None])
         step = lanes.recv()
         if not has_ended:  # otherwise the step only starts an episode
@@ -263,7 +263,7 @@ def _play(lanes: "HostLanes", num_actions: int) -> str | None:
         if time.monotonic() > until:
             return "slow"
         if until == math.inf:  # the first step isn't timed: it may compile something, or load a model
-            until = time.monotonic() + PROBE_SECONDS
+            until = time.monotonic() + RANDOM_PLAY_SECONDS
     return "no signal" if len(rewards) == 1 and not has_terminated else None
 
 

@@ -11,7 +11,7 @@ from qfleet.core.types import Network
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import QNetwork, check_network, from_nnx, make_network
 
-SPEC = EnvSpec(name="probe", observation_shape=(4,), observation_dtype=np.dtype(np.float32), num_actions=2)
+SPEC = EnvSpec(name="small", observation_shape=(4,), observation_dtype=np.dtype(np.float32), num_actions=2)
 CONFIG = AgentConfig(hidden_sizes=(8,), layer_norm=True)
 
 
@@ -114,5 +114,5 @@ def test_state_other_than_parameters_is_named_in_the_error(make_layer, named):
     ids=["actions", "inputs", "integers", "rank", "tuple"],
 )
 def test_a_network_that_does_not_fit_the_environment_is_an_error(network, got):
-    with pytest.raises(ConfigError, match=rf"(?s)float32\[3, 4\] of probe to action values float32\[3, 2\], {got}"):
+    with pytest.raises(ConfigError, match=rf"(?s)float32\[3, 4\] of small to action values float32\[3, 2\], {got}"):
         check_network(network, SPEC)

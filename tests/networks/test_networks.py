@@ -18,7 +18,7 @@ from qfleet.networks.torsos import LayerNorm, choose_torso, image_shape
 
 def make_spec(shape, dtype=np.float32, frame_stack=1, num_actions=3):
     return EnvSpec(
-        name="probe",
+        name="small",
         observation_shape=shape,
         observation_dtype=np.dtype(dtype),
         num_actions=num_actions,

@@ -14,9 +14,9 @@ import os, socket, sys
 from pathlib import Path
 from qfleet.runtime import peers
 
-with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
+with socket.socket() as unused:
+    unused.bind(("127.0.0.1", 0))
+    port = unused.getsockname()[1]
 peers.join(f"127.0.0.1:{port}", 1, 0, 1, 10.0)
 own = {os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.exists() or path.is_symlink()}
 for table in ("tcp", "tcp6"):

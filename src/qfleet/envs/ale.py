@@ -47,8 +47,8 @@ def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space
     game = _find_game(name, roms.get_all_rom_ids())
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # keeps ALE from printing its version each time
     atari = _Atari(f"ale:{name}", game, repeat_action_probability, full_action_space)
-    with contextlib.closing(atari.vector(1)) as probe:
-        num_actions = len(probe.ale.get_action_set())
+    with contextlib.closing(atari.vector(1)) as vector:
+        num_actions = len(vector.ale.get_action_set())
     spec = EnvSpec(
         name=atari.name,
         observation_shape=SCREEN,

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.envs import in_graph
+from qfleet.envs.first_step import NeverWorks, check_works
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, HostStep, LaneOptions
-from qfleet.envs.probe import NeverWorks, check_works
 from qfleet.envs.spec import InGraphEnv
 
 NUM_LANES = 4

@@ -16,8 +16,8 @@ from qfleet.config import (
 )
 from qfleet.config.topology import EnvironmentKind
 from qfleet.core.types import Network
+from qfleet.envs.first_step import check_works
 from qfleet.envs.host import HostEnv
-from qfleet.envs.probe import check_works
 from qfleet.envs.registry import check_can_travel, make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network

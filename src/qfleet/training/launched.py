@@ -11,8 +11,8 @@ from typing import Any
 from qfleet.config import AllReduceConfig, ConfigError, TrainConfig
 from qfleet.config.encoding import encode_topology
 from qfleet.core.learner import make_optimiser
+from qfleet.envs.first_step import check_works
 from qfleet.envs.host import HostEnv
-from qfleet.envs.probe import check_works
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.activity import announce

@@ -1,4 +1,4 @@
-"""A first look at an environment before a run begins: one reset and one step, in the kind of lane that will train."""
+"""The first step in an environment before a run begins: a reset and a step in the kind of lane that will train."""
 
 import contextlib
 import dataclasses

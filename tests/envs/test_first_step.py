@@ -1,4 +1,4 @@
-"""The first look at an environment: what can never be learned in is told at once, in words about the environment."""
+"""The first step in an environment: what can never be learned in is told at once, in words about the environment."""
 
 import contextlib
 import inspect
@@ -16,8 +16,8 @@ from gymnasium import spaces
 from qfleet.config import ConfigError
 from qfleet.envs import conformance
 from qfleet.envs import gymnasium as backend
+from qfleet.envs.first_step import check_works
 from qfleet.envs.host import HostEnv, LaneOptions
-from qfleet.envs.probe import check_works
 from qfleet.envs.registry import make_env
 
 
