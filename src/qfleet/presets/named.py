@@ -1,0 +1,178 @@
+"""Named combinations of options, and what they become on Atari and elsewhere."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A well-known combination of options."""
+
+    summary: str
+    source: str
+    settings: Mapping[str, Any]
+    """Fields of `AgentConfig`, `TrainConfig` and every topology's config that differ from their defaults."""
+    topology: str | None = None
+    """Topology that it runs in by default; None means the one that suits the environment."""
+
+
+_ATARI_DQN: Mapping[str, Any] = {
+    "torso": "nature",
+    "hidden_sizes": (512,),
+    "num_envs": 8,
+    "replay_capacity": 1_000_000,
+    "warmup_env_steps": 50_000,
+    "batch_size": 32,
+    "env_steps_per_learner_step": 4.0,
+    # Their table counts learner steps, but their program counts agent steps, as everybody has since: 10,000.
+    "target_update_period": 2_500,
+    "optimiser": "rmsprop",
+    "optimiser_options": {"decay": 0.95, "eps": 0.01 / 32**2, "centered": 1.0},
+    "learning_rate": 2.5e-4,
+    "max_gradient_norm": None,
+    "exploration_end": 0.1,
+    "exploration_env_steps": 1_000_000,
+    "env_steps": 50_000_000,
+    "eval_period_env_steps": 250_000,
+    "eval_episodes": 16,
+    "eval_exploration": 0.05,
+    "checkpoint_period_seconds": 600.0,
+}
+
+PRESETS: dict[str, Preset] = {
+    "dqn": Preset(
+        summary="Q-network, uniform replay, target network, epsilon-greedy",
+        source="Mnih et al. 2015, Nature 518",
+        settings={},
+    ),
+    "double_dqn": Preset(
+        summary="dqn, with the online network picking the bootstrap action",
+        source="van Hasselt et al. 2016, arXiv 1509.06461",
+        settings={"double": True},
+    ),
+    "rainbow_lite": Preset(
+        summary="double, dueling, 3-step returns, prioritised replay",
+        source="Hessel et al. 2018, arXiv 1710.02298, without its distributional and noisy parts",
+        settings={
+            "double": True,
+            "dueling": True,
+            "n_step": 3,
+            "replay": "prioritised",
+            "priority_exponent": 0.5,
+            "importance_exponent_env_steps": None,
+        },
+    ),
+    "pqn": Preset(
+        summary="Q(lambda) with layer normalisation; no replay, no target network; the fastest in many lanes",
+        source="Gallici et al. 2024, arXiv 2407.04811",
+        settings={
+            "replay": "none",
+            "layer_norm": True,
+            "loss": "squared",
+            "optimiser": "radam",
+            "hidden_sizes": (64, 64),
+            "exploration_env_steps": 50_000,
+        },
+    ),
+    "atari_dqn": Preset(
+        summary="dqn as published for Atari: one update of 32 every 4 agent steps, a replay of a million frames",
+        source="Mnih et al. 2015, Nature 518, extended data table 1; RMSProp's epsilon is adapted to mean gradients",
+        settings=_ATARI_DQN,
+    ),
+    "ape_x": Preset(
+        summary="many actors, each with its own epsilon, a prioritised replay, and one learner",
+        source="Horgan et al. 2018, arXiv 1803.00933, section 4.1 and appendix C",
+        topology="actor-learner",
+        settings={
+            "double": True,
+            "dueling": True,
+            "n_step": 3,
+            "replay": "prioritised",
+            "hidden_sizes": (512,),
+            "batch_size": 512,
+            "replay_capacity": 2_000_000,
+            "warmup_env_steps": 50_000,
+            # Ours. They don't set a ratio: with 360 actors they report 12,500 transitions and 19 learner steps per
+            # second, one step per 660. Fewer actors bring less at the same speed of the learner. With 64, each
+            # transition is learned from 8 times, as in DQN.
+            "env_steps_per_learner_step": 64.0,
+            "target_update_period": 2_500,
+            "priority_exponent": 0.6,
+            "importance_exponent_start": 0.4,
+            "importance_exponent_env_steps": 10**15,  # the exponent practically stays at its start
+            "loss": "squared",  # their equation of the loss; the norm of 40 is made for its gradients
+            "optimiser": "rmsprop",
+            "optimiser_options": {"decay": 0.95, "eps": 1.5e-7, "centered": 1.0},
+            "learning_rate": 2.5e-4 / 4,
+            "max_gradient_norm": 40.0,
+            "rows_per_chunk": 50,
+            "lanes_per_actor": 1,
+            "broadcast_period_learner_steps": 1,
+            "actor_epsilon_base": 0.4,
+            "actor_epsilon_exponent": 7.0,
+            "env_steps": 50_000_000,
+            "eval_period_env_steps": 500_000,
+            "eval_episodes": 16,
+            "checkpoint_period_seconds": 600.0,
+        },
+    ),
+    "atari_pqn": Preset(
+        summary="pqn as published for Atari: 128 lanes, rollouts of 32",
+        source="Gallici et al. 2024, arXiv 2407.04811, appendix",
+        settings={
+            "replay": "none",
+            "torso": "nature",
+            "hidden_sizes": (512,),
+            "layer_norm": True,
+            "loss": "squared",
+            "num_envs": 128,
+            "rollout_length": 32,
+            "num_minibatches": 32,
+            "optimiser": "radam",
+            "learning_rate": 2.5e-4,
+            "exploration_end": 0.001,
+            "exploration_env_steps": 5_000_000,
+            "env_steps": 50_000_000,
+            "eval_period_env_steps": 500_000,
+            "eval_episodes": 16,
+            "checkpoint_period_seconds": 600.0,
+        },
+    ),
+}
+
+ON_ATARI: dict[str, Mapping[str, Any]] = {
+    "dqn": _ATARI_DQN,
+    "double_dqn": _ATARI_DQN,  # van Hasselt et al. 2016 compare both with the same settings
+    # Hessel et al. 2018, table 1. Epsilon decays in place of their noisy layers, as in Dopamine's Rainbow.
+    "rainbow_lite": {
+        **{name: value for name, value in _ATARI_DQN.items() if name != "max_gradient_norm"},
+        "warmup_env_steps": 20_000,
+        "target_update_period": 2_000,
+        "optimiser": "adam",
+        "optimiser_options": {"eps": 1.5e-4},
+        "learning_rate": 6.25e-5,
+        "exploration_end": 0.01,
+        "exploration_env_steps": 250_000,
+        "eval_exploration": 0.001,
+    },
+}
+"""The published settings of presets whose own are for small problems. They replace the preset's on Atari."""
+
+OFF_ATARI: dict[str, Mapping[str, Any]] = {
+    "ape_x": {
+        "hidden_sizes": (128, 128),
+        "batch_size": 128,
+        "replay_capacity": 200_000,
+        "warmup_env_steps": 2_000,
+        "env_steps_per_learner_step": 8.0,
+        "target_update_period": 500,
+        "learning_rate": 2.5e-4,
+        "broadcast_period_learner_steps": 20,
+        "env_steps": 500_000,
+        "eval_period_env_steps": 10_000,
+        "eval_episodes": 20,
+        "checkpoint_period_seconds": 60.0,
+    },
+}
+"""Our settings of presets whose own are the published ones for Atari. They replace the preset's elsewhere."""
