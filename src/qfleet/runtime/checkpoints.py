@@ -10,28 +10,31 @@ qfleet's classes and never unpickles. The folder gets its final name once everyt
 """
 
 import contextlib
-import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.runtime import checkpoint_files as files
-from qfleet.runtime.checkpoint_index import FORMAT, check_stored, declared_bytes
+from qfleet.runtime.checkpoint_arrays import handler_classes, import_orbax, read_arrays, reading
+from qfleet.runtime.checkpoint_index import FORMAT, declared_bytes
+from qfleet.runtime.checkpoint_trees import (
+    PyTree,
+    TreePath,
+    describe,
+    named_leaves,
+    nest,
+    recorded_leaves,
+    spell,
+    to_stored,
+)
 from qfleet.runtime.process import available_memory_bytes
-from qfleet.runtime.run_files import shortened, sync_folder
-from qfleet.runtime.workarounds.orbax_messages import keep_orbax_quiet
-
-PyTree = Any
-
-_TreePath = tuple[str, ...]
+from qfleet.runtime.run_files import sync_folder
 
 
 class CheckpointWriteError(OSError):
@@ -101,29 +104,27 @@ class Checkpoints:
             self._replaced = files.set_aside(path, self._run_id)
         if os.path.lexists(path):
             raise self._write_error(FileExistsError(f"{path} is in the way and no checkpoint; move it away"))
-        leaves = {item: _named_leaves(tree) for item, tree in state.items()}
+        leaves = {item: named_leaves(tree) for item, tree in state.items()}
         self._index = {
             "format": FORMAT,
             "env_steps": env_steps,
             "run_id": self._run_id,
             "metadata": dict(metadata),
             "items": {
-                item: [{"path": path, **_describe(leaf)} for path, leaf in named.items()]
+                item: [{"path": path, **describe(leaf)} for path, leaf in named.items()]
                 for item, named in leaves.items()
             },
         }
         json.dumps(self._index, allow_nan=False)  # raises here, rather than later in the background
-        trees = {
-            item: _nest((path, _to_stored(leaf)) for path, leaf in named.items()) for item, named in leaves.items()
-        }
+        trees = {item: nest((path, to_stored(leaf)) for path, leaf in named.items()) for item, named in leaves.items()}
         try:
             if self._writer is None:
                 if self._is_keeper:
                     files.make_directory(self._directory)
-                self._writer = _orbax().AsyncCheckpointer(_handler_classes()[0](lambda: self._index))
-            arguments = {item: _orbax().args.PyTreeSave(tree) for item, tree in trees.items() if tree}
+                self._writer = import_orbax().AsyncCheckpointer(handler_classes()[0](lambda: self._index))
+            arguments = {item: import_orbax().args.PyTreeSave(tree) for item, tree in trees.items() if tree}
             self._is_unsynced = True
-            self._writer.save(path, args=_handler_classes()[1](**arguments))
+            self._writer.save(path, args=handler_classes()[1](**arguments))
         except Exception as error:
             self._put_back_replaced(path)
             raise self._write_error(error) from error
@@ -195,8 +196,8 @@ class Checkpoints:
         """
         path, index = self._open(env_steps, like)
         for item, tree in like.items():
-            _check_same(path, item, _recorded(index, item), _named_leaves(tree))
-        with _reading(path):
+            _check_same(path, item, recorded_leaves(index, item), named_leaves(tree))
+        with reading(path):
             state = {item: _restore_like(path / item, index, item, tree) for item, tree in like.items()}
         return state, index["metadata"]
 
@@ -218,9 +219,9 @@ class Checkpoints:
             return self.restore(env_steps, {item: like})[0][item]
         path, index = self._open(env_steps, [item])
         _check_fits(path, item, declared_bytes(index["items"][item]))
-        recorded = _recorded(index, item)
-        with _reading(path):
-            return _nest(zip(recorded, _read(path / item, recorded, dict.fromkeys(recorded)), strict=True))
+        recorded = recorded_leaves(index, item)
+        with reading(path):
+            return nest(zip(recorded, read_arrays(path / item, recorded, dict.fromkeys(recorded)), strict=True))
 
     def read_metadata(self, env_steps: int | None = None) -> dict[str, Any]:
         """Returns the metadata that was given to `save`. Reads no arrays.
@@ -250,67 +251,6 @@ class Checkpoints:
         )
 
 
-# --- Reading and writing through Orbax. Importing it takes 0.3 s, so that waits for the first checkpoint. ---
-
-
-@functools.cache
-def _orbax() -> Any:
-    import orbax.checkpoint
-
-    keep_orbax_quiet()
-    return orbax.checkpoint
-
-
-@functools.cache
-def _handler_classes() -> tuple[Any, Any]:
-    """Returns Orbax's handler of several items, extended to write index and checksums, and its arguments' class."""
-    import orbax.checkpoint as ocp
-
-    class Handler(ocp.CompositeCheckpointHandler):
-        def __init__(self, index: Callable[[], dict[str, Any]]) -> None:
-            super().__init__()
-            self._index = index
-
-        def finalize(self, directory: Any) -> None:
-            """Runs when all items are written, just before the folder gets its final name."""
-            super().finalize(directory)
-            files.write_index(Path(os.fspath(directory)), self._index())
-
-    @ocp.args.register_with_handler(Handler, for_save=True, for_restore=True)
-    class Arguments(ocp.args.Composite):
-        pass
-
-    return Handler, Arguments
-
-
-def _read(path: Path, recorded: Mapping[_TreePath, Mapping[str, Any]], wanted: Mapping[_TreePath, Any]) -> list[Any]:
-    """Returns the arrays of an item, in the order of `wanted`.
-
-    An array is placed as its leaf in `wanted` is. Where that leaf is None, it comes back as a NumPy array.
-    """
-    if not recorded:
-        return []
-    ocp = _orbax()
-
-    def argument(name: _TreePath, leaf: Any) -> Any:
-        if not _is_jax(leaf):
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf  # as `_to_stored` wrote it
-        return ocp.ArrayRestoreArgs(sharding=_sharding(leaf), global_shape=data.shape, dtype=data.dtype)
-
-    arguments = {name: argument(name, leaf) for name, leaf in wanted.items()}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        check_stored(reader.metadata(path).item_metadata.tree, recorded)
-        tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=_nest(arguments.items())))
-    leaves = []
-    for name in wanted:
-        value = functools.reduce(lambda node, key: node[key], name, tree)
-        if "key_impl" in recorded[name]:
-            value = jax.random.wrap_key_data(jnp.asarray(value), impl=recorded[name]["key_impl"])
-        leaves.append(value)
-    return leaves
-
-
 def _check_fits(path: Path, item: str, size: int) -> None:
     available = available_memory_bytes()
     if available is not None and size > available:
@@ -320,27 +260,13 @@ def _check_fits(path: Path, item: str, size: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turns whatever Orbax raises meanwhile into a CheckpointError, because it may be asked to read anything."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise files.CheckpointError(
-            f"a checkpoint must hold arrays that Orbax can read, got {path} ({type(error).__name__}: "
-            f"{shortened(str(error))}); restore it from a copy, or give an older one with --checkpoint"
-        ) from error
-
-
 def _check_same(
-    path: Path, item: str, recorded: Mapping[_TreePath, Mapping[str, Any]], wanted: Mapping[_TreePath, Any]
+    path: Path, item: str, recorded: Mapping[TreePath, Mapping[str, Any]], wanted: Mapping[TreePath, Any]
 ) -> None:
     """Raises ConfigError, which names the first difference, unless an item holds the arrays that are wanted."""
     for name in [*wanted, *recorded]:
-        here = _spell(_describe(wanted[name])) if name in wanted else "nothing"
-        there = _spell(recorded[name]) if name in recorded else "nothing"
+        here = spell(describe(wanted[name])) if name in wanted else "nothing"
+        there = spell(recorded[name]) if name in recorded else "nothing"
         if here != there:
             raise ConfigError(
                 f"a checkpoint must hold the arrays that this configuration builds, but "
@@ -350,72 +276,5 @@ def _check_same(
 
 
 def _restore_like(path: Path, index: Mapping[str, Any], item: str, like: PyTree) -> PyTree:
-    leaves = _read(path, _recorded(index, item), _named_leaves(like))
+    leaves = read_arrays(path, recorded_leaves(index, item), named_leaves(like))
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-# --- Trees as names and leaves ---
-
-
-def _named_leaves(tree: PyTree) -> dict[_TreePath, Any]:
-    # Orbax needs a dictionary, and a tree that is a single array has an empty path. So such an array gets a name.
-    return {tuple(map(_key_name, path)) or ("value",): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _key_name(entry: Any) -> str:
-    """Returns the name of a child in its tree: the name of a field, the key in a dictionary, or an index."""
-    return jax.tree_util.keystr((entry,), simple=True)
-
-
-def _nest(leaves: Iterable[tuple[_TreePath, Any]]) -> Any:
-    """Returns nested dictionaries with these leaves."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves:
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
-
-
-def _recorded(index: Mapping[str, Any], item: str) -> dict[_TreePath, dict[str, Any]]:
-    return {tuple(leaf["path"]): leaf for leaf in index["items"][item]}
-
-
-def _is_jax(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
-
-
-def _is_key(leaf: Any) -> bool:
-    return _is_jax(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def _describe(leaf: Any) -> dict[str, Any]:
-    """Returns the entry for an array in index.json."""
-    if not _is_jax(leaf):
-        leaf = np.asarray(leaf)
-    description = {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-    if _is_key(leaf) and isinstance(leaf, jax.Array):
-        description["key_impl"] = str(jax.random.key_impl(leaf))
-    return description
-
-
-def _spell(description: Mapping[str, Any]) -> str:
-    return f"{description['dtype']}{description['shape']}"
-
-
-def _to_stored(leaf: Any) -> Any:
-    """Returns the plain array that Orbax writes for `leaf`. Nothing that happens to `leaf` afterwards changes it."""
-    if not isinstance(leaf, jax.Array):
-        is_constant = isinstance(leaf, np.ndarray) and not leaf.flags.writeable
-        return leaf if is_constant else np.array(leaf)
-    if _is_key(leaf):
-        leaf = jax.random.key_data(leaf)
-    # From an accelerator, Orbax copies before it returns. On a CPU it writes from the array's own memory, and meanwhile
-    # JAX silently copies the array at each update that should happen in place. Copying it here, once, avoids that.
-    is_on_cpu = all(device.platform == "cpu" for device in leaf.sharding.device_set)
-    return jnp.copy(leaf) if is_on_cpu else leaf
