@@ -307,8 +307,18 @@ def test_an_environment_that_has_changed_since_is_blamed_and_no_network_that_nob
     env = probes.constant_reward()
     changed = dataclasses.replace(env.spec, num_actions=3)
     qfleet.register_env("Changing-v0", lambda: env._replace(spec=changed))
-    with pytest.raises(ConfigError, match=r"environment Changing-v0 must be as it was in training; .* params/"):
-        qfleet.load(tmp_path / "run")
+    policy = qfleet.load(tmp_path / "run")
+    assert policy.q_values(np.zeros((1, 1), np.float32)).shape == (1, 1), "acting needs no environment"
+    rule = r"^the environment Changing-v0 must be as it was in training; it has num_actions 3 now, and had 1; undo"
+    for use in (
+        policy.evaluate,
+        lambda: list(policy.film(tmp_path)),
+        lambda: qfleet.resume(tmp_path / "run", env_steps=512),
+    ):
+        with pytest.raises(ConfigError, match=rule):
+            use()
+    changed = dataclasses.replace(env.spec, time_limit=3)
+    assert qfleet.load(tmp_path / "run").episode_limit() == 3, "another time limit is no hindrance"
 
 
 def test_a_network_given_to_a_run_with_a_built_in_one_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from qfleet.config.encoding import encode_topology
 from qfleet.core.learner import make_optimiser
 from qfleet.envs.host import HostEnv
 from qfleet.envs.probe import check_works
+from qfleet.envs.recorded import check_as_recorded
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.activity import announce
@@ -60,6 +61,7 @@ class LaunchedRun:
         )
         if is_resumed and (checkpoint is not None or self._checkpoints.latest() is not None):
             metadata = read_metadata(self._checkpoints, checkpoint, config)
+            check_as_recorded(env, metadata.get("environment"), config.env)
             check_goes_on(metadata, config)
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
         if is_resumed and checkpoint is not None and self._lock:

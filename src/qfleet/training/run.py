@@ -14,6 +14,7 @@ import numpy as np
 from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.types import Network
 from qfleet.envs.failures import describe
+from qfleet.envs.recorded import check_as_recorded, record_of
 from qfleet.envs.registry import backend_of
 from qfleet.runtime import peers
 from qfleet.runtime.activity import announce
@@ -77,6 +78,7 @@ class Run:
             # Mistakes are found before the folder is touched and before anything is compiled.
             with self._interrupting(stop):
                 env, network = make_env_and_network(config, network)
+                self._env = env
                 self._topology = make_topology(config, env, network, optimiser)
                 self._rounds = EvaluationRounds(config, self._topology, env.spec.time_limit)
                 self.backend = backend_of(config.env)
@@ -150,6 +152,7 @@ class Run:
         """Returns the metadata of the checkpoint to continue from, after checking it."""
         metadata = read_metadata(self._checkpoints, checkpoint, self.config)
         check_network_is_given(self._has_own_network, metadata["has_own_network"])
+        check_as_recorded(self._env, metadata.get("environment"), self.config.env)
         check_goes_on(metadata, self.config)
         return metadata
 
@@ -292,6 +295,7 @@ class Run:
             "best_evaluation": self._best.saved(),
             "num_episodes": self._num_episodes,
             "has_own_network": self._has_own_network,
+            "environment": record_of(self._env),
             "layout": self._topology.layout,
         }
         self._checkpoints.save(self._topology.env_steps, state, metadata)
