@@ -28,7 +28,7 @@ from qfleet.runtime.video import Video, params_label
 from qfleet.training.assembly import check_is_built_in
 from qfleet.training.launched import LaunchedRun, directory_of_all
 from qfleet.training.metadata import read_metadata
-from qfleet.training.resuming import check_network_is_given, config_to_resume
+from qfleet.training.resuming import check_network_is_given, check_reads_the_same, config_to_resume
 from qfleet.training.run import Run
 
 if TYPE_CHECKING:
@@ -135,8 +135,9 @@ def resume(
         runs its code. It isn't asked for if the module has been imported already.
 
     Raises:
-      ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, its checkpoint is damaged, the run
-        has ended already, or another process is training it.
+      ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, its checkpoint is damaged, its
+        environment has changed, the run has ended already, or another process is training it. Also if an earlier
+        version of qfleet began it, whose networks read such observations otherwise.
     """
     directory = RunDirectory.open(run_dir)
     if env is not None:
@@ -183,7 +184,8 @@ def load(
       trust: as for `resume`.
 
     Raises:
-      ConfigError: if `run_dir` isn't a run, or its checkpoint is missing or damaged. As soon as the environment is
+      ConfigError: if `run_dir` isn't a run, or its checkpoint is missing or damaged. Also if an earlier version of
+        qfleet began it, whose networks read such observations otherwise. As soon as the environment is
         made, also if it has changed, or is in a module that isn't trusted.
     """
     directory = RunDirectory.open(run_dir)
@@ -200,6 +202,8 @@ def load(
         check_network_is_given(network is not None, metadata["has_own_network"])
         source = _environment_of(directory, metadata.get("environment"), env, trust=trust)
         spec = source.interface.spec if isinstance(source, RecordedEnv) else source.spec
+        if network is None:
+            check_reads_the_same(directory, spec)
         network_in_use = network or make_network(spec, config.agent)
         limit_cpu_threads(check_network(network_in_use, spec))
         enable_compilation_cache()

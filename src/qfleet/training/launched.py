@@ -26,7 +26,7 @@ from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation
-from qfleet.training.resuming import check_goes_on
+from qfleet.training.resuming import check_goes_on, check_reads_the_same
 
 
 class LaunchedRun:
@@ -62,6 +62,7 @@ class LaunchedRun:
         if is_resumed and (checkpoint is not None or self._checkpoints.latest() is not None):
             metadata = read_metadata(self._checkpoints, checkpoint, config)
             check_as_recorded(env, metadata.get("environment"), config.env)
+            check_reads_the_same(self.directory, env.spec)
             check_goes_on(metadata, config)
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
         if is_resumed and checkpoint is not None and self._lock:

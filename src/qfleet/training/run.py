@@ -34,7 +34,7 @@ from qfleet.training.assembly import footprint, make_env_and_network, make_topol
 from qfleet.training.evaluation_rounds import EvaluationRounds
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation, Closing, DivergenceCheck, Speed, is_of_checkpoints, message_of
-from qfleet.training.resuming import check_goes_on, check_network_is_given
+from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
 
 if TYPE_CHECKING:
     import optax
@@ -153,6 +153,8 @@ class Run:
         metadata = read_metadata(self._checkpoints, checkpoint, self.config)
         check_network_is_given(self._has_own_network, metadata["has_own_network"])
         check_as_recorded(self._env, metadata.get("environment"), self.config.env)
+        if not self._has_own_network:
+            check_reads_the_same(self.directory, self._env.spec)
         check_goes_on(metadata, self.config)
         return metadata
 
