@@ -78,7 +78,8 @@ def iterate(
 ) -> Run | LaunchedRun:
     """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
 
-    A signal (INT, TERM or HUP) ends the loop as if the run were over, and the summary says "interrupted".
+    A signal (INT, TERM or HUP) ends the loop as if the run were over, and the summary says "interrupted". So it does if
+    you leave the loop. If an exception leaves it, the run is saved too, and the summary says "failed", and where.
 
     Args and Raises: as for `train`.
     """

@@ -24,6 +24,7 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation
 from qfleet.training.resuming import check_goes_on, check_reads_the_same
@@ -75,11 +76,17 @@ class LaunchedRun:
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
         before = self.directory.read_summary()
         announce("starting processes")
+        failure: dict[str, Any] = {}
         try:
             with StopFlag() as stop:
                 with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
                     for message in launcher.run(lambda: self._checkpoints.latest() or 0):
-                        yield _progress_of(message)
+                        try:
+                            yield _progress_of(message)
+                        except GeneratorExit:  # the caller has left the loop, and the processes are now stopped
+                            if not stop.requested and (error := failure_of_loop()):
+                                failure = {"stopped": "failed", "error": error}
+                            raise
                 is_unsaid = self.directory.read_summary() == before  # stopped while its processes (re)started
                 if stop.requested and self._lock and is_unsaid and self._topology.coordinator is None:
                     now = {"stopped": "interrupted", "env_steps": self._checkpoints.latest() or 0}
@@ -91,6 +98,8 @@ class LaunchedRun:
                     self.summary |= {
                         "num_restarts": launcher.num_restarts, "env_steps_repeated": launcher.env_steps_repeated
                     }  # fmt: skip
+                    if self.summary.get("stopped") == "interrupted":
+                        self.summary |= failure
                     self.directory.write_summary(self.summary)
             finally:
                 if self._lock:

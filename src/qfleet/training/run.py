@@ -32,6 +32,7 @@ from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
 from qfleet.training.evaluation_rounds import EvaluationRounds
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation, Closing, DivergenceCheck, Speed, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
@@ -185,6 +186,7 @@ class Run:
 
     def _train(self) -> Iterator[Progress]:
         stopped: str | None = None
+        failure = ""
         with StopFlag() as stop, self._closing:
             try:
                 try:
@@ -202,8 +204,9 @@ class Run:
                             saved_at = time.monotonic()
                         yield progress
                 except GeneratorExit:  # the caller has left the loop
-                    stopped = stopped or "interrupted"
-                self._finish(stopped)
+                    failure = "" if stopped or stop.requested else failure_of_loop()
+                    stopped = stopped or ("failed" if failure else "interrupted")
+                self._finish(stopped, **({"error": failure} if failure else {}))
             except BaseException as error:
                 message = self._fail(error, stop)
                 is_joined = self.config.topology.runs_in == "joined processes"  # the launcher starts them again
@@ -311,14 +314,14 @@ class Run:
                 raise
             self._warn("saving", f"{error}. The run goes on, and the next checkpoint tries again")
 
-    def _finish(self, stopped: str) -> None:
+    def _finish(self, stopped: str, **more: Any) -> None:
         with contextlib.suppress(OSError):  # of an earlier checkpoint, which must not prevent this one
             self._checkpoints.wait()
         self._save()
         self._checkpoints.wait()
         if fall := self._best.fall():
             self._warn("fall", fall)
-        self._write_summary(stopped)
+        self._write_summary(stopped, **more)
 
     def _fail(self, error: BaseException, stop: StopFlag) -> str:
         """Saves what is sound, writes the summary, and returns what happened in one line."""
