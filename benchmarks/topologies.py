@@ -1,10 +1,13 @@
 """The same task in every topology, on the same cores: return against wall time and against environment steps.
 
 python benchmarks/topologies.py [--topologies fused ...] [--seeds 3] [--env-steps 60000] [--plot docs/topologies.svg]
+python benchmarks/topologies.py --redraw --plot docs/topologies.svg
 
 The task is CartPole with the preset `rainbow_lite` and 16 lanes in all. It is evaluated every 2,048 environment steps,
 and the wall time includes that. `bytes` counts the observations, transitions, gradients and parameters that one process
 sends to another per environment step. It is computed from the sizes in docs/topologies.md and from what the run did.
+
+The returns are kept beside the picture, as JSON. `--redraw` draws them again, without training.
 """
 
 import argparse
@@ -81,7 +84,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--env-steps", type=int, default=60_000)
     parser.add_argument("--plot", type=Path, help="where to draw the curves, as SVG")
+    parser.add_argument("--redraw", action="store_true", help="only draw, from the JSON beside the picture")
     arguments = parser.parse_args()
+    if arguments.redraw:
+        draw(json.loads(arguments.plot.with_suffix(".json").read_text()), arguments.plot)
+        return
     curves: dict[str, list[Points]] = {}
     rows = []
     for name in arguments.topologies:
@@ -91,6 +98,7 @@ def main() -> None:
         print(rows[-1], flush=True)
     common.report("topologies", rows)
     if arguments.plot:
+        arguments.plot.with_suffix(".json").write_text(json.dumps(curves) + "\n")
         draw(curves, arguments.plot)
 
 
@@ -156,16 +164,18 @@ Points = list[tuple[float, float]]
 
 def points_of(run: list[dict[str, Any]]) -> Points:
     """Returns the evaluations among a run's records."""
-    return [(record["env_steps"], record["eval_return_mean"]) for record in run if record["eval_return_mean"]]
+    points = [(record["env_steps"], record["eval_return_mean"]) for record in run]
+    return [(env_steps, mean) for env_steps, mean in points if mean is not None]
 
 
 def draw(runs: dict[str, list[Points]], path: Path) -> None:
-    """Draws a panel for each topology: the median over the seeds, and the range from worst to best.
+    """Draws a panel for each topology, with a line for each seed, all on the same scale.
 
-    The grey line, for comparison, is the median of the first topology. The table has the seconds.
+    A few seeds have no spread worth a band, and a median between two lines is the return of no run. The grey lines, for
+    comparison, are the seeds of the first topology. The table has the seconds.
 
     Args:
-      runs: the runs of each topology.
+      runs: the runs of each topology, in the order of their seeds.
       path: where to draw, as SVG.
     """
     import matplotlib
@@ -178,27 +188,23 @@ def draw(runs: dict[str, list[Points]], path: Path) -> None:
     figure, axes = pyplot.subplots(
         num_rows, 3, figsize=(9, 2.2 * num_rows), sharex=True, sharey=True, layout="constrained", squeeze=False
     )
-    ranges = {name: range_of(each) for name, each in runs.items()}
-    reference = next(iter(ranges.values()))
-    for axis, (name, (grid, worst, median, best)) in zip(axes.flat, ranges.items(), strict=False):
-        axis.plot(reference[0], reference[2], color="0.7", linewidth=0.8)
-        axis.fill_between(grid, worst, best, color="tab:blue", alpha=0.2, linewidth=0)
-        axis.plot(grid, median, color="tab:blue", linewidth=1.5)
+    reference = next(iter(runs))
+    for axis, (name, of_seeds) in zip(axes.flat, runs.items(), strict=False):
+        for points in runs[reference] if name != reference else []:
+            axis.plot(*np.array(points).T, color="0.8", linewidth=0.8)
+        for seed, points in enumerate(of_seeds):
+            axis.plot(*np.array(points).T, color=f"C{seed}", linewidth=1.2, label=f"seed {seed}")
         axis.axhline(SOLVED, color="grey", linewidth=0.8, linestyle=":")
         axis.set_title(name, fontsize=9)
+    for axis in axes.flat[len(runs) :]:
+        axis.set_visible(False)
+    axes[0, 0].legend(loc="lower right", fontsize=7, frameon=False)
+    axes[0, 0].set_ylim(bottom=0)
     for axis in axes[-1]:
         axis.set_xlabel("environment steps")
     for axis in axes[:, 0]:
         axis.set_ylabel("mean greedy return")
     figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-
-
-def range_of(runs: list[Points]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns where all runs have returns, `[points]`, and the worst, median and best return there."""
-    begin, end = max(run[0][0] for run in runs), min(run[-1][0] for run in runs)
-    grid = np.linspace(begin, end, 80)
-    values = np.array([np.interp(grid, *np.array(run).T) for run in runs])
-    return grid, values.min(axis=0), np.median(values, axis=0), values.max(axis=0)
 
 
 if __name__ == "__main__":

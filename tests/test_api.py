@@ -14,6 +14,7 @@ import pytest
 
 import qfleet
 from qfleet.config import ConfigError, RunFailed, TrainConfig
+from qfleet.config.encoding import SCHEMA_VERSION
 from qfleet.runtime.evaluation import Episodes
 from qfleet.topologies.fused.topology import Fused
 
@@ -307,8 +308,47 @@ def test_an_environment_that_has_changed_since_is_blamed_and_no_network_that_nob
     env = probes.constant_reward()
     changed = dataclasses.replace(env.spec, num_actions=3)
     qfleet.register_env("Changing-v0", lambda: env._replace(spec=changed))
-    with pytest.raises(ConfigError, match=r"environment Changing-v0 must be as it was in training; .* params/"):
-        qfleet.load(tmp_path / "run")
+    policy = qfleet.load(tmp_path / "run")
+    assert policy.q_values(np.zeros((1, 1), np.float32)).shape == (1, 1), "acting needs no environment"
+    rule = r"^the environment Changing-v0 must be as it was in training; it has num_actions 3 now, and had 1; undo"
+    for use in (
+        policy.evaluate,
+        lambda: list(policy.film(tmp_path)),
+        lambda: qfleet.resume(tmp_path / "run", env_steps=512),
+    ):
+        with pytest.raises(ConfigError, match=rule):
+            use()
+    changed = dataclasses.replace(env.spec, time_limit=3)
+    assert qfleet.load(tmp_path / "run").episode_limit() == 3, "another time limit is no hindrance"
+
+
+def pictures() -> qfleet.InGraphEnv:
+    """The first probe, which shows two pictures of 5 x 5 pixels, with the axis of the two in front."""
+    env = probes.constant_reward()
+    spec = dataclasses.replace(env.spec, observation_shape=(2, 5, 5))
+
+    def reset(key: jax.Array) -> tuple[Any, jax.Array]:
+        return env.reset(key)[0], jnp.zeros((2, 5, 5))
+
+    def step(*arguments: Any) -> Any:
+        return env.step(*arguments)._replace(observation=jnp.zeros((2, 5, 5)))
+
+    return env._replace(spec=spec, reset=reset, step=step)
+
+
+def test_a_run_whose_network_read_observations_otherwise_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qfleet.register_env("Pictures-v0", pictures)
+    qfleet.train(tiny(tmp_path / "pictures", env="Pictures-v0", torso="auto"))
+    qfleet.train(tiny(tmp_path / "numbers"))
+    monkeypatch.setattr("qfleet.training.resuming._FIRST_THAT_READS_AS_NOW", SCHEMA_VERSION + 1)  # both are older now
+    rule = r"^a network must read .* float32\[2, 5, 5\] .* first axis for the height, .* train anew, or use the version"
+    for use in (qfleet.load, lambda run: qfleet.resume(run, env_steps=512)):
+        with pytest.raises(ConfigError, match=rule):
+            use(tmp_path / "pictures")
+    assert qfleet.load(tmp_path / "numbers").q_values(np.zeros((1, 1), np.float32)).shape == (1, 2)
+    assert follow(qfleet.resume(tmp_path / "numbers", env_steps=512))["stopped"] == "env steps"
 
 
 def test_a_network_given_to_a_run_with_a_built_in_one_is_refused(tmp_path: Path) -> None:

@@ -114,9 +114,11 @@ def test_a_function_that_makes_the_environment_is_trained_in_resumed_and_loaded(
     policy = qfleet.load(tmp_path / "run")
     assert policy({"side": 5, "noise": np.zeros(2)}) in (5, 6)
     monkeypatch.setattr("qfleet.envs.factory._factories", {})  # as in another process
+    policy = qfleet.load(tmp_path / "run")
+    assert policy({"side": 5, "noise": np.zeros(2)}) in (5, 6), "acting needs no environment"
     with pytest.raises(ConfigError, match=r"factory:Corner is a function .* qfleet.load\(run, env="):
-        qfleet.load(tmp_path / "run")
-    assert qfleet.load(tmp_path / "run", env=Corner).spec.num_actions == 2
+        policy.evaluate(1)
+    assert qfleet.load(tmp_path / "run", env=Corner).evaluate(2).shape == (2,)
     run = qfleet.resume(tmp_path / "run", env=Corner, env_steps=128)
     assert [progress.env_steps for progress in run][-1] == 128
 

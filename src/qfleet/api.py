@@ -12,8 +12,11 @@ from qfleet.config import ConfigError, TopologyConfig, TrainConfig
 from qfleet.config.new_run import check_new_run
 from qfleet.core.types import Network, Params
 from qfleet.envs.factory import name_of_factory, remember_factory
+from qfleet.envs.host import HostEnv
 from qfleet.envs.names import check_trusted
+from qfleet.envs.recorded import RecordedEnv
 from qfleet.envs.registry import make_env
+from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
 from qfleet.policy import EvaluationOptions, Policy
 from qfleet.runtime.cache import enable_compilation_cache
@@ -25,7 +28,7 @@ from qfleet.runtime.video import Video, params_label
 from qfleet.training.assembly import check_is_built_in
 from qfleet.training.launched import LaunchedRun, directory_of_all
 from qfleet.training.metadata import read_metadata
-from qfleet.training.resuming import check_network_is_given, config_to_resume
+from qfleet.training.resuming import check_network_is_given, check_reads_the_same, config_to_resume
 from qfleet.training.run import Run
 
 if TYPE_CHECKING:
@@ -75,7 +78,8 @@ def iterate(
 ) -> Run | LaunchedRun:
     """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
 
-    A signal (INT, TERM or HUP) ends the loop as if the run were over, and the summary says "interrupted".
+    A signal (INT, TERM or HUP) ends the loop as if the run were over, and the summary says "interrupted". So it does if
+    you leave the loop. If an exception leaves it, the run is saved too, and the summary says "failed", and where.
 
     Args and Raises: as for `train`.
     """
@@ -132,8 +136,9 @@ def resume(
         runs its code. It isn't asked for if the module has been imported already.
 
     Raises:
-      ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, its checkpoint is damaged, the run
-        has ended already, or another process is training it.
+      ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, its checkpoint is damaged, its
+        environment has changed, the run has ended already, or another process is training it. Also if an earlier
+        version of qfleet began it, whose networks read such observations otherwise.
     """
     directory = RunDirectory.open(run_dir)
     if env is not None:
@@ -167,6 +172,10 @@ def load(
 ) -> Policy:
     """Returns the greedy policy of a run.
 
+    Acting and Q-values need only what the checkpoint records of the environment, so the environment isn't made, nor its
+    module imported, until it is needed: to evaluate or to film. It is made at once if `env` is given, or if the
+    checkpoint is of an older version, which recorded nothing.
+
     Args:
       run_dir: a run's folder.
       checkpoint: environment step of the checkpoint to load. The default is the newest one.
@@ -176,36 +185,63 @@ def load(
       trust: as for `resume`.
 
     Raises:
-      ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, its checkpoint is missing or damaged,
-        or the environment has changed.
+      ConfigError: if `run_dir` isn't a run, or its checkpoint is missing or damaged. Also if an earlier version of
+        qfleet began it, whose networks read such observations otherwise. As soon as the environment is
+        made, also if it has changed, or is in a module that isn't trusted.
     """
     directory = RunDirectory.open(run_dir)
     config = directory.config
-    if env is not None:
-        remember_factory(config.env, env)
-    check_trusted(config.env, directory.path, trust=trust)
     index = 0 if seed is None else seed - config.seed
     if not 0 <= index < config.num_seeds:
         last = config.seed + config.num_seeds - 1
         raise ConfigError(f"seed must be one that the run trained, {config.seed} to {last}, got {seed}")
-    made = make_env(config.env, **config.env_options)
-    network_in_use = network or make_network(made.spec, config.agent)
-    limit_cpu_threads(check_network(network_in_use, made.spec))
-    enable_compilation_cache()
     with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept, run_id=directory.run_id) as checkpoints:
         checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
+        if checkpoint is None:  # what needs trust is told first
+            check_trusted(config.env, directory.path, trust=trust)
         metadata = read_metadata(checkpoints, checkpoint, config)
         check_network_is_given(network is not None, metadata["has_own_network"])
+        source = _environment_of(directory, metadata.get("environment"), env, trust=trust)
+        spec = source.interface.spec if isinstance(source, RecordedEnv) else source.spec
+        if network is None:
+            check_reads_the_same(directory, spec)
+        network_in_use = network or make_network(spec, config.agent)
+        limit_cpu_threads(check_network(network_in_use, spec))
+        enable_compilation_cache()
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
     label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
     rule = "`network` must be the one that the run was trained with"
     if network is None:
-        sizes = f"observations {list(made.spec.agent_observation_shape)} and {made.spec.num_actions} actions"
+        sizes = f"observations {list(spec.agent_observation_shape)} and {spec.num_actions} actions"
         rule = f"the environment {config.env} must be as it was in training; it has {sizes} now"
+        if isinstance(source, RecordedEnv):
+            rule = f"a checkpoint must hold the network for the environment that it records, which has {sizes}"
     params = _params_of(network_in_use, params, rule)
-    return Policy(made, network_in_use, params, label, _evaluation_options(config, metadata))
+    return Policy(source, network_in_use, params, label, _evaluation_options(config, metadata))
+
+
+def _environment_of(
+    directory: RunDirectory, record: dict[str, Any] | None, env: Callable[..., Any] | None, *, trust: bool
+) -> InGraphEnv | HostEnv | RecordedEnv:
+    """Returns what a checkpoint records of its environment, or the environment if the caller gives it or there is none.
+
+    Raises:
+      ConfigError: if the environment can't be made, has changed, or is in a module that isn't trusted.
+    """
+    config = directory.config
+    if env is not None:
+        remember_factory(config.env, env)
+
+    def make() -> InGraphEnv | HostEnv:
+        check_trusted(config.env, directory.path, trust=trust)
+        return make_env(config.env, **config.env_options)
+
+    if record is None:
+        return make()
+    recorded = RecordedEnv(config.env, record, make)
+    return recorded if env is None else recorded.make()
 
 
 def watch(

@@ -26,10 +26,10 @@ from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import EnvSpec, Network, Params
-from qfleet.envs.actions import Actions
 from qfleet.envs.contract import BrokenContract
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
-from qfleet.envs.observations import Encoder, encoder_of_arrays
+from qfleet.envs.observations import encoder_of_arrays
+from qfleet.envs.recorded import RecordedEnv, interface_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.episodes import play
@@ -78,7 +78,7 @@ class Policy:
 
     def __init__(
         self,
-        env: InGraphEnv | HostEnv,
+        env: InGraphEnv | HostEnv | RecordedEnv,
         network: Network,
         params: Params,
         label: str,
@@ -86,23 +86,25 @@ class Policy:
     ) -> None:
         self.params = params
         """Parameters of the network, a tree of arrays."""
-        self.spec: EnvSpec = env.spec
+        spec, encoder, actions = env.interface if isinstance(env, RecordedEnv) else interface_of(env)
+        self.spec: EnvSpec = spec
         """Spec of the environment it was trained in."""
         self.label = label
         """Name among the policies of its run: the checkpoint, and the seed if the run trained many."""
         self.options = options or EvaluationOptions()
         """How `evaluate` plays: as the run evaluated itself."""
-        self._env = env
-        self._encoder: Encoder = encoder_of_arrays(env.spec.agent_observation_shape, env.spec.observation_dtype)
-        self._actions: Actions | None = None
-        if isinstance(env, HostEnv):
-            self._encoder, self._actions = env.encoder or self._encoder, env.actions
+        self._given_env = env
+        self._encoder = encoder or encoder_of_arrays(spec.agent_observation_shape, spec.observation_dtype)
+        self._actions = actions
         self._network = network
         self._in_graph = functools.cache(self._make_in_graph)  # the compiled programs live as long as the policy
         self._apply_network = jax.jit(network.apply)
-        self._to_view = jax.jit(
-            lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, env.spec.frame_stack)
-        )
+        self._to_view = jax.jit(lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, spec.frame_stack))
+
+    @functools.cached_property
+    def _env(self) -> InGraphEnv | HostEnv:
+        """The environment, which is made when it is first needed. Acting needs only what a checkpoint records of it."""
+        return self._given_env.make() if isinstance(self._given_env, RecordedEnv) else self._given_env
 
     def __call__(self, obs: Any) -> Any:
         """Returns greedy actions, as the environment takes them.
@@ -215,7 +217,7 @@ class Policy:
 
     def episode_limit(self, options: EvaluationOptions | None = None) -> int:
         """Returns the environment steps after which an episode of an evaluation ends at the latest."""
-        return episode_limit(self.spec, (self.options if options is None else options).max_episode_steps)
+        return episode_limit(self._env.spec, (self.options if options is None else options).max_episode_steps)
 
     def film(
         self, out_dir: str | os.PathLike[str], num_episodes: int = 1, seed: int = 0, frames_per_second: int = 30

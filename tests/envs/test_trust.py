@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import qfleet
@@ -119,6 +120,7 @@ def test_a_module_that_only_a_folder_names_must_be_trusted(
     (run.parent / "trusted_envs.py").write_text(REGISTER)
     with pytest.raises(ConfigError, match="which holds none; train first"):  # so it gets as far as the checkpoint
         qfleet.load(run, trust=True)
+    import_module_of("trusted_envs:Trusted")
     with pytest.raises(ConfigError, match="which holds none; train first"):
         qfleet.load(run)  # imported already
     monkeypatch.delitem(sys.modules, "trusted_envs")
@@ -134,6 +136,30 @@ def test_nothing_in_a_runs_folder_is_imported_even_if_trusted(run: Path, monkeyp
     monkeypatch.chdir(run.parent)
     check_trusted("trusted_envs:Trusted", run, trust=True)
     check_trusted("CartPole-v1", run, trust=False)
+
+
+def test_a_policy_acts_without_the_module_that_only_its_folder_names(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"num_envs": 4, "rollout_length": 8, "num_minibatches": 1, "hidden_sizes": (8,), "eval_episodes": 1}
+    config = qfleet.make_config(
+        "trusted_envs:Trusted",
+        "pqn",
+        env_steps=64,
+        eval_period_env_steps=64,
+        run_dir=str(tmp_path / "trained"),
+        **small,
+    )
+    qfleet.train(config)
+    monkeypatch.delitem(sys.modules, "trusted_envs")
+    (tmp_path / "trusted_envs.py").write_text("raise AssertionError('it was imported')")
+    policy = qfleet.load(tmp_path / "trained")
+    assert policy(np.zeros(4, np.float32)) in (0, 1) and policy.q_values(np.zeros((3, 4))).shape == (3, 2)
+    with pytest.raises(ConfigError, match="of module trusted_envs; .* give --trust"):
+        policy.evaluate(1)
+    (tmp_path / "trusted_envs.py").write_text(REGISTER)
+    assert qfleet.load(tmp_path / "trained", trust=True).evaluate(2).shape == (2,)
+    monkeypatch.delitem(sys.modules, "trusted_envs")
 
 
 @pytest.mark.parametrize("start", [["-m", "qfleet"], [str(Path(sys.executable).with_name("qfleet"))]])

@@ -13,7 +13,7 @@ from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.types import identity
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import QNetwork, make_network
-from qfleet.networks.torsos import LayerNorm, choose_torso, image_shape
+from qfleet.networks.torsos import LayerNorm, choose_torso, earlier_reading, image_shape
 
 
 def make_spec(shape, dtype=np.float32, frame_stack=1, num_actions=3):
@@ -106,6 +106,32 @@ def test_float_pixels_are_divided_by_their_limit(shape, torso):
     np.testing.assert_allclose(
         as_floats.apply(params, pixels.astype(np.float32)), as_bytes.apply(params, pixels), rtol=1e-5, atol=1e-5
     )
+
+
+def bounded(shape, limit):
+    return dataclasses.replace(make_spec(shape), pixel_limit=limit)
+
+
+@pytest.mark.parametrize(
+    ("spec", "torso", "earlier"),
+    [
+        *((spec, "auto", "first axis for the height") for spec, _, _ in CHANNELS_FIRST.values()),
+        (make_spec((12, 64, 64), np.uint8), "minatar", "first axis for the height"),
+        (make_spec((12, 64, 64), np.uint8), "mlp", ""),
+        (make_spec((2, 4, 4)), "auto", ""),
+        (bounded((84, 84, 3), 255.0), "auto", "now divide them by 255"),
+        (bounded((84, 84, 3), 255.0), "mlp", "now divide them by 255"),
+        (bounded((10, 10), 255.0), "auto", "now divide them by 255"),
+        (bounded((84, 84), 1.0), "auto", "flattened them, and"),
+        (bounded((84, 84), 1.0), "mlp", ""),
+        (bounded((84, 84), 1.0), "nature", ""),
+        (bounded((84, 84, 3), 1.0), "auto", ""),
+        *((spec, "auto", "") for spec, _ in SPECS.values()),
+    ],
+)
+def test_observations_that_earlier_runs_read_otherwise_are_known(spec, torso, earlier):
+    found = earlier_reading(spec, torso)
+    assert earlier in found and bool(earlier) == bool(found)
 
 
 @pytest.mark.parametrize("shape", [(4, 84, 84, 3), (84, 84, 3, 4), (2, 2, 64, 64, 3)])

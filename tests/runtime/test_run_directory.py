@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig
+from qfleet.config.encoding import SCHEMA_VERSION
 from qfleet.runtime.run_directory import RunDirectory, strict_json
 
 CONFIG = TrainConfig(
@@ -50,7 +51,8 @@ def test_each_run_has_an_id_of_its_own_and_older_ones_have_none(tmp_path: Path) 
     content = json.loads(first.config_path.read_text())
     del content["run_id"]
     first.config_path.write_text(json.dumps({**content, "schema_version": 2}))
-    assert RunDirectory.open(first.path).run_id == ""
+    older = RunDirectory.open(first.path)
+    assert (older.run_id, older.schema_version, second.schema_version) == ("", 2, SCHEMA_VERSION)
 
 
 def test_a_lock_that_is_no_file_is_an_error(tmp_path: Path) -> None:

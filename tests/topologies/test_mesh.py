@@ -346,5 +346,7 @@ def test_a_mesh_of_more_devices_than_there_are_is_refused():
 
 
 def test_many_seeds_on_a_mesh_are_refused():
-    with pytest.raises(ConfigError, match="num_seeds must be 1 on a mesh"):
+    with pytest.raises(
+        ConfigError, match=r"num_seeds must be 1 on a mesh, got num_seeds=2; .*seq 0 1\).* & done; wait`"
+    ):
         TrainConfig(env="x", topology=FusedConfig(mesh=MeshConfig(data=2)), num_seeds=2)

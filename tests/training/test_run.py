@@ -1,9 +1,11 @@
 """Nothing is lost: whatever ends a run, what is sound is saved, the summary says why, and the run can go on."""
 
+import contextlib
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ import qfleet
 from qfleet.config import ConfigError, RunFailed
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fused.topology import Fused
+from qfleet.training.leaving import failure_of_loop
 
 qfleet.register_env("Corner-v0", probes.observation_action_reward)
 
@@ -138,6 +141,103 @@ def test_an_environment_that_can_be_made_only_once_is_found_before_training(tmp_
     with pytest.raises(ConfigError, match="made several times.*robot.*the port is taken"):
         qfleet.iterate(tiny(tmp_path / "run", "Robot-v0"))
     assert not (tmp_path / "run").exists(), "nothing has come of it"
+
+
+def raising_itself(run: Any) -> None:
+    for _ in run:
+        raise ZeroDivisionError
+
+
+def raising_deeper(run: Any) -> None:
+    for progress in run:
+        json.loads(f"no JSON {progress}")
+
+
+def raising_in_a_block(run: Any) -> None:
+    with contextlib.suppress(ValueError):
+        for _ in run:
+            int("x")
+
+
+def passed_on(run: Any) -> Iterator[Any]:
+    yield from enumerate(progress for progress in run)
+
+
+def raising_behind_another_generator(run: Any) -> None:
+    for _ in passed_on(run):
+        raise ZeroDivisionError
+
+
+def leaving(run: Any) -> None:
+    for _ in run:
+        break
+
+
+def leaving_by_return(run: Any) -> int:
+    for progress in run:
+        return int(progress.env_steps)
+    return 0
+
+
+def leaving_behind_another_generator(run: Any) -> None:
+    for _ in passed_on(run):
+        break
+
+
+def leaving_after_an_exception(run: Any) -> list[Exception]:
+    kept: list[Exception] = []
+    for _ in run:
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError as error:
+            kept.append(error)
+            break
+    return kept
+
+
+def closing(run: Any) -> None:
+    iterator = iter(run)
+    next(iterator)
+    iterator.close()
+
+
+FAILING = (raising_itself, raising_deeper, raising_in_a_block, raising_behind_another_generator)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [*FAILING, leaving, leaving_by_return, leaving_behind_another_generator, leaving_after_an_exception, closing],
+    ids=lambda loop: loop.__name__,
+)
+def test_an_exception_that_leaves_the_loop_over_a_run_is_told_from_a_break(loop: Callable[[Any], Any]) -> None:
+    found: list[str] = []
+
+    class Iterated:
+        def __iter__(self) -> Iterator[Any]:
+            try:
+                while True:
+                    yield SimpleNamespace(env_steps=0)
+            except GeneratorExit:
+                found.append(failure_of_loop())
+
+    with contextlib.suppress(ZeroDivisionError, ValueError):
+        loop(Iterated())
+    (failure,) = found
+    wanted = f"an exception has left the loop over the run, at {__file__}:" if loop in FAILING else ""
+    assert failure.startswith(wanted) and bool(failure) == bool(wanted)
+
+
+def test_a_run_whose_loop_fails_is_saved_and_says_so(tmp_path: Path) -> None:
+    run = qfleet.iterate(tiny(tmp_path / "run"))
+    with pytest.raises(ZeroDivisionError):
+        raising_itself(run)
+    assert summary_of(tmp_path / "run") == run.summary
+    line = raising_itself.__code__.co_firstlineno + 2
+    assert (run.summary["stopped"], run.summary["env_steps"]) == ("failed", 64)
+    assert run.summary["error"] == f"an exception has left the loop over the run, at {__file__}:{line}"
+    assert checkpoints(tmp_path / "run") == [64]
+    resumed = follow(qfleet.resume(tmp_path / "run"))
+    assert resumed["stopped"] == "env steps" and "error" not in resumed
 
 
 def test_a_signal_during_training_ends_train_after_its_checkpoint(tmp_path: Path) -> None:

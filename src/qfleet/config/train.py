@@ -88,11 +88,9 @@ class TrainConfig(Config):
         check_positive(self, "checkpoint_period_seconds", maximum=MAX_COUNT)
         is_path = self.run_dir is None or (self.run_dir != "" and "\0" not in self.run_dir)
         check(is_path, "run_dir", "the path of a folder", self.run_dir)
-        mesh = self.topology.mesh
-        check(
-            self.num_seeds == 1 or mesh == MeshConfig(),
-            "num_seeds", "1 on a mesh, because several seeds are spread over the devices without one", self.num_seeds,
-        )  # fmt: skip
+        if self.topology.mesh != MeshConfig():
+            is_own = self.topology.runs_in == "this process"
+            self.check_one_seed("on a mesh" if is_own else f"with topology {self.topology.name}")
         _check_sizes(self.agent, self.topology)
 
     def with_schedule_lengths(self) -> "TrainConfig":
@@ -117,6 +115,21 @@ class TrainConfig(Config):
             num_rollouts = math.ceil(self.env_steps / (self.topology.num_envs * agent.rollout_length))
             return num_rollouts * agent.num_epochs * agent.num_minibatches
         return int(max(0, self.env_steps - agent.warmup_env_steps) / agent.env_steps_per_learner_step)
+
+    def check_one_seed(self, where: str) -> None:
+        """Raises ConfigError, with the command that trains them, if the run has several seeds.
+
+        Args:
+          where: what allows only one seed, such as "on a mesh".
+        """
+        if self.num_seeds == 1:
+            return
+        seeds, at_once = f"{self.seed} {self.seed + self.num_seeds - 1}", self.topology.runs_in == "this process"
+        loop = f"for seed in $(seq {seeds}); do qfleet train {self.env} --seed $seed{' &' if at_once else ';'} done"
+        raise ConfigError(
+            f"num_seeds must be 1 {where}, got num_seeds={self.num_seeds}; train each seed in a process of its own, as "
+            f"in `{loop}{'; wait' if at_once else ''}` with your other flags"
+        )
 
     def topology_as(self, kind: type[T]) -> T:
         """Returns the topology's config with its own type, for code that belongs to that topology only.

@@ -21,7 +21,7 @@ MOST_VALUES = 1_000_000
 """Largest number of values that the parts of one observation may become."""
 
 
-class _Part(NamedTuple):
+class ObservationPart(NamedTuple):
     """One array or number of an observation: all of it, or an entry of a Dict or a Tuple."""
 
     path: tuple[Any, ...]
@@ -81,7 +81,7 @@ class Encoder:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    parts: tuple[_Part, ...]
+    parts: tuple[ObservationPart, ...]
     """What the observation consists of, in the order in which it is joined."""
     structure: Any = None
     """The keys of Dicts and the lengths of Tuples, nested as they are in the space. None for one part."""
@@ -210,10 +210,10 @@ def make_encoder(space: gymnasium.Space, name: str) -> Encoder:
 
 def encoder_of_arrays(shape: tuple[int, ...], dtype: np.dtype) -> Encoder:
     """Returns the encoder of observations that already are arrays of this shape and dtype."""
-    return Encoder(shape, dtype, (_Part((), shape, dtype, None),))
+    return Encoder(shape, dtype, (ObservationPart((), shape, dtype, None),))
 
 
-def _parts(space: gymnasium.Space, path: tuple[Any, ...], name: str) -> Iterator[_Part]:
+def _parts(space: gymnasium.Space, path: tuple[Any, ...], name: str) -> Iterator[ObservationPart]:
     if isinstance(space, spaces.Dict):
         for key, inner in space.spaces.items():
             yield from _parts(inner, (*path, key), name)
@@ -221,17 +221,17 @@ def _parts(space: gymnasium.Space, path: tuple[Any, ...], name: str) -> Iterator
         for i, inner in enumerate(space.spaces):
             yield from _parts(inner, (*path, i), name)
     elif isinstance(space, spaces.Discrete):
-        yield _Part(path, (), np.dtype(bool), np.array([[space.start, space.n]], np.int64))
+        yield ObservationPart(path, (), np.dtype(bool), np.array([[space.start, space.n]], np.int64))
     elif isinstance(space, spaces.MultiDiscrete):
         choices = np.stack([space.start.flatten(), space.nvec.flatten()], -1).astype(np.int64)
-        yield _Part(path, space.shape, np.dtype(bool), choices)
+        yield ObservationPart(path, space.shape, np.dtype(bool), choices)
     elif isinstance(space, spaces.MultiBinary):
-        yield _Part(path, tuple(space.shape), np.dtype(bool), None)
+        yield ObservationPart(path, tuple(space.shape), np.dtype(bool), None)
     elif isinstance(space, spaces.Box):
         dtype = np.dtype(space.dtype)
         # Networks compute in float32. Narrower dtypes are kept because they save memory in the replay.
         is_kept = dtype.kind in "biu" and dtype.itemsize <= 4
-        yield _Part(path, space.shape, dtype if is_kept else np.dtype(np.float32), None)
+        yield ObservationPart(path, space.shape, dtype if is_kept else np.dtype(np.float32), None)
     else:
         rule = "a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple of these"
         remedy = "wrap it in gymnasium.wrappers.TransformObservation, whose function returns one of these"

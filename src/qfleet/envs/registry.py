@@ -6,6 +6,7 @@ This module doesn't import JAX until an environment is made, so that the command
 import functools
 import importlib
 import inspect
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -271,8 +272,8 @@ def _check_spec(spec: Any, name: str) -> None:
         count = getattr(spec, name_of_count)
         _check(_is_count(count), name, name_of_count, "a whole number, at least 1", count)
     pixel = spec.pixel_limit
-    is_limit = pixel is None or (isinstance(pixel, int | float) and pixel > 0)
-    _check(is_limit, name, "pixel_limit", "a positive number or None", pixel)
+    is_limit = pixel is None or (isinstance(pixel, int | float) and 0 < pixel < math.inf)
+    _check(is_limit, name, "pixel_limit", "a positive, finite number or None", pixel)
     limit = spec.time_limit
     _check(limit is None or _is_count(limit), name, "time_limit", "a whole number, at least 1, or None", limit)
 

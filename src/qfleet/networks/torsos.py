@@ -91,6 +91,23 @@ def image_shape(spec: EnvSpec) -> tuple[int, int, int] | None:
     return height, width, math.prod(channels) * spec.frame_stack
 
 
+def earlier_reading(spec: EnvSpec, torso: Literal["auto", "mlp", "minatar", "nature"]) -> str:
+    """Returns how runs before schema version 3 read these observations, if that differs from how they are read now.
+
+    Until then, the first two axes of an image were its height and width whatever their lengths, and there was no
+    `pixel_limit`. What comes back is '' for all other observations, which are read as ever.
+    """
+    has_convolutions = choose_torso(spec, torso) != "mlp"
+    if has_channels_first(spec) and has_convolutions:
+        return "took their first axis for the height, and networks now take it for the channels"
+    if spec.pixel_limit is None or spec.observation_dtype == np.uint8:
+        return ""
+    if spec.pixel_limit != 1:
+        return f"left their values as they are, and networks now divide them by {spec.pixel_limit:g}"
+    is_newly_image = torso == "auto" and len(spec.observation_shape) == 2 and has_convolutions
+    return "flattened them, and networks now take them for images" if is_newly_image else ""
+
+
 def _smallest_image(sizes: tuple[ConvolutionSize, ...]) -> int:
     """Returns the side, in pixels, of the smallest image of which these convolutions leave one pixel."""
     pixels = 1

@@ -41,6 +41,8 @@ class RunDirectory:
     """Version of the qfleet that created it."""
     run_id: str = ""
     """Random name of the run, which its checkpoints bear too. Runs of older versions have none."""
+    schema_version: int = SCHEMA_VERSION
+    """Version in which its config.json is written. `config` is always of the newest."""
     is_new: bool = dataclasses.field(default=False, compare=False)
     """Whether this object has made the folder."""
 
@@ -85,7 +87,7 @@ class RunDirectory:
                 f"a new run needs an absent or empty folder, got {folder}, which holds files already; "
                 f"give another --run-dir, or continue that run with `qfleet resume {folder}`"
             )
-        return cls(folder, config, _version(), run_id, is_new)
+        return cls(folder, config, _version(), run_id, is_new=is_new)
 
     def discard(self) -> None:
         """Deletes what `create` made, if nothing has come of the run. Call it without holding the lock."""
@@ -129,7 +131,7 @@ class RunDirectory:
                 f"a run's config.json must hold a valid configuration, got {file}: {shortened(str(error))}; it was "
                 f"written by qfleet {version}, and this is {_version()}: use that version, or {_RESTORE}"
             ) from error
-        return cls(path, config, version, run_id)
+        return cls(path, config, version, run_id, schema_version)
 
     @property
     def config_path(self) -> Path:

@@ -13,6 +13,7 @@ from qfleet.config.encoding import encode_topology
 from qfleet.core.learner import make_optimiser
 from qfleet.envs.first_step import check_works
 from qfleet.envs.host import HostEnv
+from qfleet.envs.recorded import check_as_recorded
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.activity import announce
@@ -23,9 +24,10 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation
-from qfleet.training.resuming import check_goes_on
+from qfleet.training.resuming import check_goes_on, check_reads_the_same
 
 
 class LaunchedRun:
@@ -60,6 +62,8 @@ class LaunchedRun:
         )
         if is_resumed and (checkpoint is not None or self._checkpoints.latest() is not None):
             metadata = read_metadata(self._checkpoints, checkpoint, config)
+            check_as_recorded(env, metadata.get("environment"), config.env)
+            check_reads_the_same(self.directory, env.spec)
             check_goes_on(metadata, config)
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
         if is_resumed and checkpoint is not None and self._lock:
@@ -72,11 +76,17 @@ class LaunchedRun:
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
         before = self.directory.read_summary()
         announce("starting processes")
+        failure: dict[str, Any] = {}
         try:
             with StopFlag() as stop:
                 with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
                     for message in launcher.run(lambda: self._checkpoints.latest() or 0):
-                        yield _progress_of(message)
+                        try:
+                            yield _progress_of(message)
+                        except GeneratorExit:  # the caller has left the loop, and the processes are now stopped
+                            if not stop.requested and (error := failure_of_loop()):
+                                failure = {"stopped": "failed", "error": error}
+                            raise
                 is_unsaid = self.directory.read_summary() == before  # stopped while its processes (re)started
                 if stop.requested and self._lock and is_unsaid and self._topology.coordinator is None:
                     now = {"stopped": "interrupted", "env_steps": self._checkpoints.latest() or 0}
@@ -88,6 +98,8 @@ class LaunchedRun:
                     self.summary |= {
                         "num_restarts": launcher.num_restarts, "env_steps_repeated": launcher.env_steps_repeated
                     }  # fmt: skip
+                    if self.summary.get("stopped") == "interrupted":
+                        self.summary |= failure
                     self.directory.write_summary(self.summary)
             finally:
                 if self._lock:

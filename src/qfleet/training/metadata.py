@@ -3,6 +3,7 @@
 from typing import Any
 
 from qfleet.config import TrainConfig
+from qfleet.envs.recorded import is_record
 from qfleet.runtime.checkpoint_files import CheckpointError
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.run_files import shortened
@@ -43,6 +44,7 @@ def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
         "num_episodes": _is_count(metadata.get("num_episodes", 0)),
         "stop_return": metadata.get("stop_return") is None or _is_number(metadata["stop_return"]),
         "best_evaluation": _are_evaluations(metadata.get("best_evaluation")),
+        "environment": metadata.get("environment") is None or is_record(metadata["environment"]),
         "has_own_network": isinstance(metadata.get("has_own_network"), bool),
         "layout": isinstance(layout, str)
         or (

@@ -4,6 +4,9 @@ import dataclasses
 from typing import Any, Literal
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
+from qfleet.core.types import EnvSpec
+from qfleet.networks.torsos import earlier_reading
+from qfleet.runtime.run_directory import RunDirectory
 
 
 def config_to_resume(
@@ -52,3 +55,23 @@ def check_network_is_given(is_given: bool, is_needed: bool) -> None:
         raise ConfigError(
             f"`network` must be the one that the run was trained with, got {given}, but this run has {own}; {remedy}"
         )
+
+
+def check_reads_the_same(directory: RunDirectory, spec: EnvSpec) -> None:
+    """Checks that a built-in network reads observations as it did when the run began.
+
+    Raises:
+      ConfigError: if an older version of qfleet began the run, and its networks read these observations otherwise.
+    """
+    if directory.schema_version >= _FIRST_THAT_READS_AS_NOW:
+        return
+    if earlier := earlier_reading(spec, directory.config.agent.torso):
+        raise ConfigError(
+            f"a network must read observations as when its run began, got {directory.path}, which an earlier version "
+            f"of qfleet began: with observations {spec.observation_dtype}{list(spec.observation_shape)} of {spec.name} "
+            f"its network {earlier}; train anew, or use the version of qfleet that began the run"
+        )
+
+
+_FIRST_THAT_READS_AS_NOW = 3
+"""Schema version of config.json from which on networks read images with channels first, and of floats, as now."""

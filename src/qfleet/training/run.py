@@ -14,6 +14,7 @@ import numpy as np
 from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.types import Network
 from qfleet.envs.failures import describe
+from qfleet.envs.recorded import check_as_recorded, record_of
 from qfleet.envs.registry import backend_of
 from qfleet.runtime import peers
 from qfleet.runtime.activity import announce
@@ -31,9 +32,10 @@ from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
 from qfleet.training.evaluation_rounds import EvaluationRounds
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation, Closing, DivergenceCheck, Speed, is_of_checkpoints, message_of
-from qfleet.training.resuming import check_goes_on, check_network_is_given
+from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
 
 if TYPE_CHECKING:
     import optax
@@ -77,6 +79,7 @@ class Run:
             # Mistakes are found before the folder is touched and before anything is compiled.
             with self._interrupting(stop):
                 env, network = make_env_and_network(config, network)
+                self._env = env
                 self._topology = make_topology(config, env, network, optimiser)
                 self._rounds = EvaluationRounds(config, self._topology, env.spec.time_limit)
                 self.backend = backend_of(config.env)
@@ -150,6 +153,9 @@ class Run:
         """Returns the metadata of the checkpoint to continue from, after checking it."""
         metadata = read_metadata(self._checkpoints, checkpoint, self.config)
         check_network_is_given(self._has_own_network, metadata["has_own_network"])
+        check_as_recorded(self._env, metadata.get("environment"), self.config.env)
+        if not self._has_own_network:
+            check_reads_the_same(self.directory, self._env.spec)
         check_goes_on(metadata, self.config)
         return metadata
 
@@ -180,6 +186,7 @@ class Run:
 
     def _train(self) -> Iterator[Progress]:
         stopped: str | None = None
+        failure = ""
         with StopFlag() as stop, self._closing:
             try:
                 try:
@@ -197,8 +204,9 @@ class Run:
                             saved_at = time.monotonic()
                         yield progress
                 except GeneratorExit:  # the caller has left the loop
-                    stopped = stopped or "interrupted"
-                self._finish(stopped)
+                    failure = "" if stopped or stop.requested else failure_of_loop()
+                    stopped = stopped or ("failed" if failure else "interrupted")
+                self._finish(stopped, **({"error": failure} if failure else {}))
             except BaseException as error:
                 message = self._fail(error, stop)
                 is_joined = self.config.topology.runs_in == "joined processes"  # the launcher starts them again
@@ -292,6 +300,7 @@ class Run:
             "best_evaluation": self._best.saved(),
             "num_episodes": self._num_episodes,
             "has_own_network": self._has_own_network,
+            "environment": record_of(self._env),
             "layout": self._topology.layout,
         }
         self._checkpoints.save(self._topology.env_steps, state, metadata)
@@ -305,14 +314,14 @@ class Run:
                 raise
             self._warn("saving", f"{error}. The run goes on, and the next checkpoint tries again")
 
-    def _finish(self, stopped: str) -> None:
+    def _finish(self, stopped: str, **more: Any) -> None:
         with contextlib.suppress(OSError):  # of an earlier checkpoint, which must not prevent this one
             self._checkpoints.wait()
         self._save()
         self._checkpoints.wait()
         if fall := self._best.fall():
             self._warn("fall", fall)
-        self._write_summary(stopped)
+        self._write_summary(stopped, **more)
 
     def _fail(self, error: BaseException, stop: StopFlag) -> str:
         """Saves what is sound, writes the summary, and returns what happened in one line."""

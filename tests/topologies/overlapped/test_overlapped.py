@@ -361,7 +361,10 @@ def test_a_run_goes_on_from_a_checkpoint_with_new_episodes_and_seals_the_old_one
 
 
 def test_many_seeds_are_refused():
-    with pytest.raises(ConfigError, match="num_seeds must be 1.*got num_seeds=2"):
+    with pytest.raises(
+        ConfigError,
+        match=r"num_seeds must be 1.*got num_seeds=2.*\$\(seq 0 1\); do qfleet train \S+ --seed \$seed & done; wait`",
+    ):
         scripted([["go"]], AGENTS["pqn"], num_seeds=2)
 
 

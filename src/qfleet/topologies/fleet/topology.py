@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from qfleet.config import ActorPool, ConfigError, TrainConfig
+from qfleet.config import ActorPool, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner
 from qfleet.core.replay import SavedReplay
@@ -47,11 +47,7 @@ class OnRay(Topology):
         Raises:
           ConfigError: if Ray isn't installed, or the run has several seeds.
         """
-        if config.num_seeds > 1:
-            raise ConfigError(
-                f"num_seeds must be 1 with topology {config.topology.name}, got "
-                f"num_seeds={config.num_seeds}; start one run for each seed"
-            )
+        config.check_one_seed(f"with topology {config.topology.name}")
         importlib.import_module("qfleet.topologies.fleet.cluster")  # raises ConfigError if Ray isn't installed
         self._config, self._pool, self._env = config, pool, env
         self._agent = make_agent(network, config.agent)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import optax
 
-from qfleet.config import ConfigError, OverlappedConfig, TrainConfig
+from qfleet.config import OverlappedConfig, TrainConfig
 from qfleet.core.keys import Stream
 from qfleet.core.learner import LearnerState
 from qfleet.core.types import Network, Params
@@ -74,11 +74,7 @@ class Overlapped(OwnLearner):
         Raises:
           ConfigError: if the sizes in `config` don't fit each other, its optimiser isn't known, or it has many seeds.
         """
-        if config.num_seeds > 1:
-            raise ConfigError(
-                f"num_seeds must be 1 with environments outside the compiled program, got num_seeds={config.num_seeds} "
-                f"for {config.env}; start one run for each seed"
-            )
+        config.check_one_seed(f"with environments outside the compiled program, as {config.env} is")
         self._config, self._env, self._topology = config, env, config.topology_as(OverlappedConfig)
         self._on_mesh = ProgramsOnMesh(config, config.topology.mesh, env.spec, network, optimiser)
         self._num_lanes = self._on_mesh.num_lanes  # of this process
