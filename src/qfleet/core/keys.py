@@ -34,6 +34,12 @@ class Stream(enum.IntEnum):
     """The episodes of a trained policy, evaluated or filmed. They begin alike, so that a film shows what was scored."""
 
 
+def key_shape() -> jax.ShapeDtypeStruct:
+    """Returns what stands for a key where only shapes are computed. Making a key would take a program of its own."""
+    shape: jax.ShapeDtypeStruct = jax.eval_shape(jax.random.key, 0)
+    return shape
+
+
 def key_of(seed: Array | int, *numbers: Array | int) -> Array:
     """Returns the key at the path that begins with `seed`. Different paths have different keys.
 
