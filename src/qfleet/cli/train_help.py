@@ -138,4 +138,7 @@ def _box(title: str, fields: list[tuple[str, Any, Any, str]]) -> tuple[str, Any,
     kind = dataclasses.make_dataclass(title.title().replace("(", "").replace(")", ""), flags, kw_only=True)
     kind.__doc__ = ""
     field = "box_" + "".join(filter(str.isalpha, title))
-    return field, Annotated[kind, tyro.conf.arg(name=title)], dataclasses.field(default_factory=kind)
+    box = tyro.conf.arg(
+        name=title, help=""
+    )  # without a text, tyro looks for one in the source code, which takes a while
+    return field, Annotated[kind, box], dataclasses.field(default_factory=kind)

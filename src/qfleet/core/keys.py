@@ -8,6 +8,7 @@ serves two purposes. JAX takes its keys from `key_of(seed, Stream.X, ...)`. NumP
 import enum
 
 import jax
+import numpy as np
 from jax import Array
 
 
@@ -51,3 +52,12 @@ def key_of(seed: Array | int, *numbers: Array | int) -> Array:
     for number in numbers:
         key = jax.random.fold_in(key, number)
     return key
+
+
+def make_key(*path: int) -> Array:
+    """Returns `key_of(*path)` outside of compiled programs, by one program. Each operation would be one of its own."""
+    key: Array = _compiled_key_of(*map(np.uint32, path))
+    return key
+
+
+_compiled_key_of = jax.jit(key_of)
