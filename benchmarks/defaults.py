@@ -10,11 +10,13 @@ environment that Gymnasium has.
 
 import argparse
 import concurrent.futures
+import functools
+import itertools
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,18 +61,28 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--processes", type=int, default=1, help="runs at the same time, one or two")
+    parser.add_argument("--who", choices=("qfleet", "sb3"), nargs="+", default=("qfleet", "sb3"))
     parser.add_argument("--peers-python", default=str(common.HERE / ".peers" / "bin" / "python"))
     arguments = parser.parse_args()
-    tasks = [(env, seed) for env in arguments.envs for seed in range(arguments.seeds)]
+    peers_python = arguments.peers_python if Path(arguments.peers_python).exists() else None
+    results = []
     with concurrent.futures.ThreadPoolExecutor(min(2, arguments.processes)) as pool:
-        results = list(pool.map(lambda task: train(task[0], task[1], arguments.minutes), tasks))
-    if Path(arguments.peers_python).exists():
-        in_gymnasium = [task for task in tasks if not task[0].startswith("gymnax:")]
-        results += [train_peer(arguments.peers_python, env, seed, arguments.minutes) for env, seed in in_gymnasium]
-    common.report("defaults", results)
+        for result in pool.map(lambda run: run(), list(runs(arguments, peers_python))):
+            results.append(result)
+            print(json.dumps({"benchmark": "defaults", **result}), flush=True)  # all of them together take hours
+    common.print_table(results)
     common.print_table(_counts(results))
     for env in arguments.envs:
         print(f"solved, {env}: {SOLVED[env].mean_return:g} ({SOLVED[env].source})")
+
+
+def runs(arguments: argparse.Namespace, peers_python: str | None) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Yields a function for each run, which trains and returns a row of the table."""
+    for env, seed in itertools.product(arguments.envs, range(arguments.seeds)):
+        if "qfleet" in arguments.who:
+            yield functools.partial(train, env, seed, arguments.minutes)
+        if "sb3" in arguments.who and peers_python and not env.startswith("gymnax:"):
+            yield functools.partial(train_peer, peers_python, env, seed, arguments.minutes)
 
 
 def train(env: str, seed: int, minutes: float) -> dict[str, Any]:

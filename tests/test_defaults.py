@@ -1,5 +1,7 @@
 """The choice of preset and settings where the user names no preset."""
 
+import dataclasses
+
 import gymnasium
 import numpy as np
 import pytest
@@ -202,6 +204,18 @@ def test_a_replay_of_large_pixels_keeps_fewer_of_them(monkeypatch):
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True) and max(sizes.values()) == 1_000_000
 
 
+def test_a_replay_of_states_keeps_all_steps_of_a_run_that_find_room(monkeypatch):
+    def agent_with(num_states):
+        env = env_of(Lanes())._replace(spec=spec_of((num_states,), "bool"))
+        monkeypatch.setattr(defaults, "make_env", lambda name: env)
+        monkeypatch.setattr(defaults, "shows_one_state", lambda env: True)
+        return make_config("States-v0").agent
+
+    assert agent_with(16).replay_capacity == make_config("States-v0").env_steps
+    assert agent_with(5_000).replay_capacity * 5_000 == defaults.STATE_BYTES
+    assert agent_with(10**8).replay_capacity == 1_000 and agent_with(10**8).warmup_env_steps == 500
+
+
 # --- The command line ---
 
 
@@ -251,8 +265,8 @@ def test_ape_x_has_squared_errors_and_no_ratio_of_360_actors():
 
 
 def test_toy_text_is_one_family():
-    agents = [make_config(env).agent for env in ("FrozenLake-v1", "FrozenLake8x8-v1", "Taxi-v4")]
-    assert agents[0] == agents[1] == agents[2]
+    small, large, taxi = (make_config(env).agent for env in ("FrozenLake-v1", "FrozenLake8x8-v1", "Taxi-v4"))
+    assert small == large == dataclasses.replace(taxi, replay_capacity=small.replay_capacity)
     assert "Taxi-v4" in gymnasium.registry
 
 

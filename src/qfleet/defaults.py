@@ -30,6 +30,9 @@ PROBE_SECONDS = 1.0
 PIXEL_BYTES = 8 * 10**9
 """What a replay of pixels may take. A million frames of Atari fit."""
 
+STATE_BYTES = 10**8
+"""What a replay of one-hot states may take. A million steps of 100 states fit."""
+
 
 class Choice(NamedTuple):
     """A preset, settings that replace some of its own, and why they were chosen."""
@@ -63,16 +66,18 @@ _VECTORS: Mapping[str, Any] = {
 }
 
 _STATES: Mapping[str, Any] = {
-    # Without hidden layers, the network is a table. Steps become small, so that it averages over random outcomes.
+    # Without hidden layers, the network is a table. Steps are small, so that it averages over random outcomes. Old
+    # steps are as good as new ones for a table, so the replay keeps all of them if it can, and exploration goes on.
+    "discount": 0.995,
     "hidden_sizes": (),
-    "learning_rate": 1e-2,
+    "learning_rate": 1e-3,
     "learning_rate_schedule": "linear",
     "learning_rate_learner_steps": None,
     "num_envs": 16,
     "batch_size": 128,
-    "replay_capacity": 200_000,
     "env_steps_per_learner_step": 4.0,
     "target_update_period": 200,
+    "exploration_end": 0.2,
     "exploration_env_steps": 300_000,
     "env_steps": 1_000_000,
     "eval_period_env_steps": 25_000,
@@ -162,7 +167,10 @@ def choose(env_name: str, topology: str, env_options: Mapping[str, Any], *, may_
     family = FAMILIES[name]
     if name == "pixels":
         greedy = {} if is_atari(env_name) else {"eval_exploration": 0.0}  # Atari's games begin in few ways
-        family = family._replace(settings=_sizes_of_replay(env.spec) | greedy)
+        family = family._replace(settings=_sizes_of_replay(env.spec, PIXEL_BYTES, warmup_env_steps=50_000) | greedy)
+    if name == "states":
+        sizes = _sizes_of_replay(env.spec, STATE_BYTES, warmup_env_steps=1_000)
+        family = family._replace(settings={**family.settings, **sizes})
     if name == "vectors" and may_play and (seen := probe(env)):
         what, settings = SEEN[seen]
         family = family._replace(reason=f"{family.reason}, and {what}", settings={**family.settings, **settings})
@@ -267,11 +275,11 @@ def _play(lanes: "HostLanes", num_actions: int) -> str | None:
     return "no signal" if len(rewards) == 1 and not has_terminated else None
 
 
-def _sizes_of_replay(spec: "EnvSpec") -> dict[str, int]:
-    """Returns a capacity of a million frames or of `PIXEL_BYTES`, and a warm-up that leaves room in it."""
-    frame_bytes = int(np.prod(spec.observation_shape)) * spec.observation_dtype.itemsize
-    capacity = max(1_000, min(1_000_000, PIXEL_BYTES // frame_bytes))
-    return {"replay_capacity": capacity, "warmup_env_steps": min(50_000, capacity // 2)}
+def _sizes_of_replay(spec: "EnvSpec", most_bytes: int, warmup_env_steps: int) -> dict[str, int]:
+    """Returns a capacity of a million observations or of `most_bytes`, and a warm-up that leaves room in it."""
+    observation_bytes = int(np.prod(spec.observation_shape)) * spec.observation_dtype.itemsize
+    capacity = max(1_000, min(1_000_000, most_bytes // observation_bytes))
+    return {"replay_capacity": capacity, "warmup_env_steps": min(warmup_env_steps, capacity // 2)}
 
 
 def _choice(family: Family, topology: str) -> Choice:
