@@ -175,7 +175,7 @@ def test_a_mistake_in_resuming_is_found_before_anything_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qfleet.train(tiny(tmp_path / "run"))
-    monkeypatch.setattr(qfleet.training.assembly.Fused, "start", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(Fused, "start", lambda _: pytest.fail("compiled"))
     with pytest.raises(ConfigError, match="larger --env-steps"):
         qfleet.resume(tmp_path / "run")
     own = qfleet.Network(lambda key: {}, lambda params, obs: obs @ jnp.ones((1, 2)))

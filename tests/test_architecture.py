@@ -75,6 +75,39 @@ def test_what_need_not_wait_for_jax_does_not_import_it(code: str) -> None:
     subprocess.run([sys.executable, "-c", f"import sys; {code}; sys.exit('jax' in sys.modules)"], check=True)
 
 
+RUN = """
+import sys
+import jax
+from qfleet.cli.main import main
+
+programs = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **more: programs.append(more["fun_name"]) if event.endswith("/backend_compile_duration") else None
+)
+settings = "--preset pqn --num-envs 4 --hidden-sizes 8 --env-steps 256 --eval-period-env-steps 128 --eval-episodes 5"
+assert main(["train", "CartPole-v1", *settings.split(), "--run-dir", sys.argv[1], "--quiet"]) == 0
+print(*programs)
+print(*sys.modules)
+programs.clear()
+assert main(["eval", sys.argv[1], "--episodes", "5", "--json"]) == 0
+print(*programs)
+"""
+
+
+def test_a_run_written_in_jax_imports_and_compiles_only_what_it_uses(tmp_path: Path) -> None:
+    """Imports and programs are most of a short run's start-up."""
+    command = [sys.executable, "-c", RUN, str(tmp_path / "run")]
+    fast = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # to compile, that is
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | fast)
+    of_training, modules, _, of_evaluation = run.stdout.splitlines()
+    assert sorted(of_training.split()) == ["jit(begin_episodes)", "jit(init)", "jit(play_episodes)", "jit(run)"]
+    assert sorted(of_evaluation.split()) == ["jit(begin)", "jit(key_of)", "jit(play)"]
+    of_others = ("actor_learner", "all_reduce", "fleet", "gossip", "overlapped", "parameter_server")
+    unused = {"av", "gymnasium", "gymnax", "optuna", "PIL", "plotly", "ray", "wandb", "qfleet.policy"}
+    unused |= {"qfleet.training.launched", *(f"qfleet.topologies.{name}" for name in of_others)}
+    assert unused & set(modules.split()) == set()
+
+
 def test_every_public_name_exists() -> None:
     assert [name for name in qfleet.__all__ if not hasattr(qfleet, name)] == []
     assert dir(qfleet) == sorted(qfleet.__all__)

@@ -10,6 +10,7 @@ import jax
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
 from qfleet.config.new_run import check_new_run
+from qfleet.core.keys import key_shape
 from qfleet.core.types import Network, Params
 from qfleet.envs.factory import name_of_factory, remember_factory
 from qfleet.envs.host import HostEnv
@@ -18,21 +19,24 @@ from qfleet.envs.recorded import RecordedEnv
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
-from qfleet.policy import EvaluationOptions, Policy
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
-from qfleet.runtime.video import Video, params_label
 from qfleet.training.assembly import check_is_built_in
-from qfleet.training.launched import LaunchedRun, directory_of_all
 from qfleet.training.metadata import read_metadata
 from qfleet.training.resuming import check_network_is_given, check_reads_the_same, config_to_resume
-from qfleet.training.run import Run
 
 if TYPE_CHECKING:
     import optax
+
+    from qfleet.policy import EvaluationOptions, Policy
+    from qfleet.runtime.video import Video
+    from qfleet.training.launched import LaunchedRun
+    from qfleet.training.run import Run
+
+# What trains and what plays is imported only where it is used, because no command needs both.
 
 
 def train(
@@ -75,7 +79,7 @@ def iterate(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
-) -> Run | LaunchedRun:
+) -> "Run | LaunchedRun":
     """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
 
     A signal (INT, TERM or HUP) ends the loop as if the run were over, and the summary says "interrupted". So it does if
@@ -89,7 +93,11 @@ def iterate(
     config = config.with_schedule_lengths()
     check_is_built_in(config, network, optimiser)
     if config.topology.runs_in == "joined processes":
+        from qfleet.training.launched import LaunchedRun, directory_of_all
+
         return LaunchedRun(config, lambda: directory_of_all(config))
+    from qfleet.training.run import Run
+
     return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
 
 
@@ -109,7 +117,7 @@ def resume(
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
     trust: bool = False,
-) -> Run | LaunchedRun:
+) -> "Run | LaunchedRun":
     """Returns the run in `run_dir`, to iterate over from its newest checkpoint as if it had never stopped.
 
     Args:
@@ -156,7 +164,11 @@ def resume(
     )
     check_is_built_in(config, network, optimiser)
     if config.topology.runs_in == "joined processes":
+        from qfleet.training.launched import LaunchedRun
+
         return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
+    from qfleet.training.run import Run
+
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
 
 
@@ -169,7 +181,7 @@ def load(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     trust: bool = False,
-) -> Policy:
+) -> "Policy":
     """Returns the greedy policy of a run.
 
     Acting and Q-values need only what the checkpoint records of the environment, so the environment isn't made, nor its
@@ -189,6 +201,9 @@ def load(
         qfleet began it, whose networks read such observations otherwise. As soon as the environment is
         made, also if it has changed, or is in a module that isn't trusted.
     """
+    from qfleet.policy import Policy
+    from qfleet.runtime.video import params_label
+
     directory = RunDirectory.open(run_dir)
     config = directory.config
     index = 0 if seed is None else seed - config.seed
@@ -256,7 +271,7 @@ def watch(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     trust: bool = False,
-) -> list[Video]:
+) -> "list[Video]":
     """Writes videos of what a run has learned, and returns their files with the returns of the episodes.
 
     Args:
@@ -273,8 +288,10 @@ def watch(
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
 
 
-def _evaluation_options(config: TrainConfig, metadata: dict[str, Any]) -> EvaluationOptions:
+def _evaluation_options(config: TrainConfig, metadata: dict[str, Any]) -> "EvaluationOptions":
     """Returns how a run evaluated itself when it saved a checkpoint with this metadata."""
+    from qfleet.policy import EvaluationOptions
+
     limit = config.eval_max_episode_steps
     if limit is None:
         limit = metadata.get("evaluation_rounds", {}).get("newest", {}).get("eval_episode_limit")
@@ -304,4 +321,4 @@ def _params_of(network: Network, stored: Any, rule: str) -> Params:
             )
         return leaf
 
-    return jax.tree.map_with_path(find, jax.eval_shape(lambda: network.init(jax.random.key(0))))
+    return jax.tree.map_with_path(find, jax.eval_shape(network.init, key_shape()))

@@ -24,7 +24,7 @@ from qfleet.config.checks import (
 )
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
-from qfleet.core.keys import Stream, key_of
+from qfleet.core.keys import Stream, make_key
 from qfleet.core.types import EnvSpec, Network, Params
 from qfleet.envs.contract import BrokenContract
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
@@ -196,7 +196,7 @@ class Policy:
     def _play_in_graph(self, env: InGraphEnv, num_episodes: int, seed: int, options: EvaluationOptions) -> Episodes:
         num_together = min(num_episodes, MAX_TOGETHER)
         begin, play = self._in_graph(num_together, options.exploration)
-        key, pieces, batches = key_of(seed, Stream.POLICY), Pieces(), []
+        key, pieces, batches = make_key(seed, Stream.POLICY), Pieces(), []
         for number in range(0, num_episodes, num_together):
             first = np.uint32(number)
             batch = pieces.play(

@@ -5,6 +5,7 @@ ends it cleanly, with exit code 0.
 """
 
 import contextlib
+import gc
 import importlib
 import os
 import sys
@@ -46,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: arguments. None means those of this process, which then ends with the command.
     """
+    if argv is None:
+        # Start-up makes half a million objects that stay. By default, Python would look for garbage among them at every
+        # 700 new ones, which takes a tenth of the start-up's time.
+        gc.set_threshold(10_000)
     code = _run_safely(list(sys.argv[1:] if argv is None else argv))
     compiling = sys.modules.get("qfleet.runtime.compiling")
     if argv is None and compiling and compiling.are_busy():

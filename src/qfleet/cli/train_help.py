@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import inspect
-import textwrap
+import sys
 from typing import Annotated, Any
 
 import tyro
@@ -85,8 +85,10 @@ def field_texts(config: type) -> dict[str, str]:
     """Returns what the source code of a config class and its bases says about each field, below the field."""
     texts: dict[str, str] = {}
     for kind in reversed(config.__mro__[:-1]):
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
-        assert isinstance(tree, ast.ClassDef)
+        module = ast.parse(
+            inspect.getsource(sys.modules[kind.__module__])
+        )  # of a class alone, this takes twice the time
+        tree = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
         for field, text in zip(tree.body, tree.body[1:], strict=False):
             is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
@@ -138,4 +140,7 @@ def _box(title: str, fields: list[tuple[str, Any, Any, str]]) -> tuple[str, Any,
     kind = dataclasses.make_dataclass(title.title().replace("(", "").replace(")", ""), flags, kw_only=True)
     kind.__doc__ = ""
     field = "box_" + "".join(filter(str.isalpha, title))
-    return field, Annotated[kind, tyro.conf.arg(name=title)], dataclasses.field(default_factory=kind)
+    box = tyro.conf.arg(
+        name=title, help=""
+    )  # without a text, tyro looks for one in the source code, which takes a while
+    return field, Annotated[kind, box], dataclasses.field(default_factory=kind)

@@ -8,6 +8,7 @@ serves two purposes. JAX takes its keys from `key_of(seed, Stream.X, ...)`. NumP
 import enum
 
 import jax
+import numpy as np
 from jax import Array
 
 
@@ -34,6 +35,12 @@ class Stream(enum.IntEnum):
     """The episodes of a trained policy, evaluated or filmed. They begin alike, so that a film shows what was scored."""
 
 
+def key_shape() -> jax.ShapeDtypeStruct:
+    """Returns what stands for a key where only shapes are computed. Making a key would take a program of its own."""
+    shape: jax.ShapeDtypeStruct = jax.eval_shape(jax.random.key, 0)
+    return shape
+
+
 def key_of(seed: Array | int, *numbers: Array | int) -> Array:
     """Returns the key at the path that begins with `seed`. Different paths have different keys.
 
@@ -45,3 +52,12 @@ def key_of(seed: Array | int, *numbers: Array | int) -> Array:
     for number in numbers:
         key = jax.random.fold_in(key, number)
     return key
+
+
+def make_key(*path: int) -> Array:
+    """Returns `key_of(*path)` outside of compiled programs, by one program. Each operation would be one of its own."""
+    key: Array = _compiled_key_of(*map(np.uint32, path))
+    return key
+
+
+_compiled_key_of = jax.jit(key_of)

@@ -5,12 +5,14 @@ Worker processes import this module, so it must not import JAX.
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gymnasium
 import numpy as np
 
 from qfleet.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    import gymnasium
 
 MOST_COMBINATIONS = 1_000
 """Largest number of combinations at which several choices at once become one. A network has an output for each."""
@@ -44,7 +46,7 @@ def numbered(num_actions: int, start: int = 0) -> Actions:
     return Actions(np.arange(start, start + num_actions))
 
 
-def make_actions(space: gymnasium.Space, name: str) -> Actions:
+def make_actions(space: "gymnasium.Space", name: str) -> Actions:
     """Returns the actions of a Discrete space, or of a MultiDiscrete or MultiBinary one with few combinations.
 
     Combinations are numbered like the digits of a number: the last choice varies fastest.
@@ -52,11 +54,13 @@ def make_actions(space: gymnasium.Space, name: str) -> Actions:
     Raises:
       ConfigError: if the space is another one, or has more than `MOST_COMBINATIONS` combinations.
     """
-    if isinstance(space, gymnasium.spaces.Discrete):
+    from gymnasium import spaces  # only here, because environments in JAX do without Gymnasium
+
+    if isinstance(space, spaces.Discrete):
         return numbered(int(space.n), int(space.start))
-    if isinstance(space, gymnasium.spaces.MultiDiscrete):
+    if isinstance(space, spaces.MultiDiscrete):
         counts, starts = space.nvec, space.start
-    elif isinstance(space, gymnasium.spaces.MultiBinary):
+    elif isinstance(space, spaces.MultiBinary):
         counts, starts = np.full(space.shape, 2), np.zeros(space.shape, int)
     else:
         remedy = "choose an environment with discrete actions, or wrap it in gymnasium.wrappers.TransformAction"

@@ -6,10 +6,12 @@ Worker processes import this module, so it must not import JAX.
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gymnasium
 import numpy as np
+
+if TYPE_CHECKING:
+    import gymnasium
 
 _TOO_LARGE = 2.0**128 * (1 - 2.0**-25)  # the least number that becomes infinity in float32
 
@@ -20,7 +22,7 @@ class BrokenContract(ValueError):
     """An environment returned something that can't be learned from. The message says what, and what is right."""
 
 
-def reset_env(env: gymnasium.Env, seed: int | None) -> tuple[Any, Mapping[str, Any]]:
+def reset_env(env: "gymnasium.Env", seed: int | None) -> tuple[Any, Mapping[str, Any]]:
     """Starts an episode and returns the raw observation and `info`.
 
     Raises:
@@ -33,7 +35,7 @@ def reset_env(env: gymnasium.Env, seed: int | None) -> tuple[Any, Mapping[str, A
     raise BrokenContract(f"reset must return (observation, info), got {summary(result)}{older}{at(env, 'reset')}")
 
 
-def step_env(env: gymnasium.Env, action: Any) -> tuple[Any, float, bool, bool]:
+def step_env(env: "gymnasium.Env", action: Any) -> tuple[Any, float, bool, bool]:
     """Takes one step and returns the raw observation, the reward as the replay stores it, terminated and truncated.
 
     Raises:
@@ -129,14 +131,14 @@ def summary(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def at(env: gymnasium.Env, method: str) -> str:
+def at(env: "gymnasium.Env", method: str) -> str:
     """Returns the place in the user's code that has a method, in brackets, or '' if Python doesn't know it."""
     kind = type(env.unwrapped)
     code = getattr(getattr(kind, method, None), "__code__", None)
     return f" ({method} of {kind.__name__}, {code.co_filename}:{code.co_firstlineno})" if code else ""
 
 
-def explain(error: Exception, make: Callable[[], gymnasium.Env], action: Any) -> Exception:
+def explain(error: Exception, make: "Callable[[], gymnasium.Env]", action: Any) -> Exception:
     """Returns the breach of the contract behind an error that an environment raised before it ever worked.
 
     Gymnasium's wrappers stand between qfleet and the environment. If that returns 4 values instead of 5, a wrapper

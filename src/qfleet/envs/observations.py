@@ -6,14 +6,15 @@ Worker processes import this module, so it must not import JAX.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
 
 from qfleet.config.errors import ConfigError
 from qfleet.envs.contract import BrokenContract, summary, to_numbers
+
+if TYPE_CHECKING:
+    import gymnasium
 
 _SMALLEST_PICTURE = 36  # pixels, the side from which convolutions of the Nature network suit an image
 
@@ -183,7 +184,7 @@ def first_not_finite(batch: np.ndarray) -> int:
     return int(np.argmin(np.isfinite(batch).reshape(len(batch), -1).all(1)))
 
 
-def make_encoder(space: gymnasium.Space, name: str) -> Encoder:
+def make_encoder(space: "gymnasium.Space", name: str) -> Encoder:
     """Returns the encoder of an observation space.
 
     It keeps a Box as it is, but converts numbers that are floats or wider than 32 bits to float32. Discrete and
@@ -194,6 +195,8 @@ def make_encoder(space: gymnasium.Space, name: str) -> Encoder:
     Raises:
       ConfigError: if the space is another one, or is empty or too large.
     """
+    from gymnasium import spaces  # only here, because environments in JAX do without Gymnasium
+
     parts = tuple(_parts(space, (), name))
     size = sum(part.size for part in parts)
     if not 1 <= size <= MOST_VALUES:
@@ -213,7 +216,9 @@ def encoder_of_arrays(shape: tuple[int, ...], dtype: np.dtype) -> Encoder:
     return Encoder(shape, dtype, (ObservationPart((), shape, dtype, None),))
 
 
-def _parts(space: gymnasium.Space, path: tuple[Any, ...], name: str) -> Iterator[ObservationPart]:
+def _parts(space: "gymnasium.Space", path: tuple[Any, ...], name: str) -> Iterator[ObservationPart]:
+    from gymnasium import spaces
+
     if isinstance(space, spaces.Dict):
         for key, inner in space.spaces.items():
             yield from _parts(inner, (*path, key), name)
@@ -238,7 +243,9 @@ def _parts(space: gymnasium.Space, path: tuple[Any, ...], name: str) -> Iterator
         raise ConfigError(f"environment {name}: observations must be {rule}, got {space}; {remedy}")
 
 
-def _structure(space: gymnasium.Space) -> Any:
+def _structure(space: "gymnasium.Space") -> Any:
+    from gymnasium import spaces
+
     if isinstance(space, spaces.Dict):
         return {key: _structure(inner) for key, inner in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
@@ -246,11 +253,13 @@ def _structure(space: gymnasium.Space) -> Any:
     return None
 
 
-def _pixel_limit(space: gymnasium.Space) -> float | None:
+def _pixel_limit(space: "gymnasium.Space") -> float | None:
     """Returns the largest value of a pixel if the bounds of a Box of 2 or 3 axes are those of an image: 0 and 1 or 255.
 
     A table of two axes with values up to 1 may be anything, so it must be as large as images are.
     """
+    from gymnasium import spaces
+
     if not isinstance(space, spaces.Box) or len(space.shape) not in (2, 3) or space.dtype in (np.uint8, np.bool_):
         return None
     high = float(space.high.flat[0])

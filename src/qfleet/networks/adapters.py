@@ -7,6 +7,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.keys import key_shape
 from qfleet.core.types import EnvSpec, Network, Params, stored_spec
 from qfleet.networks.heads import QNetwork
 from qfleet.networks.torsos import make_storage_layout
@@ -83,7 +84,7 @@ def check_network(network: Network, spec: EnvSpec) -> int:
     seen = f"observations {observations.dtype}{list(observations.shape)} of {spec.name}"
     wanted = f"float32{[batch, spec.num_actions]}"
     try:
-        params = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+        params = jax.eval_shape(network.init, key_shape())
         q_values = jax.eval_shape(network.apply, params, observations)
     except (TypeError, ValueError) as error:
         raise ConfigError(

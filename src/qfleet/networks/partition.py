@@ -6,6 +6,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from qfleet.config import ConfigError
+from qfleet.core.keys import key_shape
 from qfleet.core.types import Network, Params
 
 MODEL_AXIS = "model"
@@ -21,7 +22,7 @@ def partition_params(network: Network, size: int) -> Params:
     Raises:
       ConfigError: if a module's metadata names another axis of the mesh, or divides an axis that `size` doesn't divide.
     """
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    shapes = jax.eval_shape(network.init, key_shape())
     if size == 1:
         return jax.tree.map(lambda leaf: PartitionSpec(), shapes)
 

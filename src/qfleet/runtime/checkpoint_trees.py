@@ -65,7 +65,11 @@ def to_stored(leaf: Any) -> Any:
     # From an accelerator, Orbax copies before it returns. On a CPU it writes from the array's own memory, and meanwhile
     # JAX silently copies the array at each update that should happen in place. Copying it here, once, avoids that.
     is_on_cpu = all(device.platform == "cpu" for device in leaf.sharding.device_set)
-    return jnp.copy(leaf) if is_on_cpu else leaf
+    if not is_on_cpu:
+        return leaf
+    if leaf.is_fully_addressable:  # jnp.copy would compile a program for each shape
+        return jax.device_put(leaf, leaf.sharding, may_alias=False)
+    return jnp.copy(leaf)
 
 
 def is_jax(leaf: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
-from qfleet.core.keys import Stream, key_of
+from qfleet.core.keys import Stream, make_key
 from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions, seed_of
@@ -159,7 +159,7 @@ class Evaluator:
             )
         else:
             begin, play = self._in_graph(num_episodes)
-            key, first = key_of(*numbers), np.uint32(0)
+            key, first = make_key(*numbers), np.uint32(0)
             played = self._pieces.play(
                 lambda: begin(key, first),
                 lambda *further: play(params, key, first, *further),

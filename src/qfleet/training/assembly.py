@@ -22,13 +22,8 @@ from qfleet.envs.registry import check_can_travel, make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu, use_cpu_only
-from qfleet.topologies.actor_learner.topology import ActorLearner
 from qfleet.topologies.base import OwnLearner, Topology
 from qfleet.topologies.footprint import Footprint
-from qfleet.topologies.fused.topology import Fused
-from qfleet.topologies.gossip.topology import Gossip
-from qfleet.topologies.overlapped.topology import Overlapped
-from qfleet.topologies.parameter_server.topology import ParameterServer
 
 if TYPE_CHECKING:
     import optax
@@ -120,6 +115,21 @@ def _kind_of(env: InGraphEnv | HostEnv) -> EnvironmentKind:
     return "in-graph" if isinstance(env, InGraphEnv) else "host"
 
 
+# Each topology is imported only where it is made, because a run needs one of them.
+
+
+def _make_fused(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
+    from qfleet.topologies.fused.topology import Fused
+
+    return Fused(config, env, network, optimiser)
+
+
+def _make_overlapped(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
+    from qfleet.topologies.overlapped.topology import Overlapped
+
+    return Overlapped(config, env, network, optimiser)
+
+
 def _make_all_reduce(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
     """Returns the topology that each of the equal processes runs: fused or overlapped, on the mesh of all of them."""
     topology = config.topology_as(AllReduceConfig).in_one_process(_kind_of(env))
@@ -127,20 +137,26 @@ def _make_all_reduce(config: TrainConfig, env: Any, network: Network, optimiser:
 
 
 def _make_gossip(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
+    from qfleet.topologies.gossip.topology import Gossip
+
     return Gossip(config, env, network, make_own_learner)
 
 
 def _make_actor_learner(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
+    from qfleet.topologies.actor_learner.topology import ActorLearner
+
     return ActorLearner(config, env, network)
 
 
 def _make_parameter_server(config: TrainConfig, env: Any, network: Network, optimiser: Any) -> Topology:
+    from qfleet.topologies.parameter_server.topology import ParameterServer
+
     return ParameterServer(config, env, network)
 
 
 _MAKERS: dict[str, Callable[[TrainConfig, Any, Network, Any], Topology]] = {
-    FusedConfig.name: Fused,
-    OverlappedConfig.name: Overlapped,
+    FusedConfig.name: _make_fused,
+    OverlappedConfig.name: _make_overlapped,
     AllReduceConfig.name: _make_all_reduce,
     GossipConfig.name: _make_gossip,
     ActorLearnerConfig.name: _make_actor_learner,

@@ -26,7 +26,7 @@ from qfleet.runtime.devices import num_shards
 from qfleet.runtime.evaluation import Episodes, Pieces, join_episodes, never
 from qfleet.runtime.records import Progress, Sum, make_progress
 from qfleet.topologies.base import Layout, OwnLearner, check_loss
-from qfleet.topologies.footprint import Footprint, batch_shapes, evaluation_shapes, make_footprint
+from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState, Program, make_program, partition_state
 from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
 from qfleet.topologies.restoring import read_state
@@ -111,10 +111,15 @@ class Fused(OwnLearner):
         )
 
     @functools.cached_property
+    def _first_program(self) -> Program:
+        """The program of the first replica, outside the mesh. A single learner's is its own, so it is traced once."""
+        replicas = self._placement.replicas
+        return self._program if replicas is ALONE else self._make_program(ALONE._replace(size=replicas.size))
+
+    @functools.cached_property
     def _shapes_and_specs(self) -> tuple[FusedState, Any]:
         """The shapes of the first replica's state, and how the whole state is spread, as `PartitionSpec`s."""
-        first = ALONE._replace(size=self._placement.replicas.size)  # stands for one replica's share, outside the mesh
-        shapes = jax.eval_shape(self._make_program(first).init, np.uint32(0))
+        shapes = jax.eval_shape(self._first_program.init, np.uint32(0))
         learner = self._placement.partition_learner(shapes.learner)
         return shapes, partition_state(shapes, DATA_AXIS)._replace(learner=learner)
 
@@ -124,8 +129,7 @@ class Fused(OwnLearner):
         batch = batch_shapes(
             self._stored_spec, self._config.agent, self._config.topology.num_envs, mesh.shape[DATA_AXIS]
         )
-        num_episodes = math.ceil(self._config.eval_episodes / mesh.shape[DATA_AXIS])
-        episodes = evaluation_shapes(self._env, self._stored_spec, num_episodes)
+        episodes = jax.eval_shape(self._first_program.begin_episodes, np.uint32(0), np.uint32(0), np.int32(0))
         axes, devices, batch_specs = mesh.shape, mesh.local_devices, PartitionSpec(DATA_AXIS)
         if self._config.num_seeds > 1:
             devices = self._devices_of_seeds

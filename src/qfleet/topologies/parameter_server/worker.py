@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.config import ParameterServerConfig, TrainConfig
-from qfleet.core.keys import Stream, key_of
+from qfleet.core.keys import Stream, make_key
 from qfleet.core.learner import UpdateInfo
 from qfleet.core.losses import make_loss
 from qfleet.core.replay import ReplayState, SavedReplay, normalise_weights
@@ -80,7 +80,6 @@ class Worker(Actor):
         self._gradient_of_own_replay = jax.jit(self._sample_and_differentiate, donate_argnums=0)
         self._gradient_of_batch = jax.jit(self._differentiate)
         self._assemble_params = jax.jit(self._learner.assemble_params)
-        self._key_of = jax.jit(key_of)
         self._seed, self._number = config.seed, number
         self._target_params: Params = None
 
@@ -136,7 +135,7 @@ class Worker(Actor):
         started = time.perf_counter()
         path = (self._seed, Stream.WORKER_BATCHES, self._number, self._writer.incarnation, self._num_gradients % 2**32)
         self._num_gradients += 1
-        key = self._key_of(*(np.uint32(number) for number in path))
+        key = make_key(*path)
         self._own_replay.state, pieces, losses = self._gradient_of_own_replay(
             self._own_replay.state, self._params, self._target_params, key, np.float32(importance_exponent)
         )
