@@ -52,6 +52,28 @@ with signals.StopFlag(ends_process=True) as flag:
             child.kill()
 
 
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_to_a_process_that_has_done_its_work_leaves_its_exit_code(number: signal.Signals) -> None:
+    """Both after the context and once the interpreter closes, when Python's own handlers are gone."""
+    code = f"""
+import os, sys
+from qfleet.runtime.signals import StopFlag
+class Last:
+    def __init__(self, kill, pid):
+        self.kill, self.pid = kill, pid
+    def __del__(self):
+        self.kill(self.pid, {number})
+with StopFlag(ends_process=True):
+    pass
+os.kill(os.getpid(), {number})
+sys.modules["kept until the end"] = Last(os.kill, os.getpid())
+print("done", flush=True)
+sys.exit(3)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "done\n", "")
+
+
 def test_outside_the_main_thread_it_does_nothing() -> None:
     before = signal.getsignal(signal.SIGINT)
     seen: list[object] = []

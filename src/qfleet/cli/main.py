@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Start-up makes half a million objects that stay. By default, Python would look for garbage among them at every
         # 700 new ones, which takes a tenth of the start-up's time.
         gc.set_threshold(10_000)
-    code = _run_safely(list(sys.argv[1:] if argv is None else argv))
+    code = _run_safely(list(sys.argv[1:] if argv is None else argv), is_process=argv is None)
     compiling = sys.modules.get("qfleet.runtime.compiling")
     if argv is None and compiling and compiling.are_busy():
         sys.stdout.flush()
@@ -60,14 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run_safely(arguments: list[str]) -> int:
-    """Runs one command, turns what users can cause into a line and an exit code, and returns that."""
+def _run_safely(arguments: list[str], *, is_process: bool) -> int:
+    """Runs one command, turns what users can cause into a line and an exit code, and returns that.
+
+    Args:
+      arguments: the command and its flags.
+      is_process: whether this process ends with the command.
+    """
     prepare_streams()
     debug = "--debug" in arguments
     if debug:
         arguments.remove("--debug")
     try:
-        code = _dispatch(arguments)
+        code = _dispatch(arguments, is_process)
         sys.stdout.flush()  # here, where a failure has an exit code
         return code
     except BrokenPipeError:  # the reader of stdout has had enough, as in `qfleet envs | head -1`
@@ -101,7 +106,7 @@ def _give_up_a_full_stdout() -> None:
         give_stdout_up()
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], is_process: bool) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, text in _COMMANDS.items())), end="")
         return 0
@@ -115,17 +120,17 @@ def _dispatch(arguments: list[str]) -> int:
         raise ConfigError(
             f"the command must be one of {', '.join(_COMMANDS)}, got {command!r}.{suggest(command, _COMMANDS)}"
         )
-    with _signals(command):
+    with _signals(command, is_process):
         return _run(command, rest)
 
 
-def _signals(command: str) -> contextlib.AbstractContextManager[Any]:
+def _signals(command: str, is_process: bool) -> contextlib.AbstractContextManager[Any]:
     """Returns a context in which signals ask the command to stop, if it is one that trains."""
     if command not in ("train", "resume"):
         return contextlib.nullcontext()
     from qfleet.runtime.signals import StopFlag
 
-    return StopFlag(ends_process=True)
+    return StopFlag(ends_process=is_process)
 
 
 def _run(command: str, rest: list[str]) -> int:

@@ -1,5 +1,6 @@
 """Requests by signals: INT, TERM and HUP ask a run to stop, USR1 asks it for a checkpoint."""
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -28,8 +29,7 @@ class StopFlag:
     """Context manager that turns signals into requests, so that a run can end cleanly.
 
     A context within another one shares its requests, so a command can keep one open from its start to its end. A signal
-    that is ignored, as SIGHUP is under `nohup`, stays ignored. On exit, the handlers that were there before are put
-    back.
+    that is ignored, as SIGHUP is under `nohup`, stays ignored.
 
     Python lets only the main thread handle signals. In any other thread this does nothing and no request arrives.
     """
@@ -38,8 +38,10 @@ class StopFlag:
         """Changes nothing yet.
 
         Args:
-          ends_process: whether a second request ends the process at once, even while Python waits for compiled code.
-            Otherwise it raises KeyboardInterrupt, because a notebook must survive it. The outermost context decides.
+          ends_process: whether the process ends with the context. If so, a second request ends it at once, even while
+            Python waits for compiled code. After the context, the first request to stop changes nothing: the work is
+            done, and the process ends with its own exit code. Otherwise a second request raises KeyboardInterrupt,
+            because a notebook must survive it, and the old handlers come back. The outermost context decides.
         """
         self._requests = _Requests(ends_process)
         self._is_outermost = False
@@ -83,7 +85,7 @@ class StopFlag:
     ) -> None:
         global _active
         if self._is_outermost and threading.current_thread() is threading.main_thread():
-            self._requests.uninstall()
+            self._requests.end()
             _active, self._is_outermost = None, False
 
 
@@ -107,14 +109,27 @@ class _Requests:
                 self._previous[number] = signal.signal(number, handler)
         if self._ends_process:
             self._watch = _Watch()
+            # The first one that is registered is the last one to run.
+            atexit.register(self._ignore)
 
-    def uninstall(self) -> None:
-        if self._watch:
-            self._watch.close()
+    def end(self) -> None:
+        """Puts the old handlers back, unless the process is about to end."""
+        if self._ends_process:
+            return
         for number, handler in self._previous.items():
             # The handler is None if it was not installed from Python. Then Python can't put it back either.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
+
+    def _ignore(self) -> None:
+        """Ignores signals while the interpreter closes, where Python takes its handlers away before the process ends.
+
+        A request that comes so late would kill a process whose run is complete, and its exit code would deny that.
+        """
+        if self._watch:
+            self._watch.close()
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopped_at is None:
