@@ -85,9 +85,8 @@ def field_texts(config: type) -> dict[str, str]:
     """Returns what the source code of a config class and its bases says about each field, below the field."""
     texts: dict[str, str] = {}
     for kind in reversed(config.__mro__[:-1]):
-        module = ast.parse(
-            inspect.getsource(sys.modules[kind.__module__])
-        )  # of a class alone, this takes twice the time
+        # The source code of a class alone takes twice the time, because `inspect` parses all of its module to find it.
+        module = ast.parse(inspect.getsource(sys.modules[kind.__module__]))
         tree = next(node for node in module.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__)
         for field, text in zip(tree.body, tree.body[1:], strict=False):
             is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
@@ -140,7 +139,6 @@ def _box(title: str, fields: list[tuple[str, Any, Any, str]]) -> tuple[str, Any,
     kind = dataclasses.make_dataclass(title.title().replace("(", "").replace(")", ""), flags, kw_only=True)
     kind.__doc__ = ""
     field = "box_" + "".join(filter(str.isalpha, title))
-    box = tyro.conf.arg(
-        name=title, help=""
-    )  # without a text, tyro looks for one in the source code, which takes a while
+    # Without a text, tyro looks for one in the source code, which takes a while.
+    box = tyro.conf.arg(name=title, help="")
     return field, Annotated[kind, box], dataclasses.field(default_factory=kind)

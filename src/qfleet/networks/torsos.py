@@ -95,7 +95,7 @@ def earlier_reading(spec: EnvSpec, torso: Literal["auto", "mlp", "minatar", "nat
     """Returns how runs before schema version 3 read these observations, if that differs from how they are read now.
 
     Until then, the first two axes of an image were its height and width whatever their lengths, and there was no
-    `pixel_limit`. What comes back is '' for all other observations, which are read as ever.
+    `pixel_limit`. It returns '' for all other observations, which are read as before.
     """
     has_convolutions = choose_torso(spec, torso) != "mlp"
     if has_channels_first(spec) and has_convolutions:

@@ -109,7 +109,7 @@ class _Requests:
                 self._previous[number] = signal.signal(number, handler)
         if self._ends_process:
             self._watch = _Watch()
-            # The first one that is registered is the last one to run.
+            # Exit functions run in reverse order, so this one runs after those of libraries that are imported later.
             atexit.register(self._ignore)
 
     def end(self) -> None:
