@@ -159,6 +159,23 @@ def raising_in_a_block(run: Any) -> None:
             int("x")
 
 
+def raising_through_a_finally(run: Any) -> None:
+    for _ in run:
+        try:
+            raise ZeroDivisionError
+        finally:
+            json.dumps(None)
+
+
+def raising_again(run: Any) -> None:
+    for _ in run:
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            json.dumps(None)
+            raise
+
+
 def passed_on(run: Any) -> Iterator[Any]:
     yield from enumerate(progress for progress in run)
 
@@ -201,7 +218,14 @@ def closing(run: Any) -> None:
     iterator.close()
 
 
-FAILING = (raising_itself, raising_deeper, raising_in_a_block, raising_behind_another_generator)
+FAILING = (
+    raising_itself,
+    raising_deeper,
+    raising_in_a_block,
+    raising_through_a_finally,
+    raising_again,
+    raising_behind_another_generator,
+)
 
 
 @pytest.mark.parametrize(
