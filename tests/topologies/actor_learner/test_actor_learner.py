@@ -1,18 +1,17 @@
-"""The actor-learner topology: what each of its classes does by itself, and all of them together on Ray."""
+"""The actor-learner topology: what each of its classes does by itself."""
 
 import dataclasses
-import logging
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from small_fleets import BATCH, config_of
 
 import qfleet
 from qfleet.config import ActorLearnerConfig, AgentConfig, ConfigError, MeshConfig, TrainConfig
-from qfleet.core.replay import NO_STEP, DrawShare, SavedReplay
+from qfleet.core.replay import NO_STEP, DrawShare
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.topologies.actor_learner import learner as learner_module
@@ -24,17 +23,6 @@ from qfleet.topologies.fleet.env_and_agent import make_env_and_agent
 from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, RateLimiter
 from qfleet.topologies.fleet.replay_shard import ReplayShard, Writer
 from qfleet.topologies.fleet.replay_shares import deal, join_shards, share_of
-
-BATCH = 64
-
-
-def config_of(env: str = "CartPole-v1", **settings) -> TrainConfig:
-    sizes = {
-        "num_actors": 4, "lanes_per_actor": 2, "num_replay_shards": 2, "rows_per_chunk": 8, "hidden_sizes": (16,),
-        "batch_size": BATCH, "replay_capacity": 512, "warmup_env_steps": 64, "n_step": 3, "replay": "prioritised",
-        "env_steps_per_learner_step": 4.0,
-    }  # fmt: skip
-    return qfleet.make_config(env, "dqn", "actor-learner", **{**sizes, **settings})
 
 
 def leaves_for(config: TrainConfig, seed: int = 0) -> list[np.ndarray]:
@@ -387,96 +375,3 @@ def test_what_a_fleet_cannot_do_is_refused_before_the_run_is_made(tmp_path):
     with pytest.raises(ConfigError, match="replay_capacity must hold at least"):
         qfleet.iterate(dataclasses.replace(config, agent=dataclasses.replace(config.agent, replay_capacity=36)))
     assert not (tmp_path / "run").exists()
-
-
-# --- All of it, on Ray ---
-
-
-def small(tmp_path: Path, name: str = "run", **settings) -> TrainConfig:
-    return config_of(
-        **{
-            "env_steps": 4_096, "eval_period_env_steps": 1_024, "eval_episodes": 8, "num_actors": 2,
-            "replay_capacity": 2_048, "run_dir": str(tmp_path / name), **settings,
-        }
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_fleet_trains_is_saved_and_goes_on_in_other_sizes_and_elsewhere(cluster, tmp_path, caplog):
-    caplog.set_level(logging.WARNING, "qfleet")
-    config = small(tmp_path)
-    run = qfleet.iterate(config)
-    records = list(run)
-    summary = run.summary
-    assert summary["stopped"] == "env steps" and summary["env_steps"] == 4_096
-    ratio = (4_096 - 64) / summary["learner_steps"]
-    assert 4.0 <= ratio < 4.3, "the rate limiter holds the replay ratio"
-    assert sum(record.new_env_steps for record in records) == 4_096
-    assert any(record.fleet["replay_transitions"] > 1_000 for record in records)
-    assert not caplog.records, "nothing was replaced, nothing fell silent"
-    saved = replay_of(config.run_dir)
-    assert saved.ring.rows.outcome.shape == (512, 4)
-
-    def goes_on(**settings):
-        run = qfleet.resume(config.run_dir, **settings)
-        for progress in run:
-            assert progress.env_steps >= summary["env_steps"]
-        return run.summary
-
-    larger = dataclasses.replace(config.topology, num_actors=3, num_replay_shards=1)
-    after = goes_on(env_steps=6_000, topology=larger)
-    assert 6_000 <= after["env_steps"] < 6_100 and after["learner_steps"] > summary["learner_steps"] + 300
-    fused = qfleet.FusedConfig(num_envs=8)
-    summary = after
-    after = goes_on(env_steps=8_000, topology=fused)
-    assert after["topology"] == "fused" and after["learner_steps"] > summary["learner_steps"] + 300
-    summary = after
-    after = goes_on(env_steps=10_000)  # back, as the run began
-    assert after["topology"] == "actor-learner" and after["learner_steps"] > summary["learner_steps"] + 300
-    assert qfleet.load(config.run_dir) is not None
-
-
-def replay_of(run_dir: str | None) -> SavedReplay:
-    from qfleet.runtime.checkpoints import Checkpoints
-    from qfleet.topologies.restoring import saved_replay
-
-    return saved_replay(Checkpoints(Path(run_dir or "") / "checkpoints", run_id=None).restore_item("replay"))
-
-
-@pytest.mark.slow
-def test_what_a_checkpoint_says_it_has_taken_its_replay_holds(cluster, tmp_path):
-    """The stated cut: as many environment steps are counted as rows were stored, whatever is under way."""
-    config = small(tmp_path, replay_capacity=65_536, checkpoint_period_seconds=1e-9, env_steps=6_000)
-    for _ in qfleet.iterate(config):
-        pass
-    from qfleet.runtime.checkpoints import Checkpoints
-    from qfleet.topologies.restoring import saved_replay
-
-    checkpoints = Checkpoints(Path(config.run_dir or "") / "checkpoints", run_id=None)
-    assert len(checkpoints.all()) > 1
-    for env_steps in checkpoints.all():
-        saved = saved_replay(checkpoints.restore_item("replay", env_steps=env_steps))
-        assert int(np.sum(saved.ring.size)) * 2 == env_steps
-        counters = checkpoints.read_metadata(env_steps)["counters"]
-        assert counters["env_steps"] == env_steps
-
-
-@pytest.mark.slow
-def test_a_fleet_of_host_environments_learns_with_uniform_replay(cluster, tmp_path):
-    config = small(tmp_path, env="gym:CartPole-v1", replay="uniform", env_steps=2_048)
-    run = qfleet.iterate(config)
-    for _ in run:
-        pass
-    assert run.summary["env_steps"] == 2_048 and run.summary["learner_steps"] > 400
-
-
-@pytest.mark.slow
-def test_a_fleet_solves_cartpole(cluster, tmp_path):
-    config = qfleet.make_config(
-        "CartPole-v1", "rainbow_lite", "actor-learner", num_actors=4, stop_return=475.0, env_steps=200_000,
-        run_dir=str(tmp_path / "run"),
-    )  # fmt: skip
-    run = qfleet.iterate(config)
-    for _ in run:
-        pass
-    assert run.summary["stopped"] == "return reached"
