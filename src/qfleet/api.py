@@ -198,8 +198,8 @@ def load(
 
     Raises:
       ConfigError: if `run_dir` isn't a run, or its checkpoint is missing or damaged. Also if an earlier version of
-        qfleet began it, whose networks read such observations otherwise. As soon as the environment is
-        made, also if it has changed, or is in a module that isn't trusted.
+        qfleet began it, whose networks read such observations otherwise. The policy raises it once it makes the
+        environment, if that has changed or is in a module that isn't trusted.
     """
     from qfleet.policy import Policy
     from qfleet.runtime.video import params_label

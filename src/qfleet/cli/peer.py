@@ -27,7 +27,8 @@ def main() -> int:
 
     reporter = peers.Reporter(arguments.report_descriptor)
     try:
-        with StopFlag():  # from now on a request to stop is kept until the run can answer it
+        # From now on, a request to stop is kept until the run can answer it. After the run, it changes nothing.
+        with StopFlag(ends_process=True):
             from qfleet.training.peer import run_peer
 
             topology = decode_topology(json.loads(arguments.topology))
