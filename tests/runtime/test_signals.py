@@ -74,6 +74,28 @@ sys.exit(3)
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "done\n", "")
 
 
+@pytest.mark.parametrize("interrupts", [True, False])
+def test_a_command_whose_work_was_interrupted_ends_without_closing_python(interrupts: bool) -> None:
+    """XLA may still compile in its own threads, which crash once Python's end has destroyed what they use."""
+    code = f"""
+import atexit, contextlib, signal, sys
+from qfleet.cli import main
+from qfleet.runtime.signals import StopFlag, StopRequested
+def run(command, rest):
+    with StopFlag() as stop, contextlib.suppress(StopRequested):
+        with stop.interrupting() if {interrupts} else contextlib.nullcontext():
+            signal.raise_signal(signal.SIGTERM)
+    return 0
+main._run = run
+sys.argv = ["qfleet", "train"]
+atexit.register(print, "Python has closed")
+sys.exit(main.main())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == ("" if interrupts else "Python has closed\n")
+
+
 def test_outside_the_main_thread_it_does_nothing() -> None:
     before = signal.getsignal(signal.SIGINT)
     seen: list[object] = []

@@ -52,11 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # 700 new ones, which takes a tenth of the start-up's time.
         gc.set_threshold(10_000)
     code = _run_safely(list(sys.argv[1:] if argv is None else argv), is_process=argv is None)
-    compiling = sys.modules.get("qfleet.runtime.compiling")
-    if argv is None and compiling and compiling.are_busy():
+    signals = sys.modules.get("qfleet.runtime.signals")
+    if argv is None and signals and signals.has_interrupted():
+        # XLA may still compile what was interrupted, in threads of its own or of ours. The end of Python would wait for
+        # ours, and destroy what the others use: then the process would crash.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # a stop doesn't wait for a compilation, as the end of Python would
+        os._exit(code)
     return code
 
 

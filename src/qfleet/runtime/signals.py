@@ -25,6 +25,11 @@ class StopRequested(KeyboardInterrupt):
     """A signal has asked the run to stop, and it can be left right here."""
 
 
+def has_interrupted() -> bool:
+    """Returns whether a signal has interrupted work in this process, anywhere in it."""
+    return _has_interrupted
+
+
 class StopFlag:
     """Context manager that turns signals into requests, so that a run can end cleanly.
 
@@ -135,6 +140,8 @@ class _Requests:
         if self.stopped_at is None:
             self.stopped_at = time.monotonic()
             if self.num_interruptible:
+                global _has_interrupted
+                _has_interrupted = True
                 raise StopRequested
         elif time.monotonic() - self.stopped_at > SAME_REQUEST_SECONDS and not self._ends_process:
             raise KeyboardInterrupt
@@ -178,5 +185,7 @@ def _end_process(number: int) -> None:
         os.kill(os.getpid(), number)
     os._exit(128 + number)
 
+
+_has_interrupted = False
 
 _active: _Requests | None = None
