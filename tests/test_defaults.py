@@ -171,6 +171,32 @@ def test_random_play_in_a_slow_environment_is_given_up(monkeypatch):
     assert config.env_steps <= 20_000 and config.agent.exploration_env_steps < config.env_steps and "slow" in reason
 
 
+@pytest.mark.parametrize(
+    ("can_be_sent", "may_start_processes", "given", "num_env_workers"),
+    [
+        (True, True, {}, 3),
+        (True, True, {"num_envs": 2}, 2),
+        (True, True, {"num_env_workers": 0}, 0),
+        (True, True, {"topology": "actor-learner"}, 0),
+        (True, False, {}, 0),
+        (False, True, {}, 0),
+    ],
+)
+def test_a_slow_environment_is_stepped_by_worker_processes_where_it_can_be(
+    monkeypatch, can_be_sent, may_start_processes, given, num_env_workers
+):
+    def make_lanes(num_lanes: int, options: LaneOptions) -> Lanes:
+        if options.num_env_workers and not can_be_sent:
+            raise ConfigError("environment Slow-v0 must be one that can be sent to worker processes")
+        return Lanes()
+
+    monkeypatch.setattr(defaults, "RANDOM_PLAY_SECONDS", -1.0)
+    monkeypatch.setattr(defaults, "num_cores", lambda: 3)
+    monkeypatch.setattr(defaults, "make_env", lambda name: HostEnv(spec_of((3,), "float32"), make_lanes, make_lanes))
+    config, _ = make_explained_config("Slow-v0", may_start_processes=may_start_processes, **given)
+    assert config.topology.lane_options.num_env_workers == num_env_workers
+
+
 def test_no_environment_is_made_if_the_preset_is_named(monkeypatch):
     monkeypatch.setattr(defaults, "make_env", None)
     make_config("LunarLander-v3", "double_dqn")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError
+from qfleet.config.lane_options import num_cores
 from qfleet.envs.registry import make_env
 
 if TYPE_CHECKING:
@@ -140,7 +141,14 @@ SEEN: dict[str, tuple[str, Mapping[str, Any]]] = {
 """What a short random play has shown of an environment with vectors: how to say it, and further settings."""
 
 
-def choose(env_name: str, topology: str, env_options: Mapping[str, Any], *, may_play: bool = True) -> Choice:
+def choose(
+    env_name: str,
+    topology: str,
+    env_options: Mapping[str, Any],
+    *,
+    may_play: bool = True,
+    may_start_processes: bool = False,
+) -> Choice:
     """Returns the preset and the settings for an environment and a topology, and the reason for them.
 
     It makes the environment to read its spec. One outside JAX is then played for a moment, with random actions from a
@@ -154,6 +162,8 @@ def choose(env_name: str, topology: str, env_options: Mapping[str, Any], *, may_
       topology: name of the topology.
       env_options: arguments of the function that makes the environment.
       may_play: whether the environment may be stepped in this process.
+      may_start_processes: whether worker processes may step a slow environment. Each of them imports the main module
+        again, and a script may train there without `if __name__ == "__main__"`.
     """
     if env_name.startswith("gymnax:"):
         return _choice(FAMILIES["small images" if env_name.endswith("-MinAtar") else "vectors"], topology)
@@ -174,16 +184,24 @@ def choose(env_name: str, topology: str, env_options: Mapping[str, Any], *, may_
     if name == "vectors" and may_play and (seen := seen_in_random_play(env)):
         what, settings = SEEN[seen]
         family = family._replace(reason=f"{family.reason}, and {what}", settings={**family.settings, **settings})
+        is_alone = TOPOLOGIES[topology].runs_in == "this process"
+        if seen == "slow" and may_start_processes and is_alone and works_in_another_process(env):
+            num_env_workers = min(num_cores(), settings["num_envs"])
+            family = family._replace(settings={**family.settings, "num_env_workers": num_env_workers})
     return _choice(family, topology)
 
 
-def shortened(settings: Mapping[str, Any], env_steps: int | None) -> dict[str, Any]:
-    """Returns chosen settings for a run of `env_steps` environment steps, or of its own length if that is None.
+def adapted(settings: Mapping[str, Any], env_steps: int | None, num_envs: int | None) -> dict[str, Any]:
+    """Returns chosen settings for a run of `env_steps` environment steps and `num_envs` lanes.
 
-    A shorter run warms up for a tenth of it at most, and epsilon decays for two fifths of it at most.
+    Where these are None, the settings' own hold. A shorter run warms up for a tenth of it at most, and epsilon decays
+    for two fifths of it at most. There are no more worker processes than lanes.
     """
+    settings = dict(settings)
+    if num_envs is not None and "num_env_workers" in settings:
+        settings["num_env_workers"] = max(0, min(settings["num_env_workers"], num_envs))
     if env_steps is None or env_steps < 1:  # which is refused later
-        return dict(settings)
+        return settings
     longest = {"warmup_env_steps": env_steps // 10, "exploration_env_steps": max(1, env_steps * 2 // 5)}
     defaults = vars(AgentConfig())
     return {**settings, **{name: min(settings.get(name, defaults[name]), most) for name, most in longest.items()}}
@@ -256,6 +274,20 @@ def seen_in_random_play(env: "InGraphEnv | HostEnv") -> str | None:
             return _play(lanes, env.spec.num_actions)
     except Exception:  # a user's environment may raise anything, and the run steps it again
         return None
+
+
+def works_in_another_process(env: "InGraphEnv | HostEnv") -> bool:
+    """Returns whether a worker process can make an environment outside JAX and begin an episode."""
+    from qfleet.envs.host import HostEnv, LaneOptions
+
+    if not isinstance(env, HostEnv):
+        return False
+    try:
+        with contextlib.closing(env.make_lanes(1, LaneOptions(num_env_workers=1, max_failures=0))) as lanes:
+            lanes.reset(0)
+    except Exception:  # a user's environment may raise anything, and this process can step it
+        return False
+    return True
 
 
 def _play(lanes: "HostLanes", num_actions: int) -> str | None:

@@ -70,7 +70,8 @@ def _footprint(config: TrainConfig) -> tuple["Footprint", str | None]:
 def _machine_as_dict() -> dict[str, Any]:
     import jax
 
-    from qfleet.runtime.devices import memory_bytes, num_cores
+    from qfleet.config.lane_options import num_cores
+    from qfleet.runtime.devices import memory_bytes
     from qfleet.runtime.process import available_memory_bytes
 
     kinds: dict[tuple[str, str, int | None], int] = {}

@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
     if mesh := take_mesh(given):
         given["mesh"] = MeshConfig(**mesh)
     env, preset = given.pop("env"), given.pop("preset", None)
-    config, reason = make_explained_config(env, preset, given.pop("topology", None), **given)
+    config, reason = make_explained_config(env, preset, given.pop("topology", None), may_start_processes=True, **given)
     return TrainRequest(config, quiet, reason)
 
 

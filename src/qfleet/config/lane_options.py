@@ -1,6 +1,7 @@
 """How environments outside the compiled program are stepped."""
 
 import dataclasses
+import os
 
 from qfleet.config.checks import MAX_PROCESSES, MAX_SECONDS, check_count, check_positive
 from qfleet.config.values import Config
@@ -28,3 +29,8 @@ class LaneOptions(Config):
     def lane_options(self) -> "LaneOptions":
         """Only these options, from a config that has other fields too."""
         return LaneOptions(**{field.name: getattr(self, field.name) for field in dataclasses.fields(LaneOptions)})
+
+
+def num_cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,7 @@ from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, sug
 from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
 from qfleet.config.values import to_plain
-from qfleet.defaults import Choice, accepts, choose, is_atari, shortened
+from qfleet.defaults import Choice, accepts, adapted, choose, is_atari
 from qfleet.envs.factory import name_of_factory
 from qfleet.envs.registry import default_topology
 from qfleet.presets.named import OFF_ATARI, ON_ATARI, PRESETS
@@ -35,9 +35,18 @@ def make_config(
 
 
 def make_explained_config(
-    env: str, preset: str | None = None, topology: str | None = None, **settings: Any
+    env: str,
+    preset: str | None = None,
+    topology: str | None = None,
+    *,
+    may_start_processes: bool = False,
+    **settings: Any,
 ) -> tuple[TrainConfig, str]:
-    """Returns the config that `make_config` returns, and why its preset was chosen: "" if the caller named it."""
+    """Returns the config that `make_config` returns, and why its preset was chosen: "" if the caller named it.
+
+    With `may_start_processes`, worker processes may be chosen for an environment that is slow. The main module must
+    then be one that they can import again, as the command line's is.
+    """
     env, preset, topology = (
         to_plain(kind, value, name)
         for kind, value, name in ((str, env, "env"), (str | None, preset, "preset"), (str | None, topology, "topology"))
@@ -51,9 +60,10 @@ def make_explained_config(
     if preset is None:
         # One that is to be stepped in processes of its own may hang or crash in this one.
         may_play = not settings.get("num_env_workers")
-        preset, chosen, reason = _choose(env, topology, options, may_play)
-        env_steps = to_plain(int | None, settings.get("env_steps"), "env_steps")
-        found = shortened({**PRESETS[preset].settings, **chosen}, env_steps)
+        may_start_processes &= "num_env_workers" not in settings
+        preset, chosen, reason = _choose(env, topology, options, may_play, may_start_processes)
+        env_steps, num_envs = (to_plain(int | None, settings.get(name), name) for name in ("env_steps", "num_envs"))
+        found = adapted({**PRESETS[preset].settings, **chosen}, env_steps, num_envs)
     else:
         found, reason = {**PRESETS[preset].settings, **_settings_for(preset, env)}, ""
     merged = {**_starts_from({**_evaluation_of(env), **found}, topology, settings), **settings}
@@ -67,13 +77,15 @@ def _settings_for(preset: str, env: str) -> Mapping[str, Any]:
     return {**(ON_ATARI if is_atari(env) else OFF_ATARI).get(preset, {}), **TUNED.get((preset, env), {})}
 
 
-def _choose(env: str, topology: str, env_options: Mapping[str, Any], may_play: bool) -> Choice:
+def _choose(
+    env: str, topology: str, env_options: Mapping[str, Any], may_play: bool, may_start_processes: bool
+) -> Choice:
     """Returns the preset with settings tuned for this very environment, if there is one, or the one for its family."""
     for (preset, name), tuned in TUNED.items():
         replay = PRESETS[preset].settings.get("replay", "uniform")
         if name == env and accepts(topology, replay=replay):
             return Choice(preset, tuned, f"this preset is tuned for {env}")
-    choice = choose(env, topology, env_options, may_play=may_play)
+    choice = choose(env, topology, env_options, may_play=may_play, may_start_processes=may_start_processes)
     return choice._replace(settings={**_settings_for(choice.preset, env), **choice.settings})
 
 

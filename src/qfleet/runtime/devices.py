@@ -172,11 +172,6 @@ def describe_memory(devices: Sequence[jax.Device]) -> str:
     return f"{len(devices)} CPU devices share what the host has available"
 
 
-def num_cores() -> int:
-    """Returns the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def num_shards(num_seeds: int, num_devices: int) -> int:
     """Returns the greatest number of devices, at most `num_devices`, over which the learners divide evenly."""
     return max(n for n in range(1, min(num_seeds, num_devices) + 1) if num_seeds % n == 0)
