@@ -1,6 +1,9 @@
 """Stable-Baselines3's DQN with its default settings, until a mean return is confirmed or time is up.
 
 python sb3_defaults.py ENV SEED MINUTES RETURN
+
+Its exploration ends after a tenth of the steps of the whole run. So the run is given the steps that fit the minutes, as
+a short run before it shows.
 """
 
 import importlib
@@ -14,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
 EVAL_PERIOD_ENV_STEPS = 10_000
+TRIAL_ENV_STEPS = 3_000
 TIME_LIMIT = 1_000  # for environments without one, which a greedy policy may never leave
 
 name, seed, minutes, required = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
@@ -57,8 +61,13 @@ class Stop(BaseCallback):
 test = make()
 test.reset(seed=1000 + seed)
 stop = Stop()
+trial = DQN("MlpPolicy", make(), seed=seed)
+trial_started = time.perf_counter()
+trial.learn(TRIAL_ENV_STEPS, log_interval=None)
+env_steps = round(60 * minutes * TRIAL_ENV_STEPS / (time.perf_counter() - trial_started))
 model = DQN("MlpPolicy", make(), seed=seed)
-model.learn(10**9, callback=stop, log_interval=None)
+stop.started = time.perf_counter()
+model.learn(env_steps, callback=stop, log_interval=None)
 print(
     json.dumps(
         {
