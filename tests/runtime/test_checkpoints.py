@@ -294,6 +294,14 @@ def test_checkpoints_of_another_run_are_refused_and_never_deleted(tmp_path: Path
             checkpoints.save(3, {"learner": jnp.ones(2)}, {})
 
 
+def test_a_file_of_the_users_in_a_checkpoint_keeps_it_from_being_deleted(tmp_path: Path) -> None:
+    save_some(tmp_path, 1, 2)
+    (tmp_path / "1" / "notes.txt").write_text("the best one")
+    save_some(tmp_path, 3, 4, keep=2)
+    assert Checkpoints(tmp_path).all() == [1, 3, 4]
+    assert (tmp_path / "1" / "notes.txt").exists()
+
+
 def test_a_damaged_checkpoint_is_not_deleted_by_itself(damaged: Path) -> None:
     (damaged / "10" / "checksums.json").write_text("{}")
     save_some(damaged, 30, keep=1)
