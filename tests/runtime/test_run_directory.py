@@ -254,3 +254,11 @@ def test_json_that_could_not_be_handled_or_written_again_is_refused(text: str, r
     with pytest.raises(UnusableFile, match=reason):
         parse_json(text.encode())
     assert parse_json(b"[" * 100 + b"]" * 100)
+
+
+def test_a_folder_whose_name_checkpoints_cannot_have_is_refused_before_anything_is_learned(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"r\xff")
+    for use in (lambda: RunDirectory.create(path, CONFIG), lambda: RunDirectory.open(path)):
+        with pytest.raises(ConfigError, match=r"must be UTF-8, got '.*r\\udcff'; .*PYTHONUTF8=1"):
+            use()
+    assert not path.exists()

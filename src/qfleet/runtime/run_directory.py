@@ -58,7 +58,7 @@ class RunDirectory:
           config: content of config.json.
 
         Raises:
-          ConfigError: if the folder already holds something or can't be made.
+          ConfigError: if the folder already holds something, can't be made, or has a name that isn't UTF-8.
         """
         run_id = secrets.token_hex(8)
         content = {
@@ -72,6 +72,7 @@ class RunDirectory:
         except ValueError as error:
             raise ConfigError(f"every number in a run's configuration must be finite, got {config}") from error
         folder, is_new = Path("runs") if path is None else Path(path), False
+        _check_name(folder)
         try:
             if path is None:
                 folder, is_new = _make_default_folder(config), True
@@ -112,6 +113,7 @@ class RunDirectory:
           ConfigError: if the folder isn't a run, or its config.json is broken, foreign or from another version.
         """
         path = Path(path)
+        _check_name(path)
         file = path / "config.json"
         try:
             content = read_json(file, _MAX_CONFIG_BYTES)
@@ -232,6 +234,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _check_name(folder: Path) -> None:
+    """Checks that checkpoints can be written to a folder. TensorStore, which writes them, takes no name but UTF-8."""
+    name = str(folder.absolute())
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the path of a run's folder must be UTF-8, got {name!a}; give another folder, or set PYTHONUTF8=1 if "
+            f"Python takes the names of files for another encoding"
+        ) from error
 
 
 def _write_atomically(path: Path, text: str) -> None:
