@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from qfleet.runtime import signals
-from qfleet.runtime.signals import StopFlag, StopRequested
+from qfleet.runtime.signals import StopFlag, StopRequested, interrupts_held_back
 
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -178,3 +178,11 @@ def test_a_context_that_outlasts_the_first_one_still_hears_signals() -> None:
     assert second.requested
     second.__exit__(None, None, None)
     assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_an_interrupt_that_is_held_back_comes_afterwards() -> None:
+    before, done = signal.getsignal(signal.SIGINT), False
+    with pytest.raises(KeyboardInterrupt), interrupts_held_back():
+        signal.raise_signal(signal.SIGINT)
+        done = True
+    assert done and signal.getsignal(signal.SIGINT) is before

@@ -30,6 +30,30 @@ def has_interrupted() -> bool:
     return _has_interrupted
 
 
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Raises the KeyboardInterrupt of a Ctrl-C that comes meanwhile afterwards.
+
+    Use this around the import of JAX: an exception in the middle of that makes its C++ code abort the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal is_asked
+        is_asked = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if is_asked:
+        raise KeyboardInterrupt
+
+
 class StopFlag:
     """Context manager that turns signals into requests, so that a run can end cleanly.
 
