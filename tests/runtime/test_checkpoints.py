@@ -308,6 +308,14 @@ def test_a_damaged_checkpoint_is_not_deleted_by_itself(damaged: Path) -> None:
     assert Checkpoints(damaged).all() == [10, 30]
 
 
+def test_an_item_that_is_a_link_out_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
+    save_some(tmp_path / "checkpoints", 5)
+    learner = (tmp_path / "checkpoints" / "5" / "learner").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints" / "5" / "learner").symlink_to(learner)
+    with pytest.raises(CheckpointError, match="learner must be a folder, got a symbolic link"):
+        Checkpoints(tmp_path / "checkpoints").restore_item("learner")
+
+
 def test_nothing_is_deleted_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "checkpoints").symlink_to("elsewhere")

@@ -103,7 +103,8 @@ def outcome(summary: dict[str, Any], path: str) -> str:
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
     trust = " --trust" if module_in(summary["env"]) else ""
     run = shlex.quote(path)
-    lines.append(f"next: qfleet eval {run}{trust} | qfleet resume {run}{further}{trust}")
+    evaluate = f"qfleet eval {run}{trust} | " if summary["env_steps"] else ""  # nothing is learned without a step
+    lines.append(f"next: {evaluate}qfleet resume {run}{further}{trust}")
     return "\n".join(lines)
 
 

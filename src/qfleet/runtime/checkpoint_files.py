@@ -171,6 +171,8 @@ def _verify_item(path: Path, item: str, sums: Mapping[str, tuple[int, int]], arr
     listed = {name: written for name, written in sums.items() if name.split("/")[0] == item}
     if sum(size for size, _ in listed.values()) > 4 * array_bytes + _SPARE_BYTES:
         raise _Damaged(f"{item} has files that are far larger than its arrays")
+    if (path / item).is_symlink():
+        raise _Damaged(f"{item} must be a folder, got a symbolic link")
     for name, written in listed.items():
         _verify(path, name, written)
     for folder, folders, files in os.walk(path / item):
