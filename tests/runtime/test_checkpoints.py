@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,6 +140,13 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).all() == [9, 10]
     assert Checkpoints(tmp_path).latest() == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "9"]
+
+
+def test_runs_in_several_threads_save_at_the_same_time(tmp_path: Path) -> None:
+    names = [str(number) for number in range(4)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: save_some(tmp_path / name, *range(5)), names))
+    assert [Checkpoints(tmp_path / name).all() for name in names] == [[0, 1, 2, 3, 4]] * len(names)
 
 
 def test_saving_the_same_step_again_changes_nothing_unless_its_metadata_differs(tmp_path: Path) -> None:
