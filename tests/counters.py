@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
@@ -45,6 +46,8 @@ class Counter(gymnasium.Env):
         if self.total >= self.at and self.fault and self.comes_first():
             if self.fault == "raise":
                 raise ValueError("out of order")
+            if self.fault == "exit":
+                sys.exit()
             if self.fault == "hang":
                 time.sleep(600)
             if self.fault == "die":

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import shlex
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,7 +69,8 @@ def train(
         for _ in run:
             pass
         if stop.requested:
-            raise KeyboardInterrupt(f"a signal has stopped the run; `qfleet resume {run.directory.path}` goes on")
+            path = shlex.quote(str(run.directory.path))
+            raise KeyboardInterrupt(f"a signal has stopped the run; `qfleet resume {path}` goes on")
     return run.summary
 
 

@@ -185,6 +185,7 @@ def test_eval_shows_in_a_terminal_how_far_it_is(
 ) -> None:
     monkeypatch.setattr(evaluation, "FIRST_PIECE_STEPS", 1)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
     assert main(["eval", str(run_dir), "--episodes", "5", "--json"]) == 0
     said = capsys.readouterr()
     assert "evaluating 0 of 5" in said.err and said.err.endswith("\r\x1b[K")

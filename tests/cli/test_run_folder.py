@@ -61,3 +61,27 @@ def test_every_command_that_takes_a_run_takes_the_latest(command: str, capsys: p
     run = make_run("broken", 1)
     assert main([command, "latest"]) == 2
     assert f"{run}/config.json" in capsys.readouterr().err
+
+
+def test_the_latest_run_may_have_a_dangling_link_for_its_config() -> None:
+    make_run("a", 1)
+    broken = Path("runs/b")
+    broken.mkdir()
+    (broken / "config.json").symlink_to("nowhere")
+    assert find_run("latest") == str(broken)
+
+
+def test_a_name_that_no_folder_can_have_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "x" * 300]) == 2
+    assert "RUN must be a run's folder, got xxx" in capsys.readouterr().err
+
+
+def test_a_current_folder_that_was_deleted_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(["eval", "latest"]) == 2
+    assert "the current folder must exist, got one that was deleted" in capsys.readouterr().err

@@ -45,3 +45,9 @@ def test_the_outcome_says_if_a_return_was_confirmed_by_the_same_episodes_again()
     again = outcome(SUMMARY | {"confirmed_by_new_episodes": [0]}, "runs/a")
     assert "the episodes that confirm the return repeat earlier ones: the environment is deterministic" in again
     assert "--eval-exploration 0.001" in again
+
+
+def test_the_commands_that_it_prints_can_be_pasted() -> None:
+    assert "next: qfleet eval 'my runs/a' | qfleet resume 'my runs/a' --env-steps" in outcome(SUMMARY, "my runs/a")
+    stopped = SUMMARY | {"stopped": "interrupted", "env_steps": 0, "eval_return_mean": None, "eval_returns": None}
+    assert outcome(stopped, "runs/a").endswith("\nnext: qfleet resume runs/a"), "there is no checkpoint to evaluate"

@@ -106,14 +106,19 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("stream", "shown"),
-    [(Terminal(), "\r\x1b[Kevaluating 1 of 20\r\x1b[K"), (io.StringIO(), "")],
-    ids=["terminal", "log"],
+    ("stream", "term", "shown"),
+    [
+        (Terminal(), "xterm", "\r\x1b[Kevaluating 1 of 20\r\x1b[K"),
+        (Terminal(), "dumb", ""),
+        (io.StringIO(), "xterm", ""),
+    ],
+    ids=["terminal", "dumb terminal", "log"],
 )
 def test_a_command_shows_in_a_terminal_what_it_is_busy_with(
-    stream: io.StringIO, shown: str, monkeypatch: pytest.MonkeyPatch
+    stream: io.StringIO, term: str, shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", term)
     with status_line():
         announce("evaluating 1 of 20")
     assert stream.getvalue() == shown

@@ -58,7 +58,7 @@ def no_process_is_left() -> Any:
 
 
 @pytest.mark.parametrize("num_env_workers", [0, 2])
-@pytest.mark.parametrize("fault", ["raise", "nan observation", "nan reward"])
+@pytest.mark.parametrize("fault", ["raise", "exit", "nan observation", "nan reward"])
 def test_a_failed_environment_is_replaced_by_a_fresh_one(
     fault: str, num_env_workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -72,7 +72,12 @@ def test_a_failed_environment_is_replaced_by_a_fresh_one(
         seeds = [shown_seed(lane, rebuilds) for rebuilds in (0, 1, 2)]
         np.testing.assert_array_equal(recorded.observation[:, lane, 0], np.repeat(seeds, [8, 8, 5]))
     assert len(caplog.records) == 4
-    words = {"raise": "ValueError: out of order", "nan observation": "must be finite", "nan reward": "got nan"}[fault]
+    words = {
+        "raise": "ValueError: out of order",
+        "exit": "it called sys.exit(None) (" + counters.__file__,
+        "nan observation": "must be finite",
+        "nan reward": "got nan",
+    }[fault]
     told = caplog.records[1].getMessage()
     assert words in told and "in lane 1" in told and f"seed {lane_seed(0, 1)}" in told and "failure 2 of 10" in told
 

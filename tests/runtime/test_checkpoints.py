@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,6 +140,13 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).all() == [9, 10]
     assert Checkpoints(tmp_path).latest() == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "9"]
+
+
+def test_runs_in_several_threads_save_at_the_same_time(tmp_path: Path) -> None:
+    names = [str(number) for number in range(4)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: save_some(tmp_path / name, *range(5)), names))
+    assert [Checkpoints(tmp_path / name).all() for name in names] == [[0, 1, 2, 3, 4]] * len(names)
 
 
 def test_saving_the_same_step_again_changes_nothing_unless_its_metadata_differs(tmp_path: Path) -> None:
@@ -294,10 +302,26 @@ def test_checkpoints_of_another_run_are_refused_and_never_deleted(tmp_path: Path
             checkpoints.save(3, {"learner": jnp.ones(2)}, {})
 
 
+def test_a_file_of_the_users_in_a_checkpoint_keeps_it_from_being_deleted(tmp_path: Path) -> None:
+    save_some(tmp_path, 1, 2)
+    (tmp_path / "1" / "notes.txt").write_text("the best one")
+    save_some(tmp_path, 3, 4, keep=2)
+    assert Checkpoints(tmp_path).all() == [1, 3, 4]
+    assert (tmp_path / "1" / "notes.txt").exists()
+
+
 def test_a_damaged_checkpoint_is_not_deleted_by_itself(damaged: Path) -> None:
     (damaged / "10" / "checksums.json").write_text("{}")
     save_some(damaged, 30, keep=1)
     assert Checkpoints(damaged).all() == [10, 30]
+
+
+def test_an_item_that_is_a_link_out_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
+    save_some(tmp_path / "checkpoints", 5)
+    learner = (tmp_path / "checkpoints" / "5" / "learner").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoints" / "5" / "learner").symlink_to(learner)
+    with pytest.raises(CheckpointError, match="learner must be a folder, got a symbolic link"):
+        Checkpoints(tmp_path / "checkpoints").restore_item("learner")
 
 
 def test_nothing_is_deleted_through_a_link(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ QFLEET_FUZZ=1000 tries that many random damages instead of a few dozen.
 """
 
 import copy
+import functools
 import json
 import os
 import random
@@ -256,6 +257,7 @@ def test_random_damage_works_or_is_one_clear_error(intact: Path, tmp_path: Path)
         (("metadata", "environment", "observation_shape"), [5]),
         (("metadata", "environment", "raw_actions"), {"dtype": "object", "table": [0, 1]}),
         (("env_steps",), 63),
+        (("format",), functools.reduce(lambda inside, _: [inside], range(300), 1)),
         (("run_id",), "0" * 16),
         (("items", "learner", 0, "shape"), [2**40, 2**20]),
         (("items", "learner", 0, "dtype"), "object"),

@@ -181,3 +181,19 @@ def test_a_file_system_that_does_not_answer_is_not_waited_for(
     for thread in threading.enumerate():
         if thread.name == "qfleet-tensorboard":
             thread.join()
+
+
+def test_a_file_that_can_not_be_rewritten_is_an_error_and_nothing_is_left_behind(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with MetricsWriter(run) as writer:
+        writer.write(1, {"loss": 1.0})
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(run.path.iterdir())
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ConfigError, match=f"No space left on device in {run.path}; free space"):
+        MetricsWriter(run).truncate_after(1)
+    assert sorted(run.path.iterdir()) == before

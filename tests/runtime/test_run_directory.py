@@ -1,6 +1,7 @@
 """The folder of a run: it returns what was written, refuses folders that aren't runs, and overwrites nothing."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import pytest
 from qfleet.config import AgentConfig, ConfigError, FusedConfig, TrainConfig
 from qfleet.config.encoding import SCHEMA_VERSION
 from qfleet.runtime.run_directory import RunDirectory, strict_json
+from qfleet.runtime.run_files import UnusableFile, parse_json
 
 CONFIG = TrainConfig(
     env="CartPole-v1",
@@ -214,3 +216,49 @@ def test_a_run_that_came_to_nothing_leaves_nothing_of_its_own(tmp_path: Path) ->
         run.discard()
         assert run.path.exists() == stays
         assert run.config_path.exists() == (name == "used")
+
+
+def test_nothing_is_left_of_a_run_whose_config_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "mine").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        for name in ("new", "mine"):
+            with pytest.raises(ConfigError, match=f"{name} .No space left"):
+                RunDirectory.create(tmp_path / name, CONFIG)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"], "the next try would find the folder taken"
+
+
+def test_a_folder_of_other_files_is_not_taken_for_a_run_to_resume(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="give another --run-dir$"):
+        RunDirectory.create(tmp_path, CONFIG)
+
+
+def test_a_command_in_an_error_can_be_pasted(tmp_path: Path) -> None:
+    path = tmp_path / "my runs"
+    RunDirectory.create(path, CONFIG)
+    with pytest.raises(ConfigError, match=f"`qfleet resume '{path}'`"):
+        RunDirectory.create(path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[1e999]", "1e999 is too large a number"), ("[" * 101 + "]" * 101, "it is nested too deeply")],
+)
+def test_json_that_could_not_be_handled_or_written_again_is_refused(text: str, reason: str) -> None:
+    with pytest.raises(UnusableFile, match=reason):
+        parse_json(text.encode())
+    assert parse_json(b"[" * 100 + b"]" * 100)
+
+
+def test_a_folder_whose_name_checkpoints_cannot_have_is_refused_before_anything_is_learned(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"r\xff")
+    for use in (lambda: RunDirectory.create(path, CONFIG), lambda: RunDirectory.open(path)):
+        with pytest.raises(ConfigError, match=r"must be UTF-8, got '.*r\\udcff'; .*PYTHONUTF8=1"):
+            use()
+    assert not path.exists()

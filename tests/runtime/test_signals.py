@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from qfleet.runtime import signals
-from qfleet.runtime.signals import StopFlag, StopRequested
+from qfleet.runtime.signals import StopFlag, StopRequested, interrupts_held_back
 
 STOPS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -165,3 +165,24 @@ def test_a_context_shares_the_requests_of_the_one_around_it() -> None:
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "the outer one still listens"
         with StopFlag() as later:
             assert later.requested, "a request that came between two contexts isn't lost"
+
+
+def test_a_context_that_outlasts_the_first_one_still_hears_signals() -> None:
+    """Two runs that are iterated over in turn have such contexts."""
+    before = {each: signal.getsignal(each) for each in STOPS}
+    first, second = StopFlag(), StopFlag()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    signal.raise_signal(signal.SIGTERM)
+    assert second.requested
+    second.__exit__(None, None, None)
+    assert {each: signal.getsignal(each) for each in before} == before
+
+
+def test_an_interrupt_that_is_held_back_comes_afterwards() -> None:
+    before, done = signal.getsignal(signal.SIGINT), False
+    with pytest.raises(KeyboardInterrupt), interrupts_held_back():
+        signal.raise_signal(signal.SIGINT)
+        done = True
+    assert done and signal.getsignal(signal.SIGINT) is before

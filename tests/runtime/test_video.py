@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,4 +101,29 @@ def test_nothing_is_left_of_a_film_that_fails(tmp_path: Path) -> None:
     changing = iter([moment(0, 9), moment(1, 9), moment(2, 9, (11, 10))])
     with pytest.raises(ConfigError, match=r"of one size, got \[10, 10, 3\], then \[11, 10, 3\]"):
         film(changing, tmp_path / "film", 30)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_of_a_film_that_the_disk_has_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyAV writes the end of a file when it closes it, so that fails too."""
+    import av
+
+    class Full:
+        def __init__(self, path: Path) -> None:
+            path.touch()
+
+        def add_stream(self, *arguments: Any, **more: Any) -> Any:
+            return SimpleNamespace(encode=lambda frame: None)
+
+        def mux(self, packets: Any) -> None:
+            raise OSError("No space left on device")
+
+        def close(self) -> None:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(av, "open", lambda path, *arguments, **more: Full(path))
+    with pytest.raises(OSError, match="No space left"):
+        film(iter([moment(0, 9)]), tmp_path / "film", 30)
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ import pytest
 
 import qfleet
 from qfleet.config import ConfigError, RunFailed
+from qfleet.runtime.checkpoint_files import CheckpointError
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fused.topology import Fused
 from qfleet.training.leaving import failure_of_loop
@@ -106,7 +107,9 @@ def signalling(number: signal.Signals, at: int) -> Callable[[int], None]:
     return on_row
 
 
-@pytest.mark.parametrize("error", [ValueError("not this shape"), MemoryError("no more"), KeyboardInterrupt("by hand")])
+@pytest.mark.parametrize(
+    "error", [ValueError("not this shape"), MemoryError("no more"), SystemExit("goodbye"), KeyboardInterrupt("by hand")]
+)
 def test_whatever_leaves_the_loop_is_noted_and_what_was_learned_is_saved(tmp_path: Path, error: BaseException) -> None:
     """The first evaluation raises, after 128 environment steps."""
     env = register(evaluate=raising(error, at=3))
@@ -305,13 +308,16 @@ def test_a_signal_may_ask_for_a_checkpoint_alone(tmp_path: Path) -> None:
     assert checkpoints(tmp_path / "run") == [64, 256]
 
 
-def test_a_disk_that_is_full_for_a_while_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [OSError, CheckpointError])
+def test_a_disk_that_is_full_for_a_while_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
     save, attempts = Checkpoints.save, []
 
     def failing_at_first(self: Checkpoints, *arguments: Any) -> None:
         attempts.append(arguments[0])
         if len(attempts) == 1:
-            raise OSError("a checkpoint must be writable, got no space left")
+            raise kind("a checkpoint must be writable, got no space left")
         save(self, *arguments)
 
     monkeypatch.setattr(Checkpoints, "save", failing_at_first)

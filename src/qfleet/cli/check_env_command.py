@@ -34,9 +34,12 @@ def run(arguments: Sequence[str]) -> int:
     check_count("num_env_workers", flags.num_env_workers, minimum=0, maximum=MAX_PROCESSES)
     check_count("seed", flags.seed, minimum=0, maximum=MAX_SEED)
     options = to_plain(Mapping[str, Any], flags.env_options, "env_options")
-    from qfleet.envs import conformance
-    from qfleet.envs.registry import backend_of, make_env
-    from qfleet.runtime.devices import clear_platform_errors
+    from qfleet.runtime.signals import interrupts_held_back
+
+    with interrupts_held_back():
+        from qfleet.envs import conformance
+        from qfleet.envs.registry import backend_of, make_env
+        from qfleet.runtime.devices import clear_platform_errors
 
     with clear_platform_errors():
         checks = conformance.check(

@@ -32,7 +32,10 @@ def run(arguments: Sequence[str]) -> int:
     as_json = len(rest) < len(arguments)
     with only_the_answer_on_stdout(as_json):  # the environment's module may print when it is imported
         config = parse(rest, prog="qfleet devices").config if rest else None
-    from qfleet.runtime.devices import clear_platform_errors
+    from qfleet.runtime.signals import interrupts_held_back
+
+    with interrupts_held_back():
+        from qfleet.runtime.devices import clear_platform_errors
 
     with clear_platform_errors():
         return _show(config, as_json=as_json)

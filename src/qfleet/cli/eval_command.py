@@ -48,8 +48,11 @@ def run(arguments: Sequence[str]) -> int:
     if flags.checkpoint is not None:
         check_count("checkpoint", flags.checkpoint, minimum=0)
     run_dir = find_run(flags.run)
-    from qfleet.api import load
-    from qfleet.runtime.activity import announce
+    from qfleet.runtime.signals import interrupts_held_back
+
+    with interrupts_held_back():
+        from qfleet.api import load
+        from qfleet.runtime.activity import announce
 
     with only_the_answer_on_stdout(flags.json), status_line():
         announce("loading")

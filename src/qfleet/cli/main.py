@@ -122,6 +122,10 @@ def _dispatch(arguments: list[str], is_process: bool) -> int:
         raise ConfigError(
             f"the command must be one of {', '.join(_COMMANDS)}, got {command!r}.{suggest(command, _COMMANDS)}"
         )
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder must exist, got one that was deleted; change to another") from error
     with _signals(command, is_process):
         return _run(command, rest)
 

@@ -21,15 +21,18 @@ def find_run(text: str) -> str:
     Raises:
       ConfigError: if it stands for several runs, or there is no run yet.
     """
-    if not text or Path(text).exists():
-        return text
+    try:
+        if not text or Path(text).exists():
+            return text
+    except OSError as error:  # too long a name, or a folder that can't be entered
+        raise ConfigError(f"RUN must be a run's folder, got {text[:200]} ({error.strerror}); give another") from error
     if text == "latest":
         runs = _runs_like(_RUNS / "*")
         if not runs:
             raise ConfigError(
                 f"`latest` means the newest run in runs/, got none in {_RUNS.absolute()}; give the run's folder"
             )
-        found = max(runs, key=lambda run: ((run / "config.json").stat().st_mtime_ns, run.name))
+        found = max(runs, key=lambda run: ((run / "config.json").lstat().st_mtime_ns, run.name))
     else:
         escaped = Path(glob.escape(text) + "*")
         runs = _runs_like(escaped) or _runs_like(_RUNS / escaped)

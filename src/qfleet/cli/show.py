@@ -1,6 +1,7 @@
 """What the terminal shows of a run."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from qfleet.cli.streams import give_stdout_up
 from qfleet.config import TopologyConfig
 from qfleet.envs.names import module_in
 from qfleet.runtime.activity import announced_to
-from qfleet.runtime.progress import ProgressView
+from qfleet.runtime.progress import ProgressView, can_move_cursor
 
 if TYPE_CHECKING:
     from qfleet.training.launched import LaunchedRun
@@ -44,9 +45,10 @@ def follow(start: "Callable[[], Run | LaunchedRun]", *, quiet: bool, reason: str
 def status_line() -> Iterator[None]:
     """Shows what is announced meanwhile in a line of the terminal, which vanishes afterwards.
 
-    The line goes to stderr, because stdout is for the answer. If stderr isn't a terminal, there is no line.
+    The line goes to stderr, because stdout is for the answer. There is none unless stderr is a terminal that can move
+    its cursor.
     """
-    if not sys.stderr.isatty():
+    if not can_move_cursor(sys.stderr):
         yield
         return
     shown = ""
@@ -100,7 +102,9 @@ def outcome(summary: dict[str, Any], path: str) -> str:
         lines.append(f"videos: {summary['num_videos']} in {path}/videos{failed}")
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
     trust = " --trust" if module_in(summary["env"]) else ""
-    lines.append(f"next: qfleet eval {path}{trust} | qfleet resume {path}{further}{trust}")
+    run = shlex.quote(path)
+    evaluate = f"qfleet eval {run}{trust} | " if summary["env_steps"] else ""  # nothing is learned without a step
+    lines.append(f"next: {evaluate}qfleet resume {run}{further}{trust}")
     return "\n".join(lines)
 
 

@@ -40,9 +40,12 @@ def run(arguments: Sequence[str]) -> int:
     if flags.checkpoint is not None:
         check_count("checkpoint", flags.checkpoint, minimum=0)
     run_dir = find_run(flags.run)
-    from qfleet.api import load
-    from qfleet.runtime.run_directory import RunDirectory
-    from qfleet.runtime.video import check_extra
+    from qfleet.runtime.signals import interrupts_held_back
+
+    with interrupts_held_back():
+        from qfleet.api import load
+        from qfleet.runtime.run_directory import RunDirectory
+        from qfleet.runtime.video import check_extra
 
     check_extra()  # before loading the checkpoint, which takes a while
     directory = RunDirectory.open(run_dir)

@@ -28,7 +28,10 @@ def reset_env(env: "gymnasium.Env", seed: int | None) -> tuple[Any, Mapping[str,
     Raises:
       BrokenContract: if `reset` doesn't return such a pair. It may also raise whatever the environment raises.
     """
-    result: Any = env.reset(seed=seed)
+    try:
+        result: Any = env.reset(seed=seed)
+    except SystemExit as error:
+        raise _error_of(error) from error
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         return result
     older = "" if isinstance(result, tuple) else ", as Gym before version 0.26 had it"
@@ -41,7 +44,10 @@ def step_env(env: "gymnasium.Env", action: Any) -> tuple[Any, float, bool, bool]
     Raises:
       BrokenContract: if `step` doesn't return five such values. It may also raise whatever the environment raises.
     """
-    result: Any = env.step(action)
+    try:
+        result: Any = env.step(action)
+    except SystemExit as error:
+        raise _error_of(error) from error
     try:
         if not isinstance(result, tuple) or len(result) != 5:
             older = ", as Gym before version 0.26 had it" if isinstance(result, tuple) and len(result) == 4 else ""
@@ -52,6 +58,14 @@ def step_env(env: "gymnasium.Env", action: Any) -> tuple[Any, float, bool, bool]
         return raw, to_reward(reward), to_flag("terminated", terminated), to_flag("truncated", truncated)
     except BrokenContract as error:
         raise BrokenContract(f"{error}{at(env, 'step')}") from None
+
+
+def _error_of(left: SystemExit) -> Exception:
+    """Returns an ordinary error in place of `sys.exit`, which some games call when they are over.
+
+    The program would end without a word.
+    """
+    return RuntimeError(f"it called sys.exit({left.code!r})").with_traceback(left.__traceback__)
 
 
 def to_reward(value: Any) -> float:

@@ -31,14 +31,25 @@ def import_orbax() -> Any:
     return orbax.checkpoint
 
 
+def make_writer(index: Callable[[], dict[str, Any]]) -> Any:
+    """Returns an `AsyncCheckpointer` of Orbax that writes an index and checksums, too.
+
+    A single process makes the folders of a checkpoint before `save` returns. Otherwise Orbax makes them in the
+    background and tells by signals when they are there, and it mixes up the signals of runs in several threads.
+    """
+    ocp = import_orbax()
+    options = ocp.options.AsyncOptions(create_directories_asynchronously=jax.process_count() > 1)
+    return ocp.AsyncCheckpointer(handler_classes()[0](index, options), async_options=options)
+
+
 @functools.cache
 def handler_classes() -> tuple[Any, Any]:
     """Returns Orbax's handler of several items, extended to write index and checksums, and its arguments' class."""
     import orbax.checkpoint as ocp
 
     class Handler(ocp.CompositeCheckpointHandler):
-        def __init__(self, index: Callable[[], dict[str, Any]]) -> None:
-            super().__init__()
+        def __init__(self, index: Callable[[], dict[str, Any]], options: Any) -> None:
+            super().__init__(composite_options=ocp.CompositeOptions(async_options=options))
             self._index = index
 
         def finalize(self, directory: Any) -> None:

@@ -2,7 +2,7 @@
 
 Everything in a run's folder may be damaged, or may not be qfleet's. A folder counts as a checkpoint if its name is a
 number and it holds an index or checksums. It is deleted only if it is proven to be this run's: its checksums hold for
-its index, and the index names the run.
+its index, the index names the run, and there is nothing else in it.
 """
 
 import json
@@ -29,6 +29,9 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 _UNFINISHED = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp|deleted-tmp)")
 """Folders that a process left when it was killed: it was writing one, or deleting one."""
+
+_ORBAX_OR_HIDDEN = re.compile(r"[_.]|commit_success\.txt$")
+"""Files that Orbax, or a file manager, adds to the folder of a checkpoint."""
 
 _SPARE_BYTES = 64 * 2**20
 """Size that the files of an item may have beyond a multiple of its arrays' size."""
@@ -168,6 +171,8 @@ def _verify_item(path: Path, item: str, sums: Mapping[str, tuple[int, int]], arr
     listed = {name: written for name, written in sums.items() if name.split("/")[0] == item}
     if sum(size for size, _ in listed.values()) > 4 * array_bytes + _SPARE_BYTES:
         raise _Damaged(f"{item} has files that are far larger than its arrays")
+    if (path / item).is_symlink():
+        raise _Damaged(f"{item} must be a folder, got a symbolic link")
     for name, written in listed.items():
         _verify(path, name, written)
     for folder, folders, files in os.walk(path / item):
@@ -288,14 +293,17 @@ def _claims(path: Path) -> bool:
 
 
 def _is_of_run(path: Path, run_id: str | None) -> bool:
-    """Returns whether a folder is proven to be a checkpoint of this run: its intact index says so."""
+    """Returns whether a folder is proven to be a checkpoint of this run, and nothing else: its intact index says so."""
     try:
         if not _is_folder(path):
             return False
         _verify(path, INDEX, _read_checksums(path)[INDEX])
         index = read_json(path / INDEX)
         steps = int(path.name.removesuffix(".set-aside"))
-        return not check_index(index, steps) and index["format"] == FORMAT and index.get("run_id", "") == run_id
+        if check_index(index, steps) or index["format"] != FORMAT or index.get("run_id", "") != run_id:
+            return False
+        own = {INDEX, CHECKSUMS, *index["items"]}
+        return all(name in own or _ORBAX_OR_HIDDEN.match(name) for name in os.listdir(path))
     except (_Damaged, OSError, ValueError):
         return False
 

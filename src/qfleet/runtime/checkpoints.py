@@ -12,6 +12,7 @@ qfleet's classes and never unpickles. The folder gets its final name once everyt
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ import jax
 
 from qfleet.config import ConfigError
 from qfleet.runtime import checkpoint_files as files
-from qfleet.runtime.checkpoint_arrays import handler_classes, import_orbax, read_arrays, reading
+from qfleet.runtime.checkpoint_arrays import handler_classes, import_orbax, make_writer, read_arrays, reading
 from qfleet.runtime.checkpoint_index import FORMAT, declared_bytes
 from qfleet.runtime.checkpoint_trees import (
     PyTree,
@@ -35,6 +36,9 @@ from qfleet.runtime.checkpoint_trees import (
 )
 from qfleet.runtime.process import available_memory_bytes
 from qfleet.runtime.run_files import sync_folder
+
+_BEGINNING = threading.Lock()
+"""Held while a save begins. Orbax counts saves in one variable for all threads, and reads it later in the same save."""
 
 
 class CheckpointWriteError(OSError):
@@ -121,10 +125,11 @@ class Checkpoints:
             if self._writer is None:
                 if self._is_keeper:
                     files.make_directory(self._directory)
-                self._writer = import_orbax().AsyncCheckpointer(handler_classes()[0](lambda: self._index))
+                self._writer = make_writer(lambda: self._index)
             arguments = {item: import_orbax().args.PyTreeSave(tree) for item, tree in trees.items() if tree}
             self._is_unsynced = True
-            self._writer.save(path, args=handler_classes()[1](**arguments))
+            with _BEGINNING:
+                self._writer.save(path, args=handler_classes()[1](**arguments))
         except Exception as error:
             self._put_back_replaced(path)
             raise self._write_error(error) from error

@@ -48,7 +48,7 @@ class MetricsWriter:
         Also drops the last line if it was cut off in the middle. Call this before the first `write`.
 
         Raises:
-          ConfigError: if any other line isn't a record.
+          ConfigError: if any other line isn't a record, or the file can't be rewritten.
         """
         path = self._path
         try:
@@ -60,9 +60,17 @@ class MetricsWriter:
             raise ConfigError(f"metrics.jsonl must be a readable file, got {path} ({error}); move it away") from error
         if first:
             temporary = temporary_of(path)
-            with temporary.open("xb") as file:
-                file.writelines(self._records_until(env_steps, itertools.chain([first], lines)))
-            os.replace(temporary, path)
+            try:
+                with temporary.open("xb") as file:
+                    file.writelines(self._records_until(env_steps, itertools.chain([first], lines)))
+                os.replace(temporary, path)
+            except OSError as error:
+                raise ConfigError(
+                    f"metrics.jsonl must be rewritten without its records after environment step {env_steps}, got "
+                    f"{error.strerror} in {path.parent}; free space or fix permissions there"
+                ) from error
+            finally:
+                temporary.unlink(missing_ok=True)
         self._events.purge_from(env_steps + 1)
 
     def _records_until(self, env_steps: int, lines: Iterable[bytes]) -> Iterator[bytes]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from qfleet.config import ConfigError
+from qfleet.runtime.workarounds.gloo_address import listen_on
 from qfleet.runtime.workarounds.gloo_send_buffers import widen_send_buffers
 
 
@@ -115,7 +116,7 @@ def _die_with_parent() -> None:
 def join(coordinator: str, num_processes: int, index: int, num_devices: int, timeout_seconds: float) -> None:
     """Joins the processes of a run. Call this before JAX is used for anything else.
 
-    If the coordinator's address is one that only this machine can reach, the first process listens on nothing else.
+    If the coordinator's address is one that only this machine can reach, all processes listen on nothing else.
 
     Args:
       coordinator: HOST:PORT of the first process.
@@ -126,6 +127,8 @@ def join(coordinator: str, num_processes: int, index: int, num_devices: int, tim
     """
     import jax
 
+    if is_local := _is_loopback(coordinator):
+        listen_on(coordinator.rpartition(":")[0].strip("[]"))
     jax.config.update("jax_num_cpu_devices", num_devices)
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, which asks for a checkpoint
     jax.distributed.initialize(
@@ -135,7 +138,7 @@ def join(coordinator: str, num_processes: int, index: int, num_devices: int, tim
         initialization_timeout=max(60, round(2 * timeout_seconds)),
         heartbeat_timeout_seconds=max(5, round(timeout_seconds)),
         shutdown_timeout_seconds=max(5, round(timeout_seconds)),
-        coordinator_bind_address=coordinator if _is_loopback(coordinator) else None,  # by default on all interfaces
+        coordinator_bind_address=coordinator if is_local else None,  # by default on all interfaces
     )
 
 

@@ -33,6 +33,11 @@ _FIRST_TO_GO = (
 """Columns that a narrow terminal does without, the least important one first. All others are kept for longer."""
 
 
+def can_move_cursor(stream: TextIO) -> bool:
+    """Returns whether a stream is a terminal in which what it shows can be replaced."""
+    return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
 class ProgressView:
     """Context manager that shows a run's progress: live in a terminal, as plain lines elsewhere, or not at all.
 
@@ -61,7 +66,7 @@ class ProgressView:
         self.is_unwritable = False
         """Whether the stream has refused what was written to it."""
         self._stream = stream if stream is not None else sys.stdout
-        self._is_live = self._stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") and not quiet
+        self._is_live = can_move_cursor(self._stream) and not quiet
         self._period_seconds = _REFRESH_SECONDS if self._is_live else plain_period_seconds
         self._live: Any = None  # rich.live.Live, once there is something to show
         self._history: deque[tuple[float, float, float]] = deque()  # time, env steps, learner steps

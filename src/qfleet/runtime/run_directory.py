@@ -11,6 +11,7 @@ runs/<name>/
   .lock            held by the process that trains the run
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -18,6 +19,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,7 +58,7 @@ class RunDirectory:
           config: content of config.json.
 
         Raises:
-          ConfigError: if the folder already holds something or can't be made.
+          ConfigError: if the folder already holds something, can't be made, or has a name that isn't UTF-8.
         """
         run_id = secrets.token_hex(8)
         content = {
@@ -69,7 +71,8 @@ class RunDirectory:
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         except ValueError as error:
             raise ConfigError(f"every number in a run's configuration must be finite, got {config}") from error
-        folder = Path("runs") if path is None else Path(path)
+        folder, is_new = Path("runs") if path is None else Path(path), False
+        _check_name(folder)
         try:
             if path is None:
                 folder, is_new = _make_default_folder(config), True
@@ -78,14 +81,19 @@ class RunDirectory:
                 folder.mkdir(parents=True, exist_ok=True)
             is_claimed = not any(folder.iterdir()) and _write_if_absent(folder / "config.json", text)
         except OSError as error:
+            if is_new:  # the disk is full, for example; the next try must not find the folder taken
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             raise ConfigError(
                 f"a run directory must be a folder that can be made, got {folder} ({error.strerror}); "
                 f"give another --run-dir"
             ) from error
         if not is_claimed:
+            is_run = os.path.lexists(folder / "config.json")
+            resume = f", or continue that run with `qfleet resume {shlex.quote(str(folder))}`" if is_run else ""
             raise ConfigError(
                 f"a new run needs an absent or empty folder, got {folder}, which holds files already; "
-                f"give another --run-dir, or continue that run with `qfleet resume {folder}`"
+                f"give another --run-dir{resume}"
             )
         return cls(folder, config, _version(), run_id, is_new=is_new)
 
@@ -105,6 +113,7 @@ class RunDirectory:
           ConfigError: if the folder isn't a run, or its config.json is broken, foreign or from another version.
         """
         path = Path(path)
+        _check_name(path)
         file = path / "config.json"
         try:
             content = read_json(file, _MAX_CONFIG_BYTES)
@@ -227,13 +236,22 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _check_name(folder: Path) -> None:
+    """Checks that checkpoints can be written to a folder. TensorStore, which writes them, takes no name but UTF-8."""
+    name = str(folder.absolute())
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"the path of a run's folder must be UTF-8, got {name!a}; give another folder, or set PYTHONUTF8=1 if "
+            f"Python takes the names of files for another encoding"
+        ) from error
+
+
 def _write_atomically(path: Path, text: str) -> None:
     temporary = temporary_of(path)
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary, text)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -245,23 +263,28 @@ def _write_if_absent(path: Path, text: str) -> bool:
     A reader finds either no file or all of it.
     """
     temporary = temporary_of(path)
-    with temporary.open("w", encoding="utf-8") as file:
+    try:
+        _write(temporary, text)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: exclusive all the same, but a reader may find half of it
+            try:
+                _write(path, text)
+            except FileExistsError:
+                return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a new file, which is on disk when this returns."""
+    with path.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: exclusive all the same, but a reader may find half of the file
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            return False
-    finally:
-        temporary.unlink()
-    return True
 
 
 def _make_default_folder(config: TrainConfig) -> Path:

@@ -7,10 +7,11 @@ to any file of the user.
 
 import errno
 import json
+import math
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,9 @@ MAX_BYTES = 16 * 2**20
 
 MAX_LINE_BYTES = 2**20
 """Largest length of a line in a file of many lines."""
+
+MAX_DEPTH = 100
+"""Largest number of lists and objects within each other, so that whatever handles the value can recurse."""
 
 
 class UnusableFile(ValueError):
@@ -68,11 +72,17 @@ def parse_json(content: bytes) -> Any:
       UnusableFile: if it is something else, such as NaN, or is nested too deeply.
     """
     try:
-        return json.loads(content.decode(), parse_constant=_refuse)
+        value = json.loads(content.decode(), parse_constant=_refuse, parse_float=_finite)
     except RecursionError as error:
         raise UnusableFile("it is nested too deeply") from error
     except ValueError as error:
         raise UnusableFile(shortened(str(error))) from error
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [item for each in level for item in _items(each)]
+    if level:
+        raise UnusableFile("it is nested too deeply")
+    return value
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
@@ -127,6 +137,17 @@ def shortened(text: str, length: int = 500) -> str:
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no number in JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:50]} is too large a number")
+    return number
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _kind(path: Path) -> str:

@@ -30,11 +30,36 @@ def has_interrupted() -> bool:
     return _has_interrupted
 
 
+@contextlib.contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Raises the KeyboardInterrupt of a Ctrl-C that comes meanwhile afterwards.
+
+    Use this around the import of JAX: an exception in the middle of that makes its C++ code abort the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal is_asked
+        is_asked = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if is_asked:
+        raise KeyboardInterrupt
+
+
 class StopFlag:
     """Context manager that turns signals into requests, so that a run can end cleanly.
 
-    A context within another one shares its requests, so a command can keep one open from its start to its end. A signal
-    that is ignored, as SIGHUP is under `nohup`, stays ignored.
+    A context within another one shares its requests, so a command can keep one open from its start to its end. So does
+    one that outlasts the first, as those of two runs do that are iterated over in turn. A signal that is ignored, as
+    SIGHUP is under `nohup`, stays ignored.
 
     Python lets only the main thread handle signals. In any other thread this does nothing and no request arrives.
     """
@@ -49,7 +74,7 @@ class StopFlag:
             because a notebook must survive it, and the old handlers come back. The outermost context decides.
         """
         self._requests = _Requests(ends_process)
-        self._is_outermost = False
+        self._is_counted = False
 
     @property
     def requested(self) -> bool:
@@ -78,20 +103,25 @@ class StopFlag:
 
     def __enter__(self) -> Self:
         global _active
+        self._is_counted = threading.current_thread() is threading.main_thread()
         if _active is not None:
             self._requests = _active
-        elif threading.current_thread() is threading.main_thread():
-            _active, self._is_outermost = self._requests, True
+        elif self._is_counted:
+            _active = self._requests
             self._requests.install()
+        self._requests.num_contexts += self._is_counted
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         global _active
-        if self._is_outermost and threading.current_thread() is threading.main_thread():
-            self._requests.end()
-            _active, self._is_outermost = None, False
+        if self._is_counted and threading.current_thread() is threading.main_thread():
+            self._is_counted = False
+            self._requests.num_contexts -= 1
+            if not self._requests.num_contexts:
+                self._requests.end()
+                _active = None
 
 
 class _Requests:
@@ -102,6 +132,8 @@ class _Requests:
         self.stopped_at: float | None = None
         """Time of the first request to stop, on the monotonic clock."""
         self.must_save = False
+        self.num_contexts = 0
+        """Number of contexts of the main thread that share these requests. The last one puts the handlers back."""
         self.num_interruptible = 0
         """Number of places around the current one that a request to stop may interrupt."""
         self._previous: dict[signal.Signals, Any] = {}

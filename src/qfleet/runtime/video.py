@@ -106,8 +106,10 @@ class _Mp4:
 
     def close(self) -> None:
         """Deletes the temporary file if the video wasn't finished."""
-        self._container.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._container.close()
+        finally:  # closing writes, which fails on a full disk
+            self._temporary.unlink(missing_ok=True)
 
 
 class _Gif:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
-from qfleet.training.leaving import failure_of_loop
+from qfleet.training.leaving import closed_at_exit, failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation
 from qfleet.training.resuming import check_goes_on, check_reads_the_same
@@ -73,6 +73,9 @@ class LaunchedRun:
 
     def __iter__(self) -> Iterator[Progress]:
         """Yields the progress of the first process, which stands for all; nothing if it runs on another host."""
+        return closed_at_exit(self._follow())
+
+    def _follow(self) -> Generator[Progress, None, None]:
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
         before = self.directory.read_summary()
         announce("starting processes")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,5 +171,5 @@ def message_of(error: BaseException, env_steps: int, checkpoint: int | None, pat
     saved = "there is no checkpoint" if checkpoint is None else f"the newest checkpoint is {checkpoint}"
     return (
         f"the run failed by environment step {env_steps}: {describe(error)}; {saved}. Once the cause is mended, "
-        f"`qfleet resume {path}` goes on"
+        f"`qfleet resume {shlex.quote(str(path))}` goes on"
     )

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -32,7 +32,7 @@ from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
 from qfleet.training.evaluation_rounds import EvaluationRounds
-from qfleet.training.leaving import failure_of_loop
+from qfleet.training.leaving import closed_at_exit, failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation, Closing, DivergenceCheck, Speed, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
@@ -182,9 +182,9 @@ class Run:
             )
         self._is_new = False
         check_not_forked()
-        return iter(()) if self.summary else self._train()  # stopped already, while it started
+        return iter(()) if self.summary else closed_at_exit(self._train())  # stopped already, while it started
 
-    def _train(self) -> Iterator[Progress]:
+    def _train(self) -> Generator[Progress, None, None]:
         stopped: str | None = None
         failure = ""
         with StopFlag() as stop, self._closing:
@@ -210,7 +210,7 @@ class Run:
             except BaseException as error:
                 message = self._fail(error, stop)
                 is_joined = self.config.topology.runs_in == "joined processes"  # the launcher starts them again
-                if isinstance(error, RunFailed) or not isinstance(error, Exception) or is_joined:
+                if isinstance(error, RunFailed) or not isinstance(error, (Exception, SystemExit)) or is_joined:
                     raise
                 raise RunFailed(message) from error
 
@@ -309,7 +309,7 @@ class Run:
         """Saves on the way. A disk that is full now may have room at the next time."""
         try:
             self._save()
-        except OSError as error:
+        except (OSError, ConfigError) as error:  # a folder that can't be read, or another run's checkpoint
             if jax.process_count() > 1:  # several processes can only save together
                 raise
             self._warn("saving", f"{error}. The run goes on, and the next checkpoint tries again")

@@ -196,3 +196,9 @@ def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
     assert env_steps[-1] == 1050
     assert stubs.launcher.num_restarts == 0
     stubs.assert_none_lives()
+
+
+def test_something_else_in_place_of_the_folder_for_output_is_told(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()
+    with pytest.raises(ConfigError, match=f"needs a folder, got {tmp_path / 'logs'} .File exists"):
+        Stubs(tmp_path, "").run()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qfleet.config import AllReduceConfig, RunFailed
+from qfleet.config import AllReduceConfig, ConfigError, RunFailed
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.listener import Listener
 from qfleet.topologies.all_reduce.local_processes import LocalProcessGroup, check_gpus
@@ -64,7 +64,13 @@ class Launcher:
         Raises:
           ConfigError, RunFailed: as a process raised it, or if more processes were lost than `max_restarts` allows.
         """
-        self._log_folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._log_folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"the output of the processes needs a folder, got {self._log_folder} ({error.strerror}); fix the "
+                f"permissions, or move away what is there"
+            ) from error
         with self._open_groups() as make_group, StopFlag() as stop:
             while True:
                 group = make_group()
