@@ -86,6 +86,12 @@ def _run_safely(arguments: list[str], *, is_process: bool) -> int:
             traceback.print_exc()
         print(f"qfleet: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except ValueError as error:
+        # JAX raises it when it is imported, if one of its variables holds something that it can't read.
+        if debug or "jax_" not in str(error).lower():
+            raise
+        print(f"qfleet: error: JAX must understand its variables, got: {error}; unset it", file=sys.stderr)
+        return 2
     except RuntimeError as error:
         from qfleet.runtime.devices import lack_of_memory  # only here, because it imports JAX
 
