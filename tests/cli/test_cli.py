@@ -235,9 +235,9 @@ def test_a_missing_extra_names_the_command_that_adds_it(
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--episodes", "0", "num_episodes must be at least 1, got 0"),
-        ("--seed", "-1", "seed must be at least 0, got -1"),
-        ("--frames-per-second", "0", "frames_per_second must be at least 1, got 0"),
+        ("--episodes", "0", "episodes must be a whole number, at least 1, got 0"),
+        ("--seed", "-1", "seed must be a whole number, at least 0, got -1"),
+        ("--frames-per-second", "0", "frames_per_second must be a whole number, at least 1, got 0"),
         ("--checkpoint", "7", "256"),
         ("--out", "config.json/videos", "videos need a folder that can be made"),
         ("--train-seed", "9", "seed must be one that the run trained"),

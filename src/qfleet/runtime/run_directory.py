@@ -27,6 +27,7 @@ import filelock
 
 from qfleet.config import ConfigError, TrainConfig
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
+from qfleet.config.values import to_plain
 from qfleet.runtime.run_files import read_json, shortened, temporary_of
 
 
@@ -104,7 +105,7 @@ class RunDirectory:
         Raises:
           ConfigError: if the folder isn't a run, or its config.json is broken, foreign or from another version.
         """
-        path = Path(path)
+        path = Path(to_plain(str, path, "run_dir"))
         file = path / "config.json"
         try:
             content = read_json(file, _MAX_CONFIG_BYTES)
