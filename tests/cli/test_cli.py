@@ -439,3 +439,11 @@ def test_a_run_that_does_not_fit_is_reported_by_devices_and_refused_by_train(
 def test_devices_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices", "--help"]) == 0
     assert "qfleet devices [ENV]" in capsys.readouterr().out
+
+
+def test_a_current_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f"cd gone && rmdir ../gone && exec {sys.executable} -m qfleet envs"
+    found = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "qfleet: error: the current folder must exist, and it was deleted; change to another one\n"

@@ -74,6 +74,7 @@ def _run_safely(arguments: list[str], *, is_process: bool) -> int:
     if debug:
         arguments.remove("--debug")
     try:
+        _check_current_folder()
         code = _dispatch(arguments, is_process)
         sys.stdout.flush()  # here, where a failure has an exit code
         return code
@@ -105,6 +106,13 @@ def _run_safely(arguments: list[str], *, is_process: bool) -> int:
             traceback.print_exc()
         print("qfleet: interrupted", file=sys.stderr)
         return 130
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder must exist, and it was deleted; change to another one") from error
 
 
 def _give_up_a_full_stdout() -> None:
