@@ -16,7 +16,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
-EVAL_PERIOD_ENV_STEPS = 10_000
+MAX_EVAL_PERIOD_ENV_STEPS = 10_000  # slow environments are evaluated ten times in a run
 TRIAL_ENV_STEPS = 3_000
 TIME_LIMIT = 1_000  # for environments without one, which a greedy policy may never leave
 
@@ -42,12 +42,13 @@ class Stop(BaseCallback):
     def __init__(self) -> None:
         super().__init__()
         self.returns: list[float] = []
+        self.period = min(MAX_EVAL_PERIOD_ENV_STEPS, max(1, env_steps // 10))
         self.solved, self.started = False, time.perf_counter()
 
     def _on_step(self) -> bool:
         if time.perf_counter() - self.started > 60 * minutes:
             return False
-        if self.num_timesteps % EVAL_PERIOD_ENV_STEPS:
+        if self.num_timesteps % self.period:
             return True
         for episodes in (20, 100):
             mean, _ = evaluate_policy(self.model, test, n_eval_episodes=episodes, warn=False)
@@ -60,13 +61,11 @@ class Stop(BaseCallback):
 
 test = make()
 test.reset(seed=1000 + seed)
-stop = Stop()
 trial = DQN("MlpPolicy", make(), seed=seed)
 trial_started = time.perf_counter()
 trial.learn(TRIAL_ENV_STEPS, log_interval=None)
 env_steps = round(60 * minutes * TRIAL_ENV_STEPS / (time.perf_counter() - trial_started))
-model = DQN("MlpPolicy", make(), seed=seed)
-stop.started = time.perf_counter()
+model, stop = DQN("MlpPolicy", make(), seed=seed), Stop()
 model.learn(env_steps, callback=stop, log_interval=None)
 print(
     json.dumps(

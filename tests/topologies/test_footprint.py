@@ -53,7 +53,7 @@ def make_overlapped(kind, mesh):
 
 
 def kept_by_fused(fused):
-    state = fused._on_mesh().init(fused._seeds)
+    state = fused._on_devices.jitted().init(fused._on_devices.seeds)
     return parts_of(state.learner, state.actor, state.replay)
 
 
@@ -105,7 +105,7 @@ def test_a_footprint_is_the_bytes_of_the_real_arrays(make, kept_by, kind, mesh):
 def test_the_footprint_of_many_seeds_is_the_bytes_of_the_real_arrays():
     fused = make_fused("prioritised", MeshConfig(), num_seeds=12)  # 2 on each of 6 devices
     footprint = fused.footprint()
-    state = fused._over_seeds().init(fused._seeds)
+    state = fused._on_devices.jitted().init(fused._on_devices.seeds)
     found = {part.name: part for part in footprint.parts if part.name not in ("batch", "evaluation")}
     for name, leaves in parts_of(state.learner, state.actor, state.replay).items():
         assert found[name].total_bytes == sum(leaf.nbytes for leaf in leaves) == 6 * found[name].bytes_per_device

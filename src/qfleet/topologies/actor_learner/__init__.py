@@ -1,8 +1,8 @@
 """The actor-learner topology (Ape-X), on Ray: many actors fill a replay, from which one learner learns.
 
     who acts                 Actor.collect                                     fleet/actor.py
-    who stores               ReplayShard.insert                                fleet/replay_shard.py
-    who draws                ReplayShard.sample, shared out by deal            fleet/replay_shard.py, replay_shares.py
+    who stores               ReplayShard.insert, asked by ShardedReplay.store  fleet/replay_shard.py, sharded_replay.py
+    who draws                ReplayShard.sample, asked by ShardedReplay.draw   the same
     who computes gradients   GlobalLearner.learn                               learner.py
     who applies them         GlobalLearner.learn, in the same compiled step    learner.py
     who fetches parameters   RemoteActor.fetch_and_collect, from               remote.py

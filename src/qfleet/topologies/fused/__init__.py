@@ -12,6 +12,6 @@ Only the sums in `program.ChunkStats` return to the host, at the end of the chun
 overflow on the device, in integers without a limit. One program serves chunks of any length up to
 `topology.MAX_ITERATIONS`, so nothing is compiled twice.
 
-Modules: `program` holds the pure functions; `topology` compiles them, for one seed on a mesh of devices or for many
-seeds spread over the devices, and drives the run.
+Modules: `topology` drives a run; `program` holds the pure functions, and `program_on_devices` spreads them over a mesh,
+or many seeds over the devices.
 """

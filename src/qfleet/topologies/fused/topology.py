@@ -1,6 +1,5 @@
 """Drives one fused run: the host plans a chunk, calls the compiled program once, and reads the chunk's sums."""
 
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -10,25 +9,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qfleet.config import RunFailed, TrainConfig
-from qfleet.core.agent import make_agent
-from qfleet.core.learner import LearnerState, make_learner
-from qfleet.core.replay import SavedReplay, partition_saved
-from qfleet.core.replicas import ALONE
-from qfleet.core.types import Network, Params, stored_spec
+from qfleet.core.learner import LearnerState
+from qfleet.core.replay import SavedReplay
+from qfleet.core.types import Network, Params
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.compiling import compilers
-from qfleet.runtime.devices import num_shards
 from qfleet.runtime.evaluation import Episodes, Pieces, join_episodes, never
 from qfleet.runtime.records import Progress, Sum, make_progress
 from qfleet.topologies.base import Layout, OwnLearner, check_loss
-from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
-from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState, Program, make_program, partition_state
-from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
+from qfleet.topologies.footprint import Footprint
+from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState
+from qfleet.topologies.fused.program_on_devices import ProgramOnDevices
 from qfleet.topologies.restoring import read_state
 from qfleet.topologies.schedule import Plan, learner_steps, make_plan, rows_per_iteration
 
@@ -54,16 +49,10 @@ class Fused(OwnLearner):
         Raises:
           ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
         """
-        agent = make_agent(network, config.agent)
-        self._placement = Placement(config.topology.mesh, network)
-        self._make_program = functools.partial(
-            make_program, config, env, agent, make_learner(agent, config.agent, optimiser)
-        )
-        self._program = self._make_program(self._placement.replicas)
+        self._on_devices = ProgramOnDevices(config, env, network, optimiser)
         self._config = config
         self._env = env
         self._pieces = Pieces()
-        self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
         self.env_steps = self.learner_steps = self._replay_starts_at = 0
         self._seconds_per_iteration = CHUNK_SECONDS  # a guess that makes the first chunk one iteration
         self._kept_learners: dict[int, Any] = {}  # learners that stay as they are, by their seed's index
@@ -71,7 +60,7 @@ class Fused(OwnLearner):
     def start(self) -> float:
         """Compiles the program, starts `num_seeds` learners, and returns the wall time that took, in seconds."""
         started = time.perf_counter()
-        program = self._over_seeds() if self._config.num_seeds > 1 else self._on_mesh()
+        program, self._seeds = self._on_devices.jitted(), self._on_devices.seeds
         self._replay_leaves, self._restore_replay = program.replay_leaves, program.restore_replay
         state = jax.eval_shape(program.init, self._seeds)
         with compilers() as pool:  # XLA compiles one program, the largest first, while Python traces the next
@@ -92,88 +81,9 @@ class Fused(OwnLearner):
             self._begin_episodes, self._play_episodes = compiled_begin.result(), compiled_play.result()
         return time.perf_counter() - started
 
-    def _on_mesh(self) -> Any:
-        """Returns the jitted program of one seed, in which each device of the mesh has its share of the lanes."""
-        self._seeds: Any = np.uint32(self._config.seed)
-        placement, (shapes, state) = self._placement, self._shapes_and_specs
-        learner = state.learner
-        saved = shapes.replay and partition_saved(shapes.replay, DATA_AXIS)
-        program, whole, divided = self._program, REPLICATED, PartitionSpec(DATA_AXIS)
-        return Program(
-            init=placement.jit(program.init, (whole,), state),
-            run=placement.jit(program.run, (state, whole, whole), (state, whole), donate_argnums=(0,)),
-            begin_episodes=placement.jit(program.begin_episodes, (whole,) * 3, divided),
-            play_episodes=placement.jit(
-                program.play_episodes, (learner.params, whole, whole, whole, divided, whole, whole), (divided, whole)
-            ),
-            replay_leaves=placement.jit(program.replay_leaves, (state.replay,), saved and saved.leaves),
-            restore_replay=placement.jit(program.restore_replay, (saved,), state.replay),
-        )
-
-    @functools.cached_property
-    def _first_program(self) -> Program:
-        """The program of the first replica, outside the mesh. A single learner's is its own, so it is traced once."""
-        replicas = self._placement.replicas
-        return self._program if replicas is ALONE else self._make_program(ALONE._replace(size=replicas.size))
-
-    @functools.cached_property
-    def _shapes_and_specs(self) -> tuple[FusedState, Any]:
-        """The shapes of the first replica's state, and how the whole state is spread, as `PartitionSpec`s."""
-        shapes = jax.eval_shape(self._first_program.init, np.uint32(0))
-        learner = self._placement.partition_learner(shapes.learner)
-        return shapes, partition_state(shapes, DATA_AXIS)._replace(learner=learner)
-
     def footprint(self) -> Footprint:
         """Returns what it keeps on which devices, before or after `start`."""
-        mesh, (shapes, specs) = self._placement.mesh, self._shapes_and_specs
-        batch = batch_shapes(
-            self._stored_spec, self._config.agent, self._config.topology.num_envs, mesh.shape[DATA_AXIS]
-        )
-        episodes = jax.eval_shape(self._first_program.begin_episodes, np.uint32(0), np.uint32(0), np.int32(0))
-        axes, devices, batch_specs = mesh.shape, mesh.local_devices, PartitionSpec(DATA_AXIS)
-        if self._config.num_seeds > 1:
-            devices = self._devices_of_seeds
-            axes, share, split = {"seeds": len(devices)}, self._config.num_seeds // len(devices), PartitionSpec("seeds")
-            shapes, batch, episodes = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct((share, *x.shape), x.dtype), (shapes, batch, episodes)
-            )
-            specs, batch_specs = jax.tree.map(lambda x: split, shapes), split
-        return make_footprint(
-            axes,
-            tuple(devices),
-            learner=(shapes.learner, specs.learner),
-            lanes=(shapes.actor, specs.actor),
-            replay=(shapes.replay, specs.replay),
-            batch=(batch, batch_specs),
-            evaluation=(episodes, batch_specs),
-        )
-
-    @property
-    def _devices_of_seeds(self) -> list[jax.Device]:
-        return jax.local_devices()[: num_shards(self._config.num_seeds, jax.local_device_count())]
-
-    def _over_seeds(self) -> Any:
-        """Returns the jitted program of many seeds. Each device trains its share of the seeds as one batch."""
-        num_seeds, first = self._config.num_seeds, self._config.seed
-        devices = self._devices_of_seeds
-        mesh = jax.make_mesh((len(devices),), ("seeds",), axis_types=(AxisType.Auto,), devices=devices)
-        split, whole = PartitionSpec("seeds"), PartitionSpec()
-        self._seeds = jax.device_put(np.uint32(first + np.arange(num_seeds)), NamedSharding(mesh, split))
-
-        def over_seeds(function: Callable, *in_specs: PartitionSpec, donate_argnums: tuple[int, ...] = ()) -> Any:
-            batched = jax.vmap(function, in_axes=tuple(0 if spec == split else None for spec in in_specs))
-            mapped = jax.shard_map(batched, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)
-            return jax.jit(mapped, donate_argnums=donate_argnums)
-
-        program = self._program
-        return Program(
-            init=over_seeds(program.init, split),
-            run=over_seeds(program.run, split, whole, whole, donate_argnums=(0,)),
-            begin_episodes=over_seeds(program.begin_episodes, split, whole, whole),
-            play_episodes=over_seeds(program.play_episodes, split, split, whole, whole, split, whole, whole),
-            replay_leaves=over_seeds(program.replay_leaves, split),
-            restore_replay=over_seeds(program.restore_replay, split),
-        )
+        return self._on_devices.footprint()
 
     @property
     def env_steps_per_iteration(self) -> int:
@@ -293,7 +203,7 @@ class Fused(OwnLearner):
 
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
         """Returns the state that a checkpoint holds; in another layout it has no lanes and no random key."""
-        return read_state(self, checkpoints, checkpoint, metadata, self._config.agent, self._stored_spec.frame_stack)
+        return read_state(self, checkpoints, checkpoint, metadata, self._config.agent, self._env.spec.frame_stack)
 
     def restore(self, state: dict[str, Any], counters: dict[str, int]) -> None:
         """Goes on from a checkpoint; if it has no replay, from an empty one, after a new warm-up."""

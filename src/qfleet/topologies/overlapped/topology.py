@@ -173,9 +173,11 @@ class Overlapped(OwnLearner):
         num_iterations = math.ceil((until_env_steps - self.env_steps) / self.env_steps_per_iteration)
         wanted = peers.firsts(CHUNK_SECONDS / self._seconds_per_iteration)
         num_iterations = max(1, min(num_iterations, math.ceil(wanted)))
+        take_rows = self._rows_with_replay if self._on_mesh.has_replay else self._rollout
         for _ in range(num_iterations):
             plan = make_plan(self._config.agent, self._topology.num_envs, 1, self.env_steps, self._replay_starts_at)
-            self._iterate(plan, stats)
+            self._key, inputs = self._draw(self._key)
+            take_rows(plan, inputs, stats)
             self.env_steps += self.env_steps_per_iteration
             self.learner_steps += planned_learner_steps(self._config.agent, plan, 1)
         loss, td_error = self._learning.sum_losses()
@@ -198,13 +200,6 @@ class Overlapped(OwnLearner):
             num_env_failures=stats.num_failures,
             part_seconds=self._stopwatch.split(seconds) if self._topology.profile else None,
         )
-
-    def _iterate(self, plan: Plan, stats: ChunkStats) -> None:
-        self._key, inputs = self._draw(self._key)
-        if self._on_mesh.has_replay:
-            self._rows_with_replay(plan, inputs, stats)
-        else:
-            self._rollout(plan, inputs, stats)
 
     def _rows_with_replay(self, plan: Plan, inputs: RandomInputs, stats: ChunkStats) -> None:
         """Takes the rows of one iteration; the learner learns from each while the environments take the next."""

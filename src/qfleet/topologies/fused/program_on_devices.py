@@ -1,0 +1,144 @@
+"""The program of `qfleet.topologies.fused` on devices: one learner on a mesh, or many seeds divided among devices."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from qfleet.config import TrainConfig
+from qfleet.core.agent import make_agent
+from qfleet.core.learner import make_learner
+from qfleet.core.replay import partition_saved
+from qfleet.core.replicas import ALONE
+from qfleet.core.types import Network, stored_spec
+from qfleet.envs.spec import InGraphEnv
+from qfleet.runtime.devices import num_shards
+from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
+from qfleet.topologies.fused.program import FusedState, Program, make_program, partition_state
+from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
+
+_OVER_SEEDS = PartitionSpec("seeds")
+
+
+class ProgramOnDevices:
+    """The program of a run, each device having its share of the lanes, or of the seeds if there are many."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        env: InGraphEnv,
+        network: Network,
+        optimiser: optax.GradientTransformation | None,
+    ) -> None:
+        """Checks the sizes; nothing is compiled.
+
+        Raises:
+          ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
+        """
+        agent = make_agent(network, config.agent)
+        self._config = config
+        self._placement = Placement(config.topology.mesh, network)
+        self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
+        self._make_program = functools.partial(
+            make_program, config, env, agent, make_learner(agent, config.agent, optimiser)
+        )
+        self._program = self._make_program(self._placement.replicas)
+
+    @functools.cached_property
+    def seeds(self) -> Any:
+        """The seed, `[]` uint32, or with many of them `[num_seeds]`, divided among the devices."""
+        if self._config.num_seeds == 1:
+            return np.uint32(self._config.seed)
+        seeds = np.uint32(self._config.seed + np.arange(self._config.num_seeds))
+        return jax.device_put(seeds, NamedSharding(self._mesh_of_seeds, _OVER_SEEDS))
+
+    def jitted(self) -> Any:
+        """Returns the program, as a `Program` of functions that are jitted for the devices."""
+        return self._over_seeds() if self._config.num_seeds > 1 else self._on_mesh()
+
+    def _on_mesh(self) -> Any:
+        """Returns the jitted program of one seed, in which each device of the mesh has its share of the lanes."""
+        placement, (shapes, state) = self._placement, self._shapes_and_specs
+        learner = state.learner
+        saved = shapes.replay and partition_saved(shapes.replay, DATA_AXIS)
+        program, whole, divided = self._program, REPLICATED, PartitionSpec(DATA_AXIS)
+        return Program(
+            init=placement.jit(program.init, (whole,), state),
+            run=placement.jit(program.run, (state, whole, whole), (state, whole), donate_argnums=(0,)),
+            begin_episodes=placement.jit(program.begin_episodes, (whole,) * 3, divided),
+            play_episodes=placement.jit(
+                program.play_episodes, (learner.params, whole, whole, whole, divided, whole, whole), (divided, whole)
+            ),
+            replay_leaves=placement.jit(program.replay_leaves, (state.replay,), saved and saved.leaves),
+            restore_replay=placement.jit(program.restore_replay, (saved,), state.replay),
+        )
+
+    def _over_seeds(self) -> Any:
+        """Returns the jitted program of many seeds. Each device trains its share of the seeds as one batch."""
+        mesh, split, whole = self._mesh_of_seeds, _OVER_SEEDS, REPLICATED
+
+        def over_seeds(function: Callable, *in_specs: PartitionSpec, donate_argnums: tuple[int, ...] = ()) -> Any:
+            batched = jax.vmap(function, in_axes=tuple(0 if spec == split else None for spec in in_specs))
+            mapped = jax.shard_map(batched, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)
+            return jax.jit(mapped, donate_argnums=donate_argnums)
+
+        program = self._program
+        return Program(
+            init=over_seeds(program.init, split),
+            run=over_seeds(program.run, split, whole, whole, donate_argnums=(0,)),
+            begin_episodes=over_seeds(program.begin_episodes, split, whole, whole),
+            play_episodes=over_seeds(program.play_episodes, split, split, whole, whole, split, whole, whole),
+            replay_leaves=over_seeds(program.replay_leaves, split),
+            restore_replay=over_seeds(program.restore_replay, split),
+        )
+
+    def footprint(self) -> Footprint:
+        """Returns what it keeps on which devices, before or after `start`."""
+        mesh, (shapes, specs) = self._placement.mesh, self._shapes_and_specs
+        batch = batch_shapes(
+            self._stored_spec, self._config.agent, self._config.topology.num_envs, mesh.shape[DATA_AXIS]
+        )
+        episodes = jax.eval_shape(self._first_program.begin_episodes, np.uint32(0), np.uint32(0), np.int32(0))
+        axes, devices, batch_specs = mesh.shape, mesh.local_devices, PartitionSpec(DATA_AXIS)
+        if self._config.num_seeds > 1:
+            devices = self._devices_of_seeds
+            axes, share, split = {"seeds": len(devices)}, self._config.num_seeds // len(devices), _OVER_SEEDS
+            shapes, batch, episodes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct((share, *x.shape), x.dtype), (shapes, batch, episodes)
+            )
+            specs, batch_specs = jax.tree.map(lambda x: split, shapes), split
+        return make_footprint(
+            axes,
+            tuple(devices),
+            learner=(shapes.learner, specs.learner),
+            lanes=(shapes.actor, specs.actor),
+            replay=(shapes.replay, specs.replay),
+            batch=(batch, batch_specs),
+            evaluation=(episodes, batch_specs),
+        )
+
+    @property
+    def _devices_of_seeds(self) -> list[jax.Device]:
+        return jax.local_devices()[: num_shards(self._config.num_seeds, jax.local_device_count())]
+
+    @functools.cached_property
+    def _mesh_of_seeds(self) -> jax.sharding.Mesh:
+        devices = self._devices_of_seeds
+        return jax.make_mesh((len(devices),), ("seeds",), axis_types=(AxisType.Auto,), devices=devices)
+
+    @functools.cached_property
+    def _first_program(self) -> Program:
+        """The program of the first replica, outside the mesh. A single learner's is its own, so it is traced once."""
+        replicas = self._placement.replicas
+        return self._program if replicas is ALONE else self._make_program(ALONE._replace(size=replicas.size))
+
+    @functools.cached_property
+    def _shapes_and_specs(self) -> tuple[FusedState, Any]:
+        """The shapes of the first replica's state, and how the whole state is spread, as `PartitionSpec`s."""
+        shapes = jax.eval_shape(self._first_program.init, np.uint32(0))
+        learner = self._placement.partition_learner(shapes.learner)
+        return shapes, partition_state(shapes, DATA_AXIS)._replace(learner=learner)
