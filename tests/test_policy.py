@@ -16,7 +16,7 @@ import qfleet
 from qfleet.config import ConfigError
 from qfleet.core.types import Network
 from qfleet.envs import gymnasium as backend
-from qfleet.policy import Policy
+from qfleet.policy import EvaluationOptions, Policy
 
 
 def policy_of(env: Any, choose: Any) -> Policy:
@@ -157,3 +157,51 @@ def test_an_environment_that_changed_is_blamed_for_it_and_not_a_network(tmp_path
     ) as error:
         qfleet.load(tmp_path / "run", env=Wider)
     assert "`network`" not in str(error.value)
+
+
+def test_a_batch_of_no_observations_gets_no_actions() -> None:
+    corner = made_by(Corner)
+    for env, obs in [
+        (probes.time_limit(), np.zeros((0, 1))),
+        (backend.make("FrozenLake-v1"), np.zeros(0, int)),
+        (corner, {"side": np.zeros(0, int), "noise": np.zeros((0, 2))}),
+    ]:
+        policy = policy_of(env, lambda x: x[0])
+        assert policy(obs).shape == (0,) and policy.q_values(obs).shape == (0, env.spec.num_actions)
+
+
+def test_a_list_of_tuples_is_not_taken_for_a_tuple_of_batches() -> None:
+    class Pair(contracts.Plain):
+        observation_space = spaces.Tuple([spaces.Discrete(3), spaces.Discrete(3)])
+
+    policy = policy_of(made_by(Pair), lambda x: x[1])
+    assert policy([1, 2]) == policy((1, 2)) == 1
+    assert policy(([1, 0], [0, 2])).tolist() == [1, 0]
+    with pytest.raises(ConfigError, match="a batch must be a tuple of 2 batches, got a list"):
+        policy([(1, 0), (0, 2)])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_an_array_of_one_number_is_a_batch_where_observations_are_numbers(dtype: Any) -> None:
+    class Scalar(contracts.Plain):
+        observation_space = spaces.Box(-9, 9, ())
+
+    policy = policy_of(made_by(Scalar), lambda x: x[0])
+    assert policy(dtype(1)) == 1 and policy(np.ones(1, dtype)).tolist() == [1]
+
+
+def test_what_a_policy_returns_may_be_written_to() -> None:
+    policy = policy_of(probes.time_limit(), lambda x: x[0])
+    for array in (policy(np.zeros((2, 1))), policy.q_values(np.zeros((2, 1))), policy.q_values([0.0])):
+        array[0] = 1
+
+
+def test_numbers_of_episodes_are_brought_to_plain_ones_or_refused() -> None:
+    policy = policy_of(probes.time_limit(), lambda x: x[0])
+    options = EvaluationOptions(max_episode_steps=2.0, exploration=np.float32(0.5), num_env_workers=np.int64(0))
+    assert policy.play_episodes(np.int64(2), 3.0, options).lengths.tolist() == [2, 2]
+    assert policy.evaluate(2.0).shape == (2,)
+    with pytest.raises(ConfigError, match="num_episodes must be a whole number, got '2'; give 2 without quotation"):
+        policy.evaluate("2")
+    with pytest.raises(ConfigError, match="exploration must be a number, got '0.1'"):
+        EvaluationOptions(exploration="0.1")

@@ -116,3 +116,26 @@ def test_the_topology_suits_the_environment_and_brings_its_settings() -> None:
             make_config("CartPole-v1", **{setting: True})
     with pytest.raises(ConfigError, match="one of fused, .*, parameter-server, got .fussed'. Did you mean fused"):
         make_config("CartPole-v1", topology="fussed")
+
+
+@pytest.mark.parametrize(
+    ("topology", "settings"),
+    [
+        ("gossip", {"num_env_workers": 2}),
+        ("all-reduce", {"max_failures": 3}),
+        ("all-reduce", {"lock_step": True}),
+        ("actor-learner", {"step_timeout_seconds": 5}),
+    ],
+)
+def test_how_environments_are_stepped_is_refused_where_they_are_part_of_the_program(
+    topology: str, settings: dict
+) -> None:
+    preset = "double_dqn" if topology == "actor-learner" else "pqn"
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))} must be left out in CartPole-v1, which is written"):
+        make_config("CartPole-v1", preset, topology, **settings)
+    assert make_config("gym:CartPole-v1", preset, topology, **settings).env == "gym:CartPole-v1"
+
+
+def test_an_empty_topology_is_none_of_them() -> None:
+    with pytest.raises(ConfigError, match="topology must be one of fused, .* got ''"):
+        make_config("CartPole-v1", topology="")

@@ -43,7 +43,8 @@ class Stop(BaseCallback):
         super().__init__()
         self.returns: list[float] = []
         self.period = min(MAX_EVAL_PERIOD_ENV_STEPS, max(1, env_steps // 10))
-        self.solved, self.started = False, time.perf_counter()
+        self.solved: bool = False
+        self.started: float = time.perf_counter()
 
     def _on_step(self) -> bool:
         if time.perf_counter() - self.started > 60 * minutes:

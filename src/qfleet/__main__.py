@@ -3,7 +3,12 @@
 import os
 import sys
 
-if not sys.flags.safe_path and sys.path[0] == os.getcwd():
+try:
+    current = os.getcwd()
+except FileNotFoundError:
+    current = ""  # it was deleted, as the command will say
+
+if not sys.flags.safe_path and sys.path[0] == current:
     # Python puts the current folder first for `-m`, where a random.py in it would run in place of Python's own.
     folder = sys.path.pop(0)
     if folder == os.path.dirname(os.path.dirname(os.path.abspath(__file__))):

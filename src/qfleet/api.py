@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
+from qfleet.config.checks import check_count
 from qfleet.config.new_run import check_new_run
+from qfleet.config.values import show, to_plain
 from qfleet.core.keys import key_shape
 from qfleet.core.types import Network, Params
 from qfleet.envs.factory import name_of_factory, remember_factory
@@ -89,6 +91,11 @@ def iterate(
 
     Args and Raises: as for `train`.
     """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(
+            f"`config` must be a TrainConfig, got {show(config)}; make one, as in "
+            f"qfleet.train(qfleet.make_config('CartPole-v1'))"
+        )
     if env is not None:
         config = dataclasses.replace(config, env=name_of_factory(env))
     check_new_run(config)
@@ -151,6 +158,7 @@ def resume(
         version of qfleet began it, whose networks read such observations otherwise.
     """
     directory = RunDirectory.open(run_dir)
+    checkpoint = _number_of_checkpoint(checkpoint)
     if env is not None:
         remember_factory(directory.config.env, env)
     check_trusted(directory.config.env, directory.path, trust=trust)
@@ -208,6 +216,7 @@ def load(
 
     directory = RunDirectory.open(run_dir)
     config = directory.config
+    checkpoint, seed = _number_of_checkpoint(checkpoint), to_plain(int | None, seed, "seed")
     index = 0 if seed is None else seed - config.seed
     if not 0 <= index < config.num_seeds:
         last = config.seed + config.num_seeds - 1
@@ -237,6 +246,11 @@ def load(
             rule = f"a checkpoint must hold the network for the environment that it records, which has {sizes}"
     params = _params_of(network_in_use, params, rule)
     return Policy(source, network_in_use, params, label, _evaluation_options(config, metadata))
+
+
+def _number_of_checkpoint(checkpoint: int | None) -> int | None:
+    """Returns the environment step of a checkpoint as an `int`, after checking it, or None for the newest."""
+    return None if checkpoint is None else check_count("checkpoint", checkpoint, minimum=0)
 
 
 def _environment_of(

@@ -14,6 +14,7 @@ import numpy as np
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError
 from qfleet.config.lane_options import num_cores
+from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.registry import make_env
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ def choose(
         return _choice(FAMILIES["small images" if env_name.endswith("-MinAtar") else "vectors"], topology)
     try:
         env = make_env(env_name, **env_options)
-    except Exception:  # a user's function may raise anything, and the run calls it again
+    except RAISED_BY_USERS:  # a user's function may raise anything, and the run calls it again
         return _choice(FAMILIES["vectors"]._replace(reason="nothing is known of the environment"), topology)
     name = family_of(env.spec)
     if name == "states" and may_play and not shows_one_state(env):
@@ -253,7 +254,7 @@ def shows_one_state(env: "InGraphEnv | HostEnv") -> bool:
     try:
         with contextlib.closing(env.make_lanes(1, LaneOptions(max_failures=0))) as lanes:
             return int(np.sum(lanes.reset(0))) == 1
-    except Exception:  # a user's environment may raise anything, and the run steps it again
+    except RAISED_BY_USERS:  # a user's environment may raise anything, and the run steps it again
         return False
 
 
@@ -272,7 +273,7 @@ def seen_in_random_play(env: "InGraphEnv | HostEnv") -> str | None:
         with contextlib.closing(env.make_lanes(1, LaneOptions(max_failures=0))) as lanes:
             lanes.reset(0)
             return _play(lanes, env.spec.num_actions)
-    except Exception:  # a user's environment may raise anything, and the run steps it again
+    except RAISED_BY_USERS:  # a user's environment may raise anything, and the run steps it again
         return None
 
 
@@ -285,7 +286,7 @@ def works_in_another_process(env: "InGraphEnv | HostEnv") -> bool:
     try:
         with contextlib.closing(env.make_lanes(1, LaneOptions(num_env_workers=1, max_failures=0))) as lanes:
             lanes.reset(0)
-    except Exception:  # a user's environment may raise anything, and this process can step it
+    except RAISED_BY_USERS:  # a user's environment may raise anything, and this process can step it
         return False
     return True
 

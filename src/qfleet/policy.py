@@ -14,6 +14,7 @@ import numpy as np
 from qfleet.config import ConfigError
 from qfleet.config.checks import (
     MAX_EPISODES,
+    MAX_FRAMES_PER_SECOND,
     MAX_PROCESSES,
     MAX_SECONDS,
     MAX_SEED,
@@ -22,6 +23,7 @@ from qfleet.config.checks import (
     check_count,
     check_positive,
 )
+from qfleet.config.values import Config
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.keys import Stream, make_key
@@ -52,7 +54,7 @@ MAX_TOGETHER = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
+class EvaluationOptions(Config):
     """How episodes are played to evaluate a policy."""
 
     exploration: float = 0.0
@@ -66,6 +68,7 @@ class EvaluationOptions:
     """Longest time that one step or reset may take in such a process."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(0 <= self.exploration < 1, "exploration", "at least 0 and below 1", self.exploration)
         if self.max_episode_steps is not None:
             check_count("max_episode_steps", self.max_episode_steps, maximum=MAX_SIZE)
@@ -117,25 +120,27 @@ class Policy:
 
         Returns:
           One action for one observation: an integer, or an array if the environment takes several choices at once. For
-          a batch, an array `[batch, ...]` of them.
+          a batch, a new array `[batch, ...]` of them.
         Raises:
           ConfigError: if the observations aren't those of the environment, or aren't finite.
         """
         check_not_forked()
         batch, is_batch = self._to_batch(obs)
-        action = np.asarray(self._greedy(self._to_view(batch)))
+        action = np.asarray(self._greedy(self._to_view(_at_least_one(batch))))[: len(batch)]
         if is_batch:
-            return action if self._actions is None else self._actions.batch(action)
+            return np.array(action) if self._actions is None else self._actions.batch(action)
         return int(action[0]) if self._actions is None else self._actions.one(int(action[0]))
 
     def q_values(self, obs: Any) -> np.ndarray:
         """Returns Q-values, `[batch, num_actions]` float32 in units of discounted reward; `[num_actions]` for one.
 
+        The array is new, so that the caller may write to it, for example to mask actions.
+
         Args and Raises: as for calling the policy.
         """
         check_not_forked()
         batch, is_batch = self._to_batch(obs)
-        q = np.asarray(self._apply_network(self.params, self._to_view(batch)))
+        q = np.array(self._apply_network(self.params, self._to_view(_at_least_one(batch))))[: len(batch)]
         return q if is_batch else q[0]
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
@@ -162,8 +167,8 @@ class Policy:
           RunFailed: if the environment fails more than `MAX_LOST` times per episode that is asked for.
         """
         check_not_forked()
-        check_count("num_episodes", num_episodes, maximum=MAX_EPISODES)
-        check_count("seed", seed, minimum=0, maximum=MAX_SEED)
+        num_episodes = check_count("num_episodes", num_episodes, maximum=MAX_EPISODES)
+        seed = check_count("seed", seed, minimum=0, maximum=MAX_SEED)
         options = self.options if options is None else options
         if isinstance(self._env, HostEnv):
             return self._play_host(self._env, num_episodes, seed, options)
@@ -238,8 +243,9 @@ class Policy:
           ConfigError: if PyAV or Pillow is missing, there is no way to draw the environment, or an argument is wrong.
           RunFailed: if the environment fails.
         """
-        _check_at_least(1, num_episodes=num_episodes, frames_per_second=frames_per_second)
-        _check_at_least(0, seed=seed)
+        num_episodes = check_count("num_episodes", num_episodes, maximum=MAX_EPISODES)
+        frames_per_second = check_count("frames_per_second", frames_per_second, maximum=MAX_FRAMES_PER_SECOND)
+        seed = check_count("seed", seed, minimum=0, maximum=MAX_SEED)
         check_extra()
         check_not_forked()
         q_values = functools.partial(self._apply_network, self.params)
@@ -263,10 +269,9 @@ class Policy:
         return greedy(self._apply_network(self.params, view))
 
 
-def _check_at_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise ConfigError(f"{name} must be at least {least}, got {value}")
+def _at_least_one(batch: np.ndarray) -> np.ndarray:
+    """Returns a batch, with a row of zeros if it has no row, because a network may not take an empty one."""
+    return batch if len(batch) else np.zeros((1, *batch.shape[1:]), batch.dtype)
 
 
 def _make_folder(path: Path) -> Path:

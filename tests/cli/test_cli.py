@@ -236,9 +236,9 @@ def test_a_missing_extra_names_the_command_that_adds_it(
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--episodes", "0", "num_episodes must be at least 1, got 0"),
-        ("--seed", "-1", "seed must be at least 0, got -1"),
-        ("--frames-per-second", "0", "frames_per_second must be at least 1, got 0"),
+        ("--episodes", "0", "episodes must be a whole number, at least 1, got 0"),
+        ("--seed", "-1", "seed must be a whole number, at least 0, got -1"),
+        ("--frames-per-second", "0", "frames_per_second must be a whole number, at least 1, got 0"),
         ("--checkpoint", "7", "256"),
         ("--out", "config.json/videos", "videos need a folder that can be made"),
         ("--train-seed", "9", "seed must be one that the run trained"),
@@ -440,3 +440,11 @@ def test_a_run_that_does_not_fit_is_reported_by_devices_and_refused_by_train(
 def test_devices_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["devices", "--help"]) == 0
     assert "qfleet devices [ENV]" in capsys.readouterr().out
+
+
+def test_a_current_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = f"cd gone && rmdir ../gone && exec {sys.executable} -m qfleet envs"
+    found = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == "qfleet: error: the current folder must exist, and it was deleted; change to another one\n"

@@ -74,14 +74,3 @@ def test_the_latest_run_may_have_a_dangling_link_for_its_config() -> None:
 def test_a_name_that_no_folder_can_have_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "x" * 300]) == 2
     assert "RUN must be a run's folder, got xxx" in capsys.readouterr().err
-
-
-def test_a_current_folder_that_was_deleted_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
-    assert main(["eval", "latest"]) == 2
-    assert "the current folder must exist, got one that was deleted" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from random_settings import WORDS, Draw
 
 import qfleet
 from qfleet.cli import resume_command, train_command
+from qfleet.cli.check_env_command import run as main_of_check_env
 from qfleet.cli.flag_types import read_option
 from qfleet.cli.main import main
 from qfleet.cli.train_command import parse
@@ -202,3 +203,21 @@ def test_check_env_gives_options_to_the_environment(capsys: pytest.CaptureFixtur
     assert main([*command, "size", "8"]) == 2
     error = capsys.readouterr().err
     assert "gym:FrozenLake-v1" in error and "'size'" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("flag", ["--env-options", "--hidden-sizes", "--optimiser-options", "--hidden_sizes"])
+def test_a_flag_of_several_values_is_given_once(flag: str) -> None:
+    name = flag.replace("_", "-")
+    for words in (f"E {flag} 1 2 {name} 3 4", f"E {flag}=1 --seed 3 {name} 3 4"):
+        with pytest.raises(ConfigError, match=f"{name} must be given once, with all of its values, got it 2 times"):
+            config_of(words)
+    with pytest.raises(ConfigError, match="must be given once"):
+        main_of_check_env(["E", "--env-options", "a", "1", "--env-options", "b", "2"])
+
+
+@pytest.mark.parametrize("word", ["none", "None", "NONE"])
+def test_none_is_written_as_any_option_is(word: str) -> None:
+    config = config_of(f"CartPole-v1 --preset dqn --max-gradient-norm {word} --stop-return {word}")
+    assert config.agent.max_gradient_norm is None and config.stop_return is None
+    flags, _ = resume_command.parse(["RUN", "--stop-return", "none", "--env-steps", word])
+    assert (flags.stop_return, flags.env_steps) == ("none", None)

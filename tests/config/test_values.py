@@ -24,6 +24,7 @@ from qfleet.config import (
     LaneOptions,
     MeshConfig,
     OverlappedConfig,
+    TopologyConfig,
     TrainConfig,
 )
 from qfleet.config.checks import MAX_COUNT, MAX_EPISODES, MAX_SIZE
@@ -196,3 +197,31 @@ def test_a_rate_of_target_updates_below_1_needs_a_period(rate: float) -> None:
         AgentConfig(target_update_rate=rate)
     assert AgentConfig(target_update_rate=rate, target_update_period=500).target_update_period == 500
     assert AgentConfig().target_update_period == AgentConfig(target_update_rate=1).target_update_period == 500
+
+
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise RuntimeError("nothing to say")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("double", Unspeakable()), ("loss", Unspeakable()), ("double", 10**5_000)],
+    ids=["flag", "word", "number"],
+)
+def test_a_value_that_cannot_be_shown_is_refused_like_any_other(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be .*, got a "):
+        AgentConfig(**{name: value})
+
+
+def test_only_classes_that_a_folder_can_name_are_parts_of_a_run() -> None:
+    class Mine(FusedConfig):
+        pass
+
+    for settings in (
+        {"topology": Mine()},
+        {"topology": TopologyConfig()},
+        {"agent": type("Own", (AgentConfig,), {})()},
+    ):
+        with pytest.raises(ConfigError, match="must be of a class of qfleet, which config.json can hold, got"):
+            run(**settings)

@@ -231,3 +231,71 @@ def test_a_vector_environment_of_several_choices_gets_them() -> None:
     lanes.send(np.array([4, 5], np.int32))
     np.testing.assert_array_equal(lanes.recv().observation, [[1, 1], [1, 2]])
     assert isinstance(contracts.Masked.action_space, spaces.MultiDiscrete)
+
+
+def test_a_new_wrapper_around_the_same_environment_is_not_a_new_environment() -> None:
+    one = contracts.Plain()
+    with pytest.raises(ConfigError, match="must be a new one for each lane, but its maker returned the same object"):
+        check_works(made_by(lambda: gymnasium.wrappers.TimeLimit(one, 9)), LaneOptions())
+
+
+@pytest.mark.parametrize("method", ["reset", "step", "close"])
+def test_an_environment_that_ends_the_process_fails_like_any_other(method: str) -> None:
+    def leave(*_: Any, **__: Any) -> Any:
+        sys.exit("the window was closed")
+
+    kind = type("Leaves", (contracts.Plain,), {method: leave})
+    if method == "close":
+        check_works(made_by(kind), LaneOptions())
+        return
+    with pytest.raises(
+        ConfigError, match=r"failed: it called sys.exit\('the window was closed'\) \(.*test_first_step\.py"
+    ):
+        check_works(made_by(kind), LaneOptions())
+
+
+def test_a_space_that_cannot_be_read_is_told() -> None:
+    class NoSpace(contracts.Plain):
+        @property
+        def observation_space(self) -> Any:  # type: ignore[override]
+            raise NotImplementedError("to do")
+
+    with pytest.raises(ConfigError, match="its observation_space must be there, got NotImplementedError: to do"):
+        made_by(NoSpace)
+
+
+def test_parts_of_an_observation_that_are_not_what_they_seem_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Parts(contracts.Plain):
+        observation_space = spaces.Dict(
+            camera=spaces.Box(0, 255, (36, 48, 3), np.uint8),
+            speed=spaces.Box(-1, 1, (2,)),
+            action_mask=spaces.MultiBinary(2),
+        )
+
+        def reset(self, **options: Any) -> Any:
+            return self.observation_space.sample(), super().reset(**options)[1]
+
+        def step(self, action: Any) -> Any:
+            return self.observation_space.sample(), *super().step(action)[1:]
+
+    with caplog.at_level(logging.WARNING, "qfleet"):
+        check_works(made_by(Parts), LaneOptions())
+    image, mask = (record.getMessage() for record in caplog.records)
+    assert "observation['action_mask'], which is an input like the others: the agent may choose any action" in mask
+    assert "an image, observation['camera'] of shape (36, 48, 3), beside other parts, so it is flattened" in image
+
+
+def test_an_action_mask_after_a_step_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
+    class MasksLater(contracts.Plain):
+        def step(self, action: Any) -> Any:
+            return *super().step(action)[:4], {"action_mask": np.ones(2)}
+
+    with caplog.at_level(logging.WARNING, "qfleet"):
+        check_works(made_by(MasksLater), LaneOptions())
+    assert "returns an action mask in info, which is ignored" in caplog.text
+
+
+def test_a_time_limit_of_steps_that_nobody_keeps_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "qfleet"):
+        check_works(made_by(contracts.Plain), LaneOptions(step_timeout_seconds=5))
+    assert "step_timeout_seconds=5 has no effect without num_env_workers" in caplog.text

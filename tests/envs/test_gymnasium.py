@@ -3,7 +3,9 @@
 import multiprocessing
 import sys
 from pathlib import Path
+from typing import Any
 
+import counters
 import gymnasium
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ import pytest
 from qfleet.config import ConfigError
 from qfleet.envs import gymnasium as backend
 from qfleet.envs.conformance import Recording, check, record
+from qfleet.envs.contract import BrokenContract
 from qfleet.envs.failures import lane_seed
 from qfleet.envs.host import HostEnv, LaneOptions
+from qfleet.envs.vector_lanes import GymnasiumVector
 
 NUM_LANES = 3
 
@@ -172,7 +176,6 @@ def test_same_step_autoreset_keeps_final_observations_and_starts_episodes_a_step
 
 def test_a_same_step_vector_version_gives_way_to_single_environments(monkeypatch: pytest.MonkeyPatch) -> None:
     assert play(backend.make("counters:BothCounter-v0"), 6).observation[-1, 0, 1] == 0
-    import counters
 
     make_vector = counters.counter_vector
     monkeypatch.setattr(counters, "counter_vector", lambda **options: make_vector(mode="SameStep", **options))
@@ -182,3 +185,24 @@ def test_a_same_step_vector_version_gives_way_to_single_environments(monkeypatch
 def test_workers_need_single_environments() -> None:
     with pytest.raises(ConfigError, match="num_env_workers must be 0 for gym:counters:VectorCounter-v0"):
         backend.make("counters:VectorCounter-v0").make_lanes(2, LaneOptions(num_env_workers=1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        (1, 0.0, r"the reward must have shape \(3,\), got \(\)"),
+        (1, np.zeros((3, 1)), r"the reward must have shape \(3,\), got \(3, 1\)"),
+        (2, False, r"terminated must have shape \(3,\), got \(\)"),
+        (2, [None] * 3, "terminated must be made of numbers"),
+        (3, np.array([0, 2, 1]), "truncated must be True or False in each lane, got 2"),
+    ],
+)
+def test_a_vector_environment_returns_one_number_for_each_lane(field: int, value: Any, message: str) -> None:
+    env, kind = counters.counter_vector(3), backend.make("counters:VectorCounter-v0")
+    step = env.step
+    env.step = lambda action: tuple(value if i == field else part for i, part in enumerate(step(action)))
+    vector = GymnasiumVector(env, kind.encoder, kind.actions)
+    vector.begin([0, 1, 2])
+    vector.send(np.zeros(3, np.int32))
+    with pytest.raises(BrokenContract, match=message):
+        vector.recv()

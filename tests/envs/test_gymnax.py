@@ -101,3 +101,12 @@ def test_the_listed_names_exist_in_gymnax() -> None:
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no environment 'Breakout'.*Did you mean Breakout-MinAtar"):
         make_env("gymnax:Breakout")
+
+
+def test_an_environment_that_cannot_be_made_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(name: str) -> Any:
+        raise OSError("no network")  # as MNISTBandit's, which downloads its images
+
+    monkeypatch.setattr(gymnax, "make", make)
+    with pytest.raises(ConfigError, match="gymnax:Catch-bsuite must be one that .* can make, got OSError: no network"):
+        make_env("gymnax:Catch-bsuite")

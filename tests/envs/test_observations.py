@@ -134,6 +134,7 @@ def test_other_spaces_are_refused(space: gymnasium.Space, message: str) -> None:
         (spaces.Box(0, 255, (84, 84, 3), np.float32), 255),
         (spaces.Box(0, 1, (3, 84, 84), np.float32), 1),
         (spaces.Box(0, 255, (84, 84), np.int64), 255),
+        (spaces.Box(0, 2**16 - 1, (84, 84, 1), np.uint16), 2**16 - 1),
         (spaces.Box(0, 255, (84, 84), np.uint8), None),  # networks divide bytes by 255 anyway
         (spaces.Box(-np.inf, np.inf, (84, 84, 3)), None),
         (spaces.Box(0, 1, (60, 8)), None),  # may well be a table
@@ -310,3 +311,32 @@ class Unspeakable:
 def test_an_object_that_cannot_describe_itself_is_refused_as_any_other() -> None:
     with pytest.raises(BrokenContract, match="the reward must be made of numbers, got Unspeakable <"):
         to_numbers("the reward", Unspeakable())
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        (spaces.Discrete(2**40), "actions must be at most 1000000, got Discrete"),
+        (spaces.MultiDiscrete([]), "must have a choice, and at most 1000 combinations, got MultiDiscrete"),
+        (spaces.MultiBinary(20_000), r"at most 1000 combinations, got MultiBinary\(20000\); choose fewer"),
+    ],
+)
+def test_actions_that_no_network_can_value_are_refused(space: gymnasium.Space, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_actions(space, "x")
+
+
+@pytest.mark.parametrize("wrap", [lambda box: spaces.Dict(pixels=box), lambda box: spaces.Tuple([spaces.Dict(p=box)])])
+def test_an_image_that_is_the_only_part_stays_an_image(wrap: Any) -> None:
+    box = spaces.Box(0, 255, (40, 50, 3), np.float32)
+    encoder, alone, raw = make_encoder(wrap(box), "x"), make_encoder(box, "x"), wrap(box).sample()
+    image = raw["pixels"] if isinstance(raw, dict) else raw[0]["p"]
+    assert (encoder.shape, encoder.dtype, encoder.pixel_limit) == ((40, 50, 3), np.float32, 255)
+    np.testing.assert_array_equal(encoder(raw), alone(image["p"] if isinstance(image, dict) else image))
+    assert encoder.any_batch(raw)[0].shape == (1, 40, 50, 3) and not encoder.messages
+
+
+def test_an_empty_batch_of_parts_is_one() -> None:
+    space = spaces.Dict(a=spaces.Discrete(3), b=spaces.Box(-1, 1, (2, 2)))
+    batch, is_batch = make_encoder(space, "x").any_batch({"a": [], "b": np.zeros((0, 2, 2))})
+    assert batch.shape == (0, 7) and is_batch

@@ -17,8 +17,9 @@ import pytest
 
 from qfleet.config import ConfigError
 from qfleet.envs import cartpole, factory, gymnasium, registry
+from qfleet.envs.contract import BrokenContract
 from qfleet.envs.factory import name_of_factory, remember_factory
-from qfleet.envs.host import HostEnv
+from qfleet.envs.host import HostEnv, HostStep, LaneOptions
 from qfleet.envs.registry import (
     backend_of,
     check_can_travel,
@@ -322,3 +323,84 @@ def test_a_registered_environment_may_live_outside_the_program() -> None:
     register_env("Mine", lambda: env._replace(spec=dataclasses.replace(env.spec, num_actions=0)))
     with pytest.raises(ConfigError, match="environment Mine: num_actions must be a whole number, at least 1, got 0"):
         make_env("Mine")
+
+
+@pytest.mark.parametrize("make", [None, "CartPole-v1", counters.Counter()])
+def test_what_makes_no_environment_cannot_be_registered(make: Any) -> None:
+    with pytest.raises(ConfigError, match="registered with a function that makes a new environment each time, got a "):
+        register_env("Mine", make)
+    with pytest.raises(ConfigError, match="must be new and contain no colon, got 3; try 'My3'"):
+        register_env(3, cartpole.make)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64", "uint64"])
+def test_observations_wider_than_the_computation_are_refused(dtype: str) -> None:
+    env = gymnasium.make("FrozenLake-v1")
+    spec = dataclasses.replace(env.spec, observation_dtype=np.dtype(dtype))
+    register_env("Mine", lambda: env._replace(spec=spec))
+    with pytest.raises(ConfigError, match="observation_dtype must be .* of at most 32 bits, such as"):
+        make_env("Mine")
+
+
+class OwnLanes:
+    """Lanes of a user's own. They return `wrong` in the second step."""
+
+    def __init__(self, num_lanes: int, wrong: dict[str, Any]) -> None:
+        self.num_lanes, self.wrong, self.steps = num_lanes, wrong, 0
+        self.has_action_mask = True
+
+    def reset(self, seed: int) -> np.ndarray:
+        return np.zeros((self.num_lanes, 2), np.float32)
+
+    def send(self, action: np.ndarray) -> None:
+        self.steps += 1
+
+    def recv(self) -> HostStep:
+        nothing = np.zeros(self.num_lanes, bool)
+        step = HostStep(self.reset(0), nothing.astype(np.float32), nothing, nothing, nothing)
+        return step._replace(**self.wrong) if self.steps == 2 else step
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"reward": np.float32([0, 0, np.nan])}, "finite as reward, got nan in lane 2"),
+        ({"observation": np.float32([[0, 0], [0, np.inf], [0, 0]])}, "finite as observation, got inf in lane 1"),
+        ({"reward": np.zeros(3)}, r"return reward as float32\[3\], got float64\[3\]"),
+        ({"terminated": False}, r"return terminated as bool\[3\], got bool\[\]"),
+    ],
+)
+def test_lanes_of_a_users_own_are_checked_at_every_step(wrong: dict[str, Any], message: str) -> None:
+    spec = EnvSpec(name="own", observation_shape=(2,), observation_dtype=np.dtype(np.float32), num_actions=2)
+    env = HostEnv(spec, lambda n, options: OwnLanes(n, wrong), lambda n, options: OwnLanes(n, wrong))
+    register_env("Mine", lambda: env)
+    for make_lanes in (make_env("Mine").make_lanes, make_env("Mine").make_eval_lanes):
+        lanes = make_lanes(3, LaneOptions())
+        lanes.reset(0)
+        lanes.send(np.zeros(3, np.int32))
+        assert lanes.recv().reward.tolist() == [0, 0, 0] and lanes.has_action_mask
+        lanes.send(np.zeros(3, np.int32))
+        with pytest.raises(BrokenContract, match=f"the lanes of own must .*{message}"):
+            lanes.recv()
+
+
+@pytest.mark.parametrize("option", ["name", "label", "make", "options"])
+def test_an_option_may_have_any_name(option: str) -> None:
+    asked = []
+
+    def make(**options: Any) -> Any:
+        asked.append(options)
+        return counters.Counter()
+
+    register_env("Mine", make)
+    gymnasium_itself.register("Named-v0", make)
+    try:
+        for name in ("Mine", name_of_factory(make), "Named-v0", "gym:Named-v0"):
+            assert isinstance(make_env(name, **{option: "x"}), HostEnv)
+            assert default_topology(name, **{option: "x"}) == "overlapped"
+    finally:
+        del gymnasium_itself.registry["Named-v0"]
+    assert all(options == {option: "x"} for options in asked)

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -107,6 +109,32 @@ def test_64_bits_are_refused_before_anything_is_made(
         with jax.enable_x64(False), devices.clear_platform_errors():
             pass  # the remedy that the message names
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        (lambda: jax.numpy_rank_promotion("raise"), "jax_numpy_rank_promotion"),
+        (lambda: jax.numpy_dtype_promotion("strict"), "jax_numpy_dtype_promotion"),
+        (lambda: jax.transfer_guard("disallow"), "jax_transfer_guard"),
+    ],
+)
+def test_settings_with_which_jax_refuses_what_programs_do_are_blamed_for_it(
+    setting: Callable[[], Any], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with setting():
+        assert main(["train", "CartPole-v1"]) == 2
+    assert f"qfleet can't compute with {name}=" in (message := capsys.readouterr().err)
+    assert f"unset {name.upper()}" in message and list(tmp_path.iterdir()) == []
+
+
+def test_a_variable_that_jax_cannot_read_is_one_clear_error(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qfleet", "train", "CartPole-v1", "--run-dir", str(tmp_path / "run")]
+    found = subprocess.run(command, env=os.environ | {"JAX_ENABLE_X64": "maybe"}, capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
+    assert "JAX must understand its variables, got: invalid truth value 'maybe' for environment" in found.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_child_forked_after_jax_has_started_is_told_to_use_spawn() -> None:

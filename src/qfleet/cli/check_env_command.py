@@ -6,7 +6,7 @@ from typing import Any
 
 import tyro
 
-from qfleet.cli.flag_types import FLAG_TYPES
+from qfleet.cli.flag_types import FLAG_TYPES, check_given_once
 from qfleet.config.checks import MAX_PROCESSES, MAX_SEED, MAX_SIZE, check_count
 from qfleet.config.values import to_plain
 
@@ -29,6 +29,7 @@ class _CheckFlags:
 
 def run(arguments: Sequence[str]) -> int:
     """Checks the environment that the flags name."""
+    check_given_once("--env-options", arguments)
     flags = tyro.cli(_CheckFlags, prog="qfleet check-env", args=list(arguments), registry=FLAG_TYPES)
     check_count("steps", flags.steps, maximum=MAX_SIZE)
     check_count("num_env_workers", flags.num_env_workers, minimum=0, maximum=MAX_PROCESSES)

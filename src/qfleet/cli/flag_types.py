@@ -5,12 +5,15 @@ import collections.abc
 import contextlib
 import json
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from qfleet.config import ConfigError
 
 FLAG_TYPES = ConstructorRegistry()
 """Rules for `tyro.cli(..., registry=FLAG_TYPES)`."""
@@ -27,10 +30,21 @@ def read_flags(kinds: Mapping[str, Any], arguments: Sequence[str], prog: str) ->
       prog: name of the command in errors.
 
     Raises:
+      ConfigError: if a flag of several values is given twice, because only the last ones would count.
       SystemExit: if a flag is unknown, its value can't be read, or a required one is missing.
     """
+    for name, kind in kinds.items():
+        if typing.get_origin(kind) in (tuple, collections.abc.Mapping):
+            check_given_once(f"--{name.replace('_', '-')}", arguments)
     make: Any = typing.TypedDict
     return dict(tyro.cli(make("Flags", dict(kinds), total=False), prog=prog, args=list(arguments), registry=FLAG_TYPES))
+
+
+def check_given_once(flag: str, arguments: Sequence[str]) -> None:
+    """Raises ConfigError if a flag of several values is given twice."""
+    flags = [argument.partition("=")[0].replace("_", "-") for argument in arguments if argument.startswith("--")]
+    if flags.count(flag) > 1:
+        raise ConfigError(f"{flag} must be given once, with all of its values, got it {flags.count(flag)} times")
 
 
 @FLAG_TYPES.primitive_rule
@@ -43,6 +57,21 @@ def _whole_number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | No
         instance_from_str=lambda texts: _to_int(texts[0]),
         is_instance=lambda value: isinstance(value, int),
         str_from_instance=lambda value: [str(value)],
+    )
+
+
+@FLAG_TYPES.primitive_rule
+def _number_or_none(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    kinds = set(typing.get_args(info.type))
+    if kinds not in ({int, types.NoneType}, {float, types.NoneType}):
+        return None
+    read, metavar = (_to_int, "INT") if int in kinds else (float, "FLOAT")
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{metavar}|none",
+        instance_from_str=lambda texts: None if texts[0].lower() == "none" else read(texts[0]),
+        is_instance=lambda value: value is None or isinstance(value, int | float),
+        str_from_instance=lambda value: ["none" if value is None else str(value)],
     )
 
 

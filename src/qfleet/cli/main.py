@@ -74,6 +74,7 @@ def _run_safely(arguments: list[str], *, is_process: bool) -> int:
     if debug:
         arguments.remove("--debug")
     try:
+        _check_current_folder()
         code = _dispatch(arguments, is_process)
         sys.stdout.flush()  # here, where a failure has an exit code
         return code
@@ -86,6 +87,12 @@ def _run_safely(arguments: list[str], *, is_process: bool) -> int:
             traceback.print_exc()
         print(f"qfleet: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except ValueError as error:
+        # JAX raises it when it is imported, if one of its variables holds something that it can't read.
+        if debug or "jax_" not in str(error).lower():
+            raise
+        print(f"qfleet: error: JAX must understand its variables, got: {error}; unset it", file=sys.stderr)
+        return 2
     except RuntimeError as error:
         from qfleet.runtime.devices import lack_of_memory  # only here, because it imports JAX
 
@@ -99,6 +106,13 @@ def _run_safely(arguments: list[str], *, is_process: bool) -> int:
             traceback.print_exc()
         print("qfleet: interrupted", file=sys.stderr)
         return 130
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError("the current folder must exist, and it was deleted; change to another one") from error
 
 
 def _give_up_a_full_stdout() -> None:
@@ -122,10 +136,6 @@ def _dispatch(arguments: list[str], is_process: bool) -> int:
         raise ConfigError(
             f"the command must be one of {', '.join(_COMMANDS)}, got {command!r}.{suggest(command, _COMMANDS)}"
         )
-    try:
-        os.getcwd()
-    except FileNotFoundError as error:
-        raise ConfigError("the current folder must exist, got one that was deleted; change to another") from error
     with _signals(command, is_process):
         return _run(command, rest)
 

@@ -8,7 +8,7 @@ import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.cli.run_folder import RUN_HELP, find_run
-from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check, check_count
+from qfleet.config.checks import MAX_EPISODES, MAX_FRAMES_PER_SECOND, MAX_SEED, check_count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,9 @@ class _WatchFlags:
 def run(arguments: Sequence[str]) -> int:
     """Films the run that the flags name."""
     flags = tyro.cli(_WatchFlags, prog="qfleet watch", args=list(arguments), registry=FLAG_TYPES)
-    for name, most in (("episodes", MAX_EPISODES), ("seed", MAX_SEED), ("frames_per_second", 1_000)):
-        check(getattr(flags, name) <= most, name, f"at most {most}", getattr(flags, name))
+    check_count("episodes", flags.episodes, maximum=MAX_EPISODES)
+    check_count("seed", flags.seed, minimum=0, maximum=MAX_SEED)
+    check_count("frames_per_second", flags.frames_per_second, maximum=MAX_FRAMES_PER_SECOND)
     if flags.checkpoint is not None:
         check_count("checkpoint", flags.checkpoint, minimum=0)
     run_dir = find_run(flags.run)

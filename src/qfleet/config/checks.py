@@ -16,6 +16,9 @@ MAX_SIZE = 2**31 - 1
 MAX_EPISODES = 10**6
 """Largest number of episodes in one evaluation, which plays them all at once."""
 
+MAX_FRAMES_PER_SECOND = 1_000
+"""Highest frame rate of a video."""
+
 MAX_SEED = 2**32 - 1
 """Largest seed; a random key is made from a 32-bit integer."""
 
@@ -36,11 +39,12 @@ def check(holds: bool, name: str, rule: str, value: Any) -> None:
         raise ConfigError(f"{name} must be {rule}, got {value if is_word else show(value)}")
 
 
-def check_count(name: str, value: int, minimum: int = 1, maximum: int = MAX_COUNT) -> None:
-    """Checks that a value is a whole number from `minimum` to `maximum`."""
-    number = to_plain(int, value, name)
+def check_count(name: str, value: Any, minimum: int = 1, maximum: int = MAX_COUNT) -> int:
+    """Returns a value as an `int`, after checking that it is a whole number from `minimum` to `maximum`."""
+    number: int = to_plain(int, value, name)
     check(number >= minimum, name, f"a whole number, at least {minimum}", number)
     check(number <= maximum, name, f"a whole number, at most {maximum}", number)
+    return number
 
 
 def check_counts(config: Any, *names: str, minimum: int = 1, maximum: int = MAX_COUNT) -> None:

@@ -19,7 +19,7 @@ from qfleet.config.checks import (
     check_positive,
 )
 from qfleet.config.errors import ConfigError
-from qfleet.config.topologies import FusedConfig
+from qfleet.config.topologies import TOPOLOGIES, FusedConfig
 from qfleet.config.topology import MeshConfig, TopologyConfig
 from qfleet.config.values import Config
 
@@ -73,6 +73,9 @@ class TrainConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, kinds in (("agent", [AgentConfig]), ("topology", TOPOLOGIES.values())):
+            kind = type(getattr(self, name))
+            check(kind in kinds, name, "of a class of qfleet, which config.json can hold", kind.__name__)
         check_count("num_seeds", self.num_seeds, maximum=MAX_PROCESSES)
         check_count("eval_episodes", self.eval_episodes, maximum=MAX_EPISODES)
         check_counts(self, "env_steps", "eval_period_env_steps", "checkpoints_kept")

@@ -197,10 +197,11 @@ _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 def _remedy(kind: Any, value: Any) -> str:
     """Returns what to give instead, if the value tells; otherwise an empty string."""
+    text = value if isinstance(value, str) else str(value) if isinstance(value, int) and value in (0, 1) else ""
     if typing.get_origin(kind) is Literal:
-        near = suggest(str(value), typing.get_args(kind))
+        near = suggest(text, typing.get_args(kind))
         return near and f".{near}"
-    if kind is bool and (wanted := _FLAGS.get(str(value).lower())) is not None:
+    if kind is bool and (wanted := _FLAGS.get(text.lower())) is not None:
         return f"; give {wanted}"
     if kind in (int, float) and isinstance(value, bool):
         return f"; give {int(value)}"

@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from qfleet.config import AgentConfig, ConfigError, suggest
+from qfleet.config.values import show
 from qfleet.core.agent import Agent
 from qfleet.core.keys import Stream, key_of
 from qfleet.core.types import Batch, Params
@@ -66,8 +67,17 @@ class Learner(NamedTuple):
 
 
 def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTransformation | None = None) -> Learner:
-    """Returns the learner of `agent`. If an `optimiser` is given, it replaces the one that `config` names."""
-    optimiser = optimiser or make_optimiser(config)
+    """Returns the learner of `agent`. If an `optimiser` is given, it replaces the one that `config` names.
+
+    Raises:
+      ConfigError: if the optimiser isn't one of Optax, or there is none of that name.
+    """
+    optimiser = make_optimiser(config) if optimiser is None else optimiser
+    if not (hasattr(optimiser, "init") and hasattr(optimiser, "update")):
+        raise ConfigError(
+            f"`optimiser` must be an optax.GradientTransformation, got {show(optimiser)}; give one, such as "
+            f"optax.adam(1e-3)"
+        )
     has_target = config.replay != "none"
 
     def init(params: Params) -> LearnerState:

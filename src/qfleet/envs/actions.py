@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 MOST_COMBINATIONS = 1_000
 """Largest number of combinations at which several choices at once become one. A network has an output for each."""
 
+MOST_ACTIONS = 1_000_000
+"""Largest number of actions of a Discrete space."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Actions:
@@ -52,11 +55,17 @@ def make_actions(space: "gymnasium.Space", name: str) -> Actions:
     Combinations are numbered like the digits of a number: the last choice varies fastest.
 
     Raises:
-      ConfigError: if the space is another one, or has more than `MOST_COMBINATIONS` combinations.
+      ConfigError: if the space is another one, or has more than `MOST_ACTIONS` actions or `MOST_COMBINATIONS`
+        combinations.
     """
     from gymnasium import spaces  # only here, because environments in JAX do without Gymnasium
 
     if isinstance(space, spaces.Discrete):
+        if int(space.n) > MOST_ACTIONS:
+            raise ConfigError(
+                f"environment {name}: actions must be at most {MOST_ACTIONS}, got {space}; choose fewer, or wrap it in "
+                f"gymnasium.wrappers.TransformAction"
+            )
         return numbered(int(space.n), int(space.start))
     if isinstance(space, spaces.MultiDiscrete):
         counts, starts = space.nvec, space.start
@@ -67,10 +76,11 @@ def make_actions(space: "gymnasium.Space", name: str) -> Actions:
         raise ConfigError(f"environment {name}: actions must be Discrete, got {space}; {remedy}")
     choices = [int(count) for count in counts.flat]
     combinations = math.prod(choices)
-    if combinations > MOST_COMBINATIONS:
+    if not choices or combinations > MOST_COMBINATIONS:
+        found = f" with {combinations}" if combinations < 10**30 else ""
         raise ConfigError(
-            f"environment {name}: actions of several choices must have at most {MOST_COMBINATIONS} combinations, got "
-            f"{space} with {combinations}; choose fewer, or wrap it in gymnasium.wrappers.TransformAction"
+            f"environment {name}: actions of several choices must have a choice, and at most {MOST_COMBINATIONS} "
+            f"combinations, got {space}{found}; choose fewer, or wrap it in gymnasium.wrappers.TransformAction"
         )
     digits = np.stack(np.unravel_index(np.arange(combinations), choices), -1)
     table = (digits.reshape(-1, *counts.shape) + starts).astype(space.dtype)

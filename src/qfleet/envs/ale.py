@@ -21,7 +21,7 @@ PICTURE = (210, 160)  # size that the games draw, except for a few that draw 250
 NOOP = 0  # number of the no-op, in the minimal and in the full set of actions
 
 
-def make(name: str, *, repeat_action_probability: float = 0.0, full_action_space: bool = False) -> HostEnv:
+def make(name: str, /, *, repeat_action_probability: float = 0.0, full_action_space: bool = False) -> HostEnv:
     """Returns an Atari game. Each step plays four frames and shows the maximum of the last two, as 84x84 grey pixels.
 
     The agent stacks the last four observations. Episodes begin with up to 30 no-ops and are truncated after 108,000

@@ -17,6 +17,9 @@ _TOO_LARGE = 2.0**128 * (1 - 2.0**-25)  # the least number that becomes infinity
 
 _SIGNATURE = "reset(self, *, seed=None, options=None)"
 
+RAISED_BY_USERS = (Exception, SystemExit)
+"""What an environment, or a function that makes one, may raise. Some end the process when their window is closed."""
+
 
 class BrokenContract(ValueError):
     """An environment returned something that can't be learned from. The message says what, and what is right."""
@@ -28,44 +31,35 @@ def reset_env(env: "gymnasium.Env", seed: int | None) -> tuple[Any, Mapping[str,
     Raises:
       BrokenContract: if `reset` doesn't return such a pair. It may also raise whatever the environment raises.
     """
-    try:
-        result: Any = env.reset(seed=seed)
-    except SystemExit as error:
-        raise _error_of(error) from error
+    result: Any = env.reset(seed=seed)
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         return result
     older = "" if isinstance(result, tuple) else ", as Gym before version 0.26 had it"
     raise BrokenContract(f"reset must return (observation, info), got {summary(result)}{older}{at(env, 'reset')}")
 
 
-def step_env(env: "gymnasium.Env", action: Any) -> tuple[Any, float, bool, bool]:
-    """Takes one step and returns the raw observation, the reward as the replay stores it, terminated and truncated.
+def step_env(env: "gymnasium.Env", action: Any) -> tuple[Any, float, bool, bool, Any]:
+    """Takes one step and returns the raw observation, the reward as the replay stores it, two flags, and `info`.
 
     Raises:
       BrokenContract: if `step` doesn't return five such values. It may also raise whatever the environment raises.
     """
-    try:
-        result: Any = env.step(action)
-    except SystemExit as error:
-        raise _error_of(error) from error
+    result: Any = env.step(action)
     try:
         if not isinstance(result, tuple) or len(result) != 5:
             older = ", as Gym before version 0.26 had it" if isinstance(result, tuple) and len(result) == 4 else ""
             raise BrokenContract(
                 f"step must return (observation, reward, terminated, truncated, info), got {summary(result)}{older}"
             )
-        raw, reward, terminated, truncated, _ = result
-        return raw, to_reward(reward), to_flag("terminated", terminated), to_flag("truncated", truncated)
+        raw, reward, terminated, truncated, info = result
+        return raw, to_reward(reward), to_flag("terminated", terminated), to_flag("truncated", truncated), info
     except BrokenContract as error:
         raise BrokenContract(f"{error}{at(env, 'step')}") from None
 
 
-def _error_of(left: SystemExit) -> Exception:
-    """Returns an ordinary error in place of `sys.exit`, which some games call when they are over.
-
-    The program would end without a word.
-    """
-    return RuntimeError(f"it called sys.exit({left.code!r})").with_traceback(left.__traceback__)
+def has_mask(info: Any) -> bool:
+    """Returns whether `info`, which may be anything after a step, holds an action mask."""
+    return isinstance(info, Mapping) and "action_mask" in info
 
 
 def to_reward(value: Any) -> float:
@@ -97,6 +91,31 @@ def to_flag(name: str, value: Any) -> bool:
     if flag.size != 1 or flag.reshape(()) not in (0, 1):
         raise BrokenContract(f"{name} must be True or False, got {summary(value)}")
     return bool(flag.reshape(()))
+
+
+def to_lanes(what: str, value: Any, num_lanes: int) -> np.ndarray:
+    """Returns the numbers that a vector environment returned for its lanes, `[num_lanes]`.
+
+    Raises:
+      BrokenContract: if they aren't one number for each lane.
+    """
+    numbers = to_numbers(what, value)
+    if numbers.shape != (num_lanes,):
+        raise BrokenContract(f"{what} must have shape {(num_lanes,)}, got {numbers.shape}")
+    return numbers
+
+
+def to_flags(name: str, value: Any, num_lanes: int) -> np.ndarray:
+    """Returns `terminated` or `truncated` of a vector environment, `[num_lanes]` bool, in a new array.
+
+    Raises:
+      BrokenContract: if it isn't one flag, or 0 or 1, for each lane.
+    """
+    numbers = to_lanes(name, value, num_lanes)
+    is_flag = (numbers == 0) | (numbers == 1)
+    if not is_flag.all():
+        raise BrokenContract(f"{name} must be True or False in each lane, got {numbers[~is_flag][0]}")
+    return numbers.astype(bool)
 
 
 def to_numbers(what: str, value: Any) -> np.ndarray:
@@ -152,7 +171,7 @@ def at(env: "gymnasium.Env", method: str) -> str:
     return f" ({method} of {kind.__name__}, {code.co_filename}:{code.co_firstlineno})" if code else ""
 
 
-def explain(error: Exception, make: "Callable[[], gymnasium.Env]", action: Any) -> Exception:
+def explain(error: BaseException, make: "Callable[[], gymnasium.Env]", action: Any) -> BaseException:
     """Returns the breach of the contract behind an error that an environment raised before it ever worked.
 
     Gymnasium's wrappers stand between qfleet and the environment. If that returns 4 values instead of 5, a wrapper
@@ -173,16 +192,16 @@ def explain(error: Exception, make: "Callable[[], gymnasium.Env]", action: Any) 
         step_env(env, action)
     except BrokenContract as breach:
         return breach
-    except Exception:  # it failed again, but not by breaking the contract
+    except RAISED_BY_USERS:  # it failed again, but not by breaking the contract
         return error
     finally:
         if env is not None:
-            with contextlib.suppress(Exception):  # a broken environment may well fail to close too
+            with contextlib.suppress(*RAISED_BY_USERS):  # a broken environment may well fail to close too
                 env.close()
     return error
 
 
-def _is_from_a_wrapper(error: Exception) -> bool:
+def _is_from_a_wrapper(error: BaseException) -> bool:
     """Returns whether Gymnasium's code that calls the environment, or qfleet's, raised an error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

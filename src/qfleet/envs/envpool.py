@@ -22,7 +22,7 @@ _GRID_LEVELS = (11, 6, 3)  # numbers of object kinds, colours and states in Mini
 _Encode = Callable[[Any, int], np.ndarray]
 
 
-def make(name: str, **options: Any) -> HostEnv:
+def make(name: str, /, **options: Any) -> HostEnv:
     """Returns EnvPool's environment of that name, such as `Pong-v5`, `LunarLander-v3` or `highway-fast-v0`.
 
     Atari games follow the protocol of `qfleet.envs.ale` with one deviation, which is EnvPool's: after a lost life the

@@ -51,13 +51,13 @@ def remember_factory(name: str, factory: Any) -> None:
         )
     if not callable(factory):
         raise ConfigError(
-            f"`env` must be a name or a function that makes a new environment each time, got a "
+            f"`env` must be a name (in make_config) or a function that makes a new environment each time, got a "
             f"{type(factory).__name__}; give a function, such as `lambda: gymnasium.make(...)`"
         )
     _factories[name] = factory
 
 
-def make(label: str, **options: Any) -> "InGraphEnv | HostEnv":
+def make(label: str, /, **options: Any) -> "InGraphEnv | HostEnv":
     """Returns the environment that the function of this name makes.
 
     Raises:

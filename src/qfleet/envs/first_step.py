@@ -7,6 +7,7 @@ import logging
 import numpy as np
 
 from qfleet.config.errors import ConfigError
+from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import TooManyFailures, describe
 from qfleet.envs.host import HostEnv, LaneOptions
 
@@ -46,7 +47,7 @@ def check_works(env: HostEnv, options: LaneOptions) -> None:
         raise
     except TooManyFailures as error:
         raise NeverWorks(name, error.failure.error) from error
-    except Exception as error:  # a user's lanes may raise anything
+    except RAISED_BY_USERS as error:  # a user's lanes may raise anything
         raise NeverWorks(name, describe(error)) from error
     wanted = [f"{env.spec.observation_dtype}{[1, *env.spec.observation_shape]}"] * 2 + ["float32[1]"] + ["bool[1]"] * 3
     for what, array, right in zip(("observation of reset", *step._fields), (observation, *step), wanted, strict=True):
@@ -58,6 +59,15 @@ def check_works(env: HostEnv, options: LaneOptions) -> None:
             "say that values end there; declare it as Box(0, 255), or return uint8 or floats up to 1",
             name,
             observation.max(),
+        )
+    for message in () if env.encoder is None else env.encoder.messages:
+        logger.warning("environment %s %s", name, message)
+    has_timeout = options.step_timeout_seconds != LaneOptions.step_timeout_seconds
+    if env.encoder is not None and has_timeout and not options.num_env_workers:
+        logger.warning(
+            "step_timeout_seconds=%g has no effect without num_env_workers, because only another process can be "
+            "replaced when an environment hangs",
+            options.step_timeout_seconds,
         )
     if has_action_mask:
         logger.warning(

@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode
 
 from qfleet.config.errors import ConfigError, suggest
 from qfleet.envs.actions import Actions, make_actions
+from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
 from qfleet.envs.lane_group import MakeNew, SingleEnv, make_single
@@ -38,7 +39,7 @@ class _Kind(NamedTuple):
         return SingleEnv(self.spec.name, functools.partial(self.make, **options), self.encoder, self.actions)
 
 
-def make(name: str, **options: Any) -> HostEnv:
+def make(name: str, /, **options: Any) -> HostEnv:
     """Returns the environment that is registered with Gymnasium under that id.
 
     `make_encoder` says which observations it may have and how they are encoded, and `make_actions` which actions. The
@@ -101,7 +102,7 @@ def _describe(env: Any, name: str, make_one: Callable[..., gymnasium.Env], time_
         encoder = make_encoder(_space_of(env, f"{prefix}observation_space", name), name)
         actions = make_actions(_space_of(env, f"{prefix}action_space", name), name)
     finally:
-        with contextlib.suppress(Exception):  # what matters is known, and a broken environment may fail to close too
+        with contextlib.suppress(*RAISED_BY_USERS):  # a broken environment may fail to close too
             env.close()
     spec = EnvSpec(
         name=name,
@@ -115,7 +116,10 @@ def _describe(env: Any, name: str, make_one: Callable[..., gymnasium.Env], time_
 
 
 def _space_of(env: Any, attribute: str, name: str) -> gymnasium.Space:
-    space = getattr(env, attribute, None)
+    try:
+        space = getattr(env, attribute, None)
+    except RAISED_BY_USERS as error:  # of a property of the user's
+        raise ConfigError(f"environment {name}: its {attribute} must be there, got {describe(error)}") from error
     if not isinstance(space, gymnasium.Space):
         raise ConfigError(
             f"environment {name}: its {attribute} must be one of gymnasium.spaces, got {space!r}; set it in __init__"
@@ -165,7 +169,7 @@ def _make_one(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -> 
     except gymnasium.error.DependencyNotInstalled as error:
         box2d = "pip install 'qfleet[box2d]'" if "box2d" in str(error).lower() else "install that"
         raise ConfigError(f"gym:{name} needs a package that is missing ({error}); {box2d}") from error
-    except Exception as error:  # a constructor may raise anything
+    except RAISED_BY_USERS as error:  # a constructor may raise anything
         raise ConfigError(f"gym:{name} must be one that gymnasium.make can make, got {describe(error)}") from error
 
 
@@ -198,7 +202,7 @@ def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -
         if must:
             raise ConfigError(f"{name} has no version that can be made: {type(error).__name__}: {error}") from error
         return False  # it doesn't take the arguments that the single version takes
-    with contextlib.suppress(Exception):  # it may fail to close, but it has been made
+    with contextlib.suppress(*RAISED_BY_USERS):  # it may fail to close, but it has been made
         env.close()
     mode = env.metadata.get("autoreset_mode")
     if must and not isinstance(mode, AutoresetMode):
@@ -259,7 +263,7 @@ def _make_rendered_lanes(kind: _Kind, options: dict[str, Any], lane_options: Lan
         with contextlib.closing(single.make()) as env:
             env.reset(seed=0)
             env.render()  # some environments import their drawing library only here
-    except Exception as error:  # a renderer may raise anything
+    except RAISED_BY_USERS as error:  # a renderer may raise anything
         raise ConfigError(
             f"{kind.spec.name} must render to be watched, got {type(error).__name__}: {error}; "
             f"install the package that this error names"

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config.errors import ConfigError, suggest
+from qfleet.envs.failures import describe
 from qfleet.envs.spec import EnvSpec, EnvState, InGraphEnv, StepResult
 
 
-def make(name: str, **options: Any) -> InGraphEnv:
+def make(name: str, /, **options: Any) -> InGraphEnv:
     """Returns gymnax's environment of that name as an `InGraphEnv`.
 
     MinAtar's observations consist of 0 and 1 and become bool. Discrete observations become one-hot bool, all others
@@ -21,7 +22,8 @@ def make(name: str, **options: Any) -> InGraphEnv:
       **options: arguments of the environment's constructor.
 
     Raises:
-      ConfigError: if gymnax is missing or too old, the name is unknown, or the actions are continuous.
+      ConfigError: if gymnax is missing or too old, the name is unknown, the environment can't be made, or its actions
+        are continuous.
     """
     try:
         import gymnax  # only here, because it loads plotting libraries, which takes seconds
@@ -30,7 +32,12 @@ def make(name: str, **options: Any) -> InGraphEnv:
         raise ConfigError(f"gymnax:{name} needs gymnax ({error}); pip install 'qfleet[gymnax]'") from error
     if name not in gymnax.registered_envs:
         raise ConfigError(f"gymnax has no environment {name!r}.{suggest(name, gymnax.registered_envs)}")
-    env, params = gymnax.make(name, **options)
+    try:
+        env, params = gymnax.make(name, **options)
+    except TypeError:
+        raise  # the caller says that it doesn't take these options
+    except Exception as error:  # a constructor may raise anything; MNISTBandit downloads its pictures
+        raise ConfigError(f"gymnax:{name} must be one that gymnax.make can make, got {describe(error)}") from error
     if not hasattr(env, "is_truncated"):
         raise ConfigError(
             "gymnax must be 1.0 or newer, which keeps time limits apart from termination; pip install 'qfleet[gymnax]'"

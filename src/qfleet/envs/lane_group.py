@@ -15,7 +15,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from qfleet.config.errors import ConfigError
 from qfleet.envs.actions import Actions
-from qfleet.envs.contract import BrokenContract, at, explain, reset_env, step_env
+from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, at, explain, has_mask, reset_env, step_env
 from qfleet.envs.failures import Failure, describe, lane_seed
 from qfleet.envs.observations import Encoder
 
@@ -79,16 +79,16 @@ class MakeNew:
 
     def __init__(self, name: str, make: Callable[..., gymnasium.Env], env: gymnasium.Env) -> None:
         self._name, self._make = name, make
-        self._last: weakref.ref[gymnasium.Env] | None = weakref.ref(env)
+        self._last: weakref.ref[gymnasium.Env] | None = weakref.ref(env.unwrapped)
 
     def __call__(self, **options: Any) -> gymnasium.Env:
         env = self._make(**options)
-        if self._last is not None and self._last() is env:
+        if self._last is not None and self._last() is env.unwrapped:  # even if a new wrapper is around it
             raise ConfigError(
                 f"environment {self._name} must be a new one for each lane, but its maker returned the same object "
                 f"twice; make it inside the function, as in `lambda: gymnasium.make(...)`"
             )
-        self._last = weakref.ref(env)
+        self._last = weakref.ref(env.unwrapped)
         return env
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class LaneGroup:
 
     @property
     def has_action_mask(self) -> bool:
-        """Whether some environment has returned `info["action_mask"]` from `reset`."""
+        """Whether some environment has returned `info["action_mask"]`."""
         return any(lane.has_action_mask for lane in self._lanes)
 
     def reset(self, seed: int, rebuilds: int, out: StepArrays) -> list[Failure]:
@@ -161,7 +161,7 @@ class _LaneEnv:
         self._seed, self._rebuilds = seed, rebuilds
         try:
             return self._begin_seeded()
-        except Exception as error:  # a user's environment may raise anything
+        except RAISED_BY_USERS as error:  # a user's environment may raise anything
             return self._replace(error)
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool]:
@@ -169,12 +169,13 @@ class _LaneEnv:
             if self._ended:
                 # Without a seed, the environment continues with its own random numbers.
                 return self._begin(None), 0.0, False, False
-            raw, reward, terminated, truncated = step_env(self._env, self._actions.one(action))
+            raw, reward, terminated, truncated, info = step_env(self._env, self._actions.one(action))
+            self.has_action_mask |= has_mask(info)
             observation = self._encode(raw, "step")
             self._ended = terminated or truncated
             self._has_worked = True
             return observation, reward, terminated, truncated
-        except Exception as error:
+        except RAISED_BY_USERS as error:
             return self._replace(error), 0.0, False, False
 
     def render(self) -> Any:
@@ -185,7 +186,7 @@ class _LaneEnv:
         return failures
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # a broken environment may well fail to close too
+        with contextlib.suppress(*RAISED_BY_USERS):  # a broken environment may well fail to close too
             self._env.close()
 
     def _begin_seeded(self) -> np.ndarray:
@@ -195,7 +196,7 @@ class _LaneEnv:
     def _begin(self, seed: int | None) -> np.ndarray:
         raw, info = reset_env(self._env, seed)
         self._ended = False
-        self.has_action_mask |= "action_mask" in info
+        self.has_action_mask |= has_mask(info)
         return self._encode(raw, "reset")
 
     def _encode(self, raw: Any, method: str) -> np.ndarray:
@@ -204,7 +205,7 @@ class _LaneEnv:
         except BrokenContract as error:
             raise BrokenContract(f"{error}{at(self._env, method)}") from None
 
-    def _replace(self, error: Exception) -> np.ndarray:
+    def _replace(self, error: BaseException) -> np.ndarray:
         """Replaces the environment and returns the first observation of the new one.
 
         If that fails too, it counts as another failure, and the next one is tried.
@@ -218,9 +219,9 @@ class _LaneEnv:
             try:
                 self._env = self._make_env()
                 return self._begin_seeded()
-            except Exception as another:
+            except RAISED_BY_USERS as another:
                 self._fail(another)
         return np.zeros(self._encoder.shape, self._encoder.dtype)  # never used, because so many failures end the run
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self._failures.append(Failure((self._lane,), self._env_seed, describe(error)))

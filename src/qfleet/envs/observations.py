@@ -41,6 +41,11 @@ class ObservationPart(NamedTuple):
         return math.prod(self.shape) if self.choices is None else int(self.choices[:, 1].sum())
 
     @property
+    def is_image(self) -> bool:
+        """Whether it has the shape of a picture, with or without channels."""
+        return self.choices is None and len(self.shape) in (2, 3) and sorted(self.shape)[-2] >= _SMALLEST_PICTURE
+
+    @property
     def name(self) -> str:
         """Name of the part in errors."""
         return "the observation" + "".join(f"[{key!r}]" for key in self.path)
@@ -102,8 +107,11 @@ class Encoder:
         if self.structure is None:
             return self.parts[0].encode(raw, batch).reshape(*batch, *self.shape)
         leaves = _leaves(self.structure, raw, "the observation")
-        encoded = [part.encode(leaf, batch) for part, leaf in zip(self.parts, leaves, strict=True)]
-        return np.concatenate([array.reshape(*batch, -1) for array in encoded], -1, dtype=self.dtype)
+        encoded = [
+            part.encode(leaf, batch).reshape(*batch, part.size) for part, leaf in zip(self.parts, leaves, strict=True)
+        ]
+        joined = np.concatenate(encoded, -1, dtype=self.dtype)
+        return joined.reshape(*batch, *self.shape)
 
     def any_batch(self, observation: Any) -> tuple[np.ndarray, bool]:
         """Returns observations `[batch, *shape]`, and whether there was a batch rather than one observation.
@@ -122,8 +130,26 @@ class Encoder:
             leaves = list(_leaves(self.structure, observation, "the observation"))
         first = to_numbers(self.parts[0].name, leaves[0])
         if first.ndim == len(self.parts[0].shape) + 1:
+            if isinstance(self.structure, tuple) and isinstance(observation, list):  # rather than one of observations
+                raise BrokenContract(f"a batch must be a tuple of {len(self.structure)} batches, got a list")
             return self(observation, len(first)), True
         return self(observation)[None], False
+
+    @property
+    def messages(self) -> list[str]:
+        """What the user should know about the encoding, each as what "the environment" does."""
+        found = []
+        for part in self.parts if len(self.parts) > 1 else ():
+            name = part.name.removeprefix("the ")
+            if part.is_image:
+                unscaled = "" if self.dtype == np.uint8 else ", its values as they are"
+                found.append(
+                    f"returns an image, {name} of shape {part.shape}, beside other parts, so it is flattened for dense "
+                    f"layers{unscaled}; for convolutions, let gymnasium.wrappers.TransformObservation return it alone"
+                )
+            if part.path[-1] == "action_mask":
+                found.append(f"returns {name}, which is an input like the others: the agent may choose any action")
+        return found
 
     @property
     def rule(self) -> str:
@@ -136,10 +162,12 @@ class Encoder:
         """Returns whether an array has the encoding's shape and is nothing that the environment could return."""
         if self.structure is None and self.parts[0].choices is None and self.parts[0].shape == self.shape:
             return False  # both are the same
-        if not hasattr(observation, "dtype") or np.dtype(observation.dtype) != self.dtype:
+        if getattr(observation, "dtype", None) != self.dtype:
             return False
         shape = np.shape(observation)
-        return shape == self.shape or shape[1:] == self.shape
+        is_number = self.structure is None and self.parts[0].choices is None and self.parts[0].shape == ()
+        # Where the environment returns numbers, `[1]` is a batch of them.
+        return (shape == self.shape and not is_number) or shape[1:] == self.shape
 
 
 def _fit(numbers: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -190,7 +218,8 @@ def make_encoder(space: "gymnasium.Space", name: str) -> Encoder:
     It keeps a Box as it is, but converts numbers that are floats or wider than 32 bits to float32. Discrete and
     MultiDiscrete observations become one-hot bool, MultiBinary ones bool. The parts of a Dict or Tuple are flattened
     and joined in the order of `gymnasium.spaces.utils.flatten`: a Dict's by its sorted keys, a Tuple's as they are.
-    They become bool if all of them are, keep their dtype if they share one, and become float32 otherwise.
+    They become bool if all of them are, keep their dtype if they share one, and become float32 otherwise. A Dict or
+    Tuple of one part counts as that part, so that its image stays an image.
 
     Raises:
       ConfigError: if the space is another one, or is empty or too large.
@@ -203,12 +232,15 @@ def make_encoder(space: "gymnasium.Space", name: str) -> Encoder:
         raise ConfigError(
             f"environment {name}: an observation must have 1 to {MOST_VALUES} values, got {size} from {space}"
         )
+    structure = _structure(space)
+    while isinstance(space, spaces.Dict | spaces.Tuple) and len(space) == 1:
+        (space,) = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
     if isinstance(space, spaces.Dict | spaces.Tuple):
         dtypes = {part.dtype for part in parts}
-        return Encoder((size,), dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32), parts, _structure(space))
+        return Encoder((size,), dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32), parts, structure)
     (part,) = parts
     shape = part.shape if isinstance(space, spaces.Box) and part.shape else (size,)
-    return Encoder(shape, part.dtype, parts, pixel_limit=_pixel_limit(space))
+    return Encoder(shape, part.dtype, parts, structure, pixel_limit=_pixel_limit(space))
 
 
 def encoder_of_arrays(shape: tuple[int, ...], dtype: np.dtype) -> Encoder:
@@ -254,8 +286,9 @@ def _structure(space: "gymnasium.Space") -> Any:
 
 
 def _pixel_limit(space: "gymnasium.Space") -> float | None:
-    """Returns the largest value of a pixel if the bounds of a Box of 2 or 3 axes are those of an image: 0 and 1 or 255.
+    """Returns the largest value of a pixel if the bounds of a Box of 2 or 3 axes are those of an image.
 
+    These are 0 and 1, 255 or 65,535, which is the largest number of 16 bits, as of a depth camera.
     A table of two axes with values up to 1 may be anything, so it must be as large as images are.
     """
     from gymnasium import spaces
@@ -263,6 +296,6 @@ def _pixel_limit(space: "gymnasium.Space") -> float | None:
     if not isinstance(space, spaces.Box) or len(space.shape) not in (2, 3) or space.dtype in (np.uint8, np.bool_):
         return None
     high = float(space.high.flat[0])
-    is_bounded = high in (1.0, 255.0) and bool((space.low == 0).all() and (space.high == high).all())
+    is_bounded = high in (1.0, 255.0, 65_535.0) and bool((space.low == 0).all() and (space.high == high).all())
     is_large = len(space.shape) == 3 or high > 1 or min(space.shape) >= _SMALLEST_PICTURE
     return high if is_bounded and is_large else None

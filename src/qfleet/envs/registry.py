@@ -44,11 +44,17 @@ def register_env(name: str, make: _Make) -> None:
     Registering a name again replaces it, so that a notebook cell may run twice.
 
     Raises:
-      ConfigError: if the name is empty, contains a colon (which separates a module from a name) or is built in.
+      ConfigError: if the name is empty, contains a colon (which separates a module from a name) or is built in, or if
+        `make` isn't a function or class.
     """
-    if not name or ":" in name or name in _OURS:
-        other = "My" + name.replace(":", "-")
+    if not isinstance(name, str) or not name or ":" in name or name in _OURS:
+        other = "My" + str(name).replace(":", "-")
         raise ConfigError(f"an environment's name must be new and contain no colon, got {name!r}; try {other!r}")
+    if not callable(make):
+        raise ConfigError(
+            f"environment {name} must be registered with a function that makes a new environment each time, got a "
+            f"{type(make).__name__}; give a function, such as `lambda: gymnasium.make(...)`"
+        )
     _registered[name] = make
 
 
@@ -67,7 +73,7 @@ def list_envs() -> list[tuple[str, str]]:
     ]
 
 
-def make_env(name: str, **options: Any) -> "InGraphEnv | HostEnv":
+def make_env(name: str, /, **options: Any) -> "InGraphEnv | HostEnv":
     """Returns the environment of that name, in any of the forms that `list_envs` lists.
 
     A bare name is looked up first among the built-in environments, then among those that this program registered, then
@@ -131,11 +137,16 @@ def make_by(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv |
 
         return from_maker(name, cast("Callable[..., gymnasium.Env]", make), dict(options), env)
     check_env(env, name)
-    return env
+    from qfleet.envs.checked_lanes import checked
+    from qfleet.envs.host import HostEnv
+
+    # An encoder checks what it encodes.
+    return checked(env) if isinstance(env, HostEnv) and env.encoder is None else env
 
 
 def _call(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv | HostEnv | gymnasium.Env":
     """Returns what a user's maker returns, and says which environment it is if it fails."""
+    from qfleet.envs.contract import RAISED_BY_USERS
     from qfleet.envs.failures import describe
 
     try:
@@ -150,11 +161,11 @@ def _call(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv | H
         return make(**options)
     except ConfigError:
         raise
-    except Exception as error:  # a user's function may raise anything
+    except RAISED_BY_USERS as error:  # a user's function may raise anything
         raise ConfigError(f"environment {name}: its maker must return an environment, got {describe(error)}") from error
 
 
-def default_topology(name: str, **options: Any) -> str:
+def default_topology(name: str, /, **options: Any) -> str:
     """Returns the name of the topology that suits an environment: `fused` if it is written in JAX, or `overlapped`.
 
     The name tells which kind an environment is, unless the user registered it. Then this makes the environment, with
@@ -265,8 +276,8 @@ def _check_spec(spec: Any, name: str) -> None:
     shape, dtype = spec.observation_shape, spec.observation_dtype
     is_shape = isinstance(shape, tuple) and all(map(_is_count, shape))
     _check(is_shape, name, "observation_shape", "a tuple of whole numbers", shape)
-    is_dtype = isinstance(dtype, np.dtype) and dtype.kind in "biuf"
-    rule = "a NumPy dtype of numbers or bool, such as np.dtype('float32')"
+    is_dtype = isinstance(dtype, np.dtype) and dtype.kind in "biuf" and dtype.itemsize <= 4
+    rule = "a NumPy dtype of bool or of numbers of at most 32 bits, such as np.dtype('float32')"
     _check(is_dtype, name, "observation_dtype", rule, repr(dtype))
     for name_of_count in ("num_actions", "frame_stack"):
         count = getattr(spec, name_of_count)

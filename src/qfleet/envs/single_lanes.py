@@ -37,7 +37,7 @@ class SingleLanes:
 
     @property
     def has_action_mask(self) -> bool:
-        """Whether some environment has returned `info["action_mask"]` from `reset`."""
+        """Whether some environment has returned `info["action_mask"]`."""
         return self._group.has_action_mask
 
     def render(self) -> np.ndarray:

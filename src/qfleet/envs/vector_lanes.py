@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from qfleet.envs.actions import Actions
-from qfleet.envs.contract import BrokenContract, to_numbers
+from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, has_mask, to_flags, to_lanes
 from qfleet.envs.failures import Failure, FailureBudget, describe, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.observations import Encoder, first_not_finite
@@ -56,7 +56,7 @@ class VectorLanes:
         self._make_backend, self._num_lanes = make_backend, num_lanes
         self._budget = FailureBudget(name, options.max_failures)
         self._backend = make_backend(num_lanes)
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._seed = 0
         self._env_seeds = [0] * num_lanes  # the seeds that the backend began with
         self._ended = np.zeros(num_lanes, bool)
@@ -65,13 +65,13 @@ class VectorLanes:
         self._seed, self._error = seed, None
         try:
             return self._begin(rebuilds=0)
-        except Exception as error:
+        except RAISED_BY_USERS as error:
             return self._replace(error)
 
     def send(self, action: np.ndarray) -> None:
         try:
             self._backend.send(action)
-        except Exception as error:
+        except RAISED_BY_USERS as error:
             self._error = error  # handled in `recv`, which can return a failed step
 
     def recv(self) -> HostStep:
@@ -81,7 +81,7 @@ class VectorLanes:
             step = self._backend.recv()
             live = ~self._ended
             reward = _stored(np.where(live, step.reward, 0.0))
-        except Exception as error:
+        except RAISED_BY_USERS as error:
             nothing = np.zeros(self._num_lanes, bool)
             observation = self._replace(error)
             return HostStep(observation, nothing.astype(np.float32), nothing, nothing.copy(), ~nothing)
@@ -91,7 +91,7 @@ class VectorLanes:
 
     @property
     def has_action_mask(self) -> bool:
-        """Whether the backend has returned `info["action_mask"]` from `reset`."""
+        """Whether the backend has returned `info["action_mask"]`."""
         return bool(getattr(self._backend, "has_action_mask", False))
 
     def close(self) -> None:
@@ -102,17 +102,17 @@ class VectorLanes:
         self._env_seeds = [lane_seed(self._seed, lane, rebuilds) for lane in range(self._num_lanes)]
         return self._backend.begin(self._env_seeds)
 
-    def _replace(self, error: Exception) -> np.ndarray:
+    def _replace(self, error: BaseException) -> np.ndarray:
         """Replaces the backend and returns the first observations of the new one."""
         self._error = None
         while True:
             self._budget.spend(Failure(tuple(range(self._num_lanes)), self._env_seeds[0], describe(error)))
-            with contextlib.suppress(Exception):  # a broken environment may well fail to close too
+            with contextlib.suppress(*RAISED_BY_USERS):  # a broken environment may well fail to close too
                 self._backend.close()
             try:
                 self._backend = self._make_backend(self._num_lanes)
                 return self._begin(rebuilds=self._budget.count)
-            except Exception as another:
+            except RAISED_BY_USERS as another:
                 error = another
 
 
@@ -150,7 +150,7 @@ class GymnasiumVector:
 
     def begin(self, seeds: Sequence[int]) -> np.ndarray:
         raw, info = self._env.reset(seed=seeds[0])
-        self.has_action_mask |= "action_mask" in info
+        self.has_action_mask |= has_mask(info)
         self._ended = np.zeros(self._env.num_envs, bool)
         return self._encode(raw)
 
@@ -163,7 +163,12 @@ class GymnasiumVector:
             self._env.reset(options={"reset_mask": begins.copy()})
         raw, reward, terminated, truncated, info = self._env.step(self._action)
         observation = self._encode(raw)
-        terminated, truncated = np.array(terminated, bool), np.array(truncated, bool)
+        self.has_action_mask |= has_mask(info)
+        num_lanes = self._env.num_envs
+        terminated, truncated = (
+            to_flags("terminated", terminated, num_lanes),
+            to_flags("truncated", truncated, num_lanes),
+        )
         self._ended = (terminated | truncated) & ~begins
         if self._mode is AutoresetMode.DISABLED and begins.any():
             raw, _ = self._env.reset(options={"reset_mask": begins.copy()})
@@ -171,7 +176,7 @@ class GymnasiumVector:
         if self._mode is AutoresetMode.SAME_STEP:
             for lane in np.flatnonzero(self._ended):
                 observation[lane] = self._encoder(info["final_obs"][lane])
-        return VectorStep(observation, to_numbers("the reward", reward), terminated, truncated)
+        return VectorStep(observation, to_lanes("the reward", reward, num_lanes), terminated, truncated)
 
     def close(self) -> None:
         self._env.close()

@@ -7,6 +7,7 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
 from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
 from qfleet.envs.python_path import forget_safe_start, leave_module_folder
@@ -42,7 +43,7 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
     out = make_arrays(share.num_lanes, share.env.encoder, buffer).of(lanes)
     try:
         group = LaneGroup(share.env, share.lanes, share.max_failures)
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         connection.send(describe(error))
         return
     if share.searches_module_folder:

@@ -89,7 +89,7 @@ class WorkerLanes:
 
     @property
     def has_action_mask(self) -> bool:
-        """Whether some environment has returned `info["action_mask"]` from `reset`."""
+        """Whether some environment has returned `info["action_mask"]`."""
         return any(worker.has_action_mask for worker in self._workers)
 
     def close(self) -> None:

@@ -76,8 +76,13 @@ def check_network(network: Network, spec: EnvSpec) -> int:
     Returns:
       The number of its parameters.
     Raises:
-      ConfigError: if the network can't be traced with such observations, or returns another shape or type.
+      ConfigError: if it isn't a `Network`, can't be traced with such observations, or returns another shape or type.
     """
+    if not isinstance(network, Network):
+        raise ConfigError(
+            f"`network` must be a qfleet.Network, got a {type(network).__name__}; convert a Flax NNX module by "
+            f"qfleet.from_nnx(lambda rngs: ...)"
+        )
     batch = 3  # a number that is hardly the size of anything else in the network
     stored = stored_spec(spec, network.to_storage_layout)
     observations = jax.ShapeDtypeStruct((batch, *stored.agent_observation_shape), stored.observation_dtype)

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, TrainConfig, suggest
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, LaneOptions, TrainConfig, suggest
 from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
 from qfleet.config.values import to_plain
@@ -55,7 +55,8 @@ def make_explained_config(
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.{suggest(preset, PRESETS)}")
     topology = without_alias(topology, settings.pop("exchange", None))
     options = to_plain(Mapping[str, Any], settings.get("env_options", {}), "env_options")
-    topology = topology or (preset and PRESETS[preset].topology) or default_topology(env, **options)
+    if topology is None:
+        topology = (preset and PRESETS[preset].topology) or default_topology(env, **options)
     check_topology_name(topology)
     if preset is None:
         # One that is to be stepped in processes of its own may hang or crash in this one.
@@ -113,7 +114,26 @@ def _assemble(env: str, preset: str, topology: str, given: Mapping[str, Any], me
         **settings_of(TrainConfig),
     )
     check_new_run(config)
+    _check_lane_options(config)
     return config
+
+
+def _check_lane_options(config: TrainConfig) -> None:
+    """Checks that how an environment is stepped has its defaults if it is part of the compiled program.
+
+    Raises:
+      ConfigError: if it hasn't.
+    """
+    topology, usual = vars(config.topology), vars(type(config.topology)())
+    names = [*(field.name for field in dataclasses.fields(LaneOptions)), "lock_step"]
+    changed = [name for name in names if topology.get(name) != usual.get(name)]
+    if not changed or "in-graph" not in config.topology.environment_kinds:
+        return
+    if default_topology(config.env, **config.env_options) == "fused":
+        raise ConfigError(
+            f"{changed[0]} must be left out in {config.env}, which is written in JAX and part of the compiled program, "
+            f"got {topology[changed[0]]}; leave it out"
+        )
 
 
 def _evaluation_of(env: str) -> Mapping[str, Any]:

@@ -45,6 +45,16 @@ def check_not_forked() -> None:
         )
 
 
+_UNFIT = {
+    "jax_numpy_rank_promotion": ("raise",),
+    "jax_numpy_dtype_promotion": ("strict",),
+    "jax_transfer_guard": ("disallow", "disallow_explicit"),
+    "jax_transfer_guard_host_to_device": ("disallow", "disallow_explicit"),
+    "jax_transfer_guard_device_to_host": ("disallow", "disallow_explicit"),
+}
+"""Settings of JAX, and their values with which it refuses what the programs here do."""
+
+
 @contextlib.contextmanager
 def clear_platform_errors() -> Iterator[None]:
     """Raises a ConfigError with the remedy if JAX can't be used as this process and its variables are set up.
@@ -52,7 +62,8 @@ def clear_platform_errors() -> Iterator[None]:
     Use it around the beginning of a run, or as a decorator. It doesn't start JAX by itself.
 
     Raises:
-      ConfigError: if JAX computes in 64 bits, finds no device, or was started before this process was forked.
+      ConfigError: if JAX computes in 64 bits, is set to refuse what programs here do, finds no device, or was started
+        before this process was forked.
     """
     check_not_forked()
     if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
@@ -60,6 +71,11 @@ def clear_platform_errors() -> Iterator[None]:
             "qfleet computes in 32 bits, got jax_enable_x64; unset JAX_ENABLE_X64, or call qfleet within "
             "`with jax.enable_x64(False):`"
         )
+    for name, values in _UNFIT.items():
+        if (value := getattr(jax.config, name)) in values:
+            raise ConfigError(
+                f"qfleet can't compute with {name}={value}; unset {name.upper()}, or give jax.config.update its default"
+            )
     try:
         yield
     except (ConfigError, RunFailed):

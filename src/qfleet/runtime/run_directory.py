@@ -29,6 +29,7 @@ import filelock
 
 from qfleet.config import ConfigError, TrainConfig
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
+from qfleet.config.values import to_plain
 from qfleet.runtime.run_files import read_json, shortened, temporary_of
 
 
@@ -112,7 +113,7 @@ class RunDirectory:
         Raises:
           ConfigError: if the folder isn't a run, or its config.json is broken, foreign or from another version.
         """
-        path = Path(path)
+        path = Path(to_plain(str, path, "run_dir"))
         _check_name(path)
         file = path / "config.json"
         try:

@@ -12,6 +12,7 @@ from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
 from qfleet.core.keys import Stream, make_key
 from qfleet.core.types import EnvSpec, Params
+from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
@@ -52,7 +53,7 @@ class HostEvaluator:
             self._lanes = self._env.make_eval_lanes(self._num_lanes, self._options)
         except (ConfigError, RunFailed):
             raise
-        except Exception as error:  # an environment may raise anything
+        except RAISED_BY_USERS as error:
             raise ConfigError(
                 f"an environment must be one that can be made several times, because evaluation has lanes of its own "
                 f"beside those for training, got {self._env.spec.name}, which failed when evaluation made it: "
