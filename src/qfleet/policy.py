@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qfleet.config import ConfigError
+from qfleet.config import ConfigError, RunFailed
 from qfleet.config.checks import (
     MAX_EPISODES,
     MAX_FRAMES_PER_SECOND,
@@ -241,7 +241,7 @@ class Policy:
 
         Raises:
           ConfigError: if PyAV or Pillow is missing, there is no way to draw the environment, or an argument is wrong.
-          RunFailed: if the environment fails.
+          RunFailed: if the environment fails, or a video can't be written.
         """
         num_episodes = check_count("num_episodes", num_episodes, maximum=MAX_EPISODES)
         frames_per_second = check_count("frames_per_second", frames_per_second, maximum=MAX_FRAMES_PER_SECOND)
@@ -253,7 +253,15 @@ class Policy:
         with contextlib.closing(episodes):  # this also closes the lanes that draw, even if the caller stops early
             for i, moments in enumerate(episodes):
                 name = video_name(self.label, seed, i)
-                yield film(moments, _make_folder(Path(out_dir)) / name, frames_per_second)
+                folder = _make_folder(Path(out_dir))
+                try:
+                    video = film(moments, folder / name, frames_per_second)
+                except OSError as error:
+                    raise RunFailed(
+                        f"videos need a folder that can be written to, got {folder} ({error.strerror or error}); free "
+                        f"space or fix the permissions there, or give another (--out)"
+                    ) from error
+                yield video
 
     def _to_batch(self, obs: Any) -> tuple[np.ndarray, bool]:
         """Returns observations as the agent sees them, `[batch, ...]`, and whether there was a batch."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import probes
@@ -206,6 +207,19 @@ def test_watch_writes_the_episodes_that_eval_counts(run_dir: Path, capsys: pytes
         with av.open(mp4) as container:
             assert sum(1 for _ in container.decode(video=0)) == expected + 1
     assert len(lines) == 6
+
+
+def test_a_video_that_can_not_be_written_is_told_with_the_remedy(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("av")
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("qfleet.policy.film", fail)
+    assert main(["watch", str(run_dir), "--out", str(tmp_path)]) == 1
+    assert f"got {tmp_path} (Read-only file system); free space" in capsys.readouterr().err
 
 
 def test_watch_in_python_plays_a_plain_greedy_loop(run_dir: Path, tmp_path: Path) -> None:
