@@ -6,7 +6,7 @@ import sys
 try:
     current = os.getcwd()
 except FileNotFoundError:
-    current = None  # it was deleted, as the command will say
+    current = ""  # it was deleted, as the command will say
 
 if not sys.flags.safe_path and sys.path[0] == current:
     # Python puts the current folder first for `-m`, where a random.py in it would run in place of Python's own.
