@@ -74,7 +74,7 @@ def test_a_failed_environment_is_replaced_by_a_fresh_one(
     assert len(caplog.records) == 4
     words = {
         "raise": "ValueError: out of order",
-        "exit": "it called sys.exit(None) (" + counters.__file__,
+        "exit": "SystemExit: ",
         "nan observation": "must be finite",
         "nan reward": "got nan",
     }[fault]

@@ -248,9 +248,7 @@ def test_an_environment_that_ends_the_process_fails_like_any_other(method: str) 
     if method == "close":
         check_works(made_by(kind), LaneOptions())
         return
-    with pytest.raises(
-        ConfigError, match=r"failed: it called sys.exit\('the window was closed'\) \(.*test_first_step\.py"
-    ):
+    with pytest.raises(ConfigError, match=r"failed: SystemExit: the window was closed \(.*test_first_step\.py"):
         check_works(made_by(kind), LaneOptions())
 
 

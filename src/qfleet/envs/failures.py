@@ -88,6 +88,4 @@ def describe(error: BaseException) -> str:
         if not is_between(str(frame.f_globals.get("__name__", "")))
     ]
     where = " ({}:{})".format(*frames[-1]) if frames else ""
-    if isinstance(error, SystemExit):  # some games call it when they are over
-        return f"it called sys.exit({error.code!r}){where}"
     return f"{type(error).__name__}: {message}{where}"
