@@ -184,7 +184,7 @@ def test_a_peer_has_its_share_of_what_counts_environment_steps_and_batches_of_it
     assert agent.batch_size == 16 and agent.replay_ratio == config.agent.replay_ratio
     assert len({first.seed, second.seed, config.seed}) == 3
     assert first == peer_config(config, 0, is_in_graph=True)
-    host = peer_config(config_of(num_env_workers=1, lock_step=True), 0, is_in_graph=False)
+    host = peer_config(config_of(env="gym:CartPole-v1", num_env_workers=1, lock_step=True), 0, is_in_graph=False)
     assert host.topology == OverlappedConfig(num_envs=2, num_env_workers=1, lock_step=True)
 
 
