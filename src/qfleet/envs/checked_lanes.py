@@ -24,8 +24,9 @@ class CheckedLanes:
 
     def __init__(self, lanes: HostLanes, spec: EnvSpec, num_lanes: int) -> None:
         self._lanes, self._name = lanes, spec.name
-        self._observation = f"{spec.observation_dtype}{[num_lanes, *spec.observation_shape]}"
-        self._wanted = (self._observation, f"float32[{num_lanes}]", *[f"bool[{num_lanes}]"] * 3)
+        self._observation = (spec.observation_dtype, (num_lanes, *spec.observation_shape))
+        flags = (np.dtype(bool), (num_lanes,))
+        self._step = (self._observation, (np.dtype(np.float32), (num_lanes,)), flags, flags, flags)
 
     def reset(self, seed: int) -> np.ndarray:
         observation = self._lanes.reset(seed)
@@ -37,7 +38,7 @@ class CheckedLanes:
 
     def recv(self) -> HostStep:
         step = self._lanes.recv()
-        for name, array, wanted in zip(HostStep._fields, step, self._wanted, strict=True):
+        for name, array, wanted in zip(HostStep._fields, step, self._step, strict=True):
             self._check(name, array, wanted)
         return step
 
@@ -47,10 +48,13 @@ class CheckedLanes:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lanes, name)  # what only some lanes have, such as `has_action_mask`
 
-    def _check(self, what: str, array: Any, wanted: str) -> None:
-        got = f"{getattr(array, 'dtype', type(array).__name__)}{list(np.shape(array))}"
+    def _check(self, what: str, array: Any, wanted: tuple[np.dtype, tuple[int, ...]]) -> None:
+        got = getattr(array, "dtype", None), np.shape(array)
         if got != wanted:
-            raise BrokenContract(f"the lanes of {self._name} must return {what} as {wanted}, got {got}")
+            raise BrokenContract(
+                f"the lanes of {self._name} must return {what} as {wanted[0]}{list(wanted[1])}, got "
+                f"{got[0] or type(array).__name__}{list(got[1])}"
+            )
         if array.dtype.kind == "f" and not (is_finite := np.isfinite(array)).all():
             lane = int(np.argwhere(~is_finite)[0][0])
             raise BrokenContract(

@@ -112,6 +112,8 @@ def to_flags(name: str, value: Any, num_lanes: int) -> np.ndarray:
       BrokenContract: if it isn't one flag, or 0 or 1, for each lane.
     """
     numbers = to_lanes(name, value, num_lanes)
+    if numbers.dtype == np.bool_:  # as nearly always
+        return numbers.copy()
     is_flag = (numbers == 0) | (numbers == 1)
     if not is_flag.all():
         raise BrokenContract(f"{name} must be True or False in each lane, got {numbers[~is_flag][0]}")
