@@ -1,76 +1,22 @@
 """Checkpoints: a restored state is the one that was saved, and a damaged checkpoint is never restored."""
 
 import functools
-import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from small_checkpoints import State, assert_same, make_state, save_some
 
 from qfleet.config import ConfigError
 from qfleet.runtime.checkpoint_files import CheckpointError
 from qfleet.runtime.checkpoints import Checkpoints, CheckpointWriteError
-
-
-class State(NamedTuple):
-    params: dict[str, Any]
-    optimiser: Any
-    key: jax.Array
-    env_steps: np.ndarray
-    nothing: Any = None
-    empty: tuple[()] = ()
-
-
-def make_state(seed: int = 0, width: int = 3) -> State:
-    key = jax.random.key(seed)
-    params: dict[str, Any] = {
-        "dense_0": {"kernel": jax.random.normal(key, (4, width)), "bias": jnp.arange(width, dtype=jnp.bfloat16)},
-        "mlp/~/linear": {"w": jax.random.randint(key, (5,), 0, 255).astype(jnp.uint8)},
-        "layers": [jnp.float32(1.5), (jnp.array([True, False]),)],
-    }
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3)).init(params["dense_0"]["kernel"])
-    return State(params, optimiser, jax.random.split(key, 2), np.array(2**40 + seed))
-
-
-def assert_same(left: Any, right: Any) -> None:
-    assert jax.tree.structure(left) == jax.tree.structure(right)  # type: ignore[operator]
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-def save_some(directory: Path, *env_steps: int, keep: int = 10) -> None:
-    with Checkpoints(directory, keep) as checkpoints:
-        for steps in env_steps:
-            state = {"learner": make_state(steps), "replay": {"obs": jnp.full((1000, 4), steps)}}
-            checkpoints.save(steps, state, {"best": steps / 2})
-
-
-@pytest.fixture(scope="module")
-def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with checkpoints 10 and 20. Tests that damage them use a copy."""
-    directory = tmp_path_factory.mktemp("run") / "checkpoints"
-    save_some(directory, 10, 20)
-    return directory
-
-
-@pytest.fixture
-def damaged(two_saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(two_saved, tmp_path / "checkpoints"))
 
 
 def test_everything_comes_back_as_it_was_saved(two_saved: Path) -> None:
@@ -209,151 +155,6 @@ def test_an_item_that_was_not_saved_is_named(two_saved: Path) -> None:
         Checkpoints(two_saved).restore_item("actor")
 
 
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    file.write_bytes(content)
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
-
-
-@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
-def test_damage_to_any_file_is_found(damaged: Path, damage: Any) -> None:
-    newest = damaged / "20"
-    names = [*json.loads((newest / "checksums.json").read_text())["files"], "checksums.json"]
-    assert "index.json" in names and any(name.startswith("replay/ocdbt") for name in names)
-    like = {"learner": make_state(), "replay": {"obs": jnp.zeros((1000, 4), int)}}
-    for name in names:
-        file = newest / name
-        original = file.read_bytes()
-        damage(file)
-        with pytest.raises(CheckpointError) as raised:
-            Checkpoints(damaged).restore(None, like)
-        assert name in str(raised.value) and str(newest) in str(raised.value)
-        assert "continue from the newest intact one before it: --checkpoint 10" in str(raised.value)
-        file.write_bytes(original)
-    Checkpoints(damaged).restore(None, like)
-
-
-def test_moving_a_damaged_checkpoint_away_continues_from_the_one_before(damaged: Path, tmp_path: Path) -> None:
-    (damaged / "20").rename(tmp_path / "broken")
-    assert_same(Checkpoints(damaged).restore_item("learner", make_state()), make_state(10))
-
-
-def test_damage_to_the_replay_does_not_keep_the_policy_from_loading(damaged: Path) -> None:
-    shutil.rmtree(damaged / "20" / "replay")
-    assert_same(Checkpoints(damaged).restore_item("learner", make_state()), make_state(20))
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda folder: (folder.mkdir(), (folder / "checksums.json").write_text("[]")),
-        lambda folder: (folder.mkdir(), (folder / "checksums.json").write_text('{"files": {}}')),
-        lambda folder: (folder.mkdir(), (folder / "checksums.json").write_text('{"files": {"index.json": 3}}')),
-    ],
-)
-def test_a_folder_that_only_looks_like_a_checkpoint_is_refused(tmp_path: Path, make: Any) -> None:
-    make(tmp_path / "30")
-    with pytest.raises(CheckpointError, match=r"30: checksums\.json .*no older one is intact"):
-        Checkpoints(tmp_path).read_metadata()
-
-
-def foreign_folder(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "notes.txt").write_text("mine")
-
-
-def link_to_a_checkpoint(folder: Path) -> None:
-    save_some(folder.parent.parent / "elsewhere", 1, keep=9)
-    folder.symlink_to(folder.parent.parent / "elsewhere" / "1")
-
-
-@pytest.mark.parametrize("make", [foreign_folder, link_to_a_checkpoint, Path.mkdir, Path.touch])
-@pytest.mark.parametrize("name", ["2019", "2023", "007", "٣"])
-def test_what_is_not_the_runs_own_is_neither_counted_nor_deleted(tmp_path: Path, make: Any, name: str) -> None:
-    directory = tmp_path / "checkpoints"
-    directory.mkdir()
-    make(directory / name)
-    before = sorted(path.name for path in (directory / name).glob("*"))
-    save_some(directory, 10, 20, 30, keep=1)
-    with Checkpoints(directory) as checkpoints:
-        assert checkpoints.all() == [30]
-        checkpoints.set_aside_after(5)
-        assert checkpoints.all() == []
-    assert sorted(path.name for path in (directory / name).glob("*")) == before
-    assert sorted(path.name for path in directory.iterdir()) == sorted([name, "30.set-aside"])
-
-
-def test_checkpoints_of_another_run_are_refused_and_never_deleted(tmp_path: Path) -> None:
-    mine, other = 16 * "a", 16 * "b"
-    with Checkpoints(tmp_path, keep=1, run_id=other) as checkpoints:
-        checkpoints.save(3, {"learner": jnp.zeros(2)}, {})
-    with Checkpoints(tmp_path, keep=1, run_id=mine) as checkpoints:
-        for steps in (1, 2, 4, 5):
-            checkpoints.save(steps, {"learner": jnp.ones(2)}, {})
-        checkpoints.wait()
-        assert checkpoints.all() == [3, 5]
-        with pytest.raises(CheckpointError, match=rf"of the run in whose folder .*{other}.*{mine}; move it back"):
-            checkpoints.restore_item("learner", env_steps=3)
-        with pytest.raises(CheckpointError, match="of the run in whose folder"):
-            checkpoints.save(3, {"learner": jnp.ones(2)}, {})
-
-
-def test_a_file_of_the_users_in_a_checkpoint_keeps_it_from_being_deleted(tmp_path: Path) -> None:
-    save_some(tmp_path, 1, 2)
-    (tmp_path / "1" / "notes.txt").write_text("the best one")
-    save_some(tmp_path, 3, 4, keep=2)
-    assert Checkpoints(tmp_path).all() == [1, 3, 4]
-    assert (tmp_path / "1" / "notes.txt").exists()
-
-
-def test_a_damaged_checkpoint_is_not_deleted_by_itself(damaged: Path) -> None:
-    (damaged / "10" / "checksums.json").write_text("{}")
-    save_some(damaged, 30, keep=1)
-    assert Checkpoints(damaged).all() == [10, 30]
-
-
-def test_an_item_that_is_a_link_out_of_the_checkpoint_is_not_read(tmp_path: Path) -> None:
-    save_some(tmp_path / "checkpoints", 5)
-    learner = (tmp_path / "checkpoints" / "5" / "learner").rename(tmp_path / "elsewhere")
-    (tmp_path / "checkpoints" / "5" / "learner").symlink_to(learner)
-    with pytest.raises(CheckpointError, match="learner must be a folder, got a symbolic link"):
-        Checkpoints(tmp_path / "checkpoints").restore_item("learner")
-
-
-def test_nothing_is_deleted_through_a_link(tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "checkpoints").symlink_to("elsewhere")
-    save_some(tmp_path / "checkpoints", 1, 2, 3, keep=1)
-    (tmp_path / "elsewhere" / "7.deleted-tmp").mkdir()
-    save_some(tmp_path / "checkpoints", 4, keep=1)
-    assert Checkpoints(tmp_path / "elsewhere").all() == [1, 2, 3, 4]
-    assert (tmp_path / "elsewhere" / "7.deleted-tmp").exists()
-
-
-def test_a_deletion_that_fails_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    save_some(tmp_path, 1, 2)
-    monkeypatch.setattr("qfleet.runtime.checkpoint_files.shutil.rmtree", fail)
-    save_some(tmp_path, 3, keep=2)
-    assert Checkpoints(tmp_path).all() == [2, 3]
-    assert f"{tmp_path / '1.deleted-tmp'}, can't be deleted" in caplog.text
-
-
-def test_a_foreign_folder_in_the_way_is_named(tmp_path: Path) -> None:
-    foreign_folder(tmp_path / "5")
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(OSError, match="5 is in the way and no checkpoint; move"):
-        checkpoints.save(5, {"learner": jnp.zeros(2)}, {})
-    assert (tmp_path / "5" / "notes.txt").read_text() == "mine"
-
-
 def test_a_run_without_checkpoints_says_so(tmp_path: Path) -> None:
     missing = Checkpoints(tmp_path / "absent")
     assert missing.latest() is None and missing.all() == []
@@ -364,16 +165,6 @@ def test_a_run_without_checkpoints_says_so(tmp_path: Path) -> None:
 def test_a_missing_step_lists_those_there_are(two_saved: Path) -> None:
     with pytest.raises(CheckpointError, match="checkpoint 15 must be in .* which holds 10, 20; choose one"):
         Checkpoints(two_saved).read_metadata(15)
-
-
-def test_a_checkpoint_of_a_later_format_asks_for_its_qfleet(damaged: Path) -> None:
-    index = (damaged / "20" / "index.json").read_text().replace('"format": 2', '"format": 3')
-    (damaged / "20" / "index.json").write_text(index)
-    sums = json.loads((damaged / "20" / "checksums.json").read_text())
-    sums["files"]["index.json"] = [len(index), zlib.crc32(index.encode())]
-    (damaged / "20" / "checksums.json").write_text(json.dumps(sums))
-    with pytest.raises(CheckpointError, match="format must be 2, got 3"):
-        Checkpoints(damaged).read_metadata()
 
 
 def test_a_save_that_cannot_be_written_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
