@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
-from qfleet.config.checks import check_count
+from qfleet.config.checks import check_checkpoint
 from qfleet.config.new_run import check_new_run
 from qfleet.config.values import show, to_plain
 from qfleet.core.keys import key_shape
@@ -22,6 +22,7 @@ from qfleet.envs.recorded import RecordedEnv
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
+from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
@@ -116,7 +117,7 @@ def resume(
     *,
     env_steps: int | None = None,
     stop_return: float | Literal["none"] | None = None,
-    checkpoint: int | None = None,
+    checkpoint: int | Literal["best"] | None = None,
     topology: TopologyConfig | None = None,
     num_processes: int | None = None,
     coordinator: str | None = None,
@@ -135,7 +136,8 @@ def resume(
       stop_return: return at which the run ends, instead of the one in its config; "none" for no such return. A run that
         has reached its return already goes on to `env_steps`.
       checkpoint: environment step of the checkpoint to continue from, instead of the newest. Newer ones are set aside,
-        by renaming.
+        by renaming. "best" is the checkpoint of the best evaluation. It holds the learner alone, so the run begins new
+        episodes and warms up again from an empty replay, at that environment step of its schedules.
       topology: where the run continues, if that is another topology or another size. Its lanes begin new episodes, and
         the replay is divided anew over them. So a run that began on a laptop can continue as a fleet, or the other way
         round. The run's folder keeps the config that the run began with, so give this argument each time.
@@ -158,7 +160,7 @@ def resume(
         version of qfleet began it, whose networks read such observations otherwise.
     """
     directory = RunDirectory.open(run_dir)
-    checkpoint = _number_of_checkpoint(checkpoint)
+    checkpoint = check_checkpoint(checkpoint)
     if env is not None:
         remember_factory(directory.config.env, env)
     check_trusted(directory.config.env, directory.path, trust=trust)
@@ -186,7 +188,7 @@ def resume(
 def load(
     run_dir: str | os.PathLike[str],
     *,
-    checkpoint: int | None = None,
+    checkpoint: int | Literal["best"] | None = None,
     seed: int | None = None,
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
@@ -200,7 +202,8 @@ def load(
 
     Args:
       run_dir: a run's folder.
-      checkpoint: environment step of the checkpoint to load. The default is the newest one.
+      checkpoint: environment step of the checkpoint to load, or "best" for that of the best evaluation. The default is
+        the newest one.
       seed: seed to load, of a run with several seeds. The default is the first one.
       env: the function that made the environment, if the run began with one.
       network: the network that `train` was given, if any.
@@ -216,16 +219,19 @@ def load(
 
     directory = RunDirectory.open(run_dir)
     config = directory.config
-    checkpoint, seed = _number_of_checkpoint(checkpoint), to_plain(int | None, seed, "seed")
+    checkpoint, seed = check_checkpoint(checkpoint), to_plain(int | None, seed, "seed")
     index = 0 if seed is None else seed - config.seed
     if not 0 <= index < config.num_seeds:
         last = config.seed + config.num_seeds - 1
         raise ConfigError(f"seed must be one that the run trained, {config.seed} to {last}, got {seed}")
-    with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept, run_id=directory.run_id) as checkpoints:
-        checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
-        if checkpoint is None:  # what needs trust is told first
+    kind: type[BestCheckpoint] | type[Checkpoints] = BestCheckpoint if checkpoint == "best" else Checkpoints
+    with kind(directory.checkpoints_path, run_id=directory.run_id) as checkpoints:
+        number = checkpoint if isinstance(checkpoint, int) else checkpoints.latest()
+        if isinstance(checkpoints, BestCheckpoint):
+            number = checkpoints.check_exists()
+        if number is None:  # what needs trust is told first
             check_trusted(config.env, directory.path, trust=trust)
-        metadata = read_metadata(checkpoints, checkpoint, config)
+        metadata = read_metadata(checkpoints, number, config)
         check_network_is_given(network is not None, metadata["has_own_network"])
         source = _environment_of(directory, metadata.get("environment"), env, trust=trust)
         spec = source.interface.spec if isinstance(source, RecordedEnv) else source.spec
@@ -234,7 +240,7 @@ def load(
         network_in_use = network or make_network(spec, config.agent)
         limit_cpu_threads(check_network(network_in_use, spec))
         enable_compilation_cache()
-        params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
+        params = checkpoints.restore_item("learner", env_steps=number)["params"]
     if config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
     label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
@@ -246,11 +252,6 @@ def load(
             rule = f"a checkpoint must hold the network for the environment that it records, which has {sizes}"
     params = _params_of(network_in_use, params, rule)
     return Policy(source, network_in_use, params, label, _evaluation_options(config, metadata))
-
-
-def _number_of_checkpoint(checkpoint: int | None) -> int | None:
-    """Returns the environment step of a checkpoint as an `int`, after checking it, or None for the newest."""
-    return None if checkpoint is None else check_count("checkpoint", checkpoint, minimum=0)
 
 
 def _environment_of(
@@ -279,7 +280,7 @@ def watch(
     run_dir: str | os.PathLike[str],
     *,
     num_episodes: int = 1,
-    checkpoint: int | None = None,
+    checkpoint: int | Literal["best"] | None = None,
     train_seed: int | None = None,
     seed: int = 0,
     out_dir: str | os.PathLike[str] | None = None,

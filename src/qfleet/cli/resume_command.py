@@ -13,7 +13,7 @@ from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import take_mesh, topology_flags
 from qfleet.config import TOPOLOGIES, TopologyConfig
-from qfleet.config.checks import check_count
+from qfleet.config.checks import check_checkpoint, check_count
 from qfleet.config.topologies import check_suits, check_topology_name, field_names, without_alias
 
 
@@ -30,8 +30,9 @@ class _ResumeFlags:
     """Environment step at which the run ends, counted from its beginning. The default is the run's own."""
     stop_return: float | Literal["none"] | None = None
     """Mean greedy return at which the run ends, or `none`. The default is the run's own, unless it has been reached."""
-    checkpoint: int | None = None
-    """Environment step of the checkpoint to continue from, instead of the newest; newer ones are set aside."""
+    checkpoint: int | Literal["best"] | None = None
+    """Environment step of the checkpoint to continue from, instead of the newest; newer ones are set aside.
+    `best` is that of the best evaluation. It has no replay, so the run warms up anew there."""
     num_processes: int | None = None
     """Number of processes of an all-reduce or gossip run; lanes and replay are divided anew over them.
     This flag and the next three default to what the run began with."""
@@ -84,9 +85,9 @@ def parse(arguments: Sequence[str]) -> tuple[_ResumeFlags, dict[str, Any]]:
     kinds = topology_flags() | own | {"run": typing.Required[own["run"]]}
     given = read_flags(kinds, arguments, "qfleet resume")
     flags = _ResumeFlags(**{name: given.pop(name) for name in own if name in given})
-    for name, least in (("env_steps", 1), ("checkpoint", 0)):
-        if (count := getattr(flags, name)) is not None:
-            check_count(name, count, least)
+    if flags.env_steps is not None:
+        check_count("env_steps", flags.env_steps)
+    check_checkpoint(flags.checkpoint)
     return flags, given
 
 

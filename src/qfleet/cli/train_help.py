@@ -18,7 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "eval_period_env_steps", "eval_episodes", "eval_exploration", "eval_max_episode_steps",
         "video_period_env_steps",
     ),
-    "checkpoint": ("checkpoint_period_seconds", "checkpoints_kept", "checkpoint_replay"),
+    "checkpoint": ("checkpoint_period_seconds", "checkpoints_kept", "checkpoint_best", "checkpoint_replay"),
     "learning": (
         "discount", "double", "n_step", "loss", "huber_delta", "target_update_period", "target_update_rate",
         "env_steps_per_learner_step", "batch_size",

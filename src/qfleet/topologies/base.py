@@ -31,6 +31,10 @@ class Layout(TypedDict):
     lanes_per_segment: int
 
 
+LEARNER_ALONE = Layout(topology="none", num_segments=0, lanes_per_segment=0)
+"""Layout of a checkpoint that holds a learner and nothing else, which is no topology's own."""
+
+
 class Topology(abc.ABC):
     """One learner or several, wherever they run. `advance` trains them, one chunk at a time."""
 
@@ -102,6 +106,15 @@ class Topology(abc.ABC):
         """
 
     @property
+    @abc.abstractmethod
+    def learner(self) -> LearnerState:
+        """The newest learner state, of which `params` is a part. Its arrays may be deleted by the next `advance`.
+
+        Raises:
+          StateIsLost: if it can't be had now.
+        """
+
+    @property
     def counters(self) -> dict[str, int]:
         """The counts that `restore` needs in addition to `state`."""
         return {
@@ -151,11 +164,6 @@ class OwnLearner(Topology):
     @abc.abstractmethod
     def env_steps_per_iteration(self) -> int:
         """Environment steps of one iteration, over all lanes of one seed: `advance` stops at multiples of it."""
-
-    @property
-    @abc.abstractmethod
-    def learner(self) -> LearnerState:
-        """The newest learner state. Its arrays may be deleted by the next `advance`."""
 
     @abc.abstractmethod
     def set_learner(self, learner: LearnerState) -> None:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qfleet.config import AllReduceConfig, ConfigError, TrainConfig
 from qfleet.config.encoding import encode_topology
@@ -17,6 +17,7 @@ from qfleet.envs.recorded import check_as_recorded
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.activity import announce
+from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_platforms_of_children
 from qfleet.runtime.records import Progress
@@ -26,7 +27,7 @@ from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
 from qfleet.training.leaving import closed_at_exit, failure_of_loop
 from qfleet.training.metadata import read_metadata
-from qfleet.training.outcome import BestEvaluation
+from qfleet.training.outcome import Evaluations
 from qfleet.training.resuming import check_goes_on, check_reads_the_same
 
 
@@ -39,7 +40,7 @@ class LaunchedRun:
         open_directory: Callable[[], RunDirectory],
         *,
         is_resumed: bool = False,
-        checkpoint: int | None = None,
+        checkpoint: int | Literal["best"] | None = None,
     ) -> None:
         self._topology = config.topology_as(AllReduceConfig)
         self._began = time.monotonic()
@@ -60,14 +61,18 @@ class LaunchedRun:
         self._checkpoints = Checkpoints(
             self.directory.checkpoints_path, keep=config.checkpoints_kept, run_id=self.directory.run_id
         )
+        best = BestCheckpoint(self.directory.checkpoints_path, run_id=self.directory.run_id)
         if is_resumed and (checkpoint is not None or self._checkpoints.latest() is not None):
-            metadata = read_metadata(self._checkpoints, checkpoint, config)
+            source, number = (best, None) if checkpoint == "best" else (self._checkpoints, checkpoint)
+            metadata = read_metadata(source, number, config)
             check_as_recorded(env, metadata.get("environment"), config.env)
             check_reads_the_same(self.directory, env.spec)
             check_goes_on(metadata, config)
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
         if is_resumed and checkpoint is not None and self._lock:
-            self._checkpoints.set_aside_after(checkpoint)
+            number = best.promote() if checkpoint == "best" else checkpoint
+            self._checkpoints.set_aside_after(number)
+            best.set_aside_after(number)
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
 
@@ -125,7 +130,9 @@ class LaunchedRun:
             "time_shares": None,
             "eval_return_mean": None,
             "eval_returns": None,
-            **BestEvaluation().summary(),
+            **Evaluations().summary(),
+            "best_checkpoint": None,
+            "newest_checkpoint": None,
             "warnings": [],
             "version": self.directory.version,
         }

@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from qfleet.envs.recorded import check_as_recorded, record_of
 from qfleet.envs.registry import backend_of
 from qfleet.runtime import peers
 from qfleet.runtime.activity import announce
+from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_not_forked
@@ -31,8 +32,8 @@ from qfleet.training.account import RunAccount
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
 from qfleet.training.evaluation_rounds import EvaluationRounds
 from qfleet.training.leaving import closed_at_exit, failure_of_loop
-from qfleet.training.metadata import read_metadata
-from qfleet.training.outcome import Closing, is_of_checkpoints, message_of
+from qfleet.training.metadata import best_evaluation, read_metadata
+from qfleet.training.outcome import Closing, evaluation_of, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
 from qfleet.training.saving import Saving
 
@@ -53,7 +54,7 @@ class Run:
         optimiser: "optax.GradientTransformation | None",
         *,
         is_resumed: bool = False,
-        checkpoint: int | None = None,
+        checkpoint: int | Literal["best"] | None = None,
     ) -> None:
         self._account = RunAccount(config)
         self._has_own_network = network is not None
@@ -92,7 +93,12 @@ class Run:
                 raise
 
     def _start(
-        self, stop: StopFlag, checkpoint: int | None, *, is_resumed: bool, footprint_of: Callable[..., Any]
+        self,
+        stop: StopFlag,
+        checkpoint: int | Literal["best"] | None,
+        *,
+        is_resumed: bool,
+        footprint_of: Callable[..., Any],
     ) -> None:
         """Compiles the programs, starts the environments and processes, and goes on from a checkpoint if there is one.
 
@@ -107,16 +113,24 @@ class Run:
             run_id=self.directory.run_id,
             is_keeper=peers.is_first(),
         )
-        self._saving = Saving(topology, self._checkpoints, self._account.warn)
+        self._best_checkpoint = BestCheckpoint(
+            self.directory.checkpoints_path, run_id=self.directory.run_id, is_keeper=peers.is_first()
+        )
+        self._saving = Saving(topology, self._checkpoints, self._best_checkpoint, self._account.warn)
         if config.topology.runs_in != "joined processes":  # otherwise the launcher holds it
             # This comes before a checkpoint is chosen, because whoever holds the lock may still write one.
             self._closing.add(self.directory.lock().release)
+        was_named = checkpoint is not None
+        if checkpoint == "best":
+            self._read_metadata(self._best_checkpoint, None)  # raises before anything is changed
+            checkpoint = self._best_checkpoint.promote()
         if is_resumed and checkpoint is None:
             checkpoint = self._checkpoints.latest()
-        metadata = None if checkpoint is None else self._read_metadata(checkpoint)
+        metadata = None if checkpoint is None else self._read_metadata(self._checkpoints, checkpoint)
         if is_resumed:  # only once the network is known to be the one that the run was trained with
             check_fits(config, topology.footprint(), footprint_of)
         self._closing.add(self._checkpoints.close)
+        self._closing.add(self._best_checkpoint.close)
         self._closing.add(topology.close)
         enable_compilation_cache()
         announce("starting processes" if config.topology.runs_in == "ray" else "compiling")
@@ -129,7 +143,7 @@ class Run:
         if self._metrics:
             self._closing.add(self._metrics.close)
         if metadata is not None and state is not None:
-            self._restore(state, metadata)
+            self._restore(state, metadata, sets_best_aside=was_named)
         if is_resumed and self._metrics:
             self._metrics.truncate_after(topology.env_steps)
 
@@ -138,9 +152,14 @@ class Run:
         is_alone = self.config.topology.runs_in != "joined processes"
         return stop.interrupting() if is_alone else contextlib.nullcontext()
 
-    def _read_metadata(self, checkpoint: int) -> dict[str, Any]:
+    @property
+    def _is_interruptible(self) -> bool:
+        """Whether a signal may interrupt an evaluation at any place. Otherwise it only asks now and then."""
+        return self.config.topology.runs_in == "this process"
+
+    def _read_metadata(self, checkpoints: Checkpoints, checkpoint: int | None) -> dict[str, Any]:
         """Returns the metadata of the checkpoint to continue from, after checking it."""
-        metadata = read_metadata(self._checkpoints, checkpoint, self.config)
+        metadata = read_metadata(checkpoints, checkpoint, self.config)
         check_network_is_given(self._has_own_network, metadata["has_own_network"])
         check_as_recorded(self._env, metadata.get("environment"), self.config.env)
         if not self._has_own_network:
@@ -148,10 +167,14 @@ class Run:
         check_goes_on(metadata, self.config)
         return metadata
 
-    def _restore(self, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], metadata: dict[str, Any], *, sets_best_aside: bool) -> None:
         self._topology.restore(state, metadata["counters"])
         self._checkpoints.set_aside_after(self._topology.env_steps)
         self._account.restore(metadata, self.directory.config.stop_return)
+        if sets_best_aside:  # otherwise a crash came after it, and it must not cost the best
+            self._best_checkpoint.set_aside_after(self._topology.env_steps)
+        if self.config.checkpoint_best:
+            self._account.evaluations.best = best_evaluation(self._best_checkpoint, self.config)
         self._rounds.restore(metadata.get("evaluation_rounds"))
         self._goes_on = self._account.is_solved
         for i in range(self.config.num_seeds):
@@ -223,9 +246,8 @@ class Run:
 
     def _evaluate_and_film(self, stop: StopFlag) -> dict[str, Any]:
         """Evaluates and films, unless a signal interrupts that, and returns what `_evaluate` does."""
-        is_interruptible = self.config.topology.runs_in == "this process"  # others only ask now and then
         try:
-            with stop.interrupting() if is_interruptible else contextlib.nullcontext():
+            with stop.interrupting() if self._is_interruptible else contextlib.nullcontext():
                 evaluated = self._evaluate(stop)
         except StopRequested:
             return {}
@@ -233,7 +255,9 @@ class Run:
             return {}
         newest = self._rounds.summary
         if evaluated:
-            self._account.best.add(newest["eval_at_env_steps"], np.array(newest["eval_returns"]))
+            env_steps, returns = newest["eval_at_env_steps"], np.array(newest["eval_returns"])
+            self._account.evaluations.newest = evaluation_of(env_steps, returns)
+            self._keep_if_best(stop)
         self._film_if_due(stop)
         self._account.evaluated_at = self._topology.env_steps
         return evaluated
@@ -250,6 +274,25 @@ class Run:
             self._account.solved_at[i] = self._topology.env_steps
             self._topology.keep(int(i))
         return evaluated
+
+    def _keep_if_best(self, stop: StopFlag) -> None:
+        """Keeps the learner if its evaluation is the best one and fresh episodes confirm that."""
+        evaluations = self._account.evaluations
+        if evaluations.newest is None or not evaluations.is_better(evaluations.newest):
+            return
+        if not self.config.checkpoint_best:
+            evaluations.best = evaluations.newest
+            return
+        try:
+            with stop.interrupting() if self._is_interruptible else contextlib.nullcontext():
+                fresh = self._rounds.confirm(lambda: stop.requested)
+        except StopRequested:
+            return
+        if fresh is None or not evaluations.is_better(confirmed := evaluation_of(self._topology.env_steps, fresh)):
+            return
+        env_steps = self._saving.save_best(confirmed, {**self._notes(), "evaluated_at": self._topology.env_steps})
+        if env_steps is not None:
+            evaluations.best = confirmed._replace(env_steps=env_steps)
 
     def _film_if_due(self, stop: StopFlag) -> None:
         recorder, env_steps = self._recorder, self._topology.env_steps
@@ -275,7 +318,7 @@ class Run:
 
     def _finish(self, stopped: str, **more: Any) -> None:
         self._saving.save_at_end(self._notes())
-        if fall := self._account.best.fall():
+        if fall := self._account.evaluations.fall():
             self._account.warn("fall", fall)
         self._write_summary(stopped, **more)
 
@@ -311,6 +354,7 @@ class Run:
             "backend": self.backend,
             **self._account.summary(stopped, self._topology),
             **self._rounds.summary,
+            **self._saving.summary(),
             "num_videos": self._recorder.num_videos if self._recorder else 0,
             "num_video_failures": self._recorder.num_failures if self._recorder else 0,
             "version": self.directory.version,

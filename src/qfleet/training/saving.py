@@ -10,8 +10,10 @@ import jax
 from qfleet.config import ConfigError
 from qfleet.envs.failures import describe
 from qfleet.runtime.activity import announce
+from qfleet.runtime.best_checkpoint import RETURN_MEAN, BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.base import StateIsLost, Topology
+from qfleet.topologies.base import LEARNER_ALONE, StateIsLost, Topology
+from qfleet.training.outcome import Evaluation
 
 logger = logging.getLogger("qfleet")
 
@@ -23,6 +25,7 @@ class Saving:
         self,
         topology: Topology,
         checkpoints: Checkpoints,
+        best: BestCheckpoint,
         warn: Callable[[str, str], None],
     ) -> None:
         """Saves nothing yet.
@@ -30,9 +33,11 @@ class Saving:
         Args:
           topology: whose state is saved.
           checkpoints: the run's checkpoints.
+          best: the checkpoint of its best evaluation.
           warn: logs and notes a warning, given what it is about and its text.
         """
-        self._topology, self._checkpoints, self._warn = topology, checkpoints, warn
+        self._topology, self._checkpoints, self._best = topology, checkpoints, best
+        self._warn = warn
 
     def save(self, notes: dict[str, Any]) -> None:
         """Begins to save a checkpoint. If the state is lost for the moment, that is a warning.
@@ -47,7 +52,36 @@ class Saving:
         except StateIsLost as error:
             logger.warning("there is no checkpoint at environment step %d: %s", topology.env_steps, error)
             return
-        self._checkpoints.save(topology.env_steps, state, self._metadata(notes))
+        if jax.process_count() > 1:
+            self._best.wait()  # because several processes must write in the same order
+        self._checkpoints.save(topology.env_steps, state, {"layout": topology.layout, **self._metadata(notes)})
+
+    def save_best(self, evaluation: Evaluation, notes: dict[str, Any]) -> int | None:
+        """Begins to save the learner as that of the best evaluation, in place of the one before.
+
+        Args:
+          evaluation: the evaluation that says so.
+          notes: as for `save`.
+
+        Returns:
+          Its environment steps, which are the topology's; None if it isn't saved, which is a warning.
+        """
+        self._wait_for_best()
+        try:
+            learner = self._topology.learner
+            if jax.process_count() > 1:
+                self._checkpoints.wait()
+            evaluated = {RETURN_MEAN: evaluation.mean, "return_error": evaluation.error}
+            metadata = {**self._metadata(notes), "layout": LEARNER_ALONE, **evaluated}
+            if self._best.save_learner(self._topology.env_steps, learner, metadata):
+                return self._topology.env_steps
+        except StateIsLost as error:
+            logger.warning("the learner of the best evaluation isn't kept: %s", error)
+        except (OSError, ConfigError) as error:
+            if jax.process_count() > 1:
+                raise
+            self._warn("saving the best", f"{error}. The run goes on, and keeps the next one that is better")
+        return None
 
     def save_if_possible(self, notes: dict[str, Any]) -> None:
         """Saves on the way. A disk that is full now may have room at the next time."""
@@ -68,6 +102,14 @@ class Saving:
             self._checkpoints.wait()
         self.save(notes)
         self._checkpoints.wait()
+        self._wait_for_best()
+
+    def _wait_for_best(self) -> None:
+        """Waits until the best checkpoint is complete. That it can't be written is a warning."""
+        try:
+            self._best.wait()
+        except OSError as error:
+            self._warn("saving the best", f"{error}. The run goes on, and keeps the next one that is better")
 
     def save_after_failure(self, notes: dict[str, Any]) -> None:
         """Saves what is sound after the run has failed, unless several processes would have to do so together."""
@@ -87,5 +129,12 @@ class Saving:
             logger.warning("%s", error)
             return None
 
+    def summary(self) -> dict[str, Any]:
+        """Returns the entries of a run's summary: environment steps of the newest and of the best checkpoint."""
+        best = None
+        with contextlib.suppress(ConfigError):
+            best = self._best.latest()
+        return {"newest_checkpoint": self.newest(), "best_checkpoint": best}
+
     def _metadata(self, notes: dict[str, Any]) -> dict[str, Any]:
-        return {"counters": self._topology.counters, "layout": self._topology.layout, **notes}
+        return {"counters": self._topology.counters, **notes}

@@ -10,6 +10,7 @@ import numpy as np
 
 from qfleet.config import ParameterServerConfig, TrainConfig
 from qfleet.core.exploration import exploration_at
+from qfleet.core.learner import LearnerState
 from qfleet.core.sharded_learner import ShardedLearner
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
@@ -100,6 +101,20 @@ class ParameterServer(OnRay):
         return jax.device_get(self._learner.assemble_params(self._director.params()))
 
     @property
+    def learner(self) -> LearnerState:
+        """The newest learner state, once nothing is in flight any more."""
+        self._director.quiesce()
+        self.env_steps = self._director.env_steps
+        leaves = self._director.learner_state()
+        self.learner_steps = self._director.learner_steps
+        # The optimiser of `make_learner` may clip, and that of the shards does not. The structure of their states
+        # differs, while the arrays are the same.
+        learner: LearnerState = jax.tree.unflatten(
+            jax.tree.structure(self._shapes), jax.tree.leaves(self._learner.join(leaves))
+        )
+        return learner
+
+    @property
     def state(self) -> dict[str, Any]:
         """The items of a checkpoint by name; without the replay if the config leaves it out.
 
@@ -108,14 +123,7 @@ class ParameterServer(OnRay):
         Raises:
           StateIsLost: if a shard of the server or of the replay was lost and has not found a place yet.
         """
-        self._director.quiesce()
-        self.env_steps = self._director.env_steps
-        leaves = self._director.learner_state()
-        self.learner_steps = self._director.learner_steps
-        # The optimiser of `make_learner` may clip, and that of the shards does not. The structure of their states
-        # differs, while the arrays are the same.
-        learner = jax.tree.unflatten(jax.tree.structure(self._shapes), jax.tree.leaves(self._learner.join(leaves)))
-        state = {"learner": learner}
+        state: dict[str, Any] = {"learner": self.learner}
         if self._config.checkpoint_replay:
             state["replay"] = join_shards(self._director.snapshots(), self._pool)
         return state
