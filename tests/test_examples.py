@@ -12,6 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 BUDGETS = {
     "atari_pong.py": ["--env-steps", "256", "--replay-capacity", "1000", "--sticky"],
+    "callbacks.py": ["--env-steps", "4096"],
     "driving.py": ["--env-steps", "128"],
     "laptop_fleet.py": ["--env-steps", "3000"],
     "lunar_lander.py": ["--env-steps", "1024"],

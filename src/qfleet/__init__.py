@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from qfleet.networks import from_nnx
     from qfleet.policy import Policy
     from qfleet.presets import PRESETS, make_config
+    from qfleet.runtime.loggers import LoggedRun, Logger
     from qfleet.runtime.records import Progress
     from qfleet.runtime.video import Video
+    from qfleet.training.callbacks import RunControl, SavedCheckpoint
     from qfleet.training.run import Run
 
 _HOMES = {
@@ -36,7 +38,9 @@ _HOMES = {
     "qfleet.networks": ("from_nnx",),
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
+    "qfleet.training.callbacks": ("RunControl", "SavedCheckpoint"),
     "qfleet.training.run": ("Run",),
+    "qfleet.runtime.loggers": ("LoggedRun", "Logger"),
     "qfleet.runtime.records": ("Progress",),
     "qfleet.runtime.video": ("Video",),
 }
@@ -53,13 +57,17 @@ __all__ = [
     "HostStep",
     "InGraphEnv",
     "LaneOptions",
+    "LoggedRun",
+    "Logger",
     "Network",
     "OverlappedConfig",
     "Policy",
     "Progress",
     "RenderedLanes",
     "Run",
+    "RunControl",
     "RunFailed",
+    "SavedCheckpoint",
     "StepResult",
     "TrainConfig",
     "Video",

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import optax
 
     from qfleet.policy import EvaluationOptions, Policy
+    from qfleet.runtime.loggers import Logger
     from qfleet.runtime.video import Video
     from qfleet.training.launched import LaunchedRun
     from qfleet.training.run import Run
@@ -49,6 +50,8 @@ def train(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
+    callbacks: Sequence[Any] = (),
+    loggers: "Sequence[str | Logger]" = (),
 ) -> dict[str, Any]:
     """Trains until the run ends as `config` says, and returns the content of summary.json.
 
@@ -60,6 +63,11 @@ def train(
       network: replaces the network that `config.agent` describes. It is any pair of functions, or a Flax NNX module
         that `qfleet.from_nnx` converts. `load` and `resume` then need it too.
       optimiser: replaces the optimiser that `config.agent` names. `resume` then needs it too.
+      callbacks: objects with any of the methods `on_progress`, `on_evaluation`, `on_checkpoint` and `on_end`, which are
+        told how the run goes and may stop it, evaluate, save, or change the exploration and other settings by the
+        `RunControl` that they get. If one raises, the run ends as if the loop over it had: saved, and "failed".
+      loggers: where the numbers of metrics.jsonl go, too: "wandb", "mlflow", or objects with the methods of `Logger`.
+        If one fails, that costs a warning. Like callbacks, they aren't part of the config: `resume` needs them again.
 
     Raises:
       ConfigError: on bad input, before any work starts.
@@ -68,7 +76,7 @@ def train(
         loop over several runs ends too.
     """
     with StopFlag() as stop:
-        run = iterate(config, env=env, network=network, optimiser=optimiser)
+        run = iterate(config, env=env, network=network, optimiser=optimiser, callbacks=callbacks, loggers=loggers)
         for _ in run:
             pass
         if stop.requested:
@@ -84,6 +92,8 @@ def iterate(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
+    callbacks: Sequence[Any] = (),
+    loggers: "Sequence[str | Logger]" = (),
 ) -> "Run | LaunchedRun":
     """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
 
@@ -102,13 +112,14 @@ def iterate(
     check_new_run(config)
     config = config.with_schedule_lengths()
     check_is_built_in(config, network, optimiser)
+    observers = _observers(callbacks, loggers)
     if config.topology.runs_in == "joined processes":
         from qfleet.training.launched import LaunchedRun, directory_of_all
 
-        return LaunchedRun(config, lambda: directory_of_all(config))
+        return LaunchedRun(config, lambda: directory_of_all(config), **observers)
     from qfleet.training.run import Run
 
-    return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
+    return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser, **observers)
 
 
 @clear_platform_errors()
@@ -126,6 +137,8 @@ def resume(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
+    callbacks: Sequence[Any] = (),
+    loggers: "Sequence[str | Logger]" = (),
     trust: bool = False,
 ) -> "Run | LaunchedRun":
     """Returns the run in `run_dir`, to iterate over from its newest checkpoint as if it had never stopped.
@@ -151,6 +164,7 @@ def resume(
       env: the function that made the environment, if the run began with one.
       network: the network that `train` was given, if any.
       optimiser: the optimiser that `train` was given, if any.
+      callbacks, loggers: as for `train`.
       trust: whether to import the module of an environment `MODULE:NAME` that only the run's folder names. Importing it
         runs its code. It isn't asked for if the module has been imported already.
 
@@ -159,6 +173,7 @@ def resume(
         environment has changed, the run has ended already, or another process is training it. Also if an earlier
         version of qfleet began it, whose networks read such observations otherwise.
     """
+    observers = _observers(callbacks, loggers)
     directory = RunDirectory.open(run_dir)
     checkpoint = check_checkpoint(checkpoint)
     if env is not None:
@@ -178,10 +193,19 @@ def resume(
     if config.topology.runs_in == "joined processes":
         from qfleet.training.launched import LaunchedRun
 
-        return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
+        return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint, **observers)
     from qfleet.training.run import Run
 
-    return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
+    return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint, **observers)
+
+
+def _observers(callbacks: Sequence[Any], loggers: "Sequence[str | Logger]") -> dict[str, Any]:
+    """Returns the callbacks and loggers of a run as arguments for it, after checking them."""
+    from qfleet.runtime.trackers import make_loggers
+    from qfleet.training.callbacks import check_callbacks
+
+    check_callbacks(callbacks)
+    return {"callbacks": tuple(callbacks), "loggers": make_loggers(loggers)}
 
 
 @clear_platform_errors()

@@ -230,5 +230,5 @@ def test_a_checkpoint_is_a_number_or_best(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         main([command, str(tmp_path), "--checkpoint", "worst"])
     assert "best" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="an environment step or `best`, got 'worst'"):
+    with pytest.raises(ConfigError, match="a whole number or `best`, got 'worst'"):
         check_checkpoint("worst")

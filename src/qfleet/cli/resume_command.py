@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qfleet.cli.flag_types import FLAG_TYPES, read_flags
+from qfleet.cli.flag_types import FLAG_TYPES, LOG, read_flags
 from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import take_mesh, topology_flags
@@ -46,6 +46,8 @@ class _ResumeFlags:
     """Address of the Ray cluster that the processes run on."""
     trust: bool = False
     """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
+    log: LOG = ()
+    """Tracker to log to, as for `qfleet train`. Several if it is given several times."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -67,6 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         coordinator=flags.coordinator,
         process_id=flags.process_id,
         ray_address=flags.ray_address,
+        loggers=flags.log,
         trust=flags.trust,
     )
     return follow(start, quiet=flags.quiet)
@@ -82,7 +85,7 @@ def parse(arguments: Sequence[str]) -> tuple[_ResumeFlags, dict[str, Any]]:
     if {"-h", "--help"} & set(arguments):
         tyro.cli(_ResumeFlags, prog="qfleet resume", args=["--help"], registry=FLAG_TYPES)
     own: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(_ResumeFlags)}
-    kinds = topology_flags() | own | {"run": typing.Required[own["run"]]}
+    kinds = topology_flags() | own | {name: typing.Required[own[name]] for name in ("run", "log")}
     given = read_flags(kinds, arguments, "qfleet resume")
     flags = _ResumeFlags(**{name: given.pop(name) for name in own if name in given})
     if flags.env_steps is not None:

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from qfleet.cli.flag_types import LOG, LOG_HELP
 from qfleet.config import TOPOLOGIES, AgentConfig, TrainConfig
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "run": ("env_options", "preset", "seed", "num_seeds", "env_steps", "stop_return", "run_dir", "quiet"),
+    "run": ("env_options", "preset", "seed", "num_seeds", "env_steps", "stop_return", "run_dir", "log", "quiet"),
     "evaluation": (
         "eval_period_env_steps", "eval_episodes", "eval_exploration", "eval_max_episode_steps",
         "video_period_env_steps",
@@ -67,8 +68,8 @@ def show_help(config: TrainConfig, prog: str, **more: Any) -> None:
         "Preset that the defaults of the other settings come from, as listed by `qfleet presets`. "
         "By default, preset and settings are chosen for the environment and the topology."
     )
-    texts["quiet"] = "Print nothing but errors."
-    values: dict[str, Any] = {"quiet": (bool, False)}
+    texts |= {"log": LOG_HELP, "quiet": "Print nothing but errors."}
+    values: dict[str, Any] = {"log": (LOG, ()), "quiet": (bool, False)}
     for owner in (config.agent, config):
         values |= {field.name: (field.type, getattr(owner, field.name)) for field in dataclasses.fields(owner)}
     env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help=texts["env"])]

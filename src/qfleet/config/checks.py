@@ -52,7 +52,7 @@ def check_checkpoint(checkpoint: Any) -> "int | Literal['best'] | None":
     if checkpoint is None or checkpoint == "best":
         return checkpoint
     if isinstance(checkpoint, str):
-        raise ConfigError(f"checkpoint must be an environment step or `best`, got {show(checkpoint)}")
+        raise ConfigError(f"checkpoint must be a whole number or `best`, got {show(checkpoint)}")
     return check_count("checkpoint", checkpoint, minimum=0)
 
 

@@ -75,6 +75,11 @@ class Checkpoints:
         self._is_unsynced = False
         """Whether a save has begun whose folder isn't known to be on disk."""
 
+    @property
+    def directory(self) -> Path:
+        """Folder that holds one folder per checkpoint."""
+        return self._directory
+
     def all(self) -> list[int]:
         """Returns the environment steps of every complete checkpoint, ascending. Contents are not verified."""
         return files.list_checkpoints(self._directory)

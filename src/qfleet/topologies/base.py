@@ -1,8 +1,9 @@
 """The interface between a run and its topology."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import numpy as np
@@ -44,6 +45,10 @@ class Topology(abc.ABC):
     """Learner steps taken so far, by each seed's learner."""
     checkpoints_path: Path | None = None
     """Folder of the run's checkpoints. Processes that replace others restore their state from it."""
+    changeable: tuple[str, ...] = ()
+    """Settings that `fixed` may give a value while it runs, without compiling anew."""
+    fixed: Mapping[str, float] = MappingProxyType({})
+    """Values that replace the schedules of settings from the next chunk on, by name; all among `changeable`."""
     _replay_starts_at: int
     """Environment steps when the replay was last empty."""
 

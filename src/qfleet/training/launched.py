@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,14 @@ from qfleet.runtime.activity import announce
 from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_platforms_of_children
+from qfleet.runtime.loggers import Logger, Loggers
+from qfleet.runtime.metrics import finite, logged_run
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
+from qfleet.training.callbacks import CallbackFailed, Callbacks, RunControl, SavedCheckpoint
 from qfleet.training.leaving import closed_at_exit, failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import Evaluations
@@ -41,6 +44,8 @@ class LaunchedRun:
         *,
         is_resumed: bool = False,
         checkpoint: int | Literal["best"] | None = None,
+        callbacks: Sequence[Any] = (),
+        loggers: Sequence[tuple[str, Logger]] = (),
     ) -> None:
         self._topology = config.topology_as(AllReduceConfig)
         self._began = time.monotonic()
@@ -68,11 +73,16 @@ class LaunchedRun:
             check_as_recorded(env, metadata.get("environment"), config.env)
             check_reads_the_same(self.directory, env.spec)
             check_goes_on(metadata, config)
+        self._newest: int | None = None  # the newest checkpoint that callbacks were told of
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
         if is_resumed and checkpoint is not None and self._lock:
             number = best.promote() if checkpoint == "best" else checkpoint
             self._checkpoints.set_aside_after(number)
             best.set_aside_after(number)
+        self._callbacks = Callbacks(callbacks, RunControl(config, self.directory.path, None))
+        self._loggers = Loggers(logged_run(self.directory), loggers)
+        if is_resumed:
+            self._loggers.resume_at(self._checkpoints.latest() or 0)
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
 
@@ -88,13 +98,24 @@ class LaunchedRun:
         try:
             with StopFlag() as stop:
                 with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
-                    for message in launcher.run(lambda: self._checkpoints.latest() or 0):
+                    messages = launcher.run(lambda: self._checkpoints.latest() or 0)
+                    for message in messages:
+                        progress = _progress_of(message)
                         try:
-                            yield _progress_of(message)
+                            self._tell(progress)
+                            yield progress
                         except GeneratorExit:  # the caller has left the loop, and the processes are now stopped
                             if not stop.requested and (error := failure_of_loop()):
                                 failure = {"stopped": "failed", "error": error}
                             raise
+                        except CallbackFailed as error:
+                            failure = {"stopped": "failed", "error": str(error)}
+                            messages.close()
+                            raise
+                        if reason := self._callbacks.control.stop_reason:
+                            failure = {"stopped": "callback", "stop_reason": reason}
+                            messages.close()
+                            break
                 is_unsaid = self.directory.read_summary() == before  # stopped while its processes (re)started
                 if stop.requested and self._lock and is_unsaid and self._topology.coordinator is None:
                     now = {"stopped": "interrupted", "env_steps": self._checkpoints.latest() or 0}
@@ -109,9 +130,22 @@ class LaunchedRun:
                     if self.summary.get("stopped") == "interrupted":
                         self.summary |= failure
                     self.directory.write_summary(self.summary)
+                self._callbacks.on_failure(self.summary)
             finally:
+                self._loggers.end(self.summary)
                 if self._lock:
                     self._lock.release()
+
+    def _tell(self, progress: Progress) -> None:
+        """Tells loggers and callbacks of the first process's progress, and of the newest checkpoint."""
+        self._loggers.write(progress.env_steps, finite(progress.metrics()))
+        self._callbacks.on_progress(progress)
+        if progress.eval_returns is not None:
+            self._callbacks.on_evaluation(progress)
+        newest = self._checkpoints.latest() if self._callbacks.wait_for_checkpoints else None
+        if newest is not None and newest != self._newest:
+            self._newest = newest
+            self._callbacks.on_checkpoint(SavedCheckpoint(newest, self._checkpoints.directory / str(newest), False))
 
     def _summary_of_nothing(self) -> dict[str, Any]:
         """Returns the summary of a run that was stopped before its processes had trained."""

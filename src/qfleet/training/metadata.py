@@ -63,6 +63,8 @@ def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
         "stop_return": metadata.get("stop_return") is None or _is_number(metadata["stop_return"]),
         "best_evaluation": _are_evaluations(metadata.get("best_evaluation")),
         RETURN_MEAN: _is_number(metadata.get(RETURN_MEAN, 0.0)),
+        "fixed": isinstance(metadata.get("fixed", {}), dict)
+        and all(map(_is_number, metadata.get("fixed", {}).values())),
         "return_error": _is_number(metadata.get("return_error", 0.0)),
         "environment": metadata.get("environment") is None or is_record(metadata["environment"]),
         "has_own_network": isinstance(metadata.get("has_own_network"), bool),

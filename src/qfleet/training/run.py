@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -22,6 +22,7 @@ from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_not_forked
+from qfleet.runtime.loggers import Logger
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.recorder import Recorder
 from qfleet.runtime.records import Progress
@@ -30,6 +31,8 @@ from qfleet.runtime.signals import StopFlag, StopRequested
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.account import RunAccount
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
+from qfleet.training.callbacks import Callbacks, RunControl
+from qfleet.training.changes import Changes
 from qfleet.training.evaluation_rounds import EvaluationRounds
 from qfleet.training.leaving import closed_at_exit, failure_of_loop
 from qfleet.training.metadata import best_evaluation, read_metadata
@@ -55,6 +58,8 @@ class Run:
         *,
         is_resumed: bool = False,
         checkpoint: int | Literal["best"] | None = None,
+        callbacks: Sequence[Any] = (),
+        loggers: Sequence[tuple[str, Logger]] = (),
     ) -> None:
         self._account = RunAccount(config)
         self._has_own_network = network is not None
@@ -62,6 +67,7 @@ class Run:
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
         self._goes_on = False  # although it has reached the return to stop at, because it was resumed after that
+        self._metrics: MetricsWriter | None = None
         self._is_new = True  # not iterated over yet
         self._closing = Closing()
         with StopFlag() as stop:
@@ -79,8 +85,11 @@ class Run:
                 self._recorder = None if config.video_period_env_steps is None else Recorder(config, env, network)
             self.directory = open_directory()
             """Folder of the run."""
+            self._callbacks = Callbacks(
+                callbacks, RunControl(config, self.directory.path, Changes(self._topology, config))
+            )
             try:
-                self._start(stop, checkpoint, is_resumed=is_resumed, footprint_of=footprint_of)
+                self._start(stop, checkpoint, loggers, is_resumed=is_resumed, footprint_of=footprint_of)
                 with self._interrupting(stop):  # the last moment to hear a request that came meanwhile
                     pass
             except StopRequested:
@@ -96,6 +105,7 @@ class Run:
         self,
         stop: StopFlag,
         checkpoint: int | Literal["best"] | None,
+        loggers: Sequence[tuple[str, Logger]],
         *,
         is_resumed: bool,
         footprint_of: Callable[..., Any],
@@ -139,7 +149,7 @@ class Run:
             topology.prepare_evaluation()
             state = None if metadata is None else topology.read(self._checkpoints, checkpoint, metadata)
         self._writes = peers.is_first()  # files that a run has once, even in several processes
-        self._metrics = MetricsWriter(self.directory, self._account.began) if self._writes else None
+        self._metrics = MetricsWriter(self.directory, self._account.began, loggers) if self._writes else None
         if self._metrics:
             self._closing.add(self._metrics.close)
         if metadata is not None and state is not None:
@@ -171,6 +181,9 @@ class Run:
         self._topology.restore(state, metadata["counters"])
         self._checkpoints.set_aside_after(self._topology.env_steps)
         self._account.restore(metadata, self.directory.config.stop_return)
+        self._topology.fixed = {
+            name: value for name, value in metadata.get("fixed", {}).items() if name in self._topology.changeable
+        }
         if sets_best_aside:  # otherwise a crash came after it, and it must not cost the best
             self._best_checkpoint.set_aside_after(self._topology.env_steps)
         if self.config.checkpoint_best:
@@ -203,12 +216,14 @@ class Run:
                     while stopped is None:
                         progress = self._advance(stop)
                         is_due = time.monotonic() - saved_at > self.config.checkpoint_period_seconds
-                        must_stop, must_save = peers.any_of(stop.requested, stop.take_save_request() or is_due)
+                        is_asked = stop.take_save_request() or self._callbacks.control.take_save_request()
+                        must_stop, must_save = peers.any_of(stop.requested, is_asked or is_due)
                         stopped = "interrupted" if must_stop else self._reason_to_stop()
                         self._account.decided_at = time.monotonic()
                         if must_save and stopped is None:
                             self._saving.save_if_possible(self._notes())
                             saved_at = time.monotonic()
+                        self._tell_of_checkpoints()
                         yield progress
                 except GeneratorExit:  # the caller has left the loop
                     failure = "" if stopped or stop.requested else failure_of_loop()
@@ -225,15 +240,25 @@ class Run:
         """Trains one chunk, which ends at the next evaluation at the latest, and then evaluates and films if it did."""
         period = self.config.eval_period_env_steps
         goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
+        fixed_before = self._topology.fixed
         progress = self._topology.advance(goal)
         self._account.add(progress)
         self._rounds.add(progress)
-        if progress.env_steps >= goal:
+        self._callbacks.on_progress(progress)
+        if self._callbacks.control.take_evaluation_request() or progress.env_steps >= goal:
             progress = dataclasses.replace(progress, **self._evaluate_and_film(stop))
         self._account.check_divergence(progress)
         if self._metrics:
-            self._metrics.write(progress.env_steps, progress.metrics())
+            fixed = {f"fixed_{name}": value for name, value in fixed_before.items()}
+            self._metrics.write(progress.env_steps, {**progress.metrics(), **fixed})
+        if progress.eval_returns is not None:
+            self._callbacks.on_evaluation(progress)
         return progress
+
+    def _tell_of_checkpoints(self) -> None:
+        if self._callbacks.wait_for_checkpoints:
+            for checkpoint in self._saving.take_complete():
+                self._callbacks.on_checkpoint(checkpoint)
 
     def _evaluate_if_pending(self, stop: StopFlag) -> None:
         """Plays the evaluation that was due when the run was stopped, if a signal has interrupted it."""
@@ -305,7 +330,9 @@ class Run:
     def _reason_to_stop(self) -> str | None:
         if self.config.stop_return is not None and self._account.is_solved and not self._goes_on:
             return "return reached"
-        return "env steps" if self._topology.env_steps >= self.config.env_steps else None
+        if self._topology.env_steps >= self.config.env_steps:
+            return "env steps"
+        return None if self._callbacks.control.stop_reason is None else "callback"
 
     def _notes(self) -> dict[str, Any]:
         """Returns what the metadata of a checkpoint keep, apart from what the topology says about itself."""
@@ -314,13 +341,16 @@ class Run:
             "evaluation_rounds": self._rounds.saved,
             "has_own_network": self._has_own_network,
             "environment": record_of(self._env),
+            "fixed": dict(self._topology.fixed),
         }
 
     def _finish(self, stopped: str, **more: Any) -> None:
         self._saving.save_at_end(self._notes())
+        self._tell_of_checkpoints()
         if fall := self._account.evaluations.fall():
             self._account.warn("fall", fall)
         self._write_summary(stopped, **more)
+        self._callbacks.on_end(self.summary)
 
     def _fail(self, error: BaseException, stop: StopFlag) -> str:
         """Saves what is sound, writes the summary, and returns what happened in one line."""
@@ -335,6 +365,7 @@ class Run:
         self._account.num_env_failures = max(self._account.num_env_failures, num_env_failures)
         message = message_of(error, self._topology.env_steps, self._saving.newest(), self.directory.path)
         self._write_summary_if_possible("failed", error=message)
+        self._callbacks.on_failure(self.summary)
         return message
 
     def _write_summary_if_possible(self, stopped: str, **more: Any) -> None:
@@ -358,7 +389,10 @@ class Run:
             "num_videos": self._recorder.num_videos if self._recorder else 0,
             "num_video_failures": self._recorder.num_failures if self._recorder else 0,
             "version": self.directory.version,
+            "stop_reason": self._callbacks.control.stop_reason if stopped == "callback" else None,
             **more,
         }
+        if self._metrics:
+            self._metrics.summary = self.summary
         if peers.is_first():
             self.directory.write_summary(self.summary)

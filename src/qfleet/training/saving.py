@@ -13,6 +13,7 @@ from qfleet.runtime.activity import announce
 from qfleet.runtime.best_checkpoint import RETURN_MEAN, BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import LEARNER_ALONE, StateIsLost, Topology
+from qfleet.training.callbacks import SavedCheckpoint
 from qfleet.training.outcome import Evaluation
 
 logger = logging.getLogger("qfleet")
@@ -38,6 +39,7 @@ class Saving:
         """
         self._topology, self._checkpoints, self._best = topology, checkpoints, best
         self._warn = warn
+        self._incomplete: dict[bool, int] = {}  # environment steps of the checkpoints under way, by whether one is best
 
     def save(self, notes: dict[str, Any]) -> None:
         """Begins to save a checkpoint. If the state is lost for the moment, that is a warning.
@@ -55,6 +57,7 @@ class Saving:
         if jax.process_count() > 1:
             self._best.wait()  # because several processes must write in the same order
         self._checkpoints.save(topology.env_steps, state, {"layout": topology.layout, **self._metadata(notes)})
+        self._incomplete[False] = topology.env_steps
 
     def save_best(self, evaluation: Evaluation, notes: dict[str, Any]) -> int | None:
         """Begins to save the learner as that of the best evaluation, in place of the one before.
@@ -74,6 +77,7 @@ class Saving:
             evaluated = {RETURN_MEAN: evaluation.mean, "return_error": evaluation.error}
             metadata = {**self._metadata(notes), "layout": LEARNER_ALONE, **evaluated}
             if self._best.save_learner(self._topology.env_steps, learner, metadata):
+                self._incomplete[True] = self._topology.env_steps
                 return self._topology.env_steps
         except StateIsLost as error:
             logger.warning("the learner of the best evaluation isn't kept: %s", error)
@@ -128,6 +132,17 @@ class Saving:
         except ConfigError as error:  # the error under way matters more
             logger.warning("%s", error)
             return None
+
+    def take_complete(self) -> list[SavedCheckpoint]:
+        """Returns the checkpoints that have become whole on disk since the last call. It waits for none."""
+        complete = []
+        for is_best, env_steps in list(self._incomplete.items()):
+            source = self._best if is_best else self._checkpoints
+            with contextlib.suppress(ConfigError):  # a folder that can't be read, which the next save will say
+                if env_steps in source.all():
+                    complete.append(SavedCheckpoint(env_steps, source.directory / str(env_steps), is_best))
+                    del self._incomplete[is_best]
+        return complete
 
     def summary(self) -> dict[str, Any]:
         """Returns the entries of a run's summary: environment steps of the newest and of the best checkpoint."""

@@ -28,6 +28,7 @@ class ParameterServer(OnRay):
     """Workers, a server and possibly a replay, in processes of their own. This process directs them."""
 
     _director: "ServerDirector"
+    changeable = ("exploration",)
 
     def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network) -> None:
         """Checks the sizes; `start` starts the processes.
@@ -49,6 +50,7 @@ class ParameterServer(OnRay):
         Raises:
           RunFailed: if a process has failed too often, or the loss is not finite.
         """
+        self._director.fixed_exploration = self.fixed.get("exploration")
         stats = self._director.resume(until_env_steps)
         self.env_steps, self.learner_steps = stats.end
         check_loss(sum(stats.losses), self.learner_steps, self._config.agent)
@@ -63,7 +65,9 @@ class ParameterServer(OnRay):
             q_max=sum_of(stats.q_mean),
             loss=sum_of(stats.losses),
             td_error=sum_of(stats.td_errors),
-            exploration=float(exploration_at(self._config.agent, np.array(self.env_steps))),
+            exploration=self.fixed.get(
+                "exploration", float(exploration_at(self._config.agent, np.array(self.env_steps)))
+            ),
             staleness=sum_of(stats.staleness),
             num_env_failures=stats.num_failures,
             fleet=self._figures(stats),
