@@ -46,6 +46,7 @@ format: $(VENV)/.installed-dev
 # Zensical is the theme too; plain MkDocs takes its own, which Zensical doesn't have.
 docs: export QFLEET_DOCS_THEME := zensical
 docs: $(VENV)/.installed-dev
+	@$(BIN)/python docs/tools/reference.py
 	$(BIN)/zensical build --strict --clean
 	@echo "Now open site/index.html, or serve it: $(BIN)/python -m http.server --directory site"
 
