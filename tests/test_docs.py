@@ -21,7 +21,7 @@ def python_blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_guides_own_environment_trains(tmp_path: Path) -> None:
+def test_the_environment_of_the_page_trains(tmp_path: Path) -> None:
     (block,) = [block for block in python_blocks("docs/environments.md") if "corridor.py" in block]
     exec(compile(block, "corridor.py", "exec"), {})
     config = qfleet.make_config("Corridor-v0", num_envs=4, hidden_sizes=(8,), env_steps=256, run_dir=str(tmp_path))
@@ -62,7 +62,7 @@ def test_every_link_to_a_section_of_ours_leads_there(name: str) -> None:
 def test_every_command_that_trains_has_flags_that_there_are(name: str) -> None:
     text = re.sub(r"\\\n[# ]*", "", (ROOT / name).read_text(encoding="utf-8"))
     shell = r"(?:\w*\$|RAY_AUTH_MODE=token)?"
-    commands = re.findall(rf"^[# ]*{shell} *qfleet (?:train|devices) (.+)$", text, re.MULTILINE)
+    commands = re.findall(rf"^[# ]*{shell} *qfleet (?:train|devices) ([^\[\n]+)$", text, re.MULTILINE)
     for command in commands:
         env, *flags = shlex.split(command, comments=True)
         if env != "corridor:Corridor-v0":  # the page's own environment, which is not in a file
