@@ -21,13 +21,6 @@ def python_blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def test_the_environment_of_the_page_trains(tmp_path: Path) -> None:
-    (block,) = [block for block in python_blocks("docs/environments.md") if "corridor.py" in block]
-    exec(compile(block, "corridor.py", "exec"), {})
-    config = qfleet.make_config("Corridor-v0", num_envs=4, hidden_sizes=(8,), env_steps=256, run_dir=str(tmp_path))
-    assert qfleet.train(config)["env_steps"] == 256
-
-
 def test_every_python_block_compiles_and_every_name_of_qfleet_in_it_exists() -> None:
     blocks = [block for name in PAGES for block in python_blocks(name)]
     assert len(blocks) >= 3

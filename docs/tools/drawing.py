@@ -15,14 +15,15 @@ _COLOURS = {  # name: fill and line in light, fill and line in dark
 def _style() -> str:
     light, dark = [], []
     for name, (fill, line, dark_fill, dark_line) in _COLOURS.items():
-        light.append(f".{name}{{fill:{fill};stroke:{line}}}.{name}-text{{fill:{line}}}")
-        dark.append(f".{name}{{fill:{dark_fill};stroke:{dark_line}}}.{name}-text{{fill:{dark_line}}}")
+        light.append(f".{name}{{fill:{fill};stroke:{line}}}.{name}-area{{fill:{line};fill-opacity:.22}}")
+        dark.append(f".{name}{{fill:{dark_fill};stroke:{dark_line}}}.{name}-area{{fill:{dark_line}}}")
     return (
         "text{font:14px system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif;fill:#1f2328}"
         ".small{font-size:12px;fill:#57606a}.bold{font-weight:600}"
         ".card{fill:#ffffff;stroke:#d0d7de}.frame{fill:none;stroke:#8c959f;stroke-dasharray:6 4}"
         ".arrow{fill:none;stroke:#57606a;stroke-width:1.6}.head{fill:#57606a}.grid{fill:none;stroke:#d0d7de}"
         f"{''.join(light)}"
+        ".thin{stroke-width:1}polyline.curve{fill:none;stroke-width:2}"
         "@media(prefers-color-scheme:dark){"
         "text{fill:#e6edf3}.small{fill:#9aa4b2}.card{fill:#12171f;stroke:#30363d}.frame{stroke:#6e7681}"
         ".arrow{stroke:#9aa4b2}.head{fill:#9aa4b2}.grid{stroke:#30363d}"
@@ -70,7 +71,21 @@ class Drawing:
 
     def line(self, x0: float, y0: float, x1: float, y1: float) -> None:
         """Draws a thin line."""
-        self._parts.append(f'<path class="arrow" d="M{x0} {y0} L{x1} {y1}"/>')
+        self._parts.append(f'<path class="arrow thin" d="M{x0} {y0} L{x1} {y1}"/>')
+
+    def grid_line(self, x0: float, y0: float, x1: float, y1: float) -> None:
+        """Draws a line in the background."""
+        self._parts.append(f'<path class="grid" d="M{x0} {y0} L{x1} {y1}"/>')
+
+    def area(self, points: list[tuple[float, float]], kind: str) -> None:
+        """Fills the area within points, half transparent."""
+        path = " ".join(f"{x},{y}" for x, y in points)
+        self._parts.append(f'<polygon class="{kind}-area" points="{path}"/>')
+
+    def curve(self, points: list[tuple[float, float]], kind: str) -> None:
+        """Draws a thick line through points."""
+        path = " ".join(f"{x},{y}" for x, y in points)
+        self._parts.append(f'<polyline class="{kind} curve" points="{path}"/>')
 
     def legend(self, x: float, y: float, words: dict[str, str]) -> None:
         """Says what colours mean, in one row."""

@@ -127,8 +127,8 @@ def actor_learner() -> Drawing:
     it.arrow((610, 144), (480, 110))
     it.arrow((480, 190), (610, 160))
     it.arrow((610, 180), (480, 214), label="TD errors", at=(550, 220))
-    it.arrow((675, 194), (675, 312), (110, 312), (110, 284), label="parameters, by Ray's object store, for the actors that are about to act",
-             at=(400, 305))  # fmt: skip
+    words = "parameters, by Ray's object store, for the actors that are about to act"
+    it.arrow((675, 194), (675, 312), (110, 312), (110, 284), label=words, at=(400, 305))
     it.text(380, 346, "This process directs: what each of them does next, evaluation, metrics, checkpoints.",
             "small", anchor="middle")  # fmt: skip
     return it

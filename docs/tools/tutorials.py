@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from formatting import wrap
+
 
 def pages(folder: Path) -> dict[str, str]:
     """Returns a page for each notebook in a folder, by its path below docs/."""
@@ -14,7 +16,10 @@ def page(path: Path) -> str:
     parts = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
-        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+        if cell["cell_type"] == "code":
+            parts.append(f"```python\n{text}\n```")
+        else:
+            parts += [wrap(paragraph) for paragraph in text.split("\n\n")]
     title, *rest = parts
     note = f"This page is the notebook `docs/{path.parent.name}/{path.name}`, which the tests run."
     return "\n\n".join([title, note, *rest])

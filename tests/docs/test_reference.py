@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,16 +16,27 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    sys.path.insert(0, str(DOCS / "tools"))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS / "tools"))
+        for name in ("pictures", "curves"):
+            importlib.import_module(name)
         return importlib.import_module("reference")
-    finally:
-        sys.path.remove(str(DOCS / "tools"))
 
 
 def test_every_generated_page_is_up_to_date(reference: ModuleType) -> None:
     stale = [name for name, text in reference.pages().items() if (DOCS / name).read_text(encoding="utf-8") != text]
     assert stale == [], "write them with `make docs`, or python docs/tools/reference.py"
+
+
+def test_every_picture_is_as_its_tool_draws_it(reference: ModuleType) -> None:
+    pictures, curves = sys.modules["pictures"], sys.modules["curves"]
+    drawn = {name: draw().svg() for name, draw in pictures.PICTURES.items()}
+    measured = json.loads((DOCS / "pictures/curves.json").read_text(encoding="utf-8"))
+    drawn["curves"] = curves.draw(measured).svg()
+    for name, text in drawn.items():
+        assert (DOCS / f"pictures/{name}.svg").read_text(encoding="utf-8") == text, "python docs/tools/pictures.py"
+        assert "prefers-color-scheme:dark" in text
+    assert (DOCS / "pictures/agent.webp").stat().st_size < 1_000_000
 
 
 def test_every_setting_is_on_the_page_with_its_default(reference: ModuleType) -> None:
