@@ -70,6 +70,8 @@ class TrainConfig(Config):
     """Number of checkpoints kept on disk: the newest ones."""
     checkpoint_replay: bool = True
     """Store the replay in checkpoints; without it a resumed run warms up anew and differs."""
+    report: bool = True
+    """Write `report.html` into the run's folder at the end: curves, settings and versions as one page, some 3 MB."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
