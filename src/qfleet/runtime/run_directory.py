@@ -8,6 +8,7 @@ runs/<name>/
   summary.json     the outcome, always replaced as a whole
   videos/          what `qfleet watch` has written, and the run itself if asked to
   peers/           what the processes of an all-reduce run have printed
+  seeds/           the runs of single seeds, where each has a process of its own
   .lock            held by the process that trains the run
 """
 

@@ -19,7 +19,7 @@ from qfleet.networks import check_network, make_network
 from qfleet.runtime.activity import announce
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_platforms_of_children
-from qfleet.runtime.records import Progress
+from qfleet.runtime.records import Progress, progress_from
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
@@ -85,7 +85,7 @@ class LaunchedRun:
                 with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
                     for message in launcher.run(lambda: self._checkpoints.latest() or 0):
                         try:
-                            yield _progress_of(message)
+                            yield progress_from(message)
                         except GeneratorExit:  # the caller has left the loop, and the processes are now stopped
                             if not stop.requested and (error := failure_of_loop()):
                                 failure = {"stopped": "failed", "error": error}
@@ -146,14 +146,6 @@ class LaunchedRun:
         }
         flags = [f"--{name}={value}" for name, value in arguments.items()]
         return [peer.python, "-P", "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]
-
-
-def _progress_of(message: dict[str, Any]) -> Progress:
-    """Returns the progress that a process reported, as it was read from JSON."""
-    fields = {name: value for name, value in message.items() if name != "kind"}
-    if fields["eval_returns"] is not None:
-        fields["eval_returns"] = tuple(map(tuple, fields["eval_returns"]))
-    return Progress(**fields)
 
 
 def directory_of_all(config: TrainConfig) -> RunDirectory:
