@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from qfleet.networks import from_nnx
     from qfleet.policy import Policy
     from qfleet.presets import PRESETS, make_config
+    from qfleet.runs import compare, open_run, read_metrics
+    from qfleet.runtime.comparison import Comparison
+    from qfleet.runtime.metrics_reading import Metrics
     from qfleet.runtime.records import Progress
+    from qfleet.runtime.saved_run import SavedRun
     from qfleet.runtime.video import Video
     from qfleet.training.run import Run
 
@@ -36,8 +40,12 @@ _HOMES = {
     "qfleet.networks": ("from_nnx",),
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
+    "qfleet.runs": ("compare", "open_run", "read_metrics"),
     "qfleet.training.run": ("Run",),
+    "qfleet.runtime.comparison": ("Comparison",),
+    "qfleet.runtime.metrics_reading": ("Metrics",),
     "qfleet.runtime.records": ("Progress",),
+    "qfleet.runtime.saved_run": ("SavedRun",),
     "qfleet.runtime.video": ("Video",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -45,6 +53,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "PRESETS",
     "AgentConfig",
+    "Comparison",
     "ConfigError",
     "EnvSpec",
     "FusedConfig",
@@ -53,6 +62,7 @@ __all__ = [
     "HostStep",
     "InGraphEnv",
     "LaneOptions",
+    "Metrics",
     "Network",
     "OverlappedConfig",
     "Policy",
@@ -60,15 +70,19 @@ __all__ = [
     "RenderedLanes",
     "Run",
     "RunFailed",
+    "SavedRun",
     "StepResult",
     "TrainConfig",
     "Video",
+    "compare",
     "from_nnx",
     "iterate",
     "list_envs",
     "load",
     "make_config",
     "make_env",
+    "open_run",
+    "read_metrics",
     "register_env",
     "resume",
     "train",

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES, read_flags
-from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import take_mesh, topology_flags
 from qfleet.config import TOPOLOGIES, TopologyConfig
 from qfleet.config.checks import check_count
 from qfleet.config.topologies import check_suits, check_topology_name, field_names, without_alias
+from qfleet.runtime.finding_runs import RUN_HELP, find_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

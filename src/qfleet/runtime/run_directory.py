@@ -6,6 +6,8 @@ runs/<name>/
   events.out.*     the same for TensorBoard: `tensorboard --logdir runs` compares runs
   checkpoints/     the newest few, named by their environment steps
   summary.json     the outcome, always replaced as a whole
+  environment.json versions, devices and command of each start
+  report.html      what happened, as one page for a browser
   videos/          what `qfleet watch` has written, and the run itself if asked to
   peers/           what the processes of an all-reduce run have printed
   seeds/           the runs of single seeds, where each has a process of its own
@@ -157,6 +159,10 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def environment_path(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
     def checkpoints_path(self) -> Path:
         return self.path / "checkpoints"
 
@@ -187,7 +193,7 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces summary.json as a whole. A reader finds either the old one or the new one, never half of one."""
-        _write_atomically(self.summary_path, strict_json(summary, indent=2) + "\n")
+        write_atomically(self.summary_path, strict_json(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
         """Returns the summary that `write_summary` wrote last, or None if there is none yet.
@@ -250,7 +256,12 @@ def _check_name(folder: Path) -> None:
         ) from error
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file as a whole, in place of the one of that name if there is one.
+
+    Raises:
+      OSError: if it can't be written.
+    """
     temporary = temporary_of(path)
     try:
         _write(temporary, text)

@@ -22,20 +22,19 @@ from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.metrics import MetricsWriter
-from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
 from qfleet.runtime.recorder import Recorder
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag, StopRequested
-from qfleet.runtime.stopwatch import TimeShares
-from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.footprint import check_fits
+from qfleet.training.account import RunAccount
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
 from qfleet.training.evaluation_rounds import EvaluationRounds
 from qfleet.training.leaving import closed_at_exit, failure_of_loop
 from qfleet.training.metadata import read_metadata
-from qfleet.training.outcome import BestEvaluation, Closing, DivergenceCheck, Speed, is_of_checkpoints, message_of
+from qfleet.training.outcome import Closing, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
+from qfleet.training.saving import Saving
 
 if TYPE_CHECKING:
     import optax
@@ -56,23 +55,12 @@ class Run:
         is_resumed: bool = False,
         checkpoint: int | None = None,
     ) -> None:
-        self._began = time.monotonic()
-        self._process_age = seconds_since_process_start()
+        self._account = RunAccount(config)
         self._has_own_network = network is not None
         self.config = config
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
-        self._best = BestEvaluation()
-        self._solved_at: list[int | None] = [None] * config.num_seeds
-        self._evaluated_at = 0  # in environment steps
-        self._num_env_failures = self._num_episodes = 0
         self._goes_on = False  # although it has reached the return to stop at, because it was resumed after that
-        self._speed = Speed()
-        self._divergence = DivergenceCheck(config.agent.discount)
-        self._time_shares = TimeShares(config.topology.num_envs)
-        self._warnings: dict[str, str] = {}  # by what they are about
-        self._decided_at = self._began
-        self._compile_seconds = 0.0
         self._is_new = True  # not iterated over yet
         self._closing = Closing()
         with StopFlag() as stop:
@@ -119,6 +107,7 @@ class Run:
             run_id=self.directory.run_id,
             is_keeper=peers.is_first(),
         )
+        self._saving = Saving(topology, self._checkpoints, self._notes, self._account.warn)
         if config.topology.runs_in != "joined processes":  # otherwise the launcher holds it
             # This comes before a checkpoint is chosen, because whoever holds the lock may still write one.
             self._closing.add(self.directory.lock().release)
@@ -132,11 +121,11 @@ class Run:
         enable_compilation_cache()
         announce("starting processes" if config.topology.runs_in == "ray" else "compiling")
         with self._interrupting(stop):
-            self._compile_seconds = topology.start()
+            self._account.compile_seconds = topology.start()
             topology.prepare_evaluation()
             state = None if metadata is None else topology.read(self._checkpoints, checkpoint, metadata)
         self._writes = peers.is_first()  # files that a run has once, even in several processes
-        self._metrics = MetricsWriter(self.directory, self._began) if self._writes else None
+        self._metrics = MetricsWriter(self.directory, self._account.began) if self._writes else None
         if self._metrics:
             self._closing.add(self._metrics.close)
         if metadata is not None and state is not None:
@@ -162,16 +151,11 @@ class Run:
     def _restore(self, state: dict[str, Any], metadata: dict[str, Any]) -> None:
         self._topology.restore(state, metadata["counters"])
         self._checkpoints.set_aside_after(self._topology.env_steps)
-        env_steps, period = self._topology.env_steps, self.config.eval_period_env_steps
-        self._evaluated_at = metadata.get("evaluated_at", env_steps // period * period)
-        self._num_episodes = metadata.get("num_episodes", 0)
-        self._best.restore(metadata.get("best_evaluation"))
+        self._account.restore(metadata, self.directory.config.stop_return)
         self._rounds.restore(metadata.get("evaluation_rounds"))
-        if self.config.stop_return == metadata.get("stop_return", self.directory.config.stop_return):
-            self._solved_at = metadata["solved_at"]
-        self._goes_on = None not in self._solved_at
+        self._goes_on = self._account.is_solved
         for i in range(self.config.num_seeds):
-            if self._solved_at[i] is not None and not self._goes_on:
+            if self._account.solved_at[i] is not None and not self._goes_on:
                 self._topology.keep(i)
 
     def __iter__(self) -> Iterator[Progress]:
@@ -198,9 +182,9 @@ class Run:
                         is_due = time.monotonic() - saved_at > self.config.checkpoint_period_seconds
                         must_stop, must_save = peers.any_of(stop.requested, stop.take_save_request() or is_due)
                         stopped = "interrupted" if must_stop else self._reason_to_stop()
-                        self._decided_at = time.monotonic()
+                        self._account.decided_at = time.monotonic()
                         if must_save and stopped is None:
-                            self._save_if_possible()
+                            self._saving.save_if_possible()
                             saved_at = time.monotonic()
                         yield progress
                 except GeneratorExit:  # the caller has left the loop
@@ -219,15 +203,11 @@ class Run:
         period = self.config.eval_period_env_steps
         goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
         progress = self._topology.advance(goal)
-        self._speed.add(progress)
-        self._time_shares.add(progress)
-        self._num_env_failures += progress.num_env_failures
-        self._num_episodes += progress.num_episodes
+        self._account.add(progress)
         self._rounds.add(progress)
         if progress.env_steps >= goal:
             progress = dataclasses.replace(progress, **self._evaluate_and_film(stop))
-        if diverged := self._divergence.check(progress):
-            self._warn("divergence", diverged)
+        self._account.check_divergence(progress)
         if self._metrics:
             self._metrics.write(progress.env_steps, progress.metrics())
         return progress
@@ -235,8 +215,8 @@ class Run:
     def _evaluate_if_pending(self, stop: StopFlag) -> None:
         """Plays the evaluation that was due when the run was stopped, if a signal has interrupted it."""
         env_steps, period = self._topology.env_steps, self.config.eval_period_env_steps
-        is_at_end = env_steps >= self.config.env_steps and self._evaluated_at < env_steps
-        if env_steps // period > self._evaluated_at // period or is_at_end:
+        is_at_end = env_steps >= self.config.env_steps and self._account.evaluated_at < env_steps
+        if env_steps // period > self._account.evaluated_at // period or is_at_end:
             evaluated = self._evaluate_and_film(stop)
             if self._metrics and evaluated:
                 self._metrics.write(env_steps, {"eval_return_mean": float(np.mean(evaluated["eval_returns"]))})
@@ -253,9 +233,9 @@ class Run:
             return {}
         newest = self._rounds.summary
         if evaluated:
-            self._best.add(newest["eval_at_env_steps"], np.array(newest["eval_returns"]))
+            self._account.best.add(newest["eval_at_env_steps"], np.array(newest["eval_returns"]))
         self._film_if_due(stop)
-        self._evaluated_at = self._topology.env_steps
+        self._account.evaluated_at = self._topology.env_steps
         return evaluated
 
     def _evaluate(self, stop: StopFlag) -> dict[str, Any]:
@@ -264,94 +244,55 @@ class Run:
         Returns:
           The evaluation's fields of `Progress`; none if there was no evaluation.
         """
-        unsolved = np.array([solved is None for solved in self._solved_at])
+        unsolved = np.array([solved is None for solved in self._account.solved_at])
         evaluated, reached = self._rounds.evaluate(unsolved, lambda: stop.requested)
         for i in np.flatnonzero(reached):
-            self._solved_at[i] = self._topology.env_steps
+            self._account.solved_at[i] = self._topology.env_steps
             self._topology.keep(int(i))
         return evaluated
 
     def _film_if_due(self, stop: StopFlag) -> None:
         recorder, env_steps = self._recorder, self._topology.env_steps
-        if recorder is not None and recorder.is_due(env_steps, self._evaluated_at) and self._writes:
+        if recorder is not None and recorder.is_due(env_steps, self._account.evaluated_at) and self._writes:
             announce("filming")
             recorder.record(
                 jax.device_get(self._topology.params), env_steps, self.directory.videos_path, lambda: stop.requested
             )
 
     def _reason_to_stop(self) -> str | None:
-        if self.config.stop_return is not None and None not in self._solved_at and not self._goes_on:
+        if self.config.stop_return is not None and self._account.is_solved and not self._goes_on:
             return "return reached"
         return "env steps" if self._topology.env_steps >= self.config.env_steps else None
 
-    def _save(self) -> None:
-        announce("saving")
-        try:
-            state = self._topology.state  # must come first: a fleet continues meanwhile, and this fixes what counts
-        except StateIsLost as error:
-            logger.warning("there is no checkpoint at environment step %d: %s", self._topology.env_steps, error)
-            return
-        metadata = {
-            "counters": self._topology.counters,
-            "solved_at": self._solved_at,
-            "stop_return": self.config.stop_return,
-            "evaluated_at": self._evaluated_at,
+    def _notes(self) -> dict[str, Any]:
+        """Returns what the metadata of a checkpoint keep, apart from what the topology says about itself."""
+        return {
+            **self._account.saved,
             "evaluation_rounds": self._rounds.saved,
-            "best_evaluation": self._best.saved(),
-            "num_episodes": self._num_episodes,
             "has_own_network": self._has_own_network,
             "environment": record_of(self._env),
-            "layout": self._topology.layout,
         }
-        self._checkpoints.save(self._topology.env_steps, state, metadata)
-
-    def _save_if_possible(self) -> None:
-        """Saves on the way. A disk that is full now may have room at the next time."""
-        try:
-            self._save()
-        except (OSError, ConfigError) as error:  # a folder that can't be read, or another run's checkpoint
-            if jax.process_count() > 1:  # several processes can only save together
-                raise
-            self._warn("saving", f"{error}. The run goes on, and the next checkpoint tries again")
 
     def _finish(self, stopped: str, **more: Any) -> None:
-        with contextlib.suppress(OSError):  # of an earlier checkpoint, which must not prevent this one
-            self._checkpoints.wait()
-        self._save()
-        self._checkpoints.wait()
-        if fall := self._best.fall():
-            self._warn("fall", fall)
+        self._saving.save_at_end()
+        if fall := self._account.best.fall():
+            self._account.warn("fall", fall)
         self._write_summary(stopped, **more)
 
     def _fail(self, error: BaseException, stop: StopFlag) -> str:
         """Saves what is sound, writes the summary, and returns what happened in one line."""
-        self._decided_at = time.monotonic()
+        self._account.decided_at = time.monotonic()
         if isinstance(error, KeyboardInterrupt) and stop.requested:  # the second signal, of somebody who won't wait
             self._write_summary_if_possible("interrupted")
             return "interrupted"
         is_sound = not isinstance(error, RunFailed) or error.learner_is_sound
-        can_save = not is_of_checkpoints(error)
-        if is_sound and can_save and jax.process_count() == 1:  # several processes can only save together
-            try:
-                self._save()
-                self._checkpoints.wait()
-            except Exception as another:
-                logger.warning("what the run has learned since its newest checkpoint is lost: %s", describe(another))
-        self._num_env_failures = max(self._num_env_failures, getattr(error, "num_env_failures", 0))
-        try:
-            newest = self._checkpoints.latest()
-        except ConfigError as another:  # the folder can't be read any more; the error under way matters more
-            logger.warning("%s", another)
-            newest = None
-        message = message_of(error, self._topology.env_steps, newest, self.directory.path)
+        if is_sound and not is_of_checkpoints(error):
+            self._saving.save_after_failure()
+        num_env_failures = getattr(error, "num_env_failures", 0)
+        self._account.num_env_failures = max(self._account.num_env_failures, num_env_failures)
+        message = message_of(error, self._topology.env_steps, self._saving.newest(), self.directory.path)
         self._write_summary_if_possible("failed", error=message)
         return message
-
-    def _warn(self, about: str, text: str) -> None:
-        """Logs a warning, and notes it for the summary; only once about the same thing."""
-        if about not in self._warnings:
-            self._warnings[about] = text
-            logger.warning("%s", text)
 
     def _write_summary_if_possible(self, stopped: str, **more: Any) -> None:
         try:
@@ -365,35 +306,14 @@ class Run:
         self._write_summary("interrupted", **{k: v for k, v in before.items() if k not in ("stopped", "error")})
 
     def _write_summary(self, stopped: str, **more: Any) -> None:
-        config = self.config
         self.summary = {
-            "env": config.env,
+            "env": self.config.env,
             "backend": self.backend,
-            "preset": config.preset,
-            "topology": config.topology.name,
-            "seed": config.seed,
-            "num_seeds": config.num_seeds,
-            "stopped": stopped,
-            "env_steps": self._topology.env_steps,
-            "learner_steps": self._topology.learner_steps,
-            "num_episodes": self._num_episodes,
-            "env_steps_between_episodes": self._num_episodes // config.num_seeds,
-            "solved_at_env_steps": self._solved_at,
-            "wall_seconds": self._decided_at - self._began,
-            "process_age_seconds": self._process_age,
-            "compile_seconds": self._compile_seconds,
-            "env_steps_per_second": self._speed.per_second(self._speed.env_steps),
-            "learner_steps_per_second": self._speed.per_second(self._speed.learner_steps),
-            **self._time_shares.summary(),
+            **self._account.summary(stopped, self._topology),
             **self._rounds.summary,
-            **self._best.summary(),
-            "num_env_failures": self._num_env_failures,
             "num_videos": self._recorder.num_videos if self._recorder else 0,
             "num_video_failures": self._recorder.num_failures if self._recorder else 0,
-            "peak_rss_bytes": peak_rss_bytes(),
             "version": self.directory.version,
-            "warnings": list(self._warnings.values()),
-            **self._topology.facts,
             **more,
         }
         if peers.is_first():
