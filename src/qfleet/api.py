@@ -25,6 +25,7 @@ from qfleet.networks import check_network, make_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
+from qfleet.runtime.notebook import shown_while_starting
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.training.assembly import check_is_built_in
@@ -88,6 +89,7 @@ def train(
 
 
 @clear_platform_errors()
+@shown_while_starting()
 def iterate(
     config: TrainConfig,
     *,
@@ -128,6 +130,7 @@ def iterate(
 
 
 @clear_platform_errors()
+@shown_while_starting()
 def resume(
     run_dir: str | os.PathLike[str],
     *,

@@ -34,7 +34,7 @@ def test_learner_steps_without_replay_are_counted_by_rollouts():
 
 
 def test_seeds_share_a_program_where_one_can_train_all():
-    several = dataclasses.replace(config_of(), num_seeds=3, seed=5, run_dir="runs/all")
+    several = dataclasses.replace(config_of(), num_seeds=3, seed=5, run_dir="runs/all", video_period_env_steps=500)
     assert not several.has_seed_processes and list(several.seeds) == [5, 6, 7]
     on_a_mesh = dataclasses.replace(several, topology=FusedConfig(mesh=MeshConfig(data=2)))
     outside = dataclasses.replace(several, topology=OverlappedConfig())
@@ -42,3 +42,4 @@ def test_seeds_share_a_program_where_one_can_train_all():
     assert not dataclasses.replace(outside, num_seeds=1).has_seed_processes
     own = outside.of_seed(6)
     assert (own.seed, own.num_seeds, own.run_dir, own.has_seed_processes) == (6, 1, None, False)
+    assert [outside.of_seed(seed).video_period_env_steps for seed in outside.seeds] == [500, None, None]

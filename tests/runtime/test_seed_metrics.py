@@ -61,13 +61,13 @@ def test_a_seed_that_is_kept_keeps_its_last_evaluation(tmp_path: Path) -> None:
 def test_a_seed_that_goes_back_to_a_checkpoint_is_read_anew_and_damage_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write(path, {"env_steps": 50, "loss": 1.0})
-    append(path, 'not a record\n[1]\n{"env_steps": -5}\n{"loss": 2}\n{"env_steps": 150, "loss"')
+    append(path, 'not a record\n[1]\n{"env_steps": -5}\n{"loss": 2}\n{"env_steps": 150, "wall_seconds": 2, "loss"')
     seed = read(path)
     assert list(seed.training) == [0] and seed.env_steps == 50, "the last line isn't whole yet"
     append(path, ": 4.0}\n")
     assert seed.read() and list(seed.training) == [0, 1]
     assert not seed.read()
-    (tmp_path / "new").write_text('{"env_steps": 20, "loss": 7.0}\n')
+    (tmp_path / "new").write_text('{"env_steps": 20, "wall_seconds": 1.0, "loss": 7.0}\n')
     (tmp_path / "new").replace(path)
     assert seed.read() and seed.env_steps == 20
     assert [row["loss"] for row in combined_rows([seed])] == [7.0]

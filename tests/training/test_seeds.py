@@ -137,6 +137,8 @@ def test_the_run_of_all_seeds_is_a_run_and_each_seed_has_a_run_below_it(tmp_path
     assert [lines[-1][f"eval_return_mean_seed_{i}"] for i in range(3)] == [6.0, 7.0, 8.0]
     assert [lines[0][f"episode_return_mean_seed_{i}"] for i in range(3)] == [9.0, 10.0, 11.0]
     assert list((tmp_path / "run").glob("events.out.*"))
+    with pytest.raises(ConfigError, match="only once"):
+        iter(run)
     steps = [record.env_steps for record in records]
     assert steps == sorted(steps) and steps[-1] == 400, "the mean over seeds"
     assert records[-1].eval_returns is not None and sum(map(len, records[-1].eval_returns)) == 6

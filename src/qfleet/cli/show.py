@@ -113,7 +113,8 @@ def outcome(summary: dict[str, Any], path: str) -> str:
             lines.append(f"{len(solved)} of {summary['num_seeds']} seeds reached --stop-return")
     if summary["num_videos"] or summary["num_video_failures"]:
         failed = f", {summary['num_video_failures']} failed" if summary["num_video_failures"] else ""
-        lines.append(f"videos: {summary['num_videos']} in {path}/videos{failed}")
+        folder = f"{path}/{summary['seeds'][0]['run']}" if "seeds" in summary else path
+        lines.append(f"videos: {summary['num_videos']} in {folder}/videos{failed}")
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
     trust = " --trust" if module_in(summary["env"]) else ""
     run = shlex.quote(path)

@@ -134,8 +134,12 @@ class TrainConfig(Config):
         return range(self.seed, self.seed + self.num_seeds)
 
     def of_seed(self, seed: int) -> "TrainConfig":
-        """Returns the config of a run that trains one of the seeds on its own, in a folder that isn't named yet."""
-        return dataclasses.replace(self, seed=seed, num_seeds=1, run_dir=None)
+        """Returns the config of a run that trains one of the seeds on its own, in a folder that isn't named yet.
+
+        Only the first seed is filmed, as in a run that trains all of them in one program.
+        """
+        video_period = self.video_period_env_steps if seed == self.seed else None
+        return dataclasses.replace(self, seed=seed, num_seeds=1, run_dir=None, video_period_env_steps=video_period)
 
     def topology_as(self, kind: type[T]) -> T:
         """Returns the topology's config with its own type, for code that belongs to that topology only.

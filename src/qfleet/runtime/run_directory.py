@@ -35,6 +35,9 @@ from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
 from qfleet.config.values import to_plain
 from qfleet.runtime.run_files import read_json, shortened, temporary_of
 
+SEEDS_FOLDER = "seeds"
+"""Name of the folder, in the folder of a run, with the runs of its seeds, where each has a process of its own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
@@ -168,7 +171,10 @@ class RunDirectory:
 
     @property
     def videos_path(self) -> Path:
-        return self.path / "videos"
+        """Folder of the videos. Where each seed has a run of its own, the first one is filmed."""
+        return (
+            self.path / SEEDS_FOLDER / str(self.config.seed) if self.config.has_seed_processes else self.path
+        ) / "videos"
 
     def lock(self) -> filelock.BaseFileLock:
         """Returns a lock that no other process can take while this one holds it. It is freed when the process ends.

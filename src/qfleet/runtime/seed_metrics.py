@@ -172,7 +172,7 @@ def _record_of(line: bytes) -> Row | None:
     if not isinstance(record, dict):
         return None
     numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
-    return numbers if numbers.get("env_steps", 0) > 0 else None
+    return numbers if numbers.get("env_steps", 0) > 0 and "wall_seconds" in numbers else None
 
 
 class CombinedMetrics:
@@ -218,7 +218,7 @@ class CombinedMetrics:
             row = dict(self.rows[self._num_logged])
             if until is not None and row["env_steps"] > until:
                 break
-            row.pop("wall_seconds", None)
+            del row["wall_seconds"]
             self._events.write(int(row.pop("env_steps")), row)
             self._num_logged += 1
 

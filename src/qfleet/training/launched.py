@@ -24,13 +24,14 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
-from qfleet.training.leaving import closed_at_exit, failure_of_loop
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation
 from qfleet.training.resuming import check_goes_on, check_reads_the_same
+from qfleet.training.shown import ShownRun
 
 
-class LaunchedRun:
+class LaunchedRun(ShownRun):
     """An all-reduce run under way, in processes of its own. Iterate over it as over a `Run`."""
 
     def __init__(
@@ -73,7 +74,7 @@ class LaunchedRun:
 
     def __iter__(self) -> Iterator[Progress]:
         """Yields the progress of the first process, which stands for all; nothing if it runs on another host."""
-        return closed_at_exit(self._follow())
+        return self._shown(self._follow)
 
     def _follow(self) -> Generator[Progress, None, None]:
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")

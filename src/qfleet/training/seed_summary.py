@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qfleet.config import ConfigError, TrainConfig
-from qfleet.runtime.run_directory import RunDirectory
+from qfleet.runtime.run_directory import SEEDS_FOLDER, RunDirectory
 from qfleet.runtime.run_files import shortened
-
-SEEDS_FOLDER = "seeds"
-"""Name of the folder, in the folder of a run, with the folders of its seeds' runs."""
 
 
 @dataclasses.dataclass
@@ -46,6 +43,12 @@ class Seed:
     def env_steps(self) -> int:
         """Environment steps that its run had taken when it stopped last."""
         return _whole(self.summary.get("env_steps"))
+
+    @property
+    def eval_returns(self) -> list[float]:
+        """Returns of its newest evaluation when its run stopped last; empty if there was none."""
+        returns = _of_one(self.summary, "eval_returns") or []
+        return [value for value in returns if value is not None]
 
     def is_finished(self, env_steps: int, *, stop_return_holds: bool) -> bool:
         """Returns whether nothing is left to do.
@@ -112,8 +115,8 @@ def combined_summary(config: TrainConfig, seeds: Sequence[Seed], best: tuple[int
     def numbers(name: str) -> list[Any]:
         return [value for summary in summaries if type(value := summary.get(name)) in (int, float)]
 
-    returns = [_of_one(summary, "eval_returns") or [] for summary in summaries]
-    flat = [value for each in returns for value in each if value is not None]
+    returns = [seed.eval_returns for seed in seeds]
+    flat = [value for each in returns for value in each]
     limits = numbers("eval_episode_limit")
     num_episodes = _whole(sum(numbers("num_episodes")))
     return {

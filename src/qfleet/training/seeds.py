@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import shlex
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
@@ -19,14 +20,15 @@ from qfleet.envs.registry import backend_of
 from qfleet.runtime.activity import announce
 from qfleet.runtime.process import seconds_since_process_start
 from qfleet.runtime.records import Progress, mean, progress_from
-from qfleet.runtime.run_directory import RunDirectory
+from qfleet.runtime.run_directory import SEEDS_FOLDER, RunDirectory
 from qfleet.runtime.seed_metrics import NUM_ROWS, CombinedMetrics, SeedRecords
 from qfleet.runtime.signals import StopFlag
-from qfleet.training.leaving import closed_at_exit, failure_of_loop
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.outcome import Closing
 from qfleet.training.seed_places import make_places
 from qfleet.training.seed_processes import SeedProcesses, cause_of_end
-from qfleet.training.seed_summary import SEEDS_FOLDER, combined_summary, failures_in_words, open_seed, seeds_of
+from qfleet.training.seed_summary import combined_summary, failures_in_words, open_seed, seeds_of
+from qfleet.training.shown import ShownRun
 
 logger = logging.getLogger("qfleet")
 
@@ -37,7 +39,7 @@ _MEANS = ("episode_return_mean", "episode_length_mean", "q_mean", "loss", "td_er
 """Fields of `Progress` of which a record of all seeds has the mean over the seeds that are being trained."""
 
 
-class SeedsRun:
+class SeedsRun(ShownRun):
     """A run of many seeds under way, in processes of their own. Iterate over it as over a `Run`."""
 
     def __init__(
@@ -69,6 +71,7 @@ class SeedsRun:
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
         self._is_resumed, self._is_refused, self._failure_of_loop = is_resumed, False, ""
+        self._is_new = True  # not iterated over yet
         self._lock = self.directory.lock()
         try:
             self._seeds = seeds_of(self.directory.path, config)
@@ -84,6 +87,7 @@ class SeedsRun:
             SeedRecords(seed.folder / "metrics.jsonl", stretch, config.eval_period_env_steps) for seed in self._seeds
         ]
         self._metrics = CombinedMetrics(self.directory.metrics_path, records)
+        self._has_begun = False  # to train anything
         self._newest: dict[int, Progress] = {}
         self._told_at = self._began
         self._told_steps = (0, 0)
@@ -118,8 +122,19 @@ class SeedsRun:
         return unfinished
 
     def __iter__(self) -> Iterator[Progress]:
-        """Yields the progress of all seeds together: mean steps, and the newest returns of each."""
-        return closed_at_exit(self._follow())
+        """Yields the progress of all seeds together: mean steps, and the newest returns of each.
+
+        Raises:
+          ConfigError: at the second call.
+          RunFailed: at the end, if some seeds have failed.
+        """
+        if not self._is_new:
+            raise ConfigError(
+                f"a run can be iterated over only once, and this one has been already; continue with "
+                f"qfleet.resume({str(self.directory.path)!r})"
+            )
+        self._is_new = False
+        return self._shown(self._follow)
 
     def _follow(self) -> Generator[Progress, None, None]:
         with StopFlag() as stop, Closing() as closing:
@@ -179,7 +194,7 @@ class SeedsRun:
         Raises:
           ConfigError: if nothing has been trained yet, and the config is the reason. The others would fail too.
         """
-        if is_config and not self._newest and not self._is_resumed:
+        if is_config and not self._has_begun and not self._is_resumed:
             self._is_refused = True
             raise ConfigError(error)
         seed = self._seeds[i]
@@ -192,12 +207,12 @@ class SeedsRun:
         self._going_on.discard(i)
         self._newest.pop(i, None)
         # A process that is asked to stop while it starts ends by SIGTERM, because it can't handle the signal yet.
-        if code != 0 and not seed.error and not (is_stopping and code < 0):
+        if code != 0 and not seed.error and not (is_stopping and code == -signal.SIGTERM):
             self._note_failure(i, cause_of_end(code, seed.log), is_config=False)
 
     def _together(self, i: int, progress: Progress) -> Progress:
         """Returns a record of all seeds, after this one of a seed."""
-        self._newest[i] = progress
+        self._has_begun, self._newest[i] = True, progress
         if progress.eval_returns is not None:
             self._evaluations[i] = progress
         steps = [(seed.env_steps, int(seed.summary.get("learner_steps", 0))) for seed in self._seeds]
@@ -227,7 +242,10 @@ class SeedsRun:
         """Returns the evaluations' fields of `Progress`: a seed without an evaluation has no returns yet."""
         known = [self._evaluations.get(i) for i in range(len(self._seeds))]
         return {
-            "eval_returns": tuple(each.eval_returns[0] if each and each.eval_returns else () for each in known),
+            "eval_returns": tuple(
+                each.eval_returns[0] if each and each.eval_returns else tuple(seed.eval_returns)
+                for each, seed in zip(known, self._seeds, strict=True)
+            ),
             "eval_num_different": sum(each.eval_num_different or 0 for each in known if each),
             "eval_num_cut": sum(each.eval_num_cut or 0 for each in known if each),
         }
