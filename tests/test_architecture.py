@@ -85,7 +85,8 @@ jax.monitoring.register_event_duration_secs_listener(
     lambda event, _, **more: programs.append(more["fun_name"]) if event.endswith("/backend_compile_duration") else None
 )
 settings = "--preset pqn --num-envs 4 --hidden-sizes 8 --env-steps 256 --eval-period-env-steps 128 --eval-episodes 5"
-assert main(["train", "CartPole-v1", *settings.split(), "--run-dir", sys.argv[1], "--quiet"]) == 0
+arguments = [*settings.split(), "--run-dir", sys.argv[1], "--quiet", "--no-report"]
+assert main(["train", "CartPole-v1", *arguments]) == 0
 print(*programs)
 print(*sys.modules)
 programs.clear()

@@ -20,6 +20,7 @@ from qfleet.config import ConfigError, RunFailed, suggest
 _COMMANDS = {
     "train": "train an agent in an environment",
     "eval": "evaluate what a run has learned",
+    "report": "write the report of a run, or of several side by side, as one page for a browser",
     "watch": "write videos of what a run has learned",
     "resume": "continue a run from its newest checkpoint",
     "devices": "list the devices, or show what a run would keep on each of them",

@@ -4,6 +4,7 @@ import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qfleet.cli.streams import give_stdout_up
@@ -120,6 +121,8 @@ def outcome(summary: dict[str, Any], path: str) -> str:
     run = shlex.quote(path)
     evaluate = f"qfleet eval {run}{trust} | " if summary["env_steps"] else ""  # nothing is learned without a step
     lines.append(f"next: {evaluate}qfleet resume {run}{further}{trust}")
+    if (report := Path(path) / "report.html").exists():
+        lines.append(f"report: {report}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
 from qfleet.config.values import show
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 
 
 def encode(config: TrainConfig) -> dict[str, Any]:
@@ -98,7 +98,17 @@ def _migrate_from_3(content: Any) -> Any:
     return {**content, "agent": {"importance_normalisation": "none", **content["agent"]}}
 
 
-_MIGRATIONS: dict[int, Callable[[Any], Any]] = {1: _migrate_from_1, 2: _migrate_from_2, 3: _migrate_from_3}
+def _migrate_from_4(content: Any) -> Any:
+    """Adds what a run writes beside its checkpoints and metrics."""
+    return {"report": True, **content} if isinstance(content, dict) else content  # decoding refuses what is no object
+
+
+_MIGRATIONS: dict[int, Callable[[Any], Any]] = {
+    1: _migrate_from_1,
+    2: _migrate_from_2,
+    3: _migrate_from_3,
+    4: _migrate_from_4,
+}
 """Functions that convert content to the next version, by the version that they convert from."""
 
 

@@ -71,6 +71,8 @@ class TrainConfig(Config):
     """Number of checkpoints kept on disk: the newest ones."""
     checkpoint_replay: bool = True
     """Store the replay in checkpoints; without it a resumed run warms up anew and differs."""
+    report: bool = True
+    """Write `report.html` into the run's folder at the end: curves, settings and versions as one page, some 3 MB."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,10 +138,12 @@ class TrainConfig(Config):
     def of_seed(self, seed: int) -> "TrainConfig":
         """Returns the config of a run that trains one of the seeds on its own, in a folder that isn't named yet.
 
-        Only the first seed is filmed, as in a run that trains all of them in one program.
+        Only the first seed is filmed, as in a run that trains all of them in one program. There is one report of all.
         """
-        video_period = self.video_period_env_steps if seed == self.seed else None
-        return dataclasses.replace(self, seed=seed, num_seeds=1, run_dir=None, video_period_env_steps=video_period)
+        changes: dict[str, Any] = {"seed": seed, "num_seeds": 1, "run_dir": None, "report": False}
+        if seed != self.seed:
+            changes["video_period_env_steps"] = None
+        return dataclasses.replace(self, **changes)
 
     def topology_as(self, kind: type[T]) -> T:
         """Returns the topology's config with its own type, for code that belongs to that topology only.

@@ -19,7 +19,16 @@ X_AXES = ("env_steps", "wall_seconds")
 NUM_BAND_POINTS = 200
 """Most points at which the curves of several seeds are taken together."""
 
-_NOT_LEARNED = ("seed", "num_seeds", "run_dir", "checkpoint_period_seconds", "checkpoints_kept", "checkpoint_replay")
+_NOT_LEARNED = (
+    "seed",
+    "num_seeds",
+    "run_dir",
+    "checkpoint_period_seconds",
+    "checkpoints_kept",
+    "checkpoint_replay",
+    "video_period_env_steps",
+    "report",
+)
 """Settings that don't change what one seed learns. Runs that differ in no other form a group."""
 
 

@@ -166,6 +166,10 @@ class RunDirectory:
         return self.path / "environment.json"
 
     @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def checkpoints_path(self) -> Path:
         return self.path / "checkpoints"
 

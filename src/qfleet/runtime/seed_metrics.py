@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from qfleet.runtime.run_directory import strict_json
-from qfleet.runtime.run_files import UnusableFile, open_regular, parse_json, temporary_of
+from qfleet.runtime.run_directory import strict_json, write_atomically
+from qfleet.runtime.run_files import UnusableFile, open_regular, parse_json
 from qfleet.runtime.tensorboard import EventLog
 
 NUM_ROWS = 100
@@ -207,12 +207,7 @@ class CombinedMetrics:
         if any(are_new) or set(kept) != self._kept:
             self._kept = set(kept)
             self.rows = combined_rows(self._seeds, kept)
-            temporary = temporary_of(self._path)
-            try:
-                temporary.write_text("".join(strict_json(row) + "\n" for row in self.rows), encoding="utf-8")
-                os.replace(temporary, self._path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_atomically(self._path, "".join(strict_json(row) + "\n" for row in self.rows))
         until = min((self._seeds[i].env_steps for i in pending), default=None)
         while self._num_logged < len(self.rows):
             row = dict(self.rows[self._num_logged])

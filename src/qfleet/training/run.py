@@ -14,17 +14,22 @@ import numpy as np
 from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.types import Network
 from qfleet.envs.failures import describe
+from qfleet.envs.host import HostEnv
 from qfleet.envs.recorded import check_as_recorded, record_of
 from qfleet.envs.registry import backend_of
+from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
 from qfleet.runtime.activity import announce
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_not_forked
+from qfleet.runtime.environment_record import record_start
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.recorder import Recorder
 from qfleet.runtime.records import Progress
+from qfleet.runtime.report.page import write_report
 from qfleet.runtime.run_directory import RunDirectory
+from qfleet.runtime.saved_run import SavedRun
 from qfleet.runtime.signals import StopFlag, StopRequested
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.account import RunAccount
@@ -108,7 +113,9 @@ class Run(ShownRun):
             run_id=self.directory.run_id,
             is_keeper=peers.is_first(),
         )
-        self._saving = Saving(topology, self._checkpoints, self._notes, self._account.warn)
+        # Nothing here may refer to this run: then a run that is dropped is closed at once, and its folder is free.
+        notes = functools.partial(_notes, self._account, self._rounds, self._env, has_own_network=self._has_own_network)
+        self._saving = Saving(topology, self._checkpoints, notes, self._account.warn)
         if config.topology.runs_in != "joined processes":  # otherwise the launcher holds it
             # This comes before a checkpoint is chosen, because whoever holds the lock may still write one.
             self._closing.add(self.directory.lock().release)
@@ -126,6 +133,8 @@ class Run(ShownRun):
             topology.prepare_evaluation()
             state = None if metadata is None else topology.read(self._checkpoints, checkpoint, metadata)
         self._writes = peers.is_first()  # files that a run has once, even in several processes
+        if self._writes:
+            record_start(self.directory)
         self._metrics = MetricsWriter(self.directory, self._account.began) if self._writes else None
         if self._metrics:
             self._closing.add(self._metrics.close)
@@ -265,20 +274,12 @@ class Run(ShownRun):
             return "return reached"
         return "env steps" if self._topology.env_steps >= self.config.env_steps else None
 
-    def _notes(self) -> dict[str, Any]:
-        """Returns what the metadata of a checkpoint keep, apart from what the topology says about itself."""
-        return {
-            **self._account.saved,
-            "evaluation_rounds": self._rounds.saved,
-            "has_own_network": self._has_own_network,
-            "environment": record_of(self._env),
-        }
-
     def _finish(self, stopped: str, **more: Any) -> None:
         self._saving.save_at_end()
         if fall := self._account.best.fall():
             self._account.warn("fall", fall)
         self._write_summary(stopped, **more)
+        self._write_report()
 
     def _fail(self, error: BaseException, stop: StopFlag) -> str:
         """Saves what is sound, writes the summary, and returns what happened in one line."""
@@ -293,6 +294,7 @@ class Run(ShownRun):
         self._account.num_env_failures = max(self._account.num_env_failures, num_env_failures)
         message = message_of(error, self._topology.env_steps, self._saving.newest(), self.directory.path)
         self._write_summary_if_possible("failed", error=message)
+        self._write_report()
         return message
 
     def _write_summary_if_possible(self, stopped: str, **more: Any) -> None:
@@ -300,6 +302,13 @@ class Run(ShownRun):
             self._write_summary(stopped, **more)
         except Exception as error:  # such as a full disk; the error that is under way matters more
             logger.warning("the summary can't be written: %s", describe(error))
+
+    def _write_report(self) -> None:
+        if self.config.report and peers.is_first():
+            try:
+                write_report([SavedRun(self.directory.path)], self.directory.report_path)
+            except Exception as error:  # it can be written later, by `qfleet report`
+                logger.warning("the report can't be written: %s", describe(error))
 
     def _write_summary_of_start(self) -> None:
         """Writes the summary of a run that was stopped while it started, which has changed nothing."""
@@ -319,3 +328,15 @@ class Run(ShownRun):
         }
         if peers.is_first():
             self.directory.write_summary(self.summary)
+
+
+def _notes(
+    account: RunAccount, rounds: EvaluationRounds, env: InGraphEnv | HostEnv, *, has_own_network: bool
+) -> dict[str, Any]:
+    """Returns what the metadata of a checkpoint keep, apart from what the topology says about itself."""
+    return {
+        **account.saved,
+        "evaluation_rounds": rounds.saved,
+        "has_own_network": has_own_network,
+        "environment": record_of(env),
+    }

@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import shlex
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator
@@ -20,7 +21,9 @@ from qfleet.envs.registry import backend_of
 from qfleet.runtime.activity import announce
 from qfleet.runtime.process import seconds_since_process_start
 from qfleet.runtime.records import Progress, mean, progress_from
-from qfleet.runtime.run_directory import SEEDS_FOLDER, RunDirectory
+from qfleet.runtime.report.page import write_report
+from qfleet.runtime.run_directory import SEEDS_FOLDER, RunDirectory, strict_json, write_atomically
+from qfleet.runtime.saved_run import SavedRun
 from qfleet.runtime.seed_metrics import NUM_ROWS, CombinedMetrics, SeedRecords
 from qfleet.runtime.signals import StopFlag
 from qfleet.training.leaving import failure_of_loop
@@ -263,6 +266,8 @@ class SeedsRun(ShownRun):
             closing.add(self._lock.release)
             closing.add(self._metrics.close)
             if not self._is_refused:
+                if self.config.report:
+                    closing.add(self._write_report)
                 closing.add(self._write_summary)
             closing.add(self._processes.kill)
 
@@ -286,6 +291,14 @@ class SeedsRun(ShownRun):
         if self._failure_of_loop and self.summary["stopped"] == "interrupted":
             self.summary |= {"stopped": "failed", "error": self._failure_of_loop}
         self.directory.write_summary(self.summary)
+
+    def _write_report(self) -> None:
+        """Writes the report of all seeds, and what the first of them was started with."""
+        with contextlib.suppress(ConfigError):  # it has not begun, or its record can't be read
+            starts = SavedRun(self._seeds[0].folder).environment
+            starts = [*starts[:-1], *({**start, "command": sys.argv} for start in starts[-1:])]
+            write_atomically(self.directory.environment_path, strict_json(starts, indent=2) + "\n")
+        write_report([SavedRun(self.directory.path)], self.directory.report_path)
 
     def _discard(self) -> None:
         """Deletes the folder of a run that was refused before it trained anything."""
