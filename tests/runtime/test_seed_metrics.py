@@ -100,3 +100,11 @@ def test_the_best_evaluation_is_one_of_all_seeds(tmp_path: Path) -> None:
     metrics.write(kept=(), pending=[0, 1])
     assert metrics.best() == (200, 10.0)
     metrics.close()
+
+
+def test_time_goes_on_although_seeds_differ_in_speed_and_some_rows_lack_one(tmp_path: Path) -> None:
+    write(tmp_path / "a", *({"env_steps": steps, "loss": 1.0, "wall_seconds": steps / 10} for steps in (100, 200, 300)))
+    write(tmp_path / "b", *({"env_steps": steps, "loss": 1.0, "wall_seconds": steps / 100} for steps in (150, 300)))
+    rows = combined_rows([read(tmp_path / "a", stretch=50), read(tmp_path / "b", stretch=50)])
+    assert [row["env_steps"] for row in rows] == [100, 150, 200, 300]
+    assert [row["wall_seconds"] for row in rows] == [5.75, 8.25, 11.0, 16.5]

@@ -9,6 +9,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qfleet.runtime.run_directory import strict_json, write_atomically
 from qfleet.runtime.run_files import UnusableFile, open_regular, parse_json
 from qfleet.runtime.tensorboard import EventLog
@@ -134,7 +136,17 @@ def combined_rows(seeds: Sequence[SeedRecords], kept: Collection[int] = ()) -> l
             if evaluations[i] and number > (last := max(evaluations[i])):
                 found[i] = evaluations[i][last] | where
         rows.append(_together(dict(sorted(found.items()))))
+    clocks = [
+        sorted(_time(row) for row in (*a.values(), *b.values())) for a, b in zip(stretches, evaluations, strict=True)
+    ]
+    for row in rows:  # a row may be of some seeds only, but time goes on evenly for all of them
+        times = [np.interp(row["env_steps"], *zip(*clock, strict=True)) for clock in clocks if clock]
+        row["wall_seconds"] = round(float(np.mean(times)), 3)
     return sorted(rows, key=lambda row: row["env_steps"])
+
+
+def _time(row: Row) -> tuple[float, float]:
+    return row["env_steps"], row["wall_seconds"]
 
 
 def _mean_of(rows: dict[int, Row], names: Collection[str]) -> Row:

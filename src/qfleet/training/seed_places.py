@@ -77,7 +77,7 @@ def _limits(one: TrainConfig, gpus: list[str]) -> list[tuple[int, str]]:
     if getattr(topology, "ray_address", None) not in (None, "local"):
         return [(1, "because each takes what the Ray cluster has")]
     busy = topology.num_busy_processes
-    cores = (num_cores() // busy, f"because one keeps {busy} cores busy, and this machine has {num_cores()}")
+    cores = (num_cores() // busy, f"because one keeps {busy} busy, and this machine has {num_cores()} cores")
     if gpus:  # whether a run fits into one, only its own process may ask, because asking takes the GPU's memory
         devices = topology.mesh.num_devices
         return [cores, (len(gpus) // devices, f"because one takes {devices} of this machine's {len(gpus)} GPUs")]
