@@ -349,10 +349,3 @@ def test_sizes_that_do_not_divide_are_refused_with_one_that_does(agent, topology
 def test_a_mesh_of_more_devices_than_there_are_is_refused():
     with pytest.raises(ConfigError, match="at most the number of devices, got 4 x 4 = 16 for 8 cpu devices"):
         Placement(MeshConfig(data=4, model=4), probes.linear_network(make_env("CartPole-v1").spec))
-
-
-def test_many_seeds_on_a_mesh_are_refused():
-    with pytest.raises(
-        ConfigError, match=r"num_seeds must be 1 on a mesh, got num_seeds=2; .*seq 0 1\).* & done; wait`"
-    ):
-        TrainConfig(env="x", topology=FusedConfig(mesh=MeshConfig(data=2)), num_seeds=2)

@@ -54,10 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # 700 new ones, which takes a tenth of the start-up's time.
         gc.set_threshold(10_000)
     code = _run_safely(list(sys.argv[1:] if argv is None else argv), is_process=argv is None)
+    return end_process(code) if argv is None else code
+
+
+def end_process(code: int) -> int:
+    """Returns the exit code with which this process ends, or ends it at once if its work was interrupted.
+
+    XLA may still compile what was interrupted, in threads of its own or of ours. The end of Python would wait for ours,
+    and destroy what the others use: then the process would crash.
+    """
     signals = sys.modules.get("qfleet.runtime.signals")
-    if argv is None and signals and signals.has_interrupted():
-        # XLA may still compile what was interrupted, in threads of its own or of ours. The end of Python would wait for
-        # ours, and destroy what the others use: then the process would crash.
+    if signals and signals.has_interrupted():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -1,5 +1,6 @@
 """Drives one fused run: the host plans a chunk, calls the compiled program once, and reads the chunk's sums."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -149,7 +150,7 @@ class Fused(OwnLearner):
         self.learner_steps += new_learner_steps
         self._check_finite(stats, env_steps_before)
         num_episodes = int(np.sum(stats.num_episodes))
-        return make_progress(
+        progress = make_progress(
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
             train_seconds=seconds,
@@ -162,6 +163,10 @@ class Fused(OwnLearner):
             td_error=Sum(float(np.mean(stats.losses.td_error)), new_learner_steps),
             exploration=float(plan.exploration[num_iterations - 1, -1]),
         )
+        if self._config.num_seeds == 1:
+            return progress
+        sums = zip(np.ravel(stats.episode_return).tolist(), np.ravel(stats.num_episodes).tolist(), strict=True)
+        return dataclasses.replace(progress, seed_return_means=tuple(Sum(*each).mean for each in sums))
 
     def evaluate(
         self,

@@ -72,9 +72,8 @@ class Overlapped(OwnLearner):
         """Checks the sizes; `start` does the work.
 
         Raises:
-          ConfigError: if the sizes in `config` don't fit each other, its optimiser isn't known, or it has many seeds.
+          ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
         """
-        config.check_one_seed(f"with environments outside the compiled program, as {config.env} is")
         self._config, self._env, self._topology = config, env, config.topology_as(OverlappedConfig)
         self._on_mesh = ProgramsOnMesh(config, config.topology.mesh, env.spec, network, optimiser)
         self._num_lanes = self._on_mesh.num_lanes  # of this process
