@@ -30,6 +30,10 @@ class Played:
         self._evaluations = iter(evaluations)
         self.env_steps = env_steps
         self.limits: list[int | None] = []
+        self.params, self.learner_steps = np.ones(2), 0
+
+    def replay_measures(self) -> dict[str, float]:
+        return {"replay_size": 7.0}
 
     def evaluate(self, num_episodes: int, batch: int, *, max_episode_steps: int | None, should_stop: Any) -> Any:
         self.limits.append(max_episode_steps)

@@ -50,6 +50,8 @@ class Progress:
     """How many of these episodes differ from each other, within each seed; the sum over seeds."""
     eval_num_cut: int | None = None
     """How many of them the evaluation has cut short, over all seeds."""
+    measures: Mapping[str, float] | None = None
+    """What was measured beside that evaluation, by name; see `qfleet.training.measuring`."""
 
     @property
     def eval_return_mean(self) -> float | None:
@@ -69,6 +71,7 @@ class Progress:
             "eval_returns",
             "part_seconds",
             "fleet",
+            "measures",
         ):
             del values[name]
         values["env_steps_per_second"] = self.new_env_steps / self.train_seconds
@@ -81,7 +84,7 @@ class Progress:
             values[f"time_share_{part}"] = seconds / self.train_seconds
         for name, value in (self.fleet or {}).items():
             values[f"fleet_{name}"] = value
-        return values
+        return values | dict(self.measures or {})
 
 
 class Sum(NamedTuple):
