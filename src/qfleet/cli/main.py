@@ -23,6 +23,7 @@ _COMMANDS = {
     "report": "write the report of a run, or of several side by side, as one page for a browser",
     "watch": "write videos of what a run has learned",
     "resume": "continue a run from its newest checkpoint",
+    "diagnose": "say what is wrong with a run that doesn't learn",
     "devices": "list the devices, or show what a run would keep on each of them",
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract that learning relies on",
