@@ -1,12 +1,13 @@
 """What is found wrong with runs, from their metrics: each fault alone, first among others, and none in healthy runs."""
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qfleet.config import AgentConfig, FusedConfig, TrainConfig
+from qfleet.config import AgentConfig, FusedConfig, GossipConfig, TrainConfig
 from qfleet.runtime import diagnosis
 from qfleet.runtime.diagnosis import Finding
 
@@ -145,6 +146,14 @@ def test_a_reward_before_the_end_of_exploration_is_no_finding() -> None:
 def test_an_agent_without_a_replay_has_none_that_is_too_small_and_no_target_network() -> None:
     config = config_of(replay="none", replay_capacity=1, target_update_period=1)
     assert names(written(**NOT_LEARNING, learner_steps=0.0), config) == []
+
+
+def test_peers_that_share_the_learner_steps_are_not_starved() -> None:
+    """Each of four peers takes a quarter of 10,000 learner steps, and has a target network of its own."""
+    config = dataclasses.replace(config_of(), topology=GossipConfig(num_processes=4, num_envs=8))
+    assert names(written(**NOT_LEARNING, learner_steps=np.linspace(100, 2_475, 20)), config) == ["target_network"]
+    (finding,) = found(written(**NOT_LEARNING, learner_steps=np.linspace(100, 2_475, 20)), config)
+    assert finding.figure == pytest.approx(2_475 / 500, rel=0.01)
 
 
 def test_without_a_known_reward_values_are_held_against_returns() -> None:

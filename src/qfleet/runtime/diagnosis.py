@@ -100,7 +100,7 @@ def _starved_learner(run: Evidence) -> Finding | None:
             severity="high",
         )
     since_warmup = run.env_steps - agent.warmup_env_steps
-    share = run.learner_steps * agent.env_steps_per_learner_step / max(since_warmup, 1)
+    share = run.learner_steps * run.num_learners * agent.env_steps_per_learner_step / max(since_warmup, 1)
     if since_warmup < agent.warmup_env_steps or share >= LEAST_SHARE_OF_RATIO:
         return None
     return Finding(
@@ -210,7 +210,7 @@ def _target_network(run: Evidence) -> Finding | None:
     finding = functools.partial(Finding, name="target_network", severity="medium")
     knob = f"target_update_period (now {run.agent.target_update_period:,})"
     rate = f" or target_update_rate (now {run.agent.target_update_rate:g})" if run.agent.target_update_rate < 1 else ""
-    num_learner_steps, n_step = run.config.num_learner_steps, run.agent.n_step
+    num_learner_steps, n_step = run.config.num_learner_steps // run.num_learners, run.agent.n_step
     if (num_updates := num_learner_steps / age) < LEAST_TARGET_UPDATES and run.horizon > num_updates * n_step:
         return finding(
             sentence=f"The target network is replaced {num_updates:.2g} times in the {num_learner_steps:,} learner "

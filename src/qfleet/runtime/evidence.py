@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qfleet.config import TrainConfig
+from qfleet.config import GossipConfig, TrainConfig
 
 LEARNED = 0.25
 """Share of the first returns by which the newest must be better for a run to count as one that learns."""
@@ -77,6 +77,15 @@ class Evidence:
         """
         length = self.newest("episode_length_mean") or math.inf
         return min(1 / (1 - self.agent.discount) if self.agent.discount < 1 else math.inf, length)
+
+    @property
+    def num_learners(self) -> int:
+        """Learners that share the learner steps of the run: the peers of gossip, and one in all other topologies.
+
+        `learner_steps` are those of one of them.
+        """
+        topology = self.config.topology
+        return topology.num_processes if isinstance(topology, GossipConfig) else 1
 
     @property
     def target_age(self) -> float:
