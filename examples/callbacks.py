@@ -49,9 +49,8 @@ class Notify:
 
     def on_end(self, control, summary):
         """Tells how the run has ended, also if it has failed."""
-        print(
-            f"{control.path}: {summary['stopped']} after {summary['env_steps']:,} steps; {summary['stop_reason'] or ''}"
-        )
+        reason = summary.get("stop_reason") or summary["stopped"]
+        print(f"{control.path}: ended after {summary['env_steps']:,} steps, {reason}")
 
 
 def main() -> None:

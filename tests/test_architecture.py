@@ -85,7 +85,8 @@ jax.monitoring.register_event_duration_secs_listener(
     lambda event, _, **more: programs.append(more["fun_name"]) if event.endswith("/backend_compile_duration") else None
 )
 settings = "--preset pqn --num-envs 4 --hidden-sizes 8 --env-steps 256 --eval-period-env-steps 128 --eval-episodes 5"
-assert main(["train", "CartPole-v1", *settings.split(), "--run-dir", sys.argv[1], "--quiet"]) == 0
+arguments = [*settings.split(), "--run-dir", sys.argv[1], "--quiet", "--no-report"]
+assert main(["train", "CartPole-v1", *arguments]) == 0
 print(*programs)
 print(*sys.modules)
 programs.clear()
@@ -126,7 +127,9 @@ def text_files() -> Iterator[Path]:
     for directory, subdirectories, names in os.walk(ROOT):
         left = {"runs", "dist", "build", "__pycache__"}
         subdirectories[:] = [d for d in subdirectories if d not in left and (d == ".ci" or not d.startswith("."))]
-        yield from (Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".mp4", ".gz")))
+        yield from (
+            Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".webp", ".mp4", ".gz"))
+        )
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:

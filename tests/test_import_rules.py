@@ -15,6 +15,7 @@ LAYERS = (
     {"presets"},
     {"runtime"},
     {"topologies"},
+    {"runs"},
     {"policy"},
     {"training"},
     {"api"},

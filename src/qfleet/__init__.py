@@ -22,8 +22,13 @@ if TYPE_CHECKING:
     from qfleet.networks import from_nnx
     from qfleet.policy import Policy
     from qfleet.presets import PRESETS, make_config
+    from qfleet.runs import compare, diagnose, open_run, read_metrics
+    from qfleet.runtime.comparison import Comparison
+    from qfleet.runtime.diagnosis import Finding
     from qfleet.runtime.loggers import LoggedRun, Logger
+    from qfleet.runtime.metrics_reading import Metrics
     from qfleet.runtime.records import Progress
+    from qfleet.runtime.saved_run import SavedRun
     from qfleet.runtime.video import Video
     from qfleet.training.callbacks import RunControl, SavedCheckpoint
     from qfleet.training.run import Run
@@ -38,10 +43,15 @@ _HOMES = {
     "qfleet.networks": ("from_nnx",),
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
+    "qfleet.runs": ("compare", "diagnose", "open_run", "read_metrics"),
     "qfleet.training.callbacks": ("RunControl", "SavedCheckpoint"),
     "qfleet.training.run": ("Run",),
+    "qfleet.runtime.comparison": ("Comparison",),
+    "qfleet.runtime.diagnosis": ("Finding",),
     "qfleet.runtime.loggers": ("LoggedRun", "Logger"),
+    "qfleet.runtime.metrics_reading": ("Metrics",),
     "qfleet.runtime.records": ("Progress",),
+    "qfleet.runtime.saved_run": ("SavedRun",),
     "qfleet.runtime.video": ("Video",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -49,8 +59,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "PRESETS",
     "AgentConfig",
+    "Comparison",
     "ConfigError",
     "EnvSpec",
+    "Finding",
     "FusedConfig",
     "HostEnv",
     "HostLanes",
@@ -59,6 +71,7 @@ __all__ = [
     "LaneOptions",
     "LoggedRun",
     "Logger",
+    "Metrics",
     "Network",
     "OverlappedConfig",
     "Policy",
@@ -68,15 +81,20 @@ __all__ = [
     "RunControl",
     "RunFailed",
     "SavedCheckpoint",
+    "SavedRun",
     "StepResult",
     "TrainConfig",
     "Video",
+    "compare",
+    "diagnose",
     "from_nnx",
     "iterate",
     "list_envs",
     "load",
     "make_config",
     "make_env",
+    "open_run",
+    "read_metrics",
     "register_env",
     "resume",
     "train",

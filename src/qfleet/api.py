@@ -26,11 +26,20 @@ from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
+from qfleet.runtime.notebook import shown_while_starting
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.training.assembly import check_is_built_in
+from qfleet.training.callbacks import check_observers
 from qfleet.training.metadata import read_metadata
-from qfleet.training.resuming import check_network_is_given, check_reads_the_same, config_to_resume
+from qfleet.training.resuming import (
+    check_network_is_given,
+    check_reads_the_same,
+    check_same_place_for_seeds,
+    config_to_resume,
+)
+from qfleet.training.seed_places import check_num_at_once
+from qfleet.training.seed_summary import check_seed, open_seed
 
 if TYPE_CHECKING:
     import optax
@@ -40,6 +49,7 @@ if TYPE_CHECKING:
     from qfleet.runtime.video import Video
     from qfleet.training.launched import LaunchedRun
     from qfleet.training.run import Run
+    from qfleet.training.seeds import SeedsRun
 
 # What trains and what plays is imported only where it is used, because no command needs both.
 
@@ -52,6 +62,7 @@ def train(
     optimiser: "optax.GradientTransformation | None" = None,
     callbacks: Sequence[Any] = (),
     loggers: "Sequence[str | Logger]" = (),
+    num_seeds_at_once: int | None = None,
 ) -> dict[str, Any]:
     """Trains until the run ends as `config` says, and returns the content of summary.json.
 
@@ -68,6 +79,8 @@ def train(
         `RunControl` that they get. If one raises, the run ends as if the loop over it had: saved, and "failed".
       loggers: where the numbers of metrics.jsonl go, too: "wandb", "mlflow", or objects with the methods of `Logger`.
         If one fails, that costs a warning. Like callbacks, they aren't part of the config: `resume` needs them again.
+      num_seeds_at_once: how many seeds are trained at the same time, if each has a process of its own
+        (`config.has_seed_processes`). By default as many as the cores, the memory and the GPUs of this machine allow.
 
     Raises:
       ConfigError: on bad input, before any work starts.
@@ -76,7 +89,15 @@ def train(
         loop over several runs ends too.
     """
     with StopFlag() as stop:
-        run = iterate(config, env=env, network=network, optimiser=optimiser, callbacks=callbacks, loggers=loggers)
+        run = iterate(
+            config,
+            env=env,
+            network=network,
+            optimiser=optimiser,
+            callbacks=callbacks,
+            loggers=loggers,
+            num_seeds_at_once=num_seeds_at_once,
+        )
         for _ in run:
             pass
         if stop.requested:
@@ -86,6 +107,7 @@ def train(
 
 
 @clear_platform_errors()
+@shown_while_starting()
 def iterate(
     config: TrainConfig,
     *,
@@ -94,7 +116,8 @@ def iterate(
     optimiser: "optax.GradientTransformation | None" = None,
     callbacks: Sequence[Any] = (),
     loggers: "Sequence[str | Logger]" = (),
-) -> "Run | LaunchedRun":
+    num_seeds_at_once: int | None = None,
+) -> "Run | LaunchedRun | SeedsRun":
     """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
 
     A signal (INT, TERM or HUP) ends the loop as if the run were over, and the summary says "interrupted". So it does if
@@ -112,7 +135,14 @@ def iterate(
     check_new_run(config)
     config = config.with_schedule_lengths()
     check_is_built_in(config, network, optimiser)
-    observers = _observers(callbacks, loggers)
+    observers = check_observers(callbacks, loggers)
+    num_seeds_at_once = check_num_at_once(config, num_seeds_at_once)
+    if config.has_seed_processes:
+        from qfleet.training.seeds import SeedsRun
+
+        return SeedsRun(
+            config, lambda: RunDirectory.create(config.run_dir, config), num_at_once=num_seeds_at_once, **observers
+        )
     if config.topology.runs_in == "joined processes":
         from qfleet.training.launched import LaunchedRun, directory_of_all
 
@@ -123,6 +153,7 @@ def iterate(
 
 
 @clear_platform_errors()
+@shown_while_starting()
 def resume(
     run_dir: str | os.PathLike[str],
     *,
@@ -140,7 +171,8 @@ def resume(
     callbacks: Sequence[Any] = (),
     loggers: "Sequence[str | Logger]" = (),
     trust: bool = False,
-) -> "Run | LaunchedRun":
+    num_seeds_at_once: int | None = None,
+) -> "Run | LaunchedRun | SeedsRun":
     """Returns the run in `run_dir`, to iterate over from its newest checkpoint as if it had never stopped.
 
     Args:
@@ -167,13 +199,15 @@ def resume(
       callbacks, loggers: as for `train`.
       trust: whether to import the module of an environment `MODULE:NAME` that only the run's folder names. Importing it
         runs its code. It isn't asked for if the module has been imported already.
+      num_seeds_at_once: as for `train`. Of a run whose seeds have processes of their own, only those seeds go on that
+        have not come to their end.
 
     Raises:
       ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, its checkpoint is damaged, its
         environment has changed, the run has ended already, or another process is training it. Also if an earlier
         version of qfleet began it, whose networks read such observations otherwise.
     """
-    observers = _observers(callbacks, loggers)
+    observers = check_observers(callbacks, loggers)
     directory = RunDirectory.open(run_dir)
     checkpoint = check_checkpoint(checkpoint)
     if env is not None:
@@ -190,6 +224,12 @@ def resume(
         ray_address=ray_address,
     )
     check_is_built_in(config, network, optimiser)
+    num_seeds_at_once = check_num_at_once(config, num_seeds_at_once)
+    check_same_place_for_seeds(directory.config, config, checkpoint)
+    if config.has_seed_processes:
+        from qfleet.training.seeds import SeedsRun
+
+        return SeedsRun(config, lambda: directory, is_resumed=True, num_at_once=num_seeds_at_once, **observers)
     if config.topology.runs_in == "joined processes":
         from qfleet.training.launched import LaunchedRun
 
@@ -197,15 +237,6 @@ def resume(
     from qfleet.training.run import Run
 
     return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint, **observers)
-
-
-def _observers(callbacks: Sequence[Any], loggers: "Sequence[str | Logger]") -> dict[str, Any]:
-    """Returns the callbacks and loggers of a run as arguments for it, after checking them."""
-    from qfleet.runtime.trackers import make_loggers
-    from qfleet.training.callbacks import check_callbacks
-
-    check_callbacks(callbacks)
-    return {"callbacks": tuple(callbacks), "loggers": make_loggers(loggers)}
 
 
 @clear_platform_errors()
@@ -245,9 +276,10 @@ def load(
     config = directory.config
     checkpoint, seed = check_checkpoint(checkpoint), to_plain(int | None, seed, "seed")
     index = 0 if seed is None else seed - config.seed
-    if not 0 <= index < config.num_seeds:
-        last = config.seed + config.num_seeds - 1
-        raise ConfigError(f"seed must be one that the run trained, {config.seed} to {last}, got {seed}")
+    if seed is not None:
+        check_seed(config, seed)
+    if config.has_seed_processes:
+        directory = open_seed(directory, seed)
     kind: type[BestCheckpoint] | type[Checkpoints] = BestCheckpoint if checkpoint == "best" else Checkpoints
     with kind(directory.checkpoints_path, run_id=directory.run_id) as checkpoints:
         number = checkpoint if isinstance(checkpoint, int) else checkpoints.latest()
@@ -255,7 +287,7 @@ def load(
             number = checkpoints.check_exists()
         if number is None:  # what needs trust is told first
             check_trusted(config.env, directory.path, trust=trust)
-        metadata = read_metadata(checkpoints, number, config)
+        metadata = read_metadata(checkpoints, number, directory.config)
         check_network_is_given(network is not None, metadata["has_own_network"])
         source = _environment_of(directory, metadata.get("environment"), env, trust=trust)
         spec = source.interface.spec if isinstance(source, RecordedEnv) else source.spec
@@ -265,7 +297,7 @@ def load(
         limit_cpu_threads(check_network(network_in_use, spec))
         enable_compilation_cache()
         params = checkpoints.restore_item("learner", env_steps=number)["params"]
-    if config.num_seeds > 1:
+    if directory.config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
     label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
     rule = "`network` must be the one that the run was trained with"

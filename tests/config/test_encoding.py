@@ -54,8 +54,15 @@ def v1(topology: dict) -> dict:
 
 def v3(config: TrainConfig) -> dict:
     """Returns a run's config as the third version wrote it, when importance weights were never normalised."""
-    content = json.loads(json.dumps(encode(config)))
+    content = v4(config)
     del content["agent"]["importance_normalisation"]
+    return content
+
+
+def v4(config: TrainConfig) -> dict:
+    """Returns a run's config as the fourth version wrote it, when runs wrote no reports."""
+    content = json.loads(json.dumps(encode(config)))
+    del content["report"]
     return content
 
 
@@ -113,7 +120,7 @@ def test_evaluations_of_a_run_of_the_second_version_stay_strictly_greedy():
     config = qfleet.TrainConfig(env="CartPole-v1")
     old = {name: value for name, value in v3(config).items() if not name.startswith(("eval_ex", "eval_max"))}
     assert decode(old, schema_version=2) == config
-    with pytest.raises(ConfigError, match=r"missing \['eval_exploration', 'eval_max_episode_steps'\]"):
+    with pytest.raises(ConfigError, match=r"missing \['eval_exploration', 'eval_max_episode_steps', 'report'\]"):
         decode(old)
 
 
@@ -122,7 +129,13 @@ def test_importance_weights_of_a_run_of_the_third_version_stay_as_they_were():
     assert config.agent.importance_normalisation == "none"
     assert decode(v3(config), schema_version=3) == config
     with pytest.raises(ConfigError, match=r"config.agent must have .* missing \['importance_normalisation'\]"):
-        decode(v3(config))
+        decode({**v3(config), "report": True})
+
+
+def test_a_run_of_the_fourth_version_is_read_and_writes_a_report_once_it_is_resumed():
+    config = qfleet.make_config("CartPole-v1", "dqn")
+    assert config.report
+    assert decode(v4(config), schema_version=4) == config
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "2"])

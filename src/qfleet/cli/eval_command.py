@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
-from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.cli.show import evaluation_in_words, status_line
 from qfleet.cli.streams import only_the_answer_on_stdout
 from qfleet.config import RunFailed
 from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_checkpoint, check_count
+from qfleet.runtime.finding_runs import RUN_HELP, find_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES, LOG, read_flags
-from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import take_mesh, topology_flags
 from qfleet.config import TOPOLOGIES, TopologyConfig
 from qfleet.config.checks import check_checkpoint, check_count
 from qfleet.config.topologies import check_suits, check_topology_name, field_names, without_alias
+from qfleet.runtime.finding_runs import RUN_HELP, find_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,8 @@ class _ResumeFlags:
     Start the others with otherwise the same flags."""
     ray_address: str | None = None
     """Address of the Ray cluster that the processes run on."""
+    num_seeds_at_once: int | None = None
+    """Number of seeds trained at the same time, if each has a process of its own, as for `qfleet train`."""
     trust: bool = False
     """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
     log: LOG = ()
@@ -71,6 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         ray_address=flags.ray_address,
         loggers=flags.log,
         trust=flags.trust,
+        num_seeds_at_once=flags.num_seeds_at_once,
     )
     return follow(start, quiet=flags.quiet)
 

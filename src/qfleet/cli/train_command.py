@@ -1,6 +1,7 @@
 """`qfleet train ENV`: every field of the config is a flag."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
@@ -20,7 +21,8 @@ _Env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV")]
 def flag_kinds() -> dict[str, Any]:
     """Returns the types of all flags, by name: the settings of an agent, of a run and of all topologies."""
     kinds = {field.name: field.type for kind in (TrainConfig, AgentConfig) for field in dataclasses.fields(kind)}
-    kinds |= {"env": typing.Required[_Env], "log": typing.Required[LOG], "quiet": bool, **topology_flags()}
+    kinds |= {"env": typing.Required[_Env], "log": typing.Required[LOG], "quiet": bool, "num_seeds_at_once": int}
+    kinds |= topology_flags()
     del kinds["agent"]
     return kinds
 
@@ -34,14 +36,16 @@ class TrainRequest(NamedTuple):
     quiet: bool
     reason: str
     """Why the preset was chosen; empty if the user named it."""
+    num_seeds_at_once: int | None = None
 
 
 def run(arguments: Sequence[str]) -> int:
     """Trains the run that the flags describe."""
-    config, log, quiet, reason = parse(arguments)
+    config, log, quiet, reason, num_seeds_at_once = parse(arguments)
     from qfleet.api import iterate
 
-    return follow(lambda: iterate(config, loggers=log), quiet=quiet, reason=reason)
+    start = functools.partial(iterate, config, loggers=log, num_seeds_at_once=num_seeds_at_once)
+    return follow(start, quiet=quiet, reason=reason)
 
 
 def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
@@ -59,11 +63,12 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
         _show_help(replace_alias(arguments), prog)
     given = read_flags(flag_kinds(), arguments, prog)  # what is absent here comes from make_config
     quiet, log = given.pop("quiet", False), given.pop("log", ())
+    num_seeds_at_once = given.pop("num_seeds_at_once", None)
     if mesh := take_mesh(given):
         given["mesh"] = MeshConfig(**mesh)
     env, preset = given.pop("env"), given.pop("preset", None)
     config, reason = make_explained_config(env, preset, given.pop("topology", None), may_start_processes=True, **given)
-    return TrainRequest(config, log, quiet, reason)
+    return TrainRequest(config, log, quiet, reason, num_seeds_at_once)
 
 
 def _show_help(arguments: Sequence[str], prog: str) -> None:

@@ -14,7 +14,10 @@ from qfleet.cli.flag_types import LOG, LOG_HELP
 from qfleet.config import TOPOLOGIES, AgentConfig, TrainConfig
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "run": ("env_options", "preset", "seed", "num_seeds", "env_steps", "stop_return", "run_dir", "log", "quiet"),
+    "run": (
+        "env_options", "preset", "seed", "num_seeds", "num_seeds_at_once", "env_steps", "stop_return", "run_dir",
+        "report", "log", "quiet",
+    ),
     "evaluation": (
         "eval_period_env_steps", "eval_episodes", "eval_exploration", "eval_max_episode_steps",
         "video_period_env_steps",
@@ -69,7 +72,11 @@ def show_help(config: TrainConfig, prog: str, **more: Any) -> None:
         "By default, preset and settings are chosen for the environment and the topology."
     )
     texts |= {"log": LOG_HELP, "quiet": "Print nothing but errors."}
-    values: dict[str, Any] = {"log": (LOG, ()), "quiet": (bool, False)}
+    texts["num_seeds_at_once"] = (
+        "Number of seeds trained at the same time, if each has a process of its own. "
+        "By default as many as the cores, the memory and the GPUs of this machine allow."
+    )
+    values: dict[str, Any] = {"log": (LOG, ()), "quiet": (bool, False), "num_seeds_at_once": (int | None, None)}
     for owner in (config.agent, config):
         values |= {field.name: (field.type, getattr(owner, field.name)) for field in dataclasses.fields(owner)}
     env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help=texts["env"])]

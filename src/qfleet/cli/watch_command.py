@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
-from qfleet.cli.run_folder import RUN_HELP, find_run
 from qfleet.config.checks import MAX_EPISODES, MAX_FRAMES_PER_SECOND, MAX_SEED, check_checkpoint, check_count
+from qfleet.runtime.finding_runs import RUN_HELP, find_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

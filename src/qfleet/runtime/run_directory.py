@@ -6,8 +6,11 @@ runs/<name>/
   events.out.*     the same for TensorBoard: `tensorboard --logdir runs` compares runs
   checkpoints/     the newest few, named by their environment steps, and best/ with the learner of the best evaluation
   summary.json     the outcome, always replaced as a whole
+  environment.json versions, devices and command of each start
+  report.html      what happened, as one page for a browser
   videos/          what `qfleet watch` has written, and the run itself if asked to
   peers/           what the processes of an all-reduce run have printed
+  seeds/           the runs of single seeds, where each has a process of its own
   .lock            held by the process that trains the run
 """
 
@@ -31,6 +34,9 @@ from qfleet.config import ConfigError, TrainConfig
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
 from qfleet.config.values import to_plain
 from qfleet.runtime.run_files import read_json, shortened, temporary_of
+
+SEEDS_FOLDER = "seeds"
+"""Name of the folder, in the folder of a run, with the runs of its seeds, where each has a process of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +162,23 @@ class RunDirectory:
         return self.path / "summary.json"
 
     @property
+    def environment_path(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    @property
     def checkpoints_path(self) -> Path:
         return self.path / "checkpoints"
 
     @property
     def videos_path(self) -> Path:
-        return self.path / "videos"
+        """Folder of the videos. Where each seed has a run of its own, the first one is filmed."""
+        return (
+            self.path / SEEDS_FOLDER / str(self.config.seed) if self.config.has_seed_processes else self.path
+        ) / "videos"
 
     def lock(self) -> filelock.BaseFileLock:
         """Returns a lock that no other process can take while this one holds it. It is freed when the process ends.
@@ -186,7 +203,7 @@ class RunDirectory:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces summary.json as a whole. A reader finds either the old one or the new one, never half of one."""
-        _write_atomically(self.summary_path, strict_json(summary, indent=2) + "\n")
+        write_atomically(self.summary_path, strict_json(summary, indent=2) + "\n")
 
     def read_summary(self) -> dict[str, Any] | None:
         """Returns the summary that `write_summary` wrote last, or None if there is none yet.
@@ -249,7 +266,12 @@ def _check_name(folder: Path) -> None:
         ) from error
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file as a whole, in place of the one of that name if there is one.
+
+    Raises:
+      OSError: if it can't be written.
+    """
     temporary = temporary_of(path)
     try:
         _write(temporary, text)

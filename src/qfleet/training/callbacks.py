@@ -18,7 +18,9 @@ from qfleet.config import ConfigError, RunFailed, TrainConfig, suggest
 from qfleet.config.values import show
 from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
+from qfleet.runtime.loggers import Logger
 from qfleet.runtime.records import Progress
+from qfleet.runtime.trackers import make_loggers
 
 logger = logging.getLogger("qfleet")
 
@@ -128,12 +130,28 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
             )
 
 
+def check_observers(callbacks: Sequence[Any], loggers: Sequence[str | Logger]) -> dict[str, Any]:
+    """Returns the callbacks and loggers of a run as arguments for it, after checking them.
+
+    Raises:
+      ConfigError: as `check_callbacks` and `make_loggers` do.
+    """
+    check_callbacks(callbacks)
+    return {"callbacks": tuple(callbacks), "loggers": make_loggers(loggers)}
+
+
 class Callbacks:
     """The callbacks of one run, which are called in turn."""
 
     def __init__(self, callbacks: Sequence[Any], control: RunControl) -> None:
         self.control = control
         self._of = {name: [getattr(each, name) for each in callbacks if hasattr(each, name)] for name in METHODS}
+
+    def on_checkpoints(self, take_complete: Callable[[], Sequence[SavedCheckpoint]]) -> None:
+        """Tells of checkpoints, which are looked for only if somebody wants to know."""
+        if self.wait_for_checkpoints:
+            for checkpoint in take_complete():
+                self.on_checkpoint(checkpoint)
 
     @property
     def wait_for_checkpoints(self) -> bool:

@@ -20,21 +20,22 @@ from qfleet.runtime.activity import announce
 from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_platforms_of_children
-from qfleet.runtime.loggers import Logger, Loggers
-from qfleet.runtime.metrics import finite, logged_run
-from qfleet.runtime.records import Progress
+from qfleet.runtime.loggers import Logger
+from qfleet.runtime.records import Progress, progress_from
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
-from qfleet.training.callbacks import CallbackFailed, Callbacks, RunControl, SavedCheckpoint
-from qfleet.training.leaving import closed_at_exit, failure_of_loop
+from qfleet.training.callbacks import CallbackFailed
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import read_metadata
+from qfleet.training.observers import Observers
 from qfleet.training.outcome import Evaluations
 from qfleet.training.resuming import check_goes_on, check_reads_the_same
+from qfleet.training.shown import ShownRun
 
 
-class LaunchedRun:
+class LaunchedRun(ShownRun):
     """An all-reduce run under way, in processes of its own. Iterate over it as over a `Run`."""
 
     def __init__(
@@ -73,22 +74,19 @@ class LaunchedRun:
             check_as_recorded(env, metadata.get("environment"), config.env)
             check_reads_the_same(self.directory, env.spec)
             check_goes_on(metadata, config)
-        self._newest: int | None = None  # the newest checkpoint that callbacks were told of
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
         if is_resumed and checkpoint is not None and self._lock:
             number = best.promote() if checkpoint == "best" else checkpoint
             self._checkpoints.set_aside_after(number)
             best.set_aside_after(number)
-        self._callbacks = Callbacks(callbacks, RunControl(config, self.directory.path, None))
-        self._loggers = Loggers(logged_run(self.directory), loggers)
-        if is_resumed:
-            self._loggers.resume_at(self._checkpoints.latest() or 0)
+        resumed_at = self._checkpoints.latest() or 0 if is_resumed else None
+        self._observers = Observers(config, self.directory, callbacks, loggers, resumed_at)
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
 
     def __iter__(self) -> Iterator[Progress]:
         """Yields the progress of the first process, which stands for all; nothing if it runs on another host."""
-        return closed_at_exit(self._follow())
+        return self._shown(self._follow)
 
     def _follow(self) -> Generator[Progress, None, None]:
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
@@ -100,20 +98,19 @@ class LaunchedRun:
                 with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
                     messages = launcher.run(lambda: self._checkpoints.latest() or 0)
                     for message in messages:
-                        progress = _progress_of(message)
+                        progress = progress_from(message)
                         try:
-                            self._tell(progress)
+                            self._observers.tell(progress, self._checkpoints)
                             yield progress
                         except GeneratorExit:  # the caller has left the loop, and the processes are now stopped
                             if not stop.requested and (error := failure_of_loop()):
                                 failure = {"stopped": "failed", "error": error}
                             raise
                         except CallbackFailed as error:
-                            failure = {"stopped": "failed", "error": str(error)}
+                            failure = self._observers.outcome(str(error))
                             messages.close()
                             raise
-                        if reason := self._callbacks.control.stop_reason:
-                            failure = {"stopped": "callback", "stop_reason": reason}
+                        if failure := self._observers.outcome(""):
                             messages.close()
                             break
                 is_unsaid = self.directory.read_summary() == before  # stopped while its processes (re)started
@@ -130,22 +127,10 @@ class LaunchedRun:
                     if self.summary.get("stopped") == "interrupted":
                         self.summary |= failure
                     self.directory.write_summary(self.summary)
-                self._callbacks.on_failure(self.summary)
+                self._observers.end(self.summary)
             finally:
-                self._loggers.end(self.summary)
                 if self._lock:
                     self._lock.release()
-
-    def _tell(self, progress: Progress) -> None:
-        """Tells loggers and callbacks of the first process's progress, and of the newest checkpoint."""
-        self._loggers.write(progress.env_steps, finite(progress.metrics()))
-        self._callbacks.on_progress(progress)
-        if progress.eval_returns is not None:
-            self._callbacks.on_evaluation(progress)
-        newest = self._checkpoints.latest() if self._callbacks.wait_for_checkpoints else None
-        if newest is not None and newest != self._newest:
-            self._newest = newest
-            self._callbacks.on_checkpoint(SavedCheckpoint(newest, self._checkpoints.directory / str(newest), False))
 
     def _summary_of_nothing(self) -> dict[str, Any]:
         """Returns the summary of a run that was stopped before its processes had trained."""
@@ -187,14 +172,6 @@ class LaunchedRun:
         }
         flags = [f"--{name}={value}" for name, value in arguments.items()]
         return [peer.python, "-P", "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]
-
-
-def _progress_of(message: dict[str, Any]) -> Progress:
-    """Returns the progress that a process reported, as it was read from JSON."""
-    fields = {name: value for name, value in message.items() if name != "kind"}
-    if fields["eval_returns"] is not None:
-        fields["eval_returns"] = tuple(map(tuple, fields["eval_returns"]))
-    return Progress(**fields)
 
 
 def directory_of_all(config: TrainConfig) -> RunDirectory:

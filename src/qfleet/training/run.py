@@ -22,11 +22,14 @@ from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_not_forked
+from qfleet.runtime.environment_record import record_start
 from qfleet.runtime.loggers import Logger
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.recorder import Recorder
 from qfleet.runtime.records import Progress
+from qfleet.runtime.report.page import write_report
 from qfleet.runtime.run_directory import RunDirectory
+from qfleet.runtime.saved_run import SavedRun
 from qfleet.runtime.signals import StopFlag, StopRequested
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.account import RunAccount
@@ -34,11 +37,12 @@ from qfleet.training.assembly import footprint, make_env_and_network, make_topol
 from qfleet.training.callbacks import Callbacks, RunControl
 from qfleet.training.changes import Changes
 from qfleet.training.evaluation_rounds import EvaluationRounds
-from qfleet.training.leaving import closed_at_exit, failure_of_loop
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import best_evaluation, read_metadata
 from qfleet.training.outcome import Closing, evaluation_of, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
 from qfleet.training.saving import Saving
+from qfleet.training.shown import ShownRun
 
 if TYPE_CHECKING:
     import optax
@@ -46,7 +50,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qfleet")
 
 
-class Run:
+class Run(ShownRun):
     """A run under way. Iterate over it for its progress, then read its `summary`."""
 
     def __init__(
@@ -126,7 +130,9 @@ class Run:
         self._best_checkpoint = BestCheckpoint(
             self.directory.checkpoints_path, run_id=self.directory.run_id, is_keeper=peers.is_first()
         )
-        self._saving = Saving(topology, self._checkpoints, self._best_checkpoint, self._account.warn)
+        self._saving = Saving(
+            topology, self._checkpoints, self._best_checkpoint, self._account.warn, keeps_best=config.checkpoint_best
+        )
         if config.topology.runs_in != "joined processes":  # otherwise the launcher holds it
             # This comes before a checkpoint is chosen, because whoever holds the lock may still write one.
             self._closing.add(self.directory.lock().release)
@@ -149,6 +155,8 @@ class Run:
             topology.prepare_evaluation()
             state = None if metadata is None else topology.read(self._checkpoints, checkpoint, metadata)
         self._writes = peers.is_first()  # files that a run has once, even in several processes
+        if self._writes:
+            record_start(self.directory)
         self._metrics = MetricsWriter(self.directory, self._account.began, loggers) if self._writes else None
         if self._metrics:
             self._closing.add(self._metrics.close)
@@ -202,7 +210,7 @@ class Run:
             )
         self._is_new = False
         check_not_forked()
-        return iter(()) if self.summary else closed_at_exit(self._train())  # stopped already, while it started
+        return iter(()) if self.summary else self._shown(self._train)  # stopped already, while it started
 
     def _train(self) -> Generator[Progress, None, None]:
         stopped: str | None = None
@@ -223,7 +231,7 @@ class Run:
                         if must_save and stopped is None:
                             self._saving.save_if_possible(self._notes())
                             saved_at = time.monotonic()
-                        self._tell_of_checkpoints()
+                        self._callbacks.on_checkpoints(self._saving.take_complete)
                         yield progress
                 except GeneratorExit:  # the caller has left the loop
                     failure = "" if stopped or stop.requested else failure_of_loop()
@@ -255,11 +263,6 @@ class Run:
             self._callbacks.on_evaluation(progress)
         return progress
 
-    def _tell_of_checkpoints(self) -> None:
-        if self._callbacks.wait_for_checkpoints:
-            for checkpoint in self._saving.take_complete():
-                self._callbacks.on_checkpoint(checkpoint)
-
     def _evaluate_if_pending(self, stop: StopFlag) -> None:
         """Plays the evaluation that was due when the run was stopped, if a signal has interrupted it."""
         env_steps, period = self._topology.env_steps, self.config.eval_period_env_steps
@@ -267,7 +270,8 @@ class Run:
         if env_steps // period > self._account.evaluated_at // period or is_at_end:
             evaluated = self._evaluate_and_film(stop)
             if self._metrics and evaluated:
-                self._metrics.write(env_steps, {"eval_return_mean": float(np.mean(evaluated["eval_returns"]))})
+                mean = float(np.mean(evaluated["eval_returns"]))
+                self._metrics.write(env_steps, {"eval_return_mean": mean, **evaluated["measures"]})
 
     def _evaluate_and_film(self, stop: StopFlag) -> dict[str, Any]:
         """Evaluates and films, unless a signal interrupts that, and returns what `_evaluate` does."""
@@ -301,23 +305,12 @@ class Run:
         return evaluated
 
     def _keep_if_best(self, stop: StopFlag) -> None:
-        """Keeps the learner if its evaluation is the best one and fresh episodes confirm that."""
-        evaluations = self._account.evaluations
-        if evaluations.newest is None or not evaluations.is_better(evaluations.newest):
-            return
-        if not self.config.checkpoint_best:
-            evaluations.best = evaluations.newest
-            return
-        try:
+        def play_fresh() -> np.ndarray | None:
             with stop.interrupting() if self._is_interruptible else contextlib.nullcontext():
-                fresh = self._rounds.confirm(lambda: stop.requested)
-        except StopRequested:
-            return
-        if fresh is None or not evaluations.is_better(confirmed := evaluation_of(self._topology.env_steps, fresh)):
-            return
-        env_steps = self._saving.save_best(confirmed, {**self._notes(), "evaluated_at": self._topology.env_steps})
-        if env_steps is not None:
-            evaluations.best = confirmed._replace(env_steps=env_steps)
+                return self._rounds.confirm(lambda: stop.requested)
+
+        notes = {**self._notes(), "evaluated_at": self._topology.env_steps}
+        self._saving.keep_if_best(self._account.evaluations, play_fresh, notes)
 
     def _film_if_due(self, stop: StopFlag) -> None:
         recorder, env_steps = self._recorder, self._topology.env_steps
@@ -346,11 +339,12 @@ class Run:
 
     def _finish(self, stopped: str, **more: Any) -> None:
         self._saving.save_at_end(self._notes())
-        self._tell_of_checkpoints()
+        self._callbacks.on_checkpoints(self._saving.take_complete)
         if fall := self._account.evaluations.fall():
             self._account.warn("fall", fall)
         self._write_summary(stopped, **more)
         self._callbacks.on_end(self.summary)
+        self._write_report()
 
     def _fail(self, error: BaseException, stop: StopFlag) -> str:
         """Saves what is sound, writes the summary, and returns what happened in one line."""
@@ -366,6 +360,7 @@ class Run:
         message = message_of(error, self._topology.env_steps, self._saving.newest(), self.directory.path)
         self._write_summary_if_possible("failed", error=message)
         self._callbacks.on_failure(self.summary)
+        self._write_report()
         return message
 
     def _write_summary_if_possible(self, stopped: str, **more: Any) -> None:
@@ -373,6 +368,13 @@ class Run:
             self._write_summary(stopped, **more)
         except Exception as error:  # such as a full disk; the error that is under way matters more
             logger.warning("the summary can't be written: %s", describe(error))
+
+    def _write_report(self) -> None:
+        if self.config.report and peers.is_first():
+            try:
+                write_report([SavedRun(self.directory.path)], self.directory.report_path)
+            except Exception as error:  # it can be written later, by `qfleet report`
+                logger.warning("the report can't be written: %s", describe(error))
 
     def _write_summary_of_start(self) -> None:
         """Writes the summary of a run that was stopped while it started, which has changed nothing."""

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.envs.failures import describe
 from qfleet.runtime.activity import announce
 from qfleet.runtime.best_checkpoint import RETURN_MEAN, BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.signals import StopRequested
 from qfleet.topologies.base import LEARNER_ALONE, StateIsLost, Topology
 from qfleet.training.callbacks import SavedCheckpoint
-from qfleet.training.outcome import Evaluation
+from qfleet.training.outcome import Evaluation, Evaluations, evaluation_of
 
 logger = logging.getLogger("qfleet")
 
@@ -28,6 +30,8 @@ class Saving:
         checkpoints: Checkpoints,
         best: BestCheckpoint,
         warn: Callable[[str, str], None],
+        *,
+        keeps_best: bool,
     ) -> None:
         """Saves nothing yet.
 
@@ -36,7 +40,9 @@ class Saving:
           checkpoints: the run's checkpoints.
           best: the checkpoint of its best evaluation.
           warn: logs and notes a warning, given what it is about and its text.
+          keeps_best: whether the learner of the best evaluation is kept.
         """
+        self._keeps_best = keeps_best
         self._topology, self._checkpoints, self._best = topology, checkpoints, best
         self._warn = warn
         self._incomplete: dict[bool, int] = {}  # environment steps of the checkpoints under way, by whether one is best
@@ -59,7 +65,33 @@ class Saving:
         self._checkpoints.save(topology.env_steps, state, {"layout": topology.layout, **self._metadata(notes)})
         self._incomplete[False] = topology.env_steps
 
-    def save_best(self, evaluation: Evaluation, notes: dict[str, Any]) -> int | None:
+    def keep_if_best(
+        self, evaluations: Evaluations, play_fresh: Callable[[], np.ndarray | None], notes: dict[str, Any]
+    ) -> None:
+        """Keeps the learner if its evaluation is the best one and fresh episodes confirm that.
+
+        Args:
+          evaluations: the run's evaluations, of which the newest has just been played.
+          play_fresh: plays fresh episodes, and returns their returns, `[seeds, episodes]`, or None. It may raise
+            StopRequested.
+          notes: as for `save`.
+        """
+        if evaluations.newest is None or not evaluations.is_better(evaluations.newest):
+            return
+        if not self._keeps_best:
+            evaluations.best = evaluations.newest
+            return
+        try:
+            fresh = play_fresh()
+        except StopRequested:
+            return
+        if fresh is None or not evaluations.is_better(confirmed := evaluation_of(self._topology.env_steps, fresh)):
+            return
+        env_steps = self._save_best(confirmed, notes)
+        if env_steps is not None:
+            evaluations.best = confirmed._replace(env_steps=env_steps)
+
+    def _save_best(self, evaluation: Evaluation, notes: dict[str, Any]) -> int | None:
         """Begins to save the learner as that of the best evaluation, in place of the one before.
 
         Args:

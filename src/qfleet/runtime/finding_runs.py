@@ -1,4 +1,4 @@
-"""The folder that a command's argument RUN means."""
+"""Finds the folder of a run by what a user calls it."""
 
 import glob
 import sys

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from qfleet.cli.main import main
-from qfleet.cli.run_folder import find_run
 from qfleet.config import ConfigError
+from qfleet.runtime.finding_runs import find_run
 
 
 @pytest.fixture(autouse=True)
