@@ -24,7 +24,7 @@ def test_one_run_is_told_by_its_key_figures(tmp_path: Path) -> None:
         "newest return": "20",
         "best return": "25.5 at 1,500",
         "environment steps": "2,000",
-        "learner steps": "20",
+        "learner steps": "200",
         "wall time": "1 min 15 s",
         "environment steps/s": "200",
     }
