@@ -270,6 +270,10 @@ def test_a_policy_that_goes_round_in_circles_is_cut_and_that_is_said(tmp_path: P
 def test_many_seeds_report_and_load_each(tmp_path: Path) -> None:
     summary = qfleet.train(tiny(tmp_path / "both", seed=5, num_seeds=2))
     assert np.shape(summary["eval_returns"]) == (2, 5)
+    last = json.loads((tmp_path / "both" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert [last[f"eval_return_mean_seed_{i}"] for i in (0, 1)] == [np.mean(each) for each in summary["eval_returns"]]
+    first, second = (last[f"episode_return_mean_seed_{i}"] for i in (0, 1))
+    assert min(first, second) <= last["episode_return_mean"] <= max(first, second)
     alone = qfleet.train(tiny(tmp_path / "alone", seed=6))
     assert alone["eval_returns"][0] == pytest.approx(summary["eval_returns"][1])
     expected = qfleet.load(tmp_path / "alone").params

@@ -25,11 +25,19 @@ from qfleet.networks import check_network, make_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
+from qfleet.runtime.notebook import shown_while_starting
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.training.assembly import check_is_built_in
 from qfleet.training.metadata import read_metadata
-from qfleet.training.resuming import check_network_is_given, check_reads_the_same, config_to_resume
+from qfleet.training.resuming import (
+    check_network_is_given,
+    check_reads_the_same,
+    check_same_place_for_seeds,
+    config_to_resume,
+)
+from qfleet.training.seed_places import check_num_at_once
+from qfleet.training.seed_summary import check_seed, open_seed
 
 if TYPE_CHECKING:
     import optax
@@ -38,6 +46,7 @@ if TYPE_CHECKING:
     from qfleet.runtime.video import Video
     from qfleet.training.launched import LaunchedRun
     from qfleet.training.run import Run
+    from qfleet.training.seeds import SeedsRun
 
 # What trains and what plays is imported only where it is used, because no command needs both.
 
@@ -48,6 +57,7 @@ def train(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
+    num_seeds_at_once: int | None = None,
 ) -> dict[str, Any]:
     """Trains until the run ends as `config` says, and returns the content of summary.json.
 
@@ -59,6 +69,8 @@ def train(
       network: replaces the network that `config.agent` describes. It is any pair of functions, or a Flax NNX module
         that `qfleet.from_nnx` converts. `load` and `resume` then need it too.
       optimiser: replaces the optimiser that `config.agent` names. `resume` then needs it too.
+      num_seeds_at_once: how many seeds are trained at the same time, if each has a process of its own
+        (`config.has_seed_processes`). By default as many as the cores, the memory and the GPUs of this machine allow.
 
     Raises:
       ConfigError: on bad input, before any work starts.
@@ -67,7 +79,7 @@ def train(
         loop over several runs ends too.
     """
     with StopFlag() as stop:
-        run = iterate(config, env=env, network=network, optimiser=optimiser)
+        run = iterate(config, env=env, network=network, optimiser=optimiser, num_seeds_at_once=num_seeds_at_once)
         for _ in run:
             pass
         if stop.requested:
@@ -77,13 +89,15 @@ def train(
 
 
 @clear_platform_errors()
+@shown_while_starting()
 def iterate(
     config: TrainConfig,
     *,
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
-) -> "Run | LaunchedRun":
+    num_seeds_at_once: int | None = None,
+) -> "Run | LaunchedRun | SeedsRun":
     """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
 
     A signal (INT, TERM or HUP) ends the loop as if the run were over, and the summary says "interrupted". So it does if
@@ -101,6 +115,11 @@ def iterate(
     check_new_run(config)
     config = config.with_schedule_lengths()
     check_is_built_in(config, network, optimiser)
+    num_seeds_at_once = check_num_at_once(config, num_seeds_at_once)
+    if config.has_seed_processes:
+        from qfleet.training.seeds import SeedsRun
+
+        return SeedsRun(config, lambda: RunDirectory.create(config.run_dir, config), num_at_once=num_seeds_at_once)
     if config.topology.runs_in == "joined processes":
         from qfleet.training.launched import LaunchedRun, directory_of_all
 
@@ -111,6 +130,7 @@ def iterate(
 
 
 @clear_platform_errors()
+@shown_while_starting()
 def resume(
     run_dir: str | os.PathLike[str],
     *,
@@ -126,7 +146,8 @@ def resume(
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
     trust: bool = False,
-) -> "Run | LaunchedRun":
+    num_seeds_at_once: int | None = None,
+) -> "Run | LaunchedRun | SeedsRun":
     """Returns the run in `run_dir`, to iterate over from its newest checkpoint as if it had never stopped.
 
     Args:
@@ -151,6 +172,8 @@ def resume(
       optimiser: the optimiser that `train` was given, if any.
       trust: whether to import the module of an environment `MODULE:NAME` that only the run's folder names. Importing it
         runs its code. It isn't asked for if the module has been imported already.
+      num_seeds_at_once: as for `train`. Of a run whose seeds have processes of their own, only those seeds go on that
+        have not come to their end.
 
     Raises:
       ConfigError: if `run_dir` isn't a run or names a module that isn't trusted, its checkpoint is damaged, its
@@ -173,6 +196,12 @@ def resume(
         ray_address=ray_address,
     )
     check_is_built_in(config, network, optimiser)
+    num_seeds_at_once = check_num_at_once(config, num_seeds_at_once)
+    check_same_place_for_seeds(directory.config, config, checkpoint)
+    if config.has_seed_processes:
+        from qfleet.training.seeds import SeedsRun
+
+        return SeedsRun(config, lambda: directory, is_resumed=True, num_at_once=num_seeds_at_once)
     if config.topology.runs_in == "joined processes":
         from qfleet.training.launched import LaunchedRun
 
@@ -218,14 +247,15 @@ def load(
     config = directory.config
     checkpoint, seed = _number_of_checkpoint(checkpoint), to_plain(int | None, seed, "seed")
     index = 0 if seed is None else seed - config.seed
-    if not 0 <= index < config.num_seeds:
-        last = config.seed + config.num_seeds - 1
-        raise ConfigError(f"seed must be one that the run trained, {config.seed} to {last}, got {seed}")
+    if seed is not None:
+        check_seed(config, seed)
+    if config.has_seed_processes:
+        directory = open_seed(directory, seed)
     with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept, run_id=directory.run_id) as checkpoints:
         checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
         if checkpoint is None:  # what needs trust is told first
             check_trusted(config.env, directory.path, trust=trust)
-        metadata = read_metadata(checkpoints, checkpoint, config)
+        metadata = read_metadata(checkpoints, checkpoint, directory.config)
         check_network_is_given(network is not None, metadata["has_own_network"])
         source = _environment_of(directory, metadata.get("environment"), env, trust=trust)
         spec = source.interface.spec if isinstance(source, RecordedEnv) else source.spec
@@ -235,7 +265,7 @@ def load(
         limit_cpu_threads(check_network(network_in_use, spec))
         enable_compilation_cache()
         params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
-    if config.num_seeds > 1:
+    if directory.config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
     label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
     rule = "`network` must be the one that the run was trained with"

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from qfleet.config import AgentConfig, FusedConfig, TrainConfig
+from qfleet.config import AgentConfig, FusedConfig, MeshConfig, OverlappedConfig, TrainConfig
 from qfleet.config.encoding import decode, encode
 
 
@@ -31,3 +31,15 @@ def test_learner_steps_without_replay_are_counted_by_rollouts():
     agent = AgentConfig(replay="none", rollout_length=16, num_epochs=2, num_minibatches=4)
     config = TrainConfig(env="CartPole-v1", agent=agent, topology=FusedConfig(num_envs=32), env_steps=1_000)
     assert config.num_learner_steps == 2 * 2 * 4
+
+
+def test_seeds_share_a_program_where_one_can_train_all():
+    several = dataclasses.replace(config_of(), num_seeds=3, seed=5, run_dir="runs/all", video_period_env_steps=500)
+    assert not several.has_seed_processes and list(several.seeds) == [5, 6, 7]
+    on_a_mesh = dataclasses.replace(several, topology=FusedConfig(mesh=MeshConfig(data=2)))
+    outside = dataclasses.replace(several, topology=OverlappedConfig())
+    assert on_a_mesh.has_seed_processes and outside.has_seed_processes
+    assert not dataclasses.replace(outside, num_seeds=1).has_seed_processes
+    own = outside.of_seed(6)
+    assert (own.seed, own.num_seeds, own.run_dir, own.has_seed_processes) == (6, 1, None, False)
+    assert [outside.of_seed(seed).video_period_env_steps for seed in outside.seeds] == [500, None, None]

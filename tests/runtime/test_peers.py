@@ -1,6 +1,7 @@
 """Joining the processes of a run."""
 
 import ipaddress
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,33 @@ def test_a_coordinator_on_this_machine_listens_on_loopback_alone(tmp_path: Path)
     assert [
         str(address) for address in addresses if not (getattr(address, "ipv4_mapped", None) or address).is_loopback
     ] == []
+
+
+SAVES = """
+import os, sys, time
+from qfleet.runtime import peers
+from qfleet.runtime.signals import StopFlag
+peers.BEAT_SECONDS = 0.01
+with StopFlag(ends_process=True) as stop:
+    peers.Reporter(int(sys.argv[1]), saves_at_end=True)
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    time.sleep(1.2)  # more than after which another request would end the process
+    print("saved", flush=True)
+"""
+
+
+def test_a_process_that_saves_at_its_end_is_asked_to_stop_once_its_launcher_is_gone() -> None:
+    reading, writing = os.pipe()
+    command = [sys.executable, "-c", SAVES, str(writing)]
+    with subprocess.Popen(command, pass_fds=[writing], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        os.close(writing)
+        assert process.stdout.readline() == "ready\n"
+        os.close(reading)
+        assert process.stdout.read() == "saved\n"
+    assert process.returncode == 0
 
 
 def packed(text: str) -> bytes:

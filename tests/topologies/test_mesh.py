@@ -223,6 +223,8 @@ def test_the_whole_fused_program_takes_the_same_steps_on_any_mesh(mesh):
     np.testing.assert_allclose(mine.returns, others.returns, rtol=1e-5)
     np.testing.assert_array_equal(mine.lengths, others.lengths)
     assert others.num_different().item() == mine.num_different().item()
+    np.testing.assert_allclose(mine.first_values, others.first_values, rtol=1e-4)
+    np.testing.assert_allclose(mine.discounted_returns, others.discounted_returns, rtol=1e-4)
 
 
 def assert_trees_close(x, y):
@@ -246,6 +248,10 @@ def test_what_is_stored_and_when_is_learned_is_the_same_on_any_mesh(kind):
     for mine, other in zip(*rows, strict=True):
         np.testing.assert_array_equal(mine[:12], other[:12])
     assert one.counters == many.counters
+    mine, others = (fused.replay_measures() for fused in (one, many))
+    assert mine == {
+        name: pytest.approx(value, rel=0.5 if "priority" in name else 1e-6) for name, value in others.items()
+    }
 
 
 @pytest.mark.parametrize("kind", AGENTS)
@@ -349,10 +355,3 @@ def test_sizes_that_do_not_divide_are_refused_with_one_that_does(agent, topology
 def test_a_mesh_of_more_devices_than_there_are_is_refused():
     with pytest.raises(ConfigError, match="at most the number of devices, got 4 x 4 = 16 for 8 cpu devices"):
         Placement(MeshConfig(data=4, model=4), probes.linear_network(make_env("CartPole-v1").spec))
-
-
-def test_many_seeds_on_a_mesh_are_refused():
-    with pytest.raises(
-        ConfigError, match=r"num_seeds must be 1 on a mesh, got num_seeds=2; .*seq 0 1\).* & done; wait`"
-    ):
-        TrainConfig(env="x", topology=FusedConfig(mesh=MeshConfig(data=2)), num_seeds=2)

@@ -24,6 +24,7 @@ _COMMANDS = {
     "dashboard": "show the reports of runs in a browser, as their metrics arrive",
     "watch": "write videos of what a run has learned",
     "resume": "continue a run from its newest checkpoint",
+    "diagnose": "say what is wrong with a run that doesn't learn",
     "devices": "list the devices, or show what a run would keep on each of them",
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract that learning relies on",
@@ -54,10 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # 700 new ones, which takes a tenth of the start-up's time.
         gc.set_threshold(10_000)
     code = _run_safely(list(sys.argv[1:] if argv is None else argv), is_process=argv is None)
+    return end_process(code) if argv is None else code
+
+
+def end_process(code: int) -> int:
+    """Returns the exit code with which this process ends, or ends it at once if its work was interrupted.
+
+    XLA may still compile what was interrupted, in threads of its own or of ours. The end of Python would wait for ours,
+    and destroy what the others use: then the process would crash.
+    """
     signals = sys.modules.get("qfleet.runtime.signals")
-    if argv is None and signals and signals.has_interrupted():
-        # XLA may still compile what was interrupted, in threads of its own or of ours. The end of Python would wait for
-        # ours, and destroy what the others use: then the process would crash.
+    if signals and signals.has_interrupted():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -43,6 +43,8 @@ class _ResumeFlags:
     Start the others with otherwise the same flags."""
     ray_address: str | None = None
     """Address of the Ray cluster that the processes run on."""
+    num_seeds_at_once: int | None = None
+    """Number of seeds trained at the same time, if each has a process of its own, as for `qfleet train`."""
     trust: bool = False
     """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
     quiet: bool = False
@@ -67,6 +69,7 @@ def run(arguments: Sequence[str]) -> int:
         process_id=flags.process_id,
         ray_address=flags.ray_address,
         trust=flags.trust,
+        num_seeds_at_once=flags.num_seeds_at_once,
     )
     return follow(start, quiet=flags.quiet)
 

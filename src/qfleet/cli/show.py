@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qfleet.cli.streams import give_stdout_up
-from qfleet.config import TopologyConfig
+from qfleet.config import RunFailed, TopologyConfig
 from qfleet.envs.names import module_in
 from qfleet.runtime.activity import announced_to
 from qfleet.runtime.progress import ProgressView, can_move_cursor
@@ -16,9 +16,10 @@ from qfleet.runtime.progress import ProgressView, can_move_cursor
 if TYPE_CHECKING:
     from qfleet.training.launched import LaunchedRun
     from qfleet.training.run import Run
+    from qfleet.training.seeds import SeedsRun
 
 
-def follow(start: "Callable[[], Run | LaunchedRun]", *, quiet: bool, reason: str = "") -> int:
+def follow(start: "Callable[[], Run | LaunchedRun | SeedsRun]", *, quiet: bool, reason: str = "") -> int:
     """Starts a run, iterates over it until it ends, shows its progress, and returns the exit code.
 
     Args:
@@ -31,9 +32,19 @@ def follow(start: "Callable[[], Run | LaunchedRun]", *, quiet: bool, reason: str
         view.begin(run.config.env_steps)
         place = environments(run.backend, run.config.topology)
         preset = run.config.preset + (f" (chosen because {reason})" if reason else "")
+        places = getattr(run, "places_in_words", "")
+        if places:
+            place = place.replace("in this process", "in its process")
         view.message(f"{run.config.env} ({place}) with {preset}, into {run.directory.path}")
-        for progress in run:
-            view.update({"env_steps": progress.env_steps, **progress.metrics()})
+        if places:
+            view.message(places)
+        try:
+            for progress in run:
+                view.update({"env_steps": progress.env_steps, **progress.metrics()})
+        except RunFailed:
+            if "seeds" in run.summary:  # some have failed, and the error tells which; the others haven't
+                view.message(outcome(run.summary, str(run.directory.path)))
+            raise
     view.message(outcome(run.summary, str(run.directory.path)))
     if view.is_unwritable:  # the run is as good without a reader
         give_stdout_up()
@@ -93,6 +104,9 @@ def outcome(summary: dict[str, Any], path: str) -> str:
     if summary["num_seeds"] > 1:
         solved = [steps for steps in summary["solved_at_env_steps"] if steps is not None]
         for i, seed_returns in enumerate(summary["eval_returns"] or []):
+            if not seed_returns:
+                lines.append(f"  seed {summary['seed'] + i}: not evaluated")
+                continue
             steps = summary["solved_at_env_steps"][i]
             when = f", reached --stop-return after {steps:,} environment steps" if steps is not None else ""
             lines.append(f"  seed {summary['seed'] + i}: {sum(seed_returns) / len(seed_returns):.1f}{when}")
@@ -100,7 +114,8 @@ def outcome(summary: dict[str, Any], path: str) -> str:
             lines.append(f"{len(solved)} of {summary['num_seeds']} seeds reached --stop-return")
     if summary["num_videos"] or summary["num_video_failures"]:
         failed = f", {summary['num_video_failures']} failed" if summary["num_video_failures"] else ""
-        lines.append(f"videos: {summary['num_videos']} in {path}/videos{failed}")
+        folder = f"{path}/{summary['seeds'][0]['run']}" if "seeds" in summary else path
+        lines.append(f"videos: {summary['num_videos']} in {folder}/videos{failed}")
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
     trust = " --trust" if module_in(summary["env"]) else ""
     run = shlex.quote(path)

@@ -20,7 +20,7 @@ _Env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV")]
 def flag_kinds() -> dict[str, Any]:
     """Returns the types of all flags, by name: the settings of an agent, of a run and of all topologies."""
     kinds = {field.name: field.type for kind in (TrainConfig, AgentConfig) for field in dataclasses.fields(kind)}
-    kinds |= {"env": typing.Required[_Env], "quiet": bool, **topology_flags()}
+    kinds |= {"env": typing.Required[_Env], "quiet": bool, "num_seeds_at_once": int, **topology_flags()}
     del kinds["agent"]
     return kinds
 
@@ -32,14 +32,15 @@ class TrainRequest(NamedTuple):
     quiet: bool
     reason: str
     """Why the preset was chosen; empty if the user named it."""
+    num_seeds_at_once: int | None = None
 
 
 def run(arguments: Sequence[str]) -> int:
     """Trains the run that the flags describe."""
-    config, quiet, reason = parse(arguments)
+    config, quiet, reason, num_seeds_at_once = parse(arguments)
     from qfleet.api import iterate
 
-    return follow(lambda: iterate(config), quiet=quiet, reason=reason)
+    return follow(lambda: iterate(config, num_seeds_at_once=num_seeds_at_once), quiet=quiet, reason=reason)
 
 
 def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
@@ -56,12 +57,12 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
     if {"-h", "--help"} & set(arguments):
         _show_help(replace_alias(arguments), prog)
     given = read_flags(flag_kinds(), arguments, prog)  # what is absent here comes from make_config
-    quiet = given.pop("quiet", False)
+    quiet, num_seeds_at_once = given.pop("quiet", False), given.pop("num_seeds_at_once", None)
     if mesh := take_mesh(given):
         given["mesh"] = MeshConfig(**mesh)
     env, preset = given.pop("env"), given.pop("preset", None)
     config, reason = make_explained_config(env, preset, given.pop("topology", None), may_start_processes=True, **given)
-    return TrainRequest(config, quiet, reason)
+    return TrainRequest(config, quiet, reason, num_seeds_at_once)
 
 
 def _show_help(arguments: Sequence[str], prog: str) -> None:

@@ -13,7 +13,10 @@ import tyro
 from qfleet.config import TOPOLOGIES, AgentConfig, TrainConfig
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "run": ("env_options", "preset", "seed", "num_seeds", "env_steps", "stop_return", "run_dir", "quiet"),
+    "run": (
+        "env_options", "preset", "seed", "num_seeds", "num_seeds_at_once", "env_steps", "stop_return", "run_dir",
+        "report", "quiet",
+    ),
     "evaluation": (
         "eval_period_env_steps", "eval_episodes", "eval_exploration", "eval_max_episode_steps",
         "video_period_env_steps",
@@ -68,7 +71,11 @@ def show_help(config: TrainConfig, prog: str, **more: Any) -> None:
         "By default, preset and settings are chosen for the environment and the topology."
     )
     texts["quiet"] = "Print nothing but errors."
-    values: dict[str, Any] = {"quiet": (bool, False)}
+    texts["num_seeds_at_once"] = (
+        "Number of seeds trained at the same time, if each has a process of its own. "
+        "By default as many as the cores, the memory and the GPUs of this machine allow."
+    )
+    values: dict[str, Any] = {"quiet": (bool, False), "num_seeds_at_once": (int | None, None)}
     for owner in (config.agent, config):
         values |= {field.name: (field.type, getattr(owner, field.name)) for field in dataclasses.fields(owner)}
     env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help=texts["env"])]

@@ -131,6 +131,11 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
             check_resources(name, getattr(self, name))
 
     @property
+    def num_busy_processes(self) -> int:
+        """The actors with their environment workers, the shards of the replay, and the learner's devices."""
+        return self.num_actors * (1 + self.num_env_workers) + self.num_replay_shards + self.mesh.num_devices
+
+    @property
     def num_envs(self) -> int:
         """Number of lanes of all actors together."""
         return self.num_actors * self.lanes_per_actor
@@ -222,6 +227,11 @@ class ParameterServerConfig(RayTopologyConfig):
         check_resources("worker_resources", self.worker_resources)
 
     @property
+    def num_busy_processes(self) -> int:
+        """The workers, and the shards of the server and of the replay."""
+        return self.num_workers + self.num_server_shards + self.num_replay_shards
+
+    @property
     def num_envs(self) -> int:
         """Number of lanes of all workers together."""
         return self.num_workers * self.lanes_per_worker
@@ -306,6 +316,11 @@ class GossipConfig(LaneOptions, RayTopologyConfig):
     def cpu_devices(self) -> int:
         """As many devices as a peer has, so that this process can compute a peer's footprint from shapes."""
         return self.devices_per_process
+
+    @property
+    def num_busy_processes(self) -> int:
+        """The devices of all peers, and their environment workers."""
+        return self.num_processes * (self.devices_per_process + self.num_env_workers)
 
     @property
     def actor_pool(self) -> ActorPool:

@@ -159,6 +159,16 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
         return 1
 
     @property
+    def num_busy_processes(self) -> int:
+        """The devices of all processes, and their environment workers."""
+        return self.num_processes * (self.devices_per_process + self.num_env_workers)
+
+    @property
+    def is_started_by_hand(self) -> bool:
+        """Whether the user starts each process, with `coordinator`."""
+        return self.coordinator is not None
+
+    @property
     def lane_division(self) -> Division:
         """Lanes and batches divide over the devices of all processes."""
         return Division("num_processes x devices_per_process", self.mesh.data)

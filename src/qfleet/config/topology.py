@@ -83,6 +83,16 @@ class TopologyConfig(Config):
         return LaneOptions()
 
     @property
+    def num_busy_processes(self) -> int:
+        """Number of processes, and devices of a process, that one run keeps busy at the same time."""
+        return self.mesh.num_devices + self.lane_options.num_env_workers
+
+    @property
+    def is_started_by_hand(self) -> bool:
+        """Whether the user starts each process of the run, so that nothing else can."""
+        return False
+
+    @property
     def lane_division(self) -> Division:
         """What the lanes divide over."""
         return Division("mesh.data", self.mesh.data)

@@ -43,7 +43,8 @@ class TrainConfig(Config):
     seed: int = 0
     """Seed of all randomness. With the same config and kind of device, the same seed gives the same run."""
     num_seeds: int = 1
-    """Number of independent learners trained at once, with the seeds `seed, seed + 1, ...`."""
+    """Number of independent learners to train, with the seeds `seed, seed + 1, ...`.
+    They are trained in one program if the topology is `fused`, without a mesh, and otherwise in a process each."""
     env_steps: int = 500_000
     """Environment steps after which the run stops, over all lanes of one seed."""
     stop_return: float | None = None
@@ -93,9 +94,11 @@ class TrainConfig(Config):
         check_positive(self, "checkpoint_period_seconds", maximum=MAX_COUNT)
         is_path = self.run_dir is None or (self.run_dir != "" and "\0" not in self.run_dir)
         check(is_path, "run_dir", "the path of a folder", self.run_dir)
-        if self.topology.mesh != MeshConfig():
-            is_own = self.topology.runs_in == "this process"
-            self.check_one_seed("on a mesh" if is_own else f"with topology {self.topology.name}")
+        if self.num_seeds > 1 and self.topology.is_started_by_hand:
+            raise ConfigError(
+                f"num_seeds must be 1 where each process is started by hand, got num_seeds={self.num_seeds}; start the "
+                f"processes of each seed in turn, with --seed, or leave coordinator and process_id out"
+            )
         _check_sizes(self.agent, self.topology)
 
     def with_schedule_lengths(self) -> "TrainConfig":
@@ -121,20 +124,26 @@ class TrainConfig(Config):
             return num_rollouts * agent.num_epochs * agent.num_minibatches
         return int(max(0, self.env_steps - agent.warmup_env_steps) / agent.env_steps_per_learner_step)
 
-    def check_one_seed(self, where: str) -> None:
-        """Raises ConfigError, with the command that trains them, if the run has several seeds.
+    @property
+    def has_seed_processes(self) -> bool:
+        """Whether each seed is trained in a process of its own, because one program can't train all of them."""
+        is_one_program = isinstance(self.topology, FusedConfig) and self.topology.mesh == MeshConfig()
+        return self.num_seeds > 1 and not is_one_program
 
-        Args:
-          where: what allows only one seed, such as "on a mesh".
+    @property
+    def seeds(self) -> range:
+        """The seeds of all learners."""
+        return range(self.seed, self.seed + self.num_seeds)
+
+    def of_seed(self, seed: int) -> "TrainConfig":
+        """Returns the config of a run that trains one of the seeds on its own, in a folder that isn't named yet.
+
+        Only the first seed is filmed, as in a run that trains all of them in one program. There is one report of all.
         """
-        if self.num_seeds == 1:
-            return
-        seeds, at_once = f"{self.seed} {self.seed + self.num_seeds - 1}", self.topology.runs_in == "this process"
-        loop = f"for seed in $(seq {seeds}); do qfleet train {self.env} --seed $seed{' &' if at_once else ';'} done"
-        raise ConfigError(
-            f"num_seeds must be 1 {where}, got num_seeds={self.num_seeds}; train each seed in a process of its own, as "
-            f"in `{loop}{'; wait' if at_once else ''}` with your other flags"
-        )
+        changes: dict[str, Any] = {"seed": seed, "num_seeds": 1, "run_dir": None, "report": False}
+        if seed != self.seed:
+            changes["video_period_env_steps"] = None
+        return dataclasses.replace(self, **changes)
 
     def topology_as(self, kind: type[T]) -> T:
         """Returns the topology's config with its own type, for code that belongs to that topology only.

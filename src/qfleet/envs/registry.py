@@ -209,7 +209,7 @@ def check_can_travel(name: str) -> None:
     remedy = "register it in a module that they can import, and train in MODULE:NAME"
     raise ConfigError(
         f"a run in several processes must find its environment by name in each of them, got {name}, which {what}; "
-        f"{remedy}, or in topology overlapped or fused"
+        f"{remedy}, or train in this process alone: one seed, in topology overlapped or fused"
     )
 
 

@@ -77,15 +77,19 @@ BEAT_SECONDS = 0.5
 class Reporter:
     """Tells a launcher that this process lives and how far it has come. Each message is one line of JSON."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, saves_at_end: bool = False) -> None:
         """Starts a thread that gives signs of life from now on. The process ends once nobody reads them.
 
         Args:
           descriptor: file descriptor of the pipe to the launcher.
+          saves_at_end: whether the process, once the launcher is gone, is asked to stop as by SIGTERM, so that it saves
+            what it has learned. Otherwise it ends at once, because one of several equal processes can't save alone.
         """
         self._descriptor = descriptor
         self._lock = threading.Lock()
-        _die_with_parent()
+        self._saves_at_end, self._is_alone = saves_at_end, False
+        if not saves_at_end:
+            _die_with_parent()
         threading.Thread(target=self._beat, daemon=True).start()
 
     def tell(self, kind: str, **content: Any) -> None:
@@ -96,10 +100,18 @@ class Reporter:
                 while line:
                     line = line[os.write(self._descriptor, line) :]
         except OSError:  # the launcher is gone, and no process of the run may outlive it
+            self._end()
+
+    def _end(self) -> None:
+        if not self._saves_at_end:
             os._exit(1)
+        with self._lock:
+            is_first, self._is_alone = not self._is_alone, True
+        if is_first:  # a second signal would end the process before it has saved
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _beat(self) -> None:
-        while True:
+        while not self._is_alone:
             self.tell("alive")
             time.sleep(BEAT_SECONDS)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,16 @@ class Progress:
     """`train_seconds` by the part of a training step that took them, if the run measures that."""
     fleet: Mapping[str, float] | None = None
     """Statistics of the fleet's processes, if the topology has a fleet."""
+    seed_return_means: tuple[float | None, ...] | None = None
+    """`episode_return_mean` of each seed, `[seeds]`, if there are many in one program."""
     eval_returns: tuple[tuple[float, ...], ...] | None = None
     """Returns of the greedy episodes played after this record, `[seeds][episodes]`, if there were any."""
     eval_num_different: int | None = None
     """How many of these episodes differ from each other, within each seed; the sum over seeds."""
     eval_num_cut: int | None = None
     """How many of them the evaluation has cut short, over all seeds."""
+    measures: Mapping[str, float] | None = None
+    """What was measured beside that evaluation, by name; see `qfleet.training.measuring`."""
 
     @property
     def eval_return_mean(self) -> float | None:
@@ -67,12 +71,16 @@ class Progress:
             "new_env_steps",
             "new_learner_steps",
             "eval_returns",
+            "seed_return_means",
             "part_seconds",
             "fleet",
+            "measures",
         ):
             del values[name]
         values["env_steps_per_second"] = self.new_env_steps / self.train_seconds
         values["learner_steps_per_second"] = self.new_learner_steps / self.train_seconds
+        for i, value in enumerate(self.seed_return_means or ()):
+            values[f"episode_return_mean_seed_{i}"] = value
         values["eval_return_mean"] = self.eval_return_mean
         if self.eval_returns is not None and len(self.eval_returns) > 1:
             for i, returns in enumerate(self.eval_returns):
@@ -81,7 +89,17 @@ class Progress:
             values[f"time_share_{part}"] = seconds / self.train_seconds
         for name, value in (self.fleet or {}).items():
             values[f"fleet_{name}"] = value
-        return values
+        return values | dict(self.measures or {})
+
+
+def progress_from(message: Mapping[str, Any]) -> Progress:
+    """Returns the progress that another process reported, as it was read from JSON: its fields, and maybe a `kind`."""
+    fields = {name: value for name, value in message.items() if name != "kind"}
+    if fields["eval_returns"] is not None:
+        fields["eval_returns"] = tuple(map(tuple, fields["eval_returns"]))
+    if fields["seed_return_means"] is not None:
+        fields["seed_return_means"] = tuple(fields["seed_return_means"])
+    return Progress(**fields)
 
 
 class Sum(NamedTuple):

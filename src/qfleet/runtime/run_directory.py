@@ -10,6 +10,7 @@ runs/<name>/
   report.html      what happened, as one page for a browser
   videos/          what `qfleet watch` has written, and the run itself if asked to
   peers/           what the processes of an all-reduce run have printed
+  seeds/           the runs of single seeds, where each has a process of its own
   .lock            held by the process that trains the run
 """
 
@@ -33,6 +34,9 @@ from qfleet.config import ConfigError, TrainConfig
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
 from qfleet.config.values import to_plain
 from qfleet.runtime.run_files import read_json, shortened, temporary_of
+
+SEEDS_FOLDER = "seeds"
+"""Name of the folder, in the folder of a run, with the runs of its seeds, where each has a process of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +175,10 @@ class RunDirectory:
 
     @property
     def videos_path(self) -> Path:
-        return self.path / "videos"
+        """Folder of the videos. Where each seed has a run of its own, the first one is filmed."""
+        return (
+            self.path / SEEDS_FOLDER / str(self.config.seed) if self.config.has_seed_processes else self.path
+        ) / "videos"
 
     def lock(self) -> filelock.BaseFileLock:
         """Returns a lock that no other process can take while this one holds it. It is freed when the process ends.

@@ -34,8 +34,12 @@ def footprint(
 ) -> Footprint:
     """Returns what a run of `config` would keep on which devices; nothing is allocated or compiled.
 
+    If each seed is trained in a process of its own, it is what one of them would keep.
+
     Args: as for `qfleet.train`.
     """
+    if config.has_seed_processes:
+        config = config.of_seed(config.seed)
     if config.topology.runs_in == "joined processes":
         set_cpu_devices(config.topology.mesh.num_devices)  # as if this process had all processes' devices
     env, network = _describe_env_and_network(config, network)
@@ -95,19 +99,23 @@ def make_own_learner(config: TrainConfig) -> OwnLearner:
 
 
 def check_is_built_in(config: TrainConfig, network: Network | None, optimiser: Any) -> None:
-    """Raises ConfigError if a topology's processes must build what only this process has.
+    """Raises ConfigError if processes of the run must build what only this process has.
 
     That is a network or an optimiser that is given, or an environment that this program registers.
     """
-    if config.topology.builds_own_network:
-        check_can_travel(config.env)
-    if config.topology.builds_own_network and (network is not None or optimiser is not None):
-        given = " and ".join(
-            name for name, value in (("network", network), ("optimiser", optimiser)) if value is not None
-        )
+    if not (config.topology.builds_own_network or config.has_seed_processes):
+        return
+    check_can_travel(config.env)
+    given = " and ".join(name for name, value in (("network", network), ("optimiser", optimiser)) if value is not None)
+    if given:
+        where, remedy = f"topology {config.topology.name}", "train with topology fused or overlapped"
+        if config.has_seed_processes:
+            where += f" and num_seeds={config.num_seeds}"
+            remedy = "train one seed after the other, with num_seeds=1"
+            remedy += ", and with topology fused or overlapped" * config.topology.builds_own_network
         raise ConfigError(
             f"a run in several processes builds its network and optimiser from the config, because functions cannot be "
-            f"sent to them, got {given} with topology {config.topology.name}; train with topology fused or overlapped"
+            f"sent to them, got {given} with {where}; {remedy}"
         )
 
 

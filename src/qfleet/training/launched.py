@@ -19,18 +19,19 @@ from qfleet.networks import check_network, make_network
 from qfleet.runtime.activity import announce
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_platforms_of_children
-from qfleet.runtime.records import Progress
+from qfleet.runtime.records import Progress, progress_from
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
-from qfleet.training.leaving import closed_at_exit, failure_of_loop
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import BestEvaluation
 from qfleet.training.resuming import check_goes_on, check_reads_the_same
+from qfleet.training.shown import ShownRun
 
 
-class LaunchedRun:
+class LaunchedRun(ShownRun):
     """An all-reduce run under way, in processes of its own. Iterate over it as over a `Run`."""
 
     def __init__(
@@ -73,7 +74,7 @@ class LaunchedRun:
 
     def __iter__(self) -> Iterator[Progress]:
         """Yields the progress of the first process, which stands for all; nothing if it runs on another host."""
-        return closed_at_exit(self._follow())
+        return self._shown(self._follow)
 
     def _follow(self) -> Generator[Progress, None, None]:
         launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
@@ -85,7 +86,7 @@ class LaunchedRun:
                 with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
                     for message in launcher.run(lambda: self._checkpoints.latest() or 0):
                         try:
-                            yield _progress_of(message)
+                            yield progress_from(message)
                         except GeneratorExit:  # the caller has left the loop, and the processes are now stopped
                             if not stop.requested and (error := failure_of_loop()):
                                 failure = {"stopped": "failed", "error": error}
@@ -146,14 +147,6 @@ class LaunchedRun:
         }
         flags = [f"--{name}={value}" for name, value in arguments.items()]
         return [peer.python, "-P", "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]
-
-
-def _progress_of(message: dict[str, Any]) -> Progress:
-    """Returns the progress that a process reported, as it was read from JSON."""
-    fields = {name: value for name, value in message.items() if name != "kind"}
-    if fields["eval_returns"] is not None:
-        fields["eval_returns"] = tuple(map(tuple, fields["eval_returns"]))
-    return Progress(**fields)
 
 
 def directory_of_all(config: TrainConfig) -> RunDirectory:

@@ -47,6 +47,31 @@ def check_goes_on(metadata: dict[str, Any], config: TrainConfig) -> None:
         )
 
 
+def check_same_place_for_seeds(before: TrainConfig, config: TrainConfig, checkpoint: int | None) -> None:
+    """Checks that a resumed run trains its seeds in one program, or in a process each, as it did before.
+
+    Args:
+      before: config that the run began with.
+      config: config that it goes on with.
+      checkpoint: environment step of the checkpoint that the caller wants, if any.
+
+    Raises:
+      ConfigError: if it doesn't, or a checkpoint is given that each seed would need one of its own of.
+    """
+    if before.has_seed_processes != config.has_seed_processes:
+        here, there = ("one program", "a process each")[:: -1 if before.has_seed_processes else 1]
+        raise ConfigError(
+            f"a run of {before.num_seeds} seeds must go on with them where they are, got topology "
+            f"{config.topology.name}, which trains them in {there}, for a run that trains them in {here}; leave the "
+            f"topology as it was"
+        )
+    if config.has_seed_processes and checkpoint is not None:
+        raise ConfigError(
+            f"checkpoint must be left out for a run with a process for each seed, got {checkpoint}; leave it out, or "
+            f"resume the run of one seed, as in `qfleet resume RUN/seeds/{config.seed} --checkpoint {checkpoint}`"
+        )
+
+
 def check_network_is_given(is_given: bool, is_needed: bool) -> None:
     """Raises ConfigError if the caller gives a network but the run uses a built-in one, or the other way round."""
     if is_given != is_needed:

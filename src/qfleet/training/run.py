@@ -35,11 +35,12 @@ from qfleet.topologies.footprint import check_fits
 from qfleet.training.account import RunAccount
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
 from qfleet.training.evaluation_rounds import EvaluationRounds
-from qfleet.training.leaving import closed_at_exit, failure_of_loop
+from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import read_metadata
 from qfleet.training.outcome import Closing, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
 from qfleet.training.saving import Saving
+from qfleet.training.shown import ShownRun
 
 if TYPE_CHECKING:
     import optax
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("qfleet")
 
 
-class Run:
+class Run(ShownRun):
     """A run under way. Iterate over it for its progress, then read its `summary`."""
 
     def __init__(
@@ -175,7 +176,7 @@ class Run:
             )
         self._is_new = False
         check_not_forked()
-        return iter(()) if self.summary else closed_at_exit(self._train())  # stopped already, while it started
+        return iter(()) if self.summary else self._shown(self._train)  # stopped already, while it started
 
     def _train(self) -> Generator[Progress, None, None]:
         stopped: str | None = None
@@ -228,7 +229,8 @@ class Run:
         if env_steps // period > self._account.evaluated_at // period or is_at_end:
             evaluated = self._evaluate_and_film(stop)
             if self._metrics and evaluated:
-                self._metrics.write(env_steps, {"eval_return_mean": float(np.mean(evaluated["eval_returns"]))})
+                mean = float(np.mean(evaluated["eval_returns"]))
+                self._metrics.write(env_steps, {"eval_return_mean": mean, **evaluated["measures"]})
 
     def _evaluate_and_film(self, stop: StopFlag) -> dict[str, Any]:
         """Evaluates and films, unless a signal interrupts that, and returns what `_evaluate` does."""

@@ -365,9 +365,6 @@ def test_settings_that_do_not_fit_are_refused(settings, message):
 
 
 def test_what_a_fleet_cannot_do_is_refused_before_the_run_is_made(tmp_path):
-    config = config_of(run_dir=str(tmp_path / "run"), num_seeds=2)
-    with pytest.raises(ConfigError, match="num_seeds must be 1 with topology actor-learner"):
-        qfleet.iterate(config)
     config = config_of(run_dir=str(tmp_path / "run"))
     network = make_network(make_env("CartPole-v1").spec, AgentConfig())
     with pytest.raises(ConfigError, match="builds its network and optimiser from the config"):

@@ -8,6 +8,7 @@ import pytest
 
 import qfleet
 from qfleet.config import TOPOLOGIES, AllReduceConfig, ConfigError
+from qfleet.runtime import child_process
 from qfleet.topologies.all_reduce import local_processes
 from qfleet.topologies.all_reduce.launcher import check_places
 
@@ -78,7 +79,7 @@ def test_a_way_to_start_processes_that_makes_no_sense_is_refused(topology: str, 
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_processes, "_jax_has_cuda", lambda: True)
+    monkeypatch.setattr(child_process, "_jax_has_cuda", lambda: True)
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
 

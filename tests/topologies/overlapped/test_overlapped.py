@@ -10,7 +10,7 @@ import numpy as np
 import probes
 import pytest
 
-from qfleet.config import AgentConfig, ConfigError, FusedConfig, MeshConfig, OverlappedConfig, RunFailed, TrainConfig
+from qfleet.config import AgentConfig, FusedConfig, MeshConfig, OverlappedConfig, RunFailed, TrainConfig
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, make_replay
 from qfleet.core.types import Network
 from qfleet.envs.host import EnvSpec, HostEnv, HostStep
@@ -358,14 +358,6 @@ def test_a_run_goes_on_from_a_checkpoint_with_new_episodes_and_seals_the_old_one
     outcome = rows.outcome[:, 0].tolist()
     assert outcome[:34] == [CONTINUED] * 31 + [TRUNCATED, NO_STEP, CONTINUED]
     assert rows.obs[:34, 0, 0].tolist() == [2.0 * i for i in range(33)] + [0.0]
-
-
-def test_many_seeds_are_refused():
-    with pytest.raises(
-        ConfigError,
-        match=r"num_seeds must be 1.*got num_seeds=2.*\$\(seq 0 1\); do qfleet train \S+ --seed \$seed & done; wait`",
-    ):
-        scripted([["go"]], AGENTS["pqn"], num_seeds=2)
 
 
 def test_values_that_diverge_stop_the_run():

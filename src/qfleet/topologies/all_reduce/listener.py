@@ -1,12 +1,12 @@
 """Listens to a group of processes: passes on what they report, and tells when one of them is lost."""
 
-import json
 import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from qfleet.config import AllReduceConfig, ConfigError, RunFailed
+from qfleet.runtime.child_process import Messages
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.processes import ProcessGroup, ProcessLost
 
@@ -36,8 +36,7 @@ class Listener:
         self._starts_all = config.coordinator is None
         self._heard_at: dict[int, float] = {}
         """When each process last reported anything."""
-        self._unread: dict[int, bytes] = {}
-        """The beginning of each process's next message, without its end."""
+        self._reports = Messages()
 
     def messages(self, stop: StopFlag) -> Iterator[dict[str, Any]]:
         """Starts the processes, and yields their messages of progress until all have ended well.
@@ -86,8 +85,7 @@ class Listener:
         """Waits for a short time, and yields the messages that are complete by then."""
         for i, data in self._group.read(_POLL_SECONDS):
             self._heard_at[i] = time.monotonic()
-            *lines, self._unread[i] = (self._unread.get(i, b"") + data).split(b"\n")
-            yield from map(json.loads, lines)
+            yield from self._reports.add(i, data)
 
     def _check_alive(self, is_stopping: bool) -> None:
         """Raises ProcessLost if a process has died, or what it raised if it reported that."""

@@ -20,15 +20,8 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qfleet.config import AllReduceConfig, ConfigError
-from qfleet.topologies.all_reduce.processes import (
-    ChildProcess,
-    JoinInfo,
-    ProcessGroup,
-    ProcessLost,
-    cause_of,
-    free_port,
-    share_cores,
-)
+from qfleet.runtime.child_process import ChildProcess, cause_of, share_cores
+from qfleet.topologies.all_reduce.processes import JoinInfo, ProcessGroup, ProcessLost, free_port
 from qfleet.topologies.fleet.cluster import connected, in_words, last_line, room, variables
 
 _LISTEN_SECONDS = 0.2

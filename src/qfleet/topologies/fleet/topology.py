@@ -45,9 +45,8 @@ class OnRay(Topology):
           pool: the processes that act.
 
         Raises:
-          ConfigError: if Ray isn't installed, or the run has several seeds.
+          ConfigError: if Ray isn't installed.
         """
-        config.check_one_seed(f"with topology {config.topology.name}")
         importlib.import_module("qfleet.topologies.fleet.cluster")  # raises ConfigError if Ray isn't installed
         self._config, self._pool, self._env = config, pool, env
         self._agent = make_agent(network, config.agent)
