@@ -90,7 +90,7 @@ def _text(value: Any) -> list[str]:
 def _items(text: str) -> str:
     """Returns the entries of a section, each of which begins at the margin, as a list."""
     entries = re.split(r"\n(?=\S)", text)
-    found = [re.match(r"(\**\w+): (.*)", entry, re.DOTALL) for entry in entries]
+    found = [re.match(r"(\**\w+(?:, \w+)*): (.*)", entry, re.DOTALL) for entry in entries]
     if not all(found):
         return wrap(text)
     return "\n".join(item(f"`{match[1]}`", match[2]) for match in found if match)
