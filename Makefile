@@ -12,13 +12,15 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3 python;
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench-peers clean
+.PHONY: help demo test lint format docs dist bench-peers clean
 
 help:
 	@echo "make demo         train CartPole until it is solved, and show the result"
 	@echo "make test         run the tests"
 	@echo "make lint         check style, format and types"
 	@echo "make format       put imports and lines in order"
+	@echo "make docs         build the documentation into site/"
+	@echo "make dist         build a wheel into dist/"
 	@echo "make bench-peers  install what qfleet is measured against"
 	@echo "make clean        delete what these commands have made, except runs/"
 
@@ -41,11 +43,22 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Zensical is the theme too; plain MkDocs takes its own, which Zensical doesn't have.
+docs: export QFLEET_DOCS_THEME := zensical
+docs: $(VENV)/.installed-dev
+	@$(BIN)/python docs/tools/reference.py
+	$(BIN)/zensical build --strict --clean
+	@echo "Now open site/index.html, or serve it: $(BIN)/python -m http.server --directory site"
+
+dist: $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/qfleet-*.whl
+
 bench-peers: $(VENV)/pyvenv.cfg
 	$(BIN)/python benchmarks/install.py
 
 clean:
-	rm -rf $(VENV) benchmarks/.peers build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) benchmarks/.peers build dist site .cache .pytest_cache .mypy_cache .ruff_cache
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed-core: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt

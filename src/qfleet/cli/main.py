@@ -21,6 +21,7 @@ _COMMANDS = {
     "train": "train an agent in an environment",
     "eval": "evaluate what a run has learned",
     "report": "write the report of a run, or of several side by side, as one page for a browser",
+    "dashboard": "show the reports of runs in a browser, as their metrics arrive",
     "watch": "write videos of what a run has learned",
     "resume": "continue a run from its newest checkpoint",
     "devices": "list the devices, or show what a run would keep on each of them",

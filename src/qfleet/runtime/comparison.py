@@ -16,7 +16,7 @@ from qfleet.runtime.statistics import Band, band_of
 X_AXES = ("env_steps", "wall_seconds")
 """What a curve can be drawn against."""
 
-NUM_BAND_POINTS = 200
+NUM_BAND_POINTS = 100
 """Most points at which the curves of several seeds are taken together."""
 
 _NOT_LEARNED = (

@@ -3,12 +3,14 @@
 import array
 import json
 import math
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from qfleet.config import ConfigError
-from qfleet.runtime.run_files import UnusableFile, read_lines, shortened
+from qfleet.runtime.run_files import MAX_LINE_BYTES, UnusableFile, open_regular, shortened
 
 MAX_COLUMNS = 2_000
 """Most names that the metrics of one run may have. A run has some thirty, and a few for each of its seeds."""
@@ -35,44 +37,76 @@ class Metrics(dict[str, np.ndarray]):
         return len(self["env_steps"])
 
 
-def read_metrics_file(path: Path) -> Metrics:
-    """Returns the records of a metrics.jsonl. Lines that hold no record are left out, and named in `damaged`.
+class MetricsReader:
+    """Reads a metrics.jsonl, and later only what was appended to it meanwhile."""
 
-    A line that is being written just now, and has no end yet, is left out without a word. A file that doesn't exist
-    holds no records.
+    def __init__(self, path: Path) -> None:
+        """Reads nothing yet."""
+        self._path = path
+        self._begin()
 
-    Raises:
-      ConfigError: if there is something else than a readable file.
-    """
-    columns: dict[str, array.array] = {"env_steps": array.array("q"), "wall_seconds": array.array("d")}
-    num_records = num_damaged = 0
-    damaged: list[str] = []
-    try:
-        for number, line in enumerate(read_lines(path), 1):
+    def _begin(self) -> None:
+        self._columns: dict[str, array.array] = {"env_steps": array.array("q"), "wall_seconds": array.array("d")}
+        self._num_records = self._num_lines = self._num_damaged = 0
+        self._damaged: list[str] = []
+        self._position = 0
+        self._inode: int | None = None
+
+    def read(self) -> Metrics:
+        """Returns all records of the file. Lines that hold no record are left out, and named in `damaged`.
+
+        A last line without an end is being written just now, and is left out without a word. A file that doesn't exist
+        holds no records. If the file was replaced or shortened, because the run went back to a checkpoint, it is read
+        anew.
+
+        Raises:
+          ConfigError: if there is something else than a readable file.
+        """
+        try:
+            with open_regular(self._path) as file:
+                self._read_on(file)
+        except FileNotFoundError:
+            self._begin()
+        except (OSError, UnusableFile) as error:
+            raise ConfigError(
+                f"metrics.jsonl must be a readable file, got {self._path} ({error}); move it away"
+            ) from error
+        return self._metrics()
+
+    def _read_on(self, file: BinaryIO) -> None:
+        status = os.fstat(file.fileno())
+        if status.st_ino != self._inode or status.st_size < self._position:
+            self._begin()
+            self._inode = status.st_ino
+        file.seek(self._position)
+        while (line := file.readline(MAX_LINE_BYTES + 1)).endswith(b"\n"):
+            self._num_lines += 1
+            self._position += len(line)
             try:
-                record = _record_of(line, columns)
+                self._add(_record_of(line, self._columns))
             except ValueError as error:
-                if line.endswith(b"\n"):
-                    num_damaged += 1
-                    damaged += [f"line {number}: {error}"] if num_damaged <= MAX_DAMAGED_NAMED else []
-                continue
-            for name, value in record.items():
-                column = columns.setdefault(name, array.array("d"))
-                if len(column) < num_records:
-                    column.extend([math.nan] * (num_records - len(column)))
-                column.append(value)
-            num_records += 1
-    except FileNotFoundError:
-        pass
-    except (OSError, UnusableFile) as error:
-        raise ConfigError(f"metrics.jsonl must be a readable file, got {path} ({error}); move it away") from error
-    metrics = Metrics()
-    for name, column in columns.items():
-        column.extend([math.nan] * (num_records - len(column)))
-        values = np.array(column)
-        metrics[name] = values if values.dtype == np.int64 else np.where(np.isfinite(values), values, math.nan)
-    metrics.num_damaged, metrics.damaged = num_damaged, tuple(damaged)
-    return metrics
+                self._num_damaged += 1
+                if self._num_damaged <= MAX_DAMAGED_NAMED:
+                    self._damaged.append(f"line {self._num_lines}: {error}")
+        if len(line) > MAX_LINE_BYTES:
+            raise UnusableFile(f"a line must hold at most {MAX_LINE_BYTES:,} bytes, got more")
+
+    def _add(self, record: dict[str, float]) -> None:
+        for name, value in record.items():
+            column = self._columns.setdefault(name, array.array("d"))
+            if len(column) < self._num_records:
+                column.extend([math.nan] * (self._num_records - len(column)))
+            column.append(value)
+        self._num_records += 1
+
+    def _metrics(self) -> Metrics:
+        metrics = Metrics()
+        for name, column in self._columns.items():
+            column.extend([math.nan] * (self._num_records - len(column)))
+            values = np.array(column)
+            metrics[name] = values if values.dtype == np.int64 else np.where(np.isfinite(values), values, math.nan)
+        metrics.num_damaged, metrics.damaged = self._num_damaged, tuple(self._damaged)
+        return metrics
 
 
 _NUMBERS = {int, float, type(None)}

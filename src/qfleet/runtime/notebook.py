@@ -15,7 +15,7 @@ from typing import Any
 
 from qfleet.config import ConfigError
 from qfleet.runtime.activity import announced_to
-from qfleet.runtime.metrics_reading import read_metrics_file
+from qfleet.runtime.metrics_reading import MetricsReader
 from qfleet.runtime.progress import ProgressView
 
 REFRESH_SECONDS = 0.5
@@ -48,7 +48,7 @@ class Curve:
         """Returns the curve of a run's metrics.jsonl. One that can't be read gives an empty curve."""
         curve = cls()
         try:
-            columns = read_metrics_file(metrics)
+            columns = MetricsReader(metrics).read()
         except ConfigError:
             return curve
         for name in filter(_is_shown, columns):

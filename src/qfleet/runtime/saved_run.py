@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qfleet.config import ConfigError, TrainConfig
-from qfleet.runtime.metrics_reading import Metrics, read_metrics_file
+from qfleet.runtime.metrics_reading import Metrics, MetricsReader
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.run_files import read_json
 
@@ -17,13 +17,18 @@ class SavedRun:
     Everything but the config is read at the first use and then kept; open the run again to see what came meanwhile.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], reader: MetricsReader | None = None) -> None:
         """Reads the run's config.
+
+        Args:
+          path: the run's folder.
+          reader: reads the run's metrics, and has perhaps read a part of them before.
 
         Raises:
           ConfigError: if the folder isn't a run, or its config.json can't be read.
         """
         self.directory = RunDirectory.open(path)
+        self._reader = reader or MetricsReader(self.directory.metrics_path)
 
     def __repr__(self) -> str:
         return f"SavedRun({str(self.path)!r}, {self.config.env}, {self.config.preset}, seed {self.config.seed})"
@@ -54,7 +59,7 @@ class SavedRun:
         Raises:
           ConfigError: if metrics.jsonl can't be read.
         """
-        return read_metrics_file(self.directory.metrics_path)
+        return self._reader.read()
 
     @functools.cached_property
     def environment(self) -> list[dict[str, Any]]:
@@ -78,5 +83,7 @@ class SavedRun:
     def videos(self) -> list[Path]:
         """The run's videos, oldest first: regular files whose names end in .mp4."""
         folder = self.directory.videos_path
+        if folder.is_symlink():  # to files that aren't this run's
+            return []
         files = [file for file in folder.glob("*.mp4") if file.is_file() and not file.is_symlink()]
         return sorted(files, key=lambda file: (file.lstat().st_mtime_ns, file.name))

@@ -11,8 +11,8 @@ import numpy as np
 FEWEST_SEEDS_OF_INTERVAL = 5
 """Fewest seeds whose bootstrap interval is worth anything. With fewer, a band is the interquartile range."""
 
-NUM_RESAMPLES = 2_000
-"""Resamples of a bootstrap. The ends of a 95 % interval vary by a few percent of its width from seed to seed."""
+NUM_RESAMPLES = 1_000
+"""Resamples of a bootstrap. With more, the ends of a 95 % interval move by some percent of its width."""
 
 
 class Band(NamedTuple):

@@ -9,7 +9,7 @@ from made_runs import make_run
 
 from qfleet.config import AgentConfig
 from qfleet.runtime.comparison import Comparison
-from qfleet.runtime.report.figures import MAX_POINTS, make_figures, thinned, time_spent
+from qfleet.runtime.report.figures import MAX_POINTS, MIN_POINTS, make_figures, thinned, time_spent
 from qfleet.runtime.saved_run import SavedRun
 
 
@@ -87,4 +87,4 @@ def test_curves_share_the_points_of_a_figure(tmp_path: Path, num_runs: int) -> N
     runs = [make_run(tmp_path / str(seed), 1_500, seed=seed) for seed in range(num_runs)]
     traces = figures_of(*runs)["loss"]["traces"]
     points = [len(trace["data"]["env_steps"]["x"]) for trace in traces]
-    assert max(points) <= max(MAX_POINTS // num_runs, 200)
+    assert max(points) <= max(MAX_POINTS // num_runs, MIN_POINTS)

@@ -50,7 +50,7 @@ def test_runs_are_compared_and_their_curves_drawn_against_time(browser: Any, tmp
     assert (visit.errors, visit.overflow) == ([], 0)
     assert visit.page.locator("#plot-returns .xtitle").text_content() == "Environment steps"
     visit.page.get_by_role("button", name="Wall time").click()
-    visit.page.wait_for_function("document.querySelector('#plot-returns .xtitle')?.textContent.startsWith('Wall')")
+    visit.page.locator("#plot-returns .xtitle", has_text="Wall").wait_for()
     assert visit.errors == [] and visit.num_figures == len(report_data(runs)["figures"])
     assert "agent.n_step" in visit.page.locator("main").inner_text()
 

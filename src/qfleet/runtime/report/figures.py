@@ -162,8 +162,9 @@ def _draw_run(plan: Plan, group: Group, number: int, max_points: int) -> Iterato
 
 
 def _draw_group(plan: Plan, group: Group, number: int, max_points: int) -> Iterator[dict[str, Any]]:
-    """Yields the traces of the plan's first metric for one group: its seeds, and their middle and band."""
-    metric = plan.lines[0].metric
+    """Yields the traces of the first metric that a group has of a plan: its seeds, and their middle and band."""
+    metrics = [line.metric for line in plan.lines]
+    metric = next((metric for metric in metrics if group.curves(metric)), metrics[0])
     by_axis = {x: group.curves(metric, x) for x in X_AXES}
     num_curves = len(by_axis["env_steps"])
     bands = {x: group.band(metric, x) for x in X_AXES}

@@ -123,7 +123,7 @@ async function draw(report) {
   const video = report.video && element("video",
     { controls: "", loop: "", muted: "", playsinline: "", src: report.video, title: "an episode of the trained agent" });
   const groups = facts.groups.length > 0 &&
-    table(facts.groups.map(groupCells), Object.keys(facts.groups[0]));
+    table(facts.groups.map(groupCells), Object.keys(facts.groups[0]), "many");
   const made = element("main", { id: "report" },
     facts.cards.length ? element("div", { class: "cards" }, ...facts.cards.map(([name, value]) =>
       element("div", { class: "card" }, element("b", {}, value), element("span", {}, name)))) : null,
@@ -159,8 +159,9 @@ async function unpackPlotly() {
 async function begin() {
   try {
     await unpackPlotly();
-    await draw(JSON.parse(document.getElementById("data").textContent));
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw(shown));
+    const report = JSON.parse(document.getElementById("data").textContent);
+    if (report !== null) await draw(report); // the dashboard sends it later
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => shown && draw(shown));
   } catch (error) {
     document.getElementById("loading")?.replaceChildren(`The report can't be drawn: ${error}`);
     throw error;

@@ -27,6 +27,12 @@ _POLICY = (
 )
 """What the browser lets the page do: run what is in it, and ask nobody for anything."""
 
+LIVE_POLICY = (
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+    "media-src data:; connect-src 'self'"
+)
+"""The same for the dashboard's page, which also asks its own server."""
+
 
 def report_data(runs: Sequence[SavedRun]) -> dict[str, Any]:
     """Returns all that a report shows, as JSON can hold it.
@@ -45,7 +51,13 @@ def report_data(runs: Sequence[SavedRun]) -> dict[str, Any]:
 def render(data: dict[str, Any]) -> str:
     """Returns the page that shows what `report_data` returned."""
     packed = f'<script type="text/plain" id="plotly">{packed_plotly()}</script>'
-    return _page(data, policy=_POLICY, plotly=packed)
+    return _page(data, title=data["facts"]["title"], policy=_POLICY, plotly=packed, scripts=["page.js"])
+
+
+def render_live() -> str:
+    """Returns the page of the dashboard, which asks its server for data and for plotly.js."""
+    script = '<script src="plotly.js"></script>'
+    return _page(None, title="qfleet dashboard", policy=LIVE_POLICY, plotly=script, scripts=["page.js", "live.js"])
 
 
 def write_report(runs: Sequence[SavedRun], path: str | os.PathLike[str]) -> Path:
@@ -65,17 +77,20 @@ def write_report(runs: Sequence[SavedRun], path: str | os.PathLike[str]) -> Path
     return file
 
 
-def _page(data: dict[str, Any], *, policy: str, plotly: str) -> str:
+def _page(data: dict[str, Any] | None, *, title: str, policy: str, plotly: str, scripts: Sequence[str]) -> str:
     folder = files("qfleet.runtime.report")
-    parts = {name: folder.joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
-    return parts["html"].format(
+
+    def read(name: str) -> str:
+        return folder.joinpath(name).read_text(encoding="utf-8")
+
+    return read("page.html").format(
         policy=html.escape(policy),
-        title=html.escape(data["facts"]["title"]),
-        css=parts["css"],
+        title=html.escape(title),
+        css=read("page.css"),
         # In a script's text only "</" and "<!--" have a meaning, and JSON may spell "<" otherwise.
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
         plotly=plotly,
-        js=parts["js"],
+        js="\n".join(map(read, scripts)),
     )
 
 
