@@ -127,7 +127,9 @@ def text_files() -> Iterator[Path]:
     for directory, subdirectories, names in os.walk(ROOT):
         left = {"runs", "dist", "build", "__pycache__"}
         subdirectories[:] = [d for d in subdirectories if d not in left and (d == ".ci" or not d.startswith("."))]
-        yield from (Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".mp4", ".gz")))
+        yield from (
+            Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".webp", ".mp4", ".gz"))
+        )
 
 
 def docstrings(path: Path) -> Iterator[tuple[int, str]]:

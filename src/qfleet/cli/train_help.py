@@ -15,7 +15,7 @@ from qfleet.config import TOPOLOGIES, AgentConfig, TrainConfig
 GROUPS: dict[str, tuple[str, ...]] = {
     "run": (
         "env_options", "preset", "seed", "num_seeds", "num_seeds_at_once", "env_steps", "stop_return", "run_dir",
-        "quiet",
+        "report", "quiet",
     ),
     "evaluation": (
         "eval_period_env_steps", "eval_episodes", "eval_exploration", "eval_max_episode_steps",

@@ -136,10 +136,14 @@ def combined_rows(seeds: Sequence[SeedRecords], kept: Collection[int] = ()) -> l
             if evaluations[i] and number > (last := max(evaluations[i])):
                 found[i] = evaluations[i][last] | where
         rows.append(_together(dict(sorted(found.items()))))
-    own_rows = ([*a.values(), *b.values()] for a, b in zip(stretches, evaluations, strict=True))
-    clocks = [np.array(sorted(_time(row) for row in own)) for own in own_rows if own]
+    clocks = [
+        sorted(_time(row) for row in (*a.values(), *b.values())) for a, b in zip(stretches, evaluations, strict=True)
+    ]
     for row in rows:  # a row may be of some seeds only, but time goes on evenly for all of them
-        times = [np.interp(row["env_steps"], clock[:, 0], clock[:, 1]) for clock in clocks]
+        times = []
+        for clock in filter(None, clocks):
+            env_steps, seconds = np.array(clock).T
+            times.append(np.interp(row["env_steps"], env_steps, seconds))
         row["wall_seconds"] = round(float(np.mean(times)), 3)
     return sorted(rows, key=lambda row: row["env_steps"])
 
