@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from qfleet.networks import from_nnx
     from qfleet.policy import Policy
     from qfleet.presets import PRESETS, make_config
-    from qfleet.runs import compare, open_run, read_metrics
+    from qfleet.runs import compare, diagnose, open_run, read_metrics
     from qfleet.runtime.comparison import Comparison
+    from qfleet.runtime.diagnosis import Finding
     from qfleet.runtime.metrics_reading import Metrics
     from qfleet.runtime.records import Progress
     from qfleet.runtime.saved_run import SavedRun
@@ -40,9 +41,10 @@ _HOMES = {
     "qfleet.networks": ("from_nnx",),
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
-    "qfleet.runs": ("compare", "open_run", "read_metrics"),
+    "qfleet.runs": ("compare", "diagnose", "open_run", "read_metrics"),
     "qfleet.training.run": ("Run",),
     "qfleet.runtime.comparison": ("Comparison",),
+    "qfleet.runtime.diagnosis": ("Finding",),
     "qfleet.runtime.metrics_reading": ("Metrics",),
     "qfleet.runtime.records": ("Progress",),
     "qfleet.runtime.saved_run": ("SavedRun",),
@@ -56,6 +58,7 @@ __all__ = [
     "Comparison",
     "ConfigError",
     "EnvSpec",
+    "Finding",
     "FusedConfig",
     "HostEnv",
     "HostLanes",
@@ -75,6 +78,7 @@ __all__ = [
     "TrainConfig",
     "Video",
     "compare",
+    "diagnose",
     "from_nnx",
     "iterate",
     "list_envs",

@@ -35,15 +35,8 @@ from qfleet.envs.recorded import RecordedEnv, interface_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.episodes import play
-from qfleet.runtime.evaluation import (
-    MAX_LOST,
-    Episodes,
-    Pieces,
-    episode_limit,
-    join_episodes,
-    make_evaluation,
-    play_host_episodes,
-)
+from qfleet.runtime.evaluation import Episodes, Pieces, episode_limit, join_episodes, make_evaluation
+from qfleet.runtime.host_evaluation import MAX_LOST, HostAction, play_host_episodes
 from qfleet.runtime.video import Video, check_extra, film, video_name
 
 EVAL_LANES = 8
@@ -217,7 +210,13 @@ class Policy:
     def _make_in_graph(self, num_together: int, exploration: float) -> tuple[Callable, Callable]:
         assert isinstance(self._env, InGraphEnv)
         network = self._network
-        evaluation = make_evaluation(self._env, network.apply, num_together, exploration, network.to_storage_layout)
+        evaluation = make_evaluation(
+            self._env,
+            lambda params, obs: (network.apply(params, obs), ()),  # nobody asks for the activity
+            num_together,
+            exploration,
+            network.to_storage_layout,
+        )
         return jax.jit(evaluation.begin), jax.jit(evaluation.play)
 
     def episode_limit(self, options: EvaluationOptions | None = None) -> int:
@@ -273,8 +272,9 @@ class Policy:
                 f"one more axis in front: {error}"
             ) from error
 
-    def _greedy(self, view: jax.Array) -> jax.Array:
-        return greedy(self._apply_network(self.params, view))
+    def _greedy(self, view: jax.Array) -> HostAction:
+        q = self._apply_network(self.params, view)
+        return HostAction(greedy(q), q.max(axis=-1))
 
 
 def _at_least_one(batch: np.ndarray) -> np.ndarray:

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 
 from qfleet.config import ConfigError
 from qfleet.config.values import show
+from qfleet.runtime import diagnosis
 from qfleet.runtime.comparison import Comparison
+from qfleet.runtime.diagnosis import Finding
 from qfleet.runtime.finding_runs import find_run
 from qfleet.runtime.metrics_reading import Metrics
 from qfleet.runtime.saved_run import SavedRun
@@ -35,6 +37,19 @@ def read_metrics(run: str | os.PathLike[str]) -> Metrics:
       ConfigError: if that isn't a run, or its metrics.jsonl can't be read.
     """
     return open_run(run).metrics
+
+
+def diagnose(run: str | os.PathLike[str] | SavedRun) -> list[Finding]:
+    """Returns what is wrong with a run, the likeliest root cause first. An empty list means that nothing was found.
+
+    Args:
+      run: as for `open_run`, or a run that is open already.
+
+    Raises:
+      ConfigError: if that isn't a run, or its files can't be read.
+    """
+    opened = run if isinstance(run, SavedRun) else open_run(run)
+    return diagnosis.diagnose(opened.metrics, opened.config, opened.summary)
 
 
 def compare(runs: Iterable[str | os.PathLike[str] | SavedRun]) -> Comparison:

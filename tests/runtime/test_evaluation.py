@@ -16,7 +16,10 @@ from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv, StepResult
 from qfleet.policy import EvaluationOptions, Policy
 from qfleet.runtime import evaluation
-from qfleet.runtime.evaluation import Episodes, Pieces, make_evaluation, play_host_episodes
+from qfleet.runtime.evaluation import Episodes, Pieces, make_evaluation
+from qfleet.runtime.host_evaluation import HostAction, play_host_episodes
+
+DISCOUNT = 0.5
 
 
 def constant_q(params: Params, obs: jax.Array) -> jax.Array:
@@ -26,7 +29,11 @@ def constant_q(params: Params, obs: jax.Array) -> jax.Array:
 def play(
     env: InGraphEnv, params: Any, num_episodes: int, seed: int = 0, exploration: float = 0.0, **more: Any
 ) -> Episodes | None:
-    functions = make_evaluation(env, constant_q, num_episodes, exploration)
+
+    def with_activity(params: Params, obs: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
+        return constant_q(params, obs), (jnp.abs(obs.reshape(len(obs), -1)),)
+
+    functions = make_evaluation(env, with_activity, num_episodes, exploration, discount=DISCOUNT)
     key, first, step = jax.random.key(seed), jnp.uint32(0), jax.jit(functions.play)
     return Pieces().play(
         lambda: functions.begin(key, first),
@@ -109,8 +116,8 @@ def test_episodes_are_counted_as_new_only_if_an_earlier_evaluation_has_not_had_t
     first, second = (episodes_of(env, [0.0, 1.0], 8, seed=seed) for seed in (0, 1))
     assert first.num_different(first) == 0
     assert second.num_different(first) == second.num_different() == 8
-    seeds = Episodes(*(np.stack(parts) for parts in zip(first, second, strict=True)))
-    one_seed_twice = Episodes(*(np.stack(parts) for parts in zip(first, first, strict=True)))
+    seeds = jax.tree.map(lambda *parts: np.stack(parts), first, second)
+    one_seed_twice = jax.tree.map(lambda *parts: np.stack(parts), first, first)
     np.testing.assert_array_equal(seeds.num_different(one_seed_twice), [0, 8])
 
 
@@ -131,6 +138,33 @@ def test_what_the_evaluation_itself_cuts_is_said(
     np.testing.assert_array_equal(episodes.lengths, [steps] * 2)
     np.testing.assert_array_equal(episodes.returns, [steps] * 2)
     np.testing.assert_array_equal(episodes.was_cut, [is_cut] * 2)
+
+
+def test_the_discounted_return_of_an_episode_that_terminates_is_that_of_its_rewards() -> None:
+    episodes = episodes_of(probes.delayed_reward(), [3.0], 2)
+    np.testing.assert_array_equal(episodes.first_values, [3.0] * 2)
+    np.testing.assert_array_equal(episodes.discounted_returns, [0.5] * 2)
+    np.testing.assert_array_equal(episodes.has_terminated, [True] * 2)
+
+
+@pytest.mark.parametrize(("max_episode_steps", "expected"), [(None, 1 + 0.5 + 0.25 + 0.125 + 3 / 16), (2, 1 + 3 / 2)])
+def test_the_discounted_return_of_another_episode_ends_with_a_value(
+    max_episode_steps: int | None, expected: float
+) -> None:
+    """It pays 1 in each step. The value of the last observation that was acted on, 3, takes the place of the rest."""
+    episodes = episodes_of(probes.time_limit(steps=5), [3.0], 2, max_episode_steps=max_episode_steps)
+    np.testing.assert_array_equal(episodes.discounted_returns, [expected] * 2)
+    np.testing.assert_array_equal(episodes.has_terminated, [False] * 2)
+
+
+def test_units_are_measured_over_all_observations_up_to_the_ends_of_episodes() -> None:
+    """The units here are the observation itself, `[position, noise]`. There is no noise in the first one.
+
+    In the first observation alone, one of two units is dormant.
+    """
+    env = probes.random_walk(frame_stack=1)
+    np.testing.assert_array_equal(episodes_of(env, [0.0], 4, max_episode_steps=1).dormant_fractions, [0.5] * 4)
+    np.testing.assert_array_equal(episodes_of(env, [0.0], 4).dormant_fractions, [0.0] * 4)
 
 
 def test_the_lengths_of_the_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +231,11 @@ def play_host(lanes: CountedLanes, num_episodes: int, time_limit: int | None = N
         name="counted", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=4,
         time_limit=time_limit,
     )  # fmt: skip
-    return play_host_episodes(lanes, spec, lambda view: jnp.zeros(len(view), int), num_episodes, 0, **more)
+
+    def act(view: jax.Array) -> HostAction:
+        return HostAction(jnp.zeros(len(view), int), jnp.full(len(view), 3.0), (jnp.array([0.0, 1.0]),))
+
+    return play_host_episodes(lanes, spec, act, num_episodes, 0, discount=DISCOUNT, **more)
 
 
 def host_returns(lanes: CountedLanes, num_episodes: int, time_limit: int | None = None) -> list[float]:
@@ -254,6 +292,17 @@ def test_the_host_counts_different_episodes_and_those_that_it_cuts() -> None:
     assert episodes.lengths.tolist() == episodes.returns.tolist() == [3, 10, 4, 3, 10]  # the rest of 40 counts, too
     assert episodes.was_cut.tolist() == [False, True, False, False, True]
     assert episodes.num_different() == 3  # of 3, 4 and 10 steps
+
+
+def test_the_host_measures_values_and_discounted_returns_of_every_episode() -> None:
+    """An episode of two steps terminates; the rest of four steps is an episode of its own, and terminates too."""
+    episodes = play_host(CountedLanes(2, iter([2, 5, 1, 9, 9, 9])), 4, max_episode_steps=3)
+    assert episodes is not None
+    assert episodes.lengths.tolist() == [2, 3, 1, 2]
+    assert episodes.has_terminated.tolist() == [True, False, True, True]
+    assert episodes.first_values.tolist() == [3.0] * 4
+    assert episodes.discounted_returns.tolist() == [1.5, 1 + 0.5 + 3 / 4, 1.0, 1.5]
+    assert episodes.dormant_fractions.tolist() == [0.5] * 4
 
 
 def test_an_environment_that_ends_at_its_time_limit_is_not_cut() -> None:

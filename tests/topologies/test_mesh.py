@@ -223,6 +223,8 @@ def test_the_whole_fused_program_takes_the_same_steps_on_any_mesh(mesh):
     np.testing.assert_allclose(mine.returns, others.returns, rtol=1e-5)
     np.testing.assert_array_equal(mine.lengths, others.lengths)
     assert others.num_different().item() == mine.num_different().item()
+    np.testing.assert_allclose(mine.first_values, others.first_values, rtol=1e-4)
+    np.testing.assert_allclose(mine.discounted_returns, others.discounted_returns, rtol=1e-4)
 
 
 def assert_trees_close(x, y):
@@ -246,6 +248,10 @@ def test_what_is_stored_and_when_is_learned_is_the_same_on_any_mesh(kind):
     for mine, other in zip(*rows, strict=True):
         np.testing.assert_array_equal(mine[:12], other[:12])
     assert one.counters == many.counters
+    mine, others = (fused.replay_measures() for fused in (one, many))
+    assert mine == {
+        name: pytest.approx(value, rel=0.5 if "priority" in name else 1e-6) for name, value in others.items()
+    }
 
 
 @pytest.mark.parametrize("kind", AGENTS)

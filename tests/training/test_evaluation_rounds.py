@@ -30,6 +30,10 @@ class Played:
         self._evaluations = iter(evaluations)
         self.env_steps = env_steps
         self.limits: list[int | None] = []
+        self.params, self.learner_steps = np.ones(2), 0
+
+    def replay_measures(self) -> dict[str, float]:
+        return {"replay_size": 7.0}
 
     def evaluate(self, num_episodes: int, batch: int, *, max_episode_steps: int | None, should_stop: Any) -> Any:
         self.limits.append(max_episode_steps)
@@ -167,7 +171,9 @@ def test_an_evaluation_without_a_result_leaves_the_one_before(nothing: Episodes 
     topology = Played(episodes_of([[2.0] * 4], num_cut=3), nothing)
     evaluations = make(topology, time_limit=500)
     fields, _ = evaluations.evaluate(ONE_SEED, never)
-    assert fields == {"eval_returns": ((2.0,) * 4,), "eval_num_different": 4, "eval_num_cut": 3}
+    assert fields == {
+        "eval_returns": ((2.0,) * 4,), "eval_num_different": 4, "eval_num_cut": 3, "measures": {"replay_size": 7.0}
+    }  # fmt: skip
     assert dataclasses.replace(chunk(3.0), **fields).eval_return_mean == 2.0
     before = evaluations.summary
     assert evaluations.evaluate(ONE_SEED, never) == ({}, np.zeros(1, bool))

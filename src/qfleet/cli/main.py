@@ -24,6 +24,7 @@ _COMMANDS = {
     "dashboard": "show the reports of runs in a browser, as their metrics arrive",
     "watch": "write videos of what a run has learned",
     "resume": "continue a run from its newest checkpoint",
+    "diagnose": "say what is wrong with a run that doesn't learn",
     "devices": "list the devices, or show what a run would keep on each of them",
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract that learning relies on",

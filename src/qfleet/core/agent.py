@@ -9,6 +9,7 @@ from jax import Array
 
 from qfleet.config import AgentConfig
 from qfleet.core import exploration, losses, targets
+from qfleet.core.activity import Activity, make_with_activity
 from qfleet.core.types import Batch, Network, Params, Regression, Transition
 
 
@@ -26,6 +27,8 @@ class Agent(NamedTuple):
     """`loss(params, target_params, batch) -> loss, td_error`, which are `[]` and `[batch]`."""
     to_storage_layout: Callable[[Array], Array]
     """`to_storage_layout(obs) -> obs`, the same as `Network.to_storage_layout`."""
+    with_activity: Callable[[Params, Array], tuple[Array, Activity]]
+    """`with_activity(params, obs) -> q, activity`: also how active each hidden unit was, `[batch, units]` a layer."""
 
 
 def make_agent(network: Network, config: AgentConfig) -> Agent:
@@ -51,4 +54,5 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
         explore=explore,
         loss=loss,
         to_storage_layout=network.to_storage_layout,
+        with_activity=make_with_activity(network),
     )

@@ -54,6 +54,9 @@ class Network(NamedTuple):
     partition: Mapping[tuple[str, ...], tuple[str | None, ...]] = {}
     """How a module wants its parameters divided over a mesh: the mesh axis of each of their axes, by path. Other
     parameters are divided by `qfleet.networks.partition`'s own rule."""
+    with_activations: Callable[[Params, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]] | None = None
+    """`with_activations(params, observations) -> q_values, activations` also returns the output of each hidden layer,
+    `[batch, ..., units]`. Evaluations call it in place of `apply`; None leaves units unmeasured."""
 
 
 def stored_spec(spec: EnvSpec, to_storage_layout: Callable[[jax.Array], jax.Array]) -> EnvSpec:

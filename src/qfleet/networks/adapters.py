@@ -1,6 +1,7 @@
 """Q-networks as pairs of pure functions, made from configuration or from a user's Flax NNX module."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from flax import nnx
@@ -32,6 +33,9 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         module maps `[batch, ...]` observations, as the replay stores them (uint8 not yet divided by 255, stacked frames
         along the last axis), to `[batch, num_actions]`.
 
+        If it has a method `with_activations(observations)`, which returns the action values and a tuple of the outputs
+        of its hidden layers, `[batch, ..., units]`, evaluations measure how many units are never active.
+
     Returns:
       A network whose parameters are nested dicts of arrays. Their keys are the attribute names of the module, and for
       elements of lists the index as a string. Both functions can be jitted, differentiated and vmapped.
@@ -62,12 +66,18 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
             {tuple(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(params)}
         )
 
-    def apply(params: Params, observations: jax.Array) -> jax.Array:
+    def module_of(params: Params) -> Any:
         leaves = {paths[names]: value for names, value in flatten_dict(params).items()}
-        module = nnx.merge(graphdef, nnx.from_flat_state(leaves))
-        return module(observations)
+        return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
-    return Network(init, apply, partition=partition)
+    def apply(params: Params, observations: jax.Array) -> jax.Array:
+        return module_of(params)(observations)
+
+    def with_activations(params: Params, observations: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return module_of(params).with_activations(observations)
+
+    shows = hasattr(abstract_module, "with_activations")
+    return Network(init, apply, partition=partition, with_activations=with_activations if shows else None)
 
 
 def check_network(network: Network, spec: EnvSpec) -> int:

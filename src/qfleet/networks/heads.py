@@ -5,7 +5,7 @@ from flax import nnx
 
 from qfleet.config import AgentConfig
 from qfleet.core.types import EnvSpec
-from qfleet.networks.torsos import Hidden, Torso
+from qfleet.networks.torsos import Hidden, Seen, Torso
 
 
 class Dense(nnx.Module):
@@ -19,9 +19,9 @@ class Dense(nnx.Module):
             self.layers.append(Hidden(linear, size, layer_norm))
             self.num_features = size
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, seen: Seen = None) -> jax.Array:
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, seen)
         return x
 
 
@@ -42,9 +42,9 @@ class DuelingHead(nnx.Module):
         self.advantage_hidden = Dense(num_inputs, stream_sizes, layer_norm, rngs)
         self.advantage = nnx.Linear(self.advantage_hidden.num_features, num_actions, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        value = self.value(self.value_hidden(x))
-        advantage = self.advantage(self.advantage_hidden(x))
+    def __call__(self, x: jax.Array, seen: Seen = None) -> jax.Array:
+        value = self.value(self.value_hidden(x, seen))
+        advantage = self.advantage(self.advantage_hidden(x, seen))
         return value + advantage - advantage.mean(-1, keepdims=True)
 
 
@@ -71,5 +71,11 @@ class QNetwork(nnx.Module):
         else:
             self.head = nnx.Linear(self.hidden.num_features, spec.num_actions, rngs=rngs)
 
-    def __call__(self, observations: jax.Array) -> jax.Array:
-        return self.head(self.hidden(self.torso(observations)))
+    def __call__(self, observations: jax.Array, seen: Seen = None) -> jax.Array:
+        x = self.hidden(self.torso(observations, seen), seen)
+        return self.head(x, seen) if isinstance(self.head, DuelingHead) else self.head(x)
+
+    def with_activations(self, observations: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns the Q-values, and the output of each hidden layer, `[batch, ..., units]`."""
+        seen: list[jax.Array] = []
+        return self(observations, seen), tuple(seen)

@@ -17,6 +17,9 @@ from qfleet.networks.convolution import Lowering, convolve, kernel_of_blocks, to
 
 TorsoName = Literal["mlp", "minatar", "nature"]
 
+Seen = list[jax.Array] | None
+"""A list to which each hidden layer appends its output, `[batch, ..., units]`; None collects nothing."""
+
 
 class ConvolutionSize(NamedTuple):
     """A square kernel, in pixels."""
@@ -140,9 +143,12 @@ class Hidden(nnx.Module):
         self.linear = linear
         self.norm = LayerNorm(num_features) if layer_norm else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, seen: Seen = None) -> jax.Array:
         x = self.linear(x)
-        return jax.nn.relu(x if self.norm is None else self.norm(x))
+        x = jax.nn.relu(x if self.norm is None else self.norm(x))
+        if seen is not None:
+            seen.append(x)
+        return x
 
 
 class Convolution(nnx.Module):
@@ -229,7 +235,7 @@ class Torso(nnx.Module):
             channels = size.num_features
         self.num_features = height * width * channels
 
-    def __call__(self, observations: jax.Array) -> jax.Array:
+    def __call__(self, observations: jax.Array, seen: Seen = None) -> jax.Array:
         if observations.shape[1:] == self.raw_shape:
             observations = stack_to_storage_layout(self.to_storage_layout, observations, self.frame_stack)
         x = observations.astype(jnp.float32)
@@ -241,5 +247,5 @@ class Torso(nnx.Module):
         elif self.image_shape is not None:
             x = x.reshape(-1, *self.image_shape)
         for convolution in self.convolutions:
-            x = convolution(x)
+            x = convolution(x, seen)
         return x.reshape(-1, self.num_features)

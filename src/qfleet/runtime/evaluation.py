@@ -1,10 +1,12 @@
-"""Evaluation: whole episodes of a greedy policy, apart from training.
+"""Evaluation: whole episodes of a greedy policy, apart from training, in environments written in JAX.
+
+A compiled program plays them, and is called for a bounded number of steps at a time. Module `host_evaluation` plays
+those of other environments.
 
 With `exploration` above 0 the policy takes a uniformly random action with that probability, as published evaluations of
 deterministic games do. There, a strictly greedy policy plays one episode again and again.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,21 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qfleet.core.activity import Activity, dormant_fraction, sum_where
 from qfleet.core.exploration import epsilon_greedy, greedy
 from qfleet.core.frame_stack import init_view, push_frame
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import EnvSpec, Params, identity
-from qfleet.envs.host import HostLanes
-from qfleet.envs.spec import EnvState, InGraphEnv
+from qfleet.envs.spec import EnvState, InGraphEnv, StepResult
 from qfleet.runtime import peers
 from qfleet.runtime.activity import announce
-from qfleet.runtime.fingerprint import HostFingerprints, extend_fingerprints
-from qfleet.runtime.host_acting import HostActing
-
-logger = logging.getLogger("qfleet")
-
-MAX_LOST = 3
-"""Number of episodes that an evaluation may lose to failures, per episode that it asks for."""
+from qfleet.runtime.fingerprint import extend_fingerprints
 
 MAX_EPISODE_STEPS = 27_000
 """The longest episode where no limit is known: half an hour of Atari at 60 frames/s."""
@@ -56,6 +52,16 @@ class Episodes(NamedTuple):
     """uint32, a hash of all observations and rewards of the episode."""
     was_cut: np.ndarray
     """bool: the evaluation's own limit cut the episode short, so that its return is only the part up to there."""
+    has_terminated: np.ndarray | None = None
+    """bool: it ended in a state without a future; otherwise a time limit ended it, or the evaluation cut it."""
+    first_values: np.ndarray | None = None
+    """float32, the greatest Q-value of the first observation."""
+    discounted_returns: np.ndarray | None = None
+    """float32, what `first_values` should be: the rewards, discounted to the first observation. If the episode didn't
+    terminate, the last reward gives way to the greatest Q-value of the last observation acted on: the episode would
+    have gone on, and training bootstraps there too."""
+    dormant_fractions: np.ndarray | None = None
+    """float32, the share of dormant hidden units over all episodes that were played at once. NaN if unknown."""
 
     def num_different(self, earlier: "Episodes | None" = None) -> np.ndarray:
         """Returns the number of different episodes, `[]` or `[seeds]`; not counting those that `earlier` has."""
@@ -73,10 +79,7 @@ class Episodes(NamedTuple):
 
 def join_episodes(batches: list[Episodes], num_episodes: int) -> Episodes:
     """Returns the first `num_episodes` of several batches of episodes."""
-    return Episodes(*(np.concatenate(parts, axis=-1)[..., :num_episodes] for parts in zip(*batches, strict=True)))
-
-
-# --- Environments written in JAX: a compiled program, called for a bounded number of steps at a time ---
+    return jax.tree.map(lambda *parts: np.concatenate(parts, axis=-1)[..., :num_episodes], *batches)
 
 
 class EpisodesUnderWay(NamedTuple):
@@ -93,15 +96,28 @@ class EpisodesUnderWay(NamedTuple):
     """uint32, so far."""
     has_ended: Array
     """bool."""
+    has_terminated: Array
+    """bool, it has ended in a state without a future."""
+    first_value: Array
+    """float32, the greatest Q-value of the first observation."""
+    discounted_rewards: Array
+    """float32, the sum so far."""
+    discounted_return: Array
+    """float32, as in `Episodes`, if the episode ended here."""
 
 
 class EpisodeStats(NamedTuple):
-    """What the host reads after each call of the program, `[episodes]` over all replicas."""
+    """What the host reads after each call of the program, `[episodes]` over all replicas unless said otherwise."""
 
     episode_return: Array
     episode_steps: Array
     fingerprint: Array
     has_ended: Array
+    has_terminated: Array
+    first_value: Array
+    discounted_return: Array
+    activity: Activity
+    """For each hidden layer `[units]`, the activity summed over the observations of this call."""
 
 
 class InGraphEvaluation(NamedTuple):
@@ -116,21 +132,23 @@ class InGraphEvaluation(NamedTuple):
 
 def make_evaluation(
     env: InGraphEnv,
-    q_values: Callable[[Params, Array], Array],
+    with_activity: Callable[[Params, Array], tuple[Array, Activity]],
     num_episodes: int,
     exploration: float = 0.0,
     to_storage_layout: Callable[[Array], Array] = identity,
     replicas: Replicas = ALONE,
+    discount: float = 1.0,
 ) -> InGraphEvaluation:
     """Returns the functions that play `num_episodes` at once. Results don't depend on the lengths of the calls.
 
     Args:
       env: environment to play.
-      q_values: `q_values(params, obs) -> q`, for a batch of observations.
+      with_activity: `Agent.with_activity`, for a batch of observations.
       num_episodes: number of episodes, over all replicas.
       exploration: probability of a uniformly random action.
-      to_storage_layout: converts observations to the layout that `q_values` takes; `Network.to_storage_layout`.
+      to_storage_layout: converts observations to the layout that the network takes; `Network.to_storage_layout`.
       replicas: the replicas among which the episodes are divided.
+      discount: of the discounted returns, per environment step.
     """
     frame_stack = env.spec.frame_stack
     num_own = -(-num_episodes // replicas.size)
@@ -143,10 +161,7 @@ def make_evaluation(
     def begin(key: Array, first_number: Array) -> EpisodesUnderWay:
         reset_key, _ = jax.random.split(key)
         env_state, obs = jax.vmap(env.reset)(keys_of(reset_key, first_number))
-        zeros = jnp.zeros(num_own)
-        fingerprint = extend_fingerprints(zeros.astype(jnp.uint32), obs, zeros)
-        view = init_view(to_storage_layout(obs), frame_stack)
-        return EpisodesUnderWay(env_state, view, zeros, zeros.astype(jnp.int32), fingerprint, jnp.asarray(nobody))
+        return _new_episodes(env_state, obs, init_view(to_storage_layout(obs), frame_stack))
 
     def act(q: Array, key: Array, first_number: Array, step: Array) -> Array:
         if not exploration:
@@ -164,33 +179,70 @@ def make_evaluation(
             """Returns whether any replica still plays. All must take as many steps: on a mesh, steps communicate."""
             return replicas.sum(jnp.any(~has_ended).astype(jnp.int32)) > 0
 
-        def step(carry: tuple[Array, EpisodesUnderWay, Array]) -> tuple[Array, EpisodesUnderWay, Array]:
-            time, now, _ = carry
-            action = act(q_values(params, now.view), key, first_number, time)
+        def step(carry: tuple[Array, EpisodesUnderWay, Activity, Array]) -> tuple:
+            time, now, activity, _ = carry
+            q, active = with_activity(params, now.view)
+            action = act(q, key, first_number, time)
             keys = keys_of(jax.random.fold_in(step_key, time), first_number)
             result = jax.vmap(env.step)(now.env_state, action, keys)
-            fingerprint = extend_fingerprints(now.fingerprint, result.observation, result.reward)
-            has_ended = now.has_ended | result.terminated | result.truncated
-            then = EpisodesUnderWay(
-                env_state=result.state,
-                view=push_frame(now.view, to_storage_layout(result.observation), nobody, frame_stack),
-                episode_return=now.episode_return + jnp.where(now.has_ended, 0.0, result.reward),
-                episode_steps=now.episode_steps + ~now.has_ended,
-                fingerprint=jnp.where(now.has_ended, now.fingerprint, fingerprint),
-                has_ended=has_ended,
-            )
-            return time + 1, then, has_any_left(has_ended)
+            then = _after_step(now, result, jnp.max(q, axis=-1), discount)
+            then = then._replace(view=push_frame(now.view, to_storage_layout(result.observation), nobody, frame_stack))
+            activity = jax.tree.map(jnp.add, activity, sum_where(active, ~now.has_ended))
+            return time + 1, then, activity, has_any_left(then.has_ended)
 
-        def is_running(carry: tuple[Array, EpisodesUnderWay, Array]) -> Array:
-            time, _, any_left = carry
+        def is_running(carry: tuple[Array, EpisodesUnderWay, Activity, Array]) -> Array:
+            time, _, _, any_left = carry
             return (time < first_step + num_steps) & any_left
 
-        start = (first_step, episodes, has_any_left(episodes.has_ended))
-        _, episodes, _ = jax.lax.while_loop(is_running, step, start)
-        own = EpisodeStats(*(getattr(episodes, name) for name in EpisodeStats._fields))
-        return episodes, jax.tree.map(lambda x: replicas.gather(x).reshape(-1)[:num_episodes], own)
+        _, shapes = jax.eval_shape(with_activity, params, episodes.view)
+        no_activity = tuple(jnp.zeros(layer.shape[1:]) for layer in shapes)
+        start = (first_step, episodes, no_activity, has_any_left(episodes.has_ended))
+        _, episodes, activity, _ = jax.lax.while_loop(is_running, step, start)
+        own = {name: getattr(episodes, name) for name in EpisodeStats._fields if name != "activity"}
+        gathered = jax.tree.map(lambda x: replicas.gather(x).reshape(-1)[:num_episodes], own)
+        return episodes, EpisodeStats(**gathered, activity=replicas.sum(activity))
 
     return InGraphEvaluation(begin, play)
+
+
+def _new_episodes(env_state: EnvState, obs: Array, view: Array) -> EpisodesUnderWay:
+    """Returns episodes that begin with these observations, `[episodes, ...]`."""
+    zeros = jnp.zeros(len(obs))
+    return EpisodesUnderWay(
+        env_state,
+        view,
+        episode_return=zeros,
+        episode_steps=zeros.astype(jnp.int32),
+        fingerprint=extend_fingerprints(zeros.astype(jnp.uint32), obs, zeros),
+        has_ended=zeros > 0,
+        has_terminated=zeros > 0,
+        first_value=zeros,
+        discounted_rewards=zeros,
+        discounted_return=zeros,
+    )
+
+
+def _after_step(now: EpisodesUnderWay, result: StepResult, value: Array, discount: float) -> EpisodesUnderWay:
+    """Returns the episodes after a step that observations of these values led to; their views are left as they are."""
+
+    def unless_ended(new: Array, old: Array) -> Array:
+        return jnp.where(now.has_ended, old, new)
+
+    scale = jnp.float32(discount) ** now.episode_steps.astype(jnp.float32)
+    rewards = now.discounted_rewards + scale * result.reward
+    bootstrapped = now.discounted_rewards + scale * value
+    fingerprint = extend_fingerprints(now.fingerprint, result.observation, result.reward)
+    return now._replace(
+        env_state=result.state,
+        episode_return=now.episode_return + jnp.where(now.has_ended, 0.0, result.reward),
+        episode_steps=now.episode_steps + ~now.has_ended,
+        fingerprint=unless_ended(fingerprint, now.fingerprint),
+        has_ended=now.has_ended | result.terminated | result.truncated,
+        has_terminated=unless_ended(result.terminated, now.has_terminated),
+        first_value=jnp.where(now.episode_steps == 0, value, now.first_value),
+        discounted_rewards=unless_ended(rewards, now.discounted_rewards),
+        discounted_return=unless_ended(jnp.where(result.terminated, rewards, bootstrapped), now.discounted_return),
+    )
 
 
 class Pieces:
@@ -218,7 +270,7 @@ class Pieces:
           should_stop: called between two calls. Once it returns True, in any process, the evaluation ends.
         """
         limit = episode_limit(spec, max_episode_steps)
-        episodes, first_step = begin(), 0
+        episodes, first_step, activity = begin(), 0, []
         while True:
             num_steps = min(self._num_steps, limit - first_step)
             started = time.perf_counter()
@@ -226,9 +278,9 @@ class Pieces:
             stats = jax.device_get(stats)
             seconds = time.perf_counter() - started
             first_step += num_steps
+            activity.append(stats.activity)
             if np.all(stats.has_ended) or first_step >= limit:
-                was_cut = ~stats.has_ended & is_below_time_limit(limit, spec)
-                return Episodes(stats.episode_return, stats.episode_steps, stats.fingerprint, was_cut)
+                return _whole(stats, activity, is_below_time_limit(limit, spec))
             announce(f"evaluating {np.sum(stats.has_ended)} of {stats.has_ended.size}")
             if peers.any_of(should_stop())[0]:
                 return None
@@ -237,6 +289,27 @@ class Pieces:
                 self._num_steps *= 2
             elif seconds > PIECE_SECONDS:
                 self._num_steps = max(1, self._num_steps // 2)
+
+
+def _whole(stats: Any, activity: list[Any], ends_at_own_limit: bool) -> Episodes:
+    """Returns the episodes that the program's last call leaves, from `EpisodeStats` on the host.
+
+    Args:
+      stats: of the last call.
+      activity: `EpisodeStats.activity` of all calls.
+      ends_at_own_limit: whether episodes that haven't ended have been cut by the evaluation.
+    """
+    dormant = dormant_fraction(tuple(np.sum(layers, axis=0) for layers in zip(*activity, strict=True)))
+    return Episodes(
+        returns=stats.episode_return,
+        lengths=stats.episode_steps,
+        fingerprints=stats.fingerprint,
+        was_cut=~stats.has_ended & ends_at_own_limit,
+        has_terminated=stats.has_terminated,
+        first_values=stats.first_value,
+        discounted_returns=stats.discounted_return,
+        dormant_fractions=np.broadcast_to(dormant[..., None], stats.episode_return.shape),
+    )
 
 
 def episode_limit(spec: EnvSpec, max_episode_steps: int | None = None) -> int:
@@ -252,125 +325,3 @@ def episode_limit(spec: EnvSpec, max_episode_steps: int | None = None) -> int:
 def is_below_time_limit(limit: int, spec: EnvSpec) -> bool:
     """Returns whether an episode that ends at `limit` would go on in the environment."""
     return spec.time_limit is None or limit < spec.time_limit
-
-
-# --- Environments outside the compiled program ---
-
-
-def play_host_episodes(
-    lanes: HostLanes,
-    spec: EnvSpec,
-    act: Callable[[Array], Array],
-    num_episodes: int,
-    seed: int,
-    to_storage_layout: Callable[[Array], Array] = identity,
-    *,
-    exploration: float = 0.0,
-    max_episode_steps: int | None = None,
-    should_stop: Callable[[], bool] = never,
-) -> Episodes | None:
-    """Returns the episodes that start first, in the order in which they start, or None if it was stopped.
-
-    Episodes whose environment fails are left out. Counting the episodes that end first would favour short ones.
-    Replaying an episode that failed might never end, because the environment may always fail at the same place.
-
-    If failures take more than `MAX_LOST` times as many episodes as are asked for, the evaluation logs a warning and
-    returns the whole episodes that it has by then, which may be none: an environment that fails every 1,000 steps never
-    completes an episode of 1,000 steps.
-
-    The rest of an episode that is cut counts as another one, because a lane can't be reset alone.
-
-    Args:
-      lanes: at least one lane; all are reset.
-      spec: the spec of the lanes' environment.
-      act: `act(view) -> action`, the greedy one, from `[lanes, ...]` stacks of stored frames to `[lanes]`.
-      num_episodes: how many episodes to play, over all lanes.
-      seed: seed of these episodes; it must differ from every seed of training.
-      to_storage_layout: converts observations to what `act` expects, as `Network.to_storage_layout` does.
-      exploration: probability of a uniformly random action.
-      max_episode_steps: steps after which an episode is cut, where the environment's time limit isn't lower.
-      should_stop: called before every step. Once it returns True, the evaluation ends.
-    """
-    limit = episode_limit(spec, max_episode_steps)
-    push = jax.jit(lambda view, obs, is_first: push_frame(view, to_storage_layout(obs), is_first, spec.frame_stack))
-    acting = HostActing(lanes, seed, max_episode_steps=limit)
-    view = init_view(to_storage_layout(jnp.asarray(acting.obs)), spec.frame_stack)
-    explore = _RandomActions(exploration, seed, len(view), spec.num_actions)
-    played = _HostEpisodes(acting.obs, is_below_time_limit(limit, spec))
-    num_lost = 0
-    while not played.has_all_of_first(num_episodes):
-        if should_stop():
-            return None
-        announce(f"evaluating {min(played.num_whole, num_episodes)} of {num_episodes}")
-        acting.send(explore(np.asarray(act(view), np.int32)))
-        row = acting.receive()
-        played.add(row, acting.obs)
-        view = push(view, acting.obs, acting.is_first)
-        num_lost += row.num_failures
-        if num_lost > MAX_LOST * num_episodes:
-            logger.warning(
-                "an evaluation lost %d episodes to environments that failed, and was given up with %d whole ones of %d",
-                num_lost,
-                min(played.num_whole, num_episodes),
-                num_episodes,
-            )
-            break
-    return played.first(num_episodes)
-
-
-class _RandomActions:
-    """Replaces actions by random ones now and then. Each lane has random numbers of its own."""
-
-    def __init__(self, exploration: float, seed: int, num_lanes: int, num_actions: int) -> None:
-        self._exploration, self._num_actions = exploration, num_actions
-        self._generators = [np.random.default_rng((seed, lane)) for lane in range(num_lanes)] if exploration else []
-
-    def __call__(self, action: np.ndarray) -> np.ndarray:
-        """Returns actions, `[lanes]` int32, of which each is random with the given probability."""
-        if not self._generators:
-            return action
-        uniform = np.array([generator.random() for generator in self._generators])
-        # Below the probability, a uniform number divided by it is uniform itself, and picks the action.
-        picked = (uniform / self._exploration * self._num_actions).astype(np.int32) % self._num_actions
-        return np.where(uniform < self._exploration, picked, action).astype(np.int32)
-
-
-class _HostEpisodes:
-    """The episodes of lanes outside the compiled program, numbered in the order in which they start."""
-
-    def __init__(self, obs: np.ndarray, ends_at_own_limit: bool) -> None:
-        self._under_way = np.arange(len(obs))  # the number of each lane's episode
-        self._fingerprints = HostFingerprints(obs)
-        self._ends_at_own_limit = ends_at_own_limit
-        self._whole: dict[int, tuple[float, int, int, bool]] = {}  # by number
-
-    @property
-    def num_whole(self) -> int:
-        """How many have ended."""
-        return len(self._whole)
-
-    def has_all_of_first(self, count: int) -> bool:
-        """Returns whether the `count` episodes that started first, without those that failed, have ended."""
-        return len(self._whole) >= count and sorted(self._whole)[count - 1] <= int(np.min(self._under_way))
-
-    def add(self, row: Any, obs: np.ndarray) -> None:
-        """Adds a `ReceivedRow` and the observations after it, `[lanes, ...]`."""
-        self._fingerprints.extend(obs, row.reward)
-        at_limit = row.episode_ended & ~row.terminated & ~row.truncated
-        for lane in np.flatnonzero(row.episode_ended):
-            self._whole[int(self._under_way[lane])] = (
-                float(row.episode_return[lane]),
-                int(row.episode_steps[lane]),
-                int(self._fingerprints.values[lane]),
-                bool(at_limit[lane] & self._ends_at_own_limit),
-            )
-        is_next = row.episode_ended | row.failed
-        self._under_way[is_next] = np.max(self._under_way) + 1 + np.arange(np.sum(is_next))
-        self._fingerprints.begin(row.no_step | at_limit, obs)
-
-    def first(self, count: int) -> Episodes:
-        """Returns the first `count` episodes that have ended, or all if they are fewer."""
-        numbers = sorted(self._whole)[:count]
-        columns = zip(*(self._whole[number] for number in numbers), strict=True) if numbers else [()] * 4
-        kinds = (np.float32, np.int32, np.uint32, bool)
-        return Episodes(*(np.array(column, kind) for column, kind in zip(columns, kinds, strict=True)))

@@ -52,6 +52,8 @@ class Progress:
     """How many of these episodes differ from each other, within each seed; the sum over seeds."""
     eval_num_cut: int | None = None
     """How many of them the evaluation has cut short, over all seeds."""
+    measures: Mapping[str, float] | None = None
+    """What was measured beside that evaluation, by name; see `qfleet.training.measuring`."""
 
     @property
     def eval_return_mean(self) -> float | None:
@@ -72,6 +74,7 @@ class Progress:
             "seed_return_means",
             "part_seconds",
             "fleet",
+            "measures",
         ):
             del values[name]
         values["env_steps_per_second"] = self.new_env_steps / self.train_seconds
@@ -86,7 +89,7 @@ class Progress:
             values[f"time_share_{part}"] = seconds / self.train_seconds
         for name, value in (self.fleet or {}).items():
             values[f"fleet_{name}"] = value
-        return values
+        return values | dict(self.measures or {})
 
 
 def progress_from(message: Mapping[str, Any]) -> Progress:

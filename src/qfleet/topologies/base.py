@@ -132,6 +132,10 @@ class Topology(abc.ABC):
           ConfigError: if the checkpoint is damaged, or was saved by another agent.
         """
 
+    def replay_measures(self) -> dict[str, float]:
+        """Returns what `ReplayMeasures.read` does; what this topology doesn't measure is absent."""
+        return {}
+
     @property
     def facts(self) -> dict[str, Any]:
         """Entries of the run's summary that only this topology has."""

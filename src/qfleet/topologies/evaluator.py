@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config import ConfigError, RunFailed, TrainConfig
+from qfleet.core.activity import Activity
 from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
 from qfleet.core.keys import Stream, make_key
@@ -17,7 +19,8 @@ from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
-from qfleet.runtime.evaluation import Episodes, Pieces, make_evaluation, never, play_host_episodes
+from qfleet.runtime.evaluation import Episodes, Pieces, make_evaluation, never
+from qfleet.runtime.host_evaluation import HostAction, play_host_episodes
 from qfleet.topologies.footprint import evaluation_shapes
 
 
@@ -25,7 +28,13 @@ class HostEvaluator:
     """Plays episodes of an environment outside the compiled program."""
 
     def __init__(
-        self, env: HostEnv, agent: Agent, num_lanes: int, options: LaneOptions, exploration: float = 0.0
+        self,
+        env: HostEnv,
+        agent: Agent,
+        num_lanes: int,
+        options: LaneOptions,
+        exploration: float = 0.0,
+        discount: float = 1.0,
     ) -> None:
         """Starts nothing; `start` or the first evaluation makes the lanes.
 
@@ -35,11 +44,13 @@ class HostEvaluator:
           num_lanes: number of lanes.
           options: how they are stepped.
           exploration: probability of a uniformly random action.
+          discount: of the discounted returns.
         """
         self._env, self._agent, self._num_lanes, self._options = env, agent, num_lanes, options
-        self._exploration = exploration
+        self._exploration, self._discount = exploration, discount
         self._lanes: HostLanes | None = None
-        self._greedy = jax.jit(lambda params, view: greedy(agent.q_values(params, view)))
+        self._act = jax.jit(self._choose)
+        self._no_activity: Activity | None = None
 
     def start(self) -> HostLanes:
         """Makes the lanes, unless they are there, and returns them.
@@ -81,14 +92,35 @@ class HostEvaluator:
         return play_host_episodes(
             self.start(),
             self._env.spec,
-            lambda view: self._greedy(params, view),
+            self._acting_with(params),
             num_episodes,
             seed,
             self._agent.to_storage_layout,
             exploration=self._exploration,
             max_episode_steps=max_episode_steps,
             should_stop=should_stop,
+            discount=self._discount,
         )
+
+    def _acting_with(self, params: Params) -> Callable[[jax.Array], HostAction]:
+        """Returns the function that acts with these parameters, and adds up the activity of the hidden units."""
+        activity = self._no_activity
+
+        def act(view: jax.Array) -> HostAction:
+            nonlocal activity
+            if activity is None:
+                _, shapes = jax.eval_shape(self._agent.with_activity, params, view)
+                activity = self._no_activity = tuple(jnp.zeros(layer.shape[1:]) for layer in shapes)
+            chosen: HostAction = self._act(params, view, activity)
+            activity = chosen.activity
+            return chosen
+
+        return act
+
+    def _choose(self, params: Params, view: jax.Array, activity: Activity) -> HostAction:
+        q, active = self._agent.with_activity(params, view)
+        sums = tuple(so_far + jnp.sum(layer, axis=0) for so_far, layer in zip(activity, active, strict=True))
+        return HostAction(greedy(q), jnp.max(q, axis=-1), sums)
 
     def close(self) -> None:
         """Ends the lanes; may be called twice."""
@@ -110,7 +142,7 @@ def gather_episodes(own: Episodes | None, num_own: int) -> Episodes | None:
         return None
     missing = num_own - len(own.returns)
     is_there = peers.gather(np.arange(num_own) < len(own.returns))
-    return Episodes(*(peers.gather(np.pad(part, (0, missing)))[is_there] for part in own))
+    return jax.tree.map(lambda part: peers.gather(np.pad(part, (0, missing)))[is_there], own)
 
 
 class Evaluator:
@@ -123,7 +155,9 @@ class Evaluator:
         self._host: HostEvaluator | None = None
         if isinstance(env, HostEnv):
             num_lanes = min(config.topology.num_envs, config.eval_episodes)
-            self._host = HostEvaluator(env, agent, num_lanes, config.topology.lane_options, config.eval_exploration)
+            self._host = HostEvaluator(
+                env, agent, num_lanes, config.topology.lane_options, config.eval_exploration, config.agent.discount
+            )
 
     def start(self) -> None:
         """Makes the lanes, if the environment isn't written in JAX."""
@@ -168,7 +202,7 @@ class Evaluator:
                 max_episode_steps,
                 should_stop,
             )
-        return played and Episodes(*(part[None] for part in played))
+        return jax.tree.map(lambda part: part[None], played)
 
     def shapes(self, num_episodes: int, stored: EnvSpec) -> Any:
         """Returns the shapes of the episodes that it plays at once in a compiled program; empty if it plays in lanes.
@@ -185,5 +219,12 @@ class Evaluator:
     def _make_in_graph(self, num_episodes: int) -> tuple[Callable, Callable]:
         assert isinstance(self._env, InGraphEnv)
         agent, exploration = self._agent, self._config.eval_exploration
-        evaluation = make_evaluation(self._env, agent.q_values, num_episodes, exploration, agent.to_storage_layout)
+        evaluation = make_evaluation(
+            self._env,
+            agent.with_activity,
+            num_episodes,
+            exploration,
+            agent.to_storage_layout,
+            discount=self._config.agent.discount,
+        )
         return jax.jit(evaluation.begin), jax.jit(evaluation.play)

@@ -13,6 +13,7 @@ from qfleet.runtime.evaluation import MAX_EPISODE_STEPS, Episodes
 from qfleet.runtime.records import Progress, Sum
 from qfleet.runtime.run_directory import strict_json
 from qfleet.topologies.base import Topology
+from qfleet.training.measuring import UpdateSizes, episode_measures
 
 logger = logging.getLogger("qfleet")
 
@@ -65,6 +66,7 @@ class EvaluationRounds:
         self._has_warned = False
         self._new_episodes: list[int | None] = [None] * config.num_seeds
         self._newest = dict(_NO_EVALUATION)
+        self._updates = UpdateSizes()
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class EvaluationRounds:
 
     def add(self, progress: Progress) -> None:
         """Notes the lengths of the training episodes of a chunk."""
+        self._updates.begin(self._topology)
         if progress.episode_length_mean is not None:
             total, count = self._lengths
             new = progress.episode_length_mean * progress.num_episodes
@@ -134,6 +137,11 @@ class EvaluationRounds:
             "eval_returns": tuple(map(tuple, episodes.returns.tolist())),
             "eval_num_different": int(episodes.num_different().sum()),
             "eval_num_cut": int(episodes.was_cut.sum()),
+            "measures": {
+                **episode_measures(episodes),
+                **self._updates.measure(self._topology),
+                **self._topology.replay_measures(),
+            },
         }
         return evaluated, reached
 

@@ -229,7 +229,8 @@ class Run(ShownRun):
         if env_steps // period > self._account.evaluated_at // period or is_at_end:
             evaluated = self._evaluate_and_film(stop)
             if self._metrics and evaluated:
-                self._metrics.write(env_steps, {"eval_return_mean": float(np.mean(evaluated["eval_returns"]))})
+                mean = float(np.mean(evaluated["eval_returns"]))
+                self._metrics.write(env_steps, {"eval_return_mean": mean, **evaluated["measures"]})
 
     def _evaluate_and_film(self, stop: StopFlag) -> dict[str, Any]:
         """Evaluates and films, unless a signal interrupts that, and returns what `_evaluate` does."""

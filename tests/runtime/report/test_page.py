@@ -102,3 +102,11 @@ def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path: Path, capsys: pyte
     assert "a run is a folder with a config.json" in errors and "RUN must name at least one run" in errors
     with pytest.raises(ConfigError, match="a report must be a file that can be written, got .* give another --out"):
         write_report([make_run(tmp_path / "run", 1)], tmp_path / "no" / "report.html")
+
+
+def test_a_report_of_one_run_shows_what_may_be_wrong(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 20, {"dead_units_fraction": 0.95})
+    (finding,) = report_data([run])["findings"]
+    assert (finding["name"], finding["figure"]) == ("dead_units", "0.95")
+    assert all(isinstance(text, str) and text for text in finding.values())
+    assert report_data([run, run])["findings"] == []

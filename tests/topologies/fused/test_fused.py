@@ -219,7 +219,7 @@ def test_an_evaluation_can_be_stopped_and_can_cut_episodes(monkeypatch):
     fused = make("pqn", num_seeds=2)
     assert fused.evaluate(7, should_stop=lambda: True) is None
     cut = fused.evaluate(7, max_episode_steps=2)
-    assert cut.lengths.shape == (2, 7) and cut.was_cut.any()
+    assert cut.lengths.shape == cut.first_values.shape == (2, 7) and cut.was_cut.any()
     np.testing.assert_array_equal(cut.lengths[cut.was_cut], 2)
     assert not fused.evaluate(7).was_cut.any()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from qfleet.config import ConfigError
 from qfleet.runtime.comparison import Comparison
+from qfleet.runtime.diagnosis import diagnose
 from qfleet.runtime.report.facts import make_facts
 from qfleet.runtime.report.figures import make_figures
 from qfleet.runtime.run_directory import write_atomically
@@ -45,7 +46,22 @@ def report_data(runs: Sequence[SavedRun]) -> dict[str, Any]:
         "facts": make_facts(comparison),
         "figures": make_figures(comparison),
         "video": _video(runs[0]) if len(runs) == 1 else None,
+        "findings": _findings(runs[0]) if len(runs) == 1 else [],
     }
+
+
+def _findings(run: SavedRun) -> list[dict[str, str]]:
+    """Returns what is wrong with a run, as the page's script shows it."""
+    return [
+        {
+            "name": finding.name,
+            "text": finding.sentence,
+            "figure": f"{finding.figure:,.4g}",
+            "threshold": f"{finding.threshold:,.4g} ({finding.source})",
+            "knob": finding.knob,
+        }
+        for finding in diagnose(run.metrics, run.config, run.summary)
+    ]
 
 
 def render(data: dict[str, Any]) -> str:

@@ -88,6 +88,10 @@ class ActorLearner(OnRay):
                for name, count in num_processes.items()},
         }  # fmt: skip
 
+    def replay_measures(self) -> dict[str, float]:
+        """Returns the environment steps that the replay holds, over all its shards."""
+        return {"replay_size": float(self._director.num_transitions)}
+
     @property
     def params(self) -> Params:
         """The newest parameters."""

@@ -118,7 +118,13 @@ def make_program(
         return state, _over_replicas(stats, replicas)
 
     evaluation = make_evaluation(
-        env, agent.q_values, config.eval_episodes, config.eval_exploration, agent.to_storage_layout, replicas
+        env,
+        agent.with_activity,
+        config.eval_episodes,
+        config.eval_exploration,
+        agent.to_storage_layout,
+        replicas,
+        config.agent.discount,
     )
 
     def begin_episodes(seed: Array, evaluation_step: Array, batch: Array) -> EpisodesUnderWay:

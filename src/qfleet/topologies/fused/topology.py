@@ -25,6 +25,7 @@ from qfleet.topologies.base import Layout, OwnLearner, check_loss
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState
 from qfleet.topologies.fused.program_on_devices import ProgramOnDevices
+from qfleet.topologies.replay_measures import ReplayMeasures
 from qfleet.topologies.restoring import read_state
 from qfleet.topologies.schedule import Plan, learner_steps, make_plan, rows_per_iteration
 
@@ -53,7 +54,7 @@ class Fused(OwnLearner):
         self._on_devices = ProgramOnDevices(config, env, network, optimiser)
         self._config = config
         self._env = env
-        self._pieces = Pieces()
+        self._pieces, self._replay_measures = Pieces(), ReplayMeasures()
         self.env_steps = self.learner_steps = self._replay_starts_at = 0
         self._seconds_per_iteration = CHUNK_SECONDS  # a guess that makes the first chunk one iteration
         self._kept_learners: dict[int, Any] = {}  # learners that stay as they are, by their seed's index
@@ -185,7 +186,7 @@ class Fused(OwnLearner):
             played = self._evaluate_batch(i, max_episode_steps, should_stop)
             if played is None:
                 return None
-            episodes.append(Episodes(*(part.reshape(self._config.num_seeds, -1) for part in played)))
+            episodes.append(jax.tree.map(lambda part: part.reshape(self._config.num_seeds, -1), played))
         return join_episodes(episodes, num_episodes)
 
     def _evaluate_batch(
@@ -200,6 +201,10 @@ class Fused(OwnLearner):
             max_episode_steps,
             should_stop,
         )
+
+    def replay_measures(self) -> dict[str, float]:
+        """Returns measures of the replay, and of the episodes stored since the last call, by name."""
+        return self._replay_measures.read(self._fused_state.replay) if self._fused_state.replay else {}
 
     @property
     def layout(self) -> Layout:

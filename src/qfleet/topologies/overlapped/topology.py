@@ -28,6 +28,7 @@ from qfleet.topologies.overlapped.learning import Learning
 from qfleet.topologies.overlapped.profile import parts_of, timed_act, timed_lanes
 from qfleet.topologies.overlapped.programs import HostRow, RandomInputs
 from qfleet.topologies.overlapped.programs_on_mesh import ProgramsOnMesh
+from qfleet.topologies.replay_measures import ReplayMeasures
 from qfleet.topologies.restoring import read_state
 from qfleet.topologies.schedule import Plan, make_plan, rows_per_iteration
 from qfleet.topologies.schedule import learner_steps as planned_learner_steps
@@ -79,13 +80,19 @@ class Overlapped(OwnLearner):
         self._num_lanes = self._on_mesh.num_lanes  # of this process
         num_eval_lanes = min(self._num_lanes, config.eval_episodes)
         self._evaluator = HostEvaluator(
-            env, self._on_mesh.agent, num_eval_lanes, config.topology.lane_options, config.eval_exploration
+            env,
+            self._on_mesh.agent,
+            num_eval_lanes,
+            config.topology.lane_options,
+            config.eval_exploration,
+            config.agent.discount,
         )
         self._stopwatch = Stopwatch(parts_of(config.agent))
         self._to_host, self._to_devices = self._on_mesh.copy_to_host, self._on_mesh.copy_to_devices
         self.env_steps = self.learner_steps = self._replay_starts_at = 0
         self._seconds_per_iteration = CHUNK_SECONDS  # a guess that makes the first chunk one iteration
         self._lanes: Any = None
+        self._replay_measures = ReplayMeasures()
 
     def start(self) -> float:
         """Starts the environments, compiles the programs, and returns the wall time that took, in seconds."""
@@ -272,7 +279,11 @@ class Overlapped(OwnLearner):
         params = self._on_mesh.own_copy(self.params)
         own = self._evaluator.play(params, num_own, seed, max_episode_steps=max_episode_steps, should_stop=should_stop)
         played = gather_episodes(own, num_own)
-        return played and Episodes(*(part[None, :num_episodes] for part in played))
+        return jax.tree.map(lambda part: part[None, :num_episodes], played)
+
+    def replay_measures(self) -> dict[str, float]:
+        """Returns measures of the replay, and of the episodes stored since the last call, by name."""
+        return self._replay_measures.read(self._learning.replay) if self._on_mesh.has_replay else {}
 
     @property
     def layout(self) -> Layout:

@@ -94,6 +94,10 @@ class ParameterServer(OnRay):
                for name, count in num_parts.items() if count},
         }  # fmt: skip
 
+    def replay_measures(self) -> dict[str, float]:
+        """Returns the environment steps that the replay holds, over all its shards."""
+        return {"replay_size": float(self._director.num_transitions)}
+
     @property
     def params(self) -> Params:
         """The newest parameters."""
