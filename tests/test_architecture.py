@@ -125,7 +125,7 @@ def test_no_file_names_a_package_index() -> None:
 def text_files() -> Iterator[Path]:
     """Yields the text files of the repository, without those that its commands generate."""
     for directory, subdirectories, names in os.walk(ROOT):
-        left = {"runs", "dist", "build", "__pycache__"}
+        left = {"runs", "dist", "build", "site", "__pycache__"}
         subdirectories[:] = [d for d in subdirectories if d not in left and (d == ".ci" or not d.startswith("."))]
         yield from (
             Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".webp", ".mp4", ".gz"))

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import re
 import textwrap
@@ -49,9 +50,10 @@ def _members(kind: Any) -> list[str]:
         parts.append("\n".join(item(f"`{name}`", text) for name, text in _fields(kind).items()))
     for name, member in vars(kind).items():
         is_call = name == "__call__" and not getattr(kind, "_is_protocol", False)
-        if (name.startswith("_") and not is_call) or not (inspect.isfunction(member) or isinstance(member, property)):
+        is_value = isinstance(member, property | functools.cached_property)
+        if (name.startswith("_") and not is_call) or not (inspect.isfunction(member) or is_value):
             continue
-        if isinstance(member, property):
+        if is_value:
             parts += [f"**`{name}`**", *_text(member)]
         elif inspect.getdoc(member):
             called = kind.__name__.lower() if is_call else f"{kind.__name__}.{name}"
@@ -88,7 +90,7 @@ def _text(value: Any) -> list[str]:
 def _items(text: str) -> str:
     """Returns the entries of a section, each of which begins at the margin, as a list."""
     entries = re.split(r"\n(?=\S)", text)
-    found = [re.match(r"(\**\w+): (.*)", entry, re.DOTALL) for entry in entries]
+    found = [re.match(r"(\**\w+(?:, \w+)*): (.*)", entry, re.DOTALL) for entry in entries]
     if not all(found):
         return wrap(text)
     return "\n".join(item(f"`{match[1]}`", match[2]) for match in found if match)

@@ -17,6 +17,7 @@ from typing import Any
 
 import python_interface
 import tutorials
+import tyro
 from formatting import table, wrap
 from settings import DEFAULT_SOURCES, DEFAULTS, TEXTS, unit_of
 
@@ -73,10 +74,12 @@ def _own_flags(name: str, kind: Any) -> list[str]:
     hints, texts = typing.get_type_hints(kind, include_extras=True), field_texts(kind)
     positional, rows = [], []
     for field in dataclasses.fields(kind):
-        hint, help_text, metavar = _without_annotations(hints[field.name])
+        hint, help_text, metavar, is_positional = _without_annotations(hints[field.name])
         text = texts.get(field.name) or help_text
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            positional.append((metavar or field.name.upper(), text))
+        must_be_given = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if is_positional:
+            place = metavar or field.name.upper()
+            positional.append((place if must_be_given else f"[{place.strip('[]')}]", text))
         else:
             rows.append((_flag(field.name, hint), describe(hint), _default(field), text))
     usage = " ".join(["qfleet", name, *(place for place, _ in positional), *(["[FLAGS]"] if rows else [])])
@@ -100,8 +103,9 @@ def _train_command() -> list[str]:
         wrap(
             "Every setting is a flag. Without `--preset`, the preset and its settings are [chosen for the environment]"
             "(../guide.md#without-a-preset). [Settings](config.md) gives the defaults, units and sources, and the "
-            "flags of each topology. `--quiet` prints nothing but errors. `qfleet train ENV --preset P --help` shows "
-            "the defaults of that run."
+            "flags of each topology. `--quiet` prints nothing but errors. `--num-seeds-at-once N` bounds how many "
+            "seeds are trained at the same time, if each has a process of its own. `qfleet train ENV --preset P "
+            "--help` shows the defaults of that run."
         ),
         table(["flag", "value", "meaning"], rows),
     ]
@@ -208,7 +212,7 @@ def describe(hint: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
-        return "whole numbers"
+        return "whole numbers" if arguments[0] is int else f"{describe(arguments[0])}s"
     if origin is not None and issubclass(origin, Mapping):
         return "pairs of NAME and VALUE"
     return {bool: "flag", int: "whole number", float: "number", str: "text"}[hint]
@@ -219,14 +223,15 @@ def _fields(kind: Any) -> list[tuple[Any, Any]]:
     return [(field, hints[field.name]) for field in dataclasses.fields(kind)]
 
 
-def _without_annotations(hint: Any) -> tuple[Any, str, str]:
-    """Returns the bare type, and the help and the metavar that tyro's annotations give it."""
-    text = metavar = ""
+def _without_annotations(hint: Any) -> tuple[Any, str, str, bool]:
+    """Returns the bare type, its help and metavar by tyro's annotations, and whether it is given without a flag."""
+    text, metavar, is_positional = "", "", False
     if typing.get_origin(hint) is typing.Annotated:
         hint, *marks = typing.get_args(hint)
         for mark in marks:
             text, metavar = getattr(mark, "help", None) or text, getattr(mark, "metavar", None) or metavar
-    return hint, text, metavar
+            is_positional |= mark is tyro.conf.Positional
+    return hint, text, metavar, is_positional
 
 
 def _flag(name: str, hint: Any) -> str:
@@ -254,7 +259,13 @@ def _bare(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return str(value).lower()
     if isinstance(value, int):
-        return f"{value:_}" if abs(value) < 10**12 else f"{value:.0e}".replace("e+", "e")
+        return (
+            str(value)
+            if abs(value) < 10_000
+            else f"{value:_}"
+            if abs(value) < 10**12
+            else f"{value:.0e}".replace("e+", "e")
+        )
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 

@@ -47,7 +47,7 @@ def cut_short(config: TrainConfig) -> TrainConfig:
     agent = dataclasses.replace(config.agent, **changes)
     return dataclasses.replace(
         config, agent=agent, env_steps=min(config.env_steps, 1_024), stop_return=None, eval_period_env_steps=512,
-        eval_episodes=2, eval_max_episode_steps=20,
+        eval_episodes=2, eval_max_episode_steps=20, report=False,
     )  # fmt: skip
 
 
@@ -80,13 +80,13 @@ def test_the_first_run_of_a_user_goes_as_the_page_says(capsys: pytest.CaptureFix
     names = run_blocks("docs/getting-started.md")
     assert names["summary"]["env_steps"] >= 1_024 and (names["terminated"] or names["truncated"])
     text = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^    qfleet (eval latest|watch latest|resume latest .*)$", text, re.MULTILINE)
-    assert len(commands) == 3
+    commands = re.findall(r"^    qfleet (eval latest|watch latest|report latest|resume latest .*)$", text, re.MULTILINE)
+    assert len(commands) == 4
     pytest.importorskip("av")
     for command in commands:
-        short = {"eval": "--episodes 2 --max-episode-steps 20", "watch": "", "resume": "--quiet --env-steps 1536"}
+        short = {"eval": "--episodes 2 --max-episode-steps 20", "resume": "--quiet --env-steps 1536"}
         arguments = re.sub(r"--env-steps \d+", "", command).split()
-        assert command_line.main([*arguments, *short[arguments[0]].split()]) == 0
+        assert command_line.main([*arguments, *short.get(arguments[0], "").split()]) == 0
     assert "mean greedy return" in capsys.readouterr().out
     assert list(Path("runs/first/videos").glob("*.mp4")) and Path("runs/first/checkpoints/1536").is_dir()
 
