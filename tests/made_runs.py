@@ -24,7 +24,7 @@ def make_run(path: Path, num_records: int = 20, metrics: dict[str, float] | None
             record = {
                 "env_steps": 100 * i,
                 "wall_seconds": float(i),
-                "learner_steps": i,
+                "learner_steps": 10 * i,
                 "episode_return_mean": None if i % 2 else float(i),
                 "q_mean": 0.5 * i,
                 "loss": 1.0 / i,

@@ -103,8 +103,9 @@ def _train_command() -> list[str]:
         wrap(
             "Every setting is a flag. Without `--preset`, the preset and its settings are [chosen for the environment]"
             "(../guide.md#without-a-preset). [Settings](config.md) gives the defaults, units and sources, and the "
-            "flags of each topology. `--quiet` prints nothing but errors. `qfleet train ENV --preset P --help` shows "
-            "the defaults of that run."
+            "flags of each topology. `--quiet` prints nothing but errors. `--num-seeds-at-once N` bounds how many "
+            "seeds are trained at the same time, if each has a process of its own. `qfleet train ENV --preset P "
+            "--help` shows the defaults of that run."
         ),
         table(["flag", "value", "meaning"], rows),
     ]

@@ -108,3 +108,11 @@ def test_videos_are_files_and_nothing_else(tmp_path: Path) -> None:
     (run.directory.videos_path / "3.mp4").mkdir()
     assert [file.name for file in run.videos] == ["1.mp4"]
     assert dataclasses.is_dataclass(run.config)
+
+
+def test_a_notebook_shows_a_run_and_a_comparison() -> None:
+    path = make_run("<b>", [1.0, 2.0])
+    shown = qfleet.open_run(path)._repr_html_()
+    assert "200 of 500,000 environment steps" in shown and "<svg" in shown and "<b>," not in shown
+    table = qfleet.compare([path])._repr_html_()
+    assert "<td>&lt;b&gt;</td>" in table and table.count("<tr>") == 2

@@ -148,6 +148,12 @@ def test_an_agent_without_a_replay_has_none_that_is_too_small_and_no_target_netw
     assert names(written(**NOT_LEARNING, learner_steps=0.0), config) == []
 
 
+def test_a_learner_that_is_behind_at_the_beginning_is_not_starved() -> None:
+    """Of 1,900 learner steps that are due by now, a tenth has been taken."""
+    metrics = written(**NOT_LEARNING, learner_steps=np.linspace(10, 190, 20)) | {"env_steps": np.arange(1, 21) * 1_000}
+    assert names(metrics) == []
+
+
 def test_peers_that_share_the_learner_steps_are_not_starved() -> None:
     """Each of four peers takes a quarter of 10,000 learner steps, and has a target network of its own."""
     config = dataclasses.replace(config_of(), topology=GossipConfig(num_processes=4, num_envs=8))

@@ -114,6 +114,17 @@ def test_an_exception_in_the_loop_is_still_found_through_the_view(tmp_path: Path
     assert "stopped: failed, an exception has left the loop" in shown.outputs[-1][-1]
 
 
+def test_a_notebook_that_can_not_show_it_does_not_cost_the_run(
+    tmp_path: Path, shown: Notebook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any, **more: Any) -> None:
+        raise ValueError("the kernel is gone")
+
+    monkeypatch.setattr(sys.modules["IPython.display"], "display", fail)
+    assert qfleet.train(make(tmp_path / "run"))["stopped"] == "env steps"
+    assert caplog.text.count("the notebook can't show the run any more; the run goes on: ValueError: the kernel") == 2
+
+
 def test_a_run_says_as_text_what_it_is(tmp_path: Path) -> None:
     run = qfleet.iterate(make(tmp_path / "run"))
     assert repr(run) == f"<Run CartPole-v1 with pqn, fused, seed 0 in {tmp_path}/run: not begun>"

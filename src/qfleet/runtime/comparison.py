@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -112,6 +113,14 @@ class Comparison:
     def __repr__(self) -> str:
         return f"Comparison({len(self.runs)} runs in {len(self.groups)} groups)"
 
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: one row per run, with the settings that tell its group from the others."""
+        columns = ("run", "group", "seed", "stopped", "env_steps", "return_mean", "best_return_mean")
+        rows = [[_cell(row[name]) for name in columns] for row in self.table()]
+        head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in columns)
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
     @functools.cached_property
     def groups(self) -> tuple[Group, ...]:
         """The runs by settings. A group is labelled by the settings in which it differs from the others."""
@@ -190,6 +199,12 @@ def _curves_of(run: SavedRun, metric: str, x: str) -> list[Curve]:
         xs = metrics[x][has_value] if y.size else np.zeros(0)
         curves.append(Curve(label, np.maximum.accumulate(xs.astype(np.float64)) if xs.size else xs, y[has_value]))
     return curves
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def _row(run: SavedRun, group: str) -> dict[str, Any]:

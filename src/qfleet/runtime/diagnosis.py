@@ -27,6 +27,9 @@ LEAST_REPLAY_RATIO = 0.25
 LEAST_SHARE_OF_RATIO = 0.5
 """Least share of the configured replay ratio that a limiter should let through."""
 
+MIN_DUE_STEPS = 2_000
+"""Least number of learner steps that must be due before being behind means anything: a fleet begins some behind."""
+
 MOST_TRUNCATED = 0.95
 """Share of episodes from which on truncation dominates."""
 
@@ -99,9 +102,9 @@ def _starved_learner(run: Evidence) -> Finding | None:
             f"{agent.warmup_env_steps:,}) down",
             severity="high",
         )
-    since_warmup = run.env_steps - agent.warmup_env_steps
-    share = run.learner_steps * run.num_learners * agent.env_steps_per_learner_step / max(since_warmup, 1)
-    if since_warmup < agent.warmup_env_steps or share >= LEAST_SHARE_OF_RATIO:
+    due = (run.env_steps - agent.warmup_env_steps) / agent.env_steps_per_learner_step
+    share = run.learner_steps * run.num_learners / max(due, 1)
+    if due < MIN_DUE_STEPS or share >= LEAST_SHARE_OF_RATIO:
         return None
     return Finding(
         name="starved_learner",

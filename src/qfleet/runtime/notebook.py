@@ -6,6 +6,7 @@ code runs in a kernel, it has been imported already.
 
 import contextlib
 import html
+import logging
 import math
 import sys
 import time
@@ -14,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from qfleet.config import ConfigError
+from qfleet.envs.failures import describe
 from qfleet.runtime.activity import announced_to
 from qfleet.runtime.metrics_reading import MetricsReader
 from qfleet.runtime.progress import ProgressView
+
+logger = logging.getLogger("qfleet")
 
 REFRESH_SECONDS = 0.5
 """Time between two pictures. A notebook keeps only the newest."""
@@ -176,14 +180,20 @@ class NotebookView(ProgressView):
         self._refresh(is_due=True)
 
     def _refresh(self, *, is_due: bool) -> None:
-        if not is_due:
+        if not is_due or self._quiet:
             return
         completed = min(1.0, self._latest.get("env_steps", 0.0) / max(1, self._total))
         details = " \u00b7 ".join(f"{name} {value}" for name, value in self._columns()) if self._latest else ""
         state = self._status[0] if self._status else "training" if self._latest else "starting"
         content = self._result or run_html(self._title, state, completed=completed, details=details, curve=self._curve)
         self._shown_at = time.monotonic()
-        bundle = {"text/html": content, "text/plain": self._title}
+        try:
+            self._display_html({"text/html": content, "text/plain": self._title})
+        except Exception as error:  # whatever it is, it must not cost the run
+            self._quiet = True
+            logger.warning("the notebook can't show the run any more; the run goes on: %s", describe(error))
+
+    def _display_html(self, bundle: dict[str, str]) -> None:
         if self._display is None:
             from IPython.display import display
 

@@ -33,6 +33,21 @@ class SavedRun:
     def __repr__(self) -> str:
         return f"SavedRun({str(self.path)!r}, {self.config.env}, {self.config.preset}, seed {self.config.seed})"
 
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows of the run: how far it got, its returns, and where the whole report is."""
+        from qfleet.runtime.notebook import Curve, run_html
+
+        config, metrics = self.config, self.metrics
+        env_steps = int(metrics["env_steps"][-1]) if metrics.num_records else 0
+        stopped = self.summary.get("stopped")
+        return run_html(
+            f"{config.env} with {config.preset}, {config.topology.name}",
+            "no end yet" if stopped is None else f"stopped: {stopped}",
+            completed=min(1.0, env_steps / config.env_steps),
+            details=f"{env_steps:,} of {config.env_steps:,} environment steps, in {self.path}",
+            curve=Curve.of(self.directory.metrics_path),
+        )
+
     @property
     def path(self) -> Path:
         """The run's folder."""
