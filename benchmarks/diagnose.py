@@ -137,7 +137,7 @@ HEALTHY = {
         "", "gymnasium:CartPole-v1", "double_dqn", settings={"env_steps": 60_000}
     ),
     "rainbow_lite, FrozenLake, overlapped": Case("", "FrozenLake-v1", "rainbow_lite", settings={"env_steps": 100_000}),
-    "pqn, MinAtar Breakout": Case("", "gymnax:Breakout-MinAtar", "pqn", settings={"env_steps": 1_000_000}),
+    "pqn, MinAtar Breakout": Case("", "gymnax:Breakout-MinAtar", "pqn", settings={"env_steps": 600_000}),
     "pqn, CartPole, all-reduce": Case("", "CartPole-v1", "pqn", "all-reduce", {"env_steps": 200_000}),
     "ape_x, CartPole, actor-learner": Case(
         "", "CartPole-v1", "double_dqn", "actor-learner",

@@ -36,8 +36,10 @@ class Sizes(NamedTuple):
 
     seconds: float
     """Duration of each measurement, once everything is compiled and warm."""
+    envs: tuple[str, ...]
+    """Environments written in JAX."""
     lanes: tuple[int, ...]
-    """Numbers of lanes of environments written in JAX."""
+    """Their numbers of lanes."""
     pong_lanes: tuple[int, ...]
     """Numbers of lanes of Pong."""
     batch_sizes: tuple[int, ...]
@@ -56,6 +58,7 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(
     seconds=3.0,
+    envs=(CARTPOLE, BREAKOUT),
     lanes=(4_096, 65_536),
     pong_lanes=(64, 256),
     batch_sizes=(32, 256, 512, 2_048),
@@ -68,6 +71,7 @@ FULL = Sizes(
 )
 TINY = Sizes(
     seconds=0.1,
+    envs=(CARTPOLE,),
     lanes=(8,),
     pong_lanes=(2,),
     batch_sizes=(4,),
@@ -100,14 +104,14 @@ def device(sizes: Sizes, until: float) -> Iterator[Result]:
 
 def rollouts(sizes: Sizes, until: float) -> Iterator[Result]:
     """Yields the speed of `pqn`, which has no replay."""
-    runs = [{"env": env, "preset": "pqn", "lanes": lanes} for lanes in sizes.lanes for env in (CARTPOLE, BREAKOUT)]
+    runs = [{"env": env, "preset": "pqn", "lanes": lanes} for lanes in sizes.lanes for env in sizes.envs]
     return in_turn(runs, functools.partial(speed, sizes), until)
 
 
 def replay(sizes: Sizes, until: float) -> Iterator[Result]:
     """Yields the speed with a prioritised replay, then with a uniform one."""
     order = [(preset, lanes) for preset in ("rainbow_lite", "double_dqn") for lanes in sizes.lanes]
-    runs = [{"env": env, "preset": preset, "lanes": lanes} for preset, lanes in order for env in (BREAKOUT, CARTPOLE)]
+    runs = [{"env": env, "preset": preset, "lanes": lanes} for preset, lanes in order for env in reversed(sizes.envs)]
     return in_turn(runs, functools.partial(speed, sizes), until)
 
 

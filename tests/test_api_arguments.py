@@ -43,7 +43,7 @@ def test_a_run_is_found_by_plain_values(tmp_path: Path) -> None:
     for wrong in ({"checkpoint": "newest"}, {"seed": "0"}, {"checkpoint": True}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be a whole number"):
             qfleet.load(tmp_path / "run", **wrong)
-    with pytest.raises(ConfigError, match="checkpoint must be a whole number, got 'newest'"):
+    with pytest.raises(ConfigError, match="checkpoint must be a whole number or `best`, got 'newest'"):
         qfleet.resume(tmp_path / "run", checkpoint="newest")
     for ask in (qfleet.load, qfleet.resume):
         with pytest.raises(ConfigError, match="run_dir must be text, got 3"):

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from qfleet.runs import compare, diagnose, open_run, read_metrics
     from qfleet.runtime.comparison import Comparison
     from qfleet.runtime.diagnosis import Finding
+    from qfleet.runtime.loggers import LoggedRun, Logger
     from qfleet.runtime.metrics_reading import Metrics
     from qfleet.runtime.records import Progress
     from qfleet.runtime.saved_run import SavedRun
     from qfleet.runtime.video import Video
+    from qfleet.training.callbacks import RunControl, SavedCheckpoint
     from qfleet.training.run import Run
 
 _HOMES = {
@@ -42,9 +44,11 @@ _HOMES = {
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
     "qfleet.runs": ("compare", "diagnose", "open_run", "read_metrics"),
+    "qfleet.training.callbacks": ("RunControl", "SavedCheckpoint"),
     "qfleet.training.run": ("Run",),
     "qfleet.runtime.comparison": ("Comparison",),
     "qfleet.runtime.diagnosis": ("Finding",),
+    "qfleet.runtime.loggers": ("LoggedRun", "Logger"),
     "qfleet.runtime.metrics_reading": ("Metrics",),
     "qfleet.runtime.records": ("Progress",),
     "qfleet.runtime.saved_run": ("SavedRun",),
@@ -65,6 +69,8 @@ __all__ = [
     "HostStep",
     "InGraphEnv",
     "LaneOptions",
+    "LoggedRun",
+    "Logger",
     "Metrics",
     "Network",
     "OverlappedConfig",
@@ -72,7 +78,9 @@ __all__ = [
     "Progress",
     "RenderedLanes",
     "Run",
+    "RunControl",
     "RunFailed",
+    "SavedCheckpoint",
     "SavedRun",
     "StepResult",
     "TrainConfig",

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
-from qfleet.config.checks import check_count
+from qfleet.config.checks import check_checkpoint
 from qfleet.config.new_run import check_new_run
 from qfleet.config.values import show, to_plain
 from qfleet.core.keys import key_shape
@@ -22,6 +22,7 @@ from qfleet.envs.recorded import RecordedEnv
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, make_network
+from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
@@ -29,6 +30,7 @@ from qfleet.runtime.notebook import shown_while_starting
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.training.assembly import check_is_built_in
+from qfleet.training.callbacks import check_observers
 from qfleet.training.metadata import read_metadata
 from qfleet.training.resuming import (
     check_network_is_given,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     import optax
 
     from qfleet.policy import EvaluationOptions, Policy
+    from qfleet.runtime.loggers import Logger
     from qfleet.runtime.video import Video
     from qfleet.training.launched import LaunchedRun
     from qfleet.training.run import Run
@@ -57,6 +60,8 @@ def train(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
+    callbacks: Sequence[Any] = (),
+    loggers: "Sequence[str | Logger]" = (),
     num_seeds_at_once: int | None = None,
 ) -> dict[str, Any]:
     """Trains until the run ends as `config` says, and returns the content of summary.json.
@@ -69,6 +74,11 @@ def train(
       network: replaces the network that `config.agent` describes. It is any pair of functions, or a Flax NNX module
         that `qfleet.from_nnx` converts. `load` and `resume` then need it too.
       optimiser: replaces the optimiser that `config.agent` names. `resume` then needs it too.
+      callbacks: objects with any of the methods `on_progress`, `on_evaluation`, `on_checkpoint` and `on_end`, which are
+        told how the run goes and may stop it, evaluate, save, or change the exploration and other settings by the
+        `RunControl` that they get. If one raises, the run ends as if the loop over it had: saved, and "failed".
+      loggers: where the numbers of metrics.jsonl go, too: "wandb", "mlflow", or objects with the methods of `Logger`.
+        If one fails, that costs a warning. Like callbacks, they aren't part of the config: `resume` needs them again.
       num_seeds_at_once: how many seeds are trained at the same time, if each has a process of its own
         (`config.has_seed_processes`). By default as many as the cores, the memory and the GPUs of this machine allow.
 
@@ -79,7 +89,15 @@ def train(
         loop over several runs ends too.
     """
     with StopFlag() as stop:
-        run = iterate(config, env=env, network=network, optimiser=optimiser, num_seeds_at_once=num_seeds_at_once)
+        run = iterate(
+            config,
+            env=env,
+            network=network,
+            optimiser=optimiser,
+            callbacks=callbacks,
+            loggers=loggers,
+            num_seeds_at_once=num_seeds_at_once,
+        )
         for _ in run:
             pass
         if stop.requested:
@@ -96,6 +114,8 @@ def iterate(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
+    callbacks: Sequence[Any] = (),
+    loggers: "Sequence[str | Logger]" = (),
     num_seeds_at_once: int | None = None,
 ) -> "Run | LaunchedRun | SeedsRun":
     """Returns a run to iterate over. Each item is the `Progress` of one chunk; leaving the loop stops the run cleanly.
@@ -115,18 +135,21 @@ def iterate(
     check_new_run(config)
     config = config.with_schedule_lengths()
     check_is_built_in(config, network, optimiser)
+    observers = check_observers(callbacks, loggers)
     num_seeds_at_once = check_num_at_once(config, num_seeds_at_once)
     if config.has_seed_processes:
         from qfleet.training.seeds import SeedsRun
 
-        return SeedsRun(config, lambda: RunDirectory.create(config.run_dir, config), num_at_once=num_seeds_at_once)
+        return SeedsRun(
+            config, lambda: RunDirectory.create(config.run_dir, config), num_at_once=num_seeds_at_once, **observers
+        )
     if config.topology.runs_in == "joined processes":
         from qfleet.training.launched import LaunchedRun, directory_of_all
 
-        return LaunchedRun(config, lambda: directory_of_all(config))
+        return LaunchedRun(config, lambda: directory_of_all(config), **observers)
     from qfleet.training.run import Run
 
-    return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser)
+    return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser, **observers)
 
 
 @clear_platform_errors()
@@ -136,7 +159,7 @@ def resume(
     *,
     env_steps: int | None = None,
     stop_return: float | Literal["none"] | None = None,
-    checkpoint: int | None = None,
+    checkpoint: int | Literal["best"] | None = None,
     topology: TopologyConfig | None = None,
     num_processes: int | None = None,
     coordinator: str | None = None,
@@ -145,6 +168,8 @@ def resume(
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
     optimiser: "optax.GradientTransformation | None" = None,
+    callbacks: Sequence[Any] = (),
+    loggers: "Sequence[str | Logger]" = (),
     trust: bool = False,
     num_seeds_at_once: int | None = None,
 ) -> "Run | LaunchedRun | SeedsRun":
@@ -156,7 +181,8 @@ def resume(
       stop_return: return at which the run ends, instead of the one in its config; "none" for no such return. A run that
         has reached its return already goes on to `env_steps`.
       checkpoint: environment step of the checkpoint to continue from, instead of the newest. Newer ones are set aside,
-        by renaming.
+        by renaming. "best" is the checkpoint of the best evaluation. It holds the learner alone, so the run begins new
+        episodes and warms up again from an empty replay, at that environment step of its schedules.
       topology: where the run continues, if that is another topology or another size. Its lanes begin new episodes, and
         the replay is divided anew over them. So a run that began on a laptop can continue as a fleet, or the other way
         round. The run's folder keeps the config that the run began with, so give this argument each time.
@@ -170,6 +196,7 @@ def resume(
       env: the function that made the environment, if the run began with one.
       network: the network that `train` was given, if any.
       optimiser: the optimiser that `train` was given, if any.
+      callbacks, loggers: as for `train`.
       trust: whether to import the module of an environment `MODULE:NAME` that only the run's folder names. Importing it
         runs its code. It isn't asked for if the module has been imported already.
       num_seeds_at_once: as for `train`. Of a run whose seeds have processes of their own, only those seeds go on that
@@ -180,8 +207,9 @@ def resume(
         environment has changed, the run has ended already, or another process is training it. Also if an earlier
         version of qfleet began it, whose networks read such observations otherwise.
     """
+    observers = check_observers(callbacks, loggers)
     directory = RunDirectory.open(run_dir)
-    checkpoint = _number_of_checkpoint(checkpoint)
+    checkpoint = check_checkpoint(checkpoint)
     if env is not None:
         remember_factory(directory.config.env, env)
     check_trusted(directory.config.env, directory.path, trust=trust)
@@ -201,21 +229,21 @@ def resume(
     if config.has_seed_processes:
         from qfleet.training.seeds import SeedsRun
 
-        return SeedsRun(config, lambda: directory, is_resumed=True, num_at_once=num_seeds_at_once)
+        return SeedsRun(config, lambda: directory, is_resumed=True, num_at_once=num_seeds_at_once, **observers)
     if config.topology.runs_in == "joined processes":
         from qfleet.training.launched import LaunchedRun
 
-        return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint)
+        return LaunchedRun(config, lambda: directory, is_resumed=True, checkpoint=checkpoint, **observers)
     from qfleet.training.run import Run
 
-    return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint)
+    return Run(config, lambda: directory, network, optimiser, is_resumed=True, checkpoint=checkpoint, **observers)
 
 
 @clear_platform_errors()
 def load(
     run_dir: str | os.PathLike[str],
     *,
-    checkpoint: int | None = None,
+    checkpoint: int | Literal["best"] | None = None,
     seed: int | None = None,
     env: Callable[..., Any] | None = None,
     network: Network | None = None,
@@ -229,7 +257,8 @@ def load(
 
     Args:
       run_dir: a run's folder.
-      checkpoint: environment step of the checkpoint to load. The default is the newest one.
+      checkpoint: environment step of the checkpoint to load, or "best" for that of the best evaluation. The default is
+        the newest one.
       seed: seed to load, of a run with several seeds. The default is the first one.
       env: the function that made the environment, if the run began with one.
       network: the network that `train` was given, if any.
@@ -245,17 +274,20 @@ def load(
 
     directory = RunDirectory.open(run_dir)
     config = directory.config
-    checkpoint, seed = _number_of_checkpoint(checkpoint), to_plain(int | None, seed, "seed")
+    checkpoint, seed = check_checkpoint(checkpoint), to_plain(int | None, seed, "seed")
     index = 0 if seed is None else seed - config.seed
     if seed is not None:
         check_seed(config, seed)
     if config.has_seed_processes:
         directory = open_seed(directory, seed)
-    with Checkpoints(directory.checkpoints_path, keep=config.checkpoints_kept, run_id=directory.run_id) as checkpoints:
-        checkpoint = checkpoints.latest() if checkpoint is None else checkpoint
-        if checkpoint is None:  # what needs trust is told first
+    kind: type[BestCheckpoint] | type[Checkpoints] = BestCheckpoint if checkpoint == "best" else Checkpoints
+    with kind(directory.checkpoints_path, run_id=directory.run_id) as checkpoints:
+        number = checkpoint if isinstance(checkpoint, int) else checkpoints.latest()
+        if isinstance(checkpoints, BestCheckpoint):
+            number = checkpoints.check_exists()
+        if number is None:  # what needs trust is told first
             check_trusted(config.env, directory.path, trust=trust)
-        metadata = read_metadata(checkpoints, checkpoint, directory.config)
+        metadata = read_metadata(checkpoints, number, directory.config)
         check_network_is_given(network is not None, metadata["has_own_network"])
         source = _environment_of(directory, metadata.get("environment"), env, trust=trust)
         spec = source.interface.spec if isinstance(source, RecordedEnv) else source.spec
@@ -264,7 +296,7 @@ def load(
         network_in_use = network or make_network(spec, config.agent)
         limit_cpu_threads(check_network(network_in_use, spec))
         enable_compilation_cache()
-        params = checkpoints.restore_item("learner", env_steps=checkpoint)["params"]
+        params = checkpoints.restore_item("learner", env_steps=number)["params"]
     if directory.config.num_seeds > 1:
         params = jax.tree.map(lambda x: x[index], params)
     label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
@@ -276,11 +308,6 @@ def load(
             rule = f"a checkpoint must hold the network for the environment that it records, which has {sizes}"
     params = _params_of(network_in_use, params, rule)
     return Policy(source, network_in_use, params, label, _evaluation_options(config, metadata))
-
-
-def _number_of_checkpoint(checkpoint: int | None) -> int | None:
-    """Returns the environment step of a checkpoint as an `int`, after checking it, or None for the newest."""
-    return None if checkpoint is None else check_count("checkpoint", checkpoint, minimum=0)
 
 
 def _environment_of(
@@ -309,7 +336,7 @@ def watch(
     run_dir: str | os.PathLike[str],
     *,
     num_episodes: int = 1,
-    checkpoint: int | None = None,
+    checkpoint: int | Literal["best"] | None = None,
     train_seed: int | None = None,
     seed: int = 0,
     out_dir: str | os.PathLike[str] | None = None,

@@ -119,7 +119,7 @@ class Policy:
         """
         check_not_forked()
         batch, is_batch = self._to_batch(obs)
-        action = np.asarray(self._greedy(self._to_view(_at_least_one(batch))))[: len(batch)]
+        action = np.asarray(self._greedy(self._to_view(_at_least_one(batch))).action)[: len(batch)]
         if is_batch:
             return np.array(action) if self._actions is None else self._actions.batch(action)
         return int(action[0]) if self._actions is None else self._actions.one(int(action[0]))

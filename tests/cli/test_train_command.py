@@ -82,6 +82,13 @@ def test_the_maker_of_a_registered_environment_gets_its_options_whenever_it_is_c
     assert len(asked) >= 2 and all(size == 3 and type(size) is int for size in asked)
 
 
+def test_trackers_may_be_named_one_after_the_other() -> None:
+    assert parse(["CartPole-v1", "--log", "wandb", "--log", "mlflow"]).log == ("wandb", "mlflow")
+    assert parse(["CartPole-v1"]).log == ()
+    flags, _ = resume_command.parse(["RUN", "--log", "mlflow"])
+    assert flags.log == ("mlflow",)
+
+
 @pytest.mark.parametrize("preset", ["pqn", "rainbow_lite", "ape_x"])
 def test_both_forms_of_every_flag_are_read_whatever_the_preset_says(preset: str) -> None:
     for flag in ("dueling", "layer-norm", "checkpoint-replay"):
@@ -120,7 +127,7 @@ def test_a_mode_that_a_flag_chooses_drops_the_presets_settings_without_effect() 
 def random_command_line(seed: int) -> list[str]:
     """Returns up to six flags with values that may fit, in any order with the environment."""
     draw, generator = Draw(seed), random.Random(seed)
-    kinds = train_command.flag_kinds() | {"env": str}
+    kinds = train_command.flag_kinds() | {"env": str, "log": str}
     topology = generator.choice(list(TOPOLOGIES))
     known = {field.name for kind in (AgentConfig, TrainConfig, TOPOLOGIES[topology]) for field in fields(kind)}
     words = [["--topology", topology]]

@@ -46,8 +46,8 @@ def cut_short(config: TrainConfig) -> TrainConfig:
         changes |= {"num_epochs": 1, "num_minibatches": 1}
     agent = dataclasses.replace(config.agent, **changes)
     return dataclasses.replace(
-        config, agent=agent, env_steps=min(config.env_steps, 1_024), stop_return=None, eval_period_env_steps=512, report=False,
-        eval_episodes=2, eval_max_episode_steps=20,
+        config, agent=agent, env_steps=min(config.env_steps, 1_024), stop_return=None, eval_period_env_steps=512,
+        eval_episodes=2, eval_max_episode_steps=20, report=False,
     )  # fmt: skip
 
 

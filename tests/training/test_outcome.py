@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 
 from qfleet.runtime.records import make_progress, sum_of
-from qfleet.training.outcome import BestEvaluation, Closing, DivergenceCheck
+from qfleet.training.outcome import Closing, DivergenceCheck, Evaluations, evaluation_of
 
 
-def noted(*means: float, spread: float = 0.0) -> BestEvaluation:
-    evaluations = BestEvaluation()
+def noted(*means: float, spread: float = 0.0) -> Evaluations:
+    """Returns the evaluations after these means, each of which its fresh episodes confirm."""
+    evaluations = Evaluations()
     for i, mean in enumerate(means):
-        evaluations.add(100 * (i + 1), np.array([[mean - spread, mean, mean + spread, mean]]))
+        evaluations.newest = evaluation_of(100 * (i + 1), np.array([[mean - spread, mean, mean + spread, mean]]))
+        if evaluations.is_better(evaluations.newest):
+            evaluations.best = evaluations.newest
     return evaluations
 
 
@@ -24,11 +27,11 @@ def test_a_fall_far_below_the_best_is_said_and_one_within_chance_is_not() -> Non
     assert noted(20.0, 500.0, 300.0, spread=400.0).fall() is None, "the episodes differ by more than that"
     assert noted(-200.0, -96.0, -180.0).fall() is not None, "returns may be negative"
     assert noted(20.0, 500.0).fall() is None
-    assert BestEvaluation().fall() is None
+    assert Evaluations().fall() is None
 
 
 def test_the_best_evaluation_survives_a_checkpoint() -> None:
-    before, after, empty = noted(20.0, 500.0, 133.0), BestEvaluation(), BestEvaluation()
+    before, after, empty = noted(20.0, 500.0, 133.0), Evaluations(), Evaluations()
     after.restore(json.loads(json.dumps(before.saved(), allow_nan=False)))
     assert after.summary() == before.summary() == {"best_eval_at_env_steps": 200, "best_eval_return_mean": 500.0}
     assert after.fall() == before.fall()

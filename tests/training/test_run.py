@@ -321,7 +321,8 @@ def test_a_disk_that_is_full_for_a_while_costs_a_warning(
         save(self, *arguments)
 
     monkeypatch.setattr(Checkpoints, "save", failing_at_first)
-    summary = qfleet.train(tiny(tmp_path / "run", checkpoint_period_seconds=1e-9, eval_period_env_steps=64))
+    config = tiny(tmp_path / "run", checkpoint_period_seconds=1e-9, eval_period_env_steps=64, checkpoint_best=False)
+    summary = qfleet.train(config)
     assert attempts == [64, 128, 192, 256]
     assert checkpoints(tmp_path / "run") == [128, 192, 256]
     assert summary["stopped"] == "env steps"

@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -11,7 +11,7 @@ from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.cli.show import evaluation_in_words, status_line
 from qfleet.cli.streams import only_the_answer_on_stdout
 from qfleet.config import RunFailed
-from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_count
+from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_checkpoint, check_count
 from qfleet.runtime.finding_runs import RUN_HELP, find_run
 
 
@@ -22,8 +22,9 @@ class _EvalFlags:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     episodes: int = 100
     """Number of episodes to play."""
-    checkpoint: int | None = None
-    """Environment step of the checkpoint to evaluate. The default is the newest one."""
+    checkpoint: int | Literal["best"] | None = None
+    """Environment step of the checkpoint to evaluate, or `best` for that of the best evaluation.
+    The default is the newest one."""
     train_seed: int | None = None
     """Seed to evaluate, of a run with several seeds. The default is the first one."""
     seed: int = 0
@@ -45,8 +46,7 @@ def run(arguments: Sequence[str]) -> int:
     flags = tyro.cli(_EvalFlags, prog="qfleet eval", args=list(arguments), registry=FLAG_TYPES)
     check_count("episodes", flags.episodes, maximum=MAX_EPISODES)
     check_count("seed", flags.seed, minimum=0, maximum=MAX_SEED)
-    if flags.checkpoint is not None:
-        check_count("checkpoint", flags.checkpoint, minimum=0)
+    check_checkpoint(flags.checkpoint)
     run_dir = find_run(flags.run)
     from qfleet.runtime.signals import interrupts_held_back
 

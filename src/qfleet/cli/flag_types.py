@@ -8,7 +8,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -17,6 +17,14 @@ from qfleet.config import ConfigError
 
 FLAG_TYPES = ConstructorRegistry()
 """Rules for `tyro.cli(..., registry=FLAG_TYPES)`."""
+
+LOG = Annotated[tuple[Literal["mlflow", "wandb"], ...], tyro.conf.UseAppendAction]
+"""Type of the flag `--log`, which may be given several times."""
+
+LOG_HELP = (
+    "Tracker to log the run's metrics to, beside its folder and TensorBoard; several if it is given several times. "
+    "Each needs the extra of its name."
+)
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 

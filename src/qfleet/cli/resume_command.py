@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qfleet.cli.flag_types import FLAG_TYPES, read_flags
+from qfleet.cli.flag_types import FLAG_TYPES, LOG, read_flags
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import take_mesh, topology_flags
 from qfleet.config import TOPOLOGIES, TopologyConfig
-from qfleet.config.checks import check_count
+from qfleet.config.checks import check_checkpoint, check_count
 from qfleet.config.topologies import check_suits, check_topology_name, field_names, without_alias
 from qfleet.runtime.finding_runs import RUN_HELP, find_run
 
@@ -30,8 +30,9 @@ class _ResumeFlags:
     """Environment step at which the run ends, counted from its beginning. The default is the run's own."""
     stop_return: float | Literal["none"] | None = None
     """Mean greedy return at which the run ends, or `none`. The default is the run's own, unless it has been reached."""
-    checkpoint: int | None = None
-    """Environment step of the checkpoint to continue from, instead of the newest; newer ones are set aside."""
+    checkpoint: int | Literal["best"] | None = None
+    """Environment step of the checkpoint to continue from, instead of the newest; newer ones are set aside.
+    `best` is that of the best evaluation. It has no replay, so the run warms up anew there."""
     num_processes: int | None = None
     """Number of processes of an all-reduce or gossip run; lanes and replay are divided anew over them.
     This flag and the next three default to what the run began with."""
@@ -47,6 +48,8 @@ class _ResumeFlags:
     """Number of seeds trained at the same time, if each has a process of its own, as for `qfleet train`."""
     trust: bool = False
     """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
+    log: LOG = ()
+    """Tracker to log to, as for `qfleet train`. Several if it is given several times."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -68,6 +71,7 @@ def run(arguments: Sequence[str]) -> int:
         coordinator=flags.coordinator,
         process_id=flags.process_id,
         ray_address=flags.ray_address,
+        loggers=flags.log,
         trust=flags.trust,
         num_seeds_at_once=flags.num_seeds_at_once,
     )
@@ -84,12 +88,12 @@ def parse(arguments: Sequence[str]) -> tuple[_ResumeFlags, dict[str, Any]]:
     if {"-h", "--help"} & set(arguments):
         tyro.cli(_ResumeFlags, prog="qfleet resume", args=["--help"], registry=FLAG_TYPES)
     own: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(_ResumeFlags)}
-    kinds = topology_flags() | own | {"run": typing.Required[own["run"]]}
+    kinds = topology_flags() | own | {name: typing.Required[own[name]] for name in ("run", "log")}
     given = read_flags(kinds, arguments, "qfleet resume")
     flags = _ResumeFlags(**{name: given.pop(name) for name in own if name in given})
-    for name, least in (("env_steps", 1), ("checkpoint", 0)):
-        if (count := getattr(flags, name)) is not None:
-            check_count(name, count, least)
+    if flags.env_steps is not None:
+        check_count("env_steps", flags.env_steps)
+    check_checkpoint(flags.checkpoint)
     return flags, given
 
 

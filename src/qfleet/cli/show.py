@@ -97,6 +97,7 @@ def outcome(summary: dict[str, Any], path: str) -> str:
     if returns is not None:
         lines.append(f"mean greedy return: {returns:.1f} {_evaluation_of(summary)}")
         lines += _confirmation_of(summary)
+        lines += _best_of(summary)
     if summary.get("num_restarts"):
         repeated = summary.get("env_steps_repeated")
         again = "" if repeated is None else f", {repeated:,} environment steps repeated"
@@ -171,6 +172,16 @@ def _confirmation_of(summary: dict[str, Any]) -> list[str]:
     return [
         f"the episodes that confirm the return{whose} repeat earlier ones: the environment is deterministic, and the "
         f"return exact; --eval-exploration 0.001 would vary them"
+    ]
+
+
+def _best_of(summary: dict[str, Any]) -> list[str]:
+    """Returns a line about the best evaluation if the run keeps its learner and the newest one is worse."""
+    if summary.get("best_checkpoint") is None or not summary["best_eval_return_mean"] > summary["eval_return_mean"]:
+        return []
+    return [
+        f"best: {summary['best_eval_return_mean']:.1f}, after {summary['best_eval_at_env_steps']:,} environment steps; "
+        f"--checkpoint best uses that"
     ]
 
 

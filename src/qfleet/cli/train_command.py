@@ -1,13 +1,14 @@
 """`qfleet train ENV`: every field of the config is a flag."""
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from qfleet.cli.flag_types import FLAG_TYPES, read_flags
+from qfleet.cli.flag_types import FLAG_TYPES, LOG, read_flags
 from qfleet.cli.show import follow
 from qfleet.cli.topology_flags import replace_alias, take_mesh, topology_flags, value_of
 from qfleet.cli.train_help import show_help
@@ -20,7 +21,8 @@ _Env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV")]
 def flag_kinds() -> dict[str, Any]:
     """Returns the types of all flags, by name: the settings of an agent, of a run and of all topologies."""
     kinds = {field.name: field.type for kind in (TrainConfig, AgentConfig) for field in dataclasses.fields(kind)}
-    kinds |= {"env": typing.Required[_Env], "quiet": bool, "num_seeds_at_once": int, **topology_flags()}
+    kinds |= {"env": typing.Required[_Env], "log": typing.Required[LOG], "quiet": bool, "num_seeds_at_once": int}
+    kinds |= topology_flags()
     del kinds["agent"]
     return kinds
 
@@ -29,6 +31,8 @@ class TrainRequest(NamedTuple):
     """What a command line asks for."""
 
     config: TrainConfig
+    log: tuple[str, ...]
+    """Trackers to log to."""
     quiet: bool
     reason: str
     """Why the preset was chosen; empty if the user named it."""
@@ -37,10 +41,11 @@ class TrainRequest(NamedTuple):
 
 def run(arguments: Sequence[str]) -> int:
     """Trains the run that the flags describe."""
-    config, quiet, reason, num_seeds_at_once = parse(arguments)
+    config, log, quiet, reason, num_seeds_at_once = parse(arguments)
     from qfleet.api import iterate
 
-    return follow(lambda: iterate(config, num_seeds_at_once=num_seeds_at_once), quiet=quiet, reason=reason)
+    start = functools.partial(iterate, config, loggers=log, num_seeds_at_once=num_seeds_at_once)
+    return follow(start, quiet=quiet, reason=reason)
 
 
 def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
@@ -57,12 +62,13 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
     if {"-h", "--help"} & set(arguments):
         _show_help(replace_alias(arguments), prog)
     given = read_flags(flag_kinds(), arguments, prog)  # what is absent here comes from make_config
-    quiet, num_seeds_at_once = given.pop("quiet", False), given.pop("num_seeds_at_once", None)
+    quiet, log = given.pop("quiet", False), given.pop("log", ())
+    num_seeds_at_once = given.pop("num_seeds_at_once", None)
     if mesh := take_mesh(given):
         given["mesh"] = MeshConfig(**mesh)
     env, preset = given.pop("env"), given.pop("preset", None)
     config, reason = make_explained_config(env, preset, given.pop("topology", None), may_start_processes=True, **given)
-    return TrainRequest(config, quiet, reason, num_seeds_at_once)
+    return TrainRequest(config, log, quiet, reason, num_seeds_at_once)
 
 
 def _show_help(arguments: Sequence[str], prog: str) -> None:

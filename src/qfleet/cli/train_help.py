@@ -10,18 +10,19 @@ from typing import Annotated, Any
 
 import tyro
 
+from qfleet.cli.flag_types import LOG, LOG_HELP
 from qfleet.config import TOPOLOGIES, AgentConfig, TrainConfig
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "run": (
         "env_options", "preset", "seed", "num_seeds", "num_seeds_at_once", "env_steps", "stop_return", "run_dir",
-        "report", "quiet",
+        "report", "log", "quiet",
     ),
     "evaluation": (
         "eval_period_env_steps", "eval_episodes", "eval_exploration", "eval_max_episode_steps",
         "video_period_env_steps",
     ),
-    "checkpoint": ("checkpoint_period_seconds", "checkpoints_kept", "checkpoint_replay"),
+    "checkpoint": ("checkpoint_period_seconds", "checkpoints_kept", "checkpoint_best", "checkpoint_replay"),
     "learning": (
         "discount", "double", "n_step", "loss", "huber_delta", "target_update_period", "target_update_rate",
         "env_steps_per_learner_step", "batch_size",
@@ -70,12 +71,12 @@ def show_help(config: TrainConfig, prog: str, **more: Any) -> None:
         "Preset that the defaults of the other settings come from, as listed by `qfleet presets`. "
         "By default, preset and settings are chosen for the environment and the topology."
     )
-    texts["quiet"] = "Print nothing but errors."
+    texts |= {"log": LOG_HELP, "quiet": "Print nothing but errors."}
     texts["num_seeds_at_once"] = (
         "Number of seeds trained at the same time, if each has a process of its own. "
         "By default as many as the cores, the memory and the GPUs of this machine allow."
     )
-    values: dict[str, Any] = {"quiet": (bool, False), "num_seeds_at_once": (int | None, None)}
+    values: dict[str, Any] = {"log": (LOG, ()), "quiet": (bool, False), "num_seeds_at_once": (int | None, None)}
     for owner in (config.agent, config):
         values |= {field.name: (field.type, getattr(owner, field.name)) for field in dataclasses.fields(owner)}
     env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help=texts["env"])]

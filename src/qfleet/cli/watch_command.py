@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
-from qfleet.config.checks import MAX_EPISODES, MAX_FRAMES_PER_SECOND, MAX_SEED, check_count
+from qfleet.config.checks import MAX_EPISODES, MAX_FRAMES_PER_SECOND, MAX_SEED, check_checkpoint, check_count
 from qfleet.runtime.finding_runs import RUN_HELP, find_run
 
 
@@ -18,8 +18,9 @@ class _WatchFlags:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
     episodes: int = 1
     """Number of episodes to play."""
-    checkpoint: int | None = None
-    """Environment step of the checkpoint to watch. The default is the newest one."""
+    checkpoint: int | Literal["best"] | None = None
+    """Environment step of the checkpoint to watch, or `best` for that of the best evaluation.
+    The default is the newest one."""
     train_seed: int | None = None
     """Seed to watch, of a run with several seeds. The default is the first one."""
     seed: int = 0
@@ -38,8 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     check_count("episodes", flags.episodes, maximum=MAX_EPISODES)
     check_count("seed", flags.seed, minimum=0, maximum=MAX_SEED)
     check_count("frames_per_second", flags.frames_per_second, maximum=MAX_FRAMES_PER_SECOND)
-    if flags.checkpoint is not None:
-        check_count("checkpoint", flags.checkpoint, minimum=0)
+    check_checkpoint(flags.checkpoint)
     run_dir = find_run(flags.run)
     from qfleet.runtime.signals import interrupts_held_back
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from qfleet.config.errors import ConfigError
 from qfleet.config.values import MAX_FLOAT, show, to_plain
@@ -45,6 +45,15 @@ def check_count(name: str, value: Any, minimum: int = 1, maximum: int = MAX_COUN
     check(number >= minimum, name, f"a whole number, at least {minimum}", number)
     check(number <= maximum, name, f"a whole number, at most {maximum}", number)
     return number
+
+
+def check_checkpoint(checkpoint: Any) -> "int | Literal['best'] | None":
+    """Returns which checkpoint is meant: an environment step, "best", or None for the newest."""
+    if checkpoint is None or checkpoint == "best":
+        return checkpoint
+    if isinstance(checkpoint, str):
+        raise ConfigError(f"checkpoint must be a whole number or `best`, got {show(checkpoint)}")
+    return check_count("checkpoint", checkpoint, minimum=0)
 
 
 def check_counts(config: Any, *names: str, minimum: int = 1, maximum: int = MAX_COUNT) -> None:

@@ -99,8 +99,9 @@ def _migrate_from_3(content: Any) -> Any:
 
 
 def _migrate_from_4(content: Any) -> Any:
-    """Adds what a run writes beside its checkpoints and metrics."""
-    return {"report": True, **content} if isinstance(content, dict) else content  # decoding refuses what is no object
+    """Adds what a run writes beside its checkpoints and metrics, and that its best checkpoint is kept from then on."""
+    new = {"report": True, "checkpoint_best": True}
+    return {**new, **content} if isinstance(content, dict) else content  # decoding refuses what is no object
 
 
 _MIGRATIONS: dict[int, Callable[[Any], Any]] = {

@@ -69,6 +69,9 @@ class TrainConfig(Config):
     """Seconds between checkpoints."""
     checkpoints_kept: int = 3
     """Number of checkpoints kept on disk: the newest ones."""
+    checkpoint_best: bool = True
+    """Keep the learner of the best evaluation beside the newest checkpoints, as `--checkpoint best`.
+    An evaluation that beats the best one is confirmed by as many fresh episodes, so it takes up to twice as long."""
     checkpoint_replay: bool = True
     """Store the replay in checkpoints; without it a resumed run warms up anew and differs."""
     report: bool = True

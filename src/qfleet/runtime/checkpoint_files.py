@@ -25,6 +25,9 @@ logger = logging.getLogger("qfleet")
 INDEX = "index.json"
 CHECKSUMS = "checksums.json"
 
+BEST = "best"
+"""Name of the folder, among a run's checkpoints, of the one with the best evaluation; and what stands for that one."""
+
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 _UNFINISHED = re.compile(r"[0-9]+\.(orbax-checkpoint-tmp|deleted-tmp)")
@@ -39,6 +42,10 @@ _SPARE_BYTES = 64 * 2**20
 
 class CheckpointError(ConfigError):
     """A checkpoint is absent or damaged, or was not written by qfleet. The message says which, why and what to do."""
+
+
+class NotSaved(CheckpointError):
+    """A checkpoint was saved without the item that is asked for."""
 
 
 class _Damaged(Exception):
@@ -97,7 +104,7 @@ def read_index(path: Path, items: Iterable[str], run_id: str | None) -> dict[str
         )
     for item in items:
         if item not in index["items"]:
-            raise CheckpointError(
+            raise NotSaved(
                 f"checkpoint {path} holds {', '.join(index['items'])}, not {item}; it was saved without "
                 f"(checkpoint_replay=False does that to the replay)"
             )
@@ -119,6 +126,8 @@ def find_damage(path: Path, items: Iterable[str] | None = None) -> str:
 
 
 def _remedy(path: Path) -> str:
+    if path.parent.name == BEST:
+        return "leave --checkpoint out for the newest one, or restore the folder from a copy"
     older = (step for step in reversed(list_checkpoints(path.parent)) if step < int(path.name))
     intact = next((step for step in older if not find_damage(path.with_name(str(step)))), None)
     if intact is None:
@@ -250,7 +259,18 @@ def delete_all_but_newest(directory: Path, keep: int, run_id: str | None) -> Non
     if len(steps) <= keep or directory.is_symlink():
         return
     own = [path for path in (directory / str(step) for step in steps) if _is_of_run(path, run_id)]
-    for path in own[:-keep]:
+    _delete_atomically(own[:-keep])
+
+
+def delete_all_but(directory: Path, env_steps: int, run_id: str | None) -> None:
+    """Deletes all checkpoints of a run except one. What isn't proven to be the run's stays."""
+    if not (directory.is_symlink() or directory.parent.is_symlink()):
+        others = (directory / str(step) for step in list_checkpoints(directory) if step != env_steps)
+        _delete_atomically(path for path in others if _is_of_run(path, run_id))
+
+
+def _delete_atomically(paths: Iterable[Path]) -> None:
+    for path in paths:
         doomed = path.with_name(f"{path.name}.deleted-tmp")
         try:
             path.rename(doomed)  # first, because a half-deleted checkpoint must not look like a complete one
@@ -277,6 +297,25 @@ def set_aside(path: Path, run_id: str | None) -> Path:
         aside = path.with_name(f"{path.name}.set-aside-{number}")
     path.rename(aside)
     return aside
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a checkpoint to a name that is free, beside others or beside itself. It is there whole or not at all.
+
+    Raises:
+      CheckpointError: if it can't be copied.
+    """
+    temporary = target.with_name(f"{target.name}.orbax-checkpoint-tmp")  # a name that `make_directory` cleans up
+    try:
+        shutil.copytree(source, temporary)
+        temporary.rename(target)
+        sync_folder(target.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"there must be room for a copy of a checkpoint, got {error.strerror or error} in {target.parent}; free "
+            f"space or fix permissions there"
+        ) from error
 
 
 def delete(path: Path) -> None:

@@ -75,6 +75,11 @@ class Checkpoints:
         self._is_unsynced = False
         """Whether a save has begun whose folder isn't known to be on disk."""
 
+    @property
+    def directory(self) -> Path:
+        """Folder that holds one folder per checkpoint."""
+        return self._directory
+
     def all(self) -> list[int]:
         """Returns the environment steps of every complete checkpoint, ascending. Contents are not verified."""
         return files.list_checkpoints(self._directory)
@@ -157,11 +162,14 @@ class Checkpoints:
                 if self._replaced:
                     files.delete(self._replaced)
                     self._replaced = None
-                files.delete_all_but_newest(self._directory, self._keep, self._run_id)
+                self._delete_old()
             self._is_unsynced = False
         except Exception as error:
             self._put_back_replaced(self._directory / str(self._index["env_steps"]))
             raise self._write_error(error) from error
+
+    def _delete_old(self) -> None:
+        files.delete_all_but_newest(self._directory, self._keep, self._run_id)
 
     def _put_back_replaced(self, path: Path) -> None:
         """Gives the checkpoint that was to be replaced its name back, if the new one isn't there."""
@@ -237,9 +245,18 @@ class Checkpoints:
         metadata: dict[str, Any] = self._open(env_steps, [])[1]["metadata"]
         return metadata
 
+    def items(self, env_steps: int | None = None) -> list[str]:
+        """Returns the names of the items that a checkpoint holds, by default the newest. Reads no arrays.
+
+        Raises:
+          CheckpointError: if there is no such checkpoint, or its index is missing or has changed.
+        """
+        return list(self._open(env_steps, [])[1]["items"])
+
     def _open(self, env_steps: int | None, items: Iterable[str]) -> tuple[Path, dict[str, Any]]:
         """Returns the folder and the index of a checkpoint, after verifying its files for `items`."""
         self.wait()
+        env_steps = self.latest() if env_steps is None else env_steps
         path = self._directory / str(files.check_exists(self._directory, env_steps))
         return path, files.read_index(path, items, self._run_id)
 

@@ -1,18 +1,20 @@
-"""The metrics of a run: one line of JSON per progress record, and the same numbers for TensorBoard."""
+"""The metrics of a run: one line of JSON per progress record, and the same numbers for TensorBoard and trackers."""
 
 import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from qfleet.config import ConfigError
+from qfleet.config.encoding import encode
+from qfleet.runtime.loggers import LoggedRun, Logger, Loggers
 from qfleet.runtime.run_directory import RunDirectory, strict_json
 from qfleet.runtime.run_files import UnusableFile, open_to_append, parse_json, read_lines, shortened, temporary_of
-from qfleet.runtime.tensorboard import EventLog
+from qfleet.runtime.tensorboard import TensorBoardLogger
 
 logger = logging.getLogger("qfleet")
 
@@ -20,27 +22,43 @@ _BEGINNING = b'{"env_steps": '
 """How every line begins."""
 
 
+def logged_run(run: RunDirectory) -> LoggedRun:
+    """Returns what loggers are told about a run that begins."""
+    return LoggedRun(run.path, run.run_id, encode(run.config), None)
+
+
+def finite(values: Mapping[str, float | None]) -> dict[str, float]:
+    """Returns those values that are finite numbers."""
+    numbers = {name: float(value) for name, value in values.items() if value is not None}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
 class MetricsWriter:
-    """Appends progress records to metrics.jsonl and to TensorBoard's event file. Use it as a context manager.
+    """Appends progress records to metrics.jsonl, and gives them to loggers. Use it as a context manager.
 
     A line holds `env_steps`, `wall_seconds` and the record's values. A value that isn't finite is null. `wall_seconds`
     is the time since the run began, plus that of the runs that this one resumes. Records that can't be written, because
     the disk is full for example, are left out and the run goes on; the first such failure is logged.
     """
 
-    def __init__(self, run: RunDirectory, began: float | None = None) -> None:
+    def __init__(
+        self, run: RunDirectory, began: float | None = None, loggers: Sequence[tuple[str, Logger]] = ()
+    ) -> None:
         """Writes nothing yet.
 
         Args:
           run: the run's folder.
           began: when the run began, on the monotonic clock; by default now.
+          loggers: further loggers of the same numbers, with their names.
         """
         self._path = run.metrics_path
         self._began = time.monotonic() if began is None else began
         self._earlier_seconds = 0.0
         self._file: TextIO | None = None
         self._has_failed = False
-        self._events = EventLog(run.path)
+        self._loggers = Loggers(logged_run(run), [("TensorBoard", TensorBoardLogger()), *loggers])
+        self.summary: Mapping[str, Any] = {}
+        """What the loggers are told at the end."""
 
     def truncate_after(self, env_steps: int) -> None:
         """Drops the records after `env_steps`, because a run that resumes from there will write them again.
@@ -71,7 +89,7 @@ class MetricsWriter:
                 ) from error
             finally:
                 temporary.unlink(missing_ok=True)
-        self._events.purge_from(env_steps + 1)
+        self._loggers.resume_at(env_steps)
 
     def _records_until(self, env_steps: int, lines: Iterable[bytes]) -> Iterator[bytes]:
         """Yields the lines of the records up to `env_steps`, and notes the time that they tell of."""
@@ -113,12 +131,11 @@ class MetricsWriter:
                     error.strerror,
                 )
             self._has_failed = True
-        numbers = {name: float(value) for name, value in values.items() if value is not None}
-        self._events.write(env_steps, {name: value for name, value in numbers.items() if math.isfinite(value)})
+        self._loggers.write(env_steps, finite(values))
 
     def close(self) -> None:
-        """Finishes both files. Idempotent."""
-        self._events.close()
+        """Finishes the file, and ends the loggers. Idempotent."""
+        self._loggers.end(self.summary)
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -4,7 +4,7 @@ runs/<name>/
   config.json      the run's id, and the TrainConfig that it was created with; it never changes
   metrics.jsonl    one line per progress record
   events.out.*     the same for TensorBoard: `tensorboard --logdir runs` compares runs
-  checkpoints/     the newest few, named by their environment steps
+  checkpoints/     the newest few, named by their environment steps, and best/ with the learner of the best evaluation
   summary.json     the outcome, always replaced as a whole
   environment.json versions, devices and command of each start
   report.html      what happened, as one page for a browser

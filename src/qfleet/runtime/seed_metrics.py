@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from qfleet.runtime.loggers import LoggedRun, Loggers
 from qfleet.runtime.run_directory import strict_json, write_atomically
 from qfleet.runtime.run_files import UnusableFile, open_regular, parse_json
-from qfleet.runtime.tensorboard import EventLog
+from qfleet.runtime.tensorboard import TensorBoardLogger
 
 NUM_ROWS = 100
 """Number of rows of training in the whole run. The seeds' own folders have every record."""
@@ -201,8 +202,8 @@ class CombinedMetrics:
           seeds: the records of each seed.
         """
         self._path, self._seeds = path, seeds
-        self._events = EventLog(path.parent)
-        self._events.purge_from(0)  # a run that is resumed writes all rows again
+        resumed_at = -1  # a run that is resumed writes all rows again
+        self._events = Loggers(LoggedRun(path.parent, "", {}, resumed_at), [("TensorBoard", TensorBoardLogger())])
         self._num_logged = 0
         self._kept: set[int] = set()
         self.rows: list[Row] = []
@@ -242,4 +243,4 @@ class CombinedMetrics:
 
     def close(self) -> None:
         """Finishes TensorBoard's events."""
-        self._events.close()
+        self._events.end({})

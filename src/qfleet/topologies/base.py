@@ -1,8 +1,9 @@
 """The interface between a run and its topology."""
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import numpy as np
@@ -31,6 +32,10 @@ class Layout(TypedDict):
     lanes_per_segment: int
 
 
+LEARNER_ALONE = Layout(topology="none", num_segments=0, lanes_per_segment=0)
+"""Layout of a checkpoint that holds a learner and nothing else, which is no topology's own."""
+
+
 class Topology(abc.ABC):
     """One learner or several, wherever they run. `advance` trains them, one chunk at a time."""
 
@@ -40,6 +45,10 @@ class Topology(abc.ABC):
     """Learner steps taken so far, by each seed's learner."""
     checkpoints_path: Path | None = None
     """Folder of the run's checkpoints. Processes that replace others restore their state from it."""
+    changeable: tuple[str, ...] = ()
+    """Settings that `fixed` may give a value while it runs, without compiling anew."""
+    fixed: Mapping[str, float] = MappingProxyType({})
+    """Values that replace the schedules of settings from the next chunk on, by name; all among `changeable`."""
     _replay_starts_at: int
     """Environment steps when the replay was last empty."""
 
@@ -102,6 +111,15 @@ class Topology(abc.ABC):
         """
 
     @property
+    @abc.abstractmethod
+    def learner(self) -> LearnerState:
+        """The newest learner state, of which `params` is a part. Its arrays may be deleted by the next `advance`.
+
+        Raises:
+          StateIsLost: if it can't be had now.
+        """
+
+    @property
     def counters(self) -> dict[str, int]:
         """The counts that `restore` needs in addition to `state`."""
         return {
@@ -155,11 +173,6 @@ class OwnLearner(Topology):
     @abc.abstractmethod
     def env_steps_per_iteration(self) -> int:
         """Environment steps of one iteration, over all lanes of one seed: `advance` stops at multiples of it."""
-
-    @property
-    @abc.abstractmethod
-    def learner(self) -> LearnerState:
-        """The newest learner state. Its arrays may be deleted by the next `advance`."""
 
     @abc.abstractmethod
     def set_learner(self, learner: LearnerState) -> None:

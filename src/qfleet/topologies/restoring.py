@@ -39,7 +39,7 @@ def read_state(
     if saved_layout(metadata) == topology.layout:
         return checkpoints.restore(checkpoint, like)[0]
     state: dict[str, Any] = {"learner": checkpoints.restore_item("learner", like["learner"], checkpoint)}
-    if like.get("replay"):
+    if like.get("replay") and "replay" in checkpoints.items(checkpoint):
         wanted: SavedReplay = like["replay"]
         num_rows, num_lanes = wanted.ring.rows.outcome.shape
         saved = resharded_replay(

@@ -1,12 +1,17 @@
 """Decisions that the host takes ahead of a program: how much to explore and when to learn, in integers of any size."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from jax import Array
 
 from qfleet.config import AgentConfig
+from qfleet.config.agent import MIN_ENV_STEPS_PER_LEARNER_STEP
+from qfleet.config.checks import MAX_COUNT, MAX_SIZE, check
+from qfleet.config.values import MAX_FLOAT
 from qfleet.core import exploration
 
 ROWS_PER_ITERATION = 16
@@ -29,7 +34,38 @@ def rows_per_iteration(config: AgentConfig) -> int:
     return config.rollout_length if config.replay == "none" else ROWS_PER_ITERATION
 
 
-def make_plan(config: AgentConfig, num_lanes: int, num_iterations: int, env_steps: int, replay_starts_at: int) -> Plan:
+NOTHING_FIXED: Mapping[str, float] = MappingProxyType({})
+
+
+def changeable(config: AgentConfig) -> tuple[str, ...]:
+    """Returns the settings that plans decide, so that they may change while a program runs."""
+    with_replay = ("importance_exponent",) if config.replay == "prioritised" else ()
+    return ("exploration", *with_replay, *(() if config.replay == "none" else ("env_steps_per_learner_step",)))
+
+
+def check_fixed(config: AgentConfig, num_lanes: int, name: str, value: float) -> None:
+    """Checks a value that replaces a schedule.
+
+    Raises:
+      ConfigError: if it is out of bounds.
+    """
+    if name == "env_steps_per_learner_step":
+        least = max(MIN_ENV_STEPS_PER_LEARNER_STEP, num_lanes / MAX_SIZE)
+        check(least <= value <= MAX_COUNT, name, f"{least:g} to {MAX_COUNT}", value)
+    elif name == "exploration" and config.exploration == "softmax":
+        check(1e-8 <= value <= MAX_FLOAT, name, f"a temperature, {1e-8:g} to {MAX_FLOAT:g}", value)
+    else:
+        check(0 <= value <= 1, name, "in [0, 1]", value)
+
+
+def make_plan(
+    config: AgentConfig,
+    num_lanes: int,
+    num_iterations: int,
+    env_steps: int,
+    replay_starts_at: int,
+    fixed: Mapping[str, float] = NOTHING_FIXED,
+) -> Plan:
     """Returns the plan of the next iterations.
 
     Args:
@@ -38,20 +74,26 @@ def make_plan(config: AgentConfig, num_lanes: int, num_iterations: int, env_step
       num_iterations: number of iterations to plan.
       env_steps: environment steps taken so far.
       replay_starts_at: environment steps when the replay was last empty.
+      fixed: values that replace the schedules of settings, among `changeable`, by name.
     """
+    per_learner_step = fixed.get("env_steps_per_learner_step", config.env_steps_per_learner_step)
     shape = (num_iterations, rows_per_iteration(config))
     before = env_steps + num_lanes * np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
     warmup = replay_starts_at + max(config.warmup_env_steps, num_lanes * (config.n_step + 1))
 
     def learner_steps_due(env_steps: np.ndarray) -> np.ndarray:
-        return np.floor(np.maximum(env_steps - warmup, 0) / config.env_steps_per_learner_step).astype(np.int64)
+        return np.floor(np.maximum(env_steps - warmup, 0) / per_learner_step).astype(np.int64)
 
     due = learner_steps_due(before + num_lanes) - learner_steps_due(before)
     return Plan(
-        exploration=exploration.exploration_at(config, before),
-        importance_exponent=exploration.importance_exponent_at(config, before),
+        exploration=_at("exploration", exploration.exploration_at(config, before), fixed),
+        importance_exponent=_at("importance_exponent", exploration.importance_exponent_at(config, before), fixed),
         num_updates=due.astype(np.int32),
     )
+
+
+def _at(name: str, scheduled: np.ndarray, fixed: Mapping[str, float]) -> np.ndarray:
+    return np.full_like(scheduled, fixed[name]) if name in fixed else scheduled
 
 
 def learner_steps(config: AgentConfig, plan: Plan, num_iterations: int) -> int:

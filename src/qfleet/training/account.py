@@ -9,7 +9,7 @@ from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
 from qfleet.runtime.records import Progress
 from qfleet.runtime.stopwatch import TimeShares
 from qfleet.topologies.base import Topology
-from qfleet.training.outcome import BestEvaluation, DivergenceCheck, Speed
+from qfleet.training.outcome import DivergenceCheck, Evaluations, Speed
 
 logger = logging.getLogger("qfleet")
 
@@ -27,7 +27,7 @@ class RunAccount:
         """Environment step at which each seed reached the return to stop at; None if it hasn't."""
         self.evaluated_at = 0
         """Environment steps of the newest evaluation."""
-        self.best = BestEvaluation()
+        self.evaluations = Evaluations()
         self.num_env_failures = 0
         self._config = config
         self._process_age = seconds_since_process_start()
@@ -67,7 +67,7 @@ class RunAccount:
             "solved_at": self.solved_at,
             "stop_return": self._config.stop_return,
             "evaluated_at": self.evaluated_at,
-            "best_evaluation": self.best.saved(),
+            "best_evaluation": self.evaluations.saved(),
             "num_episodes": self._num_episodes,
         }
 
@@ -81,7 +81,7 @@ class RunAccount:
         env_steps, period = metadata["counters"]["env_steps"], self._config.eval_period_env_steps
         self.evaluated_at = metadata.get("evaluated_at", env_steps // period * period)
         self._num_episodes = metadata.get("num_episodes", 0)
-        self.best.restore(metadata.get("best_evaluation"))
+        self.evaluations.restore(metadata.get("best_evaluation"))
         if self._config.stop_return == metadata.get("stop_return", stop_return):
             self.solved_at = metadata["solved_at"]
 
@@ -110,7 +110,7 @@ class RunAccount:
             "env_steps_per_second": speed.per_second(speed.env_steps),
             "learner_steps_per_second": speed.per_second(speed.learner_steps),
             **self._time_shares.summary(),
-            **self.best.summary(),
+            **self.evaluations.summary(),
             "num_env_failures": self.num_env_failures,
             "peak_rss_bytes": peak_rss_bytes(),
             "warnings": list(self._warnings.values()),

@@ -66,6 +66,8 @@ class EvaluationRounds:
         self._has_warned = False
         self._new_episodes: list[int | None] = [None] * config.num_seeds
         self._newest = dict(_NO_EVALUATION)
+        self._fresh: Episodes | None = None  # of the parameters of the newest evaluation, apart from its own
+        self._newest_length = 0.0  # of the newest evaluation, in environment steps of each seed
         self._updates = UpdateSizes()
 
     @property
@@ -123,12 +125,12 @@ class EvaluationRounds:
         is_due, limit = self._plan()
         if not is_due:
             return {}, nobody
-        episodes = self._play(self._config.eval_episodes, 0, limit, should_stop)
+        episodes, self._fresh = self._play(self._config.eval_episodes, 0, limit, should_stop), None
         if episodes is None or not episodes.returns.size:
             return {}, nobody
         reached = unsolved & self._reaches(episodes, self._config.eval_episodes)
         if np.any(reached):
-            fresh = self._play(CONFIRMING_EPISODES, 1, limit, should_stop)
+            self._fresh = fresh = self._play(CONFIRMING_EPISODES, 1, limit, should_stop)
             reached &= False if fresh is None else self._reaches(fresh, CONFIRMING_EPISODES)
             for seed in np.flatnonzero(reached):
                 assert fresh is not None
@@ -144,6 +146,28 @@ class EvaluationRounds:
             },
         }
         return evaluated, reached
+
+    def confirm(self, should_stop: Callable[[], bool]) -> np.ndarray | None:
+        """Returns the returns of fresh episodes of the newest parameters, right after they were evaluated.
+
+        They are as many as the evaluation has, so that it takes twice as long at most. If the evaluation has already
+        played fresh episodes, for the return to stop at, those are returned. Without a time limit, an evaluation that
+        has taken so many steps that another one would exceed the steps of training isn't confirmed.
+
+        Args:
+          should_stop: as for `evaluate`.
+
+        Returns:
+          `[seeds, episodes]`, or None if there are none: it was stopped, isn't affordable, or environments fail.
+        """
+        newest, num_episodes = self._newest, self._config.eval_episodes
+        if self._fresh is None:
+            if self._time_limit is None and self._env_steps_taken + self._newest_length > self._topology.env_steps:
+                return None
+            self._fresh = self._play(num_episodes, 1, newest["eval_episode_limit"], should_stop)
+            self._newest = newest
+        is_whole = self._fresh is not None and self._fresh.returns.shape[1] >= num_episodes
+        return self._fresh.returns if self._fresh is not None and is_whole else None
 
     def _plan(self) -> tuple[bool, int | None]:
         """Returns whether to evaluate now, and the limit of an episode, in steps; None leaves it to the time limit.
@@ -186,7 +210,8 @@ class EvaluationRounds:
     ) -> Episodes | None:
         episodes = self._topology.evaluate(num_episodes, batch, max_episode_steps=limit, should_stop=should_stop)
         if episodes is not None and episodes.returns.size:
-            self._env_steps_taken += float(episodes.lengths.sum()) / self._config.num_seeds
+            self._newest_length = float(episodes.lengths.sum()) / self._config.num_seeds
+            self._env_steps_taken += self._newest_length
             self._newest = {
                 "eval_at_env_steps": self._topology.env_steps,
                 "eval_return_mean": float(episodes.returns.mean()),

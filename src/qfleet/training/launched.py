@@ -4,9 +4,9 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qfleet.config import AllReduceConfig, ConfigError, TrainConfig
 from qfleet.config.encoding import encode_topology
@@ -17,16 +17,20 @@ from qfleet.envs.recorded import check_as_recorded
 from qfleet.envs.registry import backend_of, make_env
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.activity import announce
+from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_platforms_of_children
+from qfleet.runtime.loggers import Logger
 from qfleet.runtime.records import Progress, progress_from
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.topologies.all_reduce.launcher import Launcher, check_places
 from qfleet.topologies.all_reduce.processes import JoinInfo
+from qfleet.training.callbacks import CallbackFailed
 from qfleet.training.leaving import failure_of_loop
 from qfleet.training.metadata import read_metadata
-from qfleet.training.outcome import BestEvaluation
+from qfleet.training.observers import Observers
+from qfleet.training.outcome import Evaluations
 from qfleet.training.resuming import check_goes_on, check_reads_the_same
 from qfleet.training.shown import ShownRun
 
@@ -40,7 +44,9 @@ class LaunchedRun(ShownRun):
         open_directory: Callable[[], RunDirectory],
         *,
         is_resumed: bool = False,
-        checkpoint: int | None = None,
+        checkpoint: int | Literal["best"] | None = None,
+        callbacks: Sequence[Any] = (),
+        loggers: Sequence[tuple[str, Logger]] = (),
     ) -> None:
         self._topology = config.topology_as(AllReduceConfig)
         self._began = time.monotonic()
@@ -61,14 +67,20 @@ class LaunchedRun(ShownRun):
         self._checkpoints = Checkpoints(
             self.directory.checkpoints_path, keep=config.checkpoints_kept, run_id=self.directory.run_id
         )
+        best = BestCheckpoint(self.directory.checkpoints_path, run_id=self.directory.run_id)
         if is_resumed and (checkpoint is not None or self._checkpoints.latest() is not None):
-            metadata = read_metadata(self._checkpoints, checkpoint, config)
+            source, number = (best, None) if checkpoint == "best" else (self._checkpoints, checkpoint)
+            metadata = read_metadata(source, number, config)
             check_as_recorded(env, metadata.get("environment"), config.env)
             check_reads_the_same(self.directory, env.spec)
             check_goes_on(metadata, config)
         self._lock = self.directory.lock() if self._topology.process_id in (None, 0) else None
         if is_resumed and checkpoint is not None and self._lock:
-            self._checkpoints.set_aside_after(checkpoint)
+            number = best.promote() if checkpoint == "best" else checkpoint
+            self._checkpoints.set_aside_after(number)
+            best.set_aside_after(number)
+        resumed_at = self._checkpoints.latest() or 0 if is_resumed else None
+        self._observers = Observers(config, self.directory, callbacks, loggers, resumed_at)
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
 
@@ -84,13 +96,23 @@ class LaunchedRun(ShownRun):
         try:
             with StopFlag() as stop:
                 with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
-                    for message in launcher.run(lambda: self._checkpoints.latest() or 0):
+                    messages = launcher.run(lambda: self._checkpoints.latest() or 0)
+                    for message in messages:
+                        progress = progress_from(message)
                         try:
-                            yield progress_from(message)
+                            self._observers.tell(progress, self._checkpoints)
+                            yield progress
                         except GeneratorExit:  # the caller has left the loop, and the processes are now stopped
                             if not stop.requested and (error := failure_of_loop()):
                                 failure = {"stopped": "failed", "error": error}
                             raise
+                        except CallbackFailed as error:
+                            failure = self._observers.outcome(str(error))
+                            messages.close()
+                            raise
+                        if failure := self._observers.outcome(""):
+                            messages.close()
+                            break
                 is_unsaid = self.directory.read_summary() == before  # stopped while its processes (re)started
                 if stop.requested and self._lock and is_unsaid and self._topology.coordinator is None:
                     now = {"stopped": "interrupted", "env_steps": self._checkpoints.latest() or 0}
@@ -105,6 +127,7 @@ class LaunchedRun(ShownRun):
                     if self.summary.get("stopped") == "interrupted":
                         self.summary |= failure
                     self.directory.write_summary(self.summary)
+                self._observers.end(self.summary)
             finally:
                 if self._lock:
                     self._lock.release()
@@ -126,7 +149,9 @@ class LaunchedRun(ShownRun):
             "time_shares": None,
             "eval_return_mean": None,
             "eval_returns": None,
-            **BestEvaluation().summary(),
+            **Evaluations().summary(),
+            "best_checkpoint": None,
+            "newest_checkpoint": None,
             "warnings": [],
             "version": self.directory.version,
         }

@@ -1,12 +1,17 @@
 """The metadata of a run's checkpoints, which may have been damaged or written by somebody else."""
 
+import logging
 from typing import Any
 
 from qfleet.config import TrainConfig
 from qfleet.envs.recorded import is_record
+from qfleet.runtime.best_checkpoint import RETURN_MEAN, BestCheckpoint
 from qfleet.runtime.checkpoint_files import CheckpointError
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.run_files import shortened
+from qfleet.training.outcome import Evaluation
+
+logger = logging.getLogger("qfleet")
 
 _COUNTERS = ("env_steps", "learner_steps", "replay_starts_at")
 """Counters that every topology saves. Others are whole numbers or lists of them, too."""
@@ -29,6 +34,19 @@ def read_metadata(checkpoints: Checkpoints, checkpoint: int | None, config: Trai
     return metadata
 
 
+def best_evaluation(best: BestCheckpoint, config: TrainConfig) -> Evaluation | None:
+    """Returns the evaluation for which a run keeps its best checkpoint; None if there is none that can be read."""
+    try:
+        if best.latest() is None:
+            return None
+        metadata = read_metadata(best, None, config)
+    except CheckpointError as error:
+        logger.warning("the run goes on without its best checkpoint, and will keep another one: %s", error)
+        return None
+    mean, mean_error = (metadata.get(name, 0.0) for name in (RETURN_MEAN, "return_error"))
+    return Evaluation(metadata["counters"]["env_steps"], mean, mean_error)
+
+
 def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
     """Returns whether each part of a checkpoint's metadata is of the right kind, by name."""
     counters, solved_at, layout = (metadata.get(name) for name in ("counters", "solved_at", "layout"))
@@ -44,6 +62,10 @@ def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
         "num_episodes": _is_count(metadata.get("num_episodes", 0)),
         "stop_return": metadata.get("stop_return") is None or _is_number(metadata["stop_return"]),
         "best_evaluation": _are_evaluations(metadata.get("best_evaluation")),
+        RETURN_MEAN: _is_number(metadata.get(RETURN_MEAN, 0.0)),
+        "fixed": isinstance(metadata.get("fixed", {}), dict)
+        and all(map(_is_number, metadata.get("fixed", {}).values())),
+        "return_error": _is_number(metadata.get("return_error", 0.0)),
         "environment": metadata.get("environment") is None or is_record(metadata["environment"]),
         "has_own_network": isinstance(metadata.get("has_own_network"), bool),
         "layout": isinstance(layout, str)

@@ -30,51 +30,8 @@ _DIVERGED_BLINDLY = 1e8
 """The same while no episode has ended, so that nothing is known about the size of rewards."""
 
 
-class BestEvaluation:
-    """The best evaluation of a run, beside the newest one. A checkpoint keeps both."""
-
-    def __init__(self) -> None:
-        self._best: _Evaluation | None = None
-        self._newest: _Evaluation | None = None
-
-    def add(self, env_steps: int, returns: np.ndarray) -> None:
-        """Notes the evaluation at `env_steps`, with at least one return, `[num_seeds, episodes]`."""
-        error = float(np.std(returns) / math.sqrt(returns.size))
-        self._newest = _Evaluation(env_steps, float(np.mean(returns)), error)
-        if math.isfinite(self._newest.mean) and (self._best is None or self._newest.mean > self._best.mean):
-            self._best = self._newest
-
-    def fall(self) -> str | None:
-        """Returns a sentence if the newest mean return is well below the best one, beyond what chance explains."""
-        if self._best is None or self._newest is None:
-            return None
-        fall, error = self._best.mean - self._newest.mean, math.hypot(self._best.error, self._newest.error)
-        if not fall > max(LEAST_FALL * abs(self._best.mean), 2 * error):
-            return None
-        return (
-            f"the last evaluation has a mean return of {self._newest.mean:.1f}, well below the best one, "
-            f"{self._best.mean:.1f} at environment step {self._best.env_steps:,}"
-        )
-
-    def saved(self) -> Any:
-        """Returns what a checkpoint keeps, as strict JSON can hold it."""
-        return json.loads(strict_json([self._best, self._newest]))
-
-    def restore(self, saved: Any) -> None:
-        """Goes on from what `saved` returned, if there is anything."""
-        if saved is not None:
-            self._best, self._newest = map(_restored, saved)
-
-    def summary(self) -> dict[str, Any]:
-        """Returns the entries of a run's summary."""
-        return {
-            "best_eval_at_env_steps": self._best and self._best.env_steps,
-            "best_eval_return_mean": self._best and self._best.mean,
-        }
-
-
-class _Evaluation(NamedTuple):
-    """One evaluation."""
+class Evaluation(NamedTuple):
+    """One evaluation, as a run remembers it."""
 
     env_steps: int
     mean: float
@@ -82,12 +39,64 @@ class _Evaluation(NamedTuple):
     """Standard error of the mean."""
 
 
-def _restored(saved: list[Any] | None) -> _Evaluation | None:
+def evaluation_of(env_steps: int, returns: np.ndarray) -> Evaluation:
+    """Returns the evaluation at `env_steps` with these returns, `[num_seeds, episodes]`, at least one."""
+    return Evaluation(env_steps, float(np.mean(returns)), float(np.std(returns) / math.sqrt(returns.size)))
+
+
+class Evaluations:
+    """The newest evaluation of a run, and the best one.
+
+    The best of many noisy means overestimates: of 20 evaluations of one and the same policy, one is lucky. So an
+    evaluation that is better than the best one is only a candidate. Fresh episodes of the same parameters decide, and
+    it is their mean that counts from then on. Chance must favour a policy twice to displace a better one.
+
+    Several seeds count as one learner, with the mean over all of their episodes.
+    """
+
+    def __init__(self) -> None:
+        self.newest: Evaluation | None = None
+        self.best: Evaluation | None = None
+
+    def is_better(self, evaluation: Evaluation) -> bool:
+        """Returns whether an evaluation is better than the best one."""
+        return math.isfinite(evaluation.mean) and (self.best is None or evaluation.mean > self.best.mean)
+
+    def fall(self) -> str | None:
+        """Returns a sentence if the newest mean return is well below the best one, beyond what chance explains."""
+        if self.best is None or self.newest is None:
+            return None
+        fall, error = self.best.mean - self.newest.mean, math.hypot(self.best.error, self.newest.error)
+        if not fall > max(LEAST_FALL * abs(self.best.mean), 2 * error):
+            return None
+        return (
+            f"the last evaluation has a mean return of {self.newest.mean:.1f}, well below the best one, "
+            f"{self.best.mean:.1f} at environment step {self.best.env_steps:,}"
+        )
+
+    def saved(self) -> Any:
+        """Returns what a checkpoint keeps, as strict JSON can hold it."""
+        return json.loads(strict_json([self.best, self.newest]))
+
+    def restore(self, saved: Any) -> None:
+        """Goes on from what `saved` returned, if there is anything."""
+        if saved is not None:
+            self.best, self.newest = map(_restored, saved)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the entries of a run's summary."""
+        return {
+            "best_eval_at_env_steps": self.best and self.best.env_steps,
+            "best_eval_return_mean": self.best and self.best.mean,
+        }
+
+
+def _restored(saved: list[Any] | None) -> Evaluation | None:
     """Returns an evaluation from strict JSON, which has null in place of numbers that aren't finite."""
     if saved is None:
         return None
     env_steps, *numbers = saved
-    return _Evaluation(env_steps, *(math.nan if number is None else number for number in numbers))
+    return Evaluation(env_steps, *(math.nan if number is None else number for number in numbers))
 
 
 class DivergenceCheck:

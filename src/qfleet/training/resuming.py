@@ -47,7 +47,7 @@ def check_goes_on(metadata: dict[str, Any], config: TrainConfig) -> None:
         )
 
 
-def check_same_place_for_seeds(before: TrainConfig, config: TrainConfig, checkpoint: int | None) -> None:
+def check_same_place_for_seeds(before: TrainConfig, config: TrainConfig, checkpoint: int | str | None) -> None:
     """Checks that a resumed run trains its seeds in one program, or in a process each, as it did before.
 
     Args:

@@ -5,8 +5,8 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -14,16 +14,16 @@ import numpy as np
 from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.core.types import Network
 from qfleet.envs.failures import describe
-from qfleet.envs.host import HostEnv
 from qfleet.envs.recorded import check_as_recorded, record_of
 from qfleet.envs.registry import backend_of
-from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime import peers
 from qfleet.runtime.activity import announce
+from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.environment_record import record_start
+from qfleet.runtime.loggers import Logger
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.recorder import Recorder
 from qfleet.runtime.records import Progress
@@ -34,10 +34,12 @@ from qfleet.runtime.signals import StopFlag, StopRequested
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.account import RunAccount
 from qfleet.training.assembly import footprint, make_env_and_network, make_topology
+from qfleet.training.callbacks import Callbacks, RunControl
+from qfleet.training.changes import Changes
 from qfleet.training.evaluation_rounds import EvaluationRounds
 from qfleet.training.leaving import failure_of_loop
-from qfleet.training.metadata import read_metadata
-from qfleet.training.outcome import Closing, is_of_checkpoints, message_of
+from qfleet.training.metadata import best_evaluation, read_metadata
+from qfleet.training.outcome import Closing, evaluation_of, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
 from qfleet.training.saving import Saving
 from qfleet.training.shown import ShownRun
@@ -59,7 +61,9 @@ class Run(ShownRun):
         optimiser: "optax.GradientTransformation | None",
         *,
         is_resumed: bool = False,
-        checkpoint: int | None = None,
+        checkpoint: int | Literal["best"] | None = None,
+        callbacks: Sequence[Any] = (),
+        loggers: Sequence[tuple[str, Logger]] = (),
     ) -> None:
         self._account = RunAccount(config)
         self._has_own_network = network is not None
@@ -67,6 +71,7 @@ class Run(ShownRun):
         self.summary: dict[str, Any] = {}
         """Content of summary.json, once the run is over."""
         self._goes_on = False  # although it has reached the return to stop at, because it was resumed after that
+        self._metrics: MetricsWriter | None = None
         self._is_new = True  # not iterated over yet
         self._closing = Closing()
         with StopFlag() as stop:
@@ -84,8 +89,11 @@ class Run(ShownRun):
                 self._recorder = None if config.video_period_env_steps is None else Recorder(config, env, network)
             self.directory = open_directory()
             """Folder of the run."""
+            self._callbacks = Callbacks(
+                callbacks, RunControl(config, self.directory.path, Changes(self._topology, config))
+            )
             try:
-                self._start(stop, checkpoint, is_resumed=is_resumed, footprint_of=footprint_of)
+                self._start(stop, checkpoint, loggers, is_resumed=is_resumed, footprint_of=footprint_of)
                 with self._interrupting(stop):  # the last moment to hear a request that came meanwhile
                     pass
             except StopRequested:
@@ -98,7 +106,13 @@ class Run(ShownRun):
                 raise
 
     def _start(
-        self, stop: StopFlag, checkpoint: int | None, *, is_resumed: bool, footprint_of: Callable[..., Any]
+        self,
+        stop: StopFlag,
+        checkpoint: int | Literal["best"] | None,
+        loggers: Sequence[tuple[str, Logger]],
+        *,
+        is_resumed: bool,
+        footprint_of: Callable[..., Any],
     ) -> None:
         """Compiles the programs, starts the environments and processes, and goes on from a checkpoint if there is one.
 
@@ -113,18 +127,26 @@ class Run(ShownRun):
             run_id=self.directory.run_id,
             is_keeper=peers.is_first(),
         )
-        # Nothing here may refer to this run: then a run that is dropped is closed at once, and its folder is free.
-        notes = functools.partial(_notes, self._account, self._rounds, self._env, has_own_network=self._has_own_network)
-        self._saving = Saving(topology, self._checkpoints, notes, self._account.warn)
+        self._best_checkpoint = BestCheckpoint(
+            self.directory.checkpoints_path, run_id=self.directory.run_id, is_keeper=peers.is_first()
+        )
+        self._saving = Saving(
+            topology, self._checkpoints, self._best_checkpoint, self._account.warn, keeps_best=config.checkpoint_best
+        )
         if config.topology.runs_in != "joined processes":  # otherwise the launcher holds it
             # This comes before a checkpoint is chosen, because whoever holds the lock may still write one.
             self._closing.add(self.directory.lock().release)
+        was_named = checkpoint is not None
+        if checkpoint == "best":
+            self._read_metadata(self._best_checkpoint, None)  # raises before anything is changed
+            checkpoint = self._best_checkpoint.promote()
         if is_resumed and checkpoint is None:
             checkpoint = self._checkpoints.latest()
-        metadata = None if checkpoint is None else self._read_metadata(checkpoint)
+        metadata = None if checkpoint is None else self._read_metadata(self._checkpoints, checkpoint)
         if is_resumed:  # only once the network is known to be the one that the run was trained with
             check_fits(config, topology.footprint(), footprint_of)
         self._closing.add(self._checkpoints.close)
+        self._closing.add(self._best_checkpoint.close)
         self._closing.add(topology.close)
         enable_compilation_cache()
         announce("starting processes" if config.topology.runs_in == "ray" else "compiling")
@@ -135,11 +157,11 @@ class Run(ShownRun):
         self._writes = peers.is_first()  # files that a run has once, even in several processes
         if self._writes:
             record_start(self.directory)
-        self._metrics = MetricsWriter(self.directory, self._account.began) if self._writes else None
+        self._metrics = MetricsWriter(self.directory, self._account.began, loggers) if self._writes else None
         if self._metrics:
             self._closing.add(self._metrics.close)
         if metadata is not None and state is not None:
-            self._restore(state, metadata)
+            self._restore(state, metadata, sets_best_aside=was_named)
         if is_resumed and self._metrics:
             self._metrics.truncate_after(topology.env_steps)
 
@@ -148,9 +170,14 @@ class Run(ShownRun):
         is_alone = self.config.topology.runs_in != "joined processes"
         return stop.interrupting() if is_alone else contextlib.nullcontext()
 
-    def _read_metadata(self, checkpoint: int) -> dict[str, Any]:
+    @property
+    def _is_interruptible(self) -> bool:
+        """Whether a signal may interrupt an evaluation at any place. Otherwise it only asks now and then."""
+        return self.config.topology.runs_in == "this process"
+
+    def _read_metadata(self, checkpoints: Checkpoints, checkpoint: int | None) -> dict[str, Any]:
         """Returns the metadata of the checkpoint to continue from, after checking it."""
-        metadata = read_metadata(self._checkpoints, checkpoint, self.config)
+        metadata = read_metadata(checkpoints, checkpoint, self.config)
         check_network_is_given(self._has_own_network, metadata["has_own_network"])
         check_as_recorded(self._env, metadata.get("environment"), self.config.env)
         if not self._has_own_network:
@@ -158,10 +185,17 @@ class Run(ShownRun):
         check_goes_on(metadata, self.config)
         return metadata
 
-    def _restore(self, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], metadata: dict[str, Any], *, sets_best_aside: bool) -> None:
         self._topology.restore(state, metadata["counters"])
         self._checkpoints.set_aside_after(self._topology.env_steps)
         self._account.restore(metadata, self.directory.config.stop_return)
+        self._topology.fixed = {
+            name: value for name, value in metadata.get("fixed", {}).items() if name in self._topology.changeable
+        }
+        if sets_best_aside:  # otherwise a crash came after it, and it must not cost the best
+            self._best_checkpoint.set_aside_after(self._topology.env_steps)
+        if self.config.checkpoint_best:
+            self._account.evaluations.best = best_evaluation(self._best_checkpoint, self.config)
         self._rounds.restore(metadata.get("evaluation_rounds"))
         self._goes_on = self._account.is_solved
         for i in range(self.config.num_seeds):
@@ -190,12 +224,14 @@ class Run(ShownRun):
                     while stopped is None:
                         progress = self._advance(stop)
                         is_due = time.monotonic() - saved_at > self.config.checkpoint_period_seconds
-                        must_stop, must_save = peers.any_of(stop.requested, stop.take_save_request() or is_due)
+                        is_asked = stop.take_save_request() or self._callbacks.control.take_save_request()
+                        must_stop, must_save = peers.any_of(stop.requested, is_asked or is_due)
                         stopped = "interrupted" if must_stop else self._reason_to_stop()
                         self._account.decided_at = time.monotonic()
                         if must_save and stopped is None:
-                            self._saving.save_if_possible()
+                            self._saving.save_if_possible(self._notes())
                             saved_at = time.monotonic()
+                        self._callbacks.on_checkpoints(self._saving.take_complete)
                         yield progress
                 except GeneratorExit:  # the caller has left the loop
                     failure = "" if stopped or stop.requested else failure_of_loop()
@@ -212,14 +248,19 @@ class Run(ShownRun):
         """Trains one chunk, which ends at the next evaluation at the latest, and then evaluates and films if it did."""
         period = self.config.eval_period_env_steps
         goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
+        fixed_before = self._topology.fixed
         progress = self._topology.advance(goal)
         self._account.add(progress)
         self._rounds.add(progress)
-        if progress.env_steps >= goal:
+        self._callbacks.on_progress(progress)
+        if self._callbacks.control.take_evaluation_request() or progress.env_steps >= goal:
             progress = dataclasses.replace(progress, **self._evaluate_and_film(stop))
         self._account.check_divergence(progress)
         if self._metrics:
-            self._metrics.write(progress.env_steps, progress.metrics())
+            fixed = {f"fixed_{name}": value for name, value in fixed_before.items()}
+            self._metrics.write(progress.env_steps, {**progress.metrics(), **fixed})
+        if progress.eval_returns is not None:
+            self._callbacks.on_evaluation(progress)
         return progress
 
     def _evaluate_if_pending(self, stop: StopFlag) -> None:
@@ -234,9 +275,8 @@ class Run(ShownRun):
 
     def _evaluate_and_film(self, stop: StopFlag) -> dict[str, Any]:
         """Evaluates and films, unless a signal interrupts that, and returns what `_evaluate` does."""
-        is_interruptible = self.config.topology.runs_in == "this process"  # others only ask now and then
         try:
-            with stop.interrupting() if is_interruptible else contextlib.nullcontext():
+            with stop.interrupting() if self._is_interruptible else contextlib.nullcontext():
                 evaluated = self._evaluate(stop)
         except StopRequested:
             return {}
@@ -244,7 +284,9 @@ class Run(ShownRun):
             return {}
         newest = self._rounds.summary
         if evaluated:
-            self._account.best.add(newest["eval_at_env_steps"], np.array(newest["eval_returns"]))
+            env_steps, returns = newest["eval_at_env_steps"], np.array(newest["eval_returns"])
+            self._account.evaluations.newest = evaluation_of(env_steps, returns)
+            self._keep_if_best(stop)
         self._film_if_due(stop)
         self._account.evaluated_at = self._topology.env_steps
         return evaluated
@@ -262,6 +304,14 @@ class Run(ShownRun):
             self._topology.keep(int(i))
         return evaluated
 
+    def _keep_if_best(self, stop: StopFlag) -> None:
+        def play_fresh() -> np.ndarray | None:
+            with stop.interrupting() if self._is_interruptible else contextlib.nullcontext():
+                return self._rounds.confirm(lambda: stop.requested)
+
+        notes = {**self._notes(), "evaluated_at": self._topology.env_steps}
+        self._saving.keep_if_best(self._account.evaluations, play_fresh, notes)
+
     def _film_if_due(self, stop: StopFlag) -> None:
         recorder, env_steps = self._recorder, self._topology.env_steps
         if recorder is not None and recorder.is_due(env_steps, self._account.evaluated_at) and self._writes:
@@ -273,13 +323,27 @@ class Run(ShownRun):
     def _reason_to_stop(self) -> str | None:
         if self.config.stop_return is not None and self._account.is_solved and not self._goes_on:
             return "return reached"
-        return "env steps" if self._topology.env_steps >= self.config.env_steps else None
+        if self._topology.env_steps >= self.config.env_steps:
+            return "env steps"
+        return None if self._callbacks.control.stop_reason is None else "callback"
+
+    def _notes(self) -> dict[str, Any]:
+        """Returns what the metadata of a checkpoint keep, apart from what the topology says about itself."""
+        return {
+            **self._account.saved,
+            "evaluation_rounds": self._rounds.saved,
+            "has_own_network": self._has_own_network,
+            "environment": record_of(self._env),
+            "fixed": dict(self._topology.fixed),
+        }
 
     def _finish(self, stopped: str, **more: Any) -> None:
-        self._saving.save_at_end()
-        if fall := self._account.best.fall():
+        self._saving.save_at_end(self._notes())
+        self._callbacks.on_checkpoints(self._saving.take_complete)
+        if fall := self._account.evaluations.fall():
             self._account.warn("fall", fall)
         self._write_summary(stopped, **more)
+        self._callbacks.on_end(self.summary)
         self._write_report()
 
     def _fail(self, error: BaseException, stop: StopFlag) -> str:
@@ -290,11 +354,12 @@ class Run(ShownRun):
             return "interrupted"
         is_sound = not isinstance(error, RunFailed) or error.learner_is_sound
         if is_sound and not is_of_checkpoints(error):
-            self._saving.save_after_failure()
+            self._saving.save_after_failure(self._notes())
         num_env_failures = getattr(error, "num_env_failures", 0)
         self._account.num_env_failures = max(self._account.num_env_failures, num_env_failures)
         message = message_of(error, self._topology.env_steps, self._saving.newest(), self.directory.path)
         self._write_summary_if_possible("failed", error=message)
+        self._callbacks.on_failure(self.summary)
         self._write_report()
         return message
 
@@ -322,22 +387,14 @@ class Run(ShownRun):
             "backend": self.backend,
             **self._account.summary(stopped, self._topology),
             **self._rounds.summary,
+            **self._saving.summary(),
             "num_videos": self._recorder.num_videos if self._recorder else 0,
             "num_video_failures": self._recorder.num_failures if self._recorder else 0,
             "version": self.directory.version,
+            "stop_reason": self._callbacks.control.stop_reason if stopped == "callback" else None,
             **more,
         }
+        if self._metrics:
+            self._metrics.summary = self.summary
         if peers.is_first():
             self.directory.write_summary(self.summary)
-
-
-def _notes(
-    account: RunAccount, rounds: EvaluationRounds, env: InGraphEnv | HostEnv, *, has_own_network: bool
-) -> dict[str, Any]:
-    """Returns what the metadata of a checkpoint keep, apart from what the topology says about itself."""
-    return {
-        **account.saved,
-        "evaluation_rounds": rounds.saved,
-        "has_own_network": has_own_network,
-        "environment": record_of(env),
-    }

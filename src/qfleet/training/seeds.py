@@ -13,12 +13,13 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from typing import Any
 
 from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.envs.registry import backend_of
 from qfleet.runtime.activity import announce
+from qfleet.runtime.loggers import Logger
 from qfleet.runtime.process import seconds_since_process_start
 from qfleet.runtime.records import Progress, mean, progress_from
 from qfleet.runtime.report.page import write_report
@@ -26,7 +27,9 @@ from qfleet.runtime.run_directory import SEEDS_FOLDER, RunDirectory, strict_json
 from qfleet.runtime.saved_run import SavedRun
 from qfleet.runtime.seed_metrics import NUM_ROWS, CombinedMetrics, SeedRecords
 from qfleet.runtime.signals import StopFlag
+from qfleet.training.callbacks import CallbackFailed
 from qfleet.training.leaving import failure_of_loop
+from qfleet.training.observers import Observers
 from qfleet.training.outcome import Closing
 from qfleet.training.seed_places import make_places
 from qfleet.training.seed_processes import SeedProcesses, cause_of_end
@@ -52,6 +55,8 @@ class SeedsRun(ShownRun):
         *,
         is_resumed: bool = False,
         num_at_once: int | None = None,
+        callbacks: Sequence[Any] = (),
+        loggers: Sequence[tuple[str, Logger]] = (),
     ) -> None:
         """Checks the run and makes or opens its folder; the processes start once it is iterated over.
 
@@ -60,6 +65,8 @@ class SeedsRun(ShownRun):
           open_directory: makes or opens the run's folder.
           is_resumed: whether the seeds go on that have not come to their end.
           num_at_once: as for `make_places`.
+          callbacks: what is told of the records of all seeds together, and may stop the run.
+          loggers: what logs these records, with names.
 
         Raises:
           ConfigError: if a seed can't be trained here, or all have come to their end.
@@ -82,6 +89,8 @@ class SeedsRun(ShownRun):
         except BaseException:
             self._lock.release()
             raise
+        resumed_at = sum(seed.env_steps for seed in self._seeds) // len(self._seeds) if is_resumed else None
+        self._observers = Observers(config, self.directory, callbacks, loggers, resumed_at)
         self._going_on = set(self._unfinished)
         """Indices of the seeds that have not ended."""
         self._processes = SeedProcesses(config, self._places)
@@ -150,6 +159,11 @@ class SeedsRun(ShownRun):
                 self._processes.ask_to_stop()
                 self._processes.wait()
                 raise
+            except CallbackFailed as error:
+                self._failure_of_loop = str(error)
+                self._processes.ask_to_stop()
+                self._processes.wait()
+                raise
         if any(seed.error for seed in self._seeds):
             run = shlex.quote(str(self.directory.path))
             raise RunFailed(f"{failures_in_words(self._seeds)}. `qfleet resume {run}` tries these again")
@@ -158,7 +172,7 @@ class SeedsRun(ShownRun):
         waiting, is_stopping, written_at = deque(self._unfinished), False, time.monotonic()
         announce("starting processes")
         while (waiting and not is_stopping) or self._processes.num_running:
-            if stop.requested and not is_stopping:
+            if (stop.requested or self._observers.stop_reason is not None) and not is_stopping:
                 is_stopping = True
                 self._processes.ask_to_stop()
             if stop.take_save_request():
@@ -167,7 +181,9 @@ class SeedsRun(ShownRun):
                 self._start(waiting.popleft())
             for i, message in self._processes.messages():
                 if message["kind"] == "progress":
-                    yield self._together(i, progress_from(message))
+                    progress = self._together(i, progress_from(message))
+                    self._observers.tell(progress)
+                    yield progress
                 elif message["kind"] == "failed":
                     self._note_failure(i, message["error"], is_config=message["is_config"])
             for i, code in self._processes.take_ended().items():
@@ -288,9 +304,10 @@ class SeedsRun(ShownRun):
             "process_age_seconds": self._process_age,
             "version": self.directory.version,
         }
-        if self._failure_of_loop and self.summary["stopped"] == "interrupted":
-            self.summary |= {"stopped": "failed", "error": self._failure_of_loop}
+        if self.summary["stopped"] == "interrupted":
+            self.summary |= self._observers.outcome(self._failure_of_loop)
         self.directory.write_summary(self.summary)
+        self._observers.end(self.summary)
 
     def _write_report(self) -> None:
         """Writes the report of all seeds, and what the first of them was started with."""

@@ -22,7 +22,7 @@ def test_one_run_is_told_by_its_key_figures(tmp_path: Path) -> None:
     assert (facts["title"], facts["state"]) == ("CartPole-v1 · double_dqn · fused", "stopped: env steps")
     assert dict(facts["cards"]) == {
         "newest return": "20",
-        "best return": "25.5 at 1,500",
+        "best return, at step 1,500": "25.5",
         "environment steps": "2,000",
         "learner steps": "200",
         "wall time": "1 min 15 s",

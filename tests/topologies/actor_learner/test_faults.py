@@ -308,7 +308,7 @@ def test_a_checkpoint_counts_the_steps_of_the_learner_that_it_holds(tmp_path: Pa
     next(progress)  # for a fleet that rests asks nothing of anybody
     lose()
     monkeypatch.setattr(director_module, "_LOST_SECONDS", 0.0)
-    run._saving.save()
+    run._saving.save(run._notes())
     assert "there is no checkpoint at environment step" in caplog.text and "learner is lost" in caplog.text
     monkeypatch.undo()
     while next(progress).new_learner_steps == 0:

@@ -63,7 +63,7 @@ def _cards(run: SavedRun) -> Facts:
     best = _figure(summary.get("best_eval_return_mean"))
     cards = [
         ("newest return", _figure(newest("eval_return_mean"))),
-        ("best return", best if best == NOTHING else f"{best} at {best_at}"),
+        ("best return" if best_at == NOTHING else f"best return, at step {best_at}", best),
         ("environment steps", _figure(newest("env_steps"))),
         ("learner steps", _figure(newest("learner_steps"))),
         ("wall time", _duration(newest("wall_seconds"))),

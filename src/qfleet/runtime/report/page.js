@@ -121,7 +121,8 @@ async function draw(report) {
     return { figure, plot, box: element("figure", figure.wide ? { class: "wide" } : {}, caption, plot) };
   });
   const video = report.video && element("video",
-    { controls: "", loop: "", muted: "", playsinline: "", src: report.video, title: "an episode of the trained agent" });
+    { controls: "", loop: "", autoplay: "", playsinline: "", src: report.video, title: "an episode of the trained agent" });
+  if (video) video.muted = true; // otherwise the browser wouldn't start it
   const groups = facts.groups.length > 0 &&
     table(facts.groups.map(groupCells), Object.keys(facts.groups[0]), "many");
   const made = element("main", { id: "report" },

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from qfleet.config import ActorLearnerConfig, TrainConfig
+from qfleet.core.learner import LearnerState
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
@@ -99,6 +100,16 @@ class ActorLearner(OnRay):
         return jax.tree.unflatten(jax.tree.structure(self._shapes.params), [np.array(leaf) for leaf in leaves])
 
     @property
+    def learner(self) -> LearnerState:
+        """The newest learner state, once nothing is under way any more."""
+        self._director.quiesce()
+        self.env_steps = self._director.env_steps
+        # The learner's own count, because it may be lost meanwhile, and its replacement goes on from a checkpoint.
+        self.learner_steps, leaves = self._director.learner_state()
+        learner: LearnerState = jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)
+        return learner
+
+    @property
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out.
 
@@ -108,11 +119,7 @@ class ActorLearner(OnRay):
         Raises:
           StateIsLost: if the learner or a shard is lost, and its replacement has found no node yet.
         """
-        self._director.quiesce()
-        self.env_steps = self._director.env_steps
-        # The learner's own count, because it may be lost meanwhile, and its replacement goes on from a checkpoint.
-        self.learner_steps, leaves = self._director.learner_state()
-        state = {"learner": jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)}
+        state: dict[str, Any] = {"learner": self.learner}
         if self._config.checkpoint_replay:
             state["replay"] = join_shards(self._director.snapshots(), self._pool)
         return state

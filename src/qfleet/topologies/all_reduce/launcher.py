@@ -6,7 +6,7 @@ It takes no part in learning. The package's docstring shows the data flow.
 import contextlib
 import importlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Launcher:
         self._env_steps = 0
         """Environment steps of the newest message of progress."""
 
-    def run(self, newest_checkpoint: Callable[[], int]) -> Iterator[dict[str, Any]]:
+    def run(self, newest_checkpoint: Callable[[], int]) -> Generator[dict[str, Any], None, None]:
         """Yields the progress that the first process reports, until all processes have ended.
 
         Yields nothing if the first process belongs to the launcher of another host.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from qfleet.config import ConfigError
+from qfleet.runtime.checkpoint_files import NotSaved
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.fleet.cluster import connected, in_words, room
@@ -269,13 +270,15 @@ class Director(abc.ABC, Generic[S]):
                 self._lock.notify_all()
 
     def _of_newest_checkpoint(self, read: Callable[[Checkpoints, int], Any]) -> tuple[Any, dict[str, Any]] | None:
-        """Returns what `read` reads of the newest checkpoint, and its counters; None if there is none yet."""
+        """Returns what `read` reads of the newest checkpoint, and its counters; None if there is none or lacks it."""
         if self.checkpoints_path is None:
             return None
         checkpoints = Checkpoints(self.checkpoints_path, run_id=None, is_keeper=False)
         while (newest := checkpoints.latest()) is not None:
             try:
                 return read(checkpoints, newest), checkpoints.read_metadata(newest)["counters"]
+            except NotSaved:
+                return None
             except Exception:
                 if newest in checkpoints.all():
                     raise

@@ -123,7 +123,7 @@ class OnRay(Topology):
     def read(self, checkpoints: Checkpoints, checkpoint: int | None, metadata: dict[str, Any]) -> dict[str, Any]:
         """Returns the state that a checkpoint holds, whichever topology and number of processes have saved it."""
         state: dict[str, Any] = {"learner": self._read_learner(checkpoints, checkpoint)}
-        if self._has_replay:
+        if self._has_replay and "replay" in checkpoints.items(checkpoint):
             state["replay"] = self._read_replay(checkpoints, checkpoint)
         return state
 

@@ -27,7 +27,7 @@ from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState
 from qfleet.topologies.fused.program_on_devices import ProgramOnDevices
 from qfleet.topologies.replay_measures import ReplayMeasures
 from qfleet.topologies.restoring import read_state
-from qfleet.topologies.schedule import Plan, learner_steps, make_plan, rows_per_iteration
+from qfleet.topologies.schedule import Plan, changeable, learner_steps, make_plan, rows_per_iteration
 
 MAX_ITERATIONS = 256
 """The largest number of iterations in one chunk."""
@@ -57,6 +57,7 @@ class Fused(OwnLearner):
         self._pieces, self._replay_measures = Pieces(), ReplayMeasures()
         self.env_steps = self.learner_steps = self._replay_starts_at = 0
         self._seconds_per_iteration = CHUNK_SECONDS  # a guess that makes the first chunk one iteration
+        self.changeable = changeable(config.agent)
         self._kept_learners: dict[int, Any] = {}  # learners that stay as they are, by their seed's index
 
     def start(self) -> float:
@@ -232,6 +233,7 @@ class Fused(OwnLearner):
             MAX_ITERATIONS,
             self.env_steps,
             self._replay_starts_at,
+            self.fixed,
         )
 
     def _check_finite(self, stats: ChunkStats, env_steps_before: int) -> None:

@@ -146,6 +146,16 @@ class GossipDirector(Director[GossipStats]):
             process = self._processes[peer.number]
             yield None if peer.stage == "absent" else self._answer_of(process, "state", gives_up=True)
 
+    def learners(self) -> Iterator[tuple[int, Leaves] | None]:
+        """Yields what `GossipPeer.learner` returns, for each peer; None for a peer that doesn't train.
+
+        Raises:
+          StateIsLost: as `states` does.
+        """
+        for peer in self._peers:
+            is_there = peer.stage == "training"
+            yield self._answer_of(self._processes[peer.number], "learner", gives_up=True) if is_there else None
+
     def share_of_newest_checkpoint(self, number: int) -> SavedReplay | None:
         """Returns a peer's share of the replay in the newest checkpoint; None if there is no such replay."""
         newest = self._read_replay and self._of_newest_checkpoint(self._read_replay)

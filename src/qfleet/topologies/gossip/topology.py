@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from qfleet.config import GossipConfig, TrainConfig
+from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay, make_replay
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
@@ -142,22 +143,38 @@ class Gossip(OnRay):
         return jax.tree.unflatten(jax.tree.structure(self._shapes.params), self._mean_params)
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The parts of a checkpoint by name; without the replay if the config leaves it out.
-
-        The learner is the mean over the peers, with the counters of the peer that has taken the most learner steps.
+    def learner(self) -> LearnerState:
+        """The mean over the peers, with the counters of the peer that has taken the most learner steps.
 
         Raises:
           StateIsLost: if no peer is ready, or one was lost meanwhile and there is no room for its replacement.
         """
+        self._quiesce()
+        return self._mean_of([learner for learner in self._director.learners() if learner is not None])
+
+    def _quiesce(self) -> None:
         self._director.quiesce()
         self.env_steps, self.learner_steps = self._director.env_steps, self._director.learner_steps
-        learners, replay = self._gathered()
+
+    def _mean_of(self, learners: list[tuple[int, Leaves]]) -> LearnerState:
+        """Returns the mean of learners, each given by its learner steps and its leaves."""
         if not learners:
             raise StateIsLost("no peer is ready: all of them are being replaced")
         furthest = max(range(len(learners)), key=lambda i: learners[i][0])
         leaves = mean_of([leaves for _, leaves in learners], furthest)
-        state = {"learner": jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)}
+        learner: LearnerState = jax.tree.unflatten(jax.tree.structure(self._shapes), leaves)
+        return learner
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The parts of a checkpoint by name; without the replay if the config leaves it out.
+
+        Raises:
+          StateIsLost: as `learner` does.
+        """
+        self._quiesce()
+        learners, replay = self._gathered()
+        state: dict[str, Any] = {"learner": self._mean_of(learners)}
         return state if replay is None else {**state, "replay": replay}
 
     def _gathered(self) -> tuple[list[tuple[int, Leaves]], SavedReplay | None]:

@@ -30,7 +30,7 @@ from qfleet.topologies.overlapped.programs import HostRow, RandomInputs
 from qfleet.topologies.overlapped.programs_on_mesh import ProgramsOnMesh
 from qfleet.topologies.replay_measures import ReplayMeasures
 from qfleet.topologies.restoring import read_state
-from qfleet.topologies.schedule import Plan, make_plan, rows_per_iteration
+from qfleet.topologies.schedule import Plan, changeable, make_plan, rows_per_iteration
 from qfleet.topologies.schedule import learner_steps as planned_learner_steps
 
 CHUNK_SECONDS = 0.5
@@ -91,6 +91,7 @@ class Overlapped(OwnLearner):
         self._to_host, self._to_devices = self._on_mesh.copy_to_host, self._on_mesh.copy_to_devices
         self.env_steps = self.learner_steps = self._replay_starts_at = 0
         self._seconds_per_iteration = CHUNK_SECONDS  # a guess that makes the first chunk one iteration
+        self.changeable = changeable(config.agent)
         self._lanes: Any = None
         self._replay_measures = ReplayMeasures()
 
@@ -181,7 +182,9 @@ class Overlapped(OwnLearner):
         num_iterations = max(1, min(num_iterations, math.ceil(wanted)))
         take_rows = self._rows_with_replay if self._on_mesh.has_replay else self._rollout
         for _ in range(num_iterations):
-            plan = make_plan(self._config.agent, self._topology.num_envs, 1, self.env_steps, self._replay_starts_at)
+            plan = make_plan(
+                self._config.agent, self._topology.num_envs, 1, self.env_steps, self._replay_starts_at, self.fixed
+            )
             self._key, inputs = self._draw(self._key)
             take_rows(plan, inputs, stats)
             self.env_steps += self.env_steps_per_iteration

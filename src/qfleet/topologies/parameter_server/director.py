@@ -60,6 +60,8 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
 
     _needs_in_words = "all shards of the server and of the replay, and a worker"
     _resource_flags = "--worker-resources"
+    fixed_exploration: float | None = None
+    """Exploration that replaces its schedule; None for the schedule."""
 
     def __init__(
         self,
@@ -228,7 +230,9 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
             worker.pull_all_again()
             self._server.note_failed_pull(handles)
 
-        exploration = float(exploration_at(self._config.agent, np.array(self.env_steps)))
+        exploration = self.fixed_exploration
+        if exploration is None:
+            exploration = float(exploration_at(self._config.agent, np.array(self.env_steps)))
         remote.submit_act(
             self._supervisor, worker.process, ActRequest(pull, exploration), handles, on_reply=arrived, on_dropped=lost
         )

@@ -10,6 +10,7 @@ import numpy as np
 
 from qfleet.config import ParameterServerConfig, TrainConfig
 from qfleet.core.exploration import exploration_at
+from qfleet.core.learner import LearnerState
 from qfleet.core.sharded_learner import ShardedLearner
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
@@ -27,6 +28,7 @@ class ParameterServer(OnRay):
     """Workers, a server and possibly a replay, in processes of their own. This process directs them."""
 
     _director: "ServerDirector"
+    changeable = ("exploration",)
 
     def __init__(self, config: TrainConfig, env: InGraphEnv | HostEnv, network: Network) -> None:
         """Checks the sizes; `start` starts the processes.
@@ -48,6 +50,7 @@ class ParameterServer(OnRay):
         Raises:
           RunFailed: if a process has failed too often, or the loss is not finite.
         """
+        self._director.fixed_exploration = self.fixed.get("exploration")
         stats = self._director.resume(until_env_steps)
         self.env_steps, self.learner_steps = stats.end
         check_loss(sum(stats.losses), self.learner_steps, self._config.agent)
@@ -62,7 +65,9 @@ class ParameterServer(OnRay):
             q_max=sum_of(stats.q_mean),
             loss=sum_of(stats.losses),
             td_error=sum_of(stats.td_errors),
-            exploration=float(exploration_at(self._config.agent, np.array(self.env_steps))),
+            exploration=self.fixed.get(
+                "exploration", float(exploration_at(self._config.agent, np.array(self.env_steps)))
+            ),
             staleness=sum_of(stats.staleness),
             num_env_failures=stats.num_failures,
             fleet=self._figures(stats),
@@ -104,6 +109,20 @@ class ParameterServer(OnRay):
         return jax.device_get(self._learner.assemble_params(self._director.params()))
 
     @property
+    def learner(self) -> LearnerState:
+        """The newest learner state, once nothing is in flight any more."""
+        self._director.quiesce()
+        self.env_steps = self._director.env_steps
+        leaves = self._director.learner_state()
+        self.learner_steps = self._director.learner_steps
+        # The optimiser of `make_learner` may clip, and that of the shards does not. The structure of their states
+        # differs, while the arrays are the same.
+        learner: LearnerState = jax.tree.unflatten(
+            jax.tree.structure(self._shapes), jax.tree.leaves(self._learner.join(leaves))
+        )
+        return learner
+
+    @property
     def state(self) -> dict[str, Any]:
         """The items of a checkpoint by name; without the replay if the config leaves it out.
 
@@ -112,14 +131,7 @@ class ParameterServer(OnRay):
         Raises:
           StateIsLost: if a shard of the server or of the replay was lost and has not found a place yet.
         """
-        self._director.quiesce()
-        self.env_steps = self._director.env_steps
-        leaves = self._director.learner_state()
-        self.learner_steps = self._director.learner_steps
-        # The optimiser of `make_learner` may clip, and that of the shards does not. The structure of their states
-        # differs, while the arrays are the same.
-        learner = jax.tree.unflatten(jax.tree.structure(self._shapes), jax.tree.leaves(self._learner.join(leaves)))
-        state = {"learner": learner}
+        state: dict[str, Any] = {"learner": self.learner}
         if self._config.checkpoint_replay:
             state["replay"] = join_shards(self._director.snapshots(), self._pool)
         return state
