@@ -139,7 +139,7 @@ HEALTHY = {
     "rainbow_lite, FrozenLake, overlapped": Case("", "FrozenLake-v1", "rainbow_lite", settings={"env_steps": 100_000}),
     "pqn, MinAtar Breakout": Case("", "gymnax:Breakout-MinAtar", "pqn", settings={"env_steps": 600_000}),
     "pqn, CartPole, all-reduce": Case("", "CartPole-v1", "pqn", "all-reduce", {"env_steps": 200_000}),
-    "ape_x, CartPole, actor-learner": Case(
+    "prioritised double_dqn, CartPole, actor-learner": Case(
         "", "CartPole-v1", "double_dqn", "actor-learner",
         {"env_steps": 80_000, "num_actors": 2, "num_replay_shards": 1, "replay": "prioritised"},
     ),

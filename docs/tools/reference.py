@@ -103,9 +103,10 @@ def _train_command() -> list[str]:
         wrap(
             "Every setting is a flag. Without `--preset`, the preset and its settings are [chosen for the environment]"
             "(../guide.md#without-a-preset). [Settings](config.md) gives the defaults, units and sources, and the "
-            "flags of each topology. `--quiet` prints nothing but errors. `--num-seeds-at-once N` bounds how many "
-            "seeds are trained at the same time, if each has a process of its own. `qfleet train ENV --preset P "
-            "--help` shows the defaults of that run."
+            "flags of each topology. `--quiet` prints nothing but errors. `--log wandb` and `--log mlflow` log to "
+            "[trackers](../logging.md#trackers) too. `--num-seeds-at-once N` bounds how many seeds are trained at the "
+            "same time, if each has a process of its own. `qfleet train ENV --preset P --help` shows the defaults of "
+            "that run."
         ),
         table(["flag", "value", "meaning"], rows),
     ]
@@ -212,6 +213,8 @@ def describe(hint: Any) -> str:
     if origin is typing.Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is tuple:
+        if typing.get_origin(arguments[0]) is typing.Literal:
+            return describe(arguments[0])
         return "whole numbers" if arguments[0] is int else f"{describe(arguments[0])}s"
     if origin is not None and issubclass(origin, Mapping):
         return "pairs of NAME and VALUE"

@@ -197,3 +197,8 @@ def test_values_that_the_target_network_can_not_have_carried_yet_have_not_collap
     slow = {"target_update_period": 4_000, "exploration_env_steps": 100_000}
     metrics = written(**NOT_LEARNING | {"eval_value_mean": 1.0, "eval_discounted_return_mean": 90.0})
     assert names(metrics, config_of(**slow)) == ["target_network"]
+
+
+def test_figures_are_shown_without_exponents_where_people_read_them() -> None:
+    numbers = (40_064, 500.0, 0.0703125, 0.0, 1.757e8, 3e20)
+    assert [diagnosis.shown(number) for number in numbers] == ["40,064", "500", "0.07031", "0", "175,700,000", "3e+20"]

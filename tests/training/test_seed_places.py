@@ -92,6 +92,18 @@ def test_each_process_has_gpus_of_its_own_or_a_share_of_their_memory(
     assert places.environments[0].get("XLA_PYTHON_CLIENT_MEM_FRACTION") == memory
 
 
+def test_the_cpu_is_divided_before_anything_else_may_start_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`footprint` does that for the processes of all-reduce. Once JAX has started, it would be too late."""
+    order = []
+    for name in ("footprint", "make_env_and_network"):
+        function = getattr(seed_places, name)
+        monkeypatch.setattr(
+            seed_places, name, lambda *given, name=name, function=function: (order.append(name), function(*given))[1]
+        )
+    make_places(make("all-reduce", num_processes=2), None)
+    assert order == ["footprint", "make_env_and_network"]
+
+
 def test_an_environment_that_there_is_not_is_refused() -> None:
     with pytest.raises(ConfigError, match="Did you mean CartPole-v1"):
         make_places(dataclasses.replace(make(), env="CartPol-v1"), None)

@@ -75,7 +75,8 @@ if behaviour == "crash":
     print("ZeroDivisionError: bad luck", flush=True)
     sys.exit(1)
 while behaviour == "wait" and not asked:
-    time.sleep(0.01)
+    time.sleep(0.02)
+    tell("progress", **template | {"env_steps": 100, "learner_steps": 10})
 if asked:
     end("interrupted", 100)
 record(env_steps, [1.0 + seed, 3.0 + seed])
@@ -85,7 +86,7 @@ end("return reached" if behaviour == "solve" else "env steps", env_steps, [1.0 +
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Replaces the processes. Call it to say what those of some seeds do: train, wait, fail, die, crash, solve."""
+    """Replaces the processes. Call it to say what those of some seeds do: train, wait, fail, refuse, die ..."""
     script = tmp_path / "stub.py"
     script.write_text(textwrap.dedent(STUB))
 
@@ -206,8 +207,8 @@ def test_a_run_that_is_stopped_stops_all_seeds_and_goes_on_with_those_that_are_n
     run = qfleet.iterate(make(tmp_path, num_seeds=4), num_seeds_at_once=2)
     seen: set[int] = set()
     for _ in run:
-        if seen == {4, 5, 6}:  # a second signal would end this process at once
-            continue
+        if seen == {4, 5, 6}:
+            continue  # a second signal, after a while, would not wait
         seen = {int(path.name) for path in (tmp_path / "run" / "seeds").iterdir() if path.suffix == ""}
         if seen == {4, 5, 6} and how == "signal":
             signal.raise_signal(signal.SIGTERM)
@@ -219,10 +220,11 @@ def test_a_run_that_is_stopped_stops_all_seeds_and_goes_on_with_those_that_are_n
     stub()
     again = qfleet.resume(tmp_path / "run", num_seeds_at_once=3)
     assert isinstance(again, SeedsRun)
-    assert "all at once" not in again.places_in_words and "1 of them are finished" in again.places_in_words
+    assert "all at once" not in again.places_in_words and "; finished already: 1" in again.places_in_words
     assert list(again) and again.summary["stopped"] == "env steps"
     begun = (tmp_path / "log").read_text().splitlines()
-    assert [begun.count(f"begin {seed}") for seed in (4, 5, 6, 7)] == [1, 2, 2, 1]
+    assert [begun.count(f"begin {seed}") for seed in (4, 7)] == [1, 1]
+    assert all(begun.count(f"begin {seed}") >= 1 for seed in (5, 6)), "a process may be stopped before it says so"
     with pytest.raises(ConfigError, match="all seeds of this one have taken as many; give a larger --env-steps"):
         qfleet.resume(tmp_path / "run")
     longer = qfleet.resume(tmp_path / "run", env_steps=800)
@@ -248,12 +250,13 @@ def test_a_seed_that_has_reached_its_return_stays_as_it_is(tmp_path: Path, stub:
 def test_a_request_for_a_checkpoint_reaches_the_seeds(tmp_path: Path, stub: Any) -> None:
     """The stubs end when they hear of it."""
     stub(seed_4="wait", seed_5="wait")
-    steps = []
+    has_asked = False
     for record in qfleet.iterate(make(tmp_path, num_seeds=2), num_seeds_at_once=2):
-        steps.append(record.env_steps)
-        if record.env_steps == 100:
+        if record.env_steps == 100 and not has_asked:
             signal.raise_signal(signal.SIGUSR1)
-    assert steps == [50, 100, 150, 200]
+            has_asked = True
+    for seed in ("4", "5"):
+        assert '"env_steps": 200' in (tmp_path / "run" / "seeds" / seed / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.runs import diagnose, open_run
-from qfleet.runtime.diagnosis import Finding
+from qfleet.runtime.diagnosis import Finding, shown
 from qfleet.runtime.finding_runs import RUN_HELP
 from qfleet.runtime.run_directory import strict_json
 
@@ -50,7 +50,7 @@ def _in_words(number: int, finding: Finding) -> str:
     """Returns a finding in a paragraph of its own."""
     lines = [f"\n{number}. {finding.name} ({finding.severity})", _filled(finding.sentence, "   ")]
     for name, text in (
-        ("figure", f"{finding.figure:,.4g}, threshold {finding.threshold:,.4g}"),
+        ("figure", f"{shown(finding.figure)}, threshold {shown(finding.threshold)}"),
         ("source", finding.source),
         ("change", finding.knob),
     ):

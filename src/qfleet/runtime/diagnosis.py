@@ -72,6 +72,11 @@ class Finding:
     """`high` if nothing sound can be learned while it lasts, `medium` if it may be the reason why nothing is."""
 
 
+def shown(number: float) -> str:
+    """Returns a figure or a threshold as text: "40,064", "0.07031"."""
+    return f"{number:,.0f}" if 1e3 <= abs(number) < 1e9 else f"{number:.4g}"
+
+
 def diagnose(metrics: Mapping[str, np.ndarray], config: TrainConfig, summary: Mapping[str, Any]) -> list[Finding]:
     """Returns what is wrong with a run, the likeliest root cause first. An empty list means that nothing was found.
 

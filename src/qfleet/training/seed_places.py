@@ -10,7 +10,7 @@ from qfleet.config.lane_options import num_cores
 from qfleet.runtime.child_process import share_cores, visible_gpus
 from qfleet.runtime.devices import available_bytes, check_platforms_of_children
 from qfleet.topologies.footprint import check_fits
-from qfleet.training.assembly import footprint, make_env_and_network, make_topology
+from qfleet.training.assembly import footprint, make_env_and_network
 
 _GPU_SHARE = 0.9
 """Share of a GPU's memory that all processes on it may take together."""
@@ -71,22 +71,24 @@ def make_places(config: TrainConfig, num_at_once: int | None) -> SeedPlaces:
 
 def _limits(one: TrainConfig, gpus: list[str]) -> list[tuple[int, str]]:
     """Returns how many runs of one seed each resource allows at once, with the reason, after checking the run."""
-    env, network = make_env_and_network(one, None)
     topology = one.topology
-    make_topology(one, env, network, None)
+    found = None
+    if not gpus:  # otherwise only the seed's own process may ask, because asking takes the GPU's memory
+        found = footprint(one)  # this comes first, because it divides the CPU into the devices of all processes
+        check_fits(one, found, footprint)
+    make_env_and_network(one, None)
     if getattr(topology, "ray_address", None) not in (None, "local"):
         return [(1, "because each takes what the Ray cluster has")]
     busy = topology.num_busy_processes
-    cores = (num_cores() // busy, f"because one keeps {busy} busy, and this machine has {num_cores()} cores")
-    if gpus:  # whether a run fits into one, only its own process may ask, because asking takes the GPU's memory
+    limits = [(num_cores() // busy, f"because one keeps {busy} busy, and this machine has {num_cores()} cores")]
+    if gpus:
         devices = topology.mesh.num_devices
-        return [cores, (len(gpus) // devices, f"because one takes {devices} of this machine's {len(gpus)} GPUs")]
-    found = footprint(one)
-    check_fits(one, found, footprint)
-    available = available_bytes(found.devices)
-    if available is None:
-        return [cores]
-    return [cores, (available // max(1, found.bytes_per_device), "because no more fit into this machine's memory")]
+        limits.append((len(gpus) // devices, f"because one takes {devices} of this machine's {len(gpus)} GPUs"))
+    available = available_bytes(found.devices) if found else None
+    if found and available is not None:
+        fitting = available // max(1, found.bytes_per_device)
+        limits.append((fitting, "because no more fit into this machine's memory"))
+    return limits
 
 
 def _environment(place: int, num_at_once: int, gpus: list[str], num_devices: int) -> dict[str, str]:

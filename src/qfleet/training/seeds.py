@@ -112,7 +112,7 @@ class SeedsRun(ShownRun):
         reason = f", {self._places.reason}" if self._places.reason else ""
         at_once = "all at once" if count == self.config.num_seeds else f"{count} at a time"
         left = len(self._unfinished)
-        done = f"; {self.config.num_seeds - left} of them are finished" if left < self.config.num_seeds else ""
+        done = f"; finished already: {self.config.num_seeds - left}" if left < self.config.num_seeds else ""
         return f"seeds {seeds[0]} to {seeds[-1]}, each in a process of its own, {at_once}{reason}{done}"
 
     def _indices_to_train(self) -> list[int]:

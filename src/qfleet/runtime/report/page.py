@@ -13,7 +13,7 @@ from typing import Any
 
 from qfleet.config import ConfigError
 from qfleet.runtime.comparison import Comparison
-from qfleet.runtime.diagnosis import diagnose
+from qfleet.runtime.diagnosis import diagnose, shown
 from qfleet.runtime.report.facts import make_facts
 from qfleet.runtime.report.figures import make_figures
 from qfleet.runtime.run_directory import write_atomically
@@ -56,8 +56,8 @@ def _findings(run: SavedRun) -> list[dict[str, str]]:
         {
             "name": finding.name,
             "text": finding.sentence,
-            "figure": f"{finding.figure:,.4g}",
-            "threshold": f"{finding.threshold:,.4g} ({finding.source})",
+            "figure": shown(finding.figure),
+            "threshold": f"{shown(finding.threshold)} ({finding.source})",
             "knob": finding.knob,
         }
         for finding in diagnose(run.metrics, run.config, run.summary)
