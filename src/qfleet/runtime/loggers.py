@@ -4,6 +4,7 @@ Each logger has a thread of its own. So it can neither delay the run nor end it:
 nothing more is logged there.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -50,7 +51,7 @@ class Logger(Protocol):
         """Takes the numbers of one record, all of them finite, at this environment step."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Ends, with the content of summary.json."""
+        """Ends, with the content of summary.json; with {} after a failure."""
 
 
 class _Record(NamedTuple):
@@ -112,14 +113,24 @@ class BackgroundLogger:
     def _log(self, run: LoggedRun) -> None:
         try:
             self._target.begin(run)
-            while not self._is_off:
-                waiting = self._waiting.get()
-                if not isinstance(waiting, _Record):
-                    self._target.end(waiting)
-                    return
-                self._target.log(waiting.env_steps, waiting.numbers)
+            try:
+                summary = self._log_until_end()
+            except (Exception, SystemExit):
+                with contextlib.suppress(Exception, SystemExit):  # the failure under way matters more
+                    self._target.end({})  # which closes files
+                raise
+            self._target.end(summary)
         except (Exception, SystemExit) as error:  # whatever it is, it must not cost the run
             self._turn_off(describe(error))
+
+    def _log_until_end(self) -> Mapping[str, Any]:
+        """Logs records until there is a summary in their place, and returns that; {} if the run has given up."""
+        while not self._is_off:
+            waiting = self._waiting.get()
+            if not isinstance(waiting, _Record):
+                return waiting
+            self._target.log(waiting.env_steps, waiting.numbers)
+        return {}
 
 
 class Loggers:
