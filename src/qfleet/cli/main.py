@@ -59,13 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def end_process(code: int) -> int:
-    """Returns the exit code with which this process ends, or ends it at once if its work was interrupted.
+    """Returns the exit code with which this process ends, or ends it at once if something in it goes on.
 
     XLA may still compile what was interrupted, in threads of its own or of ours. The end of Python would wait for ours,
-    and destroy what the others use: then the process would crash.
+    and destroy what the others use: then the process would crash. A tracker that hangs, which the run has given up, may
+    make the end of Python wait for it as well.
     """
-    signals = sys.modules.get("qfleet.runtime.signals")
-    if signals and signals.has_interrupted():
+    signals, loggers = (sys.modules.get(f"qfleet.runtime.{name}") for name in ("signals", "loggers"))
+    if (signals and signals.has_interrupted()) or (loggers and loggers.has_abandoned()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -22,6 +22,11 @@ END_SECONDS = 30.0
 _MOST_WAITING = 1000  # records
 
 
+def has_abandoned() -> bool:
+    """Returns whether a logger still hangs in this process. What it uses may make the end of Python wait for it."""
+    return _has_abandoned
+
+
 class LoggedRun(NamedTuple):
     """What a logger is told about a run when it begins."""
 
@@ -94,6 +99,8 @@ class BackgroundLogger:
         if self._thread is not None and not self._is_off:
             self._thread.join(max(0.0, seconds))
             if self._thread.is_alive():
+                global _has_abandoned
+                _has_abandoned = True
                 self._turn_off(f"writing the last of it took more than {END_SECONDS:g} s")
         self._thread = None
 
@@ -145,3 +152,6 @@ class Loggers:
         for each in self._loggers:
             each.wait(deadline - time.monotonic())
         self._loggers = []
+
+
+_has_abandoned = False

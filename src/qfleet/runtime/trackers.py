@@ -18,6 +18,9 @@ PROJECT = "qfleet"
 """Name of the project, or experiment, that a run is logged to if the tracker's own variables name none."""
 
 
+_WANDB_INIT_SECONDS = 15.0
+"""Longest wait for the server of wandb when a run begins. Its own default is longer than the end of a run waits."""
+
 _MLFLOW_PERIOD_SECONDS = 5.0
 """Time between two writes to MLflow."""
 
@@ -37,7 +40,8 @@ class WandbLogger:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which would send errors in offline mode, too
         import wandb
 
-        if wandb.setup().settings.mode == "online" and not wandb.api.api_key:
+        mode = os.environ.get("WANDB_MODE", wandb.setup().settings.mode)
+        if mode == "online" and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("there is no API key; run `wandb login`, or set WANDB_MODE=offline")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -46,7 +50,9 @@ class WandbLogger:
             resume="allow",
             dir=str(run.path),
             config=dict(run.config),
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+            settings=wandb.Settings(
+                console="off", silent=True, disable_git=True, save_code=False, init_timeout=_WANDB_INIT_SECONDS
+            ),
         )
 
     def log(self, env_steps: int, numbers: Mapping[str, float]) -> None:
