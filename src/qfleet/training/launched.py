@@ -95,8 +95,11 @@ class LaunchedRun(ShownRun):
         failure: dict[str, Any] = {}
         try:
             with StopFlag() as stop:
-                with contextlib.suppress(KeyboardInterrupt):  # a request to stop, while Ray starts the processes
-                    messages = launcher.run(lambda: self._checkpoints.latest() or 0)
+                with (
+                    contextlib.suppress(KeyboardInterrupt),  # a request to stop, while Ray starts the processes
+                    # Whatever ends the loop, the processes are stopped before the summary that they write is read.
+                    contextlib.closing(launcher.run(lambda: self._checkpoints.latest() or 0)) as messages,
+                ):
                     for message in messages:
                         progress = progress_from(message)
                         try:
@@ -108,10 +111,8 @@ class LaunchedRun(ShownRun):
                             raise
                         except CallbackFailed as error:
                             failure = self._observers.outcome(str(error))
-                            messages.close()
                             raise
                         if failure := self._observers.outcome(""):
-                            messages.close()
                             break
                 is_unsaid = self.directory.read_summary() == before  # stopped while its processes (re)started
                 if stop.requested and self._lock and is_unsaid and self._topology.coordinator is None:
