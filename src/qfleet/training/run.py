@@ -215,6 +215,7 @@ class Run(ShownRun):
     def _train(self) -> Generator[Progress, None, None]:
         stopped: str | None = None
         failure = ""
+        self._reported = self._topology.env_steps  # of the newest record; a fleet goes on while it is evaluated
         with StopFlag() as stop, self._closing:
             try:
                 try:
@@ -247,9 +248,10 @@ class Run(ShownRun):
     def _advance(self, stop: StopFlag) -> Progress:
         """Trains one chunk, which ends at the next evaluation at the latest, and then evaluates and films if it did."""
         period = self.config.eval_period_env_steps
-        goal = min((self._topology.env_steps // period + 1) * period, self.config.env_steps)
-        fixed_before = self._topology.fixed
+        goal = min((self._reported // period + 1) * period, self.config.env_steps)
+        fixed = {f"fixed_{name}": value for name, value in self._topology.fixed.items()}
         progress = self._topology.advance(goal)
+        self._reported = progress.env_steps
         self._account.add(progress)
         self._rounds.add(progress)
         self._callbacks.on_progress(progress)
@@ -257,7 +259,6 @@ class Run(ShownRun):
             progress = dataclasses.replace(progress, **self._evaluate_and_film(stop))
         self._account.check_divergence(progress)
         if self._metrics:
-            fixed = {f"fixed_{name}": value for name, value in fixed_before.items()}
             self._metrics.write(progress.env_steps, {**progress.metrics(), **fixed})
         if progress.eval_returns is not None:
             self._callbacks.on_evaluation(progress)
@@ -275,6 +276,7 @@ class Run(ShownRun):
 
     def _evaluate_and_film(self, stop: StopFlag) -> dict[str, Any]:
         """Evaluates and films, unless a signal interrupts that, and returns what `_evaluate` does."""
+        env_steps = self._topology.env_steps
         try:
             with stop.interrupting() if self._is_interruptible else contextlib.nullcontext():
                 evaluated = self._evaluate(stop)
@@ -282,13 +284,12 @@ class Run(ShownRun):
             return {}
         if not evaluated and peers.any_of(stop.requested)[0]:
             return {}
-        newest = self._rounds.summary
         if evaluated:
-            env_steps, returns = newest["eval_at_env_steps"], np.array(newest["eval_returns"])
+            returns = np.array(self._rounds.summary["eval_returns"])
             self._account.evaluations.newest = evaluation_of(env_steps, returns)
             self._keep_if_best(stop)
         self._film_if_due(stop)
-        self._account.evaluated_at = self._topology.env_steps
+        self._account.evaluated_at = env_steps
         return evaluated
 
     def _evaluate(self, stop: StopFlag) -> dict[str, Any]:
@@ -323,7 +324,7 @@ class Run(ShownRun):
     def _reason_to_stop(self) -> str | None:
         if self.config.stop_return is not None and self._account.is_solved and not self._goes_on:
             return "return reached"
-        if self._topology.env_steps >= self.config.env_steps:
+        if self._reported >= self.config.env_steps:
             return "env steps"
         return None if self._callbacks.control.stop_reason is None else "callback"
 
