@@ -232,3 +232,22 @@ def test_a_checkpoint_is_a_number_or_best(tmp_path: Path, capsys: pytest.Capture
     assert "best" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="a whole number or `best`, got 'worst'"):
         check_checkpoint("worst")
+
+
+def test_what_a_fleet_takes_while_its_best_is_kept_is_reported_and_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fleet trains on while it is evaluated, and its learner is then newer than the last record."""
+    scripted(*range(1, 9))
+    run = qfleet.iterate(config_of(tmp_path))
+    kind = type(run._topology)
+    learner = kind.learner.fget
+
+    def trained_on(topology: Any) -> Any:
+        topology.env_steps = 256  # all steps of the run
+        return learner(topology)
+
+    monkeypatch.setattr(kind, "learner", property(trained_on))
+    records = list(run)
+    assert [record.env_steps for record in records if record.eval_returns] == [64, records[-1].env_steps]
+    assert records[-1].env_steps >= 256 and run.summary["eval_at_env_steps"] == records[-1].env_steps
