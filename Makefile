@@ -62,7 +62,7 @@ clean:
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed-core: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	@echo "Installing qfleet into $(VENV): about 750 MB, a minute or two ..."
+	@echo "Installing qfleet into $(VENV): about 850 MB, a minute or two ..."
 	@$(PIP) --constraint constraints.txt --editable .
 	@touch $@
 

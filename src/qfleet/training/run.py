@@ -155,10 +155,9 @@ class Run(ShownRun):
             topology.prepare_evaluation()
             state = None if metadata is None else topology.read(self._checkpoints, checkpoint, metadata)
         self._writes = peers.is_first()  # files that a run has once, even in several processes
-        if self._writes:
-            record_start(self.directory)
         self._metrics = MetricsWriter(self.directory, self._account.began, loggers) if self._writes else None
         if self._metrics:
+            record_start(self.directory)
             self._closing.add(self._metrics.close)
         if metadata is not None and state is not None:
             self._restore(state, metadata, sets_best_aside=was_named)
