@@ -17,7 +17,7 @@ from typing import Any
 from qfleet.config import ConfigError
 from qfleet.envs.failures import describe
 from qfleet.runtime.activity import announced_to
-from qfleet.runtime.metrics_reading import MetricsReader
+from qfleet.runtime.metrics_reading import Metrics, MetricsReader
 from qfleet.runtime.progress import ProgressView
 
 logger = logging.getLogger("qfleet")
@@ -50,11 +50,15 @@ class Curve:
     @classmethod
     def of(cls, metrics: Path) -> "Curve":
         """Returns the curve of a run's metrics.jsonl. One that can't be read gives an empty curve."""
-        curve = cls()
         try:
-            columns = MetricsReader(metrics).read()
+            return cls.of_columns(MetricsReader(metrics).read())
         except ConfigError:
-            return curve
+            return cls()
+
+    @classmethod
+    def of_columns(cls, columns: Metrics) -> "Curve":
+        """Returns the curve of metrics that have been read already."""
+        curve = cls()
         for name in filter(_is_shown, columns):
             for env_steps, value in zip(columns["env_steps"].tolist(), columns[name].tolist(), strict=True):
                 curve._add(name, env_steps, value)

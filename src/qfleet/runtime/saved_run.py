@@ -45,7 +45,7 @@ class SavedRun:
             "no end yet" if stopped is None else f"stopped: {stopped}",
             completed=min(1.0, env_steps / config.env_steps),
             details=f"{env_steps:,} of {config.env_steps:,} environment steps, in {self.path}",
-            curve=Curve.of(self.directory.metrics_path),
+            curve=Curve.of_columns(metrics),
         )
 
     @property

@@ -88,3 +88,11 @@ def test_curves_share_the_points_of_a_figure(tmp_path: Path, num_runs: int) -> N
     traces = figures_of(*runs)["loss"]["traces"]
     points = [len(trace["data"]["env_steps"]["x"]) for trace in traces]
     assert max(points) <= max(MAX_POINTS // num_runs, MIN_POINTS)
+
+
+def test_staleness_has_a_figure_only_where_there_is_any(tmp_path: Path) -> None:
+    metrics = {"staleness": 2.5, "fleet_restarts": 0.0}
+    assert "staleness" not in figures_of(make_run(tmp_path / "none", 5))
+    figures = figures_of(make_run(tmp_path / "some", 5, metrics))
+    assert figures["staleness"]["traces"][0]["data"]["env_steps"]["y"] == [2.5] * 5
+    assert "failures" not in figures and "other_fleet_restarts" not in figures

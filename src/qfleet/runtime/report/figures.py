@@ -119,8 +119,8 @@ _NOT_DRAWN = {
     "eval_episodes",
 }
 
-_FLAT = {"staleness", "fleet_staleness"}
-"""Metrics whose figure is left out if they are zero throughout."""
+_LEFT_OUT_IF_ZERO = {"staleness"}
+"""Figures that are left out if they show nothing but zeros."""
 
 
 def make_figures(comparison: Comparison) -> list[Figure]:
@@ -139,8 +139,8 @@ def _figure(plan: Plan, groups: Sequence[Group], draw: "Callable[..., Iterator[d
     num_curves = sum(group.num_seeds for group in groups)
     max_points = max(MIN_POINTS, MAX_POINTS // num_curves)
     traces = [trace for number, group in enumerate(groups) for trace in draw(plan, group, number, max_points)]
-    is_flat = {line.metric for line in plan.lines} <= _FLAT and not any(any(trace.get("y", ())) for trace in traces)
-    if not traces or is_flat:
+    is_zero = not any(any(trace["data"]["env_steps"].get("y", ())) for trace in traces)
+    if not traces or (is_zero and plan.id in _LEFT_OUT_IF_ZERO):
         return None
     return {
         "id": plan.id,
@@ -250,7 +250,7 @@ def _failure_figure(metrics: Metrics) -> Iterator[Figure]:
     names = {
         name: name.removeprefix("fleet_").removeprefix("num_").replace("_", " ")
         for name in metrics
-        if name == "num_env_failures" or (name.startswith("fleet_") and "restart" in name)
+        if name == "num_env_failures" or _is_of_restarts(name)
     }
     traces = []
     for number, (name, words) in enumerate(names.items()):
@@ -271,11 +271,16 @@ def _other_plans(metrics: Metrics) -> list[Plan]:
     names = [
         name
         for name in metrics
-        if name not in _DRAWN | _NOT_DRAWN and not name.startswith("time_share_") and "_seed_" not in name
+        if name not in _DRAWN | _NOT_DRAWN
+        and not (name.startswith("time_share_") or "_seed_" in name or _is_of_restarts(name))
     ]
     return [
         Plan(f"other_{name}", name.replace("_", " "), "", "", (Line(name, name.replace("_", " ")),)) for name in names
     ]
+
+
+def _is_of_restarts(name: str) -> bool:
+    return name.startswith("fleet_") and "restart" in name
 
 
 def _plain(values: np.ndarray) -> list[float | None]:
