@@ -27,9 +27,7 @@ from qfleet.runtime.loggers import Logger
 from qfleet.runtime.metrics import MetricsWriter
 from qfleet.runtime.recorder import Recorder
 from qfleet.runtime.records import Progress
-from qfleet.runtime.report.page import write_report
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.runtime.saved_run import SavedRun
 from qfleet.runtime.signals import StopFlag, StopRequested
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.account import RunAccount
@@ -372,6 +370,9 @@ class Run(ShownRun):
     def _write_report(self) -> None:
         if self.config.report and peers.is_first():
             try:
+                from qfleet.runtime.report.page import write_report  # here, because the start must not wait for it
+                from qfleet.runtime.saved_run import SavedRun
+
                 write_report([SavedRun(self.directory.path)], self.directory.report_path)
             except Exception as error:  # it can be written later, by `qfleet report`
                 logger.warning("the report can't be written: %s", describe(error))
