@@ -15,7 +15,7 @@ import pytest
 
 import qfleet
 from qfleet.cli.main import main
-from qfleet.config import ConfigError
+from qfleet.config import ConfigError, RunFailed
 from qfleet.config.checks import check_checkpoint
 from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
@@ -209,6 +209,59 @@ def test_a_best_that_can_not_be_written_costs_a_warning(tmp_path: Path, monkeypa
     summary = qfleet.train(config_of(tmp_path / "run"))
     assert (summary["stopped"], summary["best_checkpoint"]) == ("env steps", None)
     assert [warning for warning in summary["warnings"] if "no space left" in warning]
+
+
+def test_the_best_is_written_with_the_next_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that still improves has a better learner at each evaluation, and writing each would slow it down."""
+    written: list[int] = []
+    save = BestCheckpoint.save_learner
+
+    def noting(self: BestCheckpoint, env_steps: int, *rest: Any) -> bool:
+        written.append(env_steps)
+        return save(self, env_steps, *rest)
+
+    monkeypatch.setattr(BestCheckpoint, "save_learner", noting)
+    scripted(1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 2.0)
+    summary = qfleet.train(config_of(tmp_path / "run"))
+    assert written == [192]
+    assert (summary["best_checkpoint"], summary["newest_checkpoint"]) == (192, 256)
+    best = qfleet.load(tmp_path / "run", checkpoint="best")
+    scripted(1.0, 1.0, 2.0, 2.0, 3.0, 3.0)
+    qfleet.train(config_of(tmp_path / "short", env_steps=192))
+    jax.tree.map(np.testing.assert_array_equal, best.params, qfleet.load(tmp_path / "short").params)
+
+
+def test_a_best_that_can_not_be_written_now_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, failures = BestCheckpoint.save_learner, [OSError("no space left")]
+
+    def failing_once(self: BestCheckpoint, *arguments: Any) -> bool:
+        if failures:
+            raise failures.pop()
+        return save(self, *arguments)
+
+    monkeypatch.setattr(BestCheckpoint, "save_learner", failing_once)
+    scripted(9.0, 9.0, 1.0, 1.0, 1.0)
+    summary = qfleet.train(config_of(tmp_path / "run", checkpoint_period_seconds=1e-9))
+    assert (summary["best_checkpoint"], summary["newest_checkpoint"]) == (64, 256)
+    assert [warning for warning in summary["warnings"] if "the next checkpoint tries again" in warning]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), RunFailed("the loss isn't finite", learner_is_sound=False)])
+def test_a_run_that_fails_keeps_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    scripted(9.0, 9.0, 1.0)
+    run = qfleet.iterate(config_of(tmp_path / "run"))
+    advance = run._topology.advance
+
+    def failing(goal: int) -> Any:
+        if run._topology.env_steps >= 128:
+            raise error
+        return advance(goal)
+
+    monkeypatch.setattr(run._topology, "advance", failing)
+    with pytest.raises(RunFailed):
+        follow(run)
+    assert run.summary["best_checkpoint"] == 64
+    assert run.summary["newest_checkpoint"] == (None if isinstance(error, RunFailed) else 128)
 
 
 def test_a_damaged_best_is_named_and_the_run_goes_on_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -351,8 +351,7 @@ class Run(ShownRun):
             self._write_summary_if_possible("interrupted")
             return "interrupted"
         is_sound = not isinstance(error, RunFailed) or error.learner_is_sound
-        if is_sound and not is_of_checkpoints(error):
-            self._saving.save_after_failure(self._notes())
+        self._saving.save_after_failure(self._notes(), is_sound=is_sound and not is_of_checkpoints(error))
         num_env_failures = getattr(error, "num_env_failures", 0)
         self._account.num_env_failures = max(self._account.num_env_failures, num_env_failures)
         message = message_of(error, self._topology.env_steps, self._saving.newest(), self.directory.path)

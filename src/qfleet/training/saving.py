@@ -3,26 +3,40 @@
 import contextlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from qfleet.config import ConfigError
+from qfleet.core.learner import LearnerState
 from qfleet.envs.failures import describe
 from qfleet.runtime.activity import announce
 from qfleet.runtime.best_checkpoint import RETURN_MEAN, BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.signals import StopRequested
 from qfleet.topologies.base import LEARNER_ALONE, StateIsLost, Topology
+from qfleet.topologies.mesh import leaves_of
 from qfleet.training.callbacks import SavedCheckpoint
-from qfleet.training.outcome import Evaluation, Evaluations, evaluation_of
+from qfleet.training.outcome import Evaluations, evaluation_of
 
 logger = logging.getLogger("qfleet")
 
 
+class KeptLearner(NamedTuple):
+    """The learner of the best evaluation, until it is on disk."""
+
+    env_steps: int
+    learner: LearnerState
+    metadata: dict[str, Any]
+
+
 class Saving:
-    """Saves the checkpoints of one run."""
+    """Saves the checkpoints of one run.
+
+    The learner of the best evaluation is copied at once, and written with the next checkpoint. A run that still
+    improves has a better one at almost every evaluation, and writing each would cost more than the evaluation itself.
+    """
 
     def __init__(
         self,
@@ -45,15 +59,19 @@ class Saving:
         self._keeps_best = keeps_best
         self._topology, self._checkpoints, self._best = topology, checkpoints, best
         self._warn = warn
+        self._kept: KeptLearner | None = None
         self._incomplete: dict[bool, int] = {}  # environment steps of the checkpoints under way, by whether one is best
 
     def save(self, notes: dict[str, Any]) -> None:
-        """Begins to save a checkpoint. If the state is lost for the moment, that is a warning.
+        """Begins to save a checkpoint, and the best one if it has changed.
+
+        If the state is lost for the moment, that is a warning.
 
         Args:
           notes: its metadata, apart from what the topology says about itself.
         """
         announce("saving")
+        self._save_best()
         topology = self._topology
         try:
             state = topology.state  # must come first: a fleet continues meanwhile, and this fixes what counts
@@ -87,37 +105,38 @@ class Saving:
             return
         if fresh is None or not evaluations.is_better(confirmed := evaluation_of(self._topology.env_steps, fresh)):
             return
-        env_steps = self._save_best(confirmed, notes)
-        if env_steps is not None:
-            evaluations.best = confirmed._replace(env_steps=env_steps)
-
-    def _save_best(self, evaluation: Evaluation, notes: dict[str, Any]) -> int | None:
-        """Begins to save the learner as that of the best evaluation, in place of the one before.
-
-        Args:
-          evaluation: the evaluation that says so.
-          notes: as for `save`.
-
-        Returns:
-          Its environment steps, which are the topology's; None if it isn't saved, which is a warning.
-        """
-        self._wait_for_best()
         try:
-            learner = self._topology.learner
-            if jax.process_count() > 1:
-                self._checkpoints.wait()
-            evaluated = {RETURN_MEAN: evaluation.mean, "return_error": evaluation.error}
-            metadata = {**self._metadata(notes), "layout": LEARNER_ALONE, **evaluated}
-            if self._best.save_learner(self._topology.env_steps, learner, metadata):
-                self._incomplete[True] = self._topology.env_steps
-                return self._topology.env_steps
+            learner, env_steps = self._topology.learner, self._topology.env_steps
         except StateIsLost as error:
             logger.warning("the learner of the best evaluation isn't kept: %s", error)
+            return
+        evaluated = {RETURN_MEAN: confirmed.mean, "return_error": confirmed.error}
+        metadata = {**self._metadata(notes), "layout": LEARNER_ALONE, **evaluated}
+        is_alone = jax.process_count() == 1
+        if is_alone:  # otherwise no process has all of it
+            learner = jax.tree.unflatten(jax.tree.structure(learner), leaves_of(learner))
+        self._kept = KeptLearner(env_steps, learner, metadata)
+        evaluations.best = confirmed._replace(env_steps=env_steps)
+        if not is_alone:
+            self._checkpoints.wait()  # because several processes must write in the same order
+            self._save_best()
+
+    def _save_best(self) -> None:
+        """Begins to save the kept learner in place of the best checkpoint, unless it is there already.
+
+        If that fails, it is a warning, and the next call tries again.
+        """
+        if self._kept is None:
+            return
+        try:
+            if self._best.save_learner(*self._kept):
+                self._incomplete[True] = self._kept.env_steps
+            if self._kept.env_steps in self._best.all() or jax.process_count() > 1:
+                self._kept = None
         except (OSError, ConfigError) as error:
             if jax.process_count() > 1:
                 raise
-            self._warn("saving the best", f"{error}. The run goes on, and keeps the next one that is better")
-        return None
+            self._warn("saving the best", f"{error}. The run goes on, and the next checkpoint tries again")
 
     def save_if_possible(self, notes: dict[str, Any]) -> None:
         """Saves on the way. A disk that is full now may have room at the next time."""
@@ -145,17 +164,26 @@ class Saving:
         try:
             self._best.wait()
         except OSError as error:
-            self._warn("saving the best", f"{error}. The run goes on, and keeps the next one that is better")
+            self._warn("saving the best", f"{error}. There is no checkpoint of the best evaluation")
 
-    def save_after_failure(self, notes: dict[str, Any]) -> None:
-        """Saves what is sound after the run has failed, unless several processes would have to do so together."""
+    def save_after_failure(self, notes: dict[str, Any], *, is_sound: bool) -> None:
+        """Saves what is sound after the run has failed, unless several processes would have to do so together.
+
+        Args:
+          notes: as for `save`.
+          is_sound: whether the newest state is. The best learner always is.
+        """
         if jax.process_count() > 1:
             return
         try:
-            self.save(notes)
-            self._checkpoints.wait()
+            if is_sound:
+                self.save(notes)
+                self._checkpoints.wait()
+            else:
+                self._save_best()
         except Exception as error:
             logger.warning("what the run has learned since its newest checkpoint is lost: %s", describe(error))
+        self._wait_for_best()
 
     def newest(self) -> int | None:
         """Returns the environment steps of the newest checkpoint, None if there is none or the folder can't be read."""
