@@ -44,10 +44,10 @@ def expected_target(double):
 @pytest.mark.parametrize("double", [False, True])
 def test_td_errors_and_the_weighted_loss_follow_the_definitions(double):
     agent = make_agent(LINEAR, AgentConfig(double=double, loss="squared"))
-    loss, td_error = agent.loss(PARAMS, TARGET_PARAMS, BATCH)
+    loss, found = agent.loss(PARAMS, TARGET_PARAMS, BATCH)
     values = np.asarray(linear(PARAMS, BATCH.obs))[np.arange(4), BATCH.action]
     expected = expected_target(double) - values
-    np.testing.assert_allclose(td_error, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.td_error, expected, rtol=1e-5)
     np.testing.assert_allclose(loss, np.mean(BATCH.weight * 0.5 * expected**2), rtol=1e-5)
     assert not np.allclose(expected_target(True), expected_target(False))
 
@@ -57,18 +57,19 @@ def test_the_gradient_moves_the_value_of_the_action_taken_and_nothing_else(doubl
     """No gradient flows through the bootstrap of either network, or to the target parameters."""
     agent = make_agent(LINEAR, AgentConfig(double=double, loss="squared"))
     gradient, target_gradient = jax.grad(lambda *args: agent.loss(*args)[0], (0, 1))(PARAMS, TARGET_PARAMS, BATCH)
-    _, td_error = agent.loss(PARAMS, TARGET_PARAMS, BATCH)
-    pushes = -(BATCH.weight * td_error / 4)[:, None] * jax.nn.one_hot(BATCH.action, NUM_ACTIONS)
+    _, found = agent.loss(PARAMS, TARGET_PARAMS, BATCH)
+    pushes = -(BATCH.weight * found.td_error / 4)[:, None] * jax.nn.one_hot(BATCH.action, NUM_ACTIONS)
     np.testing.assert_allclose(gradient, BATCH.obs.T @ pushes, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(target_gradient, 0)
+    np.testing.assert_array_equal(found.priority, found.td_error)
 
 
 def test_a_batch_with_targets_of_its_own_is_regressed_on_them():
     agent = make_agent(LINEAR, AgentConfig(replay="none", loss="squared"))
     batch = Regression(BATCH.obs, BATCH.action, target=jnp.array([1.0, 2.0, 3.0, 4.0]), weight=BATCH.weight)
-    loss, td_error = agent.loss(PARAMS, (), batch)
+    loss, found = agent.loss(PARAMS, (), batch)
     expected = np.arange(1, 5) - np.asarray(linear(PARAMS, BATCH.obs))[np.arange(4), BATCH.action]
-    np.testing.assert_allclose(td_error, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.td_error, expected, rtol=1e-5)
     np.testing.assert_allclose(loss, np.mean(BATCH.weight * 0.5 * expected**2), rtol=1e-5)
 
 
@@ -130,6 +131,12 @@ INVALID = [
     *({"warmup_env_steps": value} for value in (-1, 0.5)),
     *({"max_gradient_norm": value} for value in (0.0, -1.0, math.nan)),
     *({"hidden_sizes": value} for value in ((0,), (64, 0))),
+    *({"munchausen_weight": value} for value in (-0.1, 1.1)),
+    *({"munchausen_clip": value} for value in (0.1, math.nan)),
+    *({name: value} for name in ("munchausen_temperature", "noisy_std", "hl_gauss_smoothing") for value in (0.0, -1.0)),
+    *({name: 0} for name in ("num_quantiles", "num_acting_quantiles", "num_cosines")),
+    {"num_atoms": 1},
+    {"value_min": 11.0},
     {"exploration_start": 1.1},
     {"exploration_start": 0.1, "exploration_end": 0.2},
     {"exploration_end": -0.1},
@@ -161,6 +168,7 @@ MISSPELT = [
     {"learning_rate_schedule": "cosin"},
     {"replay": "prioritized"},
     {"importance_normalisation": "max"},
+    {"head": "quantile"},
 ]
 
 

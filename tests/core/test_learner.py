@@ -11,7 +11,9 @@ import pytest
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import make_learner, make_optimiser, update
-from qfleet.core.types import Network, Regression, Transition
+from qfleet.core.replicas import over_axis
+from qfleet.core.types import EnvSpec, Network, Regression, Transition
+from qfleet.networks import make_network
 
 NUM_ACTIONS, BATCH_SIZE = 3, 8
 
@@ -39,12 +41,19 @@ def batch():
     )
 
 
-def make(**settings):
+def make(network=NETWORK, **settings):
     """Returns a learner, its first state and its agent."""
     config = AgentConfig(**settings)
-    agent = make_agent(NETWORK, config)
+    agent = make_agent(network, config)
     learner = make_learner(agent, config)
     return learner, learner.init(agent.init(jax.random.key(0))), agent
+
+
+def make_built_in(**settings):
+    """Returns the same with the network that qfleet builds."""
+    spec = EnvSpec(name="test", observation_shape=(2,), observation_dtype=np.dtype(np.float32), num_actions=NUM_ACTIONS)
+    settings = {"hidden_sizes": (8,), **settings}
+    return make(make_network(spec, AgentConfig(**settings)), **settings)
 
 
 def assert_trees_close(left, right, **tolerance):
@@ -86,11 +95,11 @@ def test_updates_are_optaxs_own(name, batch):
     for _ in range(3):
         state, info = update(learner, state, batch)
         loss = jax.value_and_grad(agent.loss, has_aux=True)
-        (value, td_error), grads = loss(params, state.target_params, batch)
+        (value, found), grads = loss(params, state.target_params, batch)
         updates, optimiser_state = optimiser.update(grads, optimiser_state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(info.loss, value, rtol=1e-6)
-        np.testing.assert_allclose(info.td_error, td_error, rtol=1e-6)
+        np.testing.assert_allclose(info.td_error, found.td_error, rtol=1e-6)
     assert_trees_close(state.params, params)
 
 
@@ -187,7 +196,7 @@ def test_targets_come_from_the_target_network(batch):
     for after in step_repeatedly(learner, state, batch, 3):
         _, info = learner.gradients(after, batch)
         _, expected = agent.loss(after.params, state.params, batch)
-        np.testing.assert_allclose(info.td_error, expected, rtol=1e-5)
+        np.testing.assert_allclose(info.td_error, expected.td_error, rtol=1e-5)
 
 
 def test_without_replay_there_is_no_target_network(batch):
@@ -203,15 +212,38 @@ def split(batch):
     return jax.tree.map(lambda x: x.reshape(2, BATCH_SIZE // 2, *x.shape[1:]), batch)
 
 
-def test_two_replicas_take_the_step_of_one_learner(batch):
-    """The mean gradient of two half batches is the gradient of the whole, with any weights."""
-    learner, state, _ = make()
+HEADS = {
+    "scalar": {},
+    "c51": {"head": "c51"},
+    "iqn": {"head": "iqn", "num_quantiles": 8},
+    "noisy": {"noisy": True, "dueling": True},
+    "munchausen_iqn_noisy": {"head": "iqn", "munchausen": True, "noisy": True, "num_quantiles": 8},
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_two_replicas_take_the_step_of_one_learner(batch, head):
+    """The mean gradient of two half batches is the gradient of the whole, with any weights and the same draws."""
+    learner, state, _ = make_built_in(**HEADS[head])
     assert len(np.unique(batch.weight)) == BATCH_SIZE
-    whole, _ = update(learner, state, batch)
-    mean = functools.partial(jax.lax.pmean, axis_name="replica")
-    halves, _ = jax.vmap(lambda half: update(learner, state, half, mean), axis_name="replica")(split(batch))
+    key, replicas = jax.random.key(3), over_axis("replica", 2)
+    whole, info = update(learner, state, batch, key)
+    halves, infos = jax.vmap(lambda half: update(learner, state, half, key, replicas), axis_name="replica")(
+        split(batch)
+    )
     for i in (0, 1):
         assert_trees_close(jax.tree.map(lambda x, i=i: x[i], halves), whole, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(np.ravel(infos.priority), info.priority, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["iqn", "noisy"])
+def test_each_step_and_each_sample_draws_anew(batch, head):
+    learner, state, _ = make_built_in(**HEADS[head])
+    same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), batch)
+    steps = [update(learner, state, same, jax.random.key(number))[1].td_error for number in (0, 1)]
+    assert not np.allclose(*steps)
+    if head == "iqn":  # noise is one for all samples of a step, but fractions aren't
+        assert len(np.unique(steps[0])) == BATCH_SIZE
 
 
 def test_rows_without_weight_teach_nothing(batch):

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qfleet.config import AgentConfig
 from qfleet.core import targets
+from qfleet.core.agent import make_agent
+from qfleet.core.types import Network, Transition
 
 with warnings.catch_warnings():  # rlax imports outdated names, but what it computes is right
     warnings.simplefilter("ignore")
@@ -30,22 +33,24 @@ def random_discounts(rng, *shape):
     return jnp.asarray(rng.choice([0.0, 0.99, 0.99**2, 1.0], size=shape), jnp.float32)
 
 
-def test_the_target_is_the_reward_plus_the_discounted_greatest_next_value():
-    assert targets.q_target(jnp.float32(1.0), jnp.float32(0.5), jnp.array([2.0, 6.0, 4.0])) == 4.0
+def transitions(rng):
+    """Returns transitions, each with an observation and a next observation that are its Q-values themselves."""
+    return Transition(
+        obs=normal(rng, BATCH, NUM_ACTIONS),
+        action=jnp.asarray(rng.integers(NUM_ACTIONS, size=BATCH)),
+        reward=normal(rng, BATCH),
+        discount=random_discounts(rng, BATCH),
+        next_obs=jnp.round(normal(rng, BATCH, NUM_ACTIONS)),
+        weight=jnp.ones(BATCH),
+    )
 
 
-def test_a_terminated_transition_is_worth_its_reward():
-    assert targets.q_target(jnp.float32(1.0), jnp.float32(0.0), jnp.array([2.0, 6.0])) == 1.0
+SHOWN = Network(init=lambda key: jnp.float32(1), apply=lambda scale, obs: scale * obs)
+"""The network whose Q-values are its observations, times its only parameter."""
 
 
-def test_double_q_picks_by_the_online_network_and_values_by_the_target_network():
-    q_online_t, q_target_t = jnp.array([2.0, 6.0, 4.0]), jnp.array([9.0, 3.0, 5.0])
-    assert targets.double_q_target(jnp.float32(1.0), jnp.float32(0.5), q_online_t, q_target_t) == 2.5
-
-
-def test_double_q_refuses_values_of_different_shapes():
-    with pytest.raises(ValueError, match=r"one shape, got \(3,\) and \(2,\)"):
-        targets.double_q_target(jnp.float32(1), jnp.float32(1), jnp.zeros(3), jnp.zeros(2))
+def td_errors(batch, online, target, **settings):
+    return make_agent(SHOWN, AgentConfig(**settings)).loss(jnp.float32(online), jnp.float32(target), batch)[1].td_error
 
 
 def test_lambda_returns_by_hand():
@@ -70,22 +75,20 @@ def test_a_lambda_of_zero_bootstraps_there_and_looks_no_further():
     np.testing.assert_array_equal(returns[:2], [1 + 0.5 * 6, 2 + 0.5 * 8])
 
 
-def test_q_target_equals_rlax(rng):
-    q_tm1, q_t = normal(rng, BATCH, NUM_ACTIONS), normal(rng, BATCH, NUM_ACTIONS)
-    a_tm1, r_t, discount_t = rng.integers(NUM_ACTIONS, size=BATCH), normal(rng, BATCH), random_discounts(rng, BATCH)
-    theirs = jax.vmap(rlax.q_learning)(q_tm1, a_tm1, r_t, discount_t, q_t)
-    ours = jax.vmap(targets.q_target)(r_t, discount_t, q_t) - targets.take_action(q_tm1, a_tm1)
-    np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+def test_td_errors_equal_rlax(rng):
+    batch = transitions(rng)
+    theirs = jax.vmap(rlax.q_learning)(batch.obs, batch.action, batch.reward, batch.discount, 0.5 * batch.next_obs)
+    np.testing.assert_allclose(td_errors(batch, 1.0, 0.5), theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_double_q_target_equals_rlax_also_in_ties(rng):
-    q_tm1, q_target_t = normal(rng, BATCH, NUM_ACTIONS), normal(rng, BATCH, NUM_ACTIONS)
-    q_online_t = jnp.round(normal(rng, BATCH, NUM_ACTIONS))
-    assert any(np.sum(q == q.max()) > 1 for q in np.asarray(q_online_t))
-    a_tm1, r_t, discount_t = rng.integers(NUM_ACTIONS, size=BATCH), normal(rng, BATCH), random_discounts(rng, BATCH)
-    theirs = jax.vmap(rlax.double_q_learning)(q_tm1, a_tm1, r_t, discount_t, q_target_t, q_online_t)
-    target = jax.vmap(targets.double_q_target)(r_t, discount_t, q_online_t, q_target_t)
-    np.testing.assert_allclose(target - targets.take_action(q_tm1, a_tm1), theirs, rtol=1e-6, atol=1e-6)
+def test_td_errors_of_double_q_equal_rlax_also_in_ties(rng):
+    """The online values of the next observations are the negative of the target network's."""
+    batch = transitions(rng)
+    assert any(np.sum(q == q.max()) > 1 for q in -np.asarray(batch.next_obs))
+    theirs = jax.vmap(rlax.double_q_learning)(
+        -batch.obs, batch.action, batch.reward, batch.discount, batch.next_obs, -batch.next_obs
+    )
+    np.testing.assert_allclose(td_errors(batch, -1.0, 1.0, double=True), theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture(params=["one_lambda", "lambda_per_step"])
@@ -111,22 +114,14 @@ def test_lambda_returns_of_the_greatest_values_are_rlaxs_q_lambda(sequence, rng)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        lambda x: targets.q_target(x[0], x[1], x),
-        lambda x: targets.double_q_target(x[0], x[1], x, x[::-1]),
-        lambda x: jnp.sum(targets.lambda_returns(x, x, x, x)),
-    ],
-    ids=["q", "double_q", "lambda"],
-)
-def test_no_gradient_flows_through_a_target(target):
-    np.testing.assert_array_equal(jax.grad(target)(jnp.array([0.25, 0.5, 0.75])), 0)
+def test_no_gradient_flows_through_lambda_returns():
+    gradient = jax.grad(lambda x: jnp.sum(targets.lambda_returns(x, x, x, x)))(jnp.array([0.25, 0.5, 0.75]))
+    np.testing.assert_array_equal(gradient, 0)
 
 
-def test_take_action_reads_one_value_and_its_gradient_is_one_there_and_zero_elsewhere():
-    q = jnp.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    action = jnp.array([2, 0])
-    np.testing.assert_array_equal(targets.take_action(q, action), [3, 4])
-    gradient = jax.grad(lambda q: jnp.sum(targets.take_action(q, action) * jnp.array([10.0, 20.0])))(q)
-    np.testing.assert_array_equal(gradient, [[0, 0, 10], [20, 0, 0]])
+def test_the_bonus_of_munchausen_by_hand():
+    """Values 0 and log(3) at temperature 1 are chosen with probabilities 1/4 and 3/4."""
+    log_policy = targets.soft_policy(jnp.log(jnp.array([1.0, 3.0])), 1.0)
+    np.testing.assert_allclose(jnp.exp(log_policy), [0.25, 0.75], rtol=1e-6)
+    bonus = targets.munchausen_bonus(jnp.stack([log_policy] * 2), jnp.array([0, 1]), 1.0, 0.5, -1.0)
+    np.testing.assert_allclose(bonus, [0.5 * -1.0, 0.5 * np.log(0.75)], rtol=1e-6)

@@ -67,7 +67,7 @@ def learned(mesh, spec, config, batches):
         return learner.init(network.init(jax.random.key(0)))
 
     def step(state, batch):
-        return update(learner, state, batch, placement.replicas.mean)[0]
+        return update(learner, state, batch, replicas=placement.replicas)[0]
 
     specs = placement.partition_learner(jax.eval_shape(init))
     state = placement.jit(init, (), specs)()
@@ -306,7 +306,7 @@ def test_a_learner_step_reduces_gradients_once(kind):
     batch = jax.tree.map(lambda x: x[0], random_batches(spec, config, 1))
 
     def step(state, batch):
-        return update(learner, state, batch, placement.replicas.mean)[0]
+        return update(learner, state, batch, replicas=placement.replicas)[0]
 
     specs = placement.partition_learner(state)
     compiled = placement.jit(step, (specs, P("data")), specs).lower(state, batch).compile()

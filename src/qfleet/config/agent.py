@@ -32,7 +32,36 @@ class AgentConfig(Config):
     loss: Literal["squared", "huber"] = "huber"
     """Loss of the TD error. Huber is squared up to `huber_delta`, and linear beyond (Mnih et al. 2015's clipping)."""
     huber_delta: float = 1.0
-    """TD error at which the Huber loss turns linear, in units of discounted reward."""
+    """TD error at which the Huber loss turns linear, in units of discounted reward; for quantiles, kappa."""
+
+    head: Literal["scalar", "c51", "qr", "iqn", "hl_gauss"] = "scalar"
+    """What the network learns of the return: its mean by regression, or a distribution.
+    `c51` is a probability for each atom (Bellemare et al. 2017, arXiv 1707.06887). `qr` is fixed quantiles (Dabney et
+    al. 2018, arXiv 1710.10044), and `iqn` any quantile (Dabney et al. 2018, arXiv 1806.06923). `hl_gauss` is the mean,
+    learned by classification (Farebrother et al. 2024, arXiv 2403.03950)."""
+    num_atoms: int = 51
+    """c51 and hl_gauss: number of atoms, evenly spaced from `value_min` to `value_max`."""
+    value_min: float = -10.0
+    """c51 and hl_gauss: least discounted return that the network can express."""
+    value_max: float = 10.0
+    """c51 and hl_gauss: greatest discounted return that the network can express."""
+    hl_gauss_smoothing: float = 0.75
+    """hl_gauss: standard deviation of the target's Gaussian, in widths between two atoms."""
+    num_quantiles: int = 64
+    """qr: number of quantiles. iqn: number of random fractions in each of the two sides of the loss."""
+    num_acting_quantiles: int = 32
+    """iqn: number of evenly spaced fractions whose mean is the Q-value when acting and evaluating."""
+    num_cosines: int = 64
+    """iqn: length of a fraction's embedding."""
+    munchausen: bool = False
+    """Add the scaled log-probability of the action to the reward, and bootstrap from a softmax policy of the target
+    network's values (Vieillard et al. 2020, arXiv 2007.14430)."""
+    munchausen_temperature: float = 0.03
+    """Temperature (tau) of that policy, in units of discounted reward."""
+    munchausen_weight: float = 0.9
+    """Weight (alpha) of the log-probability, in [0, 1]."""
+    munchausen_clip: float = -1.0
+    """Least scaled log-probability (l0)."""
 
     torso: Literal["auto", "mlp", "minatar", "nature"] = "auto"
     """Convolutions before the dense layers; `auto` goes by the observation's shape (vector, small or Atari-sized)."""
@@ -42,6 +71,11 @@ class AgentConfig(Config):
     """Normalise each hidden layer, before its activation."""
     dueling: bool = False
     """Use separate streams for value and advantage (Wang et al. 2016, arXiv 1511.06581)."""
+    noisy: bool = False
+    """Add learned noise to the parameters of each dense layer, which explores in place of epsilon
+    (Fortunato et al. 2018, arXiv 1706.10295). Evaluations play without noise."""
+    noisy_std: float = 0.5
+    """Initial size (sigma_0) of that noise, in units of one over the root of a layer's inputs."""
     convolution: Literal["auto", "patches", "native"] = "auto"
     """How convolutions are computed, with the same results.
     `patches` multiplies image patches by a matrix, and `native` is XLA's convolution.
@@ -122,19 +156,28 @@ class AgentConfig(Config):
             )
         for name in ("discount", "target_update_rate"):
             check(0.0 < getattr(self, name) <= 1.0, name, "in (0, 1]", getattr(self, name))
-        for name in ("trace_decay", "priority_exponent", "importance_exponent_start", "learning_rate_end_fraction"):
+        for name in (
+            "trace_decay", "priority_exponent", "importance_exponent_start", "learning_rate_end_fraction",
+            "munchausen_weight",
+        ):  # fmt: skip
             check(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]", getattr(self, name))
         check_counts(
             self, "n_step", "batch_size", "replay_capacity", "target_update_period", "rollout_length", "num_epochs",
-            "num_minibatches", maximum=MAX_SIZE,
+            "num_minibatches", "num_quantiles", "num_acting_quantiles", "num_cosines", maximum=MAX_SIZE,
         )  # fmt: skip
+        check_count("num_atoms", self.num_atoms, minimum=2, maximum=MAX_SIZE)
+        check(self.value_min < self.value_max, "value_min and value_max", "in order", (self.value_min, self.value_max))
+        check(self.munchausen_clip <= 0, "munchausen_clip", "0 or below", self.munchausen_clip)
         check_counts(self, "exploration_env_steps")
         if self.learning_rate_learner_steps is not None:
             check_counts(self, "learning_rate_learner_steps", maximum=MAX_SIZE)
         if self.importance_exponent_env_steps is not None:
             check_counts(self, "importance_exponent_env_steps")
         check_count("warmup_env_steps", self.warmup_env_steps, minimum=0)
-        check_positive(self, "discount", "target_update_rate", "huber_delta", "learning_rate")
+        check_positive(
+            self, "discount", "target_update_rate", "huber_delta", "learning_rate", "hl_gauss_smoothing",
+            "munchausen_temperature", "noisy_std",
+        )  # fmt: skip
         check_positive(self, "max_gradient_norm", or_none=", or None to leave gradients alone")
         check(
             MIN_ENV_STEPS_PER_LEARNER_STEP <= self.env_steps_per_learner_step <= MAX_COUNT,

@@ -13,7 +13,7 @@ from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
 from qfleet.config.values import show
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 
 
 def encode(config: TrainConfig) -> dict[str, Any]:
@@ -104,11 +104,37 @@ def _migrate_from_4(content: Any) -> Any:
     return {**new, **content} if isinstance(content, dict) else content  # decoding refuses what is no object
 
 
+def _migrate_from_5(content: Any) -> Any:
+    """Adds the head of the network, Munchausen's reward and noisy layers, none of which there was."""
+    if not isinstance(content, dict) or not isinstance(content.get("agent"), dict):
+        return content  # decoding refuses it
+    return {**content, "agent": {**_ADDED_IN_6, **content["agent"]}}
+
+
+_ADDED_IN_6 = {
+    "head": "scalar",
+    "num_atoms": 51,
+    "value_min": -10.0,
+    "value_max": 10.0,
+    "hl_gauss_smoothing": 0.75,
+    "num_quantiles": 64,
+    "num_acting_quantiles": 32,
+    "num_cosines": 64,
+    "munchausen": False,
+    "munchausen_temperature": 0.03,
+    "munchausen_weight": 0.9,
+    "munchausen_clip": -1.0,
+    "noisy": False,
+    "noisy_std": 0.5,
+}
+"""Fields of `AgentConfig` that version 6 added, with values that change nothing."""
+
 _MIGRATIONS: dict[int, Callable[[Any], Any]] = {
     1: _migrate_from_1,
     2: _migrate_from_2,
     3: _migrate_from_3,
     4: _migrate_from_4,
+    5: _migrate_from_5,
 }
 """Functions that convert content to the next version, by the version that they convert from."""
 

@@ -14,7 +14,7 @@ class _Mode(NamedTuple):
     """Values of one setting with which other settings have no effect."""
 
     setting: str
-    values: tuple[str, ...]
+    values: tuple[str | bool, ...]
     without_effect: tuple[str, ...]
     remedy: str
 
@@ -24,7 +24,7 @@ _MODES = (
         "replay", ("none",),
         (
             "double", "n_step", "batch_size", "replay_capacity", "warmup_env_steps", "env_steps_per_learner_step",
-            "target_update_period", "target_update_rate",
+            "target_update_period", "target_update_rate", "munchausen",
         ),
         "choose replay uniform or prioritised; without replay, trace_decay does the work of n_step",
     ),
@@ -37,6 +37,20 @@ _MODES = (
         ("priority_exponent", "importance_exponent_start", "importance_exponent_env_steps", "importance_normalisation"),
         "choose replay prioritised",
     ),
+    _Mode("head", ("c51", "qr", "iqn", "hl_gauss"), ("loss",), "choose head scalar"),
+    _Mode(
+        "head", ("scalar", "qr", "iqn"), ("num_atoms", "value_min", "value_max"), "choose head c51 or hl_gauss"
+    ),
+    _Mode("head", ("scalar", "c51", "qr", "iqn"), ("hl_gauss_smoothing",), "choose head hl_gauss"),
+    _Mode("head", ("scalar", "c51", "hl_gauss"), ("num_quantiles",), "choose head qr or iqn"),
+    _Mode("head", ("scalar", "c51", "qr", "hl_gauss"), ("num_acting_quantiles", "num_cosines"), "choose head iqn"),
+    _Mode("head", ("c51", "hl_gauss"), ("huber_delta",), "choose another head"),
+    _Mode("munchausen", (True,), ("double",), "leave out munchausen, whose target doesn't choose an action"),
+    _Mode(
+        "munchausen", (False,), ("munchausen_temperature", "munchausen_weight", "munchausen_clip"),
+        "choose munchausen too",
+    ),
+    _Mode("noisy", (False,), ("noisy_std",), "choose noisy too"),
     _Mode("loss", ("squared",), ("huber_delta",), "choose loss huber"),
     _Mode(
         "learning_rate_schedule", ("constant",), ("learning_rate_end_fraction", "learning_rate_learner_steps"),

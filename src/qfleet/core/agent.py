@@ -8,8 +8,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from qfleet.config import AgentConfig
-from qfleet.core import exploration, losses, targets
+from qfleet.core import exploration
 from qfleet.core.activity import Activity, make_with_activity
+from qfleet.core.heads import SampleLosses, Values, backed_up, make_head, point_values
+from qfleet.core.keys import NOISE, Draws, sample_keys
+from qfleet.core.targets import munchausen_bonus, soft_policy
 from qfleet.core.types import Batch, Network, Params, Regression, Transition
 
 
@@ -18,41 +21,112 @@ class Agent(NamedTuple):
 
     init: Callable[[Array], Params]
     """`init(key) -> params`."""
-    q_values: Callable[[Params, Array], Array]
-    """`q_values(params, obs) -> q`, `[batch, ...]` to `[batch, num_actions]`."""
+    q_values: Callable[..., Array]
+    """`q_values(params, obs, keys=None) -> q`, `[batch, ...]` to `[batch, num_actions]`. With `keys`, `[batch]`, they
+    have the noise of each lane; without, they are the mean."""
     explore: Callable[[Array, Array, Array], Array]
     """`explore(q, exploration, uniform) -> action`, `[lanes]` int32. Here `q` is `[lanes, num_actions]`, `exploration`
     is epsilon or the temperature, `[]`, and `uniform` is one uniform number per lane, `[lanes]`."""
-    loss: Callable[[Params, Params, Batch], tuple[Array, Array]]
-    """`loss(params, target_params, batch) -> loss, td_error`, which are `[]` and `[batch]`."""
+    loss: Callable[..., tuple[Array, SampleLosses]]
+    """`loss(params, target_params, batch, draws=None) -> loss, of_samples`; the loss is `[]`, the weighted mean."""
     to_storage_layout: Callable[[Array], Array]
     """`to_storage_layout(obs) -> obs`, the same as `Network.to_storage_layout`."""
     with_activity: Callable[[Params, Array], tuple[Array, Activity]]
     """`with_activity(params, obs) -> q, activity`: also how active each hidden unit was, `[batch, units]` a layer."""
+    acts_with_keys: bool = False
+    """Whether `q_values` is given keys to act: the network's noise explores."""
+    loss_draws: bool = False
+    """Whether `loss` needs `draws`."""
+    priority_is_td_error: bool = True
+    """Whether priorities are TD errors, so that an actor that knows Q-values can compute them."""
+
+
+class _LossDraws(NamedTuple):
+    """What each of the networks that a loss asks draws from."""
+
+    value: Draws | None = None
+    """For the values that learn."""
+    target: Draws | None = None
+    """For the target network's values of what comes next."""
+    other: Draws | None = None
+    """For the online network, which chooses what comes next, or the target network, which rates what was done."""
+
+
+def noise_keys(agent: Agent, key: Array, num_rows: int, lane_numbers: Array) -> Array | None:
+    """Returns the keys with which an agent acts, `[rows, lanes]`, or None if it acts without.
+
+    Args:
+      agent: the agent.
+      key: from which everything else is derived by smaller numbers than `NOISE`.
+      num_rows: number of rows.
+      lane_numbers: `[lanes]`, the number of each lane among all lanes.
+    """
+    if not agent.acts_with_keys:
+        return None
+    return jax.vmap(sample_keys, (0, None))(row_noise_keys(key, num_rows), lane_numbers)
+
+
+def row_noise_keys(key: Array, num_rows: int) -> Array:
+    """Returns the keys, `[rows]`, from which `noise_keys` derives those of the lanes."""
+    return jax.random.split(jax.random.fold_in(key, NOISE), num_rows)
+
+
+def _split(draws: Draws | None) -> _LossDraws:
+    if draws is None:
+        return _LossDraws()
+    noise = jax.random.split(draws.noise, 3)
+    samples = None if draws.samples is None else jax.vmap(jax.random.split, (0, None), 1)(draws.samples, 3)
+    return _LossDraws(*(Draws(noise[i], None if samples is None else samples[i]) for i in range(3)))
 
 
 def make_agent(network: Network, config: AgentConfig) -> Agent:
     """Returns the agent that `config` describes. Its Q-values are those of `network`."""
-    elementwise_loss = losses.make_loss(config)
+    head = make_head(config)
+    outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
-    def td_targets(params: Params, target_params: Params, batch: Transition) -> Array:
-        q_target_t = network.apply(target_params, batch.next_obs)
-        if not config.double:
-            return jax.vmap(targets.q_target)(batch.reward, batch.discount, q_target_t)
-        q_online_t = network.apply(params, batch.next_obs)
-        return jax.vmap(targets.double_q_target)(batch.reward, batch.discount, q_online_t, q_target_t)
+    def q_values(params: Params, obs: Array, keys: Array | None = None) -> Array:
+        return network.apply(params, obs) if keys is None else head.q_values(outputs_of(params, obs, Draws(keys)))
 
-    def loss(params: Params, target_params: Params, batch: Batch) -> tuple[Array, Array]:
-        target = batch.target if isinstance(batch, Regression) else td_targets(params, target_params, batch)
-        td_error = target - targets.take_action(network.apply(params, batch.obs), batch.action)
-        return jnp.mean(batch.weight * elementwise_loss(td_error)), td_error
+    def greedy_target(params: Params, target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
+        outputs = outputs_of(target_params, batch.next_obs, draws.target)
+        chooser = outputs_of(params, batch.next_obs, draws.other) if config.double else outputs
+        next_values = head.values_of(outputs, jnp.argmax(head.q_values(chooser), axis=-1))
+        return backed_up(batch.reward, batch.discount, next_values)
 
-    explore = exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy
+    def munchausen_target(target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
+        temperature = config.munchausen_temperature
+        q_tm1 = head.q_values(outputs_of(target_params, batch.obs, draws.other))
+        bonus = munchausen_bonus(
+            soft_policy(q_tm1, temperature), batch.action, temperature, config.munchausen_weight, config.munchausen_clip
+        )
+        outputs = outputs_of(target_params, batch.next_obs, draws.target)
+        log_policy = soft_policy(head.q_values(outputs), temperature)
+        next_values = head.mixture(outputs, jnp.exp(log_policy), -temperature * log_policy)
+        return backed_up(batch.reward + bonus, batch.discount, next_values)
+
+    def target_of(params: Params, target_params: Params, batch: Batch, draws: _LossDraws) -> Values:
+        if isinstance(batch, Regression):
+            return point_values(batch.target)
+        if config.munchausen:
+            return munchausen_target(target_params, batch, draws)
+        return greedy_target(params, target_params, batch, draws)
+
+    def loss(
+        params: Params, target_params: Params, batch: Batch, draws: Draws | None = None
+    ) -> tuple[Array, SampleLosses]:
+        split = _split(draws)
+        target = jax.lax.stop_gradient(target_of(params, target_params, batch, split))
+        found = head.loss(outputs_of(params, batch.obs, split.value), batch.action, target)
+        return jnp.mean(batch.weight * found.loss), found
+
     return Agent(
         init=network.init,
-        q_values=network.apply,
-        explore=explore,
+        q_values=q_values,
+        explore=exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy,
         loss=loss,
         to_storage_layout=network.to_storage_layout,
         with_activity=make_with_activity(network),
+        acts_with_keys=config.noisy,
+        loss_draws=config.noisy or config.head == "iqn",
+        priority_is_td_error=head.priority_is_td_error,
     )

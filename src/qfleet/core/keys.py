@@ -6,6 +6,7 @@ serves two purposes. JAX takes its keys from `key_of(seed, Stream.X, ...)`. NumP
 """
 
 import enum
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -33,6 +34,23 @@ class Stream(enum.IntEnum):
     """The transitions that a shard of a replay draws, by a seed from `REPLAY_SHARES`."""
     POLICY = 8
     """The episodes of a trained policy, evaluated or filmed. They begin alike, so that a film shows what was scored."""
+    LEARNING = 9
+    """The noise and the quantile fractions of a learner step that isn't in one program with its environments, or of a
+    gradient that a worker of a parameter server computes."""
+
+
+class Draws(NamedTuple):
+    """The keys with which a network draws, besides what it computes."""
+
+    noise: Array
+    """Of the noise of its layers: one key for all samples of a learner step, `[]`, or one for each lane, `[batch]`."""
+    samples: Array | None = None
+    """One for each sample, `[batch]`, from its number in the whole batch. None lets a network space quantile fractions
+    evenly instead of drawing them."""
+
+
+NOISE = np.uint32(2**32 - 1)
+"""Number of the key, among those derived from one, of the noise and the quantile fractions. The others count from 0."""
 
 
 def key_shape() -> jax.ShapeDtypeStruct:
@@ -41,7 +59,7 @@ def key_shape() -> jax.ShapeDtypeStruct:
     return shape
 
 
-def key_of(seed: Array | int, *numbers: Array | int) -> Array:
+def key_of(seed: Array | int | np.uint32, *numbers: Array | int | np.uint32) -> Array:
     """Returns the key at the path that begins with `seed`. Different paths have different keys.
 
     Args:
@@ -52,6 +70,11 @@ def key_of(seed: Array | int, *numbers: Array | int) -> Array:
     for number in numbers:
         key = jax.random.fold_in(key, number)
     return key
+
+
+def sample_keys(key: Array, numbers: Array) -> Array:
+    """Returns a key for each sample, or lane, by its number in the whole batch: `[batch]` integers to `[batch]`."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
 def make_key(*path: int) -> Array:

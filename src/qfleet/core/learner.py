@@ -12,7 +12,8 @@ from jax import Array
 from qfleet.config import AgentConfig, ConfigError, suggest
 from qfleet.config.values import show
 from qfleet.core.agent import Agent
-from qfleet.core.keys import Stream, key_of
+from qfleet.core.keys import NOISE, Draws, Stream, key_of, sample_keys
+from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import Batch, Params
 
 ELEMENTWISE = (
@@ -53,6 +54,10 @@ class UpdateInfo(NamedTuple):
     """`[]` float32, the weighted mean over the batch."""
     td_error: Array
     """`[batch]` float32, target minus value, in units of discounted reward."""
+    priority: Array
+    """`[batch]` float32, for the replay, which takes its absolute value."""
+    sample_loss: Array
+    """`[batch]` float32, the loss of each sample without its importance weight."""
 
 
 class Learner(NamedTuple):
@@ -60,10 +65,13 @@ class Learner(NamedTuple):
 
     init: Callable[[Params], LearnerState]
     """`init(params) -> state`."""
-    gradients: Callable[[LearnerState, Batch], tuple[Params, UpdateInfo]]
-    """`gradients(state, batch) -> grads, info`. The gradients have the structure of the parameters."""
+    gradients: Callable[[LearnerState, Batch, Draws | None], tuple[Params, UpdateInfo]]
+    """`gradients(state, batch, draws) -> grads, info`. The gradients have the structure of the parameters. `draws` is
+    `draws_of_step`."""
     apply: Callable[[LearnerState, Params], LearnerState]
     """`apply(state, grads) -> state`, after one step of the optimiser and, if it is due, of the target network."""
+    needs_draws: bool = False
+    """Whether `gradients` draws random numbers."""
 
 
 def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTransformation | None = None) -> Learner:
@@ -85,10 +93,10 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
         target_params = jax.tree.map(jnp.copy, params) if has_target else ()
         return LearnerState(params, target_params, optimiser.init(params), jnp.zeros((), jnp.int32))
 
-    def gradients(state: LearnerState, batch: Batch) -> tuple[Params, UpdateInfo]:
+    def gradients(state: LearnerState, batch: Batch, draws: Draws | None = None) -> tuple[Params, UpdateInfo]:
         loss = jax.value_and_grad(agent.loss, has_aux=True)
-        (value, td_error), grads = loss(state.params, state.target_params, batch)
-        return grads, UpdateInfo(value, td_error)
+        (value, found), grads = loss(state.params, state.target_params, batch, draws)
+        return grads, UpdateInfo(value, found.td_error, found.priority, found.loss)
 
     def next_target(target: Params, online: Params) -> Params:
         rate = config.target_update_rate
@@ -105,7 +113,7 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
         target_params = jax.lax.cond(is_due, lambda: next_target(target, params), lambda: target)
         return LearnerState(params, target_params, optimiser_state, jnp.where(is_due, 0, age))
 
-    return Learner(init, gradients, apply)
+    return Learner(init, gradients, apply, agent.loss_draws)
 
 
 def init_from_seed(learner: Learner, agent: Agent, seed: Array) -> LearnerState:
@@ -114,11 +122,30 @@ def init_from_seed(learner: Learner, agent: Agent, seed: Array) -> LearnerState:
 
 
 def update(
-    learner: Learner, state: LearnerState, batch: Batch, reduce: Callable[[Params], Params] = lambda grads: grads
+    learner: Learner, state: LearnerState, batch: Batch, key: Array | None = None, replicas: Replicas = ALONE
 ) -> tuple[LearnerState, UpdateInfo]:
-    """Takes one learner step. `reduce` is the identity for one learner, and the mean over replicas for several."""
-    grads, info = learner.gradients(state, batch)
-    return learner.apply(state, reduce(grads)), info
+    """Takes one learner step.
+
+    Args:
+      learner: the learner.
+      state: its state.
+      batch: this replica's share of the batch, `[batch / replicas, ...]`.
+      key: the key of this step, the same in all replicas. Learners that draw nothing need none.
+      replicas: replicas whose gradients are averaged.
+    """
+    grads, info = learner.gradients(state, batch, draws_of_step(learner, key, len(batch.action), replicas))
+    return learner.apply(state, replicas.mean(grads)), info
+
+
+def draws_of_step(learner: Learner, key: Array | None, batch_size: int, replicas: Replicas = ALONE) -> Draws | None:
+    """Returns the `draws` that `Learner.gradients` takes for this replica's share of a batch; None if it needs none.
+
+    Each sample's key comes from its number in the whole batch, so that replicas draw what a single learner does.
+    """
+    if not learner.needs_draws:
+        return None
+    assert key is not None
+    return Draws(jax.random.fold_in(key, NOISE), sample_keys(key, local_lane_ids(replicas, batch_size)))
 
 
 def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:

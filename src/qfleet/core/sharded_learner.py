@@ -21,7 +21,7 @@ from jax import Array
 
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.agent import Agent
-from qfleet.core.learner import ELEMENTWISE, LearnerState, UpdateInfo, init_from_seed, make_learner
+from qfleet.core.learner import ELEMENTWISE, LearnerState, UpdateInfo, draws_of_step, init_from_seed, make_learner
 from qfleet.core.types import Batch, Params
 
 StateLeaves = list[np.ndarray]
@@ -73,11 +73,11 @@ class ShardedLearner:
     # --- One learner step ---
 
     def gradients(
-        self, params: Params, target_params: Params, batch: Batch, dtype: Any
+        self, params: Params, target_params: Params, batch: Batch, key: Array, dtype: Any
     ) -> tuple[list[Array], UpdateInfo]:
         """Returns each shard's piece of the gradient of a batch, `[piece]` of type `dtype`, and the update's losses."""
         state = LearnerState(params, target_params, (), jnp.int32(0))
-        gradient, info = self.learner.gradients(state, batch)
+        gradient, info = self.learner.gradients(state, batch, draws_of_step(self.learner, key, len(batch.action)))
         vector = to_vector(gradient).astype(dtype)
         return [vector[start:end] for start, end in self.piece_bounds], info
 

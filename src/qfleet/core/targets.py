@@ -1,4 +1,4 @@
-"""Regression targets of Q-learning, for one transition or one lane. Use `jax.vmap` for more.
+"""Parts of the targets of Q-learning: lambda-returns, and the regularised policy of Munchausen.
 
 Suffixes name time: `_tm1` is the state acted on, and `_t` is the state after it.
 """
@@ -8,39 +8,24 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def q_target(r_t: Array, discount_t: Array, q_t: Array) -> Array:
-    """Returns the target of `q_tm1[a_tm1]`: the reward plus the discounted greatest next value.
+def soft_policy(q: Array, temperature: float) -> Array:
+    """Returns the log-probabilities of the policy softmax(q / temperature): `[..., num_actions]` float, both."""
+    return jax.nn.log_softmax(q / temperature, axis=-1)
+
+
+def munchausen_bonus(log_policy: Array, action: Array, temperature: float, weight: float, clip: float) -> Array:
+    """Returns what is added to the reward of an action: its scaled log-probability, at least `clip`.
 
     Args:
-      r_t: `[]` float, sum of the k <= n rewards, each discounted to time t-1.
-      discount_t: `[]` float, discount**k, or 0 if the episode terminated on the way.
-      q_t: `[num_actions]` float, the target network's values of the last state, in units of discounted reward.
+      log_policy: `[..., num_actions]` float, of the policy softmax(q / temperature) where the action was taken.
+      action: `[...]` int.
+      temperature: in units of discounted reward.
+      weight: alpha, in [0, 1].
+      clip: the least scaled log-probability, below 0.
 
-    Returns:
-      `[]` float. No gradient flows through it.
-    Source: Mnih et al. 2015, Nature 518, algorithm 1.
+    Source: Vieillard et al. 2020, arXiv 2007.14430, equation 1 and section 3 ("clipping").
     """
-    return jax.lax.stop_gradient(r_t + discount_t * jnp.max(q_t))
-
-
-def double_q_target(r_t: Array, discount_t: Array, q_online_t: Array, q_target_t: Array) -> Array:
-    """Returns the target of `q_tm1[a_tm1]`: the online network picks the next action, the target network values it.
-
-    Args:
-      r_t: `[]` float, sum of the k <= n rewards, each discounted to time t-1.
-      discount_t: `[]` float, discount**k, or 0 if the episode terminated on the way.
-      q_online_t: `[num_actions]` float, the online network's values of the last state.
-      q_target_t: `[num_actions]` float, the target network's values of it.
-
-    Returns:
-      `[]` float. No gradient flows through it.
-    Raises:
-      ValueError: if the two value vectors differ in shape (when tracing, so free at run time).
-    Source: van Hasselt, Guez and Silver 2016, arXiv 1509.06461, section "Double DQN".
-    """
-    if q_online_t.shape != q_target_t.shape:
-        raise ValueError(f"online and target values must have one shape, got {q_online_t.shape} and {q_target_t.shape}")
-    return jax.lax.stop_gradient(r_t + discount_t * take_action(q_target_t, jnp.argmax(q_online_t)))
+    return weight * jnp.clip(temperature * take_action(log_policy, action), clip, 0.0)
 
 
 def lambda_returns(r_t: Array, discount_t: Array, v_t: Array, lambda_t: Array) -> Array:

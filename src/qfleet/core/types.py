@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from qfleet.core.keys import Draws
+
 Params = Any  # a pytree of arrays
 
 
@@ -46,7 +48,8 @@ class Network(NamedTuple):
     init: Callable[[jax.Array], Params]
     """`init(key) -> params`."""
     apply: Callable[[Params, jax.Array], jax.Array]
-    """`apply(params, observations) -> q_values`, from `[batch, ...]` to `[batch, num_actions]` float32."""
+    """`apply(params, observations) -> q_values`, from `[batch, ...]` to `[batch, num_actions]` float32. They are the
+    means if the network learns distributions or draws noise."""
     to_storage_layout: Callable[[jax.Array], jax.Array] = identity
     """`to_storage_layout(obs) -> obs`, from `[..., *observation_shape]` to `[..., *stored_shape]`: the layout in which
     the agent and its replay keep each observation, or each frame of a stack. `apply` takes observations in this layout,
@@ -57,6 +60,10 @@ class Network(NamedTuple):
     with_activations: Callable[[Params, jax.Array], tuple[jax.Array, tuple[jax.Array, ...]]] | None = None
     """`with_activations(params, observations) -> q_values, activations` also returns the output of each hidden layer,
     `[batch, ..., units]`. Evaluations call it in place of `apply`; None leaves units unmeasured."""
+    outputs: Callable[[Params, jax.Array, Draws | None], Any] | None = None
+    """`outputs(params, observations, draws) -> outputs` returns what the agent's head learns from; see
+    `qfleet.core.heads`. Without `draws` there is no noise, and quantile fractions are evenly spaced. None if the
+    outputs are the Q-values."""
 
 
 def stored_spec(spec: EnvSpec, to_storage_layout: Callable[[jax.Array], jax.Array]) -> EnvSpec:

@@ -9,6 +9,7 @@ from jax import Array
 
 from qfleet.config import AgentConfig
 from qfleet.core import targets
+from qfleet.core.keys import NOISE
 from qfleet.core.learner import Learner, LearnerState, UpdateInfo, update
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, Replay, ReplayState, Row
 from qfleet.core.replicas import ALONE, Replicas
@@ -21,6 +22,18 @@ class Losses(NamedTuple):
     loss: Array
     td_error: Array
     """Sum of the mean absolute TD error of each batch."""
+
+
+class EpochKeys(NamedTuple):
+    """The keys of each epoch over a rollout, `[epochs]`."""
+
+    shuffle: Array
+    noise: Array
+
+
+def make_epoch_keys(key: Array, num_epochs: int) -> EpochKeys:
+    """Returns the keys of a rollout's epochs."""
+    return EpochKeys(*(jax.random.split(each, num_epochs) for each in (key, jax.random.fold_in(key, NOISE))))
 
 
 def no_losses() -> Losses:
@@ -51,12 +64,15 @@ def learn_from_replay(
     Returns:
       The new states of the learner and the replay, and the losses with those of these steps added.
     """
+    noise_key = jax.random.fold_in(key, NOISE)
 
     def learn(i: Array, carry: tuple) -> tuple:
         learner_state, replay_state, losses = carry
         sample = replay.sample(replay_state, jax.random.fold_in(key, i), importance_exponent)
-        learner_state, info = update(learner, learner_state, sample.transition, replicas.mean)
-        return learner_state, replay.set_priorities(replay_state, sample, info.td_error), add_losses(losses, info)
+        learner_state, info = update(
+            learner, learner_state, sample.transition, jax.random.fold_in(noise_key, i), replicas
+        )
+        return learner_state, replay.set_priorities(replay_state, sample, info.priority), add_losses(losses, info)
 
     return jax.lax.fori_loop(0, num_updates, learn, state)
 
@@ -85,26 +101,30 @@ def learn_from_rollout(
     Source: Gallici et al. 2024, arXiv 2407.04811, algorithm 1.
     """
 
-    def epoch(carry: tuple, key: Array) -> tuple:
+    def epoch(carry: tuple, keys: EpochKeys) -> tuple:
         learner_state, losses = carry
-        batches = minibatches(batch, key, config.num_minibatches, replicas)
-        return learn_from_minibatches(learner, learner_state, losses, batches, replicas), None
+        batches = minibatches(batch, keys.shuffle, config.num_minibatches, replicas)
+        return learn_from_minibatches(learner, learner_state, losses, batches, keys.noise, replicas), None
 
-    (state, losses), _ = jax.lax.scan(epoch, (state, no_losses()), jax.random.split(key, config.num_epochs))
+    (state, losses), _ = jax.lax.scan(epoch, (state, no_losses()), make_epoch_keys(key, config.num_epochs))
     return state, losses
 
 
 def learn_from_minibatches(
-    learner: Learner, state: LearnerState, losses: Losses, batches: Regression, replicas: Replicas = ALONE
+    learner: Learner, state: LearnerState, losses: Losses, batches: Regression, key: Array, replicas: Replicas = ALONE
 ) -> tuple[LearnerState, Losses]:
-    """Takes one learner step on each minibatch of `batches`, `[minibatches, samples, ...]`, and adds up the losses."""
+    """Takes one learner step on each minibatch of `batches`, `[minibatches, samples, ...]`, and adds up the losses.
 
-    def step(carry: tuple, minibatch: Regression) -> tuple:
+    The learner draws its noise, if it has any, from `key`.
+    """
+
+    def step(carry: tuple, inputs: tuple[Regression, Array]) -> tuple:
         learner_state, losses = carry
-        learner_state, info = update(learner, learner_state, minibatch, replicas.mean)
+        minibatch, key = inputs
+        learner_state, info = update(learner, learner_state, minibatch, key, replicas)
         return (learner_state, add_losses(losses, info)), None
 
-    (state, losses), _ = jax.lax.scan(step, (state, losses), batches)
+    (state, losses), _ = jax.lax.scan(step, (state, losses), (batches, jax.random.split(key, len(batches.action))))
     return state, losses
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qfleet.config import AgentConfig, ConfigError
-from qfleet.core.keys import key_shape
+from qfleet.core.keys import Draws, key_shape
 from qfleet.core.types import EnvSpec, Network, Params, stored_spec
 from qfleet.networks.heads import QNetwork
 from qfleet.networks.torsos import make_storage_layout
@@ -35,6 +35,9 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
 
         If it has a method `with_activations(observations)`, which returns the action values and a tuple of the outputs
         of its hidden layers, `[batch, ..., units]`, evaluations measure how many units are never active.
+
+        A module that learns distributions, or draws noise, has a method `outputs(observations, draws)` too, as
+        `Network.outputs` describes.
 
     Returns:
       A network whose parameters are nested dicts of arrays. Their keys are the attribute names of the module, and for
@@ -76,8 +79,16 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     def with_activations(params: Params, observations: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         return module_of(params).with_activations(observations)
 
-    shows = hasattr(abstract_module, "with_activations")
-    return Network(init, apply, partition=partition, with_activations=with_activations if shows else None)
+    def outputs(params: Params, observations: jax.Array, draws: Draws | None) -> Any:
+        return module_of(params).outputs(observations, draws)
+
+    return Network(
+        init,
+        apply,
+        partition=partition,
+        with_activations=with_activations if hasattr(abstract_module, "with_activations") else None,
+        outputs=outputs if hasattr(abstract_module, "outputs") else None,
+    )
 
 
 def check_network(network: Network, spec: EnvSpec) -> int:

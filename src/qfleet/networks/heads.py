@@ -1,81 +1,162 @@
-"""Heads, which map features to action values, and the whole Q-network."""
+"""Heads, which map features to outputs for each action, and the whole Q-network."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from qfleet.config import AgentConfig
+from qfleet.core.heads import Quantiles, make_head
+from qfleet.core.keys import Draws
 from qfleet.core.types import EnvSpec
-from qfleet.networks.torsos import Hidden, Seen, Torso
+from qfleet.networks.torsos import ForwardPass, Hidden, NoisyLinear, Torso, linear
+
+_LAST_LAYER = nnx.initializers.lecun_normal()
+
+
+def make_linear(
+    num_inputs: int,
+    num_units: int,
+    config: AgentConfig,
+    rngs: nnx.Rngs,
+    kernel_init: nnx.Initializer = _LAST_LAYER,
+) -> nnx.Linear | NoisyLinear:
+    """Returns a dense layer, which is noisy if `config` says so. Noisy layers have an initialisation of their own."""
+    if config.noisy:
+        return NoisyLinear(num_inputs, num_units, config.noisy_std, rngs)
+    return nnx.Linear(num_inputs, num_units, kernel_init=kernel_init, rngs=rngs)
 
 
 class Dense(nnx.Module):
-    """A sequence of hidden dense layers, from `[batch, inputs]` to `[batch, num_features]`."""
+    """A sequence of hidden dense layers, from `[batch, ..., inputs]` to `[batch, ..., num_features]`."""
 
-    def __init__(self, num_inputs: int, sizes: tuple[int, ...], layer_norm: bool, rngs: nnx.Rngs) -> None:
+    def __init__(self, num_inputs: int, sizes: tuple[int, ...], config: AgentConfig, rngs: nnx.Rngs) -> None:
         self.layers: nnx.List[Hidden] = nnx.List([])
         self.num_features = num_inputs
         for size in sizes:
-            linear = nnx.Linear(self.num_features, size, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
-            self.layers.append(Hidden(linear, size, layer_norm))
+            layer = make_linear(self.num_features, size, config, rngs, nnx.initializers.he_normal())
+            self.layers.append(Hidden(layer, size, config.layer_norm))
             self.num_features = size
 
-    def __call__(self, x: jax.Array, seen: Seen = None) -> jax.Array:
+    def __call__(self, x: jax.Array, forward: ForwardPass) -> jax.Array:
         for layer in self.layers:
-            x = layer(x, seen)
+            x = layer(x, forward)
         return x
 
 
 class DuelingHead(nnx.Module):
     """One stream for the state's value and one for the actions' advantages.
 
-    It maps `[batch, inputs]` to `[batch, num_actions]`. The mean advantage is subtracted, so that the part that all
-    actions have in common is in the value.
+    It maps `[batch, ..., inputs]` to `[batch, ..., num_actions * num_outputs]`. The mean advantage is subtracted, so
+    that the part that all actions have in common is in the value.
 
-    Source: Wang et al. 2016, arXiv 1511.06581, equation 9.
+    Source: Wang et al. 2016, arXiv 1511.06581, equation 9; for distributions, Hessel et al. 2018, arXiv 1710.02298.
     """
 
     def __init__(
-        self, num_inputs: int, stream_sizes: tuple[int, ...], num_actions: int, layer_norm: bool, rngs: nnx.Rngs
+        self,
+        num_inputs: int,
+        stream_sizes: tuple[int, ...],
+        num_actions: int,
+        num_outputs: int,
+        config: AgentConfig,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.value_hidden = Dense(num_inputs, stream_sizes, layer_norm, rngs)
-        self.value = nnx.Linear(self.value_hidden.num_features, 1, rngs=rngs)
-        self.advantage_hidden = Dense(num_inputs, stream_sizes, layer_norm, rngs)
-        self.advantage = nnx.Linear(self.advantage_hidden.num_features, num_actions, rngs=rngs)
+        self.num_actions = num_actions
+        self.value_hidden = Dense(num_inputs, stream_sizes, config, rngs)
+        self.value = make_linear(self.value_hidden.num_features, num_outputs, config, rngs)
+        self.advantage_hidden = Dense(num_inputs, stream_sizes, config, rngs)
+        num_units = num_actions * num_outputs
+        self.advantage = make_linear(self.advantage_hidden.num_features, num_units, config, rngs)
 
-    def __call__(self, x: jax.Array, seen: Seen = None) -> jax.Array:
-        value = self.value(self.value_hidden(x, seen))
-        advantage = self.advantage(self.advantage_hidden(x, seen))
-        return value + advantage - advantage.mean(-1, keepdims=True)
+    def __call__(self, x: jax.Array, forward: ForwardPass) -> jax.Array:
+        value = linear(self.value, self.value_hidden(x, forward), forward)
+        advantage = linear(self.advantage, self.advantage_hidden(x, forward), forward)
+        if value.shape[-1] == 1:
+            return value + advantage - advantage.mean(-1, keepdims=True)
+        advantage = advantage.reshape(*advantage.shape[:-1], self.num_actions, -1)
+        both = value[..., None, :] + advantage - advantage.mean(-2, keepdims=True)
+        return both.reshape(*both.shape[:-2], -1)
+
+
+class FractionEmbedding(nnx.Module):
+    """Embeds quantile fractions: `[batch, fractions]` to `[batch, fractions, num_features]`.
+
+    Source: Dabney et al. 2018, arXiv 1806.06923, equation 4.
+    """
+
+    def __init__(self, num_cosines: int, num_features: int, rngs: nnx.Rngs) -> None:
+        self.num_cosines = num_cosines
+        self.linear = nnx.Linear(num_cosines, num_features, kernel_init=nnx.initializers.he_normal(), rngs=rngs)
+
+    def __call__(self, fraction: jax.Array) -> jax.Array:
+        return jax.nn.relu(self.linear(jnp.cos(np.pi * np.arange(self.num_cosines) * fraction[..., None])))
 
 
 class QNetwork(nnx.Module):
     """A torso, hidden dense layers and a head.
 
-    It maps observations, as the replay stores them, to `[batch, num_actions]` float32. With dueling, each stream has a
-    layer of its own of the last of `hidden_sizes` (Wang et al. 2016), and the other layers are shared. Hidden layers
-    start with He's initialisation for ReLU (Gaussian, variance 2 / inputs), the linear last layer with LeCun's
-    (variance 1 / inputs), and biases with 0.
+    It maps observations, as the replay stores them, to Q-values, `[batch, num_actions]` float32. `outputs` are what the
+    agent's head takes instead: `[batch, num_actions, num_outputs]` or `Quantiles`, if it isn't scalar.
+
+    With dueling, each stream has a layer of its own of the last of `hidden_sizes` (Wang et al. 2016), and the other
+    layers are shared. Implicit quantiles multiply the features before that last layer by an embedding of each fraction.
+    Hidden layers start with He's initialisation for ReLU (Gaussian, variance 2 / inputs), the linear last layer with
+    LeCun's (variance 1 / inputs), and biases with 0.
 
     Raises:
       ConfigError: if the torso doesn't suit the observations.
     """
 
     def __init__(self, spec: EnvSpec, config: AgentConfig, rngs: nnx.Rngs) -> None:
-        sizes = config.hidden_sizes
-        shared_sizes, stream_sizes = (sizes[:-1], sizes[-1:]) if config.dueling else (sizes, ())
+        sizes, is_implicit = config.hidden_sizes, config.head == "iqn"
+        is_divided = config.dueling or is_implicit
+        shared_sizes, last_sizes = (sizes[:-1], sizes[-1:]) if is_divided else (sizes, ())
+        agent_head = make_head(config)
+        self.num_actions, self.num_outputs = spec.num_actions, agent_head.num_outputs
+        self.q_values = agent_head.q_values
+        self.num_quantiles, self.num_acting_quantiles = config.num_quantiles, config.num_acting_quantiles
         self.torso = Torso(spec, config, rngs)
-        self.hidden = Dense(self.torso.num_features, shared_sizes, config.layer_norm, rngs)
-        self.head: DuelingHead | nnx.Linear
+        self.hidden = Dense(self.torso.num_features, shared_sizes, config, rngs)
+        num_features, num_outputs = self.hidden.num_features, self.num_outputs or 1
+        self.embedding = FractionEmbedding(config.num_cosines, num_features, rngs) if is_implicit else None
+        self.last_hidden = Dense(num_features, last_sizes, config, rngs) if is_implicit and not config.dueling else None
+        self.head: DuelingHead | nnx.Linear | NoisyLinear
         if config.dueling:
-            self.head = DuelingHead(self.hidden.num_features, stream_sizes, spec.num_actions, config.layer_norm, rngs)
+            self.head = DuelingHead(num_features, last_sizes, spec.num_actions, num_outputs, config, rngs)
         else:
-            self.head = nnx.Linear(self.hidden.num_features, spec.num_actions, rngs=rngs)
+            num_inputs = num_features if self.last_hidden is None else self.last_hidden.num_features
+            self.head = make_linear(num_inputs, spec.num_actions * num_outputs, config, rngs)
 
-    def __call__(self, observations: jax.Array, seen: Seen = None) -> jax.Array:
-        x = self.hidden(self.torso(observations, seen), seen)
-        return self.head(x, seen) if isinstance(self.head, DuelingHead) else self.head(x)
+    def __call__(self, observations: jax.Array) -> jax.Array:
+        return self.q_values(self.outputs(observations, None))
 
     def with_activations(self, observations: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Returns the Q-values, and the output of each hidden layer, `[batch, ..., units]`."""
-        seen: list[jax.Array] = []
-        return self(observations, seen), tuple(seen)
+        forward = ForwardPass(shows=True)
+        return self.q_values(self._outputs(observations, forward)), tuple(forward.seen or ())
+
+    def outputs(self, observations: jax.Array, draws: Draws | None) -> jax.Array | Quantiles:
+        """Returns what the agent's head takes; see `Network.outputs`."""
+        return self._outputs(observations, ForwardPass(draws))
+
+    def _outputs(self, observations: jax.Array, forward: ForwardPass) -> jax.Array | Quantiles:
+        x = self.hidden(self.torso(observations, forward), forward)
+        if self.embedding is not None:
+            fraction = self._fractions(len(x), forward)
+            values = self._last_layers(x[:, None, :] * self.embedding(fraction), forward)
+            return Quantiles(jnp.moveaxis(values, 1, 2), fraction)
+        x = self._last_layers(x, forward)
+        return x if self.num_outputs is None else x.reshape(len(x), self.num_actions, self.num_outputs)
+
+    def _fractions(self, batch_size: int, forward: ForwardPass) -> jax.Array:
+        """Returns random quantile fractions, or evenly spaced ones, `[batch, fractions]`."""
+        if forward.draws is not None and forward.draws.samples is not None:
+            return jax.vmap(lambda key: jax.random.uniform(key, (self.num_quantiles,)))(forward.draws.samples)
+        evenly = (jnp.arange(self.num_acting_quantiles) + 0.5) / self.num_acting_quantiles
+        return jnp.broadcast_to(evenly, (batch_size, self.num_acting_quantiles))
+
+    def _last_layers(self, x: jax.Array, forward: ForwardPass) -> jax.Array:
+        if self.last_hidden is not None:
+            x = self.last_hidden(x, forward)
+        return self.head(x, forward) if isinstance(self.head, DuelingHead) else linear(self.head, x, forward)

@@ -12,13 +12,35 @@ from jax import lax
 
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.frame_stack import stack_to_storage_layout
+from qfleet.core.keys import Draws
 from qfleet.core.types import EnvSpec, identity
 from qfleet.networks.convolution import Lowering, convolve, kernel_of_blocks, to_blocks
 
 TorsoName = Literal["mlp", "minatar", "nature"]
 
-Seen = list[jax.Array] | None
-"""A list to which each hidden layer appends its output, `[batch, ..., units]`; None collects nothing."""
+
+class ForwardPass:
+    """What one forward pass draws, and what it shows of its hidden layers."""
+
+    def __init__(self, draws: Draws | None = None, *, shows: bool = False) -> None:
+        """Begins a pass; it draws nothing without `draws`, and `shows` keeps the output of each hidden layer."""
+        self.draws = draws
+        self.seen: list[jax.Array] | None = [] if shows else None
+        """The output of each hidden layer so far, `[batch, ..., units]`."""
+        self._num_keys = 0
+
+    def show(self, x: jax.Array) -> None:
+        """Notes the output of a hidden layer."""
+        if self.seen is not None:
+            self.seen.append(x)
+
+    def noise_key(self) -> jax.Array | None:
+        """Returns the key of the next noisy layer, `[]` for all samples or `[batch]`; None if there is no noise."""
+        if self.draws is None:
+            return None
+        self._num_keys += 1
+        keys, number = self.draws.noise, np.uint32(self._num_keys)
+        return jax.vmap(jax.random.fold_in, (0, None))(keys, number) if keys.ndim else jax.random.fold_in(keys, number)
 
 
 class ConvolutionSize(NamedTuple):
@@ -136,18 +158,59 @@ class LayerNorm(nnx.Module):
         return centred * lax.rsqrt(variance + 1e-6) * self.scale[...] + self.bias[...]
 
 
+class NoisyLinear(nnx.Module):
+    """A linear layer with factorised Gaussian noise on its parameters, `[batch, ..., inputs]` to `[batch, ..., units]`.
+
+    Source: Fortunato et al. 2018, arXiv 1706.10295, section 3, equations 10 and 11, and section 3.2(b).
+    """
+
+    def __init__(self, num_inputs: int, num_units: int, std: float, rngs: nnx.Rngs) -> None:
+        bound = 1 / math.sqrt(num_inputs)
+        uniform = nnx.initializers.uniform(2 * bound)
+        self.kernel = nnx.Param(uniform(rngs.params(), (num_inputs, num_units)) - bound)
+        self.bias = nnx.Param(uniform(rngs.params(), (num_units,)) - bound)
+        self.kernel_std = nnx.Param(jnp.full((num_inputs, num_units), std * bound))
+        self.bias_std = nnx.Param(jnp.full((num_units,), std * bound))
+
+    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        kernel, bias = self.kernel[...], self.bias[...]
+        if key is None:
+            return x @ kernel + bias
+        num_inputs, num_units = kernel.shape
+        if key.ndim == 0:
+            noise = _noise(key, num_inputs + num_units)
+            of_inputs, of_units = noise[:num_inputs], noise[num_inputs:]
+            kernel += self.kernel_std[...] * of_inputs[:, None] * of_units
+            return x @ kernel + bias + self.bias_std[...] * of_units
+        # Each sample has noise of its own. Its kernel is never built, because the noise is a product.
+        noise = jax.vmap(_noise, (0, None))(key, num_inputs + num_units)
+        noise = noise.reshape(len(noise), *(1,) * (x.ndim - 2), -1)
+        of_inputs, of_units = noise[..., :num_inputs], noise[..., num_inputs:]
+        spread = (x * of_inputs) @ self.kernel_std[...] + self.bias_std[...]
+        return x @ kernel + bias + spread * of_units
+
+
+def _noise(key: jax.Array, size: int) -> jax.Array:
+    x = jax.random.normal(key, (size,))
+    return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
+
+
+def linear(layer: nnx.Module, x: jax.Array, forward: ForwardPass) -> jax.Array:
+    """Returns the output of a linear layer, which draws its noise if it is a noisy one."""
+    return layer(x, forward.noise_key()) if isinstance(layer, NoisyLinear) else layer(x)
+
+
 class Hidden(nnx.Module):
-    """A linear layer (dense or convolutional), then layer normalisation if `layer_norm` is set, then ReLU."""
+    """A linear layer (dense, noisy or convolutional), then layer normalisation if `layer_norm` is set, then ReLU."""
 
     def __init__(self, linear: nnx.Module, num_features: int, layer_norm: bool) -> None:
         self.linear = linear
         self.norm = LayerNorm(num_features) if layer_norm else None
 
-    def __call__(self, x: jax.Array, seen: Seen = None) -> jax.Array:
-        x = self.linear(x)
+    def __call__(self, x: jax.Array, forward: ForwardPass) -> jax.Array:
+        x = linear(self.linear, x, forward)
         x = jax.nn.relu(x if self.norm is None else self.norm(x))
-        if seen is not None:
-            seen.append(x)
+        forward.show(x)
         return x
 
 
@@ -235,7 +298,7 @@ class Torso(nnx.Module):
             channels = size.num_features
         self.num_features = height * width * channels
 
-    def __call__(self, observations: jax.Array, seen: Seen = None) -> jax.Array:
+    def __call__(self, observations: jax.Array, forward: ForwardPass) -> jax.Array:
         if observations.shape[1:] == self.raw_shape:
             observations = stack_to_storage_layout(self.to_storage_layout, observations, self.frame_stack)
         x = observations.astype(jnp.float32)
@@ -247,5 +310,5 @@ class Torso(nnx.Module):
         elif self.image_shape is not None:
             x = x.reshape(-1, *self.image_shape)
         for convolution in self.convolutions:
-            x = convolution(x, seen)
+            x = convolution(x, forward)
         return x.reshape(-1, self.num_features)

@@ -49,14 +49,15 @@ def act(
     step_keys: StepKeys,
     uniform: Array,
     exploration: Array,
+    noise_keys: Array | None = None,
 ) -> tuple[ActorState, Row, RowStats, Array]:
-    """Takes one step of all lanes.
+    """Takes one step of all lanes. `noise_keys` are one for each lane, `[lanes]`, if the agent acts with keys.
 
     Returns:
       The actor after the step, the row, its stats, and the values that chose the actions, `[lanes, num_actions]`.
     """
     lanes_tm1 = actor.lanes
-    q = agent.q_values(params, actor.view)
+    q = agent.q_values(params, actor.view, noise_keys)
     action = agent.explore(q, exploration, uniform)
     lanes, step = step_lanes(env, lanes_tm1, action, step_keys)
     outcome = outcome_of(step.terminated, step.truncated, lanes_tm1.final)

@@ -98,7 +98,8 @@ class Replay(NamedTuple):
 
     It needs prioritised replay, without replicas."""
     set_priorities: Callable[[ReplayState, Sample, Array], ReplayState]
-    """`set_priorities(state, sample, td_error) -> state`, with the TD errors of `sample.transition`. Rows that have
+    """`set_priorities(state, sample, priority) -> state`, with what the loss says of `sample.transition`, such as its
+    TD errors, of which the absolute value counts. Rows that have
     been overwritten since the draw are left as they are."""
     leaves: Callable[[ReplayState], Array | tuple[()]]
     """`leaves(state)` returns `SavedReplay.leaves`. The other fields of `SavedReplay` are in the state as they are."""
@@ -238,8 +239,9 @@ def _entry_priority(
     return priority, jnp.maximum(max_priority, jnp.max(jnp.where(is_known, priority, 0.0)))
 
 
-def _priority_of(settings: _Settings, td_error: Array) -> Array:
-    return (jnp.abs(td_error) + MIN_PRIORITY) ** settings.config.priority_exponent
+def _priority_of(settings: _Settings, priority: Array) -> Array:
+    """Returns the leaf of a transition."""
+    return (jnp.abs(priority) + MIN_PRIORITY) ** settings.config.priority_exponent
 
 
 def _seal(state: ReplayState, lanes: Array, segment: Array | int = 0) -> ReplayState:
@@ -310,17 +312,17 @@ def _transitions(settings: _Settings, ring: Ring, slot: Array, weight: Array) ->
     )
 
 
-def _set_priorities(settings: _Settings, state: ReplayState, sample: Sample, td_error: Array) -> ReplayState:
+def _set_priorities(settings: _Settings, state: ReplayState, sample: Sample, priority: Array) -> ReplayState:
     if not isinstance(state.tree, priorities.SumTree):
         return state
-    priority = _priority_of(settings, settings.replicas.gather(td_error).reshape(-1))
+    value = _priority_of(settings, settings.replicas.gather(priority).reshape(-1))
     # A transition whose oldest stacked frame has been overwritten can't be drawn any more, so it must keep priority 0.
     oldest = later_slot(state.ring, sample.slot, settings.num_rows - settings.spec.frame_stack + 1)
     is_late = is_overwritten(state.ring, oldest, sample.insertions)
     leaf = jnp.where(is_late | ~sample.is_mine, jnp.uint32(settings.num_slots), sample.slot)
     return state._replace(
-        tree=priorities.set_leaves(state.tree, leaf, priority),
-        max_priority=jnp.maximum(state.max_priority, jnp.max(priority)),
+        tree=priorities.set_leaves(state.tree, leaf, value),
+        max_priority=jnp.maximum(state.max_priority, jnp.max(value)),
     )
 
 

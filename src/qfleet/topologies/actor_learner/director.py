@@ -226,7 +226,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
         stats.loss += result.loss
         stats.td_error += result.td_error
         self._note_busy("learner", result.busy_seconds)
-        self._replay.return_errors(drawn, errors)
+        self._replay.return_priorities(drawn, errors)
 
     def _issue_broadcast(self) -> None:
         newest = self._broadcast

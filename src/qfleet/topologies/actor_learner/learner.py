@@ -10,6 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from qfleet.config import TrainConfig
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner, update
 from qfleet.core.replay import normalise_weights
 from qfleet.core.types import EnvSpec, Transition
@@ -67,20 +68,24 @@ class GlobalLearner:
         def init(seed: Array) -> LearnerState:
             return init_from_seed(learner, agent, seed)
 
-        def learn(state: LearnerState, batches: Transition) -> tuple[LearnerState, Losses, Array]:
-            def step(carry: tuple[LearnerState, Losses], batch: Transition) -> tuple:
-                state, losses = carry
+        def learn(state: LearnerState, batches: Transition, first: Array) -> tuple[LearnerState, Losses, Array]:
+            def step(carry: tuple[LearnerState, Losses], inputs: tuple[Transition, Array]) -> tuple:
+                (state, losses), (batch, number) = carry, inputs
                 batch = normalise_weights(batch, config.agent, replicas)
-                state, info = update(learner, state, batch, replicas.mean)
-                return (state, add_losses(losses, info)), info.td_error
+                key = key_of(np.uint32(config.seed), Stream.LEARNING, number)
+                state, info = update(learner, state, batch, key, replicas)
+                return (state, add_losses(losses, info)), info.priority
 
-            carry: tuple[Any, Array] = jax.lax.scan(step, (state, no_losses()), batches)
-            (state, losses), td_error = carry
-            return state, replicas.mean(losses), td_error
+            numbers = first + jnp.arange(self._num_batches, dtype=jnp.uint32)
+            carry: tuple[Any, Array] = jax.lax.scan(step, (state, no_losses()), (batches, numbers))
+            (state, losses), priority = carry
+            return state, replicas.mean(losses), priority
 
         specs = self._placement.partition_learner(jax.eval_shape(init, np.uint32(0)))
         batches = PartitionSpec(None, DATA_AXIS)
-        self._round = self._placement.jit(learn, (specs, batches), (specs, REPLICATED, batches), donate_argnums=(0,))
+        self._round = self._placement.jit(
+            learn, (specs, batches, REPLICATED), (specs, REPLICATED, batches), donate_argnums=(0,)
+        )
         self._learner_state = self._placement.jit(init, (REPLICATED,), specs)(np.uint32(config.seed))
         self._learner_steps = 0
 
@@ -93,15 +98,16 @@ class GlobalLearner:
           *parts: for each shard, its transitions, `[num_draws, ...]`, NumPy arrays.
 
         Returns:
-          The result, and for each shard the TD errors of its transitions, `[num_draws]`.
+          The result, and for each shard the priorities of its transitions, `[num_draws]`.
         """
         started = time.perf_counter()
         shape = (self._num_batches, self._config.batch_size)
         batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), put_together(places, parts))
-        self._learner_state, losses, td_error = self._round(self._learner_state, batches)
+        first = np.uint32(self._learner_steps % 2**32)
+        self._learner_state, losses, priority = self._round(self._learner_state, batches, first)
         self._learner_steps += self._num_batches
-        losses, td_error = jax.device_get((losses, td_error))
-        flat = td_error.reshape(-1)
+        losses, priority = jax.device_get((losses, priority))
+        flat = priority.reshape(-1)
         busy_seconds = time.perf_counter() - started
         result = UpdateResult(float(losses.loss), float(losses.td_error), self._learner_steps, busy_seconds)
         return result, [flat[place] for place in places]

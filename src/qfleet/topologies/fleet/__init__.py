@@ -26,7 +26,7 @@ How a chunk travels; every arrow from or to a remote process crosses a process b
 How a batch travels:
 
     ShardedReplay.draw --DrawShare for each shard--> ReplayShard.sample --transitions--> the process that learns
-    the process that learns --TD errors--> ShardedReplay.return_errors --reference--> ReplayShard.set_priorities
+    the process that learns --priorities-> ShardedReplay.return_priorities --reference--> ReplayShard.set_priorities
 
 Chunks, transitions and TD errors go directly between the remote processes, through Ray's object store. Where they are
 learned from is up to each topology.

@@ -11,10 +11,10 @@ import numpy as np
 from jax import Array
 
 from qfleet.config import ActorPool, RunFailed, TrainConfig
-from qfleet.core.agent import Agent
+from qfleet.core.agent import Agent, noise_keys
 from qfleet.core.frame_stack import push_frame
 from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
-from qfleet.core.keys import Stream, key_of
+from qfleet.core.keys import NOISE, Stream, key_of, sample_keys
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.targets import take_action
 from qfleet.core.types import Params, stored_spec
@@ -33,8 +33,8 @@ class Chunk(NamedTuple):
     rows: Row
     """`[rows, lanes, ...]`, with stored observations."""
     td_error: np.ndarray
-    """`[rows, lanes]` float32, TD errors of the transitions that these rows complete, by the actor's own values; NaN
-    where the actor doesn't know them."""
+    """`[rows, lanes]` float32, TD errors of the transitions that these rows complete, by the actor's own values. NaN
+    where the actor doesn't know them, and if they aren't the priorities of the agent's head."""
 
 
 class ChunkStats(NamedTuple):
@@ -101,7 +101,10 @@ class Actor:
 
         def errors(before: ValuedRows, new: ValuedRows) -> tuple[ValuedRows, Array]:
             rows = jax.tree.map(lambda *x: jnp.concatenate(x), before, new)
-            return jax.tree.map(lambda x: x[-n_step:], rows), initial_td_errors(rows, n_step, discount)
+            td_error = initial_td_errors(rows, n_step, discount)
+            if not agent.priority_is_td_error:
+                td_error = jnp.full_like(td_error, jnp.nan)
+            return jax.tree.map(lambda x: x[-n_step:], rows), td_error
 
         self._errors = jax.jit(errors)
         self._padding_rows = padding_rows(n_step, pool.lanes_per_actor)
@@ -185,13 +188,14 @@ class _InGraphLanes:
             key, env_key, explore_key = jax.random.split(key, 3)
             step_keys = draw(env, env_key, num_rows, lane_numbers)
             uniforms = jax.random.uniform(explore_key, (num_rows, num_lanes))
+            noise = noise_keys(agent, state[1], num_rows, lane_numbers)
 
             def row(actor: ActorState, inputs: tuple) -> tuple:
-                keys, uniform = inputs
-                actor, new_row, stats, q = act(env, agent, params, actor, keys, uniform, exploration)
+                keys, uniform, noise = inputs
+                actor, new_row, stats, q = act(env, agent, params, actor, keys, uniform, exploration, noise)
                 return actor, (new_row, stats, take_action(q, new_row.action))
 
-            scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (step_keys, uniforms))
+            scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (step_keys, uniforms, noise))
             return (scanned[0], key), scanned[1]
 
         self._take_jitted = jax.jit(take, donate_argnums=1)
@@ -228,17 +232,19 @@ class _HostLanes:
     ) -> None:
         num_lanes, spec = pool.lanes_per_actor, env.spec
         self._shape, self._random = (pool.rows_per_chunk, num_lanes), np.random.default_rng(numbers)
+        self._num_rows = 0
         self._lanes = env.make_lanes(num_lanes, options)
         self._acting = HostActing(self._lanes, int(self._random.integers(2**32)))
         stored = stored_spec(spec, agent.to_storage_layout)
         self._view = jnp.zeros((num_lanes, *stored.agent_observation_shape), stored.observation_dtype)
 
         def choose(
-            params: Params, view: Array, obs: Array, is_first: Array, uniform: Array, exploration: Array
+            params: Params, view: Array, obs: Array, is_first: Array, uniform: Array, exploration: Array, row: Array
         ) -> tuple:
             frame = agent.to_storage_layout(obs)
             view = push_frame(view, frame, is_first, spec.frame_stack)
-            q = agent.q_values(params, view)
+            lane_keys = sample_keys(key_of(*numbers, NOISE, row), jnp.arange(num_lanes, dtype=jnp.uint32))
+            q = agent.q_values(params, view, lane_keys if agent.acts_with_keys else None)
             action = agent.explore(q, exploration, uniform)
             return view, frame, action, take_action(q, action), jnp.max(q, axis=-1)
 
@@ -251,8 +257,10 @@ class _HostLanes:
         seen: list[tuple] = []
         received: list[ReceivedRow] = []
         for uniform in self._random.random(self._shape, np.float32):
+            row = np.uint32(self._num_rows % 2**32)
+            self._num_rows += 1
             self._view, frame, action, q_taken, q_max = self._choose(
-                params, self._view, acting.obs, acting.is_first, uniform, exploration
+                params, self._view, acting.obs, acting.is_first, uniform, exploration, row
             )
             seen.append((frame, action, q_taken, q_max))  # stays on the device until the end: each transfer has a cost
             acting.send(np.asarray(action))

@@ -101,7 +101,7 @@ class ReplayShard:
         """Draws this shard's share of a batch.
 
         Args:
-          number: identifies the draw when its TD errors come back.
+          number: identifies the draw when its priorities come back.
           seed: 32 bits, different for each draw.
           importance_exponent: beta.
           share: the share of the batch that this shard draws.
@@ -125,15 +125,15 @@ class ReplayShard:
             self._samples.popitem(last=False)
         return self.stats(started), transition
 
-    def set_priorities(self, number: int, td_error: np.ndarray) -> ShardStats:
-        """Sets the priorities of a draw's transitions from their TD errors.
+    def set_priorities(self, number: int, priority: np.ndarray) -> ShardStats:
+        """Sets the priorities of a draw's transitions.
 
         A row that has been overwritten since the draw keeps its priority. If the draw is no longer remembered, nothing
         changes.
 
         Args:
           number: of the draw, as given to `sample`.
-          td_error: `[num_draws]`.
+          priority: `[num_draws]`, as for `Replay.set_priorities`.
 
         Returns:
           What the shard holds afterwards.
@@ -142,10 +142,10 @@ class ReplayShard:
         first = 0
         for sample in self._samples.pop(number, ()):
             size = len(sample.slot)
-            errors = np.zeros(size, np.float32)  # also for surplus draws, whose priorities don't change
-            own = td_error[first : first + size]
-            errors[: len(own)] = own
-            self.state = self._set_priorities_jitted(self.state, sample, errors)
+            padded = np.zeros(size, np.float32)  # also for surplus draws, whose priorities don't change
+            own = priority[first : first + size]
+            padded[: len(own)] = own
+            self.state = self._set_priorities_jitted(self.state, sample, padded)
             first += size
         return self.stats(started)
 

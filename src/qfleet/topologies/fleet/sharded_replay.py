@@ -130,7 +130,7 @@ class ShardedReplay:
                 drawn.shards.append(shard)
         return drawn
 
-    def return_errors(self, drawn: Drawn, references: tuple[Any, ...]) -> None:
+    def return_priorities(self, drawn: Drawn, references: tuple[Any, ...]) -> None:
         """Sends the TD errors of each share to the shard that has drawn it."""
         for shard, reference in zip(drawn.shards, references, strict=True):
             self._num_returning += 1

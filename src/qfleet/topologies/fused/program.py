@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from qfleet.config import AgentConfig, TrainConfig
-from qfleet.core.agent import Agent
+from qfleet.core.agent import Agent, noise_keys
 from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_replay, partition
@@ -156,11 +156,14 @@ def _replay_iteration(
         key, env_key, explore_key, learn_key = jax.random.split(state.key, 4)
         step_keys = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
         uniforms = _uniforms(explore_key, num_rows, num_lanes, replicas)
+        noise = noise_keys(agent, state.key, num_rows, local_lane_ids(replicas, num_lanes))
 
         def row(carry: tuple, inputs: tuple) -> tuple[Any, RowStats]:
             learner_state, actor, replay_state, losses = carry
-            keys, uniform, plan, learn_key = inputs
-            actor, new_row, stats, _ = act(env, agent, learner_state.params, actor, keys, uniform, plan.exploration)
+            keys, uniform, noise, plan, learn_key = inputs
+            actor, new_row, stats, _ = act(
+                env, agent, learner_state.params, actor, keys, uniform, plan.exploration, noise
+            )
 
             state = (learner_state, replay.insert(replay_state, new_row), losses)
             learner_state, replay_state, losses = learn_from_replay(
@@ -169,7 +172,7 @@ def _replay_iteration(
             return (learner_state, actor, replay_state, losses), stats
 
         carry = (state.learner, state.actor, state.replay, no_losses())
-        inputs = (step_keys, uniforms, plan, jax.random.split(learn_key, num_rows))
+        inputs = (step_keys, uniforms, noise, plan, jax.random.split(learn_key, num_rows))
         (learner_state, actor, replay_state, losses), stats = jax.lax.scan(row, carry, inputs)
         return FusedState(learner_state, actor, replay_state, key), stats, losses
 
@@ -186,15 +189,16 @@ def _rollout_iteration(
         key, env_key, explore_key, shuffle_key = jax.random.split(state.key, 4)
         step_keys = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
         uniforms = _uniforms(explore_key, num_rows, num_lanes, replicas)
+        noise = noise_keys(agent, state.key, num_rows, local_lane_ids(replicas, num_lanes))
         params = state.learner.params
 
         def row(actor: ActorState, inputs: tuple) -> tuple[ActorState, tuple[Row, RowStats]]:
-            keys, uniform, exploration = inputs
+            keys, uniform, noise, exploration = inputs
             view = actor.view
-            actor, new_row, stats, _ = act(env, agent, params, actor, keys, uniform, exploration)
+            actor, new_row, stats, _ = act(env, agent, params, actor, keys, uniform, exploration, noise)
             return actor, (new_row._replace(obs=view), stats)
 
-        actor, (rows, stats) = jax.lax.scan(row, state.actor, (step_keys, uniforms, plan.exploration))
+        actor, (rows, stats) = jax.lax.scan(row, state.actor, (step_keys, uniforms, noise, plan.exploration))
         last_value = jnp.max(agent.q_values(params, actor.view), axis=-1)
         batch = regression(rows, stats.q_max, last_value, config)
         learner_state, losses = learn_from_rollout(learner, state.learner, batch, shuffle_key, config, replicas)

@@ -14,10 +14,19 @@ import numpy as np
 from jax import Array
 
 from qfleet.config import AgentConfig
+from qfleet.core.keys import NOISE
 from qfleet.core.learner import Learner, LearnerState, update
 from qfleet.core.replay import Replay, ReplayState, Sample
 from qfleet.core.types import Regression, Transition
-from qfleet.core.updates import Losses, add_losses, learn_from_minibatches, minibatches, no_losses
+from qfleet.core.updates import (
+    EpochKeys,
+    Losses,
+    add_losses,
+    learn_from_minibatches,
+    make_epoch_keys,
+    minibatches,
+    no_losses,
+)
 from qfleet.envs.host import HostLanes
 from qfleet.runtime.stopwatch import Stopwatch
 from qfleet.topologies.overlapped.programs import HostRow, Programs
@@ -101,19 +110,22 @@ def _timed_learn_with_replay(
     def sample(state: ReplayState, key: Array, i: Array, importance_exponent: Array) -> tuple[Sample, Array]:
         return replay.sample(state, jax.random.fold_in(key, i), importance_exponent), i + 1
 
-    def step(state: LearnerState, losses: Losses, batch: Transition) -> tuple[LearnerState, Losses, Array]:
-        state, info = update(learner, state, batch)
-        return state, add_losses(losses, info), info.td_error
+    def step(
+        state: LearnerState, losses: Losses, batch: Transition, key: Array, i: Array
+    ) -> tuple[LearnerState, Losses, Array]:
+        noise_key = jax.random.fold_in(jax.random.fold_in(key, NOISE), i)
+        state, info = update(learner, state, batch, noise_key)
+        return state, add_losses(losses, info), info.priority
 
     learner_state, replay_state, row, key, exponent, _ = arguments
     first, from_host = jnp.int32(0), (row._replace(obs=()), exponent)
     drawn, _ = jax.eval_shape(sample, replay_state, key, first, exponent)
-    _, losses, td_error = jax.eval_shape(step, learner_state, no_losses(), drawn.transition)
+    _, losses, priority = jax.eval_shape(step, learner_state, no_losses(), drawn.transition, key, first)
     put, timed = _timed_put(stopwatch, from_host), stopwatch.timed
     timed_insert = timed("replay", _compiled(programs.insert, replay_state, row, donated=0))
     timed_sample = timed("replay", _compiled(sample, replay_state, key, first, exponent))
-    timed_step = timed("update", _compiled(step, learner_state, losses, drawn.transition, donated=0))
-    set_priorities = _compiled(replay.set_priorities, replay_state, drawn, td_error, donated=0)
+    timed_step = timed("update", _compiled(step, learner_state, losses, drawn.transition, key, first, donated=0))
+    set_priorities = _compiled(replay.set_priorities, replay_state, drawn, priority, donated=0)
     timed_set_priorities = timed("replay", set_priorities)
 
     def learn(
@@ -127,10 +139,11 @@ def _timed_learn_with_replay(
         rest, exponent = put((row._replace(obs=()), importance_exponent))
         replay_state, losses, i = timed_insert(replay_state, rest._replace(obs=row.obs)), no_losses(), first
         for _ in range(num_updates):
-            drawn, i = timed_sample(replay_state, key, i, exponent)
-            learner_state, losses, td_error = timed_step(learner_state, losses, drawn.transition)
+            drawn, following = timed_sample(replay_state, key, i, exponent)
+            learner_state, losses, priority = timed_step(learner_state, losses, drawn.transition, key, i)
             if config.replay == "prioritised":
-                replay_state = timed_set_priorities(replay_state, drawn, td_error)
+                replay_state = timed_set_priorities(replay_state, drawn, priority)
+            i = following
         return learner_state, replay_state, losses
 
     return learn
@@ -139,14 +152,16 @@ def _timed_learn_with_replay(
 def _timed_learn_without_replay(
     learner: Learner, programs: Programs, config: AgentConfig, stopwatch: Stopwatch, arguments: tuple[Any, ...]
 ) -> Callable[..., tuple[LearnerState, Losses]]:
-    def cut(batch: Regression, keys: Array, i: Array) -> tuple[Regression, Array]:
-        return minibatches(batch, keys[i], config.num_minibatches), i + 1
+    def cut(batch: Regression, keys: EpochKeys, i: Array) -> tuple[Regression, Array]:
+        return minibatches(batch, keys.shuffle[i], config.num_minibatches), i + 1
 
-    def epoch_keys(key: Array) -> Array:
-        return jax.random.split(key, config.num_epochs)
+    def epoch_keys(key: Array) -> EpochKeys:
+        return make_epoch_keys(key, config.num_epochs)
 
-    def epoch(state: LearnerState, losses: Losses, batches: Regression) -> tuple[LearnerState, Losses]:
-        return learn_from_minibatches(learner, state, losses, batches)
+    def epoch(
+        state: LearnerState, losses: Losses, batches: Regression, keys: EpochKeys, i: Array
+    ) -> tuple[LearnerState, Losses]:
+        return learn_from_minibatches(learner, state, losses, batches, keys.noise[i])
 
     state, *rollout, key = arguments
     batch = jax.eval_shape(programs.rollout_batch, state.params, *rollout)
@@ -157,7 +172,7 @@ def _timed_learn_without_replay(
     timed_batch = timed("returns", _compiled(programs.rollout_batch, state.params, *rollout))
     timed_keys = timed("returns", _compiled(epoch_keys, key))
     timed_cut = timed("returns", _compiled(cut, batch, keys, first))
-    timed_epoch = timed("update", _compiled(epoch, state, no_losses(), batches, donated=0))
+    timed_epoch = timed("update", _compiled(epoch, state, no_losses(), batches, keys, first, donated=0))
 
     def learn(state: LearnerState, *arguments: Any) -> tuple[LearnerState, Losses]:
         rows, *on_device, next_is_first, key = arguments
@@ -165,8 +180,9 @@ def _timed_learn_without_replay(
         batch, keys = timed_batch(state.params, rows, *on_device, next_is_first), timed_keys(key)
         losses, i = no_losses(), first
         for _ in range(config.num_epochs):
-            batches, i = timed_cut(batch, keys, i)
-            state, losses = timed_epoch(state, losses, batches)
+            batches, following = timed_cut(batch, keys, i)
+            state, losses = timed_epoch(state, losses, batches, keys, i)
+            i = following
         return state, losses
 
     return learn

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from qfleet.config import AgentConfig
-from qfleet.core.agent import Agent
+from qfleet.core.agent import Agent, row_noise_keys
 from qfleet.core.frame_stack import push_frame
-from qfleet.core.keys import Stream, key_of
+from qfleet.core.keys import Stream, key_of, sample_keys
 from qfleet.core.learner import Learner, LearnerState
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, outcome_of, sealed_outcomes
-from qfleet.core.replicas import ALONE, Replicas
+from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import EnvSpec, Params, Regression
 from qfleet.core.updates import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
 from qfleet.topologies.schedule import rows_per_iteration
@@ -43,6 +43,8 @@ class RandomInputs(NamedTuple):
     """`[rows, lanes]`, for exploration."""
     learn_keys: Array
     """`[rows]` with replay; `[]` without."""
+    noise_keys: Array | tuple[()]
+    """`[rows]`, for agents that act with keys; `()` for others."""
 
 
 class Programs(NamedTuple):
@@ -52,9 +54,10 @@ class Programs(NamedTuple):
     """`init(seed) -> learner, replay, key`."""
     draw: Callable[[Array], tuple[Array, RandomInputs]]
     """`draw(key) -> key, inputs`."""
-    act: Callable[[Params, Array, Array, Array, Array, Array], tuple[Array, Array, Array]]
-    """`act(params, view, obs, is_first, exploration, uniform) -> view, action, q_max`: `view` is what the agent saw one
-    row before, `obs` holds the newest observations, and `is_first` says which of them start an episode."""
+    act: Callable[[Params, Array, Array, Array, Array, Array, Array | tuple[()]], tuple[Array, Array, Array]]
+    """`act(params, view, obs, is_first, exploration, uniform, noise_key) -> view, action, q_max`: `view` is what the
+    agent saw one row before, `obs` holds the newest observations, and `is_first` says which of them start an episode.
+    """
     learn: Callable[..., tuple]
     """With replay: `learn(learner, replay, row, key, importance_exponent, num_updates) -> learner, replay, losses`.
     Without replay: `learn(learner, rows, views, q_max, next_obs, next_is_first, key) -> learner, losses`, for one
@@ -87,18 +90,28 @@ def make_programs(
         params_key, _, state_key = jax.random.split(key_of(seed, Stream.TRAINING), 3)
         return learner.init(agent.init(params_key)), replay.init() if replay else (), state_key
 
-    def draw(key: Array) -> tuple[Array, RandomInputs]:
+    def draw(key_tm1: Array) -> tuple[Array, RandomInputs]:
         num_rows = rows_per_iteration(config)
         # The second key is unused: in `fused`, which draws the same numbers, it is the environment's.
-        key, _, explore_key, learn_key = jax.random.split(key, 4)
+        key, _, explore_key, learn_key = jax.random.split(key_tm1, 4)
         uniforms = jax.random.uniform(explore_key, (num_rows, num_lanes))
-        return key, RandomInputs(uniforms, jax.random.split(learn_key, num_rows) if replay else learn_key)
+        learn_keys = jax.random.split(learn_key, num_rows) if replay else learn_key
+        noise = row_noise_keys(key_tm1, num_rows) if agent.acts_with_keys else ()
+        return key, RandomInputs(uniforms, learn_keys, noise)
 
     def act(
-        params: Params, view: Array, obs: Array, is_first: Array, exploration: Array, uniform: Array
+        params: Params,
+        view: Array,
+        obs: Array,
+        is_first: Array,
+        exploration: Array,
+        uniform: Array,
+        noise_key: Any,
     ) -> tuple[Array, Array, Array]:
         view = push_frame(view, agent.to_storage_layout(obs), is_first, spec.frame_stack)
-        q = agent.q_values(params, view)
+        has_noise = not isinstance(noise_key, tuple)
+        keys = sample_keys(noise_key, local_lane_ids(replicas, len(uniform))) if has_noise else None
+        q = agent.q_values(params, view, keys)
         return view, agent.explore(q, exploration, uniform), jnp.max(q, axis=-1)
 
     def insert(replay_state: ReplayState, row: HostRow) -> ReplayState:

@@ -90,7 +90,9 @@ class ProgramsOnMesh:
         return programs._replace(
             init=placement.jit(programs.init, (whole,), (learner, replay, whole)),
             draw=placement.jit(programs.draw, (whole,), whole),
-            act=placement.jit(programs.act, (learner.params, lanes, lanes, lanes, whole, lanes), lanes, donated_by_act),
+            act=placement.jit(
+                programs.act, (learner.params, lanes, lanes, lanes, whole, lanes, whole), lanes, donated_by_act
+            ),
             learn=learn,
             replay_leaves=placement.jit(programs.replay_leaves, (replay,), saved and saved.leaves),
             restore_replay=placement.jit(programs.restore_replay, (saved,), replay),

@@ -109,15 +109,16 @@ class Overlapped(OwnLearner):
         self._begin_episodes()
         number = np.zeros(self._num_lanes, np.float32)
         is_first, uniform = self._on_mesh.lanes_to_devices((self._acting.is_first, number))
+        noise_key = self._key if self._on_mesh.agent.acts_with_keys else ()
         self._draw, self._act, self._learning.learn = self._on_mesh.compile(
             programs,
             self._key,
-            (self.params, self._view, self._acting.obs, is_first, np.float32(0), uniform),
+            (self.params, self._view, self._acting.obs, is_first, np.float32(0), uniform, noise_key),
             self._on_mesh.learn_arguments(learner, replay, self._key, self._acting.obs, self._view),
             stopwatch,
         )
         if stopwatch:
-            self._act = timed_act(self._act, stopwatch, (self._acting.is_first, np.float32(0), number))
+            self._act = timed_act(self._act, stopwatch, (self._acting.is_first, np.float32(0), number, noise_key))
             self._draw = stopwatch.timed(OTHER, self._draw)
         return time.perf_counter() - started
 
@@ -213,8 +214,9 @@ class Overlapped(OwnLearner):
     def _rows_with_replay(self, plan: Plan, inputs: RandomInputs, stats: ChunkStats) -> None:
         """Takes the rows of one iteration; the learner learns from each while the environments take the next."""
         uniforms, learn_keys = self._own_uniforms(inputs), list(inputs.learn_keys)
+        noise_keys = list(inputs.noise_keys) or [()] * len(uniforms)
         for i in range(len(uniforms)):
-            row, _ = self._act_and_learn(plan.exploration[0, i], uniforms[i], stats)
+            row, _ = self._act_and_learn(plan.exploration[0, i], uniforms[i], noise_keys[i], stats)
             num_updates, exponent = int(plan.num_updates[0, i]), plan.importance_exponent[0, i]
             self._learning.add_row(row, learn_keys[i], exponent, num_updates)
             if self._topology.lock_step or self._topology.profile:
@@ -226,9 +228,10 @@ class Overlapped(OwnLearner):
         Nothing overlaps, because the next action needs the parameters that the learner computes here.
         """
         uniforms = self._own_uniforms(inputs)
+        noise_keys = list(inputs.noise_keys) or [()] * len(uniforms)
         rows, views, q_max = [], [], []
         for i in range(len(uniforms)):
-            row, row_q_max = self._act_and_learn(plan.exploration[0, i], uniforms[i], stats)
+            row, row_q_max = self._act_and_learn(plan.exploration[0, i], uniforms[i], noise_keys[i], stats)
             rows.append(row._replace(obs=()))
             views.append(self._view)
             q_max.append(row_q_max)
@@ -244,7 +247,9 @@ class Overlapped(OwnLearner):
         first = jax.process_index() * self._num_lanes
         return self._to_host(inputs.uniforms)[:, first : first + self._num_lanes]
 
-    def _act_and_learn(self, exploration: Any, uniform: Any, stats: ChunkStats) -> tuple[HostRow, jax.Array]:
+    def _act_and_learn(
+        self, exploration: Any, uniform: Any, noise_key: jax.Array | tuple[()], stats: ChunkStats
+    ) -> tuple[HostRow, jax.Array]:
         """Takes one step of all lanes; while the environments step, the learner learns from the pending row, if any.
 
         Returns:
@@ -252,7 +257,7 @@ class Overlapped(OwnLearner):
         """
         acting, obs, staleness = self._acting, self._acting.obs, self._learning.staleness
         is_first, uniform = self._on_mesh.lanes_to_devices((acting.is_first, uniform))
-        self._view, action, q_max = self._act(self.params, self._view, obs, is_first, exploration, uniform)
+        self._view, action, q_max = self._act(self.params, self._view, obs, is_first, exploration, uniform, noise_key)
         # This waits until the learner steps under way are done, because their parameters choose the action.
         action = self._to_host(action)
         acting.send(action)

@@ -105,7 +105,7 @@ class GradientRequests:
             gradient = VectorHandle(pieces, lease, references.pieces)
             self._on_gradient(result, self._server.push(gradient, pull.version, result.unweighted_loss))
             if drawn is not None and self._replay is not None:
-                self._replay.return_errors(drawn, references.td_errors)
+                self._replay.return_priorities(drawn, references.priorities)
 
         def dropped() -> None:
             worker.is_learning = False

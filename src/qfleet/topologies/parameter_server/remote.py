@@ -127,7 +127,7 @@ class GradientReferences(NamedTuple):
     """References to the arrays of a `GradientReply`."""
 
     pieces: tuple[Any, ...]
-    td_errors: tuple[Any, ...]
+    priorities: tuple[Any, ...]
 
 
 class RemoteWorker(InRemoteProcess, Worker):
@@ -152,7 +152,7 @@ class RemoteWorker(InRemoteProcess, Worker):
             reply = self.compute_gradient_of(request.places, request.shares, request.buffers)
         else:
             reply = self.compute_gradient(request.importance_exponent, request.buffers)
-        values = (reply.result, *reply.pieces, *reply.td_errors)
+        values = (reply.result, *reply.pieces, *reply.priorities)
         return values if len(values) > 1 else reply.result  # Ray doesn't take a tuple of one value
 
 

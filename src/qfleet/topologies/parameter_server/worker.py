@@ -12,7 +12,6 @@ from jax import Array
 from qfleet.config import ParameterServerConfig, TrainConfig
 from qfleet.core.keys import Stream, make_key
 from qfleet.core.learner import UpdateInfo
-from qfleet.core.losses import make_loss
 from qfleet.core.replay import ReplayState, SavedReplay, normalise_weights
 from qfleet.core.sharded_learner import ShardedLearner
 from qfleet.core.types import Params, Transition
@@ -52,8 +51,8 @@ class GradientReply(NamedTuple):
     result: GradientStats
     pieces: list[np.ndarray]
     """Each server shard's piece, `[piece]`; empty if the pieces were written to buffers."""
-    td_errors: list[np.ndarray]
-    """For each share of the batch, the TD errors of its transitions, `[num_draws]`; empty for a batch of the worker's
+    priorities: list[np.ndarray]
+    """For each share of the batch, the priorities of its transitions, `[num_draws]`; empty for a batch of the worker's
     own replay, whose priorities are set already."""
 
 
@@ -73,7 +72,7 @@ class Worker(Actor):
         reuse_freed_memory()
         self._mapping = RegionMapping(memory)
         self._own_replay = None if topology.num_replay_shards else ReplayShard(config, number, built.stored_spec)
-        self._agent_config, self._elementwise_loss = config.agent, make_loss(config.agent)
+        self._agent_config = config.agent
         self._learner = ShardedLearner(built.agent, config.agent, topology.num_server_shards)
         self._gradient_dtype = jnp.dtype(topology.gradient_dtype)
         # The replay is donated: its priorities are set in place.
@@ -134,10 +133,13 @@ class Worker(Actor):
         assert self._own_replay is not None
         started = time.perf_counter()
         path = (self._seed, Stream.WORKER_BATCHES, self._number, self._writer.incarnation, self._num_gradients % 2**32)
-        self._num_gradients += 1
-        key = make_key(*path)
         self._own_replay.state, pieces, losses = self._gradient_of_own_replay(
-            self._own_replay.state, self._params, self._target_params, key, np.float32(importance_exponent)
+            self._own_replay.state,
+            self._params,
+            self._target_params,
+            make_key(*path),
+            self._learning_key(),
+            np.float32(importance_exponent),
         )
         written = self._write_pieces(pieces, buffers)
         return GradientReply(_gradient_stats(started, losses), written, [])
@@ -154,32 +156,47 @@ class Worker(Actor):
         """
         started = time.perf_counter()
         batch = put_together(list(places), tuple(shares))
-        pieces, losses, td_error = self._gradient_of_batch(self._params, self._target_params, batch)
-        td_error, written = np.asarray(td_error), self._write_pieces(pieces, buffers)
-        return GradientReply(_gradient_stats(started, losses), written, [td_error[place] for place in places])
+        pieces, losses, priority = self._gradient_of_batch(
+            self._params, self._target_params, batch, self._learning_key()
+        )
+        priority, written = np.asarray(priority), self._write_pieces(pieces, buffers)
+        return GradientReply(_gradient_stats(started, losses), written, [priority[place] for place in places])
+
+    def _learning_key(self) -> Array:
+        """Returns the key of the next gradient's noise. Each gradient has one of its own."""
+        path = (self._number, self._writer.incarnation, self._num_gradients % 2**32)
+        self._num_gradients += 1
+        return make_key(self._seed, Stream.LEARNING, *path)
 
     def _sample_and_differentiate(
-        self, state: ReplayState, params: Params, target_params: Params, key: Array, importance_exponent: Array
+        self,
+        state: ReplayState,
+        params: Params,
+        target_params: Params,
+        key: Array,
+        learning_key: Array,
+        importance_exponent: Array,
     ) -> tuple[ReplayState, list[Array], Array]:
         """Returns the replay with new priorities, the pieces of a gradient, and its losses, `[3]`. To be compiled."""
         assert self._own_replay is not None
         sample = self._own_replay.replay.sample(state, key, importance_exponent)
-        pieces, info = self._learner.gradients(params, target_params, sample.transition, self._gradient_dtype)
-        state = self._own_replay.replay.set_priorities(state, sample, info.td_error)
+        pieces, info = self._learner.gradients(
+            params, target_params, sample.transition, learning_key, self._gradient_dtype
+        )
+        state = self._own_replay.replay.set_priorities(state, sample, info.priority)
         return state, pieces, self._losses(info)
 
     def _differentiate(
-        self, params: Params, target_params: Params, batch: Transition
+        self, params: Params, target_params: Params, batch: Transition, learning_key: Array
     ) -> tuple[list[Array], Array, Array]:
-        """Returns the pieces of a gradient, its losses, `[3]`, and its TD errors, `[batch]`. To be compiled."""
+        """Returns the pieces of a gradient, its losses, `[3]`, and its priorities, `[batch]`. To be compiled."""
         batch = normalise_weights(batch, self._agent_config)
-        pieces, info = self._learner.gradients(params, target_params, batch, self._gradient_dtype)
-        return pieces, self._losses(info), info.td_error
+        pieces, info = self._learner.gradients(params, target_params, batch, learning_key, self._gradient_dtype)
+        return pieces, self._losses(info), info.priority
 
     def _losses(self, info: UpdateInfo) -> Array:
         """Returns the losses of `GradientStats` as one array, `[3]`: every transfer from the device costs time."""
-        unweighted_loss = jnp.mean(self._elementwise_loss(info.td_error))
-        return jnp.stack([info.loss, jnp.mean(jnp.abs(info.td_error)), unweighted_loss])
+        return jnp.stack([info.loss, jnp.mean(jnp.abs(info.td_error)), jnp.mean(info.sample_loss)])
 
     def _write_pieces(self, pieces: Sequence[Array], buffers: Sequence[Buffer] | None) -> list[np.ndarray]:
         """Writes the pieces of a gradient to their buffers; returns the pieces if there are no buffers."""
