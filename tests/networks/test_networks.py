@@ -13,7 +13,7 @@ from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.types import identity
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import QNetwork, make_network
-from qfleet.networks.torsos import LayerNorm, choose_torso, earlier_reading, image_shape
+from qfleet.networks.torsos import ForwardPass, LayerNorm, choose_torso, earlier_reading, image_shape
 
 
 def make_spec(shape, dtype=np.float32, frame_stack=1, num_actions=3):
@@ -242,7 +242,7 @@ def test_dueling_streams_have_their_own_last_hidden_layer():
 def test_hidden_units_start_with_the_variance_of_their_inputs():
     """He's initialisation keeps the mean square through ReLU layers: it is 1 at the input and about 1 at the output."""
     network = QNetwork(make_spec((256,)), AgentConfig(hidden_sizes=(256,) * 4), nnx.Rngs(0))
-    features = network.hidden(jax.random.normal(jax.random.key(1), (512, 256)))
+    features = network.hidden(jax.random.normal(jax.random.key(1), (512, 256)), ForwardPass())
     assert 0.7 < float((features**2).mean()) < 1.4
 
 

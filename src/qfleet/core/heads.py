@@ -268,6 +268,8 @@ def _quantile_mixture(quantiles: Array, policy: Array, bonus: Array) -> Values:
 def _quantile_loss(quantiles: Array, fractions: Array | np.ndarray, target: Values, huber_delta: float) -> SampleLosses:
     """Returns the quantile Huber loss, added up over `quantiles`, `[batch, fractions]`, and averaged over the target.
 
+    It is divided by kappa, as for implicit quantiles, so that it becomes the quantile loss as kappa goes to 0.
+
     The priority is the loss, as in the prioritised IQN of Toromanoff et al. 2019, arXiv 1908.04683.
     """
     target = jax.lax.stop_gradient(target)
