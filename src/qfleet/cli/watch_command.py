@@ -54,5 +54,6 @@ def run(arguments: Sequence[str]) -> int:
     videos = policy.film(flags.out or directory.videos_path, flags.episodes, flags.seed, flags.frames_per_second)
     for i, video in enumerate(videos):
         print(f"episode {i}: return {video.episode_return:.1f} in {video.episode_steps} steps", flush=True)
-        print(f"  {video.mp4}\n  {video.gif}", flush=True)
+        files = [video.mp4, video.gif] if flags.out else map(directory.as_named, (video.mp4, video.gif))
+        print(*(f"  {file}" for file in files), sep="\n", flush=True)
     return 0

@@ -17,7 +17,7 @@ class SavedRun:
     Everything but the config is read at the first use and then kept; open the run again to see what came meanwhile.
     """
 
-    def __init__(self, path: str | os.PathLike[str], reader: MetricsReader | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | RunDirectory, reader: MetricsReader | None = None) -> None:
         """Reads the run's config.
 
         Args:
@@ -27,7 +27,7 @@ class SavedRun:
         Raises:
           ConfigError: if the folder isn't a run, or its config.json can't be read.
         """
-        self.directory = RunDirectory.open(path)
+        self.directory = path if isinstance(path, RunDirectory) else RunDirectory.open(path)
         self._reader = reader or MetricsReader(self.directory.metrics_path)
 
     def __repr__(self) -> str:
