@@ -208,7 +208,7 @@ def _cell(value: Any) -> str:
 
 
 def _row(run: SavedRun, group: str) -> dict[str, Any]:
-    config, summary, metrics = run.config, run.summary, run.metrics
+    config, summary, metrics = run.config, run.outcome, run.metrics
 
     def newest(name: str) -> Any:
         """Returns what the summary says, and while there is none, what the newest record does that says something."""

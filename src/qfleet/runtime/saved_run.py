@@ -67,6 +67,20 @@ class SavedRun:
         """
         return self.directory.read_summary() or {}
 
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """The summary, unless the run was resumed and has come further since then: then it is empty.
+
+        The records of a run whose seeds have processes of their own go as far as the last seed, its summary doesn't.
+
+        Raises:
+          ConfigError: as `summary` and `metrics` do.
+        """
+        ended_at, records = self.summary.get("env_steps"), self.metrics["env_steps"]
+        if self.config.has_seed_processes or not isinstance(ended_at, int) or not records.size:
+            return self.summary
+        return {} if records[-1] > ended_at else self.summary
+
     @functools.cached_property
     def metrics(self) -> Metrics:
         """The run's records, one NumPy column per name.
