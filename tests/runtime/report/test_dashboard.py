@@ -109,6 +109,11 @@ def test_a_report_is_made_again_only_once_a_file_of_its_runs_has_changed(
     a.videos_path.mkdir()
     (a.videos_path / "1.mp4").write_bytes(b"video")
     assert "data:video/mp4" in runs.report([a.path])
+    seeds_videos = a.path / "seeds" / "0" / "videos"
+    seeds_videos.mkdir(parents=True)
+    made.clear()
+    (seeds_videos / "1.mp4").write_bytes(b"video")
+    assert [runs.report([a.path]) != "", made] == [True, [1]]
     made.clear()
     assert [runs.report(both), made] == [runs.report(both), [2]]
     b.summary_path.unlink()

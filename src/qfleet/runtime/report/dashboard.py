@@ -23,7 +23,7 @@ from urllib.parse import parse_qs
 from qfleet.config import ConfigError
 from qfleet.runtime.metrics_reading import MetricsReader
 from qfleet.runtime.report.page import LIVE_POLICY, plotly_script, render_live, report_data
-from qfleet.runtime.run_directory import strict_json
+from qfleet.runtime.run_directory import SEEDS_FOLDER, strict_json
 from qfleet.runtime.saved_run import SavedRun
 
 if TYPE_CHECKING:
@@ -115,9 +115,10 @@ def _subfolders(place: Path) -> list[Path]:
 
 
 def _signature(run: Path) -> Signature:
-    files = [run / name for name in ("config.json", "environment.json", "metrics.jsonl", "summary.json", "videos")]
-    with contextlib.suppress(OSError):
-        files += sorted((run / "videos").iterdir())
+    files = [run / name for name in ("config.json", "environment.json", "metrics.jsonl", "summary.json")]
+    for videos in (run / "videos", *sorted(run.glob(f"{SEEDS_FOLDER}/*/videos"))):
+        with contextlib.suppress(OSError):  # there are none
+            files += sorted(videos.iterdir())
     found = []
     for file in files:
         with contextlib.suppress(OSError):  # there is none, or it was deleted meanwhile
