@@ -256,15 +256,15 @@ def test_the_command_line_chooses_by_environment_and_topology():
 # --- Published means published ---
 
 
-@pytest.mark.parametrize("preset", ["dqn", "double_dqn", "rainbow_lite"])
+@pytest.mark.parametrize("preset", ["dqn", "double_dqn", "rainbow_lite", "c51", "rainbow"])
 def test_on_atari_the_names_of_papers_bring_the_papers_settings(preset):
     config, toy = make_config("ale:Pong", preset), make_config("CartPole-v1", preset)
     agent = config.agent
     assert (agent.torso, agent.hidden_sizes, agent.batch_size) == ("nature", (512,), 32)
     assert (agent.replay_capacity, agent.env_steps_per_learner_step) == (1_000_000, 4.0)
     assert toy.agent.torso == "auto" and toy.agent.replay_capacity <= 100_000
-    assert config.eval_exploration == (0.001 if preset == "rainbow_lite" else 0.05) and toy.eval_exploration == 0
-    assert preset in ON_ATARI and agent.double == (preset != "dqn")
+    assert config.eval_exploration == (0.05 if preset in ("dqn", "double_dqn") else 0.001) and toy.eval_exploration == 0
+    assert preset in ON_ATARI and agent.double == (preset not in ("dqn", "c51"))
     assert make_config("ale:Pong", "dqn").agent == make_config("ale:Pong", "atari_dqn").agent
 
 

@@ -38,6 +38,8 @@ def test_an_environment_without_tuned_settings_gets_the_presets_own() -> None:
         ("ale:Pong", "ape_x", 0.001),
         ("ale:Pong", "pqn", 0.001),
         ("ale:Pong", "rainbow_lite", 0.001),
+        ("ale:Pong", "rainbow", 0.001),
+        ("ale:Pong", "iqn", 0.001),
         ("CartPole-v1", "ape_x", 0.0),
     ],
 )

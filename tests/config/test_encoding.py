@@ -61,9 +61,24 @@ def v3(config: TrainConfig) -> dict:
 
 def v4(config: TrainConfig) -> dict:
     """Returns a run's config as the fourth version wrote it, when runs wrote no reports."""
-    content = json.loads(json.dumps(encode(config)))
+    content = v5(config)
     del content["report"]
     return content
+
+
+def v5(config: TrainConfig) -> dict:
+    """Returns a run's config as the fifth version wrote it, when all values were scalars."""
+    content = json.loads(json.dumps(encode(config)))
+    for name in ADDED_IN_6:
+        del content["agent"][name]
+    return content
+
+
+ADDED_IN_6 = (
+    "head", "num_atoms", "value_min", "value_max", "hl_gauss_smoothing", "num_quantiles", "num_acting_quantiles",
+    "num_cosines", "munchausen", "munchausen_temperature", "munchausen_weight", "munchausen_clip", "noisy", "noisy_std",
+    "exploration_fraction", "learning_rate_fraction", "importance_exponent_fraction",
+)  # fmt: skip
 
 
 LANES = {"num_workers": 1, "step_timeout_seconds": 60.0, "max_failures": 10}
@@ -128,7 +143,7 @@ def test_importance_weights_of_a_run_of_the_third_version_stay_as_they_were():
     config = qfleet.make_config("CartPole-v1", "rainbow_lite")
     assert config.agent.importance_normalisation == "none"
     assert decode(v3(config), schema_version=3) == config
-    with pytest.raises(ConfigError, match=r"config.agent must have .* missing \['importance_normalisation'\]"):
+    with pytest.raises(ConfigError, match=r"config.agent must have .* missing .*'importance_normalisation'"):
         decode({**v3(config), "report": True})
 
 
@@ -136,6 +151,12 @@ def test_a_run_of_the_fourth_version_is_read_and_writes_a_report_once_it_is_resu
     config = qfleet.make_config("CartPole-v1", "dqn")
     assert config.report
     assert decode(v4(config), schema_version=4) == config
+
+
+def test_a_run_of_the_fifth_version_keeps_its_scalar_values():
+    config = qfleet.make_config("CartPole-v1", "rainbow_lite")
+    assert decode(v5(config), schema_version=5) == config
+    assert config.agent.head == "scalar" and not config.agent.noisy and not config.agent.munchausen
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "2"])

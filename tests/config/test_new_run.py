@@ -22,6 +22,10 @@ WITHOUT_EFFECT = [
     ("dqn", "trace_decay", 0.9), ("dqn", "num_epochs", 4), ("dqn", "num_minibatches", np.int64(4)),
     ("dqn", "rollout_length", 32), ("dqn", "importance_exponent_start", 0.5), ("rainbow_lite", "trace_decay", 0.5),
     ("dqn", "importance_normalisation", "batch_max"), ("pqn", "importance_normalisation", "batch_max"),
+    ("dqn", "num_atoms", 21), ("iqn", "value_max", 5.0), ("c51", "num_quantiles", 8), ("qr_dqn", "num_cosines", 8),
+    ("c51", "loss", "squared"), ("c51", "huber_delta", 2.0), ("c51", "hl_gauss_smoothing", 1.0),
+    ("munchausen", "double", True), ("dqn", "munchausen_clip", -2.0), ("dqn", "noisy_std", 0.1),
+    ("dqn", "importance_exponent_fraction", 0.5), ("dqn", "learning_rate_fraction", 0.5), ("pqn", "munchausen", True),
 ]  # fmt: skip
 
 

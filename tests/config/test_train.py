@@ -3,8 +3,11 @@
 import dataclasses
 import json
 
-from qfleet.config import AgentConfig, FusedConfig, MeshConfig, OverlappedConfig, TrainConfig
+import pytest
+
+from qfleet.config import AgentConfig, ConfigError, FusedConfig, MeshConfig, OverlappedConfig, TrainConfig
 from qfleet.config.encoding import decode, encode
+from qfleet.presets import make_config
 
 
 def config_of(env_steps: int = 100_000, **agent) -> TrainConfig:
@@ -20,6 +23,29 @@ def test_schedules_to_the_end_get_the_length_of_the_run_and_keep_it_when_it_is_e
     assert extended.agent == begun.agent
     for each in (config, begun):
         assert decode(json.loads(json.dumps(encode(each)))) == each
+
+
+def test_schedules_may_be_given_as_shares_of_the_run():
+    config = config_of(
+        exploration_fraction=0.1, importance_exponent_fraction=0.5, learning_rate_fraction=0.25, replay="prioritised"
+    )
+    begun = config.with_schedule_lengths()
+    assert begun.agent.exploration_env_steps == 10_000
+    assert begun.agent.importance_exponent_env_steps == 50_000
+    assert begun.agent.learning_rate_learner_steps == 2_475
+    extended = dataclasses.replace(begun, env_steps=200_000).with_schedule_lengths()
+    assert extended.agent == begun.agent, "a run that is extended keeps the schedules that it began with"
+
+
+def test_a_share_and_a_length_of_one_schedule_are_refused():
+    with pytest.raises(ConfigError, match="exploration_env_steps must be left out with exploration_fraction"):
+        make_config("CartPole-v1", "dqn", exploration_fraction=0.1, exploration_env_steps=1_000)
+    tuned = make_config("CartPole-v1", "double_dqn", exploration_fraction=0.1, env_steps=50_000)
+    assert tuned.with_schedule_lengths().agent.exploration_env_steps == 5_000, "in place of the tuned length"
+    with pytest.raises(ConfigError, match="warmup_env_steps must be below exploration_env_steps"):
+        make_config("CartPole-v1", "dqn", exploration_fraction=0.01, env_steps=10_000)
+    with pytest.raises(ConfigError, match="exploration_fraction must come with a topology whose exploration decays"):
+        make_config("CartPole-v1", "dqn", "actor-learner", exploration_fraction=0.1)
 
 
 def test_schedules_of_given_lengths_stay():

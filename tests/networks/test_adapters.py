@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.heads import make_head
 from qfleet.core.types import Network
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import QNetwork, check_network, from_nnx, make_network
@@ -116,3 +117,38 @@ def test_state_other_than_parameters_is_named_in_the_error(make_layer, named):
 def test_a_network_that_does_not_fit_the_environment_is_an_error(network, got):
     with pytest.raises(ConfigError, match=rf"(?s)float32\[3, 4\] of small to action values float32\[3, 2\], {got}"):
         check_network(network, SPEC)
+
+
+class DistributionalModule(nnx.Module):
+    """A user's module that returns logits of atoms."""
+
+    def __init__(self, rngs, num_atoms=51):
+        self.linear, self.num_atoms = nnx.Linear(4, 2 * num_atoms, rngs=rngs), num_atoms
+
+    def outputs(self, x, draws):
+        return self.linear(x).reshape(len(x), 2, self.num_atoms)
+
+    def __call__(self, x):
+        return jax.nn.softmax(self.outputs(x, None)) @ np.linspace(-10, 10, self.num_atoms)
+
+
+def test_a_module_of_the_users_own_learns_distributions_through_its_outputs():
+    network, config = from_nnx(DistributionalModule), AgentConfig(head="c51")
+    assert check_network(network, SPEC, config) == 4 * 102 + 102
+    params, x = network.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (5, 4))
+    head = make_head(config)
+    np.testing.assert_allclose(head.q_values(network.outputs(params, x, None)), network.apply(params, x), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make_module", "settings", "message"),
+    [
+        (UserModule, {"head": "c51"}, "must have outputs to learn with head c51, got none; give its module a method"),
+        (UserModule, {"noisy": True}, "must have outputs to learn with noisy layers, got none"),
+        (DistributionalModule, {"head": "c51", "num_atoms": 21}, r"be float32\[3, 2, 21\] .* got float32\[3, 2, 51\]"),
+        (DistributionalModule, {"head": "iqn"}, "must suit head iqn, got AttributeError"),
+    ],
+)
+def test_a_network_whose_outputs_do_not_suit_the_head_is_an_error(make_module, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        check_network(from_nnx(make_module), SPEC, AgentConfig(**settings))

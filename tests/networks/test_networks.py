@@ -10,10 +10,11 @@ from flax import nnx
 
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.frame_stack import stack_to_storage_layout
+from qfleet.core.keys import Draws
 from qfleet.core.types import identity
 from qfleet.envs.spec import EnvSpec
-from qfleet.networks import QNetwork, make_network
-from qfleet.networks.torsos import ForwardPass, LayerNorm, choose_torso, earlier_reading, image_shape
+from qfleet.networks import QNetwork, check_network, make_network
+from qfleet.networks.torsos import ForwardPass, LayerNorm, NoisyLinear, choose_torso, earlier_reading, image_shape
 
 
 def make_spec(shape, dtype=np.float32, frame_stack=1, num_actions=3):
@@ -320,3 +321,54 @@ def test_stored_frames_give_the_q_values_and_gradients_of_raw_ones(case, lowerin
 def test_other_observations_are_stored_as_they_come(case):
     spec = make_spec((42, 84), np.uint8) if case == "odd_sides" else SPECS[case][0]
     assert make_network(spec, AgentConfig()).to_storage_layout is identity
+
+
+HEADS = [
+    {"head": "c51", "num_atoms": 11},
+    {"head": "qr", "num_quantiles": 11, "dueling": True},
+    {"head": "iqn", "num_quantiles": 5},
+    {"head": "iqn", "num_quantiles": 5, "dueling": True, "noisy": True},
+    {"head": "hl_gauss", "noisy": True},
+    {"noisy": True, "dueling": True},
+]
+
+
+@pytest.mark.parametrize("settings", HEADS, ids=str)
+@pytest.mark.parametrize("shape", [(4,), (10, 10, 3)], ids=str)
+def test_every_head_gives_values_for_each_action_and_shows_its_hidden_layers(settings, shape):
+    config, spec = AgentConfig(hidden_sizes=(16, 8), **settings), make_spec(shape)
+    network = make_network(spec, config)
+    assert check_network(network, spec, config) > 0
+    params, obs = network.init(jax.random.key(0)), jax.random.uniform(jax.random.key(1), (3, *shape))
+    q, activations = network.with_activations(params, obs)
+    np.testing.assert_allclose(q, network.apply(params, obs), rtol=1e-5, atol=1e-6)
+    streams = 2 if settings.get("dueling") else 1
+    assert [layer.shape[-1] for layer in activations][-streams:] == [8] * streams
+
+
+def test_noise_is_what_the_paper_says_and_the_mean_without():
+    """The noise of a kernel is the product of a number for each input and one for each unit."""
+    layer = NoisyLinear(3, 2, 0.5, nnx.Rngs(0))
+    bound = 1 / np.sqrt(3)
+    np.testing.assert_allclose(layer.kernel_std[...], 0.5 * bound, rtol=1e-6)
+    assert np.all(np.abs(layer.kernel[...]) <= bound) and np.all(np.abs(layer.bias[...]) <= bound)
+    x, key = jax.random.normal(jax.random.key(1), (4, 3)), jax.random.key(2)
+    noise = np.asarray(jax.random.normal(key, (5,)))
+    noise = np.sign(noise) * np.sqrt(np.abs(noise))
+    kernel = layer.kernel[...] + layer.kernel_std[...] * np.outer(noise[:3], noise[3:])
+    expected = x @ kernel + layer.bias[...] + layer.bias_std[...] * noise[3:]
+    np.testing.assert_allclose(layer(x, key), expected, rtol=1e-5)
+    np.testing.assert_allclose(layer(x, None), x @ layer.kernel[...] + layer.bias[...], rtol=1e-5)
+    each = jax.random.split(jax.random.key(3), 4)
+    one_by_one = [layer(x[i : i + 1], each[i])[0] for i in range(4)]
+    np.testing.assert_allclose(layer(x, each), one_by_one, rtol=1e-4, atol=1e-6)
+
+
+def test_fractions_are_drawn_for_each_sample_or_spaced_evenly():
+    spec, config = make_spec((4,)), AgentConfig(head="iqn", num_quantiles=5, num_acting_quantiles=4)
+    network = make_network(spec, config)
+    params, obs = network.init(jax.random.key(0)), jnp.ones((3, 4))
+    evenly = network.outputs(params, obs, None)
+    np.testing.assert_allclose(evenly.fraction, [[0.125, 0.375, 0.625, 0.875]] * 3)
+    drawn = network.outputs(params, obs, Draws(jax.random.key(0), jax.random.split(jax.random.key(1), 3)))
+    assert drawn.value.shape == (3, spec.num_actions, 5) and len(np.unique(drawn.fraction)) == 15

@@ -14,6 +14,14 @@ MIN_ENV_STEPS_PER_LEARNER_STEP = 1e-3
 _TARGET_UPDATE_PERIOD = 500
 
 
+SHARES = {
+    "exploration_fraction": "exploration_env_steps",
+    "learning_rate_fraction": "learning_rate_learner_steps",
+    "importance_exponent_fraction": "importance_exponent_env_steps",
+}
+"""Settings that give the length of a schedule as a share of the run, and those that they replace."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AgentConfig(Config):
     """What is learned. It knows nothing about processes, devices or queues.
@@ -92,6 +100,8 @@ class AgentConfig(Config):
     exploration_env_steps: int = 25_000
     """Environment steps that the decay takes, over all lanes.
     With a replay it begins after `warmup_env_steps`, and exploration stays at its start until then."""
+    exploration_fraction: float | None = None
+    """Share of the run's environment steps that the decay takes, in place of `exploration_env_steps`."""
 
     optimiser: str = "adam"
     """Name of any optimiser function in Optax, such as adam, adamw, radam, rmsprop, sgd or lion."""
@@ -105,6 +115,8 @@ class AgentConfig(Config):
     """Final learning rate as a fraction of the first. It must be above 0 with the exponential schedule."""
     learning_rate_learner_steps: int | None = 100_000
     """Learner steps that the learning rate's schedule takes. None means until the end of the run."""
+    learning_rate_fraction: float | None = None
+    """Share of the run's learner steps that the schedule takes, in place of `learning_rate_learner_steps`."""
     max_gradient_norm: float | None = 10.0
     """Largest global norm of a gradient; larger gradients are scaled down to it. None leaves gradients alone."""
 
@@ -131,6 +143,8 @@ class AgentConfig(Config):
     """Exponent of importance weights (beta) at the first step; 1 corrects the sampling bias in full."""
     importance_exponent_env_steps: int | None = 100_000
     """Environment steps over which the exponent of importance weights grows to 1. None means until the run ends."""
+    importance_exponent_fraction: float | None = None
+    """Share of the run's environment steps that this takes, in place of `importance_exponent_env_steps`."""
     importance_normalisation: Literal["none", "batch_max"] = "none"
     """Divide importance weights by nothing, or by the greatest one of each batch (Schaul et al. 2016, section 3.4).
     With `batch_max` they only ever make steps smaller, and a transition's weight depends on the rest of its batch."""
@@ -173,6 +187,9 @@ class AgentConfig(Config):
             check_counts(self, "learning_rate_learner_steps", maximum=MAX_SIZE)
         if self.importance_exponent_env_steps is not None:
             check_counts(self, "importance_exponent_env_steps")
+        for name in SHARES:
+            share = getattr(self, name)
+            check(share is None or 0.0 < share <= 1.0, name, "in (0, 1], or None", share)
         check_count("warmup_env_steps", self.warmup_env_steps, minimum=0)
         check_positive(
             self, "discount", "target_update_rate", "huber_delta", "learning_rate", "hl_gauss_smoothing",

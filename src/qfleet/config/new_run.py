@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qfleet.config.agent import AgentConfig
+from qfleet.config.agent import SHARES, AgentConfig
 from qfleet.config.errors import ConfigError
 from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
@@ -34,7 +34,10 @@ _MODES = (
     ),
     _Mode(
         "replay", ("uniform", "none"),
-        ("priority_exponent", "importance_exponent_start", "importance_exponent_env_steps", "importance_normalisation"),
+        (
+            "priority_exponent", "importance_exponent_start", "importance_exponent_env_steps",
+            "importance_exponent_fraction", "importance_normalisation",
+        ),
         "choose replay prioritised",
     ),
     _Mode("head", ("c51", "qr", "iqn", "hl_gauss"), ("loss",), "choose head scalar"),
@@ -53,7 +56,8 @@ _MODES = (
     _Mode("noisy", (False,), ("noisy_std",), "choose noisy too"),
     _Mode("loss", ("squared",), ("huber_delta",), "choose loss huber"),
     _Mode(
-        "learning_rate_schedule", ("constant",), ("learning_rate_end_fraction", "learning_rate_learner_steps"),
+        "learning_rate_schedule", ("constant",),
+        ("learning_rate_end_fraction", "learning_rate_learner_steps", "learning_rate_fraction"),
         "choose another learning_rate_schedule, such as linear",
     ),
     _Mode("torso", ("mlp",), ("convolution",), "choose a torso with convolutions"),
@@ -73,6 +77,9 @@ def settings_without_effect(settings: Mapping[str, Any], topology: type[Topology
         if modes[mode.setting] in mode.values:
             reason = f"be left out with {mode.setting} {modes[mode.setting]}, where it has no effect"
             found |= dict.fromkeys(mode.without_effect, f"{reason}, got {{value}}; leave it out, or {mode.remedy}")
+    for share, length in SHARES.items():
+        if modes[share] is not None:
+            found[length] = f"be left out with {share}, which takes its place, got {{value}}; give one of the two"
     return found
 
 
@@ -87,7 +94,7 @@ def check_new_run(config: TrainConfig) -> None:
         if agent[name] != defaults[name]:
             raise ConfigError(f"{name} must {words.replace('{value}', show(agent[name]))}")
     if config.agent.replay != "none":
-        _check_warmup(config)
+        _check_warmup(config.with_schedule_lengths())
 
 
 def _check_warmup(config: TrainConfig) -> None:

@@ -85,8 +85,12 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     name: ClassVar[str] = "actor-learner"
     summary: ClassVar[str] = "many actors feed a replay, and one learner learns from it, on Ray"
     settings_without_effect: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps"), _EPSILON_PER_ACTOR
-    )
+        (
+            "exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps",
+            "exploration_fraction",
+        ),
+        _EPSILON_PER_ACTOR,
+    )  # fmt: skip
 
     num_actors: int = 4
     """Processes that act, each with its own lanes and its own epsilon."""
@@ -100,7 +104,7 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     broadcast_period_learner_steps: int = 100
     """Learner steps between the versions of the parameters that the learner publishes for actors."""
     actor_epsilon_base: float = 0.4
-    """Epsilon of the first actor; see `actor_epsilon_exponent`."""
+    """Epsilon of the first actor; see `actor_epsilon_exponent`. 0 leaves exploration to noisy layers."""
     actor_epsilon_exponent: float = 7.0
     """Actor i of N explores with epsilon `actor_epsilon_base ** (1 + i / (N - 1) * actor_epsilon_exponent)`."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -120,7 +124,7 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
         check(fits, "num_replay_shards", f"at most num_actors={self.num_actors}", self.num_replay_shards)
         fits = self.num_env_workers <= self.lanes_per_actor
         check(fits, "num_env_workers", f"at most lanes_per_actor={self.lanes_per_actor}", self.num_env_workers)
-        check(0.0 < self.actor_epsilon_base <= 1.0, "actor_epsilon_base", "in (0, 1]", self.actor_epsilon_base)
+        check(0.0 <= self.actor_epsilon_base <= 1.0, "actor_epsilon_base", "in [0, 1]", self.actor_epsilon_base)
         check(self.actor_epsilon_exponent >= 0, "actor_epsilon_exponent", "at least 0", self.actor_epsilon_exponent)
         check(
             not self.num_env_workers or self.silence_seconds > self.step_timeout_seconds,

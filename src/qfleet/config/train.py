@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from qfleet.config.agent import AgentConfig
+from qfleet.config.agent import SHARES, AgentConfig
 from qfleet.config.checks import (
     MAX_COUNT,
     MAX_EPISODES,
@@ -105,18 +105,20 @@ class TrainConfig(Config):
         _check_sizes(self.agent, self.topology)
 
     def with_schedule_lengths(self) -> "TrainConfig":
-        """Returns the config with numbers in place of schedules that last until the end of the run.
+        """Returns the config with numbers in place of schedules that last a share of the run, or until its end.
 
         A run's folder keeps the result. So a run that is extended later keeps the schedules that it began with, and
         what it learns doesn't depend on where it was interrupted.
         """
         agent = self.agent
-        lengths: dict[str, Any] = {
-            "importance_exponent_env_steps": self.env_steps,
-            "learning_rate_learner_steps": max(1, self.num_learner_steps),
-        }
-        lengths = {name: length for name, length in lengths.items() if getattr(agent, name) is None}
-        return dataclasses.replace(self, agent=dataclasses.replace(agent, **lengths)) if lengths else self
+        changes: dict[str, Any] = {}
+        for share_name, name in SHARES.items():
+            share = getattr(agent, share_name)
+            if share is None and getattr(agent, name) is not None:
+                continue
+            whole = self.num_learner_steps if name.endswith("learner_steps") else self.env_steps
+            changes |= {share_name: None, name: max(1, round(whole * (1.0 if share is None else share)))}
+        return dataclasses.replace(self, agent=dataclasses.replace(agent, **changes)) if changes else self
 
     @property
     def num_learner_steps(self) -> int:

@@ -60,7 +60,7 @@ class Head(NamedTuple):
     """The pure functions of one head. Outputs are those of a network, for a batch."""
 
     num_outputs: int | None
-    """Numbers that the network returns for each action; None if it returns the Q-value itself."""
+    """Numbers that the network returns for each action; None if it is one: the Q-value, or that of a fraction."""
     q_values: Callable[[Outputs], Array]
     """`q_values(outputs) -> q`, `[batch, num_actions]`."""
     values_of: Callable[[Outputs, Array], Values]
@@ -246,7 +246,7 @@ def implicit_quantile_head(huber_delta: float) -> Head:
         return _quantile_loss(_of_action(outputs.value, action), outputs.fraction, target, huber_delta)
 
     return Head(
-        1, lambda outputs: jnp.mean(outputs.value, axis=-1),
+        None, lambda outputs: jnp.mean(outputs.value, axis=-1),
         lambda outputs, action: _quantiles_of(outputs.value, action),
         lambda outputs, policy, bonus: _quantile_mixture(outputs.value, policy, bonus),
         loss,

@@ -8,6 +8,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.heads import make_head
 from qfleet.core.keys import Draws, key_shape
 from qfleet.core.types import EnvSpec, Network, Params, stored_spec
 from qfleet.networks.heads import QNetwork
@@ -91,8 +92,13 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     )
 
 
-def check_network(network: Network, spec: EnvSpec) -> int:
+_SCALAR = AgentConfig()
+
+
+def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR) -> int:
     """Checks, without computing anything, that `network` maps observations of `spec` to float32 action values.
+
+    If the agent's head isn't scalar, or its layers are noisy, the network must have `outputs` that suit them.
 
     Returns:
       The number of its parameters.
@@ -123,4 +129,30 @@ def check_network(network: Network, spec: EnvSpec) -> int:
             f"a network must map {seen} to action values {wanted}, got {shapes}; fit its last layer to the "
             f"{spec.num_actions} actions, and let it return float32"
         )
+    _check_outputs(network, config, params, observations, spec.num_actions)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _check_outputs(
+    network: Network, config: AgentConfig, params: Params, observations: jax.ShapeDtypeStruct, num_actions: int
+) -> None:
+    """Raises ConfigError unless the network returns what the agent's head takes."""
+    if config.head == "scalar" and not config.noisy:
+        return
+    setting = "noisy layers" if config.head == "scalar" else f"head {config.head}"
+    remedy = "give its module a method outputs(observations, draws), see qfleet.Network, or leave the setting out"
+    if network.outputs is None:
+        raise ConfigError(f"a network of your own must have outputs to learn with {setting}, got none; {remedy}")
+    head, wanted = make_head(config), (observations.shape[0], num_actions)
+    try:
+        outputs = jax.eval_shape(network.outputs, params, observations, None)
+        num_outputs = None if head.num_outputs is None else outputs.shape[-1]
+        fits = num_outputs == head.num_outputs and jax.eval_shape(head.q_values, outputs).shape == wanted
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"the outputs of a network must suit {setting}, got {type(error).__name__}: {error}; {remedy}"
+        ) from error
+    if not fits:
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", outputs)
+        axes = [*wanted, *([] if head.num_outputs is None else [head.num_outputs])]
+        raise ConfigError(f"the outputs of a network must be float32{axes} with {setting}, got {shapes}; {remedy}")

@@ -63,6 +63,44 @@ PRESETS: dict[str, Preset] = {
             "importance_exponent_env_steps": None,
         },
     ),
+    "c51": Preset(
+        summary="dqn, with a probability for each of 51 returns in place of their mean",
+        source="Bellemare et al. 2017, arXiv 1707.06887",
+        settings={"head": "c51"},
+    ),
+    "qr_dqn": Preset(
+        summary="dqn, with 64 quantiles of the return in place of its mean",
+        source="Dabney et al. 2018, arXiv 1710.10044; they have 200 quantiles",
+        settings={"head": "qr"},
+    ),
+    "iqn": Preset(
+        summary="dqn, with any quantile of the return in place of its mean",
+        source="Dabney et al. 2018, arXiv 1806.06923; on Atari with their 64 fractions, elsewhere with 8",
+        settings={"head": "iqn", "num_quantiles": 8},
+    ),
+    "munchausen": Preset(
+        summary="dqn, with the log-probability of the action in the reward, and a softmax policy as the target",
+        source="Vieillard et al. 2020, arXiv 2007.14430; add --head iqn for their M-IQN",
+        settings={"munchausen": True},
+    ),
+    "rainbow": Preset(
+        summary="c51, double, dueling, 3-step returns, prioritised replay, noisy layers",
+        source="Hessel et al. 2018, arXiv 1710.02298",
+        settings={
+            "head": "c51",
+            "double": True,
+            "dueling": True,
+            "noisy": True,
+            "exploration_start": 0.0,
+            "exploration_end": 0.0,
+            "actor_epsilon_base": 0.0,
+            "n_step": 3,
+            "replay": "prioritised",
+            "priority_exponent": 0.5,
+            "importance_exponent_env_steps": None,
+            "importance_normalisation": "batch_max",
+        },
+    ),
     "pqn": Preset(
         summary="Q(lambda) with layer normalisation; no replay, no target network; the fastest in many lanes",
         source="Gallici et al. 2024, arXiv 2407.04811",
@@ -141,21 +179,47 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
+# Hessel et al. 2018, table 1, without what they explore by.
+_ATARI_RAINBOW: Mapping[str, Any] = {
+    **{name: value for name, value in _ATARI_DQN.items() if not name.startswith(("max_gradient", "exploration"))},
+    "warmup_env_steps": 20_000,
+    "target_update_period": 2_000,
+    "optimiser": "adam",
+    "optimiser_options": {"eps": 1.5e-4},
+    "learning_rate": 6.25e-5,
+    "eval_exploration": 0.001,
+}
+
+# Bellemare et al. 2017, section 5, and Dabney et al. 2018, both papers, share the settings of Mnih et al. 2015, with
+# Adam and an epsilon of 0.01.
+_ATARI_DISTRIBUTION: Mapping[str, Any] = {
+    **_ATARI_DQN,
+    "optimiser": "adam",
+    "exploration_end": 0.01,
+    "eval_exploration": 0.001,
+}
+
 ON_ATARI: dict[str, Mapping[str, Any]] = {
     "dqn": _ATARI_DQN,
     "double_dqn": _ATARI_DQN,  # van Hasselt et al. 2016 compare both with the same settings
-    # Hessel et al. 2018, table 1. Epsilon decays in place of their noisy layers, as in Dopamine's Rainbow.
-    "rainbow_lite": {
-        **{name: value for name, value in _ATARI_DQN.items() if name != "max_gradient_norm"},
-        "warmup_env_steps": 20_000,
-        "target_update_period": 2_000,
-        "optimiser": "adam",
-        "optimiser_options": {"eps": 1.5e-4},
-        "learning_rate": 6.25e-5,
-        "exploration_end": 0.01,
-        "exploration_env_steps": 250_000,
-        "eval_exploration": 0.001,
+    "c51": {**_ATARI_DISTRIBUTION, "optimiser_options": {"eps": 0.01 / 32}, "learning_rate": 2.5e-4},
+    "qr_dqn": {
+        **_ATARI_DISTRIBUTION,
+        "optimiser_options": {"eps": 0.01 / 32},
+        "learning_rate": 5e-5,
+        "num_quantiles": 200,
     },
+    "iqn": {
+        **_ATARI_DISTRIBUTION,
+        "optimiser_options": {"eps": 0.01 / 32},
+        "learning_rate": 5e-5,
+        "num_quantiles": 64,
+    },
+    # Vieillard et al. 2020, appendix B.1, which has the settings of Dopamine's DQN, with Adam.
+    "munchausen": {**_ATARI_DISTRIBUTION, "optimiser_options": {"eps": 0.01 / 32}, "learning_rate": 5e-5},
+    # Epsilon decays in place of their noisy layers, as in Dopamine's Rainbow.
+    "rainbow_lite": {**_ATARI_RAINBOW, "exploration_end": 0.01, "exploration_env_steps": 250_000},
+    "rainbow": _ATARI_RAINBOW,
 }
 """The published settings of presets whose own are for small problems. They replace the preset's on Atari."""
 

@@ -69,7 +69,7 @@ def _describe_env_and_network(config: TrainConfig, network: Network | None) -> t
         set_cpu_devices(topology.cpu_devices)
     env = make_env(config.env, **config.env_options)
     network = network or make_network(env.spec, config.agent)
-    limit_cpu_threads(check_network(network, env.spec))
+    limit_cpu_threads(check_network(network, env.spec, config.agent))
     return env, network
 
 

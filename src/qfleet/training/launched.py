@@ -55,7 +55,7 @@ class LaunchedRun(ShownRun):
         if self._topology.ray_address is None:
             check_platforms_of_children()
         env = make_env(config.env, **config.env_options)
-        check_network(make_network(env.spec, config.agent), env.spec)
+        check_network(make_network(env.spec, config.agent), env.spec, config.agent)
         make_optimiser(config.agent)
         if isinstance(env, HostEnv):
             check_works(env, self._topology.lane_options)

@@ -57,7 +57,7 @@ class GlobalLearner:
         if mesh.num_devices > 1:
             set_cpu_devices(mesh.num_devices)
         env, network, agent = make_env_and_agent(config)
-        limit_cpu_threads(check_network(network, env.spec))
+        limit_cpu_threads(check_network(network, env.spec, config.agent))
         enable_compilation_cache()
         if jax.default_backend() == "cpu":
             reuse_freed_memory()

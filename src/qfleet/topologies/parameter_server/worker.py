@@ -80,7 +80,7 @@ class Worker(Actor):
         self._gradient_of_batch = jax.jit(self._differentiate)
         self._assemble_params = jax.jit(self._learner.assemble_params)
         self._seed, self._number = config.seed, number
-        self._writer, self._num_gradients = Writer(), 0
+        self._writer, self._num_gradients = Writer(0, 0), 0
         self._target_params: Params = None
 
     def begin(self, incarnation: int) -> None:
