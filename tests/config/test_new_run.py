@@ -43,6 +43,17 @@ def test_convolutions_without_any_are_refused() -> None:
         make_config("CartPole-v1", "dqn", torso="mlp", convolution="native")
 
 
+@pytest.mark.parametrize("torso", ["auto", "mlp", "minatar", "nature", "hadamax"])
+@pytest.mark.parametrize("setting", [{"spectral_norm": True}, {"adaptive_pooling": 6}, {"torso_width": 2}])
+def test_an_option_of_another_torso_is_refused_by_name(torso: str, setting: dict[str, Any]) -> None:
+    (name,) = setting
+    if name == "torso_width" and torso not in ("auto", "mlp"):
+        assert make_config("CartPole-v1", "dqn", torso=torso, **setting).agent.torso_width == 2
+        return
+    with pytest.raises(ConfigError, match=f"{name} must be left out with torso {torso}, .* impala"):
+        make_config("CartPole-v1", "dqn", torso=torso, **setting)
+
+
 def test_a_config_made_by_hand_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
     agent = AgentConfig(replay="none", double=True, exploration_env_steps=10_000)
     config = TrainConfig(env="CartPole-v1", agent=agent, run_dir=str(tmp_path / "run"))

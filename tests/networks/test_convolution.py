@@ -52,6 +52,15 @@ def test_a_convolution_worked_by_hand_is_a_correlation_without_padding():
         np.testing.assert_array_equal(convolve(x, k, (1, 1), lowering)[0, :, :, 0], expected)
 
 
+@pytest.mark.parametrize("lowering", ["patches", "native"])
+@pytest.mark.parametrize("kernel", [(3, 3), (4, 4), (8, 8), (2, 5)])
+def test_padding_of_the_same_size_is_that_of_xla(kernel, lowering):
+    rng = np.random.default_rng(0)
+    x, k = rng.normal(size=(2, 6, 7, 3)).astype(np.float32), rng.normal(size=(*kernel, 3, 5)).astype(np.float32)
+    expected = jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    np.testing.assert_allclose(convolve(x, k, (1, 1), lowering, None, "same"), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_auto_compiles_to_the_wanted_lowering_alone():
     """In a scan of vmapped gradients, as in training, no branch on the platform is left in the program."""
     kernels = jnp.ones((2, 3, 3, 4, 8))

@@ -14,7 +14,8 @@ from qfleet.core.keys import Draws
 from qfleet.core.types import identity
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import QNetwork, check_network, make_network
-from qfleet.networks.torsos import ForwardPass, LayerNorm, NoisyLinear, choose_torso, earlier_reading, image_shape
+from qfleet.networks.layers import ForwardPass, LayerNorm, NoisyLinear
+from qfleet.networks.torsos import choose_torso, earlier_reading, image_shape
 
 
 def make_spec(shape, dtype=np.float32, frame_stack=1, num_actions=3):

@@ -71,12 +71,21 @@ class AgentConfig(Config):
     munchausen_clip: float = -1.0
     """Least scaled log-probability (l0)."""
 
-    torso: Literal["auto", "mlp", "minatar", "nature"] = "auto"
-    """Convolutions before the dense layers; `auto` goes by the observation's shape (vector, small or Atari-sized)."""
+    torso: Literal["auto", "mlp", "minatar", "nature", "impala", "hadamax"] = "auto"
+    """Convolutions before the dense layers; `auto` goes by the observation's shape (vector, small or Atari-sized).
+    `impala` is a residual network (Espeholt et al. 2018, arXiv 1802.01561), and `hadamax` multiplies pairs of
+    convolutions (Kooi et al. 2025, arXiv 2505.15345). `auto` takes neither of these."""
+    torso_width: int = 1
+    """Factor of the number of channels of each convolution of the torso."""
+    spectral_norm: bool = False
+    """impala: divide the kernels of residual blocks by their spectral norms (Clark et al. 2024, arXiv 2411.03820)."""
+    adaptive_pooling: int | None = None
+    """impala: height and width, in pixels, of the map that adaptive max pooling leaves to the dense layers
+    (Clark et al. 2024, arXiv 2411.03820). None leaves the map as it is."""
     hidden_sizes: tuple[int, ...] = (128, 128)
     """Units of each dense layer after the torso."""
     layer_norm: bool = False
-    """Normalise each hidden layer, before its activation."""
+    """Normalise each hidden layer, before its activation. With torso impala, these are the dense layers only."""
     dueling: bool = False
     """Use separate streams for value and advantage (Wang et al. 2016, arXiv 1511.06581)."""
     noisy: bool = False
@@ -177,11 +186,13 @@ class AgentConfig(Config):
             check(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]", getattr(self, name))
         check_counts(
             self, "n_step", "batch_size", "replay_capacity", "target_update_period", "rollout_length", "num_epochs",
-            "num_minibatches", "num_quantiles", "num_acting_quantiles", "num_cosines", maximum=MAX_SIZE,
+            "num_minibatches", "num_quantiles", "num_acting_quantiles", "num_cosines", "torso_width", maximum=MAX_SIZE,
         )  # fmt: skip
         check_count("num_atoms", self.num_atoms, minimum=2, maximum=MAX_SIZE)
         check(self.value_min < self.value_max, "value_min and value_max", "in order", (self.value_min, self.value_max))
         check(self.munchausen_clip <= 0, "munchausen_clip", "0 or below", self.munchausen_clip)
+        if self.adaptive_pooling is not None:
+            check_counts(self, "adaptive_pooling", maximum=MAX_SIZE)
         check_counts(self, "exploration_env_steps")
         if self.learning_rate_learner_steps is not None:
             check_counts(self, "learning_rate_learner_steps", maximum=MAX_SIZE)

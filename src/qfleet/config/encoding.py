@@ -105,7 +105,7 @@ def _migrate_from_4(content: Any) -> Any:
 
 
 def _migrate_from_5(content: Any) -> Any:
-    """Adds the head of the network, Munchausen's reward, noisy layers and shares of a run, none of which there was."""
+    """Adds heads, Munchausen's reward, noisy layers, options of torsos and shares of a run, none of which there was."""
     if not isinstance(content, dict) or not isinstance(content.get("agent"), dict):
         return content  # decoding refuses it
     return {**content, "agent": {**_ADDED_IN_6, **content["agent"]}}
@@ -126,6 +126,9 @@ _ADDED_IN_6 = {
     "munchausen_clip": -1.0,
     "noisy": False,
     "noisy_std": 0.5,
+    "torso_width": 1,
+    "spectral_norm": False,
+    "adaptive_pooling": None,
     "exploration_fraction": None,
     "learning_rate_fraction": None,
     "importance_exponent_fraction": None,

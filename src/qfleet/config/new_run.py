@@ -61,6 +61,11 @@ _MODES = (
         "choose another learning_rate_schedule, such as linear",
     ),
     _Mode("torso", ("mlp",), ("convolution",), "choose a torso with convolutions"),
+    _Mode("torso", ("auto", "mlp"), ("torso_width",), "name a torso with convolutions, such as impala"),
+    _Mode(
+        "torso", ("auto", "mlp", "minatar", "nature", "hadamax"), ("spectral_norm", "adaptive_pooling"),
+        "choose torso impala",
+    ),
 )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from qfleet.config import AgentConfig
 from qfleet.core.heads import Quantiles, make_head
 from qfleet.core.keys import Draws
 from qfleet.core.types import EnvSpec
-from qfleet.networks.torsos import ForwardPass, Hidden, NoisyLinear, Torso, linear
+from qfleet.networks.layers import ForwardPass, Hidden, NoisyLinear, activation_of, linear
+from qfleet.networks.torsos import Torso
 
 _LAST_LAYER = nnx.initializers.lecun_normal()
 
@@ -35,7 +36,7 @@ class Dense(nnx.Module):
         self.num_features = num_inputs
         for size in sizes:
             layer = make_linear(self.num_features, size, config, rngs, nnx.initializers.he_normal())
-            self.layers.append(Hidden(layer, size, config.layer_norm))
+            self.layers.append(Hidden(layer, size, config.layer_norm, activation_of(config)))
             self.num_features = size
 
     def __call__(self, x: jax.Array, forward: ForwardPass) -> jax.Array:

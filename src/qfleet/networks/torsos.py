@@ -8,61 +8,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.frame_stack import stack_to_storage_layout
-from qfleet.core.keys import Draws
 from qfleet.core.types import EnvSpec, identity
-from qfleet.networks.convolution import Lowering, convolve, kernel_of_blocks, to_blocks
+from qfleet.networks.convolution import to_blocks
+from qfleet.networks.layers import Convolution, ForwardPass, Hidden
+from qfleet.networks.stages import HadamardStage, ImpalaStage, RectifiedPooling
 
-TorsoName = Literal["mlp", "minatar", "nature"]
-
-
-class ForwardPass:
-    """What one forward pass draws, and what it shows of its hidden layers."""
-
-    def __init__(self, draws: Draws | None = None, *, shows: bool = False) -> None:
-        """Begins a pass; it draws nothing without `draws`, and `shows` keeps the output of each hidden layer."""
-        self.draws = draws
-        self.seen: list[jax.Array] | None = [] if shows else None
-        """The output of each hidden layer so far, `[batch, ..., units]`."""
-        self._num_keys = 0
-
-    def show(self, x: jax.Array) -> None:
-        """Notes the output of a hidden layer."""
-        if self.seen is not None:
-            self.seen.append(x)
-
-    def noise_key(self) -> jax.Array | None:
-        """Returns the key of the next noisy layer, `[]` for all samples or `[batch]`; None if there is no noise."""
-        if self.draws is None:
-            return None
-        self._num_keys += 1
-        keys, number = self.draws.noise, np.uint32(self._num_keys)
-        return jax.vmap(jax.random.fold_in, (0, None))(keys, number) if keys.ndim else jax.random.fold_in(keys, number)
+TorsoName = Literal["mlp", "minatar", "nature", "impala", "hadamax"]
+TorsoChoice = Literal["auto", "mlp", "minatar", "nature", "impala", "hadamax"]
 
 
-class ConvolutionSize(NamedTuple):
-    """A square kernel, in pixels."""
+class LayerSize(NamedTuple):
+    """The size of one convolution, or of one stage of several. Kernels are square."""
 
     kernel_size: int
     stride: int
+    """Stride of the convolution, or of the stage's max pooling."""
     num_features: int
+    kind: Literal["convolution", "residual", "hadamard"] = "convolution"
+    pool_size: int = 0
+
+    def output_side(self, side: int) -> int:
+        """Returns the height, or width, that is left of an image. Stages pad their images, convolutions don't."""
+        return (side - self.kernel_size) // self.stride + 1 if self.kind == "convolution" else -(-side // self.stride)
+
+    def smallest_side(self, pixels: int) -> int:
+        """Returns the least height, or width, of which `pixels` are left, and in which the kernel fits."""
+        if self.kind == "convolution":
+            return (pixels - 1) * self.stride + self.kernel_size
+        return max(self.kernel_size, (pixels - 1) * self.stride + 1)
 
 
-TORSOS: dict[TorsoName, tuple[ConvolutionSize, ...]] = {
+TORSOS: dict[TorsoName, tuple[LayerSize, ...]] = {
     "mlp": (),
-    "minatar": (ConvolutionSize(3, 1, 16),),  # Young and Tian 2019, arXiv 1903.03176
+    "minatar": (LayerSize(3, 1, 16),),  # Young and Tian 2019, arXiv 1903.03176
     "nature": (  # Mnih et al. 2015, where one dense layer of 512 follows
-        ConvolutionSize(8, 4, 32),
-        ConvolutionSize(4, 2, 64),
-        ConvolutionSize(3, 1, 64),
+        LayerSize(8, 4, 32),
+        LayerSize(4, 2, 64),
+        LayerSize(3, 1, 64),
+    ),
+    "impala": tuple(LayerSize(3, 2, channels, "residual", 3) for channels in (16, 32, 32)),
+    "hadamax": (  # one dense layer of 512 follows
+        LayerSize(8, 4, 32, "hadamard", 4),
+        LayerSize(4, 2, 64, "hadamard", 2),
+        LayerSize(3, 1, 64, "hadamard", 3),
     ),
 }
 
 
-def choose_torso(spec: EnvSpec, torso: Literal["auto", "mlp", "minatar", "nature"]) -> TorsoName:
+def choose_torso(spec: EnvSpec, torso: TorsoChoice) -> TorsoName:
     """Returns the torso that `torso` means for these observations.
 
     `auto` decides by their shape before stacking. Observations with three axes, or with two axes of pixels (uint8, or
@@ -116,7 +112,7 @@ def image_shape(spec: EnvSpec) -> tuple[int, int, int] | None:
     return height, width, math.prod(channels) * spec.frame_stack
 
 
-def earlier_reading(spec: EnvSpec, torso: Literal["auto", "mlp", "minatar", "nature"]) -> str:
+def earlier_reading(spec: EnvSpec, torso: TorsoChoice) -> str:
     """Returns how runs before schema version 3 read these observations, if that differs from how they are read now.
 
     Until then, the first two axes of an image were its height and width whatever their lengths, and there was no
@@ -133,109 +129,12 @@ def earlier_reading(spec: EnvSpec, torso: Literal["auto", "mlp", "minatar", "nat
     return "flattened them, and networks now take them for images" if is_newly_image else ""
 
 
-def _smallest_image(sizes: tuple[ConvolutionSize, ...]) -> int:
-    """Returns the side, in pixels, of the smallest image of which these convolutions leave one pixel."""
+def _smallest_image(sizes: tuple[LayerSize, ...]) -> int:
+    """Returns the side, in pixels, of the smallest image of which these layers leave one pixel."""
     pixels = 1
     for size in reversed(sizes):
-        pixels = (pixels - 1) * size.stride + size.kernel_size
+        pixels = size.smallest_side(pixels)
     return pixels
-
-
-class LayerNorm(nnx.Module):
-    """Normalises the last axis to mean 0 and variance 1, then scales and shifts each unit (Ba et al. 2016).
-
-    On a CPU, in a compiled loop, the gradients of a small network (512 x 64 units) take 6-11 % less time than with
-    `nnx.LayerNorm`. The variance is computed from centred values, so it stays accurate for large activations.
-    """
-
-    def __init__(self, num_features: int) -> None:
-        self.scale = nnx.Param(jnp.ones(num_features))
-        self.bias = nnx.Param(jnp.zeros(num_features))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        centred = x - x.mean(-1, keepdims=True)
-        variance = (centred * centred).mean(-1, keepdims=True)
-        return centred * lax.rsqrt(variance + 1e-6) * self.scale[...] + self.bias[...]
-
-
-class NoisyLinear(nnx.Module):
-    """A linear layer with factorised Gaussian noise on its parameters, `[batch, ..., inputs]` to `[batch, ..., units]`.
-
-    Source: Fortunato et al. 2018, arXiv 1706.10295, section 3, equations 10 and 11, and section 3.2(b).
-    """
-
-    def __init__(self, num_inputs: int, num_units: int, std: float, rngs: nnx.Rngs) -> None:
-        bound = 1 / math.sqrt(num_inputs)
-        uniform = nnx.initializers.uniform(2 * bound)
-        self.kernel = nnx.Param(uniform(rngs.params(), (num_inputs, num_units)) - bound)
-        self.bias = nnx.Param(uniform(rngs.params(), (num_units,)) - bound)
-        self.kernel_std = nnx.Param(jnp.full((num_inputs, num_units), std * bound))
-        self.bias_std = nnx.Param(jnp.full((num_units,), std * bound))
-
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        kernel, bias = self.kernel[...], self.bias[...]
-        if key is None:
-            return x @ kernel + bias
-        num_inputs, num_units = kernel.shape
-        if key.ndim == 0:
-            noise = _noise(key, num_inputs + num_units)
-            of_inputs, of_units = noise[:num_inputs], noise[num_inputs:]
-            kernel += self.kernel_std[...] * of_inputs[:, None] * of_units
-            return x @ kernel + bias + self.bias_std[...] * of_units
-        # Each sample has noise of its own. Its kernel is never built, because the noise is a product.
-        noise = jax.vmap(_noise, (0, None))(key, num_inputs + num_units)
-        noise = noise.reshape(len(noise), *(1,) * (x.ndim - 2), -1)
-        of_inputs, of_units = noise[..., :num_inputs], noise[..., num_inputs:]
-        spread = (x * of_inputs) @ self.kernel_std[...] + self.bias_std[...]
-        return x @ kernel + bias + spread * of_units
-
-
-def _noise(key: jax.Array, size: int) -> jax.Array:
-    x = jax.random.normal(key, (size,))
-    return jnp.sign(x) * jnp.sqrt(jnp.abs(x))
-
-
-def linear(layer: nnx.Module, x: jax.Array, forward: ForwardPass) -> jax.Array:
-    """Returns the output of a linear layer, which draws its noise if it is a noisy one."""
-    return layer(x, forward.noise_key()) if isinstance(layer, NoisyLinear) else layer(x)
-
-
-class Hidden(nnx.Module):
-    """A linear layer (dense, noisy or convolutional), then layer normalisation if `layer_norm` is set, then ReLU."""
-
-    def __init__(self, linear: nnx.Module, num_features: int, layer_norm: bool) -> None:
-        self.linear = linear
-        self.norm = LayerNorm(num_features) if layer_norm else None
-
-    def __call__(self, x: jax.Array, forward: ForwardPass) -> jax.Array:
-        x = linear(self.linear, x, forward)
-        x = jax.nn.relu(x if self.norm is None else self.norm(x))
-        forward.show(x)
-        return x
-
-
-class Convolution(nnx.Module):
-    """A convolution with bias and He initialisation, without padding.
-
-    If `in_blocks` is set, it takes images whose blocks, with sides as long as its stride, have become channels. Its
-    parameters are the same.
-    """
-
-    def __init__(
-        self, channels: int, size: ConvolutionSize, lowering: Lowering, in_blocks: bool, rngs: nnx.Rngs
-    ) -> None:
-        shape = (size.kernel_size, size.kernel_size, channels, size.num_features)
-        self.kernel = nnx.Param(nnx.initializers.he_normal()(rngs.params(), shape))
-        self.bias = nnx.Param(jnp.zeros(size.num_features))
-        self.stride = size.stride
-        self.in_blocks = in_blocks
-        self.lowering = lowering
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, stride = self.kernel[...], self.stride
-        if self.in_blocks:
-            kernel, stride = kernel_of_blocks(kernel, stride), 1
-        return convolve(x, kernel, (stride, stride), self.lowering, self.bias[...])
 
 
 def block_size(spec: EnvSpec, config: AgentConfig) -> int:
@@ -243,8 +142,11 @@ def block_size(spec: EnvSpec, config: AgentConfig) -> int:
     sizes, image = TORSOS[choose_torso(spec, config.torso)], image_shape(spec)
     if not sizes or image is None:
         return 1
-    kernel_size, stride, _ = sizes[0]
-    return 1 if any(side % stride for side in (kernel_size, *image[:2])) else stride
+    first = sizes[0]
+    has_blocks = first.kind == "convolution" and not any(
+        side % first.stride for side in (first.kernel_size, *image[:2])
+    )
+    return first.stride if has_blocks else 1
 
 
 def make_storage_layout(spec: EnvSpec, config: AgentConfig) -> Callable[[jax.Array], jax.Array]:
@@ -277,6 +179,9 @@ class Torso(nnx.Module):
 
     It maps observations to `[batch, num_features]` float32. They may come from the environment, or from the replay in
     its storage layout. Layer normalisation of a convolution is over its channels, separately at each pixel.
+
+    Raises:
+      ConfigError: if the torso doesn't suit the observations.
     """
 
     def __init__(self, spec: EnvSpec, config: AgentConfig, rngs: nnx.Rngs) -> None:
@@ -287,15 +192,24 @@ class Torso(nnx.Module):
         self.raw_shape, self.frame_stack = spec.agent_observation_shape, spec.frame_stack
         self.pixel_limit = 255 if spec.observation_dtype == np.uint8 else spec.pixel_limit
         self.to_storage_layout = make_storage_layout(spec, config)
-        self.convolutions: nnx.List[Hidden] = nnx.List([])
+        self.convolutions: nnx.List[Hidden | ImpalaStage | RectifiedPooling | HadamardStage] = nnx.List([])
         if self.image_shape is None:
             return
         height, width, channels = self.image_shape
         for i, size in enumerate(sizes):
-            convolution = Convolution(channels, size, config.convolution, i == 0 and self.block_size > 1, rngs)
-            self.convolutions.append(Hidden(convolution, size.num_features, config.layer_norm))
-            height, width = ((side - size.kernel_size) // size.stride + 1 for side in (height, width))
-            channels = size.num_features
+            size = size._replace(num_features=size.num_features * config.torso_width)
+            self.convolutions.append(_make_layer(channels, size, config, i == 0 and self.block_size > 1, rngs))
+            height, width, channels = size.output_side(height), size.output_side(width), size.num_features
+        if config.torso == "impala":
+            pooled = config.adaptive_pooling
+            if pooled is not None and pooled > min(height, width):
+                raise ConfigError(
+                    f"adaptive_pooling must be at most the sides of the map that torso impala leaves, got {pooled} for "
+                    f"a map of {height} x {width} pixels from images of {spec.name}; try "
+                    f"adaptive_pooling={min(height, width)}, or larger images"
+                )
+            self.convolutions.append(RectifiedPooling(pooled))
+            height, width = (height, width) if pooled is None else (pooled, pooled)
         self.num_features = height * width * channels
 
     def __call__(self, observations: jax.Array, forward: ForwardPass) -> jax.Array:
@@ -312,3 +226,17 @@ class Torso(nnx.Module):
         for convolution in self.convolutions:
             x = convolution(x, forward)
         return x.reshape(-1, self.num_features)
+
+
+def _make_layer(
+    channels: int, size: LayerSize, config: AgentConfig, in_blocks: bool, rngs: nnx.Rngs
+) -> Hidden | ImpalaStage | HadamardStage:
+    if size.kind == "residual":
+        return ImpalaStage(channels, size.num_features, config, rngs)
+    if size.kind == "hadamard":
+        pooling = (size.pool_size, size.stride)
+        return HadamardStage(channels, size.num_features, size.kernel_size, pooling, config, rngs)
+    convolution = Convolution(
+        channels, size.num_features, size.kernel_size, config, rngs, stride=size.stride, in_blocks=in_blocks
+    )
+    return Hidden(convolution, size.num_features, config.layer_norm)
