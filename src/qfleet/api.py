@@ -5,6 +5,7 @@ import functools
 import os
 import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -134,22 +135,22 @@ def iterate(
         config = dataclasses.replace(config, env=name_of_factory(env))
     check_new_run(config)
     config = config.with_schedule_lengths()
+    base = Path.cwd()  # now, because an environment may change the current folder once it is made
+    create = functools.partial(RunDirectory.create, config.run_dir, config, base)
     check_is_built_in(config, network, optimiser)
     observers = check_observers(callbacks, loggers)
     num_seeds_at_once = check_num_at_once(config, num_seeds_at_once)
     if config.has_seed_processes:
         from qfleet.training.seeds import SeedsRun
 
-        return SeedsRun(
-            config, lambda: RunDirectory.create(config.run_dir, config), num_at_once=num_seeds_at_once, **observers
-        )
+        return SeedsRun(config, create, num_at_once=num_seeds_at_once, **observers)
     if config.topology.runs_in == "joined processes":
         from qfleet.training.launched import LaunchedRun, directory_of_all
 
-        return LaunchedRun(config, lambda: directory_of_all(config), **observers)
+        return LaunchedRun(config, lambda: directory_of_all(config, base), **observers)
     from qfleet.training.run import Run
 
-    return Run(config, lambda: RunDirectory.create(config.run_dir, config), network, optimiser, **observers)
+    return Run(config, create, network, optimiser, **observers)
 
 
 @clear_platform_errors()

@@ -247,12 +247,13 @@ class Policy:
         seed = check_count("seed", seed, minimum=0, maximum=MAX_SEED)
         check_extra()
         check_not_forked()
+        base = Path.cwd()  # now, because the environment may change the current folder
         q_values = functools.partial(self._apply_network, self.params)
         episodes = play(self._env, q_values, num_episodes, seed, self._network.to_storage_layout)
         with contextlib.closing(episodes):  # this also closes the lanes that draw, even if the caller stops early
             for i, moments in enumerate(episodes):
                 name = video_name(self.label, seed, i)
-                folder = _make_folder(Path(out_dir))
+                folder = _make_folder(base / out_dir)
                 try:
                     video = film(moments, folder / name, frames_per_second)
                 except OSError as error:

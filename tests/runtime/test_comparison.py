@@ -40,6 +40,16 @@ def test_runs_that_differ_only_in_their_seeds_form_a_group() -> None:
     assert [row["run"] for row in comparison.table()] == ["a0", "a1", "a2", "b"]
 
 
+def test_a_run_under_way_has_the_figures_of_its_newest_records() -> None:
+    going, begun = make_run("going", [1.0, 2.0]), make_run("begun", [])
+    with (going / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"env_steps": 250, "wall_seconds": 5.0, "env_steps_per_second": 50.0}) + "\n")
+    first, second = qfleet.compare([going, begun]).table()
+    names = ("stopped", "env_steps", "wall_seconds", "return_mean", "best_return_mean", "env_steps_per_second")
+    assert [first[name] for name in names] == [None, 250, 5.0, 2.0, None, 50.0]
+    assert [second[name] for name in names] == [None] * 6
+
+
 def test_a_band_is_taken_where_all_seeds_have_a_curve() -> None:
     long, short = make_run("a", [0.0, 10.0, 20.0], seed=0), make_run("b", [4.0, 14.0], seed=1)
     (group,) = qfleet.compare([long, short]).groups

@@ -2,6 +2,8 @@
 
 import importlib.util
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +86,55 @@ def test_a_logger_that_hangs_is_not_waited_for(
     for thread in threading.enumerate():
         if thread.name == "qfleet-hanging":
             thread.join()
+
+
+HANGING = """
+import concurrent.futures, sys, threading
+from pathlib import Path
+from qfleet.cli.main import end_process
+from qfleet.runtime import loggers
+
+place, num_records = sys.argv[1], int(sys.argv[2])
+hangs = threading.Event()
+
+def hang():
+    hangs.set()
+    threading.Event().wait()
+
+class Hanging:
+    # What hangs is a thread of its own, as a tracker's is, and the end of Python waits for such threads.
+    def _do(self, what):
+        if what == place:
+            concurrent.futures.ThreadPoolExecutor().submit(hang).result()
+
+    def begin(self, run):
+        self._do("begin")
+
+    def log(self, env_steps, numbers):
+        self._do("log")
+
+    def end(self, summary):
+        self._do("end")
+
+loggers.END_SECONDS = 0.5
+loggers._MOST_WAITING = 2
+every = loggers.Loggers(loggers.LoggedRun(Path("run"), "", {}, None), [("hanging", Hanging())])
+for env_steps in range(num_records):
+    every.write(env_steps, {})
+    place == "end" or hangs.wait()
+every.end({})
+print("the run is complete")
+sys.exit(end_process(0))
+"""
+
+
+@pytest.mark.parametrize(("place", "num_records"), [("begin", 1), ("log", 1), ("end", 1), ("begin", 5)])
+def test_a_process_ends_although_a_tracker_hangs_for_ever(place: str, num_records: int) -> None:
+    """With five records, too many wait to be written long before the end."""
+    command = [sys.executable, "-c", HANGING, place, str(num_records)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)  # which would never return
+    assert ended.stdout == "the run is complete\n"
+    assert ended.stderr.count("hanging can't log the run any more; the run goes on") == 1
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,39 @@ CONFIG = TrainConfig(
 )
 
 
+def test_files_stay_where_they_were_meant_when_the_current_folder_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    named, unnamed = RunDirectory.create("run", CONFIG), RunDirectory.create(None, CONFIG, tmp_path)
+    monkeypatch.chdir(elsewhere)
+    late = RunDirectory.create("late", CONFIG, tmp_path)
+    for run in (named, unnamed, late):
+        run.write_summary({"stopped": "env steps"})
+        run.lock().release()
+        assert not run.path.is_absolute() and run.folder == tmp_path / run.path
+        assert run.as_named(run.report_path) == run.path / "report.html"
+    monkeypatch.chdir(tmp_path)
+    assert RunDirectory.open("late").read_summary() == RunDirectory.open(unnamed.path).read_summary()
+    assert not any(elsewhere.iterdir())
+
+
+def test_a_limit_on_open_files_that_no_run_can_live_with_is_told_before_the_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource")
+    run = RunDirectory.create(tmp_path / "before", CONFIG)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (20, 20))
+    for use in (lambda: RunDirectory.create(tmp_path / "run", CONFIG), run.lock):
+        with pytest.raises(ConfigError, match="open 128 files at once, got a limit of 20; .* `ulimit -n 1024`"):
+            use()
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run.lock().release()
+
+
 def test_the_configuration_comes_back_as_it_went_in(tmp_path: Path) -> None:
     created = RunDirectory.create(tmp_path / "a" / "run", CONFIG)
     opened = RunDirectory.open(tmp_path / "a" / "run")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 import qfleet
 from qfleet.config import AgentConfig, ConfigError, RunFailed
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.runtime.run_directory import RunDirectory
 from qfleet.topologies.schedule import NOTHING_FIXED, changeable, make_plan
 from qfleet.training.callbacks import Callbacks, RunControl, check_callbacks
+from qfleet.training.observers import Observers
 
 qfleet.register_env("Corner-v0", probes.observation_action_reward)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -179,6 +182,32 @@ def test_processes_that_train_on_their_own_can_only_be_stopped(tmp_path: Path) -
             ask()
     Callbacks([Asking(lambda control: control.stop())], control).on_progress(make_progress_at(64))
     assert control.stop_reason
+
+
+def test_the_last_checkpoint_of_processes_that_train_on_their_own_is_told_before_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = RunDirectory.create(tmp_path / "run", tiny(tmp_path))
+    saved = [100]
+    checkpoints: Any = SimpleNamespace(latest=lambda: saved[-1], directory=tmp_path)
+    told: list[Any] = []
+
+    class Telling:
+        def on_checkpoint(self, control: RunControl, checkpoint: qfleet.SavedCheckpoint) -> None:
+            told.append(checkpoint.env_steps)
+            if checkpoint.env_steps == 300:
+                raise OSError("no room")
+
+        def on_end(self, control: RunControl, summary: Any) -> None:
+            told.append(summary["stopped"])
+
+    observers = Observers(directory.config, directory, [Telling()], [], resumed_at=100)
+    saved.append(200)
+    observers.end({"stopped": "env steps"}, checkpoints)
+    assert told == [200, "env steps"]
+    saved.append(300)
+    observers.end({"stopped": "env steps"}, checkpoints)
+    assert told[2:] == [300, "env steps"] and "Telling.on_checkpoint failed" in caplog.text
 
 
 def make_progress_at(env_steps: int) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +75,18 @@ def tiny(run_dir: Path, env: str = "Corner-v0", preset: str = "pqn", **settings:
         "run_dir": str(run_dir),
     }
     return qfleet.make_config(env, preset, **defaults | settings)
+
+
+def test_an_environment_that_changes_the_current_folder_does_not_move_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    env = register(train=lambda row: os.chdir(elsewhere))
+    run = qfleet.iterate(tiny(Path("run"), env, env_steps=128))
+    assert {p.env_steps for p in run} and run.summary["newest_checkpoint"] == run.summary["env_steps"]
+    assert not any(elsewhere.iterdir()) and str(run.directory.path) == "run"
 
 
 def follow(run: Any) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     from qfleet.runtime.saved_run import SavedRun
 
     runs = [SavedRun(find_run(text)) for text in flags.runs]
-    default = runs[0].directory.report_path if len(runs) == 1 else Path("report.html")
+    run = runs[0].directory
+    default = run.as_named(run.report_path) if len(runs) == 1 else Path("report.html")
     print(f"report: {write_report(runs, flags.out or default)}")
     return 0

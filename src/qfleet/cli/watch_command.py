@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -52,7 +53,8 @@ def run(arguments: Sequence[str]) -> int:
     directory = RunDirectory.open(run_dir)
     policy = load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
     videos = policy.film(flags.out or directory.videos_path, flags.episodes, flags.seed, flags.frames_per_second)
+    folder = Path(flags.out) if flags.out else directory.as_named(directory.videos_path)
     for i, video in enumerate(videos):
         print(f"episode {i}: return {video.episode_return:.1f} in {video.episode_steps} steps", flush=True)
-        print(f"  {video.mp4}\n  {video.gif}", flush=True)
+        print(f"  {folder / video.mp4.name}\n  {folder / video.gif.name}", flush=True)
     return 0

@@ -208,8 +208,14 @@ def _cell(value: Any) -> str:
 
 
 def _row(run: SavedRun, group: str) -> dict[str, Any]:
-    config, summary, metrics = run.config, run.summary, run.metrics
-    last = {name: metrics[name][-1].item() if metrics.num_records else None for name in X_AXES}
+    config, summary, metrics = run.config, run.outcome, run.metrics
+
+    def newest(name: str) -> Any:
+        """Returns what the summary says, and while there is none, what the newest record does that says something."""
+        values = metrics.get(name, np.zeros(0))
+        values = values[~np.isnan(values)]
+        return summary.get(name, values[-1].item() if values.size else None)
+
     return {
         "run": str(run.path),
         "group": group,
@@ -219,10 +225,10 @@ def _row(run: SavedRun, group: str) -> dict[str, Any]:
         "seed": config.seed,
         "num_seeds": config.num_seeds,
         "stopped": summary.get("stopped"),
-        "env_steps": summary.get("env_steps", last["env_steps"]),
-        "wall_seconds": summary.get("wall_seconds", last["wall_seconds"]),
-        "return_mean": summary.get("eval_return_mean"),
+        "env_steps": newest("env_steps"),
+        "wall_seconds": newest("wall_seconds"),
+        "return_mean": newest("eval_return_mean"),
         "best_return_mean": summary.get("best_eval_return_mean"),
-        "env_steps_per_second": summary.get("env_steps_per_second"),
-        "learner_steps_per_second": summary.get("learner_steps_per_second"),
+        "env_steps_per_second": newest("env_steps_per_second"),
+        "learner_steps_per_second": newest("learner_steps_per_second"),
     }

@@ -22,6 +22,8 @@ END_SECONDS = 30.0
 
 _MOST_WAITING = 1000  # records
 
+_OFF_SECONDS = 1.0  # in which the thread of a logger that has failed ends, unless it hangs
+
 
 def has_abandoned() -> bool:
     """Returns whether a logger still hangs in this process. What it uses may make the end of Python wait for it."""
@@ -97,8 +99,8 @@ class BackgroundLogger:
 
     def wait(self, seconds: float) -> None:
         """Waits until the logger has ended, but no longer than this."""
-        if self._thread is not None and not self._is_off:
-            self._thread.join(max(0.0, seconds))
+        if self._thread is not None:
+            self._thread.join(max(0.0, min(seconds, _OFF_SECONDS) if self._is_off else seconds))
             if self._thread.is_alive():
                 global _has_abandoned
                 _has_abandoned = True

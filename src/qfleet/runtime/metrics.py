@@ -24,7 +24,7 @@ _BEGINNING = b'{"env_steps": '
 
 def logged_run(run: RunDirectory) -> LoggedRun:
     """Returns what loggers are told about a run that begins."""
-    return LoggedRun(run.path, run.run_id, encode(run.config), None)
+    return LoggedRun(run.folder, run.run_id, encode(run.config), None)
 
 
 def finite(values: Mapping[str, float | None]) -> dict[str, float]:

@@ -7,6 +7,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from qfleet.config import ConfigError
+
+MIN_OPEN_FILES = 128
+"""Least limit on open files under which a run starts. Linux and macOS allow at least twice as many by default."""
+
 _IMPORTED = time.monotonic()
 
 
@@ -36,6 +41,20 @@ def peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def check_can_open_files() -> None:
+    """Raises ConfigError if this process may open fewer files at once than a run needs."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most < MIN_OPEN_FILES:
+        raise ConfigError(
+            f"a run must be allowed to open {MIN_OPEN_FILES} files at once, got a limit of {most}; raise it in the "
+            f"shell, with `ulimit -n 1024`"
+        )
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int | None:

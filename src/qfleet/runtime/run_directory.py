@@ -33,6 +33,7 @@ import filelock
 from qfleet.config import ConfigError, TrainConfig
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
 from qfleet.config.values import to_plain
+from qfleet.runtime.process import check_can_open_files
 from qfleet.runtime.run_files import read_json, shortened, temporary_of
 
 SEEDS_FOLDER = "seeds"
@@ -44,6 +45,7 @@ class RunDirectory:
     """The folder of one run. Make it with `create` or find it with `open`."""
 
     path: Path
+    """The folder as the user named it, for messages. It may be relative to `base`."""
     config: TrainConfig
     """The config that the run was created with. Checkpoints and summary tell how far it got or was extended."""
     version: str
@@ -54,19 +56,26 @@ class RunDirectory:
     """Version in which its config.json is written. `config` is always of the newest."""
     is_new: bool = dataclasses.field(default=False, compare=False)
     """Whether this object has made the folder."""
+    base: Path = dataclasses.field(default_factory=Path.cwd, compare=False)
+    """The current folder when `path` was given. An environment may change it later, in the middle of a run."""
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str] | None, config: TrainConfig) -> "RunDirectory":
+    def create(
+        cls, path: str | os.PathLike[str] | None, config: TrainConfig, base: Path | None = None
+    ) -> "RunDirectory":
         """Makes the folder of a new run and writes its config.json.
 
         Args:
           path: the folder, which must be absent or empty. None makes `runs/<env>-<preset>-<seed>-<time>`, with a number
             added if that is taken.
           config: content of config.json.
+          base: what a relative path begins from. By default the current folder.
 
         Raises:
-          ConfigError: if the folder already holds something, can't be made, or has a name that isn't UTF-8.
+          ConfigError: if the folder already holds something, can't be made, or has a name that isn't UTF-8. Also if
+            this process may open too few files.
         """
+        check_can_open_files()
         run_id = secrets.token_hex(8)
         content = {
             "qfleet_version": _version(),
@@ -78,11 +87,14 @@ class RunDirectory:
             text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         except ValueError as error:
             raise ConfigError(f"every number in a run's configuration must be finite, got {config}") from error
-        folder, is_new = Path("runs") if path is None else Path(path), False
+        name, is_new = Path("runs") if path is None else Path(path), False
+        base = base or Path.cwd()
+        folder = base / name
         _check_name(folder)
         try:
             if path is None:
-                folder, is_new = _make_default_folder(config), True
+                name, is_new = _make_default_folder(config, base), True
+                folder = base / name
             else:
                 is_new = not folder.exists()
                 folder.mkdir(parents=True, exist_ok=True)
@@ -92,25 +104,25 @@ class RunDirectory:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
             raise ConfigError(
-                f"a run directory must be a folder that can be made, got {folder} ({error.strerror}); "
+                f"a run directory must be a folder that can be made, got {name} ({error.strerror}); "
                 f"give another --run-dir"
             ) from error
         if not is_claimed:
             is_run = os.path.lexists(folder / "config.json")
-            resume = f", or continue that run with `qfleet resume {shlex.quote(str(folder))}`" if is_run else ""
+            resume = f", or continue that run with `qfleet resume {shlex.quote(str(name))}`" if is_run else ""
             raise ConfigError(
-                f"a new run needs an absent or empty folder, got {folder}, which holds files already; "
+                f"a new run needs an absent or empty folder, got {name}, which holds files already; "
                 f"give another --run-dir{resume}"
             )
-        return cls(folder, config, _version(), run_id, is_new=is_new)
+        return cls(name, config, _version(), run_id, is_new=is_new, base=base)
 
     def discard(self) -> None:
         """Deletes what `create` made, if nothing has come of the run. Call it without holding the lock."""
-        if {path.name for path in self.path.iterdir()} <= {"config.json", ".lock"}:
+        if {path.name for path in self.folder.iterdir()} <= {"config.json", ".lock"}:
             for name in ("config.json", ".lock"):
-                (self.path / name).unlink(missing_ok=True)
+                (self.folder / name).unlink(missing_ok=True)
             if self.is_new:
-                self.path.rmdir()
+                self.folder.rmdir()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "RunDirectory":
@@ -151,42 +163,53 @@ class RunDirectory:
 
     @property
     def config_path(self) -> Path:
-        return self.path / "config.json"
+        return self.folder / "config.json"
+
+    @property
+    def folder(self) -> Path:
+        """The folder as an absolute path, for everything that is read or written there."""
+        return self.base / self.path
+
+    def as_named(self, file: Path) -> Path:
+        """Returns the path of a file in the folder as the user would name it."""
+        return self.path / file.relative_to(self.folder)
 
     @property
     def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.folder / "metrics.jsonl"
 
     @property
     def summary_path(self) -> Path:
-        return self.path / "summary.json"
+        return self.folder / "summary.json"
 
     @property
     def environment_path(self) -> Path:
-        return self.path / "environment.json"
+        return self.folder / "environment.json"
 
     @property
     def report_path(self) -> Path:
-        return self.path / "report.html"
+        return self.folder / "report.html"
 
     @property
     def checkpoints_path(self) -> Path:
-        return self.path / "checkpoints"
+        return self.folder / "checkpoints"
 
     @property
     def videos_path(self) -> Path:
         """Folder of the videos. Where each seed has a run of its own, the first one is filmed."""
         return (
-            self.path / SEEDS_FOLDER / str(self.config.seed) if self.config.has_seed_processes else self.path
+            self.folder / SEEDS_FOLDER / str(self.config.seed) if self.config.has_seed_processes else self.folder
         ) / "videos"
 
     def lock(self) -> filelock.BaseFileLock:
         """Returns a lock that no other process can take while this one holds it. It is freed when the process ends.
 
         Raises:
-          ConfigError: if another process is training this run, or there can be no lock.
+          ConfigError: if another process is training this run, there can be no lock, or this process may open too few
+            files.
         """
-        lock = filelock.FileLock(self.path / ".lock")
+        check_can_open_files()
+        lock = filelock.FileLock(self.folder / ".lock")
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -310,15 +333,15 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _make_default_folder(config: TrainConfig) -> Path:
-    """Makes a folder in `runs` that no other process gets, whatever the time at which they ask."""
+def _make_default_folder(config: TrainConfig, base: Path) -> Path:
+    """Makes a folder in `runs`, below `base`, that no other process gets, whatever the time at which they ask."""
     name = f"{config.env}-{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     first = Path("runs") / re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".-")
-    first.parent.mkdir(exist_ok=True)
+    (base / first.parent).mkdir(exist_ok=True)
     path, number = first, 1
     while True:
         try:
-            path.mkdir()
+            (base / path).mkdir()
             return path
         except FileExistsError:
             number += 1

@@ -17,7 +17,7 @@ class SavedRun:
     Everything but the config is read at the first use and then kept; open the run again to see what came meanwhile.
     """
 
-    def __init__(self, path: str | os.PathLike[str], reader: MetricsReader | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | RunDirectory, reader: MetricsReader | None = None) -> None:
         """Reads the run's config.
 
         Args:
@@ -27,7 +27,7 @@ class SavedRun:
         Raises:
           ConfigError: if the folder isn't a run, or its config.json can't be read.
         """
-        self.directory = RunDirectory.open(path)
+        self.directory = path if isinstance(path, RunDirectory) else RunDirectory.open(path)
         self._reader = reader or MetricsReader(self.directory.metrics_path)
 
     def __repr__(self) -> str:
@@ -66,6 +66,20 @@ class SavedRun:
           ConfigError: if summary.json can't be read.
         """
         return self.directory.read_summary() or {}
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """The summary, unless the run was resumed and has come further since then: then it is empty.
+
+        The records of a run whose seeds have processes of their own go as far as the last seed, its summary doesn't.
+
+        Raises:
+          ConfigError: as `summary` and `metrics` do.
+        """
+        ended_at, records = self.summary.get("env_steps"), self.metrics["env_steps"]
+        if self.config.has_seed_processes or not isinstance(ended_at, int) or not records.size:
+            return self.summary
+        return {} if records[-1] > ended_at else self.summary
 
     @functools.cached_property
     def metrics(self) -> Metrics:

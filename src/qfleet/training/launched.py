@@ -89,7 +89,7 @@ class LaunchedRun(ShownRun):
         return self._shown(self._follow)
 
     def _follow(self) -> Generator[Progress, None, None]:
-        launcher = Launcher(self._topology, self._command, self.directory.path / "peers")
+        launcher = Launcher(self._topology, self._command, self.directory.folder / "peers")
         before = self.directory.read_summary()
         announce("starting processes")
         failure: dict[str, Any] = {}
@@ -128,7 +128,7 @@ class LaunchedRun(ShownRun):
                     if self.summary.get("stopped") == "interrupted":
                         self.summary |= failure
                     self.directory.write_summary(self.summary)
-                self._observers.end(self.summary)
+                self._observers.end(self.summary, self._checkpoints)
             finally:
                 if self._lock:
                     self._lock.release()
@@ -172,11 +172,15 @@ class LaunchedRun(ShownRun):
             "stop-return": json.dumps(self.config.stop_return),
         }
         flags = [f"--{name}={value}" for name, value in arguments.items()]
-        return [peer.python, "-P", "-m", "qfleet.cli.peer", str(self.directory.path.absolute()), *flags]
+        return [peer.python, "-P", "-m", "qfleet.cli.peer", str(self.directory.folder), *flags]
 
 
-def directory_of_all(config: TrainConfig) -> RunDirectory:
+def directory_of_all(config: TrainConfig, base: Path) -> RunDirectory:
     """Makes the run's folder, or waits until the launcher of the first process, on another host, has made it.
+
+    Args:
+      config: the run's config.
+      base: what a relative `config.run_dir` begins from.
 
     Raises:
       ConfigError: if the folder can't be made, doesn't appear in time, or belongs to a run with other settings.
@@ -188,17 +192,17 @@ def directory_of_all(config: TrainConfig) -> RunDirectory:
             f"give all of them the same --run-dir, on a file system that they share"
         )
     if topology.process_id in (None, 0):
-        return RunDirectory.create(config.run_dir, config)
+        return RunDirectory.create(config.run_dir, config, base)
     assert config.run_dir is not None
     deadline = time.monotonic() + topology.silence_seconds
-    while not (Path(config.run_dir) / "config.json").exists():
+    while not (base / config.run_dir / "config.json").exists():
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"the first process must make the run's folder, but {config.run_dir} has not appeared for "
                 f"{topology.silence_seconds:g} s; start it with --process-id 0, and make sure that all share the folder"
             )
         time.sleep(0.1)
-    directory = RunDirectory.open(config.run_dir)
+    directory = RunDirectory.open(base / config.run_dir)
     firsts = directory.config.topology
     mine, wanted = (dataclasses.replace(each, run_dir=None, topology=topology) for each in (config, directory.config))
     if mine != wanted or firsts != dataclasses.replace(topology, process_id=0):

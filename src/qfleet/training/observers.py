@@ -1,5 +1,6 @@
 """The callbacks and loggers of a run whose processes train on their own, in the process that follows them."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ from qfleet.runtime.loggers import Logger, Loggers
 from qfleet.runtime.metrics import finite, logged_run
 from qfleet.runtime.records import Progress
 from qfleet.runtime.run_directory import RunDirectory
-from qfleet.training.callbacks import Callbacks, RunControl, SavedCheckpoint
+from qfleet.training.callbacks import CallbackFailed, Callbacks, RunControl, SavedCheckpoint
+
+logger = logging.getLogger("qfleet")
 
 
 class Observers:
@@ -32,7 +35,7 @@ class Observers:
           loggers: the loggers, with their names.
           resumed_at: environment steps from which the run goes on; None if it is new.
         """
-        self._callbacks = Callbacks(callbacks, RunControl(config, directory.path, None))
+        self._callbacks = Callbacks(callbacks, RunControl(config, directory.folder, None))
         self._loggers = Loggers(logged_run(directory), loggers)
         if resumed_at is not None:
             self._loggers.resume_at(resumed_at)
@@ -57,14 +60,22 @@ class Observers:
         self._callbacks.on_progress(progress)
         if progress.eval_returns is not None:
             self._callbacks.on_evaluation(progress)
-        if checkpoints is not None and self._callbacks.wait_for_checkpoints:
-            newest = checkpoints.latest()
-            if newest is not None and newest != self._newest:
-                self._newest = newest
-                self._callbacks.on_checkpoint(SavedCheckpoint(newest, checkpoints.directory / str(newest), False))
+        self._tell_of_checkpoints(checkpoints)
 
-    def end(self, summary: Mapping[str, Any]) -> None:
-        """Tells of the end."""
+    def _tell_of_checkpoints(self, checkpoints: Checkpoints | None) -> None:
+        if checkpoints is None or not self._callbacks.wait_for_checkpoints:
+            return
+        newest = checkpoints.latest()
+        if newest is not None and newest != self._newest:
+            self._newest = newest
+            self._callbacks.on_checkpoint(SavedCheckpoint(newest, checkpoints.directory / str(newest), False))
+
+    def end(self, summary: Mapping[str, Any], checkpoints: Checkpoints | None = None) -> None:
+        """Tells of the last checkpoint, as `tell` does, and of the end. A callback that raises is a warning."""
+        try:
+            self._tell_of_checkpoints(checkpoints)
+        except CallbackFailed as error:
+            logger.warning("%s", error)
         self._callbacks.on_failure(summary)
         self._loggers.end(summary)
 

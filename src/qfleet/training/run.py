@@ -88,7 +88,7 @@ class Run(ShownRun):
             self.directory = open_directory()
             """Folder of the run."""
             self._callbacks = Callbacks(
-                callbacks, RunControl(config, self.directory.path, Changes(self._topology, config))
+                callbacks, RunControl(config, self.directory.folder, Changes(self._topology, config))
             )
             try:
                 self._start(stop, checkpoint, loggers, is_resumed=is_resumed, footprint_of=footprint_of)
@@ -372,7 +372,7 @@ class Run(ShownRun):
                 from qfleet.runtime.report.page import write_report  # here, because the start must not wait for it
                 from qfleet.runtime.saved_run import SavedRun
 
-                write_report([SavedRun(self.directory.path)], self.directory.report_path)
+                write_report([SavedRun(self.directory)], self.directory.report_path)
             except Exception as error:  # it can be written later, by `qfleet report`
                 logger.warning("the report can't be written: %s", describe(error))
 

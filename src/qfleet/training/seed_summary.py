@@ -79,7 +79,7 @@ def open_seed(directory: RunDirectory, seed: int | None) -> RunDirectory:
     config = directory.config
     seed = config.seed if seed is None else seed
     check_seed(config, seed)
-    path = directory.path / SEEDS_FOLDER / str(seed)
+    path = directory.folder / SEEDS_FOLDER / str(seed)
     if not (path / "config.json").exists():
         raise ConfigError(
             f"a seed must have begun before anything is known of it, got seed {seed} of {directory.path}, which "

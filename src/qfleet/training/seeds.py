@@ -84,7 +84,7 @@ class SeedsRun(ShownRun):
         self._is_new = True  # not iterated over yet
         self._lock = self.directory.lock()
         try:
-            self._seeds = seeds_of(self.directory.path, config)
+            self._seeds = seeds_of(self.directory.folder, config)
             self._unfinished = self._indices_to_train()
         except BaseException:
             self._lock.release()
@@ -201,7 +201,8 @@ class SeedsRun(ShownRun):
             else:
                 seed.folder.parent.mkdir(exist_ok=True)
                 own = self.directory.config.of_seed(seed.seed)
-                RunDirectory.create(seed.folder, dataclasses.replace(own, run_dir=str(seed.folder)))
+                named = self.directory.as_named(seed.folder)
+                RunDirectory.create(seed.folder, dataclasses.replace(own, run_dir=str(named)))
             self._processes.start(i, seed.folder, seed.log)
         except (ConfigError, OSError) as error:
             self._going_on.discard(i)
@@ -315,7 +316,7 @@ class SeedsRun(ShownRun):
             starts = SavedRun(self._seeds[0].folder).environment
             starts = [*starts[:-1], *({**start, "command": sys.argv} for start in starts[-1:])]
             write_atomically(self.directory.environment_path, strict_json(starts, indent=2) + "\n")
-        write_report([SavedRun(self.directory.path)], self.directory.report_path)
+        write_report([SavedRun(self.directory)], self.directory.report_path)
 
     def _discard(self) -> None:
         """Deletes the folder of a run that was refused before it trained anything."""
@@ -324,5 +325,5 @@ class SeedsRun(ShownRun):
                 RunDirectory.open(seed.folder).discard()
                 seed.folder.rmdir()
             seed.log.unlink(missing_ok=True)
-        (self.directory.path / SEEDS_FOLDER).rmdir()
+        (self.directory.folder / SEEDS_FOLDER).rmdir()
         self.directory.discard()

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import Visit, chromium
@@ -15,7 +16,9 @@ from made_runs import make_run
 
 from qfleet.cli.main import main
 from qfleet.config import ConfigError
-from qfleet.runtime.report.dashboard import Dashboard
+from qfleet.runtime.report import dashboard as dashboard_module
+from qfleet.runtime.report.dashboard import Dashboard, LiveRuns
+from qfleet.runtime.report.page import report_data
 
 NUM_FUZZED = int(os.environ.get("QFLEET_TEST_REQUESTS", "200"))
 
@@ -80,6 +83,63 @@ def test_a_run_is_drawn_again_as_its_metrics_arrive(tmp_path: Path, dashboard: D
         assert {address.split("?")[0].removeprefix(dashboard.address) for address in visit.addresses_asked} == {
             *("", "plotly.js", "runs", "data")
         }
+
+
+def test_a_report_is_made_again_only_once_a_file_of_its_runs_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def count(runs: Any) -> dict[str, Any]:
+        made.append(len(runs))
+        return report_data(runs)
+
+    monkeypatch.setattr(dashboard_module, "report_data", count)
+    a, b = (make_run(tmp_path / name, 5).directory for name in ("a", "b"))
+    runs, both = LiveRuns([tmp_path]), [a.path, b.path]
+    a.summary_path.unlink()
+    first = runs.report([a.path])
+    assert [runs.report([a.path]), made] == [first, [1]]
+    with a.metrics_path.open("a") as file:
+        file.write(json.dumps({"env_steps": 7777, "wall_seconds": 30.0}) + "\n")
+    changed = runs.report([a.path])
+    assert "7,777" in changed and changed != first and made == [1, 1]
+    a.write_summary({"stopped": "interrupted"})
+    assert "stopped: interrupted" in runs.report([a.path])
+    a.videos_path.mkdir()
+    (a.videos_path / "1.mp4").write_bytes(b"video")
+    assert "data:video/mp4" in runs.report([a.path])
+    seeds_videos = a.path / "seeds" / "0" / "videos"
+    seeds_videos.mkdir(parents=True)
+    made.clear()
+    (seeds_videos / "1.mp4").write_bytes(b"video")
+    assert [runs.report([a.path]) != "", made] == [True, [1]]
+    made.clear()
+    assert [runs.report(both), made] == [runs.report(both), [2]]
+    b.summary_path.unlink()
+    runs.report(both)
+    assert made == [2, 2]
+    b.metrics_path.write_text("a line that is no record\n")
+    assert "is left out" in runs.report([b.path])
+
+
+def test_reports_are_kept_within_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def name(runs: Any) -> dict[str, Any]:
+        made.append(runs[0].path)
+        return {"path": runs[0].path.name}
+
+    monkeypatch.setattr(dashboard_module, "report_data", name)
+    monkeypatch.setattr(dashboard_module, "MAX_KEPT_BYTES", 2 * len('{"path": "a"}'))
+    a, b, c = (make_run(tmp_path / name, 1).path for name in "abc")
+    runs = LiveRuns([tmp_path])
+    for path in (a, b, a, c):  # c displaces b, which was asked for less recently
+        runs.report([path])
+    assert made == [a, b, c]
+    runs.report([a])
+    runs.report([b])
+    assert made == [a, b, c, b]
 
 
 def test_only_runs_of_the_list_are_read(tmp_path: Path, dashboard: Dashboard) -> None:

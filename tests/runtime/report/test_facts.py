@@ -31,6 +31,18 @@ def test_one_run_is_told_by_its_key_figures(tmp_path: Path) -> None:
     assert dict(facts["settings"])["agent.discount"] == "0.99" and facts["differences"] == []
 
 
+def test_a_run_that_was_resumed_is_under_way_again_once_it_has_come_further(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    run.directory.write_summary({"stopped": "failed", "error": "no power", "env_steps": 2000, "eval_return_mean": 5.0})
+    assert facts_of(SavedRun(run.path))["state"] == "stopped: failed"
+    with run.directory.metrics_path.open("a") as file:
+        file.write(json.dumps({"env_steps": 2100, "wall_seconds": 21.0, "eval_return_mean": 30.0}) + "\n")
+    facts = facts_of(again := SavedRun(run.path))
+    assert (facts["state"], facts["notes"]) == ("under way, or killed before its end", [])
+    assert dict(facts["cards"]).items() >= {"newest return": "30", "environment steps": "2,100"}.items()
+    assert Comparison([again]).table()[0]["stopped"] is None and again.summary["stopped"] == "failed"
+
+
 def test_groups_are_compared_with_their_intervals(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"a{seed}", seed=seed) for seed in range(5)]
     facts = facts_of(*runs, make_run(tmp_path / "b", agent=AgentConfig(n_step=3)))

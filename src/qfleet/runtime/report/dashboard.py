@@ -6,12 +6,14 @@ can only name a run of the list, and what is read of that run is what a report s
 Whoever is on this machine may ask, under a loopback address. On another address every request must bear a token.
 """
 
+import contextlib
 import hmac
 import ipaddress
 import secrets
 import socket
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from http.cookies import SimpleCookie
 from pathlib import Path
@@ -21,7 +23,7 @@ from urllib.parse import parse_qs
 from qfleet.config import ConfigError
 from qfleet.runtime.metrics_reading import MetricsReader
 from qfleet.runtime.report.page import LIVE_POLICY, plotly_script, render_live, report_data
-from qfleet.runtime.run_directory import strict_json
+from qfleet.runtime.run_directory import SEEDS_FOLDER, strict_json
 from qfleet.runtime.saved_run import SavedRun
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ MAX_LISTED = 1_000
 MAX_CONNECTIONS = 64
 """Most requests that are answered at the same time. Further ones are told to come back."""
 
+MAX_KEPT_BYTES = 64 * 2**20
+"""Most memory that finished reports take, which are sent again while the files of their runs stay the same."""
+
 _COOKIE = "qfleet_token"
 
 _HEADERS = {
@@ -46,8 +51,15 @@ _HEADERS = {
 }
 
 
+Signature = tuple[tuple[str, int, int, int], ...]
+"""Name, inode, size and time of change of each file that a report of one run is made from."""
+
+
 class LiveRuns:
-    """The runs that a dashboard shows, by name. Metrics that were read once aren't read again."""
+    """The runs that a dashboard shows, by name. Metrics that were read once aren't read again.
+
+    A report is made anew only once a file of its runs has changed.
+    """
 
     def __init__(self, places: Sequence[Path]) -> None:
         """Reads nothing yet.
@@ -57,6 +69,7 @@ class LiveRuns:
         """
         self._places = places
         self._readers: dict[Path, MetricsReader] = {}
+        self._kept: OrderedDict[tuple[Path, ...], tuple[list[Signature], str]] = OrderedDict()  # newest use last
 
     def paths(self) -> dict[str, Path]:
         """Returns the folders of the runs by name, newest first. Symbolic links don't count."""
@@ -77,12 +90,41 @@ class LiveRuns:
         """
         return SavedRun(path, self._readers.setdefault(path, MetricsReader(path / "metrics.jsonl")))
 
+    def report(self, paths: Sequence[Path]) -> str:
+        """Returns the data of the report of these runs, as JSON.
+
+        Raises:
+          ConfigError: as `report_data` does.
+        """
+        runs = tuple(paths)
+        signatures = [_signature(path) for path in runs]  # first: a later change must not count as known
+        kept, text = self._kept.pop(runs, (None, ""))
+        if kept != signatures:
+            text = strict_json(report_data([self.open(path) for path in runs]))
+        self._kept[runs] = (signatures, text)
+        while sum(len(text) for _, text in self._kept.values()) > MAX_KEPT_BYTES:
+            self._kept.popitem(last=False)
+        return text
+
 
 def _subfolders(place: Path) -> list[Path]:
     try:
         return [folder for folder in place.iterdir() if folder.is_dir() and not folder.is_symlink()]
     except OSError:
         return []
+
+
+def _signature(run: Path) -> Signature:
+    files = [run / name for name in ("config.json", "environment.json", "metrics.jsonl", "summary.json")]
+    for videos in (run / "videos", *sorted(run.glob(f"{SEEDS_FOLDER}/*/videos"))):
+        with contextlib.suppress(OSError):  # there are none
+            files += sorted(videos.iterdir())
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):  # there is none, or it was deleted meanwhile
+            status = file.lstat()
+            found.append((file.name, status.st_ino, status.st_size, status.st_mtime_ns))
+    return tuple(found)
 
 
 class Dashboard:
@@ -175,10 +217,10 @@ class Dashboard:
                 return Response(f"`run` must name 1 to {MAX_RUNS} runs of the list", 404, _HEADERS)
             try:
                 with self._reading:
-                    content = report_data([self._runs.open(known[name]) for name in dict.fromkeys(names)])
+                    content = self._runs.report([known[name] for name in dict.fromkeys(names)])
             except ConfigError as error:
                 return Response(strict_json({"error": str(error)}), 200, _HEADERS, "application/json")
-            return Response(strict_json(content), 200, _HEADERS, "application/json")
+            return Response(content, 200, _HEADERS, "application/json")
 
         def guarded(answer: Any) -> Any:
             return lambda request: refused(request) or answer(request)

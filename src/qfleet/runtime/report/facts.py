@@ -43,8 +43,8 @@ def _title(comparison: Comparison) -> str:
 
 
 def _state(run: SavedRun) -> str:
-    if run.summary:
-        return f"stopped: {run.summary.get('stopped')}"
+    if outcome := run.outcome:
+        return f"stopped: {outcome.get('stopped')}"
     metrics = run.metrics
     if not metrics.num_records:
         return "no records yet"
@@ -52,7 +52,7 @@ def _state(run: SavedRun) -> str:
 
 
 def _cards(run: SavedRun) -> Facts:
-    summary, metrics = run.summary, run.metrics
+    summary, metrics = run.outcome, run.metrics
 
     def newest(name: str) -> Any:
         values = metrics.get(name, np.zeros(0))
@@ -115,9 +115,9 @@ def _notes(runs: Iterable[SavedRun]) -> Iterable[str]:
     runs = list(runs)
     for run in runs:
         where = f"{run.path}: " if len(runs) > 1 else ""
-        if error := run.summary.get("error"):
+        if error := run.outcome.get("error"):
             yield f"{where}{error}"
-        warnings = run.summary.get("warnings")
+        warnings = run.outcome.get("warnings")
         for warning in warnings if isinstance(warnings, list) else []:
             yield f"{where}{warning}"
         for damage in run.metrics.damaged:
