@@ -1,7 +1,7 @@
 """Learns Pong from pixels, by the standard protocol: four frames a step, 84x84 grey, and sticky actions if wanted.
 
     pip install 'qfleet[atari]'
-    python examples/atari_pong.py [--sticky] [--env-steps N] [--run-dir DIR]
+    python examples/atari_pong.py [--sticky] [--env-steps N] [--eval-max-episode-steps N] [--run-dir DIR]
 
 It takes a day on two cores and less than an hour on a GPU. Interrupt it with Ctrl-C and continue with `qfleet resume`.
 """
@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--sticky", action="store_true", help="repeat the last action with probability 0.25")
     parser.add_argument("--env-steps", type=int, default=10_000_000)
     parser.add_argument("--replay-capacity", type=int, default=200_000, help="frames; each takes 7 kB")
+    parser.add_argument("--eval-max-episode-steps", type=int, help="cut evaluations short, for a quick try")
     parser.add_argument("--run-dir")
     arguments = parser.parse_args()
 
@@ -37,6 +38,7 @@ def main() -> None:
         env_steps=arguments.env_steps,
         eval_period_env_steps=min(100_000, arguments.env_steps),
         eval_episodes=4,
+        eval_max_episode_steps=arguments.eval_max_episode_steps,
         run_dir=arguments.run_dir,
     )
     for progress in qfleet.iterate(config):

@@ -1,7 +1,7 @@
 """Learns to drive on a motorway: overtake, keep right, don't crash. The actions are highway-env's five manoeuvres.
 
     pip install 'qfleet[driving]'
-    python examples/driving.py [--num-env-workers N] [--env-steps N] [--run-dir DIR]
+    python examples/driving.py [--num-env-workers N] [--env-steps N] [--eval-max-episode-steps N] [--run-dir DIR]
 
 highway-env is slow (some 80 steps/s on a core), so worker processes are worth their cost. EnvPool has the same road and
 is a hundred times faster: `pip install 'qfleet[envpool]'` and `--env envpool:highway-fast-v0`.
@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--env", default="highway_env:highway-fast-v0")
     parser.add_argument("--num-env-workers", type=int, default=2)
     parser.add_argument("--env-steps", type=int, default=60_000)
+    parser.add_argument("--eval-max-episode-steps", type=int, help="cut evaluations short, for a quick try")
     parser.add_argument("--run-dir")
     arguments = parser.parse_args()
 
@@ -38,6 +39,7 @@ def main() -> None:
         env_steps=arguments.env_steps,
         eval_period_env_steps=min(5_000, arguments.env_steps),
         eval_episodes=8,
+        eval_max_episode_steps=arguments.eval_max_episode_steps,
         run_dir=arguments.run_dir,
     )
     for progress in qfleet.iterate(config):

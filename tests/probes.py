@@ -6,11 +6,13 @@ pass, its docstring says what is wrong. Observations are `[1]` float32.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import qfleet
 from qfleet.core.types import Network
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
@@ -72,6 +74,51 @@ def time_limit(steps: int = 5) -> InGraphEnv:
     return InGraphEnv(_spec("time-limit", num_actions=1, time_limit=steps), _always_first, step)
 
 
+def two_choices() -> InGraphEnv:
+    """Two steps. The first action leads to the observation -1 or 1; the second one pays as `TWO_CHOICES_REWARDS` say.
+
+    Failure: anything that the other probes find. Its values are learned only if observations, actions, rewards and the
+    discount are all right. So it is the probe of whole runs, each of which can't try all the others.
+    """
+
+    def reset(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.float32(FIRST), jnp.array([FIRST])
+
+    def step(state: jax.Array, action: jax.Array, key: jax.Array) -> StepResult:
+        is_second = state != FIRST
+        sign = 2.0 * action - 1.0
+        reward = jnp.where(state == 1.0, 1.0, 0.5) * state * sign * is_second
+        then = jnp.where(is_second, state, sign)
+        return StepResult(then, then[None], reward, is_second, jnp.bool_(False))
+
+    return InGraphEnv(_spec("two-choices", num_actions=2), reset, step)
+
+
+TWO_CHOICES_REWARDS = {-1.0: [0.5, -0.5], 1.0: [-1.0, 1.0]}
+"""What each action pays at each observation of the second step."""
+
+
+def assert_two_choices_learned(q_values: Callable[[np.ndarray], np.ndarray], discount: float) -> None:
+    """Checks Q-values, which come from a batch of observations, with those of `two_choices` worked out by hand."""
+    at_first = [discount * max(TWO_CHOICES_REWARDS[then]) for then in (-1.0, 1.0)]
+    expected = {FIRST: at_first, **TWO_CHOICES_REWARDS}
+    learned = q_values(np.array(list(expected), np.float32)[:, None])
+    np.testing.assert_allclose(learned, list(expected.values()), atol=0.1)
+
+
+def two_choices_settings(*, explore: bool = True) -> dict[str, Any]:
+    """Returns settings with which 250 learner steps of 16 transitions are enough in one process.
+
+    Args:
+      explore: whether the topology's exploration decays; otherwise its actors have an epsilon each.
+    """
+    settings = {
+        "env": "probes:TwoChoices-v0", "discount": 0.8, "hidden_sizes": (32,), "learning_rate": 5e-3, "n_step": 1,
+        "target_update_period": 20,
+    }  # fmt: skip
+    return settings | ({"exploration_start": 0.5, "exploration_end": 0.5} if explore else {})
+
+
 def nan_reward(at_step: int = 20) -> InGraphEnv:
     """Endless steps with reward 1, except NaN in step `at_step`, counted from 1. For tests of errors."""
 
@@ -93,6 +140,7 @@ ALL = (
     action_reward,
     observation_action_reward,
     time_limit,
+    two_choices,
     nan_reward,
 )
 
@@ -161,3 +209,6 @@ def _spec(name: str, num_actions: int, time_limit: int | None = None) -> EnvSpec
         num_actions=num_actions,
         time_limit=time_limit,
     )
+
+
+qfleet.register_env("TwoChoices-v0", two_choices)

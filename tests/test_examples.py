@@ -11,12 +11,12 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 BUDGETS = {
-    "atari_pong.py": ["--env-steps", "256", "--replay-capacity", "1000", "--sticky"],
+    "atari_pong.py": ["--env-steps", "128", "--replay-capacity", "1000", "--sticky", "--eval-max-episode-steps", "20"],
     "callbacks.py": ["--env-steps", "4096"],
-    "driving.py": ["--env-steps", "128"],
-    "laptop_fleet.py": ["--env-steps", "3000"],
+    "driving.py": ["--num-env-workers", "1", "--env-steps", "128", "--eval-max-episode-steps", "4"],
+    "laptop_fleet.py": ["--env-steps", "1500", "--num-actors", "1"],
     "lunar_lander.py": ["--env-steps", "1024"],
-    "trading.py": ["--env-steps", "2048"],
+    "trading.py": ["--env-steps", "1024"],
 }
 NEEDS = {"atari_pong.py": "ale_py", "driving.py": "highway_env", "laptop_fleet.py": "ray", "lunar_lander.py": "Box2D"}
 SLOW = {"laptop_fleet.py"}

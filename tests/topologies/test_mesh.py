@@ -30,10 +30,10 @@ SPECS = {
     "mlp": EnvSpec(name="mlp", observation_shape=(4,), observation_dtype=np.dtype(np.float32), num_actions=2),
     "minatar": EnvSpec(name="m", observation_shape=(10, 10, 4), observation_dtype=np.dtype(np.bool_), num_actions=3),
     "nature": EnvSpec(
-        name="n", observation_shape=(84, 84), observation_dtype=np.dtype(np.uint8), num_actions=6, frame_stack=4
+        name="n", observation_shape=(44, 44), observation_dtype=np.dtype(np.uint8), num_actions=6, frame_stack=4
     ),
 }
-BATCH_SIZE, NUM_BATCHES = 16, 50
+BATCH_SIZE, NUM_BATCHES = 16, {"mlp": 50, "minatar": 50, "nature": 15}
 
 
 def name_of(mesh):
@@ -72,7 +72,7 @@ def learned(mesh, spec, config, batches):
     specs = placement.partition_learner(jax.eval_shape(init))
     state = placement.jit(init, (), specs)()
     compiled_step = placement.jit(step, (specs, P("data")), specs, (0,))
-    for i in range(NUM_BATCHES):
+    for i in range(len(batches.action)):
         state = compiled_step(state, jax.tree.map(lambda x, i=i: x[i], batches))
         yield as_vector((state.params, state.target_params))
 
@@ -82,7 +82,7 @@ def learned_by_one_device(kind, preset):
     """Returns the batches, and the parameters after each of them on one device, for `expect_close`."""
     config = agent_for(kind, preset)
     batches = random_batches(
-        stored_spec(SPECS[kind], make_network(SPECS[kind], config).to_storage_layout), config, NUM_BATCHES
+        stored_spec(SPECS[kind], make_network(SPECS[kind], config).to_storage_layout), config, NUM_BATCHES[kind]
     )
     return batches, list(learned(ONE, SPECS[kind], config, batches))
 
@@ -116,9 +116,7 @@ def agent_for(kind, preset):
 
 CASES = [("mlp", mesh) for mesh in MESHES]
 CASES += [("minatar", MeshConfig(data=d, model=m)) for d, m in ((1, 4), (4, 2))]
-CASES += [
-    ("nature", MeshConfig(data=4, model=2))
-]  # its convolutions differ from MinAtar's in size only, and take a minute
+CASES += [("nature", MeshConfig(data=4, model=2))]  # its convolutions differ from MinAtar's in size only
 
 
 @pytest.mark.parametrize(("kind", "mesh"), CASES, ids=lambda case: case if isinstance(case, str) else name_of(case))
@@ -208,10 +206,28 @@ def make_fused(kind, mesh, env=None, **settings):
     return fused
 
 
+def snapshot(fused):
+    """Returns copies, because the next call of the program deletes the arrays of the state."""
+    return jax.tree.map(jnp.copy, fused.state), fused.counters
+
+
+@functools.cache
+def started(kind, mesh):
+    """Returns a topology that all tests of this agent and mesh share, and its first state: it is compiled only once."""
+    fused = make_fused(kind, mesh)
+    return fused, snapshot(fused)
+
+
+def fresh(kind, mesh):
+    fused, (state, counters) = started(kind, mesh)
+    fused.restore(jax.tree.map(jnp.copy, state), counters)
+    return fused
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=4, model=2)], ids=name_of)
 def test_the_whole_fused_program_takes_the_same_steps_on_any_mesh(mesh):
     """Without a replay everything is the same: episodes, exploration, minibatches and evaluation."""
-    one, many = (make_fused("pqn", each) for each in (ONE, mesh))
+    one, many = (fresh("pqn", each) for each in (ONE, mesh))
     for _ in range(6):
         records = [fused.advance(fused.env_steps + 1) for fused in (one, many)]
         assert records[0].num_episodes == records[1].num_episodes
@@ -241,7 +257,7 @@ def on_host(tree):
 @pytest.mark.parametrize("kind", ["uniform", "prioritised"])
 def test_what_is_stored_and_when_is_learned_is_the_same_on_any_mesh(kind):
     """Lanes see the same until the first learner step. Then the batches differ, but are equally likely."""
-    one, many = (make_fused(kind, each) for each in (ONE, MeshConfig(data=4)))
+    one, many = (fresh(kind, each) for each in (ONE, MeshConfig(data=4)))
     for fused in (one, many):
         fused.advance(NUM_ENVS * 16)
     rows = [jax.device_get(fused.state["replay"].ring.rows) for fused in (one, many)]
@@ -257,13 +273,14 @@ def test_what_is_stored_and_when_is_learned_is_the_same_on_any_mesh(kind):
 @pytest.mark.parametrize("kind", AGENTS)
 def test_a_run_goes_on_on_another_mesh_as_on_its_own(kind):
     """Another mesh goes on from the state of the first, and its next step gives the same result, up to rounding."""
-    first = make_fused(kind, MeshConfig(data=4))
+    first = fresh(kind, MeshConfig(data=4))
     while first.env_steps < 1600:
         first.advance(1600)
-    state, counters = jax.tree.map(jnp.copy, first.state), first.counters
-    continued = []
-    for mesh in (MeshConfig(data=4), MeshConfig(data=2, model=2), ONE):
-        fused = make_fused(kind, mesh)
+    state, counters = snapshot(first)
+    first.advance(first.env_steps + 1)
+    continued = [first]
+    for mesh in (MeshConfig(data=2, model=2), ONE):
+        fused = fresh(kind, mesh)
         like = fused.state
         fused.restore(jax.tree.map(lambda x, like: jax.device_put(jnp.copy(x), like.sharding), state, like), counters)
         assert_trees_close(fused.state, state)
@@ -283,15 +300,14 @@ def test_a_run_goes_on_on_another_mesh_as_on_its_own(kind):
 @pytest.mark.parametrize("kind", AGENTS)
 def test_a_run_resumed_on_the_same_mesh_is_one_that_never_stopped(kind):
     mesh = MeshConfig(data=4)
-    whole, first, second = (make_fused(kind, mesh) for _ in range(3))
-    for _ in range(8):
-        whole.advance(whole.env_steps + 1)
+    whole, resumed = fresh(kind, mesh), make_fused(kind, mesh)
     for _ in range(5):
-        first.advance(first.env_steps + 1)
-    second.restore(jax.tree.map(jnp.copy, first.state), first.counters)
-    for _ in range(3):
-        second.advance(second.env_steps + 1)
-    jax.tree.map(np.testing.assert_array_equal, on_host(whole.state), on_host(second.state))
+        whole.advance(whole.env_steps + 1)
+    resumed.restore(*snapshot(whole))
+    for fused in (whole, resumed):
+        for _ in range(3):
+            fused.advance(fused.env_steps + 1)
+    jax.tree.map(np.testing.assert_array_equal, on_host(whole.state), on_host(resumed.state))
 
 
 @pytest.mark.parametrize("kind", AGENTS)
@@ -319,7 +335,7 @@ def all_reduces(program):
 
 def test_a_fused_run_reduces_gradients_once_a_learner_step():
     """The text of the compiled program has one all-reduce as large as the parameters: in the loop of learner steps."""
-    fused = make_fused("prioritised", MeshConfig(data=4))
+    fused, _ = started("prioritised", MeshConfig(data=4))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(fused.params))
     sizes = [
         sum(map(elements, re.findall(r"f32\[([\d,]*)\]", line.split(" all-reduce")[0])))

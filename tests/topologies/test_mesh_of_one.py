@@ -18,7 +18,7 @@ BATCH_SIZE, NUM_STEPS = 16, 3
 SPECS = {
     "mlp": EnvSpec(name="mlp", observation_shape=(4,), observation_dtype=np.dtype(np.float32), num_actions=2),
     "nature": EnvSpec(
-        name="nature", observation_shape=(84, 84), observation_dtype=np.dtype(np.uint8), num_actions=6, frame_stack=4
+        name="nature", observation_shape=(44, 44), observation_dtype=np.dtype(np.uint8), num_actions=6, frame_stack=4
     ),
 }
 

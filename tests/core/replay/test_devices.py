@@ -10,6 +10,7 @@ from qfleet.core.replay import Row, make_replay, outcome_of
 from qfleet.core.types import EnvSpec
 
 NUM_LANES, NUM_ROWS, NUM_INSERTED = 4, 16, 23
+FIRST_DRAW, DRAW_PERIOD, BATCH_SIZE = 6, 4, 32
 BETA = 0.6
 
 
@@ -18,7 +19,7 @@ def make(kind):
         name="stream", observation_shape=(6, 6), observation_dtype=np.dtype(np.uint8), num_actions=5, frame_stack=4
     )
     config = AgentConfig(
-        replay=kind, n_step=3, batch_size=64, priority_exponent=1.0, replay_capacity=NUM_ROWS * NUM_LANES
+        replay=kind, n_step=3, batch_size=BATCH_SIZE, priority_exponent=1.0, replay_capacity=NUM_ROWS * NUM_LANES
     )
     return make_replay(spec, config, NUM_LANES)
 
@@ -48,9 +49,9 @@ def used(kind, jit):
     state, samples = replay.init(), []
     for i, row in enumerate(rows()):
         state = insert(state, row)
-        if i >= 6:
+        if i >= FIRST_DRAW and (i - FIRST_DRAW) % DRAW_PERIOD == 0:  # each is many steps, one by one
             samples.append(sample(state, jax.random.key(i), jnp.float32(BETA)))
-            td_error = jnp.float32(32 + np.random.default_rng(i).integers(64, size=64))
+            td_error = jnp.float32(32 + np.random.default_rng(i).integers(64, size=BATCH_SIZE))
             state = set_priorities(state, samples[-1], td_error)
     return jax.device_get((state, samples))
 

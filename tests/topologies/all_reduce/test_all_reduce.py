@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -45,19 +46,24 @@ def test_four_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
+def test_a_run_that_began_in_one_process_goes_on_as_equal_processes_and_in_another_number(tmp_path: Path) -> None:
     """So do its replay, counters and schedules; the environments are outside the compiled program."""
     run_dir = tmp_path / "run"
-    settings = {"num_envs": 8, "replay_capacity": 2000, "warmup_env_steps": 500, "batch_size": 32}
-    run = qfleet.iterate(config_for(run_dir, 2, "gym:CartPole-v1", "rainbow_lite", env_steps=10**6, **settings))
+    settings = {"num_envs": 8, "replay_capacity": 2000, "warmup_env_steps": 500, "batch_size": 32, **SETTINGS}
+    settings |= {"env_steps": 1024, "run_dir": str(run_dir)}
+    begun = qfleet.train(qfleet.make_config("gym:CartPole-v1", "rainbow_lite", "overlapped", **settings))
+    topology = AllReduceConfig(num_envs=8, num_processes=2, silence_seconds=120)
+    run = qfleet.resume(run_dir, env_steps=10**6, topology=topology)
     messages = iter(run)
-    while next(messages).env_steps < 1024:
+    assert next(messages).env_steps > begun["env_steps"]
+    while next(messages).env_steps < begun["env_steps"] + 1024:
         pass
     messages.close()  # as leaving a loop does: the run stops in order
     first = json.loads((run_dir / "summary.json").read_text())
-    assert first["stopped"] == "interrupted"
+    assert first["stopped"] == "interrupted" and first["topology"] == "all-reduce"
+    assert first["learner_steps"] > begun["learner_steps"]
     until = first["env_steps"] + 1024
-    resumed = qfleet.resume(run_dir, env_steps=until, num_processes=1)
+    resumed = qfleet.resume(run_dir, env_steps=until, topology=dataclasses.replace(topology, num_processes=1))
     records = list(resumed)
     assert records[0].env_steps > first["env_steps"] and records[0].learner_steps > first["learner_steps"]
     assert resumed.summary["env_steps"] == until
@@ -69,21 +75,9 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_began_in_one_process_goes_on_as_equal_processes(tmp_path: Path) -> None:
-    config = qfleet.make_config("CartPole-v1", "pqn", **SETTINGS, run_dir=str(tmp_path / "run"))
-    begun = qfleet.train(config)
-    topology = AllReduceConfig(num_envs=config.topology.num_envs, num_processes=2, silence_seconds=120)
-    resumed = qfleet.resume(tmp_path / "run", env_steps=begun["env_steps"] + 2048, topology=topology)
-    records = list(resumed)
-    assert all(record.env_steps > begun["env_steps"] for record in records)
-    assert resumed.summary["topology"] == "all-reduce" and resumed.summary["env_steps"] == begun["env_steps"] + 2048
-    assert resumed.summary["learner_steps"] > begun["learner_steps"]
-
-
-@pytest.mark.slow
 def test_a_killed_process_costs_what_came_after_the_newest_checkpoint(tmp_path: Path, caplog) -> None:
     run_dir = tmp_path / "run"
-    config = config_for(run_dir, 2, env_steps=10**8, checkpoint_period_seconds=0.5)
+    config = config_for(run_dir, 2, env_steps=10**8, checkpoint_period_seconds=1e-9)
     run, checkpoints, pid = qfleet.iterate(config), Checkpoints(run_dir / "checkpoints", run_id=None), None
     with contextlib.closing(iter(run)) as records:
         for progress in records:
@@ -138,22 +132,23 @@ def test_processes_started_by_hand_find_each_other_and_go_on_by_hand(tmp_path: P
     def train_by_hand() -> list[subprocess.Popen]:
         flags = {
             "topology": "all-reduce", "num-processes": 2, "coordinator": f"127.0.0.1:{first_port}",
-            "env-steps": 2048, "run-dir": run_dir, "silence-seconds": 300,
+            "env-steps": 4096, "eval-period-env-steps": 2048, "checkpoint-period-seconds": 1e-9, "run-dir": run_dir,
+            "silence-seconds": 300,
         }  # fmt: skip
         words = [f"--{name}={value}" for name, value in flags.items()]
         return [start("train", "CartPole-v1", *words, f"--process-id={number}") for number in (0, 1)]
 
-    assert "after 2,048 environment steps" in outputs_of(train_by_hand())[0]
-    settings = [(0, 4096), (1, 6144)]
-    both = [start("resume", run_dir, f"--process-id={i}", f"--env-steps={steps}") for i, steps in settings]
-    for output in outputs_of(both, code=2):
-        assert "all processes must have the same env_steps, got [4096, 6144]" in output
-    first = start("resume", run_dir, "--env-steps=4096")  # the first one, with its coordinator, as recorded
-    second = start("resume", run_dir, "--env-steps=4096", "--process-id=1")
-    assert "after 4,096 environment steps" in outputs_of([first, second])[0]
-    elsewhere = [f"--coordinator=127.0.0.1:{second_port}", "--env-steps=6144", "--checkpoint=2048"]
-    both = [start("resume", run_dir, f"--process-id={number}", *elsewhere) for number in (1, 0)]
-    assert "after 6,144 environment steps" in outputs_of(both)[1]
+    assert "after 4,096 environment steps" in outputs_of(train_by_hand())[0]
+    with socket.create_server(("127.0.0.1", first_port)):  # where they were is no place for them any more
+        elsewhere = [run_dir, f"--coordinator=127.0.0.1:{second_port}"]
+        settings = [(0, 5120), (1, 6144)]
+        both = [start("resume", *elsewhere, f"--process-id={i}", f"--env-steps={steps}") for i, steps in settings]
+        for output in outputs_of(both, code=2):
+            assert "all processes must have the same env_steps, got [5120, 6144]" in output
+    words = [run_dir, "--env-steps=6144", "--checkpoint=2048"]
+    second = start("resume", *words, "--process-id=1")
+    first = start("resume", *words)  # the first one, with its coordinator, as recorded
+    assert "after 6,144 environment steps" in outputs_of([first, second])[0]
     assert (run_dir / "checkpoints" / "4096.set-aside").exists()
     assert not peers_of(run_dir)
 

@@ -99,8 +99,12 @@ def advance(topology, env_steps):
     return records
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(data=2, model=2)], ids=str)
-@pytest.mark.parametrize("kind", AGENTS)
+LOCK_STEP_CASES = [(kind, MeshConfig()) for kind in AGENTS]
+# On a mesh too, `uniform` is `prioritised` without the priorities.
+LOCK_STEP_CASES += [(kind, MeshConfig(data=2, model=2)) for kind in ("pqn", "prioritised")]
+
+
+@pytest.mark.parametrize(("kind", "mesh"), LOCK_STEP_CASES, ids=str)
 def test_in_lock_step_it_takes_the_steps_of_the_fused_topology(kind, mesh):
     if mesh.num_devices > jax.device_count():
         pytest.skip(f"needs {mesh.num_devices} devices")
