@@ -43,7 +43,7 @@ class Draws(NamedTuple):
     """The keys with which a network draws, besides what it computes."""
 
     noise: Array
-    """Of the noise of its layers: one key for all samples of a learner step, `[]`, or one for each lane, `[batch]`."""
+    """Keys of the noise in its layers: one for all samples of a learner step, `[]`, or one for each lane, `[batch]`."""
     samples: Array | None = None
     """One for each sample, `[batch]`, from its number in the whole batch. None lets a network space quantile fractions
     evenly instead of drawing them."""

@@ -355,7 +355,7 @@ def test_a_learner_goes_on_where_another_stopped():
             {"exploration_end": 0.01},
             "exploration_end must come with a topology whose exploration decays.*actor_epsilon_base",
         ),
-        ({"actor_epsilon_base": 0.0}, r"actor_epsilon_base must be in \(0, 1\], got 0.0"),
+        ({"actor_epsilon_base": -0.1}, r"actor_epsilon_base must be in \[0, 1\], got -0.1"),
         ({"ray_address": "nowhere"}, "ray_address must be auto, local or HOST:PORT, got nowhere"),
     ],
 )
