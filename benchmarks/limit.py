@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet import InGraphEnv, TrainConfig, make_config, make_env
-from qfleet.core.agent import Agent, make_agent
+from qfleet.core.agent import Agent, make_agent, noise_keys
+from qfleet.core.learner import draws_of_step, make_learner
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
 from qfleet.networks import check_network, make_network
 from qfleet.runtime.devices import limit_cpu_threads
@@ -41,6 +42,8 @@ SETTINGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"torso": "minatar", "hidden_sizes": (128,)},
     ),
     "Breakout-MinAtar double_dqn": ("gymnax:Breakout-MinAtar", "double_dqn", {}),
+    "Breakout-MinAtar rainbow": ("gymnax:Breakout-MinAtar", "rainbow", {}),
+    "Breakout-MinAtar iqn": ("gymnax:Breakout-MinAtar", "iqn", {}),
 }
 
 
@@ -121,18 +124,23 @@ def passes_alone(config: TrainConfig, agent: Agent, spec: EnvSpec, params: objec
     # There are several batches, because with one the target network's pass would be constant and moved out of the loop.
     batches = ready_batches(is_rollout, 8, batch_size, spec, rng, ready)
     target_params = jax.tree.map(lambda x: x * 0.9, params)
+    learner = make_learner(agent, config.agent)
 
-    def act(total: jax.Array, view: jax.Array, params: object) -> jax.Array:
-        return total + jnp.max(agent.q_values(params, view))
+    def act(total: jax.Array, inputs: tuple, params: object) -> jax.Array:
+        return total + jnp.max(agent.q_values(params, *inputs))
 
-    def learn(i: jax.Array, params: object) -> object:
-        batch = jax.tree.map(lambda x: x[i % 8], batches)
-        grads = jax.grad(lambda p: agent.loss(p, target_params, batch)[0])(params)
-        return jax.tree.map(lambda p, g: p - 1e-9 * g, params, grads)
-
-    def iteration(_: jax.Array, carry: tuple) -> tuple:
+    def iteration(number: jax.Array, carry: tuple) -> tuple:
         params, total = carry
-        total, _ = jax.lax.scan(lambda total, view: (act(total, view, params), total), total, views)
+        key = jax.random.fold_in(jax.random.key(0), number)
+        keys = noise_keys(agent, key, len(views), jnp.arange(num_lanes))
+        total, _ = jax.lax.scan(lambda total, x: (act(total, x, params), total), total, (views, keys))
+
+        def learn(i: jax.Array, params: object) -> object:
+            batch = jax.tree.map(lambda x: x[i % 8], batches)
+            draws = draws_of_step(learner, jax.random.fold_in(key, i), batch_size)
+            grads = jax.grad(lambda p: agent.loss(p, target_params, batch, draws)[0])(params)
+            return jax.tree.map(lambda p, g: p - 1e-9 * g, params, grads)
+
         return jax.lax.fori_loop(0, num_updates, learn, params), total
 
     return jax.lax.fori_loop(0, num_iterations, iteration, (params, jnp.float32(0)))

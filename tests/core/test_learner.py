@@ -227,10 +227,9 @@ def test_two_replicas_take_the_step_of_one_learner(batch, head):
     learner, state, _ = make_built_in(**HEADS[head])
     assert len(np.unique(batch.weight)) == BATCH_SIZE
     key, replicas = jax.random.key(3), over_axis("replica", 2)
-    whole, info = update(learner, state, batch, key)
-    halves, infos = jax.vmap(lambda half: update(learner, state, half, key, replicas), axis_name="replica")(
-        split(batch)
-    )
+    whole, info = jax.jit(lambda batch: update(learner, state, batch, key))(batch)
+    of_replica = jax.vmap(lambda half: update(learner, state, half, key, replicas), axis_name="replica")
+    halves, infos = jax.jit(of_replica)(split(batch))
     for i in (0, 1):
         assert_trees_close(jax.tree.map(lambda x, i=i: x[i], halves), whole, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(np.ravel(infos.priority), info.priority, rtol=1e-4, atol=1e-5)
@@ -240,7 +239,8 @@ def test_two_replicas_take_the_step_of_one_learner(batch, head):
 def test_each_step_and_each_sample_draws_anew(batch, head):
     learner, state, _ = make_built_in(**HEADS[head])
     same = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), batch)
-    steps = [update(learner, state, same, jax.random.key(number))[1].td_error for number in (0, 1)]
+    errors_of = jax.jit(lambda key: update(learner, state, same, key)[1].td_error)
+    steps = [errors_of(jax.random.key(number)) for number in (0, 1)]
     assert not np.allclose(*steps)
     if head == "iqn":  # noise is one for all samples of a step, but fractions aren't
         assert len(np.unique(steps[0])) == BATCH_SIZE

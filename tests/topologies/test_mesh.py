@@ -67,7 +67,7 @@ def learned(mesh, spec, config, batches):
         return learner.init(network.init(jax.random.key(0)))
 
     def step(state, batch):
-        return update(learner, state, batch, replicas=placement.replicas)[0]
+        return update(learner, state, batch, jax.random.key(1), placement.replicas)[0]
 
     specs = placement.partition_learner(jax.eval_shape(init))
     state = placement.jit(init, (), specs)()
