@@ -136,6 +136,8 @@ INVALID = [
     *({name: value} for name in ("munchausen_temperature", "noisy_std", "hl_gauss_smoothing") for value in (0.0, -1.0)),
     *({name: 0} for name in ("num_quantiles", "num_acting_quantiles", "num_cosines")),
     {"num_atoms": 1},
+    {"hl_gauss_smoothing": 1e7},
+    {"munchausen_temperature": 1e-9},
     {"value_min": 11.0},
     {"exploration_start": 1.1},
     {"exploration_start": 0.1, "exploration_end": 0.2},
@@ -182,6 +184,12 @@ def test_an_infinite_temperature_is_refused():
     """It would decay to NaN."""
     with pytest.raises(ConfigError, match="exploration_start"):
         AgentConfig(exploration="softmax", exploration_start=math.inf)
+
+
+def test_atoms_that_float32_can_not_tell_apart_are_refused():
+    """Their distance would be 0, and the projection NaN."""
+    with pytest.raises(ConfigError, match=r"distance between two atoms must be above 100, .* num_atoms=51, got 0\.02"):
+        AgentConfig(value_min=1e8, value_max=1e8 + 1)
 
 
 VALID = [

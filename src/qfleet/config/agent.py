@@ -190,6 +190,12 @@ class AgentConfig(Config):
         )  # fmt: skip
         check_count("num_atoms", self.num_atoms, minimum=2, maximum=MAX_SIZE)
         check(self.value_min < self.value_max, "value_min and value_max", "in order", (self.value_min, self.value_max))
+        spacing = (self.value_max - self.value_min) / (self.num_atoms - 1)
+        least = 1e-6 * max(abs(self.value_min), abs(self.value_max))
+        check(
+            spacing > least, "the distance between two atoms",
+            f"above {least:g}, or float32 can't tell them apart, with num_atoms={self.num_atoms}", spacing,
+        )  # fmt: skip
         check(self.munchausen_clip <= 0, "munchausen_clip", "0 or below", self.munchausen_clip)
         if self.adaptive_pooling is not None:
             check_counts(self, "adaptive_pooling", maximum=MAX_SIZE)
@@ -203,9 +209,12 @@ class AgentConfig(Config):
             check(share is None or 0.0 < share <= 1.0, name, "in (0, 1], or None", share)
         check_count("warmup_env_steps", self.warmup_env_steps, minimum=0)
         check_positive(
-            self, "discount", "target_update_rate", "huber_delta", "learning_rate", "hl_gauss_smoothing",
-            "munchausen_temperature", "noisy_std",
+            self, "discount", "target_update_rate", "huber_delta", "learning_rate", "noisy_std",
         )  # fmt: skip
+        check_positive(self, "hl_gauss_smoothing", maximum=1e6)
+        check(
+            self.munchausen_temperature >= 1e-8, "munchausen_temperature", "1e-08 or above", self.munchausen_temperature
+        )
         check_positive(self, "max_gradient_norm", or_none=", or None to leave gradients alone")
         check(
             MIN_ENV_STEPS_PER_LEARNER_STEP <= self.env_steps_per_learner_step <= MAX_COUNT,

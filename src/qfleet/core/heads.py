@@ -69,7 +69,8 @@ class Head(NamedTuple):
     """`mixture(outputs, policy, bonus) -> values`: the distribution of the return plus bonus of an action that is drawn
     from `policy`. Both are `[batch, num_actions]` float."""
     loss: Callable[[Outputs, Array, Values], SampleLosses]
-    """`loss(outputs, action, target) -> loss`, of the value of `action`, `[batch]` int."""
+    """`loss(outputs, action, target) -> loss`, of the value of `action`, `[batch]` int. The caller keeps gradients from
+    `target`."""
     priority_is_td_error: bool = True
     """Whether priorities are TD errors, so that an actor that knows Q-values can compute them."""
 
@@ -146,9 +147,15 @@ def categorical_head(atoms: np.ndarray) -> Head:
     def loss(logits: Array, action: Array, target: Values) -> SampleLosses:
         return _cross_entropy(atoms, _of_action(logits, action), project(target, atoms), target.mean, of_kl=True)
 
-    return Head(
-        len(atoms), lambda logits: jax.nn.softmax(logits) @ atoms, values_of, mixture, loss, priority_is_td_error=False
-    )
+    def q_values(logits: Array) -> Array:
+        return _mean(logits, atoms)
+
+    return Head(len(atoms), q_values, values_of, mixture, loss, priority_is_td_error=False)
+
+
+def _mean(logits: Array, atoms: np.ndarray) -> Array:
+    """Returns the mean of each categorical distribution: `[..., num_atoms]` to `[...]`."""
+    return jax.nn.softmax(logits) @ atoms
 
 
 def project(values: Values, atoms: np.ndarray) -> Array:
@@ -175,7 +182,7 @@ def hl_gauss_head(atoms: np.ndarray, sigma: float) -> Head:
     """
 
     def q_values(logits: Array) -> Array:
-        return jax.nn.softmax(logits) @ atoms
+        return _mean(logits, atoms)
 
     def values_of(logits: Array, action: Array) -> Values:
         return _scalar_values_of(q_values(logits), action)
@@ -206,9 +213,8 @@ def gauss_histogram(mean: Array, atoms: np.ndarray, sigma: float) -> Array:
 
 
 def _cross_entropy(atoms: np.ndarray, logits: Array, target: Array, target_mean: Array, *, of_kl: bool) -> SampleLosses:
-    target = jax.lax.stop_gradient(target)
     loss = -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
-    td_error = jax.lax.stop_gradient(target_mean - jax.nn.softmax(logits) @ atoms)
+    td_error = jax.lax.stop_gradient(target_mean - _mean(logits, atoms))
     entropy = -jnp.sum(jax.scipy.special.xlogy(target, target), axis=-1)
     return SampleLosses(loss, td_error, jax.lax.stop_gradient(loss - entropy) if of_kl else td_error)
 
@@ -272,7 +278,6 @@ def _quantile_loss(quantiles: Array, fractions: Array | np.ndarray, target: Valu
 
     The priority is the loss, as in the prioritised IQN of Toromanoff et al. 2019, arXiv 1908.04683.
     """
-    target = jax.lax.stop_gradient(target)
     error = target.value[:, None, :] - quantiles[:, :, None]  # [batch, fractions, values]
     slope = jnp.abs(jnp.asarray(fractions)[..., None] - (jax.lax.stop_gradient(error) < 0))
     losses = slope * huber_loss(error, huber_delta) / huber_delta

@@ -243,8 +243,10 @@ class _HostLanes:
         ) -> tuple:
             frame = agent.to_storage_layout(obs)
             view = push_frame(view, frame, is_first, spec.frame_stack)
-            lane_keys = sample_keys(key_of(*numbers, NOISE, row), jnp.arange(num_lanes, dtype=jnp.uint32))
-            q = agent.q_values(params, view, lane_keys if agent.acts_with_keys else None)
+            keys = None
+            if agent.acts_with_keys:
+                keys = sample_keys(key_of(*numbers, NOISE, row), jnp.arange(num_lanes, dtype=jnp.uint32))
+            q = agent.q_values(params, view, keys)
             action = agent.explore(q, exploration, uniform)
             return view, frame, action, take_action(q, action), jnp.max(q, axis=-1)
 
