@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from qfleet.config import AgentConfig
-from qfleet.core import exploration
+from qfleet.config.own_parts import is_own_name
 from qfleet.core.activity import Activity, make_with_activity
+from qfleet.core.exploration import make_explore
 from qfleet.core.heads import SampleLosses, Values, backed_up, make_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
+from qfleet.core.own_targets import NetworkOutputs, make_own_target
 from qfleet.core.targets import munchausen_bonus, soft_policy
 from qfleet.core.types import Batch, Network, Params, Regression, Transition
 
@@ -82,6 +84,7 @@ def _split(draws: Draws | None) -> _LossDraws:
 def make_agent(network: Network, config: AgentConfig) -> Agent:
     """Returns the agent that `config` describes. Its Q-values are those of `network`."""
     head = make_head(config)
+    own_target = make_own_target(config)
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
     def q_values(params: Params, obs: Array, keys: Array | None = None) -> Array:
@@ -104,9 +107,19 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
         next_values = head.mixture(outputs, jnp.exp(log_policy), -temperature * log_policy)
         return backed_up(batch.reward + bonus, batch.discount, next_values)
 
+    def outputs_of_both(params: Params, target_params: Params, batch: Transition, draws: _LossDraws) -> NetworkOutputs:
+        return NetworkOutputs(
+            online_tm1=outputs_of(params, batch.obs, draws.value),
+            target_tm1=outputs_of(target_params, batch.obs, draws.other),
+            online_t=outputs_of(params, batch.next_obs, draws.other),
+            target_t=outputs_of(target_params, batch.next_obs, draws.target),
+        )
+
     def target_of(params: Params, target_params: Params, batch: Batch, draws: _LossDraws) -> Values:
         if isinstance(batch, Regression):
             return point_values(batch.target)
+        if own_target is not None:
+            return own_target(head, batch, outputs_of_both(params, target_params, batch, draws))
         if config.munchausen:
             return munchausen_target(target_params, batch, draws)
         return greedy_target(params, target_params, batch, draws)
@@ -122,11 +135,11 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
     return Agent(
         init=network.init,
         q_values=q_values,
-        explore=exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy,
+        explore=make_explore(config),
         loss=loss,
         to_storage_layout=network.to_storage_layout,
         with_activity=make_with_activity(network),
         acts_with_keys=config.noisy,
-        loss_draws=config.noisy or config.head == "iqn",
+        loss_draws=config.noisy or config.head == "iqn" or is_own_name(config.head) or config.network is not None,
         priority_is_td_error=head.priority_is_td_error,
     )

@@ -3,12 +3,35 @@
 One uniform number per lane decides an action, so the numbers of many steps can be drawn at once.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import AgentConfig
+from qfleet.config import AgentConfig, ConfigError
+from qfleet.config.own_parts import make_own_part
+
+Explore = Callable[[Array, Array, Array], Array]
+"""`explore(q, exploration, uniform) -> action`, as `epsilon_greedy` and `softmax` do."""
+
+
+def make_explore(config: AgentConfig) -> Explore:
+    """Returns the function that draws the actions of an agent.
+
+    Raises:
+      ConfigError: if it is a user's, and their function can't be imported or doesn't return a function.
+    """
+    if config.exploration in ("epsilon_greedy", "softmax"):
+        return softmax if config.exploration == "softmax" else epsilon_greedy
+    explore: Explore = make_own_part("exploration", config.exploration, config)
+    if not callable(explore):
+        raise ConfigError(
+            f"exploration must name a function that returns explore(q, exploration, uniform), got "
+            f"{config.exploration}, which returned a {type(explore).__name__}; return a function"
+        )
+    return explore
 
 
 def epsilon_greedy(q: Array, epsilon: Array, uniform: Array) -> Array:

@@ -8,6 +8,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.config.own_parts import make_own_part
 from qfleet.core.heads import make_head
 from qfleet.core.keys import Draws, key_shape
 from qfleet.core.types import EnvSpec, Network, Params, stored_spec
@@ -16,11 +17,19 @@ from qfleet.networks.torsos import make_storage_layout
 
 
 def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
-    """Returns the built-in Q-network for these observations and actions.
+    """Returns the Q-network for these observations and actions: the built-in one, or the user's that `config` names.
 
     Raises:
-      ConfigError: if the torso doesn't suit the observations.
+      ConfigError: if the torso doesn't suit the observations, or the user's function doesn't return a network.
     """
+    if config.network is not None:
+        network: Network = make_own_part("network", config.network, spec, config)
+        if not isinstance(network, Network):
+            raise ConfigError(
+                f"network must name a function that returns a qfleet.Network, got {config.network}, which returned a "
+                f"{type(network).__name__}; convert a Flax NNX module by qfleet.from_nnx(lambda rngs: ...)"
+            )
+        return network
     return from_nnx(lambda rngs: QNetwork(spec, config, rngs))._replace(
         to_storage_layout=make_storage_layout(spec, config)
     )
@@ -118,7 +127,9 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
     try:
         params = jax.eval_shape(network.init, key_shape())
         q_values = jax.eval_shape(network.apply, params, observations)
-    except (TypeError, ValueError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a user's network may raise anything
         raise ConfigError(
             f"a network must map {seen} to action values {wanted}, got {type(error).__name__}: {error}; fit its "
             "first layer to the observations (uint8 isn't divided by 255 yet, stacked frames are the last axis)"
@@ -137,18 +148,20 @@ def _check_outputs(
     network: Network, config: AgentConfig, params: Params, observations: jax.ShapeDtypeStruct, num_actions: int
 ) -> None:
     """Raises ConfigError unless the network returns what the agent's head takes."""
-    if config.head == "scalar" and not config.noisy:
+    head, wanted = make_head(config), (observations.shape[0], num_actions)
+    if head.num_outputs is None and config.head != "iqn" and not config.noisy and network.outputs is None:
         return
-    setting = "noisy layers" if config.head == "scalar" else f"head {config.head}"
+    if config.head == "scalar" and not config.noisy and config.network is None:
+        return
+    setting = "noisy layers" if config.head == "scalar" and config.noisy else f"head {config.head}"
     remedy = "give its module a method outputs(observations, draws), see qfleet.Network, or leave the setting out"
     if network.outputs is None:
         raise ConfigError(f"a network of your own must have outputs to learn with {setting}, got none; {remedy}")
-    head, wanted = make_head(config), (observations.shape[0], num_actions)
     try:
         outputs = jax.eval_shape(network.outputs, params, observations, None)
         num_outputs = None if head.num_outputs is None else outputs.shape[-1]
         fits = num_outputs == head.num_outputs and jax.eval_shape(head.q_values, outputs).shape == wanted
-    except (TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # a user's network may raise anything
         raise ConfigError(
             f"the outputs of a network must suit {setting}, got {type(error).__name__}: {error}; {remedy}"
         ) from error
