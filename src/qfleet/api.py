@@ -297,7 +297,7 @@ def load(
         spec = source.interface.spec if isinstance(source, RecordedEnv) else source.spec
         if network is None:
             check_reads_the_same(directory, spec)
-        network_in_use = network or make_network(spec, config.agent)
+        network_in_use = make_network(spec, config.agent, network)
         limit_cpu_threads(check_network(network_in_use, spec))
         enable_compilation_cache()
         params = checkpoints.restore_item("learner", env_steps=number)["params"]

@@ -20,7 +20,7 @@ def own(name):
 
 def check(*, computes=True, **settings):
     config = AgentConfig(hidden_sizes=(8,), **settings)
-    check_own_parts(make_network(SPEC, config), SPEC, config, computes=computes)
+    check_own_parts(SPEC, config, computes=computes)
 
 
 GOOD = [

@@ -1,4 +1,4 @@
-"""Heads and noise in every topology: what is drawn is the same wherever it runs, and goes on after a resume."""
+"""Heads, noise and normalisation in every topology: the same wherever a run is, and after a resume."""
 
 import functools
 
@@ -32,11 +32,12 @@ AGENTS = {
         exploration_start=0.0, exploration_end=0.0, hidden_sizes=(16,),
     ),
     "munchausen_iqn": AgentConfig(
-        **REPLAY, head="iqn", munchausen=True, num_quantiles=4, num_cosines=8, hidden_sizes=(16,)
+        **REPLAY, head="iqn", munchausen=True, num_quantiles=4, num_cosines=8, hidden_sizes=(16,),
+        normalise_observations=True, normalise_rewards=True,
     ),
     "noisy_pqn": AgentConfig(
         replay="none", rollout_length=ROWS, num_minibatches=4, noisy=True, head="hl_gauss", hidden_sizes=(16,),
-        exploration_start=0.0, exploration_end=0.0,
+        exploration_start=0.0, exploration_end=0.0, normalise_observations=True, normalise_rewards=True,
     ),
 }  # fmt: skip
 

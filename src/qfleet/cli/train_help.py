@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "learning": (
         "discount", "double", "n_step", "loss", "huber_delta", "target_update_period", "target_update_rate",
         "env_steps_per_learner_step", "batch_size", "target", "munchausen", "munchausen_temperature",
-        "munchausen_weight", "munchausen_clip", "own_options",
+        "munchausen_weight", "munchausen_clip", "normalise_observations", "normalise_rewards", "own_options",
     ),
     "head": (
         "head", "num_atoms", "value_min", "value_max", "hl_gauss_smoothing", "num_quantiles", "num_acting_quantiles",

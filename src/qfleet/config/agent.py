@@ -76,6 +76,13 @@ class AgentConfig(Config):
     munchausen_clip: float = -1.0
     """Least scaled log-probability (l0)."""
 
+    normalise_observations: bool = False
+    """Divide observations, less their running mean, by their running deviation, and clip them at 10 deviations.
+    It is for vectors of numbers of different sizes."""
+    normalise_rewards: bool = False
+    """Divide rewards by the running size of the discounted return, for the learner: settings in units of discounted
+    reward (`huber_delta`, `value_min`, `munchausen_temperature` ...) then count in its multiples. Q-values don't."""
+
     network: str | None = None
     """MODULE:NAME of a network of your own: a function of an `EnvSpec` and the agent's config that returns a `Network`.
     It may take notice of the settings below. None builds one from them."""

@@ -132,6 +132,8 @@ _ADDED_IN_6 = {
     "exploration_fraction": None,
     "learning_rate_fraction": None,
     "importance_exponent_fraction": None,
+    "normalise_observations": False,
+    "normalise_rewards": False,
     "network": None,
     "target": None,
     "own_options": {},

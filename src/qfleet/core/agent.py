@@ -13,6 +13,7 @@ from qfleet.core.activity import Activity, make_with_activity
 from qfleet.core.exploration import make_explore
 from qfleet.core.heads import SampleLosses, Values, backed_up, make_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
+from qfleet.core.normalisation import IN_TREE, StatisticsPlace, from_scaled, normalises, to_scaled, value_scale
 from qfleet.core.own_targets import NetworkOutputs, make_own_target
 from qfleet.core.targets import munchausen_bonus, soft_policy
 from qfleet.core.types import Batch, Network, Params, Regression, Transition
@@ -41,6 +42,8 @@ class Agent(NamedTuple):
     """Whether `loss` needs `draws`."""
     priority_is_td_error: bool = True
     """Whether priorities are TD errors, so that an actor that knows Q-values can compute them."""
+    statistics: StatisticsPlace | None = None
+    """Where the parameters hold statistics, with which the agent normalises; None if it doesn't."""
 
 
 class _LossDraws(NamedTuple):
@@ -88,7 +91,10 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
     def q_values(params: Params, obs: Array, keys: Array | None = None) -> Array:
-        return network.apply(params, obs) if keys is None else head.q_values(outputs_of(params, obs, Draws(keys)))
+        if keys is None:
+            return network.apply(params, obs)
+        q = head.q_values(outputs_of(params, obs, Draws(keys)))
+        return q * value_scale(params, config) if config.normalise_rewards else q
 
     def greedy_target(params: Params, target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
         outputs = outputs_of(target_params, batch.next_obs, draws.target)
@@ -128,9 +134,11 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
         params: Params, target_params: Params, batch: Batch, draws: Draws | None = None
     ) -> tuple[Array, SampleLosses]:
         split = _split(draws)
+        batch = to_scaled(batch, params, target_params, config)
         target = jax.lax.stop_gradient(target_of(params, target_params, batch, split))
         found = head.loss(outputs_of(params, batch.obs, split.value), batch.action, target)
-        return jnp.mean(batch.weight * found.loss), found
+        loss = jnp.mean(batch.weight * found.loss)
+        return loss, from_scaled(found, params, config, priority_is_td_error=head.priority_is_td_error)
 
     return Agent(
         init=network.init,
@@ -142,4 +150,5 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
         acts_with_keys=config.noisy,
         loss_draws=config.noisy or config.head == "iqn" or is_own_name(config.head) or config.network is not None,
         priority_is_td_error=head.priority_is_td_error,
+        statistics=IN_TREE if normalises(config) else None,
     )

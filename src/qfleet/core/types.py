@@ -104,6 +104,10 @@ class Regression(NamedTuple):
     """`[batch]` float32, the target of `q(obs)[action]`."""
     weight: jax.Array
     """`[batch]` float32, 0 for rows without an action and 1 for all others."""
+    reward: Any = ()
+    """`[batch]` float32, the reward of each row's step; `()` unless rewards are normalised."""
+    discount: Any = ()
+    """`[batch]` float32, the discount after it, or 0 if it terminated the episode; `()` as for `reward`."""
 
 
 Batch = Transition | Regression

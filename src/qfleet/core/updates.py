@@ -11,6 +11,7 @@ from qfleet.config import AgentConfig
 from qfleet.core import targets
 from qfleet.core.keys import NOISE
 from qfleet.core.learner import Learner, LearnerState, UpdateInfo, update
+from qfleet.core.normalisation import rewards_of_rollout
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, Replay, ReplayState, Row
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Regression
@@ -137,14 +138,16 @@ def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig) 
       last_value: `[lanes]`, the greatest action value of the observation after the last row.
       config: the discount and the decay of traces.
     """
+    discount = jnp.where(rows.outcome == TERMINATED, 0.0, config.discount)
     returns = targets.lambda_returns(
         r_t=rows.reward,
-        discount_t=jnp.where(rows.outcome == TERMINATED, 0.0, config.discount),
+        discount_t=discount,
         v_t=jnp.concatenate([q_max[1:], last_value[None]]),
         # The row after a truncated step holds the final observation. The return bootstraps there and looks no further.
         lambda_t=jnp.where(rows.outcome == CONTINUED, config.trace_decay, 0.0),
     )
-    return Regression(rows.obs, rows.action, returns, weight=(rows.outcome != NO_STEP).astype(jnp.float32))
+    weight, more = (rows.outcome != NO_STEP).astype(jnp.float32), rewards_of_rollout(rows.reward, discount, config)
+    return Regression(rows.obs, rows.action, returns, weight, **more)
 
 
 def lanes_per_group(rollout_length: int, num_minibatches: int) -> int:

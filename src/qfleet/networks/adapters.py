@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -11,17 +12,43 @@ from qfleet.config import AgentConfig, ConfigError
 from qfleet.config.own_parts import make_own_part
 from qfleet.core.heads import make_head
 from qfleet.core.keys import Draws, key_shape
+from qfleet.core.normalisation import normalised
 from qfleet.core.types import EnvSpec, Network, Params, stored_spec
 from qfleet.networks.heads import QNetwork
-from qfleet.networks.torsos import make_storage_layout
+from qfleet.networks.torsos import choose_torso, make_storage_layout
 
 
-def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
-    """Returns the Q-network for these observations and actions: the built-in one, or the user's that `config` names.
+def make_network(spec: EnvSpec, config: AgentConfig, given: Network | None = None) -> Network:
+    """Returns the Q-network for these observations and actions, which normalises as `config` says.
+
+    It is the one that is `given`, the user's that `config` names, or the built-in one.
 
     Raises:
-      ConfigError: if the torso doesn't suit the observations, or the user's function doesn't return a network.
+      ConfigError: if the torso doesn't suit the observations, the user's function doesn't return a network, or
+        observations can't be normalised.
     """
+    network = make_plain_network(spec, config) if given is None else _checked(given)
+    if config.normalise_observations:
+        _check_can_be_normalised(spec, config, is_own=given is not None or config.network is not None)
+    return normalised(network, spec, config)
+
+
+def _check_can_be_normalised(spec: EnvSpec, config: AgentConfig, *, is_own: bool) -> None:
+    what = None
+    if spec.observation_dtype == np.bool_:
+        what = "are flags, which have one size"
+    elif spec.observation_dtype == np.uint8 or (not is_own and choose_torso(spec, config.torso) != "mlp"):
+        what = "are images, whose pixels the network divides by their limit"
+    if what is not None:
+        shape = f"{spec.observation_dtype}{list(spec.observation_shape)}"
+        raise ConfigError(
+            f"normalise_observations must be left out where observations {what}, got {shape} of {spec.name}; leave it "
+            f"out"
+        )
+
+
+def make_plain_network(spec: EnvSpec, config: AgentConfig) -> Network:
+    """Returns the network that `config` names or describes, as it is without normalisation."""
     if config.network is not None:
         network: Network = make_own_part("network", config.network, spec, config)
         if not isinstance(network, Network):
@@ -114,11 +141,7 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
     Raises:
       ConfigError: if it isn't a `Network`, can't be traced with such observations, or returns another shape or type.
     """
-    if not isinstance(network, Network):
-        raise ConfigError(
-            f"`network` must be a qfleet.Network, got a {type(network).__name__}; convert a Flax NNX module by "
-            f"qfleet.from_nnx(lambda rngs: ...)"
-        )
+    _checked(network)
     batch = 3  # a number that is hardly the size of anything else in the network
     stored = stored_spec(spec, network.to_storage_layout)
     observations = jax.ShapeDtypeStruct((batch, *stored.agent_observation_shape), stored.observation_dtype)
@@ -142,6 +165,16 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
         )
     _check_outputs(network, config, params, observations, spec.num_actions)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _checked(network: Network) -> Network:
+    """Returns the network that a user gives, after checking that it is one."""
+    if not isinstance(network, Network):
+        raise ConfigError(
+            f"`network` must be a qfleet.Network, got a {type(network).__name__}; convert a Flax NNX module by "
+            f"qfleet.from_nnx(lambda rngs: ...)"
+        )
+    return network
 
 
 def _check_outputs(

@@ -19,7 +19,7 @@ from qfleet.core.heads import Head, SampleLosses, Values, backed_up, make_head
 from qfleet.core.keys import Draws, key_shape
 from qfleet.core.own_targets import NetworkOutputs, make_own_target
 from qfleet.core.types import EnvSpec, Network, Transition, stored_spec
-from qfleet.networks.adapters import check_network
+from qfleet.networks.adapters import check_network, make_plain_network
 
 _BATCH = 3
 """Samples of a batch. Hardly anything else has this size."""
@@ -27,13 +27,13 @@ _BATCH = 3
 _PURE = "compute with jax.numpy alone, and draw from the keys and numbers that it is given"
 
 
-def check_own_parts(network: Network, spec: EnvSpec, config: AgentConfig, *, computes: bool = True) -> None:
+def check_own_parts(spec: EnvSpec, config: AgentConfig, given: Network | None = None, *, computes: bool = True) -> None:
     """Checks the parts of an agent that its config names as MODULE:NAME. Without any, it does nothing.
 
     Args:
-      network: the agent's network, whose outputs head and target take.
       spec: of the environment.
       config: of the agent.
+      given: a network that replaces the one that `config` describes.
       computes: whether to compute something, which starts JAX's devices. Otherwise parts are only traced.
 
     Raises:
@@ -45,12 +45,14 @@ def check_own_parts(network: Network, spec: EnvSpec, config: AgentConfig, *, com
     random = np.random.default_rng(0)
     if "exploration" in parts:
         _check_explorer(parts["exploration"], spec.num_actions, config, random, computes)
-    if "head" in parts and "network" not in parts:  # before the built-in network, which calls it
+    is_ours = given is None and "network" not in parts
+    if "head" in parts and is_ours:  # before the built-in network, which calls it
         _check_head(parts["head"], _outputs_of_ours(spec, config), config, random, computes)
+    network = make_plain_network(spec, config) if given is None else given
     check_network(network, spec, config)
     if "network" in parts:
         _check_network(parts["network"], network, spec, random, computes)
-    if "head" in parts and "network" in parts:
+    if "head" in parts and not is_ours:
         _check_head(parts["head"], _outputs_of(network, spec), config, random, computes)
     if "target" in parts:
         _check_target(parts["target"], _outputs_of(network, spec), config, random, computes)

@@ -74,8 +74,8 @@ def _describe_env_and_network(
     elif topology.cpu_devices > 1:
         set_cpu_devices(topology.cpu_devices)
     env = make_env(config.env, **config.env_options)
-    network = network or make_network(env.spec, config.agent)
-    check_own_parts(network, env.spec, config.agent, computes=computes)
+    check_own_parts(env.spec, config.agent, network, computes=computes)
+    network = make_network(env.spec, config.agent, network)
     limit_cpu_threads(check_network(network, env.spec, config.agent))
     return env, network
 

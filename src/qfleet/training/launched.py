@@ -55,9 +55,8 @@ class LaunchedRun(ShownRun):
         if self._topology.ray_address is None:
             check_platforms_of_children()
         env = make_env(config.env, **config.env_options)
-        network = make_network(env.spec, config.agent)
-        check_own_parts(network, env.spec, config.agent, computes=False)
-        check_network(network, env.spec, config.agent)
+        check_own_parts(env.spec, config.agent, computes=False)
+        check_network(make_network(env.spec, config.agent), env.spec, config.agent)
         make_optimiser(config.agent)
         if isinstance(env, HostEnv):
             check_works(env, self._topology.lane_options)
