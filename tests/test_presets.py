@@ -3,10 +3,12 @@
 import dataclasses
 
 import gymnasium
+import jax
 import pytest
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, FusedConfig, TrainConfig
-from qfleet.envs.registry import list_envs
+from qfleet.envs.registry import list_envs, make_env
+from qfleet.networks import make_network
 from qfleet.presets import PRESETS, TUNED, make_config, make_explained_config
 
 
@@ -56,6 +58,8 @@ def test_every_preset_can_be_made_for_every_environment(preset: str, env: str) -
     config = make_config(env, preset)
     for name, value in TUNED.get((preset, env), {}).items():
         assert value in [getattr(part, name, None) for part in (config, config.agent, config.topology)]
+    network = make_network(make_env(env).spec, config.agent)
+    assert jax.eval_shape(network.init, jax.random.key(0))
 
 
 @pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if preset.for_pixels])

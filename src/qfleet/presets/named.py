@@ -293,6 +293,7 @@ OFF_ATARI: dict[str, Mapping[str, Any]] = {
         "checkpoint_period_seconds": 60.0,
     },
     "gorila": {
+        "torso": "auto",
         "hidden_sizes": (128, 128),
         "batch_size": 64,
         "replay_capacity": 100_000,
