@@ -27,7 +27,10 @@ from qfleet.config.values import Config
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.keys import Stream, make_key
+from qfleet.core.masks import is_joined, join_view, shown
 from qfleet.core.types import EnvSpec, Network, Params
+from qfleet.envs.action_masks import ActionMask
+from qfleet.envs.actions import numbered
 from qfleet.envs.contract import BrokenContract
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
 from qfleet.envs.observations import encoder_of_arrays
@@ -90,7 +93,8 @@ class Policy:
         self.options = options or EvaluationOptions()
         """How `evaluate` plays: as the run evaluated itself."""
         self._given_env = env
-        self._encoder = encoder or encoder_of_arrays(spec.agent_observation_shape, spec.observation_dtype)
+        mask = ActionMask(actions or numbered(spec.num_actions), False) if spec.has_action_mask else None
+        self._encoder = encoder or encoder_of_arrays(spec.agent_observation_shape, spec.observation_dtype, mask)
         self._actions = actions
         self._network = network
         self._in_graph = functools.cache(self._make_in_graph)  # the compiled programs live as long as the policy
@@ -102,38 +106,41 @@ class Policy:
         """The environment, which is made when it is first needed. Acting needs only what a checkpoint records of it."""
         return self._given_env.make() if isinstance(self._given_env, RecordedEnv) else self._given_env
 
-    def __call__(self, obs: Any) -> Any:
-        """Returns greedy actions, as the environment takes them.
+    def __call__(self, obs: Any, mask: Any = None) -> Any:
+        """Returns greedy actions, as the environment takes them. If it has action masks, they are valid ones.
 
         Args:
           obs: what the environment returns, either one observation or a batch of them. A batch has one more axis in
             front; a batch of a Dict or Tuple is a dict or tuple of batches, as in Gymnasium's vector environments.
             Frames are stacked along the last axis, `[batch, *agent_observation_shape]`, if the agent sees several. What
             `HostLanes` and `InGraphEnv` return is taken too.
+          mask: which actions are valid, as the environment's `info["action_mask"]` says: `[num_actions]` of 0 and 1 or
+            bool, or `[batch, num_actions]`. It must be given if the environment has masks, unless `obs` contains it.
 
         Returns:
           One action for one observation: an integer, or an array if the environment takes several choices at once. For
           a batch, a new array `[batch, ...]` of them.
         Raises:
-          ConfigError: if the observations aren't those of the environment, or aren't finite.
+          ConfigError: if the observations or masks aren't those of the environment, or aren't finite, or no action is
+            valid.
         """
         check_not_forked()
-        batch, is_batch = self._to_batch(obs)
+        batch, is_batch = self._to_batch(obs, mask)
         action = np.asarray(self._greedy(self._to_view(_at_least_one(batch))).action)[: len(batch)]
         if is_batch:
             return np.array(action) if self._actions is None else self._actions.batch(action)
         return int(action[0]) if self._actions is None else self._actions.one(int(action[0]))
 
-    def q_values(self, obs: Any) -> np.ndarray:
+    def q_values(self, obs: Any, mask: Any = None) -> np.ndarray:
         """Returns Q-values, `[batch, num_actions]` float32 in units of discounted reward; `[num_actions]` for one.
 
-        The array is new, so that the caller may write to it, for example to mask actions.
+        They are -inf where `mask` says that an action is invalid. The array is new, so that the caller may write to it.
 
         Args and Raises: as for calling the policy.
         """
         check_not_forked()
-        batch, is_batch = self._to_batch(obs)
-        q = np.array(self._apply_network(self.params, self._to_view(_at_least_one(batch))))[: len(batch)]
+        batch, is_batch = self._to_batch(obs, mask)
+        q = shown(np.asarray(self._apply_network(self.params, self._to_view(_at_least_one(batch)))))[: len(batch)]
         return q if is_batch else q[0]
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
@@ -263,13 +270,25 @@ class Policy:
                     ) from error
                 yield video
 
-    def _to_batch(self, obs: Any) -> tuple[np.ndarray, bool]:
+    def _to_batch(self, obs: Any, mask: Any) -> tuple[np.ndarray, bool]:
         """Returns observations as the agent sees them, `[batch, ...]`, and whether there was a batch."""
+        spec, encoder = self.spec, self._encoder
+        if encoder.mask is None and mask is not None:
+            raise ConfigError(f"`mask` must be left out for {spec.name}, which has no action masks; leave it out")
         try:
-            return self._encoder.any_batch(obs)
+            if encoder.mask is None:
+                return encoder.any_batch(obs)
+            if mask is None and is_joined(obs, spec):
+                is_batch = obs.ndim > 1 + (spec.frame_stack > 1)
+                return np.asarray(obs if is_batch else obs[None]), is_batch
+            obs, own = encoder.mask.take(obs, {})
+            batch, is_batch = encoder.any_batch(obs)
+            masks = encoder.mask.of_batch(own if mask is None else mask, len(batch) if is_batch else None)
+            return join_view(batch, masks, spec), is_batch
         except BrokenContract as error:
+            rules = [encoder.rule] if encoder.mask is None else [encoder.rule, encoder.mask.rule]
             raise ConfigError(
-                f"the policy takes one observation of {self.spec.name} ({self._encoder.rule}) or a batch of them, with "
+                f"the policy takes one observation of {spec.name} ({'; '.join(rules)}) or a batch of them, with "
                 f"one more axis in front: {error}"
             ) from error
 

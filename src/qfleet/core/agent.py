@@ -1,7 +1,7 @@
 """An agent: how a Q-network acts, and the loss that it learns from."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jax import Array
 from qfleet.config import AgentConfig
 from qfleet.core import exploration
 from qfleet.core.activity import Activity, make_with_activity
-from qfleet.core.heads import SampleLosses, Values, backed_up, make_head, point_values
+from qfleet.core.heads import SampleLosses, Values, backed_up, make_head, masked_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
 from qfleet.core.targets import munchausen_bonus, soft_policy
 from qfleet.core.types import Batch, Network, Params, Regression, Transition
@@ -81,7 +81,7 @@ def _split(draws: Draws | None) -> _LossDraws:
 
 def make_agent(network: Network, config: AgentConfig) -> Agent:
     """Returns the agent that `config` describes. Its Q-values are those of `network`."""
-    head = make_head(config)
+    head = masked_head(make_head(config)) if network.is_masked else make_head(config)
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
     def q_values(params: Params, obs: Array, keys: Array | None = None) -> Array:
@@ -95,12 +95,19 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
 
     def munchausen_target(target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
         temperature = config.munchausen_temperature
-        q_tm1 = head.q_values(outputs_of(target_params, batch.obs, draws.other))
+
+        def log_policy_of(outputs: Any) -> Array:
+            return soft_policy(head.q_values(outputs), temperature, head.is_valid(outputs))
+
         bonus = munchausen_bonus(
-            soft_policy(q_tm1, temperature), batch.action, temperature, config.munchausen_weight, config.munchausen_clip
+            log_policy_of(outputs_of(target_params, batch.obs, draws.other)),
+            batch.action,
+            temperature,
+            config.munchausen_weight,
+            config.munchausen_clip,
         )
         outputs = outputs_of(target_params, batch.next_obs, draws.target)
-        log_policy = soft_policy(head.q_values(outputs), temperature)
+        log_policy = log_policy_of(outputs)
         next_values = head.mixture(outputs, jnp.exp(log_policy), -temperature * log_policy)
         return backed_up(batch.reward + bonus, batch.discount, next_values)
 
@@ -122,7 +129,7 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
     return Agent(
         init=network.init,
         q_values=q_values,
-        explore=exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy,
+        explore=exploration.explorer(config.exploration, is_masked=network.is_masked),
         loss=loss,
         to_storage_layout=network.to_storage_layout,
         with_activity=make_with_activity(network),

@@ -1,6 +1,7 @@
 """The records that pass between the parts of an agent."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -30,6 +31,16 @@ class EnvSpec:
     pixel_limit: float | None = None
     """Largest value of a pixel, by which networks divide, if observations are images that aren't uint8. With it,
     observations of two axes count as images too. None divides by nothing."""
+    has_action_mask: bool = False
+    """Whether only some actions are valid in some states. Lanes then join each observation with its mask, see
+    `qfleet.core.masks`."""
+
+    @property
+    def lane_shape(self) -> tuple[int, ...]:
+        """Shape of what a lane returns: an observation, or its values and the mask behind them in one vector."""
+        if not self.has_action_mask:
+            return self.observation_shape
+        return (math.prod(self.observation_shape) + self.num_actions,)
 
     @property
     def agent_observation_shape(self) -> tuple[int, ...]:
@@ -64,12 +75,17 @@ class Network(NamedTuple):
     """`outputs(params, observations, draws) -> outputs` returns what the agent's head learns from; see
     `qfleet.core.heads`. Without `draws` there is no noise, and quantile fractions are evenly spaced. None if the
     outputs are the Q-values."""
+    is_masked: bool = False
+    """Whether it takes observations joined with action masks; `qfleet.core.masks.masked` makes such a network."""
 
 
 def stored_spec(spec: EnvSpec, to_storage_layout: Callable[[jax.Array], jax.Array]) -> EnvSpec:
-    """Returns `spec` with the shape and the type of observations after a network's `to_storage_layout`."""
-    obs = jax.eval_shape(to_storage_layout, jax.ShapeDtypeStruct(spec.observation_shape, spec.observation_dtype))
-    return dataclasses.replace(spec, observation_shape=obs.shape, observation_dtype=obs.dtype)
+    """Returns `spec` with the shape and the type of observations after a network's `to_storage_layout`.
+
+    Masks are a part of stored observations.
+    """
+    obs = jax.eval_shape(to_storage_layout, jax.ShapeDtypeStruct(spec.lane_shape, spec.observation_dtype))
+    return dataclasses.replace(spec, observation_shape=obs.shape, observation_dtype=obs.dtype, has_action_mask=False)
 
 
 class Transition(NamedTuple):

@@ -137,7 +137,7 @@ class ProgramsOnMesh:
         mesh, spec, stored = self._placement.mesh, self._spec, self.stored_spec
         learner, replay, _ = self._shapes
         num_replicas = mesh.shape[DATA_AXIS]
-        obs = (spec.observation_shape, spec.observation_dtype)
+        obs = (spec.lane_shape, spec.observation_dtype)
         view = (stored.agent_observation_shape, stored.observation_dtype)
         lanes = [jax.ShapeDtypeStruct((self._num_envs // num_replicas, *shape), dtype) for shape, dtype in (obs, view)]
         return make_footprint(

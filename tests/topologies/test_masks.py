@@ -1,0 +1,112 @@
+"""Action masks in whole runs: no invalid action in training, evaluation, or a policy in hand, and none in a target."""
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+import pytest
+
+import qfleet
+from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.masks import masked as masked_network
+from qfleet.core.masks import split
+from qfleet.core.replay import NO_STEP
+from qfleet.envs.registry import make_env
+from qfleet.networks import make_network
+from qfleet.policy import Policy
+from qfleet.runtime.checkpoints import Checkpoints
+
+SETTINGS: dict[str, Any] = {
+    "num_envs": 4,
+    "hidden_sizes": (),
+    "discount": 0.9,
+    "replay_capacity": 2_000,
+    "warmup_env_steps": 200,
+    "learning_rate": 0.05,
+    "exploration_end": 0.3,
+    "exploration_env_steps": 1_000,
+    "env_steps": 1_500,
+    "eval_episodes": 8,
+    "eval_exploration": 0.3,
+    "eval_period_env_steps": 500,
+    "report": False,
+}
+
+
+def rows_of(run: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the masks, `[steps, num_actions]`, and the actions, `[steps]`, of all steps in the saved replay."""
+    with Checkpoints(run / "checkpoints", run_id=None) as checkpoints:
+        rows = checkpoints.restore_item("replay", env_steps=checkpoints.latest())["ring"]["rows"]
+    is_step = np.asarray(rows["outcome"]) != NO_STEP
+    num_actions = 2 if rows["obs"].shape[-1] == 3 else 3
+    return split(np.asarray(rows["obs"]), (1,), num_actions)[1][is_step], np.asarray(rows["action"])[is_step]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run in each kind of environment. An invalid action, in training or evaluation, would have ended it."""
+    folder = tmp_path_factory.mktemp("masks")
+    qfleet.train(qfleet.make_config("masked_cells:Cells", "double_dqn", run_dir=str(folder / "fused"), **SETTINGS))
+    overlapped = {"run_dir": str(folder / "overlapped"), "lock_step": True, "max_failures": 0}
+    qfleet.train(qfleet.make_config("masked:Corridor-v0", "rainbow_lite", **SETTINGS, **overlapped))
+    return {"fused": folder / "fused", "overlapped": folder / "overlapped"}
+
+
+@pytest.mark.parametrize("kind", ["fused", "overlapped"])
+def test_only_valid_actions_are_taken_and_stored_with_their_masks(runs: dict[str, Path], kind: str) -> None:
+    mask, action = rows_of(runs[kind])
+    assert len(action) > 1_000 and mask[np.arange(len(action)), action].all()
+    assert not mask.all() and len(np.unique(action)) == mask.shape[1]
+
+
+@pytest.mark.parametrize("kind", ["fused", "overlapped"])
+def test_a_loaded_policy_plays_valid_episodes(runs: dict[str, Path], kind: str) -> None:
+    policy = qfleet.load(runs[kind])
+    assert np.isfinite(policy.evaluate(num_episodes=4)).all()
+    assert policy.spec.has_action_mask
+
+
+def test_a_policy_acts_by_masks(runs: dict[str, Path]) -> None:
+    policy, env = qfleet.load(runs["overlapped"]), gymnasium.make("Corridor-v0")
+    obs, info = env.reset(seed=0)
+    for _ in range(3):
+        obs, _, terminated, _, info = env.step(policy(obs, mask=info["action_mask"]))
+        if terminated:
+            break
+    batch, masks = np.array([[0], [1], [6]], np.float32), np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]])
+    assert policy(batch, mask=masks).tolist() == [1, 0, 2] and policy(batch[1], mask=masks[1]) == 0
+    q = policy.q_values(batch, mask=masks.astype(bool))
+    np.testing.assert_array_equal(np.isneginf(q), masks == 0)
+    joined = np.concatenate([batch, masks], axis=-1, dtype=np.float32)  # as lanes return them
+    assert policy(joined).tolist() == [1, 0, 2] and policy(joined[2]) == 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (None, r"info\['action_mask'\] must be given as `mask`, got none"),
+        ([1, 1], r"must have shape \(3,\), a flag for each action, got \(2,\)"),
+        ([[1, 1, 1]], r"must have shape \(3,\), a flag for each action, got \(1, 3\)"),
+        ([0, 0, 0], "must have a valid action in each state that goes on, got none"),
+        ([0, 2, 0], "must be made of 0 and 1, got 2"),
+    ],
+)
+def test_a_policy_refuses_what_is_no_mask(runs: dict[str, Path], mask: Any, message: str) -> None:
+    policy = qfleet.load(runs["overlapped"])
+    with pytest.raises(ConfigError, match=rf"one observation of gym:masked:Corridor-v0 .* in front: .*{message}"):
+        policy(np.zeros(1, np.float32), mask=mask)
+
+
+def test_a_mask_in_the_observation_is_taken_from_there() -> None:
+    env = make_env("masked:Corridor-v0", place="observation")
+    network = masked_network(make_network(env.spec, AgentConfig(hidden_sizes=())), env.spec)
+    policy = Policy(env, network, network.init(jax.random.key(0)), "untrained")
+    state = {"cell": np.zeros(1, np.float32), "action_mask": np.array([0, 1, 0], np.int8)}
+    assert policy(state) == 1 and policy({key: np.stack([value] * 2) for key, value in state.items()}).tolist() == [
+        1,
+        1,
+    ]
+    with pytest.raises(ConfigError, match=r"must be given in the observation, got none"):
+        policy({"cell": np.zeros(1, np.float32)})
