@@ -18,11 +18,11 @@ import numpy as np
 import qfleet
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
-SIDE = 8
+SIDE = 6
 NUM_CELLS = SIDE * SIDE
 GOAL = NUM_CELLS - 1
 MOVES = np.array([-SIDE, 1, SIDE, -1])  # up, right, down, left
-TIME_LIMIT = 200
+TIME_LIMIT = 100
 
 
 def make_maze(seed: int = 0) -> np.ndarray:

@@ -7,6 +7,7 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
+from small_fleets import config_of
 
 import qfleet
 from qfleet.config import AgentConfig, ConfigError
@@ -17,6 +18,9 @@ from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.policy import Policy
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.fleet.actor import Actor
+
+ROW = ("obs", "action", "outcome")
 
 SETTINGS: dict[str, Any] = {
     "num_envs": 4,
@@ -30,7 +34,7 @@ SETTINGS: dict[str, Any] = {
     "env_steps": 1_500,
     "eval_episodes": 8,
     "eval_exploration": 0.3,
-    "eval_period_env_steps": 500,
+    "eval_period_env_steps": 750,
     "report": False,
 }
 
@@ -66,6 +70,26 @@ def test_a_loaded_policy_plays_valid_episodes(runs: dict[str, Path], kind: str) 
     policy = qfleet.load(runs[kind])
     assert np.isfinite(policy.evaluate(num_episodes=4)).all()
     assert policy.spec.has_action_mask
+
+
+@pytest.mark.parametrize("env", ["masked_cells:Cells", "masked:Corridor-v0"])
+def test_an_actor_of_a_fleet_acts_and_values_by_masks(env: str) -> None:
+    """All values are 0, so that TD errors are rewards. An invalid action's least value would show in them."""
+    options = {} if env == "masked_cells:Cells" else {"max_failures": 0}
+    config = config_of(env, hidden_sizes=(), n_step=1, actor_epsilon_base=0.9, **options)
+    actor, spec = Actor(config, 0), make_env(env).spec
+    network = make_network(spec, config.agent)
+    params = jax.tree.map(np.zeros_like, network.init(jax.random.key(0)))
+    actor.begin(0)
+    actor.receive(0, jax.tree.leaves(params))
+    chunks = [actor.collect(0.0)[1] for _ in range(6)]
+    actor.close()
+    obs, action, outcome = (np.concatenate([getattr(chunk.rows, name) for chunk in chunks]) for name in ROW)
+    mask = split(obs, (1,), spec.num_actions)[1]
+    is_step = outcome != NO_STEP
+    assert np.take_along_axis(mask, action[..., None], axis=-1)[..., 0][is_step].all()
+    errors = np.concatenate([chunk.td_error for chunk in chunks])
+    assert np.isfinite(errors[~np.isnan(errors)]).all() and np.nanmax(np.abs(errors)) <= 1.0
 
 
 def test_a_policy_acts_by_masks(runs: dict[str, Path]) -> None:
