@@ -296,7 +296,7 @@ def load(
         if network is None:
             check_reads_the_same(directory, spec)
         network_in_use = network or make_network(spec, config.agent)
-        limit_cpu_threads(check_network(network_in_use, spec))
+        limit_cpu_threads(check_network(network_in_use, spec, directory.config.agent))
         enable_compilation_cache()
         params = checkpoints.restore_item("learner", env_steps=number)["params"]
     if directory.config.num_seeds > 1:

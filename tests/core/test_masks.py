@@ -9,10 +9,10 @@ from qfleet.config import AgentConfig
 from qfleet.core import masks
 from qfleet.core.agent import make_agent
 from qfleet.core.exploration import greedy, masked_epsilon_greedy, masked_softmax
-from qfleet.core.heads import Quantiles
+from qfleet.core.heads import Quantiles, make_head, masked_head
 from qfleet.core.masks import INVALID, join, join_view, masked, nth_valid, shown, split, split_lanes
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Row, make_replay
-from qfleet.core.types import EnvSpec, Network, Transition, stored_spec
+from qfleet.core.types import EnvSpec, Network, Recurrence, Transition, stored_spec
 from qfleet.core.updates import regression
 
 NUM_ACTIONS, NUM_ATOMS = 3, 5
@@ -86,6 +86,27 @@ def test_stacked_frames_are_seen_with_the_mask_of_the_newest():
     q = network.apply((), jnp.asarray(view))
     np.testing.assert_array_equal(seen[0], np.swapaxes(frames, 1, 2))
     np.testing.assert_array_equal(q == 0, MASKS)
+
+
+def test_a_network_that_remembers_has_a_mask_with_each_output():
+    """The inner network adds up its observations, which are shown without masks."""
+
+    def step(params, carry, obs, is_first, draws):
+        carry = jnp.where(is_first[:, None], 0.0, carry) + obs
+        return carry, carry @ params
+
+    def unroll(params, carry, obs, is_first, draws):
+        return jax.lax.scan(lambda carry, row: step(params, carry, *row, None), carry, (obs, is_first))
+
+    inner = TABLE._replace(recurrence=Recurrence(lambda lanes: jnp.zeros((lanes, 2)), step, unroll))
+    recurrence = masked(inner, make_spec()).recurrence
+    views, is_first = jnp.asarray(np.stack([JOINED, JOINED[::-1]])), jnp.zeros((2, 2), bool)
+    carry, outputs = recurrence.unroll(jnp.asarray(Q), recurrence.initial(2), views, is_first, None)
+    q = masked_head(make_head(AgentConfig())).q_values(outputs)
+    np.testing.assert_array_equal(q[0], np.where(MASKS, Q, INVALID))
+    np.testing.assert_array_equal(q[1], np.where(MASKS[::-1], Q.sum(axis=0), INVALID))
+    carry, outputs = recurrence.step(jnp.asarray(Q), carry, views[0], jnp.ones(2, bool), None)
+    np.testing.assert_array_equal(masked_head(make_head(AgentConfig())).q_values(outputs), q[0])
 
 
 def test_the_nth_valid_action_is_valid():

@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "exploration", "exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps",
         "exploration_fraction", "noisy", "noisy_std",
     ),
-    "network": ("torso", "hidden_sizes", "layer_norm", "dueling", "convolution"),
+    "network": ("torso", "hidden_sizes", "layer_norm", "dueling", "memory", "memory_size", "convolution"),
     "optimiser": (
         "optimiser", "optimiser_options", "learning_rate", "learning_rate_schedule", "learning_rate_end_fraction",
         "learning_rate_learner_steps", "learning_rate_fraction", "max_gradient_norm",

@@ -93,6 +93,11 @@ class AgentConfig(Config):
     (Fortunato et al. 2018, arXiv 1706.10295). Evaluations play without noise."""
     noisy_std: float = 0.5
     """Initial size (sigma_0) of that noise, in units of one over the root of a layer's inputs."""
+    memory: Literal["none", "lstm", "gru"] = "none"
+    """Recurrent cell between the torso's dense layers and the head, which remembers what the agent saw in an episode
+    (Hausknecht and Stone 2015, arXiv 1507.06527)."""
+    memory_size: int = 128
+    """Units of the recurrent cell."""
     convolution: Literal["auto", "patches", "native"] = "auto"
     """How convolutions are computed, with the same results.
     `patches` multiplies image patches by a matrix, and `native` is XLA's convolution.
@@ -186,7 +191,8 @@ class AgentConfig(Config):
             check(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]", getattr(self, name))
         check_counts(
             self, "n_step", "batch_size", "replay_capacity", "target_update_period", "rollout_length", "num_epochs",
-            "num_minibatches", "num_quantiles", "num_acting_quantiles", "num_cosines", "torso_width", maximum=MAX_SIZE,
+            "num_minibatches", "num_quantiles", "num_acting_quantiles", "num_cosines", "torso_width", "memory_size",
+            maximum=MAX_SIZE,
         )  # fmt: skip
         check_count("num_atoms", self.num_atoms, minimum=2, maximum=MAX_SIZE)
         check(self.value_min < self.value_max, "value_min and value_max", "in order", (self.value_min, self.value_max))

@@ -105,7 +105,7 @@ def _migrate_from_4(content: Any) -> Any:
 
 
 def _migrate_from_5(content: Any) -> Any:
-    """Adds heads, Munchausen's reward, noisy layers, options of torsos and shares of a run, none of which there was."""
+    """Adds heads, Munchausen's reward, noise, memory, options of torsos, shares of a run: none of them existed."""
     if not isinstance(content, dict) or not isinstance(content.get("agent"), dict):
         return content  # decoding refuses it
     return {**content, "agent": {**_ADDED_IN_6, **content["agent"]}}
@@ -126,6 +126,8 @@ _ADDED_IN_6 = {
     "munchausen_clip": -1.0,
     "noisy": False,
     "noisy_std": 0.5,
+    "memory": "none",
+    "memory_size": 128,
     "torso_width": 1,
     "spectral_norm": False,
     "adaptive_pooling": None,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from qfleet.config.agent import SHARES, AgentConfig
 from qfleet.config.errors import ConfigError
+from qfleet.config.topologies import TOPOLOGIES
 from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
 from qfleet.config.values import show
@@ -54,6 +55,7 @@ _MODES = (
         "choose munchausen too",
     ),
     _Mode("noisy", (False,), ("noisy_std",), "choose noisy too"),
+    _Mode("memory", ("none",), ("memory_size",), "choose memory lstm or gru"),
     _Mode("loss", ("squared",), ("huber_delta",), "choose loss huber"),
     _Mode(
         "learning_rate_schedule", ("constant",),
@@ -98,8 +100,21 @@ def check_new_run(config: TrainConfig) -> None:
     for name, words in settings_without_effect(agent, type(config.topology)).items():
         if agent[name] != defaults[name]:
             raise ConfigError(f"{name} must {words.replace('{value}', show(agent[name]))}")
+    if config.agent.memory != "none":
+        _check_memory(config)
     if config.agent.replay != "none":
         _check_warmup(config.with_schedule_lengths())
+
+
+def _check_memory(config: TrainConfig) -> None:
+    replay, memory = config.agent.replay, config.agent.memory
+    if replay in config.topology.replays_with_memory:
+        return
+    found = [name for name, kind in TOPOLOGIES.items() if replay in kind.replays_with_memory]
+    remedy = f"choose topology {' or '.join(found)}, or memory none" if found else "choose memory none"
+    raise ConfigError(
+        f"memory must be none with topology {config.topology.name} and replay {replay}, got {memory!r}; {remedy}"
+    )
 
 
 def _check_warmup(config: TrainConfig) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.core.keys import Draws
-from qfleet.core.types import EnvSpec, Network, Params, identity, stored_spec
+from qfleet.core.types import Carry, EnvSpec, Network, Params, Recurrence, identity, stored_spec
 
 INVALID = float(np.finfo(np.float32).min)
 """The Q-value of an invalid action. A finite one, so that a product with 0 is 0."""
@@ -165,7 +165,19 @@ def masked(network: Network, spec: EnvSpec) -> Network:
         inner: Callable[..., Any] = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
         return MaskedOutputs(inner(params, obs, draws), is_valid)
 
+    def of_rows(function: Callable[..., tuple[Carry, Any]]) -> Callable[..., tuple[Carry, MaskedOutputs]]:
+        def masked_rows(
+            params: Params, carry: Carry, view: Array, is_first: Array, draws: Draws | None
+        ) -> tuple[Carry, MaskedOutputs]:
+            obs, is_valid = seen(view)
+            carry, outputs = function(params, carry, obs, is_first, draws)
+            return carry, MaskedOutputs(outputs, is_valid)
+
+        return masked_rows
+
+    recurrence = network.recurrence
     return network._replace(
+        recurrence=recurrence and Recurrence(recurrence.initial, of_rows(recurrence.step), of_rows(recurrence.unroll)),
         apply=apply,
         to_storage_layout=identity if to_storage_layout is identity else joined_to_storage_layout,
         with_activations=network.with_activations and with_activations,

@@ -11,6 +11,7 @@ import numpy as np
 from qfleet.core.keys import Draws
 
 Params = Any  # a pytree of arrays
+Carry = jax.Array  # `[lanes, size]` float32: what a recurrent network remembers of each lane
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,23 @@ def identity(obs: jax.Array) -> jax.Array:
     return obs
 
 
+class Recurrence(NamedTuple):
+    """How a network remembers, as pure functions. Outputs are those of `Network.outputs`.
+
+    The state of a lane is reset before each observation that starts an episode.
+    """
+
+    initial: Callable[[int], Carry]
+    """`initial(num_lanes) -> carry`, the state at the start of an episode: zeros, `[lanes, size]` float32."""
+    step: Callable[[Params, Carry, jax.Array, jax.Array, Draws | None], tuple[Carry, Any]]
+    """`step(params, carry, observations, is_first, draws) -> carry, outputs` takes one observation of each lane.
+    Observations are `[lanes, ...]`, and `is_first`, `[lanes]` bool, says which of them start an episode."""
+    unroll: Callable[[Params, Carry, jax.Array, jax.Array, Draws | None], tuple[Carry, Any]]
+    """`unroll(params, carry, observations, is_first, draws) -> carry, outputs` takes many: the same as `step` row by
+    row, faster. Observations and outputs are `[rows, lanes, ...]`, and `is_first` is `[rows, lanes]`. All rows of a
+    lane share its key of noise; quantile fractions are drawn anew for each row."""
+
+
 class Network(NamedTuple):
     """A Q-network as pure functions. `qfleet.networks.from_nnx` makes one from a Flax NNX module."""
 
@@ -75,6 +93,9 @@ class Network(NamedTuple):
     """`outputs(params, observations, draws) -> outputs` returns what the agent's head learns from; see
     `qfleet.core.heads`. Without `draws` there is no noise, and quantile fractions are evenly spaced. None if the
     outputs are the Q-values."""
+    recurrence: Recurrence | None = None
+    """How the network remembers, or None if it doesn't. The other functions of a network that does take each
+    observation for the first of an episode."""
     is_masked: bool = False
     """Whether it takes observations joined with action masks; `qfleet.core.masks.masked` makes such a network."""
 

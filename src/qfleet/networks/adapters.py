@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.heads import make_head
 from qfleet.core.keys import Draws, key_shape
-from qfleet.core.types import EnvSpec, Network, Params, stored_spec
-from qfleet.networks.heads import QNetwork
+from qfleet.core.types import EnvSpec, Network, Params, Recurrence, stored_spec
+from qfleet.networks.heads import QNetwork, RecurrentQNetwork
 from qfleet.networks.torsos import make_storage_layout
 
 
@@ -22,9 +22,8 @@ def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
     Raises:
       ConfigError: if the torso doesn't suit the observations.
     """
-    return from_nnx(lambda rngs: QNetwork(spec, config, rngs))._replace(
-        to_storage_layout=make_storage_layout(spec, config)
-    )
+    kind = QNetwork if config.memory == "none" else RecurrentQNetwork
+    return from_nnx(lambda rngs: kind(spec, config, rngs))._replace(to_storage_layout=make_storage_layout(spec, config))
 
 
 def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
@@ -39,7 +38,8 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         of its hidden layers, `[batch, ..., units]`, evaluations measure how many units are never active.
 
         A module that learns distributions, or draws noise, has a method `outputs(observations, draws)` too, as
-        `Network.outputs` describes.
+        `Network.outputs` describes. One that remembers has `initial_carry(num_lanes)`, `step(carry, observations,
+        is_first, draws)` and `unroll`, with the same arguments, as `Recurrence` describes.
 
     Returns:
       A network whose parameters are nested dicts of arrays. Their keys are the attribute names of the module, and for
@@ -90,6 +90,15 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         partition=partition,
         with_activations=with_activations if hasattr(abstract_module, "with_activations") else None,
         outputs=outputs if hasattr(abstract_module, "outputs") else None,
+        recurrence=_recurrence(abstract_module, module_of) if hasattr(abstract_module, "unroll") else None,
+    )
+
+
+def _recurrence(abstract_module: Any, module_of: Callable[[Params], Any]) -> Recurrence:
+    return Recurrence(
+        initial=abstract_module.initial_carry,
+        step=lambda params, *inputs: module_of(params).step(*inputs),
+        unroll=lambda params, *inputs: module_of(params).unroll(*inputs),
     )
 
 
@@ -132,6 +141,7 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
             f"{spec.num_actions} actions, and let it return float32"
         )
     _check_outputs(network, config, params, observations, spec.num_actions)
+    _check_recurrence(network, config, params, observations, spec.num_actions)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -158,3 +168,45 @@ def _check_outputs(
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", outputs)
         axes = [*wanted, *([] if head.num_outputs is None else [head.num_outputs])]
         raise ConfigError(f"the outputs of a network must be float32{axes} with {setting}, got {shapes}; {remedy}")
+
+
+def _check_recurrence(
+    network: Network, config: AgentConfig, params: Params, observations: jax.ShapeDtypeStruct, num_actions: int
+) -> None:
+    """Raises ConfigError unless the network remembers if, and only if, the agent does."""
+    recurrence = network.recurrence
+    if config.memory == "none":
+        if recurrence is not None:
+            raise ConfigError("memory must be lstm or gru for a network with a recurrence, got none; choose either")
+        return
+    remedy = "give its module initial_carry, step and unroll, see qfleet.Network, or leave memory out"
+    if recurrence is None:
+        raise ConfigError(
+            f"a network of your own must have a recurrence to learn with memory {config.memory}, got none; {remedy}"
+        )
+    rows, lanes = 5, observations.shape[0]
+    q_values_of = make_head(config).q_values
+
+    def shapes_of(function: Callable[..., Any], *leading: int) -> Any:
+        obs = jax.ShapeDtypeStruct((*leading, *observations.shape[1:]), observations.dtype)
+        is_first = jax.ShapeDtypeStruct(leading, bool)
+        new_carry, outputs = jax.eval_shape(function, params, carry, obs, is_first, None)
+        values_of = q_values_of if len(leading) == 1 else jax.vmap(q_values_of)
+        return jax.tree.map(
+            lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", (new_carry, jax.eval_shape(values_of, outputs))
+        )
+
+    try:
+        carry = jax.eval_shape(lambda: recurrence.initial(lanes))
+        size = f"float32{[lanes, carry.shape[-1]]}"
+        found = shapes_of(recurrence.step, lanes), shapes_of(recurrence.unroll, rows, lanes)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"the recurrence of a network must suit its observations, got {type(error).__name__}: {error}; {remedy}"
+        ) from error
+    wanted = (size, f"float32{[lanes, num_actions]}"), (size, f"float32{[rows, lanes, num_actions]}")
+    if found != wanted:
+        raise ConfigError(
+            f"step and unroll of a recurrence must return the state and outputs of action values {wanted}, got "
+            f"{found}; {remedy}"
+        )
