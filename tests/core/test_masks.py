@@ -10,10 +10,11 @@ from qfleet.core import masks
 from qfleet.core.agent import make_agent
 from qfleet.core.exploration import greedy, masked_epsilon_greedy, masked_softmax
 from qfleet.core.heads import Quantiles, make_head, masked_head
-from qfleet.core.masks import INVALID, join, join_view, masked, nth_valid, shown, split, split_lanes
+from qfleet.core.masks import INVALID, join, masked, nth_valid, shown, split, split_lanes
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Row, make_replay
 from qfleet.core.types import EnvSpec, Network, Recurrence, Transition, stored_spec
 from qfleet.core.updates import regression
+from qfleet.envs.action_masks import join_view
 
 NUM_ACTIONS, NUM_ATOMS = 3, 5
 

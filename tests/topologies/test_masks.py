@@ -107,6 +107,14 @@ def test_a_policy_acts_by_masks(runs: dict[str, Path]) -> None:
     assert policy(joined).tolist() == [1, 0, 2] and policy(joined[2]) == 2
 
 
+def test_a_step_with_memory_acts_by_masks_too(runs: dict[str, Path]) -> None:
+    policy, memory = qfleet.load(runs["overlapped"]), qfleet.load(runs["overlapped"]).start(2)
+    masks = np.array([[0, 1, 0], [1, 0, 0]])
+    for mask in (masks, masks[::-1]):
+        action, memory = policy.step(memory, np.zeros((2, 1), np.float32), mask=mask)
+        assert action.tolist() == mask.argmax(axis=-1).tolist()
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -134,3 +142,11 @@ def test_a_mask_in_the_observation_is_taken_from_there() -> None:
     ]
     with pytest.raises(ConfigError, match=r"must be given in the observation, got none"):
         policy({"cell": np.zeros(1, np.float32)})
+
+
+def test_a_policy_whose_environment_has_no_masks_refuses_one() -> None:
+    env = make_env("CartPole-v1")
+    network = make_network(env.spec, AgentConfig(hidden_sizes=()))
+    policy = Policy(env, network, network.init(jax.random.key(0)), "untrained")
+    with pytest.raises(ConfigError, match="`mask` must be left out, because the environment has no action masks"):
+        policy(np.zeros(4, np.float32), mask=[1, 1])

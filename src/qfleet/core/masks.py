@@ -63,33 +63,6 @@ def split_lanes(joined: Any, spec: EnvSpec) -> tuple[Any, Any]:
     return joined, np.ones((*batch, spec.num_actions), bool)
 
 
-def is_joined(obs: Any, spec: EnvSpec) -> bool:
-    """Returns whether an array is what the agent sees, one observation or a batch, joined with masks already."""
-    if not hasattr(obs, "dtype") or obs.dtype != spec.observation_dtype:
-        return False
-    joined = spec.lane_shape if spec.frame_stack == 1 else (*spec.lane_shape, spec.frame_stack)
-    return joined in (obs.shape, obs.shape[1:])
-
-
-def join_view(view: np.ndarray, mask: np.ndarray, spec: EnvSpec) -> np.ndarray:
-    """Returns what the agent sees, joined with masks.
-
-    Args:
-      view: `[batch, *agent_observation_shape]`.
-      mask: `[batch, num_actions]`, of the newest frame.
-      spec: of the environment.
-
-    Returns:
-      `[batch, values + num_actions]`, with one more axis of frames if they are stacked.
-    """
-    if spec.frame_stack == 1:
-        joined: np.ndarray = join(view, mask, len(spec.observation_shape))
-        return joined
-    masks = np.zeros((*mask.shape, spec.frame_stack), view.dtype)
-    masks[..., -1] = mask
-    return np.concatenate([view.reshape(len(view), -1, spec.frame_stack), masks], axis=1)
-
-
 def nth_valid(is_valid: Any, n: Any) -> Any:
     """Returns the n-th valid action, counted from 0: `[..., num_actions]` bool and `[...]` int to `[...]` int32.
 
@@ -165,6 +138,14 @@ def masked(network: Network, spec: EnvSpec) -> Network:
         inner: Callable[..., Any] = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
         return MaskedOutputs(inner(params, obs, draws), is_valid)
 
+    def masked_recurrence(inner: Recurrence) -> Recurrence:
+        return Recurrence(
+            inner.initial,
+            of_rows(inner.step),
+            of_rows(inner.unroll),
+            lambda outputs: with_invalid(inner.q_values(outputs.outputs), outputs.is_valid),
+        )
+
     def of_rows(function: Callable[..., tuple[Carry, Any]]) -> Callable[..., tuple[Carry, MaskedOutputs]]:
         def masked_rows(
             params: Params, carry: Carry, view: Array, is_first: Array, draws: Draws | None
@@ -175,9 +156,8 @@ def masked(network: Network, spec: EnvSpec) -> Network:
 
         return masked_rows
 
-    recurrence = network.recurrence
     return network._replace(
-        recurrence=recurrence and Recurrence(recurrence.initial, of_rows(recurrence.step), of_rows(recurrence.unroll)),
+        recurrence=network.recurrence and masked_recurrence(network.recurrence),
         apply=apply,
         to_storage_layout=identity if to_storage_layout is identity else joined_to_storage_layout,
         with_activations=network.with_activations and with_activations,

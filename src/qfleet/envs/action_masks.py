@@ -16,6 +16,8 @@ from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, has_mask, rese
 if TYPE_CHECKING:
     import gymnasium
 
+    from qfleet.core.types import EnvSpec
+
 KEY = "action_mask"
 """Name of the mask in `info`, or in a Dict observation."""
 
@@ -135,6 +137,32 @@ def join(obs: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Returns an observation and its mask as one vector, or a batch of them; see `qfleet.core.masks`."""
     flat = obs.reshape(*mask.shape[:-1], -1)
     return np.concatenate([flat, mask.astype(obs.dtype)], axis=-1)
+
+
+def is_joined(obs: Any, spec: "EnvSpec") -> bool:
+    """Returns whether an array is what the agent sees, one observation or a batch, joined with masks already."""
+    if not hasattr(obs, "dtype") or obs.dtype != spec.observation_dtype:
+        return False
+    joined = spec.lane_shape if spec.frame_stack == 1 else (*spec.lane_shape, spec.frame_stack)
+    return joined in (obs.shape, obs.shape[1:])
+
+
+def join_view(view: np.ndarray, mask: np.ndarray, spec: "EnvSpec") -> np.ndarray:
+    """Returns what the agent sees, joined with masks.
+
+    Args:
+      view: `[batch, *agent_observation_shape]`.
+      mask: `[batch, num_actions]`, of the newest frame.
+      spec: of the environment.
+
+    Returns:
+      `[batch, values + num_actions]`, with one more axis of frames if they are stacked.
+    """
+    if spec.frame_stack == 1:
+        return join(view, mask)
+    masks = np.zeros((*mask.shape, spec.frame_stack), view.dtype)
+    masks[..., -1] = mask
+    return np.concatenate([view.reshape(len(view), -1, spec.frame_stack), masks], axis=1)
 
 
 def find_mask(env: Any, space: Any, actions: Actions, name: str) -> ActionMask | None:

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qfleet.config.errors import ConfigError
-from qfleet.envs.action_masks import KEY, ActionMask, join, without_mask
+from qfleet.envs.action_masks import KEY, ActionMask, is_joined, join, join_view, without_mask
 from qfleet.envs.contract import BrokenContract, has_mask, summary, to_numbers
 
 if TYPE_CHECKING:
     import gymnasium
+
+    from qfleet.core.types import EnvSpec
 
 _SMALLEST_PICTURE = 36  # pixels, the side from which convolutions of the Nature network suit an image
 
@@ -172,6 +174,29 @@ class Encoder:
                 raise BrokenContract(f"a batch must be a tuple of {len(self.structure)} batches, got a list")
             return self(observation, len(first)), True
         return self(observation)[None], False
+
+    def any_joined_batch(self, observation: Any, mask: Any, spec: "EnvSpec") -> tuple[np.ndarray, bool]:
+        """Returns what `any_batch` does, joined with masks if the environment has them.
+
+        Args:
+          observation: as for `any_batch`; or joined with masks already, as lanes return it.
+          mask: one mask, or one for each observation; None if the observation contains it.
+          spec: of the environment.
+
+        Raises:
+          BrokenContract: as for `any_batch`; also if a mask is missing, isn't one or has no valid action.
+        """
+        if self.mask is None:
+            if mask is not None:
+                raise BrokenContract("`mask` must be left out, because the environment has no action masks, got one")
+            return self.any_batch(observation)
+        if mask is None and is_joined(observation, spec):
+            is_batch = observation.ndim > len(spec.lane_shape) + (spec.frame_stack > 1)
+            return np.asarray(observation if is_batch else observation[None]), is_batch
+        observation, own = self.mask.take(observation, {})
+        batch, is_batch = self.any_batch(observation)
+        masks = self.mask.of_batch(own if mask is None else mask, len(batch) if is_batch else None)
+        return join_view(batch, masks, spec), is_batch
 
     @property
     def messages(self) -> list[str]:
