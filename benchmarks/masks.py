@@ -43,7 +43,7 @@ WAYS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "all-reduce": (JAX, "double_dqn", ("--topology", "all-reduce", "--num-envs", "16", "--num-processes", "2")),
     "actor-learner": (GYMNASIUM, "rainbow_lite", ("--topology", "actor-learner", *FLEET)),
     "parameter-server": (GYMNASIUM, "double_dqn", ("--topology", "parameter-server", *FLEET)),
-    "gossip": (JAX, "double_dqn", ("--topology", "gossip", "--num-peers", "2", "--num-envs", "8")),
+    "gossip": (JAX, "double_dqn", ("--topology", "gossip", "--num-processes", "2", "--num-envs", "16")),
 }
 """For each topology the environment, the preset and flags."""
 
