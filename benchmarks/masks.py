@@ -30,20 +30,20 @@ JAX, GYMNASIUM = "masked_grid:MaskedGrid-jax", "masked_grid:MaskedGrid-v0"
 COMMON = (
     "--hidden-sizes", "--discount", "0.98", "--learning-rate", "0.01", "--exploration-end", "0.1", "--batch-size", "64",
     "--exploration-env-steps", "20000", "--warmup-env-steps", "1000", "--replay-capacity", "20000",
-    "--env-steps-per-learner-step", "16", "--eval-exploration", "0.2", "--eval-episodes", "10",
+    "--env-steps-per-learner-step", "64", "--eval-exploration", "0.2", "--eval-episodes", "10",
     "--eval-period-env-steps", "100000", "--no-report",
 )  # fmt: skip
 
-FLEET = ("--num-actors", "2", "--max-failures", "1000")
+FLEET = ("--num-actors", "2", "--lanes-per-actor", "32", "--max-failures", "1000")
 
 WAYS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "fused": (JAX, "double_dqn", ("--topology", "fused", "--num-envs", "16")),
-    "fused, pqn": (JAX, "pqn", ("--topology", "fused", "--num-envs", "16")),
-    "overlapped": (GYMNASIUM, "double_dqn", ("--topology", "overlapped", "--num-envs", "16", "--max-failures", "1000")),
-    "all-reduce": (JAX, "double_dqn", ("--topology", "all-reduce", "--num-envs", "16", "--num-processes", "2")),
+    "fused": (JAX, "double_dqn", ("--topology", "fused", "--num-envs", "64")),
+    "fused, pqn": (JAX, "pqn", ("--topology", "fused", "--num-envs", "64")),
+    "overlapped": (GYMNASIUM, "double_dqn", ("--topology", "overlapped", "--num-envs", "64", "--max-failures", "1000")),
+    "all-reduce": (JAX, "double_dqn", ("--topology", "all-reduce", "--num-envs", "64", "--num-processes", "2")),
     "actor-learner": (GYMNASIUM, "rainbow_lite", ("--topology", "actor-learner", *FLEET)),
     "parameter-server": (GYMNASIUM, "double_dqn", ("--topology", "parameter-server", *FLEET)),
-    "gossip": (JAX, "double_dqn", ("--topology", "gossip", "--num-processes", "2", "--num-envs", "16")),
+    "gossip": (JAX, "double_dqn", ("--topology", "gossip", "--num-processes", "2", "--num-envs", "64")),
 }
 """For each topology the environment, the preset and flags."""
 
