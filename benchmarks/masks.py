@@ -28,21 +28,30 @@ masked_grid = importlib.import_module("masked_grid")
 JAX, GYMNASIUM = "masked_grid:MaskedGrid-jax", "masked_grid:MaskedGrid-v0"
 
 COMMON = (
-    "--hidden-sizes", "--discount", "0.98", "--learning-rate", "0.01", "--exploration-end", "0.1", "--batch-size", "64",
-    "--exploration-env-steps", "20000", "--warmup-env-steps", "1000", "--replay-capacity", "20000",
+    "--hidden-sizes", "--discount", "0.98", "--learning-rate", "0.01", "--batch-size", "64",
+    "--warmup-env-steps", "1000", "--replay-capacity", "20000",
     "--env-steps-per-learner-step", "64", "--eval-exploration", "0.2", "--eval-episodes", "10",
     "--eval-period-env-steps", "100000", "--no-report",
 )  # fmt: skip
 
-FLEET = ("--num-actors", "2", "--lanes-per-actor", "32", "--max-failures", "1000")
+EXPLORES = ("--exploration-end", "0.1", "--exploration-env-steps", "20000")
+FAILURES = ("--max-failures", "1000")
 
 WAYS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "fused": (JAX, "double_dqn", ("--topology", "fused", "--num-envs", "64")),
     "fused, pqn": (JAX, "pqn", ("--topology", "fused", "--num-envs", "64")),
-    "overlapped": (GYMNASIUM, "double_dqn", ("--topology", "overlapped", "--num-envs", "64", "--max-failures", "1000")),
+    "overlapped": (GYMNASIUM, "double_dqn", ("--topology", "overlapped", "--num-envs", "64", *FAILURES)),
     "all-reduce": (JAX, "double_dqn", ("--topology", "all-reduce", "--num-envs", "64", "--num-processes", "2")),
-    "actor-learner": (GYMNASIUM, "rainbow_lite", ("--topology", "actor-learner", *FLEET)),
-    "parameter-server": (GYMNASIUM, "double_dqn", ("--topology", "parameter-server", *FLEET)),
+    "actor-learner": (
+        GYMNASIUM,
+        "rainbow_lite",
+        ("--topology", "actor-learner", "--num-actors", "2", "--lanes-per-actor", "32", *FAILURES),
+    ),
+    "parameter-server": (
+        GYMNASIUM,
+        "double_dqn",
+        ("--topology", "parameter-server", "--num-workers", "2", "--lanes-per-worker", "32", *FAILURES),
+    ),
     "gossip": (JAX, "double_dqn", ("--topology", "gossip", "--num-processes", "2", "--num-envs", "64")),
 }
 """For each topology the environment, the preset and flags."""
@@ -74,8 +83,10 @@ def main() -> None:
 def count_invalid(name: str, env_steps: int, directory: Path) -> dict[str, Any]:
     """Trains in one topology, and returns what it did."""
     env, preset, flags = WAYS[name]
-    common_flags = COMMON if preset != "pqn" else COMMON[-7:]
-    summary = common.train(directory, env, "--preset", preset, *common_flags, *flags, "--env-steps", str(env_steps))
+    flags = (*flags, *(COMMON[-7:] if preset == "pqn" else COMMON))
+    if name != "actor-learner":  # whose actors have an epsilon each
+        flags += EXPLORES
+    summary = common.train(directory, env, "--preset", preset, *flags, "--env-steps", str(env_steps))
     return {
         "topology": name,
         "environment": env.partition(":")[2],
