@@ -61,7 +61,7 @@ def kept_by_overlapped(overlapped):
     learner, replay, _ = overlapped._on_mesh.jitted().init(np.uint32(0))
     overlapped._lanes = NoLanes()
     overlapped._begin_episodes()
-    return parts_of(learner, (overlapped._acting.obs, overlapped._view), replay)
+    return parts_of(learner, (overlapped._acting.obs, overlapped._memory), replay)
 
 
 def parts_of(learner, lanes, replay):
@@ -122,7 +122,7 @@ def test_the_batch_of_a_footprint_is_what_is_learned_from(kind):
         learner, _, key = on_mesh.jitted().init(np.uint32(0))
         overlapped._lanes = NoLanes()
         overlapped._begin_episodes()
-        _, *rollout, _ = on_mesh.learn_arguments(learner, (), key, overlapped._acting.obs, overlapped._view)
+        _, *rollout, _ = on_mesh.learn_arguments(learner, (), key, overlapped._acting.obs, overlapped._memory)
         batch = jax.eval_shape(on_mesh.programs.rollout_batch, learner.params, *rollout)
     else:
         replay = make_replay(stored_spec(ENV.spec, make_network(ENV.spec, config).to_storage_layout), config, NUM_ENVS)

@@ -9,12 +9,24 @@ from jax import Array
 
 from qfleet.config import AgentConfig
 from qfleet.core import exploration
-from qfleet.core.activity import Activity, make_with_activity
 from qfleet.core.heads import Outputs, SampleLosses, Values, backed_up, make_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
+from qfleet.core.memory import Memory, MemoryState, make_memory
+from qfleet.core.player import Player, make_player
 from qfleet.core.sequences import make_sequence_loss
 from qfleet.core.targets import munchausen_bonus, soft_policy
 from qfleet.core.types import Batch, Network, Params, Regression, Sequences, Transition
+
+
+class Acted(NamedTuple):
+    """What an agent does in each lane."""
+
+    action: Array
+    """`[lanes]` int32."""
+    q: Array
+    """`[lanes, num_actions]` float32, the values that chose it."""
+    memory: MemoryState
+    """What the agent remembers from now on. It has yet to `observe` what the action leads to."""
 
 
 class Agent(NamedTuple):
@@ -32,8 +44,16 @@ class Agent(NamedTuple):
     """`loss(params, target_params, batch, draws=None) -> loss, of_samples`; the loss is `[]`, the weighted mean."""
     to_storage_layout: Callable[[Array], Array]
     """`to_storage_layout(obs) -> obs`, the same as `Network.to_storage_layout`."""
-    with_activity: Callable[[Params, Array], tuple[Array, Activity]]
-    """`with_activity(params, obs) -> q, activity`: also how active each hidden unit was, `[batch, units]` a layer."""
+    memory: Memory
+    """What the agent remembers of each lane."""
+    act_values: Callable[..., tuple[Array, MemoryState]]
+    """`act_values(params, memory, keys=None) -> q, memory`, as `q_values` for what each lane has come to. An agent that
+    has a recurrent network remembers the newest observation from now on."""
+    act: Callable[..., Acted]
+    """`act(params, memory, exploration, uniform, keys=None) -> acted` chooses an action in each lane, by the arguments
+    of `act_values` and `explore`."""
+    player: Player
+    """Plays without exploring."""
     acts_with_keys: bool = False
     """Whether `q_values` is given keys to act: the network's noise explores."""
     loss_draws: bool = False
@@ -80,13 +100,34 @@ def _split(draws: Draws | None) -> _LossDraws:
     return _LossDraws(*(Draws(noise[i], None if samples is None else samples[i]) for i in range(3)))
 
 
-def make_agent(network: Network, config: AgentConfig) -> Agent:
-    """Returns the agent that `config` describes. Its Q-values are those of `network`."""
-    head = make_head(config)
+def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> Agent:
+    """Returns the agent that `config` describes. Its Q-values are those of `network`.
+
+    Args:
+      network: the Q-network.
+      config: the agent's config.
+      frame_stack: number of frames that it sees at once when it acts.
+    """
+    head, recurrence = make_head(config), network.recurrence
+    explore = exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
     def q_values(params: Params, obs: Array, keys: Array | None = None) -> Array:
         return network.apply(params, obs) if keys is None else head.q_values(outputs_of(params, obs, Draws(keys)))
+
+    def act_values(params: Params, memory: MemoryState, keys: Array | None = None) -> tuple[Array, MemoryState]:
+        if recurrence is None:
+            return q_values(params, memory.view, keys), memory
+        is_first = jnp.zeros(len(memory.view), bool)  # `observe` has reset those that are
+        draws = None if keys is None else Draws(keys)
+        carry, outputs = recurrence.step(params, memory.carry, memory.view, is_first, draws)
+        return head.q_values(outputs), memory._replace(carry=carry)
+
+    def act(
+        params: Params, memory: MemoryState, exploration: Array, uniform: Array, keys: Array | None = None
+    ) -> Acted:
+        q, memory = act_values(params, memory, keys)
+        return Acted(explore(q, exploration, uniform), q, memory)
 
     def greedy_target(batch: Transition, outputs: Outputs, chooser: Outputs) -> Values:
         next_values = head.values_of(outputs, jnp.argmax(head.q_values(chooser), axis=-1))
@@ -120,9 +161,7 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
             return munchausen_target(batch, outputs_tm1, outputs)
         return greedy_target(batch, outputs, chooser if config.double else outputs)
 
-    loss_of_sequences = (
-        make_sequence_loss(network.recurrence, head, config, target_of_row) if network.recurrence is not None else None
-    )
+    loss_of_sequences = None if recurrence is None else make_sequence_loss(recurrence, head, config, target_of_row)
 
     def loss(
         params: Params, target_params: Params, batch: Batch, draws: Draws | None = None
@@ -139,10 +178,13 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
     return Agent(
         init=network.init,
         q_values=q_values,
-        explore=exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy,
+        explore=explore,
         loss=loss,
         to_storage_layout=network.to_storage_layout,
-        with_activity=make_with_activity(network),
+        memory=make_memory(network, frame_stack),
+        act_values=act_values,
+        act=act,
+        player=make_player(network, frame_stack),
         acts_with_keys=config.noisy,
         loss_draws=config.noisy or config.head == "iqn",
         priority_is_td_error=head.priority_is_td_error and not config.learns_sequences,

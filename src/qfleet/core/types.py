@@ -58,6 +58,8 @@ class Recurrence(NamedTuple):
     """`unroll(params, carry, observations, is_first, draws) -> carry, outputs` takes many: the same as `step` row by
     row, faster. Observations and outputs are `[rows, lanes, ...]`, and `is_first` is `[rows, lanes]`. All rows of a
     lane share its key of noise; quantile fractions are drawn anew for each row."""
+    q_values: Callable[[Any], jax.Array] = identity
+    """`q_values(outputs) -> q`, from the outputs of one row to `[lanes, num_actions]` float32."""
 
 
 class Network(NamedTuple):

@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.heads import make_head
 from qfleet.core.keys import Draws, key_shape
-from qfleet.core.types import EnvSpec, Network, Params, Recurrence, stored_spec
+from qfleet.core.types import EnvSpec, Network, Params, Recurrence, identity, stored_spec
 from qfleet.networks.heads import QNetwork, RecurrentQNetwork
 from qfleet.networks.torsos import make_storage_layout
 
@@ -38,7 +38,8 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
 
         A module that learns distributions, or draws noise, has a method `outputs(observations, draws)` too, as
         `Network.outputs` describes. One that remembers has `initial_carry(num_lanes)`, `step(carry, observations,
-        is_first, draws)` and `unroll`, with the same arguments, as `Recurrence` describes.
+        is_first, draws)` and `unroll`, with the same arguments, as `Recurrence` describes; if its outputs aren't the
+        action values, it also has `q_values(outputs)`.
 
     Returns:
       A network whose parameters are nested dicts of arrays. Their keys are the attribute names of the module, and for
@@ -98,6 +99,7 @@ def _recurrence(abstract_module: Any, module_of: Callable[[Params], Any]) -> Rec
         initial=abstract_module.initial_carry,
         step=lambda params, *inputs: module_of(params).step(*inputs),
         unroll=lambda params, *inputs: module_of(params).unroll(*inputs),
+        q_values=getattr(abstract_module, "q_values", identity),
     )
 
 

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from qfleet.config import AgentConfig, ConfigError, TrainConfig
 from qfleet.core.learner import LearnerState
+from qfleet.core.player import Player
 from qfleet.core.replay import ReplayState
 from qfleet.core.types import Batch, EnvSpec, Regression, Transition
 from qfleet.envs.spec import InGraphEnv
@@ -155,19 +156,19 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
     return Regression(obs, action, number, number)
 
 
-def evaluation_shapes(env: InGraphEnv, stored: EnvSpec, num_episodes: int) -> Any:
+def evaluation_shapes(env: InGraphEnv, player: Player, num_episodes: int) -> Any:
     """Returns the shapes of what an evaluation keeps of the episodes that it plays at once in a compiled program.
 
     Args:
       env: the environment.
-      stored: the spec of observations in the network's storage layout.
+      player: plays them.
       num_episodes: number of episodes of one replica.
     """
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_episodes))
-    state, _ = jax.eval_shape(jax.vmap(env.reset), keys)
-    view = jax.ShapeDtypeStruct((num_episodes, *stored.agent_observation_shape), stored.observation_dtype)
+    state, obs = jax.eval_shape(jax.vmap(env.reset), keys)
+    memory = jax.eval_shape(player.begin, obs)
     has_ended, episode_return = (jax.ShapeDtypeStruct((num_episodes,), dtype) for dtype in (np.bool_, np.float32))
-    return state, view, has_ended, episode_return
+    return state, memory, has_ended, episode_return
 
 
 def check_fits(config: TrainConfig, footprint: Footprint, footprint_of: Callable[[TrainConfig], Footprint]) -> None:

@@ -292,7 +292,7 @@ def countdown():
 def test_the_first_reward_that_is_not_a_number_is_reported_where_it_came_from():
     """All of it happens in one long chunk, in which every lane gets such a reward."""
     fused = make("uniform", env=countdown(), seed=7)
-    rows = np.asarray(fused.state["actor"].lanes.env_state) - 1  # the row of each lane's NaN, from 0
+    rows = np.asarray(fused.state["actor"]["lanes"].env_state) - 1  # the row of each lane's NaN, from 0
     lane = int(np.argmin(rows))
     fused._seconds_per_iteration = 1e-9
     with pytest.raises(RunFailed, match=f"countdown .* step {rows[lane] * NUM_ENVS + lane} in lane {lane} of seed 7$"):
@@ -301,7 +301,7 @@ def test_the_first_reward_that_is_not_a_number_is_reported_where_it_came_from():
 
 def test_of_many_seeds_the_one_that_failed_is_named():
     fused = make("pqn", env=countdown(), seed=8, num_seeds=3)
-    rows = np.asarray(fused.state["actor"].lanes.env_state) - 1  # [seeds, lanes]
+    rows = np.asarray(fused.state["actor"]["lanes"].env_state) - 1  # [seeds, lanes]
     chunks = rows.min(axis=1) // ROWS
     assert np.sum(chunks == chunks.min()) == 1 and np.argmin(chunks) != 0, "choose seeds that fail apart"
     seed = int(np.argmin(chunks))

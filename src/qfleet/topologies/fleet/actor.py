@@ -12,9 +12,9 @@ from jax import Array
 
 from qfleet.config import ActorPool, RunFailed, TrainConfig
 from qfleet.core.agent import Agent, noise_keys
-from qfleet.core.frame_stack import push_frame
 from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
 from qfleet.core.keys import NOISE, Stream, key_of, sample_keys
+from qfleet.core.memory import MemoryState, memory_shapes
 from qfleet.core.replay import Row, outcome_of
 from qfleet.core.targets import take_action
 from qfleet.core.types import Params, stored_spec
@@ -236,19 +236,25 @@ class _HostLanes:
         self._lanes = env.make_lanes(num_lanes, options)
         self._acting = HostActing(self._lanes, int(self._random.integers(2**32)))
         stored = stored_spec(spec, agent.to_storage_layout)
-        self._view = jnp.zeros((num_lanes, *stored.agent_observation_shape), stored.observation_dtype)
+        shapes = memory_shapes(agent.memory, stored, num_lanes)
+        self._memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         def choose(
-            params: Params, view: Array, obs: Array, is_first: Array, uniform: Array, exploration: Array, row: Array
+            params: Params,
+            memory: MemoryState,
+            obs: Array,
+            is_first: Array,
+            uniform: Array,
+            exploration: Array,
+            row: Array,
         ) -> tuple:
             frame = agent.to_storage_layout(obs)
-            view = push_frame(view, frame, is_first, spec.frame_stack)
+            memory = agent.memory.observe(memory, frame, is_first)
             keys = None
             if agent.acts_with_keys:
                 keys = sample_keys(key_of(*numbers, NOISE, row), jnp.arange(num_lanes, dtype=jnp.uint32))
-            q = agent.q_values(params, view, keys)
-            action = agent.explore(q, exploration, uniform)
-            return view, frame, action, take_action(q, action), jnp.max(q, axis=-1)
+            action, q, memory = agent.act(params, memory, exploration, uniform, keys)
+            return memory, frame, action, take_action(q, action), jnp.max(q, axis=-1)
 
         self._stacked = jax.jit(lambda rows: tuple(jnp.stack(column) for column in zip(*rows, strict=True)))
         self._choose = jax.jit(choose, donate_argnums=1 if spec.frame_stack > 1 else ())
@@ -261,8 +267,8 @@ class _HostLanes:
         for uniform in self._random.random(self._shape, np.float32):
             row = np.uint32(self._num_rows % 2**32)
             self._num_rows += 1
-            self._view, frame, action, q_taken, q_max = self._choose(
-                params, self._view, acting.obs, acting.is_first, uniform, exploration, row
+            self._memory, frame, action, q_taken, q_max = self._choose(
+                params, self._memory, acting.obs, acting.is_first, uniform, exploration, row
             )
             seen.append((frame, action, q_taken, q_max))  # stays on the device until the end: each transfer has a cost
             acting.send(np.asarray(action))

@@ -28,7 +28,7 @@ def make_env_and_agent(config: TrainConfig) -> EnvAndAgent:
     """Builds the environment, the network and the agent that a config describes."""
     env = make_env(config.env, **config.env_options)
     network = make_network(env.spec, config.agent)
-    return EnvAndAgent(env, network, make_agent(network, config.agent))
+    return EnvAndAgent(env, network, make_agent(network, config.agent, env.spec.frame_stack))
 
 
 def actor_pool_of(config: TrainConfig) -> ActorPool:

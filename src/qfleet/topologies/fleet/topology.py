@@ -49,7 +49,7 @@ class OnRay(Topology):
         """
         importlib.import_module("qfleet.topologies.fleet.cluster")  # raises ConfigError if Ray isn't installed
         self._config, self._pool, self._env = config, pool, env
-        self._agent = make_agent(network, config.agent)
+        self._agent = make_agent(network, config.agent, env.spec.frame_stack)
         self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
         learner = make_learner(self._agent, config.agent)
         self._init = functools.partial(init_from_seed, learner, self._agent)
@@ -71,7 +71,7 @@ class OnRay(Topology):
             lanes=((), REPLICATED),
             replay=(replay, jax.tree.map(lambda x: REPLICATED, replay)),
             batch=(batch_shapes(self._stored_spec, self._config.agent, self._pool.num_lanes, 1), REPLICATED),
-            evaluation=(self._evaluator.shapes(self._config.eval_episodes, self._stored_spec), REPLICATED),
+            evaluation=(self._evaluator.shapes(self._config.eval_episodes), REPLICATED),
         )
 
     def start(self) -> float:

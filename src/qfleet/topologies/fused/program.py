@@ -119,10 +119,9 @@ def make_program(
 
     evaluation = make_evaluation(
         env,
-        agent.with_activity,
+        agent.player,
         config.eval_episodes,
         config.eval_exploration,
-        agent.to_storage_layout,
         replicas,
         config.agent.discount,
     )
@@ -194,12 +193,12 @@ def _rollout_iteration(
 
         def row(actor: ActorState, inputs: tuple) -> tuple[ActorState, tuple[Row, RowStats]]:
             keys, uniform, noise, exploration = inputs
-            view = actor.view
+            view = actor.memory.view
             actor, new_row, stats, _ = act(env, agent, params, actor, keys, uniform, exploration, noise)
             return actor, (new_row._replace(obs=view), stats)
 
         actor, (rows, stats) = jax.lax.scan(row, state.actor, (step_keys, uniforms, noise, plan.exploration))
-        last_value = jnp.max(agent.q_values(params, actor.view), axis=-1)
+        last_value = jnp.max(agent.act_values(params, actor.memory)[0], axis=-1)
         batch = regression(rows, stats.q_max, last_value, config)
         learner_state, losses = learn_from_rollout(learner, state.learner, batch, shuffle_key, config, replicas)
         return FusedState(learner_state, actor, (), key), stats, losses

@@ -39,7 +39,7 @@ class ProgramOnDevices:
         Raises:
           ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
         """
-        agent = make_agent(network, config.agent)
+        agent = make_agent(network, config.agent, env.spec.frame_stack)
         self._config = config
         self._placement = Placement(config.topology.mesh, network)
         self._stored_spec = stored_spec(env.spec, network.to_storage_layout)

@@ -21,6 +21,7 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.compiling import compilers
 from qfleet.runtime.evaluation import Episodes, Pieces, join_episodes, never
 from qfleet.runtime.records import Progress, Sum, make_progress
+from qfleet.topologies.acting import restored_actor, saved_actor
 from qfleet.topologies.base import Layout, OwnLearner, check_loss
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState
@@ -121,7 +122,8 @@ class Fused(OwnLearner):
     @property
     def state(self) -> dict[str, Any]:
         """The parts of a checkpoint by name; without the replay if the config leaves it out."""
-        state = {**self._fused_state._asdict(), "learner": self.learner}
+        actor = saved_actor(self._fused_state.actor)
+        state = {**self._fused_state._asdict(), "learner": self.learner, "actor": actor}
         if self._fused_state.replay:
             replay = self._fused_state.replay
             state["replay"] = SavedReplay(replay.ring, self._replay_leaves(replay), replay.max_priority)
@@ -223,6 +225,8 @@ class Fused(OwnLearner):
         self.env_steps, self.learner_steps = counters["env_steps"], counters["learner_steps"]
         if "key" not in state:  # the key of the beginning has been used, so derive another from it
             state["key"] = jax.random.fold_in(self._fused_state.key, np.uint32(self.env_steps % 2**32))
+        if "actor" in state:
+            state = {**state, "actor": restored_actor(state["actor"])}
         self._fused_state = self._fused_state._replace(**state)
         self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
 

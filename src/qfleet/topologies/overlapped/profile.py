@@ -70,8 +70,8 @@ def timed_act(act: Callable[..., Any], stopwatch: Stopwatch, from_host: tuple[An
     """
     put, infer = _timed_put(stopwatch, from_host), stopwatch.timed("inference", act)
 
-    def run(params: Any, view: Any, obs: Any, *from_host: Any) -> Any:
-        return infer(params, view, obs, *put(from_host))
+    def run(params: Any, memory: Any, obs: Any, *from_host: Any) -> Any:
+        return infer(params, memory, obs, *put(from_host))
 
     return run
 
