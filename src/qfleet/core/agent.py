@@ -1,7 +1,7 @@
 """An agent: how a Q-network acts, and the loss that it learns from."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,13 @@ from jax import Array
 
 from qfleet.config import AgentConfig
 from qfleet.core import exploration
-from qfleet.core.heads import SampleLosses, Values, backed_up, make_head, masked_head, point_values
+from qfleet.core.heads import Outputs, SampleLosses, Values, backed_up, make_head, masked_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
 from qfleet.core.memory import Memory, MemoryState, make_memory
 from qfleet.core.player import Player, make_player
+from qfleet.core.sequences import make_sequence_loss
 from qfleet.core.targets import munchausen_bonus, soft_policy
-from qfleet.core.types import Batch, Network, Params, Regression, Transition
+from qfleet.core.types import Batch, Network, Params, Regression, Sequences, Transition
 
 
 class Acted(NamedTuple):
@@ -128,41 +129,52 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         q, memory = act_values(params, memory, keys)
         return Acted(explore(q, exploration, uniform), q, memory)
 
-    def greedy_target(params: Params, target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
-        outputs = outputs_of(target_params, batch.next_obs, draws.target)
-        chooser = outputs_of(params, batch.next_obs, draws.other) if config.double else outputs
+    def greedy_target(batch: Transition, outputs: Outputs, chooser: Outputs) -> Values:
         next_values = head.values_of(outputs, jnp.argmax(head.q_values(chooser), axis=-1))
-        return backed_up(batch.reward, batch.discount, next_values)
+        return backed_up(batch.reward, batch.discount, next_values, is_rescaled=config.value_rescaling)
 
-    def munchausen_target(target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
+    def munchausen_target(batch: Transition, outputs_tm1: Outputs, outputs: Outputs) -> Values:
         temperature = config.munchausen_temperature
 
-        def log_policy_of(outputs: Any) -> Array:
+        def log_policy_of(outputs: Outputs) -> Array:
             return soft_policy(head.q_values(outputs), temperature, head.is_valid(outputs))
 
         bonus = munchausen_bonus(
-            log_policy_of(outputs_of(target_params, batch.obs, draws.other)),
+            log_policy_of(outputs_tm1),
             batch.action,
             temperature,
             config.munchausen_weight,
             config.munchausen_clip,
         )
-        outputs = outputs_of(target_params, batch.next_obs, draws.target)
         log_policy = log_policy_of(outputs)
         next_values = head.mixture(outputs, jnp.exp(log_policy), -temperature * log_policy)
         return backed_up(batch.reward + bonus, batch.discount, next_values)
 
-    def target_of(params: Params, target_params: Params, batch: Batch, draws: _LossDraws) -> Values:
+    def target_of(params: Params, target_params: Params, batch: Transition | Regression, draws: _LossDraws) -> Values:
         if isinstance(batch, Regression):
             return point_values(batch.target)
         if config.munchausen:
-            return munchausen_target(target_params, batch, draws)
-        return greedy_target(params, target_params, batch, draws)
+            outputs_tm1 = outputs_of(target_params, batch.obs, draws.other)
+            return munchausen_target(batch, outputs_tm1, outputs_of(target_params, batch.next_obs, draws.target))
+        outputs = outputs_of(target_params, batch.next_obs, draws.target)
+        chooser = outputs_of(params, batch.next_obs, draws.other) if config.double else outputs
+        return greedy_target(batch, outputs, chooser)
+
+    def target_of_row(batch: Transition, outputs_tm1: Outputs, outputs: Outputs, chooser: Outputs) -> Values:
+        if config.munchausen:
+            return munchausen_target(batch, outputs_tm1, outputs)
+        return greedy_target(batch, outputs, chooser if config.double else outputs)
+
+    loss_of_sequences = None if recurrence is None else make_sequence_loss(recurrence, head, config, target_of_row)
 
     def loss(
         params: Params, target_params: Params, batch: Batch, draws: Draws | None = None
     ) -> tuple[Array, SampleLosses]:
         split = _split(draws)
+        if isinstance(batch, Sequences):
+            assert loss_of_sequences is not None
+            found = loss_of_sequences(params, target_params, batch, split.value, split.target)
+            return jnp.mean(batch.weight * found.loss), found
         target = jax.lax.stop_gradient(target_of(params, target_params, batch, split))
         found = head.loss(outputs_of(params, batch.obs, split.value), batch.action, target)
         return jnp.mean(batch.weight * found.loss), found
@@ -179,5 +191,5 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         player=make_player(network, frame_stack),
         acts_with_keys=config.noisy,
         loss_draws=config.noisy or config.head == "iqn",
-        priority_is_td_error=head.priority_is_td_error,
+        priority_is_td_error=head.priority_is_td_error and not config.learns_sequences,
     )

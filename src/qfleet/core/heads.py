@@ -16,6 +16,7 @@ from jax import Array
 from qfleet.config import AgentConfig
 from qfleet.core.losses import huber_loss, make_loss
 from qfleet.core.masks import MaskedOutputs, with_invalid
+from qfleet.core.rescaling import rescale, unscale
 from qfleet.core.targets import take_action
 
 Outputs = Any
@@ -100,8 +101,14 @@ def point_values(value: Array) -> Values:
     return Values(value[:, None], jnp.ones_like(value[:, None]))
 
 
-def backed_up(reward: Array, discount: Array, values: Values) -> Values:
-    """Returns the distribution of `reward + discount * value`; reward and discount are `[batch]`."""
+def backed_up(reward: Array, discount: Array, values: Values, *, is_rescaled: bool = False) -> Values:
+    """Returns the distribution of `reward + discount * value`; reward and discount are `[batch]`.
+
+    With `is_rescaled`, values before and after are rescaled: `h(reward + discount * h**-1(value))` (Pohlen et al. 2018,
+    arXiv 1805.11593, section 3.2).
+    """
+    if is_rescaled:
+        return Values(rescale(reward[:, None] + discount[:, None] * unscale(values.value)), values.weight)
     return Values(reward[:, None] + discount[:, None] * values.value, values.weight)
 
 

@@ -145,4 +145,32 @@ class Regression(NamedTuple):
     """`[batch]` float32, 0 for rows without an action and 1 for all others."""
 
 
-Batch = Transition | Regression
+class Sequences(NamedTuple):
+    """A batch of sequences: consecutive rows of one lane each. Every field has a leading axis `[batch]`.
+
+    First come the rows that only bring the memory up to date (the burn-in), then those that are learned from, then
+    `n_step` more to bootstrap from. A sequence may hold the end of an episode and the start of the next. Returns are
+    resolved when the batch is assembled, as in `Transition`.
+    """
+
+    obs: jax.Array
+    """`[batch, rows, ...]`, where the number of rows is `burn_in + sequence_length + n_step`."""
+    is_first: jax.Array
+    """`[batch, rows]` bool, whether an episode starts at a row. It is False for the first row, whose state is known."""
+    carry: jax.Array
+    """`[batch, size]` float32, what the actor's network remembered before the first row."""
+    action: jax.Array
+    """`[batch, sequence_length]` int32, from the first learned row on, as are the fields below."""
+    reward: jax.Array
+    """`[batch, sequence_length]` float32, sum of the k <= n rewards, each discounted to its row."""
+    discount: jax.Array
+    """`[batch, sequence_length]` float32, discount**k, or 0 if the episode terminated on the way."""
+    num_steps: jax.Array
+    """`[batch, sequence_length]` int32, k, the number of rows to the one to bootstrap from."""
+    is_step: jax.Array
+    """`[batch, sequence_length]` bool, whether the row holds a step. Nothing is learned from a row without one."""
+    weight: jax.Array
+    """`[batch]` float32, the importance weight of each sequence's loss."""
+
+
+Batch = Transition | Regression | Sequences
