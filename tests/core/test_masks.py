@@ -12,7 +12,7 @@ from qfleet.core.exploration import greedy, masked_epsilon_greedy, masked_softma
 from qfleet.core.heads import Quantiles, make_head, masked_head
 from qfleet.core.masks import INVALID, join, masked, nth_valid, shown, split, split_lanes
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Row, make_replay
-from qfleet.core.types import EnvSpec, Network, Recurrence, Transition, stored_spec
+from qfleet.core.types import EnvSpec, Network, Recurrence, Sequences, Transition, stored_spec
 from qfleet.core.updates import regression
 from qfleet.envs.action_masks import join_view
 
@@ -89,8 +89,8 @@ def test_stacked_frames_are_seen_with_the_mask_of_the_newest():
     np.testing.assert_array_equal(q == 0, MASKS)
 
 
-def test_a_network_that_remembers_has_a_mask_with_each_output():
-    """The inner network adds up its observations, which are shown without masks."""
+def remembering():
+    """Returns a network that adds up its observations, `[lanes, 2]`."""
 
     def step(params, carry, obs, is_first, draws):
         carry = jnp.where(is_first[:, None], 0.0, carry) + obs
@@ -99,8 +99,11 @@ def test_a_network_that_remembers_has_a_mask_with_each_output():
     def unroll(params, carry, obs, is_first, draws):
         return jax.lax.scan(lambda carry, row: step(params, carry, *row, None), carry, (obs, is_first))
 
-    inner = TABLE._replace(recurrence=Recurrence(lambda lanes: jnp.zeros((lanes, 2)), step, unroll))
-    recurrence = masked(inner, make_spec()).recurrence
+    return TABLE._replace(recurrence=Recurrence(lambda lanes: jnp.zeros((lanes, 2)), step, unroll))
+
+
+def test_a_network_that_remembers_has_a_mask_with_each_output():
+    recurrence = masked(remembering(), make_spec()).recurrence
     views, is_first = jnp.asarray(np.stack([JOINED, JOINED[::-1]])), jnp.zeros((2, 2), bool)
     carry, outputs = recurrence.unroll(jnp.asarray(Q), recurrence.initial(2), views, is_first, None)
     q = masked_head(make_head(AgentConfig())).q_values(outputs)
@@ -265,3 +268,31 @@ def test_lambda_returns_bootstrap_from_valid_actions():
     batch = regression(rows, q_max, last_value, config)
     # In state 1 the best valid action is worth -1, and in state 0, which follows the rollout, 2.
     np.testing.assert_allclose(batch.target[:, 0], [1.0 + 0.5 * -1.0, 1.0 + 0.5 * 2.0])
+
+
+def test_what_a_network_says_of_invalid_actions_enters_no_target_of_a_sequence():
+    """Action 2 is never valid, but would have the greatest value."""
+    config = AgentConfig(memory="gru", burn_in=1, sequence_length=3, n_step=1, double=True, replay="uniform")
+    agent = make_agent(masked(remembering(), make_spec()), config)
+    random = np.random.default_rng(0)
+    obs = random.normal(size=(4, 5, 2)).astype(np.float32)
+    batch = Sequences(
+        obs=jnp.asarray(join(obs, np.broadcast_to([True, True, False], (4, 5, 3)), 1)),
+        is_first=jnp.zeros((4, 5), bool),
+        carry=jnp.zeros((4, 2)),
+        action=jnp.asarray(random.integers(2, size=(4, 3))),
+        reward=jnp.ones((4, 3)),
+        discount=jnp.full((4, 3), 0.9),
+        num_steps=jnp.ones((4, 3), jnp.int32),
+        is_step=jnp.ones((4, 3), bool),
+        weight=jnp.ones(4),
+    )
+    params = jnp.asarray(random.normal(size=(2, 3)).astype(np.float32))
+    found = [agent.loss(params.at[:, 2].add(more), params.at[:, 2].add(more), batch)[1] for more in (0.0, 100.0)]
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    unmasked = make_agent(remembering(), config)
+    changed = [
+        unmasked.loss(params.at[:, 2].add(more), params.at[:, 2].add(more), batch._replace(obs=jnp.asarray(obs)))[0]
+        for more in (0.0, 100.0)
+    ]
+    assert changed[0] != changed[1]
