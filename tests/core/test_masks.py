@@ -146,6 +146,12 @@ def test_random_actions_are_uniform_among_the_valid_ones():
     np.testing.assert_allclose(np.bincount(action, minlength=3) / 1000, [*expected, 0], atol=0.002)
 
 
+def test_an_explorer_that_ignores_masks_gives_way_to_the_best_valid_action():
+    q = masks.with_invalid(jnp.asarray(Q), MASKS)
+    for action, expected in (([0, 1], [0, 1]), ([2, 0], [1, 2])):
+        assert masks.valid_or_greedy(jnp.array(action), q).tolist() == expected
+
+
 # --- Targets, by hand ---
 
 

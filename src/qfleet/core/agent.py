@@ -11,6 +11,7 @@ from qfleet.config import AgentConfig
 from qfleet.core import exploration
 from qfleet.core.heads import Outputs, SampleLosses, Values, backed_up, make_head, masked_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
+from qfleet.core.masks import valid_or_greedy
 from qfleet.core.memory import Memory, MemoryState, make_memory
 from qfleet.core.player import Player, make_player
 from qfleet.core.sequences import make_sequence_loss
@@ -127,7 +128,10 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         params: Params, memory: MemoryState, exploration: Array, uniform: Array, keys: Array | None = None
     ) -> Acted:
         q, memory = act_values(params, memory, keys)
-        return Acted(explore(q, exploration, uniform), q, memory)
+        action = explore(q, exploration, uniform)
+        if network.is_masked:  # an explorer needn't know of masks
+            action = valid_or_greedy(action, q)
+        return Acted(action, q, memory)
 
     def greedy_target(batch: Transition, outputs: Outputs, chooser: Outputs) -> Values:
         next_values = head.values_of(outputs, jnp.argmax(head.q_values(chooser), axis=-1))

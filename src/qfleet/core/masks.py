@@ -93,6 +93,12 @@ def is_valid_in(q: Array) -> Array:
     return q != INVALID
 
 
+def valid_or_greedy(action: Array, q: Array) -> Array:
+    """Returns actions, `[...]` int32, with the best one in place of each that `q`, `[..., num_actions]`, forbids."""
+    is_valid = jnp.take_along_axis(is_valid_in(q), action[..., None], axis=-1)[..., 0]
+    return jnp.where(is_valid, action, jnp.argmax(q, axis=-1).astype(action.dtype))
+
+
 def shown(q: np.ndarray) -> np.ndarray:
     """Returns Q-values as users see them, in a new array: -inf where an action is invalid."""
     return np.where(q == np.float32(INVALID), -np.inf, q).astype(np.float32)
