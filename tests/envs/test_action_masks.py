@@ -161,6 +161,9 @@ def test_a_state_that_goes_on_without_a_valid_action_is_found() -> None:
     env = make_cells(mask=lambda cell: jnp.broadcast_to(cell != 1, 2))
     wrong = {each.what: each.detail for each in check(env, num_steps=20) if not each.is_ok}
     assert "states that go on have none" in wrong["training: masks leave a valid action"]
+    state, key = jnp.int32(2), jax.random.key(0)
+    rewards = [float(with_masks_joined(env).step(state, jnp.int32(action), key).reward) for action in (0, 1)]
+    assert np.isnan(rewards[0]) and rewards[1] == 1.0  # a run ends at the first, and the episode at the second
 
 
 def test_a_mask_of_another_shape_is_refused() -> None:

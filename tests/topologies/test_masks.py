@@ -14,10 +14,13 @@ from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.masks import masked as masked_network
 from qfleet.core.masks import split
 from qfleet.core.replay import NO_STEP
+from qfleet.core.types import Transition
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.policy import Policy
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.acting import not_finite
+from qfleet.topologies.actor_learner.learner import GlobalLearner, batches_per_round
 from qfleet.topologies.fleet.actor import Actor
 
 ROW = ("obs", "action", "outcome")
@@ -72,6 +75,13 @@ def test_a_loaded_policy_plays_valid_episodes(runs: dict[str, Path], kind: str) 
     assert policy.spec.has_action_mask
 
 
+def test_a_run_ends_where_nothing_is_valid_and_says_so() -> None:
+    error = str(not_finite(make_env("masked_cells:Cells").spec, "in lane 3"))
+    assert error.startswith("rewards and observations must be finite, but Cells returned one that isn't in lane 3; ")
+    assert error.endswith("a state that goes on without a valid action counts as one too")
+    assert str(not_finite(make_env("CartPole-v1").spec, "in lane 3")).endswith("one that isn't in lane 3")
+
+
 @pytest.mark.parametrize("env", ["masked_cells:Cells", "masked:Corridor-v0"])
 def test_an_actor_of_a_fleet_acts_and_values_by_masks(env: str) -> None:
     """All values are 0, so that TD errors are rewards. An invalid action's least value would show in them."""
@@ -90,6 +100,16 @@ def test_an_actor_of_a_fleet_acts_and_values_by_masks(env: str) -> None:
     assert np.take_along_axis(mask, action[..., None], axis=-1)[..., 0][is_step].all()
     errors = np.concatenate([chunk.td_error for chunk in chunks])
     assert np.isfinite(errors[~np.isnan(errors)]).all() and np.nanmax(np.abs(errors)) <= 1.0
+
+
+def test_the_learner_of_a_fleet_takes_transitions_joined_with_masks() -> None:
+    config = config_of("masked:Corridor-v0", hidden_sizes=(), batch_size=8)
+    learner, num_samples = GlobalLearner(config), 8 * batches_per_round(config, make_env("masked:Corridor-v0").spec)
+    obs = np.tile(np.float32([2, 1, 1, 1]), (num_samples, 1))
+    ones = np.ones(num_samples, np.float32)
+    batches = Transition(obs, np.zeros(num_samples, np.int32), ones, ones, obs, ones)
+    result, _ = learner.learn([np.arange(num_samples)], batches)
+    assert np.isfinite(result.loss) and result.learner_steps == num_samples // 8
 
 
 def test_a_policy_acts_by_masks(runs: dict[str, Path]) -> None:

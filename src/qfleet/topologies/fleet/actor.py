@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import ActorPool, RunFailed, TrainConfig
+from qfleet.config import ActorPool, TrainConfig
 from qfleet.core.agent import Agent, noise_keys
 from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
 from qfleet.core.keys import NOISE, Stream, key_of, sample_keys
@@ -23,7 +23,7 @@ from qfleet.envs.in_graph import draw
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.host_acting import HostActing, ReceivedRow
-from qfleet.topologies.acting import ActorState, act, init_actor
+from qfleet.topologies.acting import ActorState, act, init_actor, not_finite
 from qfleet.topologies.fleet.env_and_agent import EnvAndAgent, actor_pool_of, make_env_and_agent
 
 
@@ -177,7 +177,7 @@ class _InGraphLanes:
     ) -> None:
         num_lanes, num_rows = pool.lanes_per_actor, pool.rows_per_chunk
         lane_numbers = jnp.arange(num_lanes, dtype=jnp.uint32)
-        self._name = env.spec.name
+        self._spec = env.spec
 
         def init(key: Array) -> tuple[ActorState, Array]:
             lanes_key, key = jax.random.split(key)
@@ -207,10 +207,7 @@ class _InGraphLanes:
         stats = jax.device_get(stats)
         if np.any(stats.is_bad):
             row, lane = np.argwhere(stats.is_bad)[0]
-            raise RunFailed(
-                f"rewards and observations must be finite, but {self._name} returned one that isn't in row {row} of a "
-                f"chunk, in lane {lane}"
-            )
+            raise not_finite(self._spec, f"in row {row} of a chunk, in lane {lane}")
         ended = stats.episode_ended
         returns, lengths = stats.episode_return[ended].tolist(), stats.episode_steps[ended].tolist()
         return _Steps(rows, q_taken, stats.q_max, returns, lengths, 0)
