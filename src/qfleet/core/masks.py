@@ -24,7 +24,8 @@ from qfleet.core.types import Carry, EnvSpec, Network, Params, Recurrence, ident
 INVALID = float(np.finfo(np.float32).min)
 """The Q-value of an invalid action. A finite one, so that a product with 0 is 0."""
 
-_LEAST_VALID = INVALID / 2
+_LEAST_VALID, _GREATEST_INVALID = -1e29, -1e30
+"""Limits that tell valid actions from others, even if all values are multiplied by a scale."""
 
 
 class MaskedOutputs(NamedTuple):
@@ -84,13 +85,13 @@ def or_all(mask: Any) -> Any:
 
 
 def with_invalid(q: Array, is_valid: Array) -> Array:
-    """Returns Q-values, `[..., num_actions]`, that are `INVALID` where an action is, and above it where it isn't."""
+    """Returns Q-values, `[..., num_actions]`, that are `INVALID` where an action is, and far above it elsewhere."""
     return jnp.where(is_valid, jnp.maximum(q, _LEAST_VALID), INVALID)
 
 
 def is_valid_in(q: Array) -> Array:
     """Returns which actions are valid by the Q-values of `with_invalid`. Those that aren't numbers are."""
-    return q != INVALID
+    return ~(q < _GREATEST_INVALID)
 
 
 def valid_or_greedy(action: Array, q: Array) -> Array:
@@ -101,7 +102,7 @@ def valid_or_greedy(action: Array, q: Array) -> Array:
 
 def shown(q: np.ndarray) -> np.ndarray:
     """Returns Q-values as users see them, in a new array: -inf where an action is invalid."""
-    return np.where(q == np.float32(INVALID), -np.inf, q).astype(np.float32)
+    return np.where(q < _GREATEST_INVALID, -np.inf, q).astype(np.float32)
 
 
 def masked(network: Network, spec: EnvSpec) -> Network:
