@@ -156,8 +156,14 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         params: Params, target_params: Params, batch: Batch, draws: Draws | None = None
     ) -> tuple[Array, SampleLosses]:
         split = _split(draws)
+        if isinstance(batch, Regression) and recurrence is not None:
+            _, rows = recurrence.unroll(params, batch.carry, batch.obs, batch.is_first, split.value)
+            batch = batch._replace(carry=(), is_first=())
+            outputs, batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, batch))
+        else:
+            outputs = outputs_of(params, batch.obs, split.value)
         target = jax.lax.stop_gradient(target_of(params, target_params, batch, split))
-        found = head.loss(outputs_of(params, batch.obs, split.value), batch.action, target)
+        found = head.loss(outputs, batch.action, target)
         return jnp.mean(batch.weight * found.loss), found
 
     return Agent(
