@@ -86,7 +86,8 @@ def test_another_mode_drops_what_the_preset_says_about_its_own() -> None:
 
 
 def test_a_topology_that_can_not_train_a_memory_names_those_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TOPOLOGIES["fused"], "replays_with_memory", ("none",))
+    for kind in TOPOLOGIES.values():
+        monkeypatch.setattr(kind, "replays_with_memory", ("none",) if kind is TOPOLOGIES["fused"] else ())
     assert make_config("CartPole-v1", "pqn", memory="gru", memory_size=16).agent.memory_size == 16
     message = "memory must be none with topology gossip and replay none, got 'gru'; choose topology fused, or memory"
     with pytest.raises(ConfigError, match=message):

@@ -286,6 +286,7 @@ class GossipConfig(LaneOptions, RayTopologyConfig):
 
     name: ClassVar[str] = "gossip"
     summary: ClassVar[str] = "peers that learn on their own and now and then average parameters in pairs, on Ray"
+    replays_with_memory: ClassVar[tuple[str, ...]] = ("none",)
 
     silence_seconds: float = 60.0
     """Longest time that a peer may take to reply. One that takes longer is replaced, like one that died."""

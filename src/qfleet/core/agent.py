@@ -111,6 +111,7 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
     """
     head = masked_head(make_head(config)) if network.is_masked else make_head(config)
     recurrence, explore = network.recurrence, exploration.explorer(config.exploration, is_masked=network.is_masked)
+    repeats, repeat = config.exploration_max_duration > 1, exploration.make_repeat(config)
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
     def q_values(params: Params, obs: Array, keys: Array | None = None) -> Array:
@@ -129,6 +130,9 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
     ) -> Acted:
         q, memory = act_values(params, memory, keys)
         action = explore(q, exploration, uniform)
+        if repeats:
+            action, repetition = repeat(action, exploration, uniform, memory.explorer)
+            memory = memory._replace(explorer=repetition)
         if network.is_masked:  # an explorer needn't know of masks
             action = valid_or_greedy(action, q)
         return Acted(action, q, memory)
@@ -179,9 +183,15 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
             assert loss_of_sequences is not None
             found = loss_of_sequences(params, target_params, batch, split.value, split.target)
             return jnp.mean(batch.weight * found.loss), found
-        target = jax.lax.stop_gradient(target_of(params, target_params, batch, split))
-        found = head.loss(outputs_of(params, batch.obs, split.value), batch.action, target)
-        return jnp.mean(batch.weight * found.loss), found
+        if isinstance(batch, Regression) and recurrence is not None:
+            _, rows = recurrence.unroll(params, batch.carry, batch.obs, batch.is_first, split.value)
+            batch = batch._replace(carry=(), is_first=())
+            outputs, flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, batch))
+        else:
+            outputs, flat = outputs_of(params, batch.obs, split.value), batch
+        target = jax.lax.stop_gradient(target_of(params, target_params, flat, split))
+        found = head.loss(outputs, flat.action, target)
+        return jnp.mean(flat.weight * found.loss), found
 
     return Agent(
         init=network.init,
@@ -189,7 +199,7 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         explore=explore,
         loss=loss,
         to_storage_layout=network.to_storage_layout,
-        memory=make_memory(network, frame_stack),
+        memory=make_memory(network, frame_stack, exploration.no_repetition if repeats else None),
         act_values=act_values,
         act=act,
         player=make_player(network, frame_stack),

@@ -133,7 +133,7 @@ def _num_bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
-def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int) -> Batch:
+def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int, carry: Any = ()) -> Batch:
     """Returns the shapes of one replica's share of a batch of transitions, or of a whole rollout.
 
     Args:
@@ -141,6 +141,7 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
       config: the agent's config.
       num_lanes: number of lanes over all replicas.
       num_replicas: number of replicas.
+      carry: shapes of what a recurrent network remembers of one replica's lanes; `()` for others.
     """
     has_replay = config.replay != "none"
     shape = (config.batch_size,) if has_replay else (rows_per_iteration(config), num_lanes)
@@ -153,7 +154,7 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
     action, number = of(np.int32), of(np.float32)
     if has_replay:
         return Transition(obs, action, number, number, obs, number)
-    return Regression(obs, action, number, number)
+    return Regression(obs, action, number, number, carry, of(np.bool_) if jax.tree.leaves(carry) else ())
 
 
 def evaluation_shapes(env: InGraphEnv, player: Player, num_episodes: int) -> Any:
