@@ -38,6 +38,10 @@ AGENTS = {
         replay="none", rollout_length=ROWS, num_minibatches=4, noisy=True, head="hl_gauss", hidden_sizes=(16,),
         exploration_start=0.0, exploration_end=0.0,
     ),
+    "r2d2": AgentConfig(
+        **{**REPLAY, "batch_size": 4}, replay="prioritised", memory="lstm", memory_size=4, burn_in=2, sequence_length=6,
+        double=True, n_step=2, value_rescaling=True, hidden_sizes=(8,),
+    ),
 }  # fmt: skip
 
 
@@ -113,7 +117,20 @@ def test_a_mesh_draws_what_one_device_does():
     assert_close(advance(make("noisy_pqn", mesh), 4), advance(make("noisy_pqn", one), 4))
 
 
-@pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn"])
+def test_a_mesh_stores_the_states_that_one_device_does_and_learns_from_them():
+    """The rows before the first learner step are the same on any mesh."""
+    rings = []
+    for mesh in (MeshConfig(), MeshConfig(data=2, model=2)):
+        fused = make("r2d2", FusedConfig(num_envs=NUM_ENVS, mesh=mesh))
+        advance(fused, 1)
+        rings.append(jax.device_get(fused.state["replay"].ring))
+    assert np.any(rings[0].rows.carry[:ROWS] != 0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *rings)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(advance(fused, 3)))
+    assert fused.learner_steps > 0
+
+
+@pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn", "r2d2"])
 def test_a_resumed_run_draws_what_the_whole_one_does(kind):
     whole, half = (make(kind, FusedConfig(num_envs=NUM_ENVS)) for _ in range(2))
     advance(half, 4)

@@ -25,6 +25,7 @@ class FusedConfig(TopologyConfig):
     """Where it runs: in one compiled program, which acts and learns."""
 
     name: ClassVar[str] = "fused"
+    replays_with_memory = ("uniform", "prioritised")
     summary: ClassVar[str] = "acting and learning in one compiled program, for environments written in JAX"
     environment_kinds: ClassVar[tuple[EnvironmentKind, ...]] = ("in-graph",)
 
@@ -47,6 +48,7 @@ class OverlappedConfig(LaneOptions, TopologyConfig):
     """Where it runs: threads or processes step environments of other libraries while the learner learns."""
 
     name: ClassVar[str] = "overlapped"
+    replays_with_memory = ("uniform", "prioritised")
     summary: ClassVar[str] = "other environments step in threads or processes while the learner learns"
     environment_kinds: ClassVar[tuple[EnvironmentKind, ...]] = ("host",)
 

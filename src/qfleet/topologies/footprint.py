@@ -18,7 +18,7 @@ from qfleet.config import AgentConfig, ConfigError, TrainConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.player import Player
 from qfleet.core.replay import ReplayState
-from qfleet.core.types import Batch, EnvSpec, Regression, Transition
+from qfleet.core.types import Batch, EnvSpec, Regression, Sequences, Transition
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks.partition import MODEL_AXIS
 from qfleet.runtime.devices import available_bytes, describe_memory
@@ -133,14 +133,15 @@ def _num_bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
-def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int) -> Batch:
-    """Returns the shapes of one replica's share of a batch of transitions, or of a whole rollout.
+def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int, carry_size: int = 0) -> Batch:
+    """Returns the shapes of one replica's share of a batch of transitions or sequences, or of a whole rollout.
 
     Args:
       stored: the spec of observations in the network's storage layout.
       config: the agent's config.
       num_lanes: number of lanes over all replicas.
       num_replicas: number of replicas.
+      carry_size: numbers that the network remembers of each lane; 0 without memory.
     """
     has_replay = config.replay != "none"
     shape = (config.batch_size,) if has_replay else (rows_per_iteration(config), num_lanes)
@@ -151,6 +152,19 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
 
     obs = of(stored.observation_dtype, *stored.agent_observation_shape)
     action, number = of(np.int32), of(np.float32)
+    if config.learns_sequences:
+        rows, learned = config.rows_after_start + 1, config.sequence_length
+        return Sequences(
+            obs=of(obs.dtype, rows, *stored.agent_observation_shape),
+            is_first=of(np.bool_, rows),
+            carry=of(np.float32, carry_size),
+            action=of(np.int32, learned),
+            reward=of(np.float32, learned),
+            discount=of(np.float32, learned),
+            num_steps=of(np.int32, learned),
+            is_step=of(np.bool_, learned),
+            weight=number,
+        )
     if has_replay:
         return Transition(obs, action, number, number, obs, number)
     return Regression(obs, action, number, number)

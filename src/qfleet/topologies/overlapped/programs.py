@@ -30,10 +30,13 @@ class HostRow(NamedTuple):
     truncated: Any
     no_step: Any
     """bool, the action led nowhere: the lane was at a final observation, or its environment failed."""
+    carry: Any = ()
+    """What a recurrent network remembered before the observation, on the devices; `()` in a rollout."""
 
     def with_obs(self, obs: Array) -> Row:
         """Returns the row as a replay stores it, with observations in their storage layout."""
-        return Row(obs, self.action, self.reward, outcome_of(self.terminated, self.truncated, self.no_step))
+        outcome = outcome_of(self.terminated, self.truncated, self.no_step)
+        return Row(obs, self.action, self.reward, outcome, carry=self.carry)
 
 
 class RandomInputs(NamedTuple):
@@ -54,10 +57,10 @@ class Programs(NamedTuple):
     """`init(seed) -> learner, replay, key`."""
     draw: Callable[[Array], tuple[Array, RandomInputs]]
     """`draw(key) -> key, inputs`."""
-    act: Callable[..., tuple[MemoryState, Array, Array]]
-    """`act(params, memory, obs, is_first, exploration, uniform, noise_key) -> memory, action, q_max`: `memory` is what
-    the agent remembers of the rows before, `obs` holds the newest observations, and `is_first` says which of them start
-    an episode."""
+    act: Callable[..., tuple[MemoryState, Array, Array, Any]]
+    """`act(params, memory, obs, is_first, exploration, uniform, noise_key) -> memory, action, q_max, carry`: `memory`
+    is what the agent remembers of the rows before, `obs` holds the newest observations, and `is_first` says which of
+    them start an episode. `carry` is `HostRow.carry`."""
     learn: Callable[..., tuple]
     """With replay: `learn(learner, replay, row, key, importance_exponent, num_updates) -> learner, replay, losses`.
     Without replay: `learn(learner, rows, memories, q_max, next_obs, next_is_first, key) -> learner, losses`, for one
@@ -106,12 +109,12 @@ def make_programs(
         exploration: Array,
         uniform: Array,
         noise_key: Any,
-    ) -> tuple[MemoryState, Array, Array]:
+    ) -> tuple[MemoryState, Array, Array, Any]:
         memory = agent.memory.observe(memory, agent.to_storage_layout(obs), is_first)
         has_noise = not isinstance(noise_key, tuple)
         keys = sample_keys(noise_key, local_lane_ids(replicas, len(uniform))) if has_noise else None
         acted = agent.act(params, memory, exploration, uniform, keys)
-        return acted.memory, acted.action, jnp.max(acted.q, axis=-1)
+        return acted.memory, acted.action, jnp.max(acted.q, axis=-1), memory.carry
 
     def insert(replay_state: ReplayState, row: HostRow) -> ReplayState:
         assert replay is not None

@@ -230,7 +230,7 @@ class Overlapped(OwnLearner):
         rows, memories, q_max = [], [], []
         for i in range(len(uniforms)):
             row, row_q_max = self._act_and_learn(plan.exploration[0, i], uniforms[i], noise_keys[i], stats)
-            rows.append(row._replace(obs=()))
+            rows.append(row._replace(obs=(), carry=()))
             memories.append(self._memory)
             q_max.append(row_q_max)
         stacked = self._on_mesh.rollout_to_devices(rows)
@@ -255,7 +255,7 @@ class Overlapped(OwnLearner):
         """
         acting, obs, staleness = self._acting, self._acting.obs, self._learning.staleness
         is_first, uniform = self._on_mesh.lanes_to_devices((acting.is_first, uniform))
-        self._memory, action, q_max = self._act(
+        self._memory, action, q_max, carry = self._act(
             self.params, self._memory, obs, is_first, exploration, uniform, noise_key
         )
         # This waits until the learner steps under way are done, because their parameters choose the action.
@@ -264,7 +264,10 @@ class Overlapped(OwnLearner):
         self._learning.learn_pending()
         received = acting.receive()
         stats.add(received, self._to_host(q_max), staleness)
-        return HostRow(obs, action, received.reward, received.terminated, received.truncated, received.no_step), q_max
+        row = HostRow(
+            obs, action, received.reward, received.terminated, received.truncated, received.no_step, carry=carry
+        )
+        return row, q_max
 
     def prepare_evaluation(self) -> None:
         """Makes the lanes of evaluations."""
