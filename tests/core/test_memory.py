@@ -9,6 +9,10 @@ from qfleet.config import AgentConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.memory import make_memory, memory_shapes
 from qfleet.core.player import make_player
+from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, Row
+from qfleet.core.replicas import ALONE
+from qfleet.core.types import Regression
+from qfleet.core.updates import minibatches_of_lanes, regression
 
 ZERO, HALF = jnp.float32(0), jnp.full(2, 0.5)
 
@@ -52,3 +56,43 @@ def test_shapes_are_those_of_what_is_remembered() -> None:
     spec = probes.random_walk(frame_stack=1).spec
     shapes = memory_shapes(make_memory(probes.summing_network()), spec, 5)
     assert [x.shape for x in jax.tree.leaves(shapes)] == [(5, 2), (5, 1)]
+
+
+def rollout(num_lanes: int) -> Regression:
+    """Returns a rollout of 4 rows. In lane 0 the second row ends an episode, and the third is its last observation."""
+    lanes = jnp.arange(num_lanes, dtype=jnp.float32)
+    outcome = jnp.full((4, num_lanes), CONTINUED).at[1:3, 0].set(jnp.array([TERMINATED, NO_STEP]))
+    obs = (lanes + 10 * jnp.arange(4.0)[:, None])[..., None]
+    rows = Row(obs, jnp.zeros((4, num_lanes), int), jnp.ones((4, num_lanes)), outcome)
+    return regression(rows, jnp.zeros((4, num_lanes)), jnp.zeros(num_lanes), AgentConfig(), 100 * lanes[:, None])
+
+
+def test_a_rollout_is_unrolled_from_where_it_began_and_anew_in_each_episode() -> None:
+    agent, batch = make_agent(probes.summing_network(), AgentConfig(memory="gru", replay="none")), rollout(2)
+    assert batch.is_first.tolist() == [[False, False], [False, False], [False, False], [True, False]]
+    found = agent.loss({}, (), batch)[1]
+    values = batch.target - found.td_error.reshape(4, 2)
+    np.testing.assert_allclose(values, [[0, 101], [10, 112], [30, 133], [30, 164]], atol=1e-4)
+
+
+def test_minibatches_of_a_recurrent_network_are_of_whole_lanes_on_any_number_of_replicas() -> None:
+    batch, key = rollout(8), jax.random.key(0)
+    whole = jax.jit(minibatches_of_lanes, static_argnums=2)(batch, key, 2)
+    lanes = whole.carry[..., 0] / 100  # [minibatches, lanes]
+    assert sorted(np.ravel(lanes).tolist()) == list(range(8)) and whole.obs.shape == (2, 4, 4, 1)
+    expected = lanes[:, None, :, None] + 10 * jnp.arange(4.0)[None, :, None, None]
+    np.testing.assert_array_equal(whole.obs, expected)
+    np.testing.assert_array_equal(whole.is_first[:, 3], lanes == 0)
+
+    def cut_half(rank: jax.Array) -> Regression:
+        def own(x: jax.Array, axis: int) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, rank * 4, 4, axis)
+
+        rows = jax.tree.map(lambda x: own(x, 1), batch._replace(carry=()))
+        replicas = ALONE._replace(size=2, rank=lambda: rank)
+        return minibatches_of_lanes(rows._replace(carry=own(batch.carry, 0)), key, 2, replicas)
+
+    cut = jax.jit(cut_half)
+    halves = [cut(jnp.uint32(rank)) for rank in range(2)]
+    np.testing.assert_array_equal(whole.carry, np.concatenate([half.carry for half in halves], axis=1))
+    np.testing.assert_array_equal(whole.obs, np.concatenate([half.obs for half in halves], axis=2))

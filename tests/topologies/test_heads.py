@@ -1,4 +1,4 @@
-"""Heads and noise in every topology: what is drawn is the same wherever it runs, and goes on after a resume."""
+"""Heads, noise and memory in every topology: what is drawn is the same wherever it runs, and goes on after a resume."""
 
 import functools
 
@@ -41,6 +41,10 @@ AGENTS = {
     "r2d2": AgentConfig(
         **{**REPLAY, "batch_size": 4}, replay="prioritised", memory="lstm", memory_size=4, burn_in=2, sequence_length=6,
         double=True, n_step=2, value_rescaling=True, hidden_sizes=(8,),
+    ),
+    "recurrent_pqn": AgentConfig(
+        replay="none", rollout_length=ROWS, num_minibatches=2, memory="gru", memory_size=8, head="iqn", num_quantiles=4,
+        num_cosines=8, hidden_sizes=(16,), exploration_start=0.5, exploration_end=0.5,
     ),
 }  # fmt: skip
 
@@ -106,15 +110,18 @@ def test_overlapped_in_lock_step_draws_what_the_fused_program_does(kind):
     assert fused.learner_steps > 0
     moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), first, learned)
     assert all(jax.tree.leaves(moved)), "every parameter learns, those of the noise included"
-    overlapped = make(kind, OverlappedConfig(num_envs=NUM_ENVS, lock_step=True, profile=kind != "rainbow"))
+    overlapped = make(
+        kind, OverlappedConfig(num_envs=NUM_ENVS, lock_step=True, profile=kind in ("munchausen_iqn", "noisy_pqn"))
+    )
     assert_close(advance(overlapped, 6), learned)
     overlapped.close()
 
 
-def test_a_mesh_draws_what_one_device_does():
+@pytest.mark.parametrize("kind", ["noisy_pqn", "recurrent_pqn"])
+def test_a_mesh_draws_what_one_device_does(kind):
     """Without a replay all of a run is the same on any mesh: noise, episodes and minibatches."""
     one, mesh = FusedConfig(num_envs=NUM_ENVS), FusedConfig(num_envs=NUM_ENVS, mesh=MeshConfig(data=2, model=2))
-    assert_close(advance(make("noisy_pqn", mesh), 4), advance(make("noisy_pqn", one), 4))
+    assert_close(advance(make(kind, mesh), 4), advance(make(kind, one), 4))
 
 
 def test_a_mesh_stores_the_states_that_one_device_does_and_learns_from_them():
@@ -130,7 +137,7 @@ def test_a_mesh_stores_the_states_that_one_device_does_and_learns_from_them():
     assert fused.learner_steps > 0
 
 
-@pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn", "r2d2"])
+@pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn", "recurrent_pqn", "r2d2"])
 def test_a_resumed_run_draws_what_the_whole_one_does(kind):
     whole, half = (make(kind, FusedConfig(num_envs=NUM_ENVS)) for _ in range(2))
     advance(half, 4)

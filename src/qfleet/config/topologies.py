@@ -25,9 +25,9 @@ class FusedConfig(TopologyConfig):
     """Where it runs: in one compiled program, which acts and learns."""
 
     name: ClassVar[str] = "fused"
-    replays_with_memory = ("uniform", "prioritised")
     summary: ClassVar[str] = "acting and learning in one compiled program, for environments written in JAX"
     environment_kinds: ClassVar[tuple[EnvironmentKind, ...]] = ("in-graph",)
+    replays_with_memory: ClassVar[tuple[str, ...]] = ("uniform", "prioritised", "none")
 
     num_envs: int = 32
     """Lanes: environments stepped at once, over all devices."""
@@ -48,9 +48,9 @@ class OverlappedConfig(LaneOptions, TopologyConfig):
     """Where it runs: threads or processes step environments of other libraries while the learner learns."""
 
     name: ClassVar[str] = "overlapped"
-    replays_with_memory = ("uniform", "prioritised")
     summary: ClassVar[str] = "other environments step in threads or processes while the learner learns"
     environment_kinds: ClassVar[tuple[EnvironmentKind, ...]] = ("host",)
+    replays_with_memory: ClassVar[tuple[str, ...]] = ("uniform", "prioritised", "none")
 
     lock_step: bool = False
     """Wait for each row's learning before the next action. This is slower, and deterministic if the environments are.
@@ -100,6 +100,7 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
     name: ClassVar[str] = "all-reduce"
     summary: ClassVar[str] = "equal processes in step, whose gradients are averaged at every learner step"
     runs_in: ClassVar[Any] = "joined processes"
+    replays_with_memory: ClassVar[tuple[str, ...]] = ("none",)
 
     lock_step: bool = False
     """Wait for each row's learning before the next action, as in the overlapped topology."""

@@ -175,9 +175,15 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
             assert loss_of_sequences is not None
             found = loss_of_sequences(params, target_params, batch, split.value, split.target)
             return jnp.mean(batch.weight * found.loss), found
-        target = jax.lax.stop_gradient(target_of(params, target_params, batch, split))
-        found = head.loss(outputs_of(params, batch.obs, split.value), batch.action, target)
-        return jnp.mean(batch.weight * found.loss), found
+        if isinstance(batch, Regression) and recurrence is not None:
+            _, rows = recurrence.unroll(params, batch.carry, batch.obs, batch.is_first, split.value)
+            batch = batch._replace(carry=(), is_first=())
+            outputs, flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, batch))
+        else:
+            outputs, flat = outputs_of(params, batch.obs, split.value), batch
+        target = jax.lax.stop_gradient(target_of(params, target_params, flat, split))
+        found = head.loss(outputs, flat.action, target)
+        return jnp.mean(flat.weight * found.loss), found
 
     return Agent(
         init=network.init,

@@ -133,14 +133,15 @@ def update(
       key: the key of this step, the same in all replicas. Learners that draw nothing need none.
       replicas: replicas whose gradients are averaged.
     """
-    grads, info = learner.gradients(state, batch, draws_of_step(learner, key, len(batch.action), replicas))
+    grads, info = learner.gradients(state, batch, draws_of_step(learner, key, batch.action.shape[-1], replicas))
     return learner.apply(state, replicas.mean(grads)), info
 
 
 def draws_of_step(learner: Learner, key: Array | None, batch_size: int, replicas: Replicas = ALONE) -> Draws | None:
     """Returns the `draws` that `Learner.gradients` takes for this replica's share of a batch; None if it needs none.
 
-    Each sample's key comes from its number in the whole batch, so that replicas draw what a single learner does.
+    Each sample's key, or that of each lane of a rollout, comes from its number in the whole batch, so that replicas
+    draw what a single learner does.
     """
     if not learner.needs_draws:
         return None

@@ -1,4 +1,8 @@
-"""What an agent remembers of each lane from one row to the next. Topologies keep it, but don't look into it."""
+"""What an agent remembers of each lane from one row to the next.
+
+Topologies pass it on, and store `view` and `carry` with the rows that the agent learns from. They know nothing else of
+it.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

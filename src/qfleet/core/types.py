@@ -127,6 +127,12 @@ class Regression(NamedTuple):
     """`[batch]` float32, the target of `q(obs)[action]`."""
     weight: jax.Array
     """`[batch]` float32, 0 for rows without an action and 1 for all others."""
+    carry: Any = ()
+    """With a recurrent network the leading axes are `[rows, lanes]`, and this is what the network remembered before the
+    first row, `[lanes, size]` float32."""
+    is_first: Any = ()
+    """`[rows, lanes]` bool, with a recurrent network: whether an episode starts at a row. It is False for the first
+    row, whose `carry` is known."""
 
 
 class Sequences(NamedTuple):

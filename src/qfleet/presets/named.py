@@ -142,6 +142,29 @@ PRESETS: dict[str, Preset] = {
             "exploration_end": 0.02,
         },
     ),
+    "pqn_rnn": Preset(
+        summary="pqn, with a GRU that remembers the episode",
+        source=(
+            "Gallici et al. 2024, arXiv 2407.04811, with purejaxql's settings for MemoryChain, but half their "
+            "units, no last action as an input, and returns that are computed once a rollout"
+        ),
+        settings={
+            "replay": "none",
+            "memory": "gru",
+            "memory_size": 128,
+            "layer_norm": True,
+            "loss": "squared",
+            "optimiser": "radam",
+            "hidden_sizes": (128, 128),
+            "num_envs": 32,
+            "rollout_length": 128,
+            "trace_decay": 0.95,
+            "num_epochs": 4,
+            "num_minibatches": 16,
+            "exploration_end": 0.01,
+            "exploration_fraction": 0.1,
+        },
+    ),
     "atari_dqn": Preset(
         summary="dqn as published for Atari: one update of 32 every 4 agent steps, a replay of a million frames",
         source="Mnih et al. 2015, Nature 518, extended data table 1; RMSProp's epsilon is adapted to mean gradients",

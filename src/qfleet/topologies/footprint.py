@@ -133,7 +133,7 @@ def _num_bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
-def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int, carry_size: int = 0) -> Batch:
+def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int, carry: Any = ()) -> Batch:
     """Returns the shapes of one replica's share of a batch of transitions or sequences, or of a whole rollout.
 
     Args:
@@ -141,7 +141,7 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
       config: the agent's config.
       num_lanes: number of lanes over all replicas.
       num_replicas: number of replicas.
-      carry_size: numbers that the network remembers of each lane; 0 without memory.
+      carry: shapes of what a recurrent network remembers of one replica's lanes; `()` for others.
     """
     has_replay = config.replay != "none"
     shape = (config.batch_size,) if has_replay else (rows_per_iteration(config), num_lanes)
@@ -157,7 +157,7 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
         return Sequences(
             obs=of(obs.dtype, rows, *stored.agent_observation_shape),
             is_first=of(np.bool_, rows),
-            carry=of(np.float32, carry_size),
+            carry=jax.tree.map(lambda x: of(x.dtype, *x.shape[1:]), carry),
             action=of(np.int32, learned),
             reward=of(np.float32, learned),
             discount=of(np.float32, learned),
@@ -167,7 +167,7 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
         )
     if has_replay:
         return Transition(obs, action, number, number, obs, number)
-    return Regression(obs, action, number, number)
+    return Regression(obs, action, number, number, carry, of(np.bool_) if jax.tree.leaves(carry) else ())
 
 
 def evaluation_shapes(env: InGraphEnv, player: Player, num_episodes: int) -> Any:

@@ -201,7 +201,7 @@ def _rollout_iteration(
 
         actor, (rows, stats) = jax.lax.scan(row, state.actor, (step_keys, uniforms, noise, plan.exploration))
         last_value = jnp.max(agent.act_values(params, actor.memory)[0], axis=-1)
-        batch = regression(rows, stats.q_max, last_value, config)
+        batch = regression(rows, stats.q_max, last_value, config, state.actor.memory.carry)
         learner_state, losses = learn_from_rollout(learner, state.learner, batch, shuffle_key, config, replicas)
         return FusedState(learner_state, actor, (), key), stats, losses
 

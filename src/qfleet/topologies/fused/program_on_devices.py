@@ -40,7 +40,7 @@ class ProgramOnDevices:
           ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
         """
         agent = make_agent(network, config.agent, env.spec.frame_stack)
-        self._config, self._carry_size = config, agent.carry_size
+        self._config = config
         self._placement = Placement(config.topology.mesh, network)
         self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
         self._make_program = functools.partial(
@@ -104,7 +104,7 @@ class ProgramOnDevices:
             self._config.agent,
             self._config.topology.num_envs,
             mesh.shape[DATA_AXIS],
-            self._carry_size,
+            shapes.actor.memory.carry,
         )
         episodes = jax.eval_shape(self._first_program.begin_episodes, np.uint32(0), np.uint32(0), np.int32(0))
         axes, devices, batch_specs = mesh.shape, mesh.local_devices, PartitionSpec(DATA_AXIS)

@@ -22,9 +22,9 @@ from qfleet.core.updates import (
     EpochKeys,
     Losses,
     add_losses,
+    cut_rollout,
     learn_from_minibatches,
     make_epoch_keys,
-    minibatches,
     no_losses,
 )
 from qfleet.envs.host import HostLanes
@@ -154,7 +154,7 @@ def _timed_learn_without_replay(
     learner: Learner, programs: Programs, config: AgentConfig, stopwatch: Stopwatch, arguments: tuple[Any, ...]
 ) -> Callable[..., tuple[LearnerState, Losses]]:
     def cut(batch: Regression, keys: EpochKeys, i: Array) -> tuple[Regression, Array]:
-        return minibatches(batch, keys.shuffle[i], config.num_minibatches), i + 1
+        return cut_rollout(batch, keys.shuffle[i], config.num_minibatches), i + 1
 
     def epoch_keys(key: Array) -> EpochKeys:
         return make_epoch_keys(key, config.num_epochs)

@@ -60,13 +60,13 @@ class Programs(NamedTuple):
     act: Callable[..., tuple[MemoryState, Array, Array, Any]]
     """`act(params, memory, obs, is_first, exploration, uniform, noise_key) -> memory, action, q_max, carry`: `memory`
     is what the agent remembers of the rows before, `obs` holds the newest observations, and `is_first` says which of
-    them start an episode. `carry` is `HostRow.carry`."""
+    them start an episode. `carry` is what a recurrent network remembered before `obs`, `()` for others."""
     learn: Callable[..., tuple]
     """With replay: `learn(learner, replay, row, key, importance_exponent, num_updates) -> learner, replay, losses`.
-    Without replay: `learn(learner, rows, memories, q_max, next_obs, next_is_first, key) -> learner, losses`, for one
-    rollout. `memories` is what `act` returned in each row."""
+    Without replay: `learn(learner, rows, memories, q_max, carry, next_obs, next_is_first, key) -> learner, losses`,
+    for one rollout. `memories` is what `act` returned in each row, and `carry` what it returned in the first."""
     rollout_batch: Callable[..., Regression]
-    """`rollout_batch(params, rows, memories, q_max, next_obs, next_is_first) -> batch`, for one rollout."""
+    """`rollout_batch(params, rows, memories, q_max, carry, next_obs, next_is_first) -> batch`, for one rollout."""
     insert: Callable[[ReplayState, HostRow], ReplayState]
     """`insert(replay, row) -> replay`; where the row has no step, the steps before it are cut short."""
     replay_leaves: Callable[[ReplayState], Array | tuple[()]]
@@ -168,11 +168,12 @@ def _make_learn_from_rollout(
         rows: HostRow,
         memories: tuple[MemoryState, ...],
         q_max: tuple[Array, ...],
+        carry: Any,
         next_obs: Array,
         next_is_first: Array,
         key: Array,
     ) -> tuple[LearnerState, Losses]:
-        batch = rollout_batch(state.params, rows, memories, q_max, next_obs, next_is_first)
+        batch = rollout_batch(state.params, rows, memories, q_max, carry, next_obs, next_is_first)
         state, losses = learn_from_rollout(learner, state, batch, key, config, replicas)
         return state, replicas.mean(losses)
 
@@ -185,13 +186,14 @@ def _make_rollout_batch(config: AgentConfig, agent: Agent) -> Callable[..., Regr
         rows: HostRow,
         memories: tuple[MemoryState, ...],
         q_max: tuple[Array, ...],
+        carry: Any,
         next_obs: Array,
         next_is_first: Array,
     ) -> Regression:
         stored = rows.with_obs(jnp.stack([memory.view for memory in memories]))
         memory = agent.memory.observe(memories[-1], agent.to_storage_layout(next_obs), next_is_first)
         next_value = jnp.max(agent.act_values(params, memory)[0], axis=-1)
-        return regression(_sealed(stored), jnp.stack(q_max), next_value, config)
+        return regression(_sealed(stored), jnp.stack(q_max), next_value, config, carry)
 
     return rollout_batch
 

@@ -84,7 +84,7 @@ class ProgramsOnMesh:
         else:
             learn = placement.jit(
                 programs.learn,
-                (learner, _OVER_LANES_OF_ROWS, lanes, lanes, lanes, lanes, whole),
+                (learner, _OVER_LANES_OF_ROWS, lanes, lanes, lanes, lanes, lanes, whole),
                 (learner, whole),
                 (0,),
             )
@@ -141,17 +141,14 @@ class ProgramsOnMesh:
         num_replicas = mesh.shape[DATA_AXIS]
         num_lanes = self._num_envs // num_replicas
         obs = jax.ShapeDtypeStruct((num_lanes, *spec.observation_shape), spec.observation_dtype)
-        lanes = [obs, memory_shapes(self.agent.memory, stored, num_lanes)]
+        memory = memory_shapes(self.agent.memory, stored, num_lanes)
         return make_footprint(
             mesh.shape,
             tuple(mesh.local_devices),
             learner=(learner, self._placement.partition_learner(learner)),
-            lanes=(lanes, _OVER_LANES),
+            lanes=((obs, memory), _OVER_LANES),
             replay=(replay, replay and partition(replay, DATA_AXIS)),
-            batch=(
-                batch_shapes(stored, self._config, self._num_envs, num_replicas, self.agent.carry_size),
-                _OVER_LANES,
-            ),
+            batch=(batch_shapes(stored, self._config, self._num_envs, num_replicas, memory.carry), _OVER_LANES),
         )
 
     def learn_arguments(
@@ -171,7 +168,7 @@ class ProgramsOnMesh:
         num_rows = rows_per_iteration(self._config)
         rows, next_is_first = self.rollout_to_devices([row] * num_rows), self.lanes_to_devices(flag)
         memories, q_max = (memory,) * num_rows, (self.copy_to_devices(number),) * num_rows
-        return learner, rows, memories, q_max, obs, next_is_first, key
+        return learner, rows, memories, q_max, memory.carry, obs, next_is_first, key
 
     def blank_memory(self) -> MemoryState:
         """Returns a memory of this process's lanes that all `act` with before their first episodes start."""

@@ -227,15 +227,16 @@ class Overlapped(OwnLearner):
         """
         uniforms = self._own_uniforms(inputs)
         noise_keys = list(inputs.noise_keys) or [()] * len(uniforms)
-        rows, memories, q_max = [], [], []
+        rows, memories, q_max, carries = [], [], [], []
         for i in range(len(uniforms)):
             row, row_q_max = self._act_and_learn(plan.exploration[0, i], uniforms[i], noise_keys[i], stats)
+            carries.append(row.carry)
             rows.append(row._replace(obs=(), carry=()))
             memories.append(self._memory)
             q_max.append(row_q_max)
         stacked = self._on_mesh.rollout_to_devices(rows)
         is_first = self._on_mesh.lanes_to_devices(self._acting.is_first)
-        rollout = (stacked, tuple(memories), tuple(q_max), self._acting.obs, is_first)
+        rollout = (stacked, tuple(memories), tuple(q_max), carries[0], self._acting.obs, is_first)
         self._learning.learn_from_rollout(
             rollout, inputs.learn_keys, planned_learner_steps(self._config.agent, plan, 1)
         )
