@@ -3,15 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import probes
 import pytest
 from small_fleets import config_of
 
-from qfleet.core.replay import NO_STEP, DrawShare
+from qfleet.config import AgentConfig, FusedConfig, TrainConfig
+from qfleet.core.replay import NO_STEP, DrawShare, SavedReplay, make_replay
 from qfleet.core.types import Sequences
+from qfleet.networks import make_network
+from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.actor_learner.learner import GlobalLearner
 from qfleet.topologies.fleet.actor import Actor
 from qfleet.topologies.fleet.env_and_agent import EnvAndAgent, make_env_and_agent
 from qfleet.topologies.fleet.replay_shard import ReplayShard, Writer
+from qfleet.topologies.fused.topology import Fused
+from qfleet.topologies.restoring import saved_replay
 
 BATCH = 8
 SETTINGS = {
@@ -69,3 +75,35 @@ def test_a_learner_learns_from_the_sequences_that_a_shard_draws_and_its_prioriti
     assert any(np.any(x != y) for x, y in zip(before, learner.params()[1], strict=True))
     total = shard.stats().priority
     assert priority.shape == (size,) and shard.set_priorities(0, priority).priority != total
+
+
+def bytes_of(memory: str) -> dict[str, int]:
+    """Returns the sizes of the parts of a small run that keeps 20 rows of 4 lanes and draws 8 sequences of 10 rows."""
+    agent = AgentConfig(
+        replay="uniform", memory=memory, memory_size=4, hidden_sizes=(8,), batch_size=BATCH, burn_in=2,
+        sequence_length=6, n_step=2, replay_capacity=4 * 20,
+    )  # fmt: skip
+    env = probes.random_walk()
+    config = TrainConfig(env="probe", agent=agent, topology=FusedConfig(num_envs=4), eval_episodes=5)
+    footprint = Fused(config, env, make_network(env.spec, agent)).footprint()
+    return {part.name: part.total_bytes for part in footprint.parts}
+
+
+def test_a_footprint_counts_the_states_of_rows_lanes_and_sequences():
+    lstm, gru = bytes_of("lstm"), bytes_of("gru")
+    rows = 20 // 3 * 3  # whole periods
+    assert lstm["replay"] - gru["replay"] == rows * 4 * 4 * 4
+    assert lstm["lanes"] - gru["lanes"] == 4 * 4 * 4
+    assert lstm["batch"] - gru["batch"] == BATCH * 4 * 4
+    assert lstm["batch"] > BATCH * (8 * 4 + 10 * 1 + 6 * (4 * 4 + 1) + 4)
+
+
+def test_a_checkpoint_keeps_the_states(tmp_path):
+    replay = make_replay(probes.random_walk().spec, config_of(**SETTINGS).agent, 2, carry_size=3)
+    ring = replay.init().ring
+    states = np.random.default_rng(0).normal(size=ring.rows.carry.shape).astype(np.float32)
+    saved = SavedReplay(ring._replace(rows=ring.rows._replace(carry=jnp.asarray(states))), (), jnp.float32(1))
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(7, {"replay": saved}, {})
+        read = saved_replay(checkpoints.restore_item("replay"))
+    np.testing.assert_array_equal(read.ring.rows.carry, states)
