@@ -31,8 +31,10 @@ demo: $(VENV)/.installed-core
 # Most of a test's time is compilation, so XLA leaves out what makes programs fast, and not what makes them right.
 # `make test XLA_FLAGS=` compiles them as in a user's run.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+# The tests start hundreds of processes. Without Python's own cache, each would compile the whole package.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -1,8 +1,10 @@
 """Shared by all tests: they run on the CPU, and keep their compiled programs apart from the user's cache."""
 
 import gc
+import itertools
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)  # so that meshes can be tried without any hardware
 
     enable_compilation_cache()  # most of a test's time is compilation, so a second run takes a third of the time
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begins with the files that hold slow tests, so that no process is left alone with one at the end.
+
+    Each is followed by two others, because two tests on Ray at once take longer than one after the other.
+    """
+    by_file: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        by_file.setdefault(item.path, []).append(item)
+    slow = [file for file in by_file.values() if any(item.get_closest_marker("slow") for item in file)]
+    others = iter([file for file in by_file.values() if file not in slow])
+    groups = [[file, *itertools.islice(others, 2)] for file in slow]
+    items[:] = [item for group in [*groups, list(others)] for file in group for item in file]

@@ -6,6 +6,7 @@ pass, its docstring says what is wrong. Observations are `[1]` float32.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -99,12 +100,27 @@ TWO_CHOICES_REWARDS = {-1.0: [0.5, -0.5], 1.0: [-1.0, 1.0]}
 """What each action pays at each observation of the second step."""
 
 
-def assert_two_choices_learned(q_values: Callable[[np.ndarray], np.ndarray], discount: float) -> None:
-    """Checks Q-values, which come from a batch of observations, with those of `two_choices` worked out by hand."""
+def learn_two_choices(run_dir: Path, discount: float, summary: dict[str, Any]) -> dict[str, Any]:
+    """Resumes a run of `two_choices` until its values are right, at most five times, and returns its newest summary.
+
+    How many steps that takes depends on how stale parameters are, and so on what else the machine does.
+    """
+    for _ in range(5):
+        if np.abs(_two_choices_errors(run_dir, discount)).max() < 0.1:
+            return summary
+        run = qfleet.resume(run_dir, env_steps=summary["env_steps"] + 1_000)
+        for _ in run:
+            pass
+        summary = run.summary
+    raise AssertionError(f"learned minus right values, a row per observation: {_two_choices_errors(run_dir, discount)}")
+
+
+def _two_choices_errors(run_dir: Path, discount: float) -> np.ndarray:
+    """Returns by how much the Q-values of a run of `two_choices` differ from those worked out by hand."""
     at_first = [discount * max(TWO_CHOICES_REWARDS[then]) for then in (-1.0, 1.0)]
     expected = {FIRST: at_first, **TWO_CHOICES_REWARDS}
-    learned = q_values(np.array(list(expected), np.float32)[:, None])
-    np.testing.assert_allclose(learned, list(expected.values()), atol=0.1)
+    learned = qfleet.load(run_dir).q_values(np.array(list(expected), np.float32)[:, None])
+    return learned - np.array(list(expected.values()))
 
 
 def two_choices_settings(*, explore: bool = True) -> dict[str, Any]:

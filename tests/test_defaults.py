@@ -75,7 +75,9 @@ def test_a_topology_that_learns_while_others_act_gets_a_replay_and_says_why():
 
 def test_settings_tuned_for_the_environment_win():
     config, reason = make_explained_config("CartPole-v1")
-    assert config == make_config("CartPole-v1", "pqn") and reason == "this preset is tuned for CartPole-v1"
+    assert (
+        config == make_config("CartPole-v1", "pqn") and reason == "chosen because this preset is tuned for CartPole-v1"
+    )
     for env in ("Acrobot-v1", "MountainCar-v0", "gymnax:Breakout-MinAtar"):
         assert make_config(env) == make_config(env, next(preset for preset, name in TUNED if name == env))
 

@@ -3,11 +3,13 @@
 import dataclasses
 
 import gymnasium
+import jax
 import pytest
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, FusedConfig, TrainConfig
-from qfleet.envs.registry import list_envs
-from qfleet.presets import PRESETS, TUNED, make_config
+from qfleet.envs.registry import list_envs, make_env
+from qfleet.networks import make_network
+from qfleet.presets import PRESETS, TUNED, make_config, make_explained_config
 
 
 def test_explicit_settings_win_over_tuned_ones_and_those_over_the_presets() -> None:
@@ -50,12 +52,42 @@ def test_evaluations_of_deterministic_games_take_the_random_actions_of_published
     assert make_config(env, preset, eval_exploration=0.25).eval_exploration == 0.25
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if not preset.for_pixels])
 @pytest.mark.parametrize("env", sorted({env for _, env in TUNED} | {"gymnax:SpaceInvaders-MinAtar"}))
 def test_every_preset_can_be_made_for_every_environment(preset: str, env: str) -> None:
     config = make_config(env, preset)
     for name, value in TUNED.get((preset, env), {}).items():
         assert value in [getattr(part, name, None) for part in (config, config.agent, config.topology)]
+    network = make_network(make_env(env).spec, config.agent)
+    assert jax.eval_shape(network.init, jax.random.key(0))
+
+
+@pytest.mark.parametrize("preset", [name for name, preset in PRESETS.items() if preset.for_pixels])
+@pytest.mark.parametrize("env", ["CartPole-v1", "gymnax:Breakout-MinAtar", "CliffWalking-v1"])
+def test_a_preset_for_atari_is_refused_elsewhere_and_names_one_that_suits(preset: str, env: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"env must show pixels .* {preset}, got {env}.*; choose preset (.+), whose"
+    ) as e:
+        make_config(env, preset)
+    other = str(e.value).split("choose preset ")[1].split(",")[0]
+    assert make_config(env, other).preset == other
+
+
+def test_a_preset_for_atari_is_for_other_environments_with_such_pixels_too() -> None:
+    assert make_config("CarRacing-v3", "atari_dqn", env_options={"continuous": False}).preset == "atari_dqn"
+
+
+@pytest.mark.parametrize("name", ["double_dqn", "rainbow", "iqn", "btr"])
+def test_on_atari_a_preset_is_the_published_one_and_has_a_name_that_says_so(name: str) -> None:
+    ours, published = make_config("ale:Pong", name), make_config("ale:Pong", f"atari_{name}")
+    assert dataclasses.replace(ours, preset=published.preset) == published
+    assert ours.agent.replay_capacity >= 1_000_000 > make_config("CartPole-v1", name).agent.replay_capacity
+
+
+@pytest.mark.parametrize("preset", ["ape_x", "gorila"])
+def test_a_preset_says_where_it_leaves_the_published_sizes(preset: str) -> None:
+    assert "published ones are for Atari" in make_explained_config("CartPole-v1", preset)[1]
+    assert make_explained_config("ale:Pong", preset)[1] == ""
 
 
 def test_tuned_settings_are_for_presets_and_environments_that_exist() -> None:

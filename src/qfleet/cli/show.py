@@ -25,13 +25,13 @@ def follow(start: "Callable[[], Run | LaunchedRun | SeedsRun]", *, quiet: bool, 
     Args:
       start: starts the run.
       quiet: print nothing but errors.
-      reason: why the preset was chosen, if the user named none.
+      reason: what to say of the preset: why it was chosen, or how it was adapted.
     """
     with ProgressView(quiet=quiet) as view, announced_to(view.status):
         run = start()
         view.begin(run.config.env_steps)
         place = environments(run.backend, run.config.topology)
-        preset = run.config.preset + (f" (chosen because {reason})" if reason else "")
+        preset = run.config.preset + (f" ({reason})" if reason else "")
         places = getattr(run, "places_in_words", "")
         if places:
             place = place.replace("in this process", "in its process")

@@ -35,7 +35,7 @@ class TrainRequest(NamedTuple):
     """Trackers to log to."""
     quiet: bool
     reason: str
-    """Why the preset was chosen; empty if the user named it."""
+    """What to say of the preset: why it was chosen, or how it was adapted. It may be empty."""
     num_seeds_at_once: int | None = None
 
 

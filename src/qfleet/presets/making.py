@@ -8,9 +8,10 @@ from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, LaneOptions, Tra
 from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
 from qfleet.config.values import to_plain
-from qfleet.defaults import Choice, accepts, adapted, choose, is_atari
+from qfleet.defaults import Choice, accepts, adapted, choose, family_of, is_atari
+from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.factory import name_of_factory
-from qfleet.envs.registry import default_topology
+from qfleet.envs.registry import default_topology, make_env
 from qfleet.presets.named import OFF_ATARI, ON_ATARI, PRESETS
 from qfleet.presets.tuned import TUNED
 
@@ -42,7 +43,8 @@ def make_explained_config(
     may_start_processes: bool = False,
     **settings: Any,
 ) -> tuple[TrainConfig, str]:
-    """Returns the config that `make_config` returns, and why its preset was chosen: "" if the caller named it.
+    """Returns the config that `make_config` returns, and what to say of its preset: why it was chosen, or how it was
+    adapted to the environment. It is "" if there is nothing to say.
 
     With `may_start_processes`, worker processes may be chosen for an environment that is slow. The main module must
     then be one that they can import again, as the command line's is.
@@ -62,11 +64,15 @@ def make_explained_config(
         # One that is to be stepped in processes of its own may hang or crash in this one.
         may_play = not settings.get("num_env_workers")
         may_start_processes &= "num_env_workers" not in settings
-        preset, chosen, reason = _choose(env, topology, options, may_play, may_start_processes)
+        preset, chosen, why = _choose(env, topology, options, may_play, may_start_processes)
+        reason = f"chosen because {why}"
         env_steps, num_envs = (to_plain(int | None, settings.get(name), name) for name in ("env_steps", "num_envs"))
         found = adapted({**PRESETS[preset].settings, **chosen}, env_steps, num_envs)
     else:
-        found, reason = {**PRESETS[preset].settings, **_settings_for(preset, env)}, ""
+        _check_pixels(preset, env, options)
+        found = {**PRESETS[preset].settings, **_settings_for(preset, env)}
+        is_adapted = preset in OFF_ATARI and not is_atari(env)
+        reason = "with our settings for small problems, because the published ones are for Atari" if is_adapted else ""
     merged = {**_starts_from({**_evaluation_of(env), **found}, topology, settings), **settings}
     return _assemble(env, preset, topology, settings, merged), reason
 
@@ -76,6 +82,33 @@ def _settings_for(preset: str, env: str) -> Mapping[str, Any]:
     if preset not in (*ON_ATARI, *OFF_ATARI):
         return TUNED.get((preset, env), {})
     return {**(ON_ATARI if is_atari(env) else OFF_ATARI).get(preset, {}), **TUNED.get((preset, env), {})}
+
+
+def _check_pixels(preset: str, env: str, env_options: Mapping[str, Any]) -> None:
+    """Checks that a preset whose sizes are meant for Atari is used with pixels.
+
+    An environment that can't be made here isn't checked: the run makes it, and reports what is wrong.
+
+    Raises:
+      ConfigError: if it isn't.
+    """
+    if not PRESETS[preset].for_pixels or is_atari(env):
+        return
+    if env.startswith("gymnax:"):  # whose environments are not made here, see `choose`; none shows such pixels
+        shown = ""
+    else:
+        try:
+            spec = make_env(env, **env_options).spec
+        except RAISED_BY_USERS:
+            return
+        if family_of(spec) == "pixels":
+            return
+        shown = f", with observations of shape {spec.agent_observation_shape}"
+    other = preset.removeprefix("atari_")
+    raise ConfigError(
+        f"env must show pixels as Atari does with preset {preset}, got {env}{shown}; choose preset {other}, whose "
+        f"sizes suit it better"
+    )
 
 
 def _choose(

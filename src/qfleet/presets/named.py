@@ -15,6 +15,8 @@ class Preset:
     """Fields of `AgentConfig`, `TrainConfig` and every topology's config that differ from their defaults."""
     topology: str | None = None
     """Topology that it runs in by default; None means the one that suits the environment."""
+    for_pixels: bool = False
+    """Whether it is refused in environments that don't show pixels of Atari's size."""
 
 
 _ATARI_DQN: Mapping[str, Any] = {
@@ -101,6 +103,26 @@ PRESETS: dict[str, Preset] = {
             "importance_normalisation": "batch_max",
         },
     ),
+    "btr": Preset(
+        summary="iqn, munchausen, dueling, 3-step returns, prioritised replay, noisy layers; on Atari a residual torso",
+        source="Clark et al. 2024, arXiv 2411.03820; epsilon stays at its end, where they switch it off half-way",
+        settings={
+            "head": "iqn",
+            "num_quantiles": 8,
+            "num_acting_quantiles": 8,
+            "munchausen": True,
+            "dueling": True,
+            "noisy": True,
+            "discount": 0.997,
+            "n_step": 3,
+            "replay": "prioritised",
+            "priority_exponent": 0.2,
+            "importance_exponent_start": 0.45,
+            "importance_exponent_env_steps": None,
+            "importance_normalisation": "batch_max",
+            "exploration_end": 0.01,
+        },
+    ),
     "pqn": Preset(
         summary="Q(lambda) with layer normalisation; no replay, no target network; the fastest in many lanes",
         source="Gallici et al. 2024, arXiv 2407.04811",
@@ -169,6 +191,7 @@ PRESETS: dict[str, Preset] = {
         summary="dqn as published for Atari: one update of 32 every 4 agent steps, a replay of a million frames",
         source="Mnih et al. 2015, Nature 518, extended data table 1; RMSProp's epsilon is adapted to mean gradients",
         settings=_ATARI_DQN,
+        for_pixels=True,
     ),
     "ape_x": Preset(
         summary="many actors, each with its own epsilon, a prioritised replay, and one learner",
@@ -207,9 +230,22 @@ PRESETS: dict[str, Preset] = {
             "checkpoint_period_seconds": 600.0,
         },
     ),
+    "gorila": Preset(
+        summary="many workers that act and learn, each with its own replay, and a server that applies their gradients",
+        source="Nair et al. 2015, arXiv 1507.04296; number of processes, replay and learning rate are ours",
+        topology="parameter-server",
+        settings={
+            **{name: value for name, value in _ATARI_DQN.items() if name not in ("num_envs", "optimiser_options")},
+            "optimiser": "adagrad",
+            "learning_rate": 1e-3,
+            "target_update_period": 60_000,
+            "exploration_env_steps": 4_000_000,  # their million updates, at four steps each
+        },
+    ),
     "atari_pqn": Preset(
         summary="pqn as published for Atari: 128 lanes, rollouts of 32",
         source="Gallici et al. 2024, arXiv 2407.04811, appendix",
+        for_pixels=True,
         settings={
             "replay": "none",
             "torso": "nature",
@@ -299,6 +335,24 @@ ON_ATARI: dict[str, Mapping[str, Any]] = {
     "rainbow_lite": {**_ATARI_RAINBOW, "exploration_end": 0.01, "exploration_env_steps": 250_000},
     "rainbow": _ATARI_RAINBOW,
     "r2d2": _ATARI_R2D2,
+    # Clark et al. 2024, appendix with the hyperparameters.
+    "btr": {
+        **_ATARI_RAINBOW,
+        "torso": "impala",
+        "torso_width": 2,
+        "spectral_norm": True,
+        "adaptive_pooling": 6,
+        "num_envs": 64,
+        "replay_capacity": 2**20,
+        "warmup_env_steps": 200_000,
+        "batch_size": 256,
+        "env_steps_per_learner_step": 64.0,
+        "target_update_period": 500,
+        "optimiser_options": {"eps": 0.005 / 256},
+        "learning_rate": 1e-4,
+        "max_gradient_norm": 10.0,
+        "exploration_env_steps": 2_000_000,
+    },
 }
 """The published settings of presets whose own are for small problems. They replace the preset's on Atari."""
 
@@ -317,5 +371,34 @@ OFF_ATARI: dict[str, Mapping[str, Any]] = {
         "eval_episodes": 20,
         "checkpoint_period_seconds": 60.0,
     },
+    "gorila": {
+        "torso": "auto",
+        "hidden_sizes": (128, 128),
+        "batch_size": 64,
+        "replay_capacity": 100_000,
+        "warmup_env_steps": 1_000,
+        "env_steps_per_learner_step": 8.0,
+        "optimiser": "adam",
+        "learning_rate": 5e-4,
+        "target_update_period": 500,
+        "exploration_end": 0.05,
+        "exploration_env_steps": 25_000,
+        "max_gradient_norm": 10.0,
+        "env_steps": 500_000,
+        "eval_period_env_steps": 10_000,
+        "eval_episodes": 20,
+        "eval_exploration": 0.0,
+        "checkpoint_period_seconds": 60.0,
+    },
 }
 """Our settings of presets whose own are the published ones for Atari. They replace the preset's elsewhere."""
+
+PRESETS |= {
+    f"atari_{name}": dataclasses.replace(
+        PRESETS[name],
+        summary=f"{name} as published for Atari; on Atari, {name} is the same",
+        settings={**PRESETS[name].settings, **ON_ATARI[name]},
+        for_pixels=True,
+    )
+    for name in ("double_dqn", "rainbow", "iqn", "btr")
+}

@@ -46,7 +46,7 @@ def test_peers_learn_are_saved_and_go_on_elsewhere_and_in_other_numbers(cluster,
     assert not [record for record in caplog.records if "topologies" in record.pathname], "nothing was replaced"
     saved = saved_replay(Checkpoints(tmp_path / "run" / "checkpoints", run_id=None).restore_item("replay"))
     assert (3 * saved.ring.size).tolist() == [peer.env_steps for peer in peers]
-    probes.assert_two_choices_learned(qfleet.load(config.run_dir).q_values, config.agent.discount)
+    summary = probes.learn_two_choices(tmp_path / "run", config.agent.discount, summary)
 
     def goes_on(num_env_steps: int, **settings: Any) -> dict[str, Any]:
         until = summary["env_steps"] + num_env_steps
@@ -64,7 +64,7 @@ def test_peers_learn_are_saved_and_go_on_elsewhere_and_in_other_numbers(cluster,
     assert summary["topology"] == "fused"
     summary = goes_on(2_000, num_processes=3)  # back, but for the number of peers, as the run began
     assert summary["topology"] == "gossip"
-    probes.assert_two_choices_learned(qfleet.load(config.run_dir).q_values, config.agent.discount)
+    summary = probes.learn_two_choices(tmp_path / "run", config.agent.discount, summary)
 
 
 @pytest.mark.slow
