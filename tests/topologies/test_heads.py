@@ -127,7 +127,7 @@ def test_a_mesh_draws_what_one_device_does(kind):
 def test_a_mesh_stores_the_states_that_one_device_does_and_learns_from_them():
     """The rows before the first learner step are the same on any mesh."""
     rings = []
-    for mesh in (MeshConfig(), MeshConfig(data=2, model=2)):
+    for mesh in (MeshConfig(), MeshConfig(data=2)):
         fused = make("r2d2", FusedConfig(num_envs=NUM_ENVS, mesh=mesh))
         advance(fused, 1)
         rings.append(jax.device_get(fused.state["replay"].ring))
