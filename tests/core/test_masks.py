@@ -152,6 +152,27 @@ def test_an_explorer_that_ignores_masks_gives_way_to_the_best_valid_action():
         assert masks.valid_or_greedy(jnp.array(action), q).tolist() == expected
 
 
+def test_a_repeated_action_gives_way_where_it_is_invalid():
+    """Epsilon-z-greedy goes on with an action for many steps, in states that may forbid it."""
+    config = AgentConfig(exploration_max_duration=50, exploration_duration_exponent=0.1)
+    agent = make_agent(masked(TABLE, make_spec()), config)
+    random = np.random.default_rng(0)
+    is_valid = random.random((40, 8, NUM_ACTIONS)) < 0.5
+    is_valid |= ~is_valid.any(axis=-1, keepdims=True)
+    obs = jnp.asarray(join(STATES[random.integers(2, size=(40, 8))], is_valid, 1))
+
+    def step(memory, inputs):
+        obs, uniform = inputs
+        memory = agent.memory.observe(memory, obs, jnp.zeros(8, bool))
+        acted = agent.act(jnp.asarray(Q), memory, jnp.float32(1.0), uniform)
+        return acted.memory, acted.action
+
+    uniform = jnp.asarray(random.random((40, 8)), jnp.float32)
+    memory, action = jax.lax.scan(step, agent.memory.init(obs[0]), (obs, uniform))
+    assert np.take_along_axis(is_valid, np.asarray(action)[..., None], axis=-1).all()
+    assert (memory.explorer.num_left > 0).any()
+
+
 # --- Targets, by hand ---
 
 

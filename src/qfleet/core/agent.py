@@ -9,11 +9,13 @@ from jax import Array
 
 from qfleet.config import AgentConfig
 from qfleet.core import exploration
+from qfleet.core.activity import Activity
 from qfleet.core.heads import Outputs, SampleLosses, Values, backed_up, make_head, masked_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
 from qfleet.core.masks import valid_or_greedy
 from qfleet.core.memory import Memory, MemoryState, make_memory
 from qfleet.core.player import Player, make_player
+from qfleet.core.rescaling import unscale
 from qfleet.core.sequences import make_sequence_loss
 from qfleet.core.targets import munchausen_bonus, soft_policy
 from qfleet.core.types import Batch, Network, Params, Regression, Sequences, Transition
@@ -61,6 +63,8 @@ class Agent(NamedTuple):
     """Whether `loss` needs `draws`."""
     priority_is_td_error: bool = True
     """Whether priorities are TD errors, so that an actor that knows Q-values can compute them."""
+    carry_size: int = 0
+    """Numbers that a recurrent network remembers of each lane; 0 without memory."""
 
 
 class _LossDraws(NamedTuple):
@@ -110,7 +114,8 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
       frame_stack: number of frames that it sees at once when it acts.
     """
     head = masked_head(make_head(config)) if network.is_masked else make_head(config)
-    recurrence, explore = network.recurrence, exploration.explorer(config.exploration, is_masked=network.is_masked)
+    recurrence, player = network.recurrence, make_player(network, frame_stack)
+    explore = exploration.explorer(config.exploration, is_masked=network.is_masked)
     repeats, repeat = config.exploration_max_duration > 1, exploration.make_repeat(config)
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
@@ -202,8 +207,19 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         memory=make_memory(network, frame_stack, exploration.no_repetition if repeats else None),
         act_values=act_values,
         act=act,
-        player=make_player(network, frame_stack),
+        player=_with_returns(player) if config.value_rescaling else player,
         acts_with_keys=config.noisy,
         loss_draws=config.noisy or config.head == "iqn",
         priority_is_td_error=head.priority_is_td_error and not config.learns_sequences,
+        carry_size=0 if recurrence is None else jax.eval_shape(lambda: recurrence.initial(1)).shape[-1],
     )
+
+
+def _with_returns(player: Player) -> Player:
+    """Returns the player of a network of rescaled values, whose values are in units of discounted reward again."""
+
+    def values(params: Params, memory: MemoryState) -> tuple[Array, MemoryState, Activity]:
+        q, memory, activity = player.values(params, memory)
+        return unscale(q), memory, activity
+
+    return player._replace(values=values)

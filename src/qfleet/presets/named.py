@@ -135,6 +135,35 @@ PRESETS: dict[str, Preset] = {
             "exploration_env_steps": 50_000,
         },
     ),
+    "r2d2": Preset(
+        summary="an LSTM that learns from sequences in a prioritised replay: double, dueling, 5-step, rescaled values",
+        source=(
+            "Kapturowski et al. 2019, Recurrent Experience Replay in Distributed Reinforcement Learning, without the "
+            "last action and reward as inputs; new sequences enter at the greatest priority; our sizes off Atari"
+        ),
+        settings={
+            "memory": "lstm",
+            "memory_size": 64,
+            "hidden_sizes": (64, 64),
+            "double": True,
+            "dueling": True,
+            "n_step": 5,
+            "value_rescaling": True,
+            "loss": "squared",
+            "discount": 0.997,
+            "replay": "prioritised",
+            "priority_exponent": 0.9,
+            "importance_exponent_start": 0.6,
+            "importance_exponent_env_steps": 10**15,  # the exponent practically stays at its start
+            "burn_in": 10,
+            "sequence_length": 40,
+            "num_envs": 16,
+            "batch_size": 32,
+            "env_steps_per_learner_step": 32.0,
+            "target_update_period": 100,
+            "exploration_end": 0.02,
+        },
+    ),
     "pqn_rnn": Preset(
         summary="pqn, with a GRU that remembers the episode",
         source=(
@@ -258,6 +287,32 @@ _ATARI_DISTRIBUTION: Mapping[str, Any] = {
     "eval_exploration": 0.001,
 }
 
+# Kapturowski et al. 2019, table 2 and section 2.3. They have 256 actors, and don't set a ratio of learner steps. With
+# ours, each row is learned from 8 times. The norm of gradients is that of Ape-X, on which R2D2 is built.
+_ATARI_R2D2: Mapping[str, Any] = {
+    "torso": "nature",
+    "memory_size": 512,
+    "hidden_sizes": (512,),
+    "burn_in": 40,
+    "sequence_length": 80,
+    "batch_size": 64,
+    "replay_capacity": 4_000_000,
+    "warmup_env_steps": 50_000,
+    "env_steps_per_learner_step": 640.0,
+    "target_update_period": 2_500,
+    "optimiser": "adam",
+    "optimiser_options": {"eps": 1e-3},
+    "learning_rate": 1e-4,
+    "max_gradient_norm": 40.0,
+    "exploration_end": 0.01,
+    "exploration_env_steps": 1_000_000,
+    "env_steps": 50_000_000,
+    "eval_period_env_steps": 500_000,
+    "eval_episodes": 16,
+    "eval_exploration": 0.001,
+    "checkpoint_period_seconds": 600.0,
+}
+
 ON_ATARI: dict[str, Mapping[str, Any]] = {
     "dqn": _ATARI_DQN,
     "double_dqn": _ATARI_DQN,  # van Hasselt et al. 2016 compare both with the same settings
@@ -279,6 +334,7 @@ ON_ATARI: dict[str, Mapping[str, Any]] = {
     # Epsilon decays in place of their noisy layers, as in Dopamine's Rainbow.
     "rainbow_lite": {**_ATARI_RAINBOW, "exploration_end": 0.01, "exploration_env_steps": 250_000},
     "rainbow": _ATARI_RAINBOW,
+    "r2d2": _ATARI_R2D2,
     # Clark et al. 2024, appendix with the hyperparameters.
     "btr": {
         **_ATARI_RAINBOW,

@@ -72,7 +72,8 @@ def act(
     action, q, memory = agent.act(params, actor.memory, exploration, uniform, noise_keys)
     lanes, step = step_lanes(env, lanes_tm1, action, step_keys)
     outcome = outcome_of(step.terminated, step.truncated, lanes_tm1.final)
-    row = Row(agent.to_storage_layout(lanes_tm1.observation), action, step.reward, outcome)
+    obs = agent.to_storage_layout(lanes_tm1.observation)
+    row = Row(obs, action, step.reward, outcome, carry=actor.memory.carry)
     episode_return = jnp.where(lanes_tm1.final, 0.0, actor.episode_return + step.reward)
     stats = RowStats(
         episode_ended=lanes.final,

@@ -25,6 +25,7 @@ CASES = [
     ("uniform", 2, 1, 3, BURN_IN, LENGTH, 1),
     ("uniform", 1, 3, 1, 0, 1, 1),
     ("prioritised", 3, 2, 2, BURN_IN, LENGTH, 1),
+    ("prioritised", 1, 1, 2, BURN_IN, 1, 1),
     ("prioritised", 2, 2, 4, BURN_IN, LENGTH, 2),
 ]
 

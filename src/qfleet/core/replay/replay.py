@@ -243,7 +243,8 @@ def _insert(
     is_complete = state.ring.size[segment] >= window.num_after
     # The row is inserted before any outcome is read: in the other order XLA copies all outcomes.
     ring = rings.insert_row(state.ring, row, segment)
-    can_start = rings.hold_a_step(ring, completed + window.first_learned, window.num_learned, segment) & is_complete
+    learned = (completed + window.first_learned) % num_rows if window.first_learned else completed
+    can_start = rings.hold_a_step(ring, learned, window.num_learned, segment) & is_complete
     if window.period > 1:
         can_start &= completed % window.period == 0
     lanes = segment * ring.lanes_per_segment + jnp.arange(ring.lanes_per_segment)

@@ -131,5 +131,6 @@ class GlobalLearner:
 
 def batches_per_round(config: TrainConfig, spec: EnvSpec) -> int:
     """Returns how many batches a round has: few if observations are large, many if they are small."""
+    num_obs = config.agent.rows_after_start + 1 if config.agent.learns_sequences else 2
     obs_bytes = int(np.prod(spec.lane_shape)) * spec.frame_stack * spec.observation_dtype.itemsize
-    return max(1, min(MOST_BATCHES, ROUND_BYTES // (2 * obs_bytes * config.agent.batch_size)))
+    return max(1, min(MOST_BATCHES, ROUND_BYTES // (num_obs * obs_bytes * config.agent.batch_size)))
