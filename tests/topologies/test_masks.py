@@ -7,6 +7,7 @@ import gymnasium
 import jax
 import numpy as np
 import pytest
+import small_servers
 from small_fleets import config_of
 
 import qfleet
@@ -22,6 +23,8 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.acting import not_finite
 from qfleet.topologies.actor_learner.learner import GlobalLearner, batches_per_round
 from qfleet.topologies.fleet.actor import Actor
+from qfleet.topologies.parameter_server.server_shard import ServerShard
+from qfleet.topologies.parameter_server.worker import Worker
 
 ROW = ("obs", "action", "outcome")
 
@@ -110,6 +113,21 @@ def test_the_learner_of_a_fleet_takes_transitions_joined_with_masks() -> None:
     batches = Transition(obs, np.zeros(num_samples, np.int32), ones, ones, obs, ones)
     result, _ = learner.learn([np.arange(num_samples)], batches)
     assert np.isfinite(result.loss) and result.learner_steps == num_samples // 8
+
+
+def test_a_worker_of_a_parameter_server_acts_and_learns_by_masks() -> None:
+    config = small_servers.config_of("masked_cells:Cells", hidden_sizes=(), num_workers=1)
+    worker = Worker(config, 0)
+    worker.begin(0)
+    worker.pull(0, *small_servers.pulled([ServerShard(config, 0)]))
+    for _ in range(8):
+        worker.act(1.0)  # an invalid action would raise
+    assert np.isfinite(np.concatenate(worker.compute_gradient(0.4).pieces)).all()
+    rows = worker.snapshot().ring.rows
+    is_step = rows.outcome != NO_STEP
+    mask = split(np.asarray(rows.obs), (1,), 2)[1]
+    taken = np.take_along_axis(mask, np.asarray(rows.action)[..., None], axis=-1)[..., 0]
+    assert is_step.sum() > 60 and taken[is_step].all()
 
 
 def test_a_policy_acts_by_masks(runs: dict[str, Path]) -> None:
