@@ -1,4 +1,4 @@
-"""Heads, noise and memory in every topology: what is drawn is the same wherever it runs, and goes on after a resume."""
+"""Heads, noise and memories in every topology: all that is drawn is the same in each, and goes on after a resume."""
 
 import functools
 
@@ -32,7 +32,8 @@ AGENTS = {
         exploration_start=0.0, exploration_end=0.0, hidden_sizes=(16,),
     ),
     "munchausen_iqn": AgentConfig(
-        **REPLAY, head="iqn", munchausen=True, num_quantiles=4, num_cosines=8, hidden_sizes=(16,)
+        **REPLAY, head="iqn", munchausen=True, num_quantiles=4, num_cosines=8, hidden_sizes=(16,),
+        exploration_max_duration=8,
     ),
     "noisy_pqn": AgentConfig(
         replay="none", rollout_length=ROWS, num_minibatches=4, noisy=True, head="hl_gauss", hidden_sizes=(16,),
@@ -44,7 +45,7 @@ AGENTS = {
     ),
     "recurrent_pqn": AgentConfig(
         replay="none", rollout_length=ROWS, num_minibatches=2, memory="gru", memory_size=8, head="iqn", num_quantiles=4,
-        num_cosines=8, hidden_sizes=(16,), exploration_start=0.5, exploration_end=0.5,
+        num_cosines=8, hidden_sizes=(16,), exploration_start=0.5, exploration_end=0.5, exploration_max_duration=8,
     ),
 }  # fmt: skip
 
@@ -167,6 +168,19 @@ def test_an_actor_explores_by_noise_and_leaves_priorities_that_it_can_not_know_t
     assert all(np.isnan(chunk.td_error).all() for chunk in chunks[True])
     changes = {noisy: switches([chunk.rows.action for chunk in each]) for noisy, each in chunks.items()}
     assert changes[True] > 2 * changes[False], "noise is drawn anew for each step and lane"
+
+
+def test_an_actor_repeats_random_actions():
+    changes = {}
+    for max_duration in (1, 100):
+        config = config_of("gym:CartPole-v1", preset="dqn", exploration_max_duration=max_duration)
+        actor = Actor(config, 0)
+        params = make_network(make_env(config.env).spec, config.agent).init(jax.random.key(0))
+        actor.begin(0)
+        actor.receive(0, [np.asarray(leaf) for leaf in jax.tree.leaves(params)])
+        changes[max_duration] = switches([actor.collect(1.0)[1].rows.action for _ in range(3)])
+        actor.close()
+    assert 2 * changes[100] < changes[1]
 
 
 def switches(actions):

@@ -34,7 +34,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "exploration": (
         "exploration", "exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps",
-        "exploration_fraction", "noisy", "noisy_std",
+        "exploration_fraction", "exploration_max_duration", "exploration_duration_exponent", "noisy", "noisy_std",
     ),
     "network": ("torso", "hidden_sizes", "layer_norm", "dueling", "memory", "memory_size", "convolution"),
     "optimiser": (

@@ -108,6 +108,12 @@ class AgentConfig(Config):
 
     exploration: Literal["epsilon_greedy", "softmax"] = "epsilon_greedy"
     """How actions are explored. Softmax is Boltzmann exploration, with probabilities softmax(q / temperature)."""
+    exploration_max_duration: int = 1
+    """Longest time that a random action is repeated, in environment steps of its lane. Above 1 this is
+    epsilon-z-greedy: epsilon is the probability that a repetition begins, and its length has a zeta distribution up to
+    this limit (Dabney et al. 2021, arXiv 2006.01782)."""
+    exploration_duration_exponent: float = 2.0
+    """Exponent (mu) of that distribution: a length of n is as likely as n to the power of minus this."""
     exploration_start: float = 1.0
     """Epsilon (a probability) at the first step; for softmax, the temperature in units of discounted reward."""
     exploration_end: float = 0.05
@@ -218,6 +224,8 @@ class AgentConfig(Config):
         if self.adaptive_pooling is not None:
             check_counts(self, "adaptive_pooling", maximum=MAX_SIZE)
         check_counts(self, "exploration_env_steps")
+        check_counts(self, "exploration_max_duration", maximum=1_000_000)
+        check_positive(self, "exploration_duration_exponent", maximum=100.0)
         if self.learning_rate_learner_steps is not None:
             check_counts(self, "learning_rate_learner_steps", maximum=MAX_SIZE)
         if self.importance_exponent_env_steps is not None:

@@ -136,6 +136,8 @@ _ADDED_IN_6 = {
     "torso_width": 1,
     "spectral_norm": False,
     "adaptive_pooling": None,
+    "exploration_max_duration": 1,
+    "exploration_duration_exponent": 2.0,
     "exploration_fraction": None,
     "learning_rate_fraction": None,
     "importance_exponent_fraction": None,

@@ -15,7 +15,7 @@ class _Mode(NamedTuple):
     """Values of one setting with which other settings have no effect."""
 
     setting: str
-    values: tuple[str | bool, ...]
+    values: tuple[str | bool | float, ...]
     without_effect: tuple[str, ...]
     remedy: str
 
@@ -60,6 +60,18 @@ _MODES = (
         "memory", ("none",),
         ("memory_size", "burn_in", "sequence_length", "sequence_period", "priority_max_share"),
         "choose memory lstm or gru",
+    ),
+    _Mode(
+        "exploration", ("softmax",), ("exploration_max_duration", "exploration_duration_exponent"),
+        "choose exploration epsilon_greedy",
+    ),
+    _Mode(
+        "exploration_start", (0.0,), ("exploration_max_duration", "exploration_duration_exponent"),
+        "choose an exploration_start above 0",
+    ),
+    _Mode(
+        "exploration_max_duration", (1,), ("exploration_duration_exponent",),
+        "choose an exploration_max_duration above 1, such as 10000",
     ),
     _Mode("loss", ("squared",), ("huber_delta",), "choose loss huber"),
     _Mode(

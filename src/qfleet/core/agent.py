@@ -114,6 +114,7 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
     """
     head, recurrence, player = make_head(config), network.recurrence, make_player(network, frame_stack)
     explore = exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy
+    repeats, repeat = config.exploration_max_duration > 1, exploration.make_repeat(config)
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
     def q_values(params: Params, obs: Array, keys: Array | None = None) -> Array:
@@ -131,7 +132,11 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         params: Params, memory: MemoryState, exploration: Array, uniform: Array, keys: Array | None = None
     ) -> Acted:
         q, memory = act_values(params, memory, keys)
-        return Acted(explore(q, exploration, uniform), q, memory)
+        action = explore(q, exploration, uniform)
+        if repeats:
+            action, repetition = repeat(action, exploration, uniform, memory.explorer)
+            memory = memory._replace(explorer=repetition)
+        return Acted(action, q, memory)
 
     def greedy_target(batch: Transition, outputs: Outputs, chooser: Outputs) -> Values:
         next_values = head.values_of(outputs, jnp.argmax(head.q_values(chooser), axis=-1))
@@ -191,7 +196,7 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         explore=explore,
         loss=loss,
         to_storage_layout=network.to_storage_layout,
-        memory=make_memory(network, frame_stack),
+        memory=make_memory(network, frame_stack, exploration.no_repetition if repeats else None),
         act_values=act_values,
         act=act,
         player=_with_returns(player) if config.value_rescaling else player,

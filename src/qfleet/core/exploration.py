@@ -3,6 +3,9 @@
 One uniform number per lane decides an action, so the numbers of many steps can be drawn at once.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +46,58 @@ def softmax(q: Array, temperature: Array, uniform: Array) -> Array:
     cumulated = jnp.cumsum(jax.nn.softmax(q / jnp.asarray(temperature)[..., None], axis=-1), axis=-1)
     # Rounding may leave the last sum below 1. Scaling by it keeps the last action's share.
     return jnp.sum(uniform[..., None] * cumulated[..., -1:] >= cumulated[..., :-1], axis=-1, dtype=jnp.int32)
+
+
+class Repetition(NamedTuple):
+    """A random action that is repeated, `[lanes]` int32 each."""
+
+    action: Array
+    num_left: Array
+    """Number of steps that it still takes; 0 if no action is repeated."""
+
+
+def no_repetition(num_lanes: int) -> Repetition:
+    """Returns the state in which no lane repeats an action."""
+    zeros = jnp.zeros(num_lanes, jnp.int32)
+    return Repetition(zeros, zeros)
+
+
+def make_repeat(config: AgentConfig) -> Callable[[Array, Array, Array, Repetition], tuple[Array, Repetition]]:
+    """Returns the function that makes epsilon-z-greedy of epsilon-greedy.
+
+    `repeat(action, epsilon, uniform, repetition) -> action, repetition` takes the actions of `epsilon_greedy`, its
+    arguments, and the repetitions under way. Where an action is random, it is repeated for as many steps in all as a
+    number that is drawn from a zeta distribution, up to `config.exploration_max_duration`.
+
+    Source: Dabney et al. 2021, arXiv 2006.01782, algorithm 1.
+    """
+    survival = duration_survival(config.exploration_duration_exponent, config.exploration_max_duration)
+
+    def repeat(action: Array, epsilon: Array, uniform: Array, repetition: Repetition) -> tuple[Array, Repetition]:
+        # The action is made of the uniform number itself, so the duration is made of a number mixed from its bits.
+        mixed = _mix(jax.lax.bitcast_convert_type(uniform, jnp.uint32))
+        share = (mixed.astype(jnp.float32) + 1.0) / 2.0**32
+        duration = 1 + jnp.searchsorted(-survival, -share).astype(jnp.int32)
+        is_repeated = repetition.num_left > 0
+        action = jnp.where(is_repeated, repetition.action, action)
+        begun = jnp.where(uniform < epsilon, duration - 1, 0)
+        return action, Repetition(action, jnp.where(is_repeated, repetition.num_left - 1, begun))
+
+    return repeat
+
+
+def duration_survival(exponent: float, maximum: int) -> np.ndarray:
+    """Returns the probabilities that a repetition takes more than 1, 2 ... `maximum - 1` steps, float32."""
+    weights = np.arange(1, maximum + 1, dtype=np.float64) ** -exponent
+    beyond = np.cumsum(weights[::-1])[::-1]  # from the smallest up, so that none is lost
+    return (beyond[1:] / beyond[0]).astype(np.float32)
+
+
+def _mix(bits: Array) -> Array:
+    """Returns numbers in which each bit depends on all bits of `bits`, `[...]` uint32 (the end of MurmurHash3)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return bits ^ (bits >> 16)
 
 
 def greedy(q: Array) -> Array:

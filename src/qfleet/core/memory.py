@@ -36,20 +36,19 @@ class Memory(NamedTuple):
     episode, `is_first [lanes]` bool, nothing from before is remembered."""
 
 
-def make_memory(
-    network: Network, frame_stack: int = 1, init_explorer: Callable[[int], Any] = lambda num_lanes: ()
-) -> Memory:
+def make_memory(network: Network, frame_stack: int = 1, init_explorer: Callable[[int], Any] | None = None) -> Memory:
     """Returns the memory of an agent: of frames, of a recurrent network and of an explorer, as far as it has them.
 
     Args:
       network: the agent's network.
       frame_stack: number of frames that the agent sees at once.
-      init_explorer: `init_explorer(num_lanes) -> state`, what the explorer remembers at the start of an episode.
+      init_explorer: `init_explorer(num_lanes) -> state`, what the explorer remembers at the start of an episode. None
+        if it remembers nothing.
     """
 
     def init_rest(num_lanes: int) -> tuple[Any, Any]:
         carry = () if network.recurrence is None else network.recurrence.initial(num_lanes)
-        return carry, init_explorer(num_lanes)
+        return carry, () if init_explorer is None else init_explorer(num_lanes)
 
     def init(obs: Array) -> MemoryState:
         return MemoryState(init_view(obs, frame_stack), *init_rest(len(obs)))

@@ -14,6 +14,7 @@ from qfleet.core import updates
 from qfleet.core.types import EnvSpec, Regression
 from qfleet.envs.spec import InGraphEnv, StepResult
 from qfleet.runtime import evaluation
+from qfleet.runtime.checkpoint_trees import named_leaves
 from qfleet.topologies.fused.topology import Fused
 
 NUM_ENVS = 4
@@ -348,6 +349,12 @@ def test_each_epoch_visits_every_sample_once_in_an_order_of_its_own(num_rows, nu
         orders.append(minibatches.action)
     if samples.size > 2:
         assert not np.array_equal(orders[0], orders[1]) or not np.array_equal(orders[0], orders[2])
+
+
+def test_checkpoints_of_agents_that_only_see_keep_the_names_of_their_arrays():
+    """Runs go on from checkpoints that were saved before agents remembered more than frames."""
+    names = {path[0] for path in named_leaves(fresh("pqn").state["actor"])}
+    assert names == {"lanes", "view", "episode_return"}
 
 
 @pytest.mark.parametrize("kind", ["pqn", "prioritised"])
