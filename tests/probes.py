@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import qfleet
-from qfleet.core.types import Network
+from qfleet.core.player import Player, make_player
+from qfleet.core.types import Network, Recurrence
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 FIRST, SECOND = 0.0, 1.0
@@ -201,6 +202,28 @@ def linear_network(spec: EnvSpec) -> Network:
         return {"w": 0.1 * jax.random.normal(key, (num_inputs, spec.num_actions)), "b": jnp.zeros(spec.num_actions)}
 
     return Network(init, lambda params, obs: obs.reshape(len(obs), -1) @ params["w"] + params["b"])
+
+
+def summing_network(num_actions: int = 2) -> Network:
+    """Returns a recurrent network without parameters, for `[1]` observations: q is the sum over the episode so far."""
+
+    def outputs(total: jax.Array) -> jax.Array:
+        return jnp.repeat(total, num_actions, axis=-1)
+
+    def step(params: Any, carry: jax.Array, obs: jax.Array, is_first: jax.Array, draws: Any) -> Any:
+        carry = jnp.where(is_first[:, None], 0.0, carry) + obs
+        return carry, outputs(carry)
+
+    def unroll(params: Any, carry: jax.Array, obs: jax.Array, is_first: jax.Array, draws: Any) -> Any:
+        return jax.lax.scan(lambda carry, row: step(params, carry, *row, draws), carry, (obs, is_first))
+
+    recurrence = Recurrence(lambda num_lanes: jnp.zeros((num_lanes, 1)), step, unroll)
+    return Network(lambda key: {}, lambda params, obs: outputs(obs), recurrence=recurrence)
+
+
+def linear_player(spec: EnvSpec) -> Player:
+    """Returns the functions with which a linear Q-network plays."""
+    return make_player(linear_network(spec), spec.frame_stack)
 
 
 def _make(

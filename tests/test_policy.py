@@ -47,7 +47,7 @@ def test_states_are_encoded_as_in_training() -> None:
 def test_actions_are_the_environments() -> None:
     offset = policy_of(backend.make("counters:Offset-v0"), lambda x: jnp.argmax(x))
     assert offset(5) == 5 and offset(np.array([7, 6])).tolist() == [7, 6]
-    several = policy_of(made_by(contracts.Masked), lambda x: x[0])
+    several = policy_of(made_by(contracts.Several), lambda x: x[0])
     assert several(np.array([4.0, 0])).tolist() == [1, 1]
     assert several(np.array([[4.0, 0], [5, 0]])).tolist() == [[1, 1], [1, 2]]
 
@@ -82,6 +82,63 @@ def test_numbers_keep_their_values() -> None:
     policy = policy_of(probes.random_walk(frame_stack=1), lambda x: x[0] > 2.9e9)
     assert policy(np.array([3_000_000_000, 0])) == 1
     assert policy(np.array([[3_000_000_000, 0], [2_000_000_000, 0]], np.int64)).tolist() == [1, 0]
+
+
+def test_a_policy_that_remembers_is_given_its_memory() -> None:
+    """Its value is the sum of the observations of the episode, and it takes the action that is nearest to it."""
+    network = probes.summing_network()
+    step, actions = network.recurrence.step, jnp.arange(9)
+
+    def near(params: Any, *inputs: Any) -> Any:
+        carry, _ = step(params, *inputs)
+        return carry, -jnp.abs(carry - actions)
+
+    recurrence = network.recurrence._replace(step=near)
+    policy = Policy(probes.time_limit(), network._replace(recurrence=recurrence), {}, "mine")
+    for ask in (policy, policy.q_values):
+        with pytest.raises(ConfigError, match=r"must be given its memory.*use memory = policy.start\(num_lanes\)"):
+            ask(np.ones(1))
+    memory = policy.start(2)
+    action, first = policy.step(memory, np.array([[1.0], [2.0]]))
+    assert action.tolist() == [1, 2]
+    for _ in range(2):  # a memory can be used again
+        action, second = policy.step(first, np.array([[3.0], [3.0]]))
+        assert action.tolist() == [4, 5]
+    assert policy.step(second, np.array([[1.0], [1.0]]), is_first=[False, True])[0].tolist() == [5, 1]
+    action, memory = policy.step(policy.start(), np.array([3.0]))
+    assert (action, policy.step(memory, np.array([1.0]))[0]) == (3, 4)
+    assert policy.step(memory, np.array([1.0]), is_first=True)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("num_lanes", "obs", "more", "message"),
+    [
+        (2, np.ones(1), {}, "must be given 2 observations, .* got one without a batch axis; begin with policy.start"),
+        (2, np.ones((3, 1)), {}, r"must be given 2 observations, .* got a batch of 3; begin with policy.start\(3\)"),
+        (None, np.ones((3, 1)), {}, "must be given one observation without a batch axis"),
+        (2, np.ones((2, 1)), {"is_first": [0, 1]}, r"is_first must be bool, \[2\], got \[0, 1\]"),
+        (2, np.ones((2, 1)), {"is_first": True}, r"is_first must be bool, \[2\], got True"),
+        (0, np.ones((0, 1)), {}, "num_lanes must be"),
+    ],
+)
+def test_a_step_that_does_not_fit_its_memory_is_refused(num_lanes: Any, obs: Any, more: Any, message: str) -> None:
+    policy = policy_of(probes.time_limit(), lambda x: 0.0)
+    with pytest.raises(ConfigError, match=message):
+        policy.step(policy.start(num_lanes), obs, **more)
+    with pytest.raises(ConfigError, match="must be given the memory that start or the step before returned, got None"):
+        policy.step(None, obs)  # type: ignore[arg-type]
+
+
+def test_steps_stack_single_frames_as_training_does() -> None:
+    env = probes.random_walk(frame_stack=3)
+    network = probes.linear_network(env.spec)
+    policy = Policy(env, network, network.init(jax.random.key(1)), "mine")
+    frames = np.random.default_rng(0).normal(size=(5, 4, *env.spec.observation_shape)).astype(np.float32)
+    memory = policy.start(4)
+    for i, frame in enumerate(frames):
+        action, memory = policy.step(memory, frame)
+        seen = [frames[j] if j >= 0 else np.zeros_like(frame) for j in range(i - 2, i + 1)]
+        assert action.tolist() == policy(np.stack(seen, axis=-1)).tolist()
 
 
 class Corner(contracts.Plain):

@@ -6,6 +6,7 @@ _UNITS = {
     "huber_delta": "discounted reward",
     "exploration_start": "probability, or discounted reward",
     "exploration_end": "probability, or discounted reward",
+    "exploration_max_duration": "environment steps of one lane",
     "eval_exploration": "probability",
     "batch_size": "transitions",
     "replay_capacity": "environment steps",

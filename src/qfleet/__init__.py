@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from qfleet.api import iterate, load, resume, train, watch
     from qfleet.config import AgentConfig, ConfigError, FusedConfig, OverlappedConfig, RunFailed, TrainConfig
-    from qfleet.core.types import EnvSpec, Network
+    from qfleet.core.types import EnvSpec, Network, Recurrence
     from qfleet.envs.host import HostEnv, HostLanes, HostStep, LaneOptions, RenderedLanes
     from qfleet.envs.registry import list_envs, make_env, register_env
     from qfleet.envs.spec import InGraphEnv, StepResult
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "qfleet.api": ("iterate", "load", "resume", "train", "watch"),
     "qfleet.config": ("AgentConfig", "ConfigError", "FusedConfig", "OverlappedConfig", "RunFailed", "TrainConfig"),
-    "qfleet.core.types": ("EnvSpec", "Network"),
+    "qfleet.core.types": ("EnvSpec", "Network", "Recurrence"),
     "qfleet.envs.host": ("HostEnv", "HostLanes", "HostStep", "LaneOptions", "RenderedLanes"),
     "qfleet.envs.registry": ("list_envs", "make_env", "register_env"),
     "qfleet.envs.spec": ("InGraphEnv", "StepResult"),
@@ -76,6 +76,7 @@ __all__ = [
     "OverlappedConfig",
     "Policy",
     "Progress",
+    "Recurrence",
     "RenderedLanes",
     "Run",
     "RunControl",

@@ -16,6 +16,7 @@ from qfleet.config.new_run import check_new_run
 from qfleet.config.own_parts import check_parts_trusted, parts_of_policy
 from qfleet.config.values import show, to_plain
 from qfleet.core.keys import key_shape
+from qfleet.core.masks import masked
 from qfleet.core.types import Network, Params
 from qfleet.envs.factory import name_of_factory, remember_factory
 from qfleet.envs.host import HostEnv
@@ -184,15 +185,13 @@ def resume(
       stop_return: return at which the run ends, instead of the one in its config; "none" for no such return. A run that
         has reached its return already goes on to `env_steps`.
       checkpoint: environment step of the checkpoint to continue from, instead of the newest. Newer ones are set aside,
-        by renaming. "best" is the checkpoint of the best evaluation. It holds the learner alone, so the run then warms
-        up again, at that environment step of its schedules.
+        by renaming. "best" is that of the best evaluation. It holds the learner alone, so the run warms up again.
       topology: where the run continues, if that is another topology or another size. Its lanes begin new episodes, and
         the replay is divided anew over them. So a run that began on a laptop can continue as a fleet, or the other way
         round. The run's folder keeps the config that the run began with, so give this argument each time.
       num_processes: number of processes that an all-reduce or gossip run continues with. This argument and the next
         three default to what the run began with.
-      coordinator: HOST:PORT of the first process of an all-reduce run, to start each process by hand; `local` starts
-        all of them on this machine.
+      coordinator: HOST:PORT of the first process of an all-reduce run, to start each by hand; `local` starts all here.
       process_id: number of the process to start here, if each is started by hand. Start the others with otherwise the
         same arguments. Only the first one locks the folder, sets checkpoints aside, and returns progress.
       ray_address: address of the Ray cluster that the processes run on.
@@ -298,7 +297,7 @@ def load(
         if network is None:
             check_reads_the_same(directory, spec)
         network_in_use = make_network(spec, config.agent, network)
-        limit_cpu_threads(check_network(network_in_use, spec))
+        limit_cpu_threads(check_network(network_in_use, spec, directory.config.agent))
         enable_compilation_cache()
         params = checkpoints.restore_item("learner", env_steps=number)["params"]
     if directory.config.num_seeds > 1:
@@ -311,7 +310,7 @@ def load(
         if isinstance(source, RecordedEnv):
             rule = f"a checkpoint must hold the network for the environment that it records, which has {sizes}"
     params = _params_of(network_in_use, params, rule)
-    return Policy(source, network_in_use, params, label, _evaluation_options(config, metadata))
+    return Policy(source, masked(network_in_use, spec), params, label, _evaluation_options(config, metadata))
 
 
 def _environment_of(

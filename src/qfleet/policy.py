@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,11 +23,16 @@ from qfleet.config.checks import (
     check_count,
     check_positive,
 )
-from qfleet.config.values import Config
+from qfleet.config.values import Config, show
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.keys import Stream, make_key
+from qfleet.core.masks import shown
+from qfleet.core.memory import MemoryState
+from qfleet.core.player import make_player
 from qfleet.core.types import EnvSpec, Network, Params
+from qfleet.envs.action_masks import ActionMask
+from qfleet.envs.actions import numbered
 from qfleet.envs.contract import BrokenContract
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
 from qfleet.envs.observations import encoder_of_arrays
@@ -69,8 +74,21 @@ class EvaluationOptions(Config):
         check_positive(self, "step_timeout_seconds", maximum=MAX_SECONDS)
 
 
+class PolicyMemory(NamedTuple):
+    """What a policy remembers of some lanes. `Policy.start` makes one and `Policy.step` the next; keep it, no more."""
+
+    state: MemoryState | None
+    """None before the first step."""
+    num_lanes: int | None
+    """None for one lane whose observations come without a batch axis."""
+
+
 class Policy:
-    """The greedy policy of one Q-network: `policy(obs)` returns actions."""
+    """The greedy policy of one Q-network.
+
+    `policy(obs)` returns actions. If the agent remembers earlier observations, `memory = policy.start()` begins an
+    episode, and each `action, memory = policy.step(memory, obs)` takes it further.
+    """
 
     def __init__(
         self,
@@ -90,10 +108,15 @@ class Policy:
         self.options = options or EvaluationOptions()
         """How `evaluate` plays: as the run evaluated itself."""
         self._given_env = env
-        self._encoder = encoder or encoder_of_arrays(spec.agent_observation_shape, spec.observation_dtype)
+        mask = ActionMask(actions or numbered(spec.num_actions), False) if spec.has_action_mask else None
+        self._encoder = encoder or encoder_of_arrays(spec.agent_observation_shape, spec.observation_dtype, mask)
+        self._frame_encoder = encoder or encoder_of_arrays(spec.observation_shape, spec.observation_dtype, mask)
         self._actions = actions
         self._network = network
         self._in_graph = functools.cache(self._make_in_graph)  # the compiled programs live as long as the policy
+        player = make_player(network._replace(with_activations=None), spec.frame_stack)  # nobody asks for the activity
+        self._player = player._replace(values=jax.jit(player.values))
+        self._take_step = jax.jit(self._observe_and_choose)
         self._apply_network = jax.jit(network.apply)
         self._to_view = jax.jit(lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, spec.frame_stack))
 
@@ -102,38 +125,119 @@ class Policy:
         """The environment, which is made when it is first needed. Acting needs only what a checkpoint records of it."""
         return self._given_env.make() if isinstance(self._given_env, RecordedEnv) else self._given_env
 
-    def __call__(self, obs: Any) -> Any:
-        """Returns greedy actions, as the environment takes them.
+    def __call__(self, obs: Any, mask: Any = None) -> Any:
+        """Returns greedy actions, as the environment takes them. If it has action masks, they are valid ones.
 
         Args:
           obs: what the environment returns, either one observation or a batch of them. A batch has one more axis in
             front; a batch of a Dict or Tuple is a dict or tuple of batches, as in Gymnasium's vector environments.
             Frames are stacked along the last axis, `[batch, *agent_observation_shape]`, if the agent sees several. What
             `HostLanes` and `InGraphEnv` return is taken too.
+          mask: which actions are valid, as the environment's `info["action_mask"]` says: `[num_actions]` of 0 and 1 or
+            bool, or `[batch, num_actions]`. It must be given if the environment has masks, unless `obs` contains it.
 
         Returns:
           One action for one observation: an integer, or an array if the environment takes several choices at once. For
           a batch, a new array `[batch, ...]` of them.
         Raises:
-          ConfigError: if the observations aren't those of the environment, or aren't finite.
+          ConfigError: if the observations or masks aren't those of the environment, or aren't finite, or no action is
+            valid; or if the agent has a recurrent network, whose actions depend on earlier observations.
         """
         check_not_forked()
-        batch, is_batch = self._to_batch(obs)
-        action = np.asarray(self._greedy(self._to_view(_at_least_one(batch))).action)[: len(batch)]
+        self._check_stateless()
+        batch, is_batch = self._to_batch(obs, mask)
+        action = np.asarray(greedy(self._apply_network(self.params, self._to_view(_at_least_one(batch)))))[: len(batch)]
+        return self._as_environment_takes(action, is_batch)
+
+    def start(self, num_lanes: int | None = None) -> PolicyMemory:
+        """Returns the memory with which `step` begins, at the start of an episode in each lane.
+
+        Args:
+          num_lanes: number of environments that are stepped together. None is for one environment, whose observations
+            and actions have no batch axis.
+
+        Raises:
+          ConfigError: if the number is out of bounds.
+        """
+        return PolicyMemory(None, None if num_lanes is None else check_count("num_lanes", num_lanes, maximum=MAX_SIZE))
+
+    def step(
+        self, memory: PolicyMemory, obs: Any, is_first: Any = None, *, mask: Any = None
+    ) -> tuple[Any, PolicyMemory]:
+        """Returns greedy actions, as the environment takes them, and the memory for the next step.
+
+        This works for every agent, with a recurrent network or without. If the agent sees several frames at once, it
+        takes single frames, as the environment returns them, and the memory stacks them.
+
+        Args:
+          memory: what `start`, or the step before, returned. A memory may be used again, to go back to where it was.
+          obs: one observation for each lane of `start`, or one without a batch axis. They are encoded as in
+            `policy(obs)`.
+          is_first: which lanes' observations start an episode, `[num_lanes]` bool, or one bool without a batch axis.
+            Nothing from before is remembered there. The first step after `start` is the first in all lanes.
+          mask: which actions are valid, as in `policy(obs, mask)`.
+
+        Returns:
+          One action, or `[num_lanes, ...]` of them, and the memory.
+        Raises:
+          ConfigError: if the observations aren't those of the environment, aren't finite, or are as many as the
+            lanes; if `is_first` isn't as `obs` is; or if `memory` isn't one.
+        """
+        check_not_forked()
+        if not isinstance(memory, PolicyMemory):
+            raise ConfigError(
+                f"step must be given the memory that start or the step before returned, got {show(memory)}; begin with "
+                f"memory = policy.start()"
+            )
+        num_lanes = memory.num_lanes
+        batch, is_batch = self._to_batch(obs, mask, is_frame=True)
+        if (len(batch) if is_batch else None) != num_lanes:
+            wanted = "one observation without a batch axis" if num_lanes is None else f"{num_lanes} observations"
+            raise ConfigError(
+                f"step must be given {wanted}, because start had num_lanes={num_lanes}, got "
+                f"{f'a batch of {len(batch)}' if is_batch else 'one without a batch axis'}; "
+                f"begin with policy.start({len(batch) if is_batch else ''})"
+            )
+        starts = np.full(num_lanes or (), False) if is_first is None else np.asarray(is_first)
+        if starts.dtype != bool or starts.shape != (() if num_lanes is None else (num_lanes,)):
+            raise ConfigError(
+                f"is_first must be bool, {'one' if num_lanes is None else [num_lanes]}, got {show(is_first)}; say for "
+                f"each lane whether its observation starts an episode"
+            )
+        action, state = self._take_step(self.params, memory.state, batch, np.atleast_1d(starts))
+        return self._as_environment_takes(np.asarray(action), is_batch), memory._replace(state=state)
+
+    def _observe_and_choose(
+        self, params: Params, state: MemoryState | None, obs: jax.Array, is_first: jax.Array
+    ) -> tuple[jax.Array, MemoryState]:
+        state = self._player.begin(obs) if state is None else self._player.observe(state, obs, is_first)
+        q, state, _ = self._player.values(params, state)
+        return greedy(q), state
+
+    def _as_environment_takes(self, action: np.ndarray, is_batch: bool) -> Any:
         if is_batch:
             return np.array(action) if self._actions is None else self._actions.batch(action)
         return int(action[0]) if self._actions is None else self._actions.one(int(action[0]))
 
-    def q_values(self, obs: Any) -> np.ndarray:
+    def _check_stateless(self) -> None:
+        if self._network.recurrence is not None:
+            raise ConfigError(
+                "a policy with a recurrent network must be given its memory, because actions depend on earlier "
+                "observations, got observations alone; use memory = policy.start(num_lanes), then "
+                "action, memory = policy.step(memory, obs) for each step"
+            )
+
+    def q_values(self, obs: Any, mask: Any = None) -> np.ndarray:
         """Returns Q-values, `[batch, num_actions]` float32 in units of discounted reward; `[num_actions]` for one.
 
-        The array is new, so that the caller may write to it, for example to mask actions.
+        They are -inf where `mask` says that an action is invalid. The array is new, so that the caller may write to it.
 
         Args and Raises: as for calling the policy.
         """
         check_not_forked()
-        batch, is_batch = self._to_batch(obs)
-        q = np.array(self._apply_network(self.params, self._to_view(_at_least_one(batch))))[: len(batch)]
+        self._check_stateless()
+        batch, is_batch = self._to_batch(obs, mask)
+        q = shown(np.asarray(self._apply_network(self.params, self._to_view(_at_least_one(batch)))))[: len(batch)]
         return q if is_batch else q[0]
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
@@ -179,10 +283,10 @@ class Policy:
             episodes = play_host_episodes(
                 lanes,
                 env.spec,
+                self._player,
                 self._greedy,
                 num_episodes,
                 seed_of(seed, Stream.POLICY),
-                self._network.to_storage_layout,
                 exploration=options.exploration,
                 max_episode_steps=options.max_episode_steps,
             )
@@ -209,14 +313,7 @@ class Policy:
 
     def _make_in_graph(self, num_together: int, exploration: float) -> tuple[Callable, Callable]:
         assert isinstance(self._env, InGraphEnv)
-        network = self._network
-        evaluation = make_evaluation(
-            self._env,
-            lambda params, obs: (network.apply(params, obs), ()),  # nobody asks for the activity
-            num_together,
-            exploration,
-            network.to_storage_layout,
-        )
+        evaluation = make_evaluation(self._env, self._player, num_together, exploration)
         return jax.jit(evaluation.begin), jax.jit(evaluation.play)
 
     def episode_limit(self, options: EvaluationOptions | None = None) -> int:
@@ -248,8 +345,7 @@ class Policy:
         check_extra()
         check_not_forked()
         base = Path.cwd()  # now, because the environment may change the current folder
-        q_values = functools.partial(self._apply_network, self.params)
-        episodes = play(self._env, q_values, num_episodes, seed, self._network.to_storage_layout)
+        episodes = play(self._env, self._player, self.params, num_episodes, seed)
         with contextlib.closing(episodes):  # this also closes the lanes that draw, even if the caller stops early
             for i, moments in enumerate(episodes):
                 name = video_name(self.label, seed, i)
@@ -263,19 +359,23 @@ class Policy:
                     ) from error
                 yield video
 
-    def _to_batch(self, obs: Any) -> tuple[np.ndarray, bool]:
+    def _to_batch(self, obs: Any, mask: Any, *, is_frame: bool = False) -> tuple[np.ndarray, bool]:
         """Returns observations as the agent sees them, `[batch, ...]`, and whether there was a batch."""
+        spec, encoder = self.spec, self._encoder
+        if is_frame:
+            spec, encoder = dataclasses.replace(spec, frame_stack=1), self._frame_encoder
         try:
-            return self._encoder.any_batch(obs)
+            return encoder.any_joined_batch(obs, mask, spec)
         except BrokenContract as error:
+            rules = [encoder.rule] if encoder.mask is None else [encoder.rule, encoder.mask.rule]
             raise ConfigError(
-                f"the policy takes one observation of {self.spec.name} ({self._encoder.rule}) or a batch of them, with "
+                f"the policy takes one observation of {spec.name} ({'; '.join(rules)}) or a batch of them, with "
                 f"one more axis in front: {error}"
             ) from error
 
-    def _greedy(self, view: jax.Array) -> HostAction:
-        q = self._apply_network(self.params, view)
-        return HostAction(greedy(q), q.max(axis=-1))
+    def _greedy(self, memory: MemoryState) -> HostAction:
+        q, memory, _ = self._player.values(self.params, memory)
+        return HostAction(greedy(q), q.max(axis=-1), memory)
 
 
 def _at_least_one(batch: np.ndarray) -> np.ndarray:

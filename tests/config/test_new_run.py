@@ -26,6 +26,8 @@ WITHOUT_EFFECT = [
     ("c51", "loss", "squared"), ("c51", "huber_delta", 2.0), ("c51", "hl_gauss_smoothing", 1.0),
     ("munchausen", "double", True), ("dqn", "munchausen_clip", -2.0), ("dqn", "noisy_std", 0.1),
     ("dqn", "importance_exponent_fraction", 0.5), ("dqn", "learning_rate_fraction", 0.5), ("pqn", "munchausen", True),
+    ("dqn", "memory_size", 64), ("dqn", "burn_in", 4), ("dqn", "sequence_length", 8), ("dqn", "sequence_period", 4),
+    ("dqn", "priority_max_share", 0.5), ("pqn", "value_rescaling", True),
 ]  # fmt: skip
 
 
@@ -82,6 +84,26 @@ def test_another_mode_drops_what_the_preset_says_about_its_own() -> None:
     assert make_config("gymnax:Breakout-MinAtar", "pqn", learning_rate_schedule="constant").agent.replay == "none"
     agent = make_config("CartPole-v1", "rainbow_lite", "actor-learner").agent
     assert agent.exploration_env_steps == AgentConfig().exploration_env_steps
+
+
+@pytest.mark.parametrize("topology", ["gossip", "parameter-server", "all-reduce"])
+def test_topologies_without_sequences_name_those_that_have_them(topology: str) -> None:
+    message = f"topology {topology} and replay prioritised, got 'lstm'; choose topology fused or overlapped or actor-"
+    with pytest.raises(ConfigError, match=message):
+        make_config("CartPole-v1", "r2d2", topology)
+
+
+def test_a_topology_that_can_not_train_a_memory_names_those_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in TOPOLOGIES.values():
+        monkeypatch.setattr(kind, "replays_with_memory", ("none",) if kind is TOPOLOGIES["fused"] else ())
+    assert make_config("CartPole-v1", "pqn", memory="gru", memory_size=16).agent.memory_size == 16
+    message = "memory must be none with topology gossip and replay none, got 'gru'; choose topology fused, or memory"
+    with pytest.raises(ConfigError, match=message):
+        make_config("CartPole-v1", "pqn", "gossip", memory="gru")
+    for kind in TOPOLOGIES.values():
+        monkeypatch.setattr(kind, "replays_with_memory", ())
+    with pytest.raises(ConfigError, match="with topology fused and replay uniform, got 'lstm'; choose memory none"):
+        make_config("CartPole-v1", "dqn", memory="lstm")
 
 
 @pytest.mark.parametrize("preset", PRESETS)

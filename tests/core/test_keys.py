@@ -1,6 +1,5 @@
 """No two purposes share a random number."""
 
-import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import qfleet
 from qfleet.config import AgentConfig, FusedConfig, TrainConfig
 from qfleet.core.keys import Stream, key_of
+from qfleet.core.player import make_player
 from qfleet.envs.host import seed_of
 from qfleet.policy import Policy
 from qfleet.runtime.episodes import play
@@ -94,7 +94,7 @@ def test_a_policy_is_evaluated_by_keys_that_its_run_has_not_used(seed: int) -> N
     policy = Policy(spy.env, spy.network, run.params, "policy")
     policy.evaluate(3, seed)
     scored = spy.take()
-    for moments in play(spy.env, functools.partial(spy.network.apply, policy.params), 3, seed):
+    for moments in play(spy.env, make_player(spy.network), policy.params, 3, seed):
         list(moments)
     filmed = spy.take()
     assert min(map(len, (trained, evaluated, scored))) > 3

@@ -103,6 +103,23 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
         make_env("gymnax:Breakout")
 
 
+def test_options_are_arguments_of_the_constructor_or_parameters() -> None:
+    env = make_env("gymnax:MemoryChain-bsuite", memory_length=2, num_bits=3, max_steps_in_episode=50)
+    assert (env.spec.observation_shape, env.spec.time_limit) == ((5,), 50)
+    state, _ = env.reset(jax.random.key(0))
+    ended = []
+    for i in range(3):
+        result = env.step(state, jnp.int32(0), jax.random.key(i))
+        state, ended = result.state, [*ended, bool(result.terminated)]
+    assert ended == [False, False, True]
+    for options, message in (
+        ({"memory_length": "20"}, "memory_length of gymnax:MemoryChain-bsuite as int, like its default 5, got '20'"),
+        ({"length": 20}, "env_options must be options that gymnax:MemoryChain-bsuite takes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make_env("gymnax:MemoryChain-bsuite", **options)
+
+
 def test_an_environment_that_cannot_be_made_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(name: str) -> Any:
         raise OSError("no network")  # as MNISTBandit's, which downloads its images

@@ -11,7 +11,8 @@ import pytest
 
 from qfleet.config import ConfigError, RunFailed
 from qfleet.core.keys import Stream
-from qfleet.core.types import EnvSpec
+from qfleet.core.player import make_player
+from qfleet.core.types import EnvSpec, Network
 from qfleet.envs import gymnasium as backend
 from qfleet.envs.failures import lane_seed
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
@@ -26,9 +27,8 @@ def drawn(env: InGraphEnv) -> InGraphEnv:
 
 
 def played(env: InGraphEnv | HostEnv, num_episodes: int, seed: int) -> list[list[Moment]]:
-    network = probes.linear_network(env.spec)
-    params = network.init(jax.random.key(1))
-    return [list(moments) for moments in play(env, lambda view: network.apply(params, view), num_episodes, seed)]
+    params = probes.linear_network(env.spec).init(jax.random.key(1))
+    return [list(moments) for moments in play(env, probes.linear_player(env.spec), params, num_episodes, seed)]
 
 
 @pytest.mark.parametrize("frame_stack", [1, 3])
@@ -78,7 +78,8 @@ def test_a_gymnasium_episode_is_that_of_a_plain_greedy_loop() -> None:
 def test_host_observations_that_are_pictures_are_drawn() -> None:
     pytest.importorskip("ale_py")
     env = make_env("ale:Pong")._replace(make_rendered_lanes=None)
-    episodes = play(env, lambda view: jnp.zeros((1, 6)), 1, 0)
+    network = Network(lambda key: (), lambda params, obs: jnp.zeros((1, 6)))
+    episodes = play(env, make_player(network, env.spec.frame_stack), (), 1, 0)
     pictures = [moment.picture for moment in itertools.islice(next(episodes), 20)]
     episodes.close()
     assert all(picture.shape == (84, 84, 3) for picture in pictures)
@@ -147,7 +148,7 @@ def test_lanes_are_closed_after_the_last_episode() -> None:
 
     spec = EnvSpec(name="x", observation_shape=(1,), observation_dtype=np.dtype(np.float32), num_actions=2)
     env = HostEnv(spec, make_lanes, make_lanes, lambda options: Lanes())
-    films = play(env, lambda view: np.zeros((1, 2)), 2, 0)
+    films = play(env, probes.linear_player(spec), probes.linear_network(spec).init(jax.random.key(0)), 2, 0)
     next(next(films))
     assert not closed
     films.close()

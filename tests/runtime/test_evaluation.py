@@ -10,6 +10,7 @@ import numpy as np
 import probes
 import pytest
 
+from qfleet.core.memory import MemoryState
 from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.host import HostStep
 from qfleet.envs.registry import make_env
@@ -30,10 +31,11 @@ def play(
     env: InGraphEnv, params: Any, num_episodes: int, seed: int = 0, exploration: float = 0.0, **more: Any
 ) -> Episodes | None:
 
-    def with_activity(params: Params, obs: jax.Array) -> tuple[jax.Array, tuple[jax.Array]]:
-        return constant_q(params, obs), (jnp.abs(obs.reshape(len(obs), -1)),)
+    def values(params: Params, memory: MemoryState) -> tuple[jax.Array, MemoryState, tuple[jax.Array]]:
+        return constant_q(params, memory.view), memory, (jnp.abs(memory.view.reshape(len(memory.view), -1)),)
 
-    functions = make_evaluation(env, with_activity, num_episodes, exploration, discount=DISCOUNT)
+    player = probes.linear_player(env.spec)._replace(values=values)
+    functions = make_evaluation(env, player, num_episodes, exploration, discount=DISCOUNT)
     key, first, step = jax.random.key(seed), jnp.uint32(0), jax.jit(functions.play)
     return Pieces().play(
         lambda: functions.begin(key, first),
@@ -232,10 +234,12 @@ def play_host(lanes: CountedLanes, num_episodes: int, time_limit: int | None = N
         time_limit=time_limit,
     )  # fmt: skip
 
-    def act(view: jax.Array) -> HostAction:
-        return HostAction(jnp.zeros(len(view), int), jnp.full(len(view), 3.0), (jnp.array([0.0, 1.0]),))
+    def act(memory: MemoryState) -> HostAction:
+        num_lanes = len(memory.view)
+        return HostAction(jnp.zeros(num_lanes, int), jnp.full(num_lanes, 3.0), memory, (jnp.array([0.0, 1.0]),))
 
-    return play_host_episodes(lanes, spec, act, num_episodes, 0, discount=DISCOUNT, **more)
+    player = probes.linear_player(spec)
+    return play_host_episodes(lanes, spec, player, act, num_episodes, 0, discount=DISCOUNT, **more)
 
 
 def host_returns(lanes: CountedLanes, num_episodes: int, time_limit: int | None = None) -> list[float]:

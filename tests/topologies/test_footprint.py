@@ -61,7 +61,7 @@ def kept_by_overlapped(overlapped):
     learner, replay, _ = overlapped._on_mesh.jitted().init(np.uint32(0))
     overlapped._lanes = NoLanes()
     overlapped._begin_episodes()
-    return parts_of(learner, (overlapped._acting.obs, overlapped._view), replay)
+    return parts_of(learner, (overlapped._acting.obs, overlapped._memory), replay)
 
 
 def parts_of(learner, lanes, replay):
@@ -122,7 +122,7 @@ def test_the_batch_of_a_footprint_is_what_is_learned_from(kind):
         learner, _, key = on_mesh.jitted().init(np.uint32(0))
         overlapped._lanes = NoLanes()
         overlapped._begin_episodes()
-        _, *rollout, _ = on_mesh.learn_arguments(learner, (), key, overlapped._acting.obs, overlapped._view)
+        _, *rollout, _ = on_mesh.learn_arguments(learner, (), key, overlapped._acting.obs, overlapped._memory)
         batch = jax.eval_shape(on_mesh.programs.rollout_batch, learner.params, *rollout)
     else:
         replay = make_replay(stored_spec(ENV.spec, make_network(ENV.spec, config).to_storage_layout), config, NUM_ENVS)
@@ -133,6 +133,18 @@ def test_the_batch_of_a_footprint_is_what_is_learned_from(kind):
         assert part == footprint_module.Part(
             name="batch", total_bytes=num_bytes, bytes_per_device=num_bytes // share, axis=axis
         )
+
+
+def test_a_recurrent_agent_keeps_its_state_with_the_lanes_and_in_the_batch():
+    found = {}
+    for memory in ("none", "gru"):
+        agent = AgentConfig(replay="none", rollout_length=16, num_minibatches=4, memory=memory, memory_size=16)
+        config = config_for("pqn", FusedConfig(num_envs=NUM_ENVS), agent=agent)
+        footprint = Fused(config, ENV, make_network(ENV.spec, agent)).footprint()
+        found[memory] = {part.name: part.total_bytes for part in footprint.parts}
+    state, is_first = NUM_ENVS * 16 * 4, NUM_ENVS * 16
+    assert found["gru"]["lanes"] - found["none"]["lanes"] == state
+    assert found["gru"]["batch"] - found["none"]["batch"] == state + is_first
 
 
 @pytest.mark.parametrize("mesh", MESHES[:2], ids=lambda mesh: f"{mesh.data}x{mesh.model}")

@@ -1,4 +1,4 @@
-"""Heads, noise and normalisation in every topology: the same wherever a run is, and after a resume."""
+"""Heads, noise, memories and normalisation: all is the same in every topology, and goes on after a resume."""
 
 import functools
 
@@ -33,11 +33,19 @@ AGENTS = {
     ),
     "munchausen_iqn": AgentConfig(
         **REPLAY, head="iqn", munchausen=True, num_quantiles=4, num_cosines=8, hidden_sizes=(16,),
-        normalise_observations=True, normalise_rewards=True,
+        exploration_max_duration=8, normalise_observations=True, normalise_rewards=True,
     ),
     "noisy_pqn": AgentConfig(
         replay="none", rollout_length=ROWS, num_minibatches=4, noisy=True, head="hl_gauss", hidden_sizes=(16,),
         exploration_start=0.0, exploration_end=0.0, normalise_observations=True, normalise_rewards=True,
+    ),
+    "r2d2": AgentConfig(
+        **{**REPLAY, "batch_size": 4}, replay="prioritised", memory="lstm", memory_size=4, burn_in=2, sequence_length=6,
+        double=True, n_step=2, value_rescaling=True, hidden_sizes=(8,),
+    ),
+    "recurrent_pqn": AgentConfig(
+        replay="none", rollout_length=ROWS, num_minibatches=2, memory="gru", memory_size=8, head="iqn", num_quantiles=4,
+        num_cosines=8, hidden_sizes=(16,), exploration_start=0.5, exploration_end=0.5, exploration_max_duration=8,
     ),
 }  # fmt: skip
 
@@ -103,24 +111,39 @@ def test_overlapped_in_lock_step_draws_what_the_fused_program_does(kind):
     assert fused.learner_steps > 0
     moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), first, learned)
     assert all(jax.tree.leaves(moved)), "every parameter learns, those of the noise included"
-    overlapped = make(kind, OverlappedConfig(num_envs=NUM_ENVS, lock_step=True, profile=kind != "rainbow"))
+    overlapped = make(
+        kind, OverlappedConfig(num_envs=NUM_ENVS, lock_step=True, profile=kind in ("munchausen_iqn", "noisy_pqn"))
+    )
     assert_close(advance(overlapped, 6), learned)
     overlapped.close()
 
 
-def test_a_mesh_draws_what_one_device_does():
+@pytest.mark.parametrize("kind", ["noisy_pqn", "recurrent_pqn"])
+def test_a_mesh_draws_what_one_device_does(kind):
     """Without a replay all of a run is the same on any mesh: noise, episodes and minibatches."""
     one, mesh = FusedConfig(num_envs=NUM_ENVS), FusedConfig(num_envs=NUM_ENVS, mesh=MeshConfig(data=2, model=2))
-    assert_close(advance(make("noisy_pqn", mesh), 4), advance(make("noisy_pqn", one), 4))
+    assert_close(advance(make(kind, mesh), 4), advance(make(kind, one), 4))
 
 
-@pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn"])
+def test_a_mesh_stores_the_states_that_one_device_does_and_learns_from_them():
+    """The rows before the first learner step are the same on any mesh."""
+    rings = []
+    for mesh in (MeshConfig(), MeshConfig(data=2)):
+        fused = make("r2d2", FusedConfig(num_envs=NUM_ENVS, mesh=mesh))
+        advance(fused, 1)
+        rings.append(jax.device_get(fused.state["replay"].ring))
+    assert np.any(rings[0].rows.carry[:ROWS] != 0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *rings)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(advance(fused, 3)))
+    assert fused.learner_steps > 0
+
+
+@pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn", "recurrent_pqn", "r2d2"])
 def test_a_resumed_run_draws_what_the_whole_one_does(kind):
-    whole, half = (make(kind, FusedConfig(num_envs=NUM_ENVS)) for _ in range(2))
-    advance(half, 4)
-    resumed = make(kind, FusedConfig(num_envs=NUM_ENVS), seed=9)
-    resumed.restore(jax.tree.map(jnp.copy, half.state), half.counters)
-    jax.tree.map(np.testing.assert_array_equal, advance(resumed, 4), advance(whole, 8))
+    whole, resumed = (make(kind, FusedConfig(num_envs=NUM_ENVS), seed) for seed in (3, 9))
+    advance(whole, 4)
+    resumed.restore(jax.tree.map(jnp.copy, whole.state), whole.counters)
+    jax.tree.map(np.testing.assert_array_equal, advance(resumed, 4), advance(whole, 4))
 
 
 def fleet_config(env="CartPole-v1", **settings):
@@ -144,6 +167,19 @@ def test_an_actor_explores_by_noise_and_leaves_priorities_that_it_can_not_know_t
     assert all(np.isnan(chunk.td_error).all() for chunk in chunks[True])
     changes = {noisy: switches([chunk.rows.action for chunk in each]) for noisy, each in chunks.items()}
     assert changes[True] > 2 * changes[False], "noise is drawn anew for each step and lane"
+
+
+def test_an_actor_repeats_random_actions():
+    changes = {}
+    for max_duration, settings in ((1, {}), (100, {"exploration_duration_exponent": 1.0})):
+        config = config_of("gym:CartPole-v1", preset="dqn", exploration_max_duration=max_duration, **settings)
+        actor = Actor(config, 0)
+        params = make_network(make_env(config.env).spec, config.agent).init(jax.random.key(0))
+        actor.begin(0)
+        actor.receive(0, [np.asarray(leaf) for leaf in jax.tree.leaves(params)])
+        changes[max_duration] = switches([actor.collect(1.0)[1].rows.action for _ in range(3)])
+        actor.close()
+    assert 2 * changes[100] < changes[1]
 
 
 def switches(actions):

@@ -24,9 +24,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint": ("checkpoint_period_seconds", "checkpoints_kept", "checkpoint_best", "checkpoint_replay"),
     "learning": (
-        "discount", "double", "n_step", "loss", "huber_delta", "target_update_period", "target_update_rate",
-        "env_steps_per_learner_step", "batch_size", "target", "munchausen", "munchausen_temperature",
-        "munchausen_weight", "munchausen_clip", "normalise_observations", "normalise_rewards", "own_options",
+        "discount", "double", "n_step", "loss", "huber_delta", "value_rescaling", "target_update_period",
+        "target_update_rate", "env_steps_per_learner_step", "batch_size", "target", "munchausen",
+        "munchausen_temperature", "munchausen_weight", "munchausen_clip", "normalise_observations", "normalise_rewards",
+        "own_options",
     ),
     "head": (
         "head", "num_atoms", "value_min", "value_max", "hl_gauss_smoothing", "num_quantiles", "num_acting_quantiles",
@@ -34,16 +35,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "exploration": (
         "exploration", "exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps",
-        "exploration_fraction", "noisy", "noisy_std",
+        "exploration_fraction", "exploration_max_duration", "exploration_duration_exponent", "noisy", "noisy_std",
     ),
-    "network": ("network", "torso", "hidden_sizes", "layer_norm", "dueling", "convolution"),
+    "network": ("network", "torso", "hidden_sizes", "layer_norm", "dueling", "memory", "memory_size", "convolution"),
     "optimiser": (
         "optimiser", "optimiser_options", "learning_rate", "learning_rate_schedule", "learning_rate_end_fraction",
         "learning_rate_learner_steps", "learning_rate_fraction", "max_gradient_norm",
     ),
     "replay": (
         "replay", "replay_capacity", "warmup_env_steps", "priority_exponent", "importance_exponent_start",
-        "importance_exponent_env_steps", "importance_exponent_fraction", "importance_normalisation",
+        "importance_exponent_env_steps", "importance_exponent_fraction", "importance_normalisation", "burn_in",
+        "sequence_length", "sequence_period", "priority_max_share",
     ),
     "Q(lambda)": ("rollout_length", "trace_decay", "num_epochs", "num_minibatches"),
 }  # fmt: skip

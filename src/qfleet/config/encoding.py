@@ -105,7 +105,7 @@ def _migrate_from_4(content: Any) -> Any:
 
 
 def _migrate_from_5(content: Any) -> Any:
-    """Adds heads, Munchausen's reward, noisy layers, options of torsos and shares of a run, none of which there was."""
+    """Adds heads, Munchausen's reward, noise, memory, options of torsos, shares of a run: none of them existed."""
     if not isinstance(content, dict) or not isinstance(content.get("agent"), dict):
         return content  # decoding refuses it
     return {**content, "agent": {**_ADDED_IN_6, **content["agent"]}}
@@ -126,9 +126,18 @@ _ADDED_IN_6 = {
     "munchausen_clip": -1.0,
     "noisy": False,
     "noisy_std": 0.5,
+    "memory": "none",
+    "memory_size": 128,
+    "burn_in": 0,
+    "sequence_length": 80,
+    "sequence_period": None,
+    "priority_max_share": 0.9,
+    "value_rescaling": False,
     "torso_width": 1,
     "spectral_norm": False,
     "adaptive_pooling": None,
+    "exploration_max_duration": 1,
+    "exploration_duration_exponent": 2.0,
     "exploration_fraction": None,
     "learning_rate_fraction": None,
     "importance_exponent_fraction": None,

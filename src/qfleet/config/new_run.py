@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from qfleet.config.agent import SHARES, AgentConfig
 from qfleet.config.errors import ConfigError
 from qfleet.config.own_parts import OWN_PARTS, is_own_name
+from qfleet.config.topologies import TOPOLOGIES
 from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
 from qfleet.config.values import show
@@ -15,7 +16,7 @@ class _Mode(NamedTuple):
     """Values of one setting with which other settings have no effect."""
 
     setting: str
-    values: tuple[str | bool, ...]
+    values: tuple[str | bool | float, ...]
     without_effect: tuple[str, ...]
     remedy: str
 
@@ -25,7 +26,8 @@ _MODES = (
         "replay", ("none",),
         (
             "double", "n_step", "batch_size", "replay_capacity", "warmup_env_steps", "env_steps_per_learner_step",
-            "target_update_period", "target_update_rate", "munchausen", "target",
+            "target_update_period", "target_update_rate", "munchausen", "value_rescaling", "burn_in",
+            "sequence_length", "sequence_period", "target",
         ),
         "choose replay uniform or prioritised; without replay, trace_decay does the work of n_step",
     ),
@@ -37,7 +39,7 @@ _MODES = (
         "replay", ("uniform", "none"),
         (
             "priority_exponent", "importance_exponent_start", "importance_exponent_env_steps",
-            "importance_exponent_fraction", "importance_normalisation",
+            "importance_exponent_fraction", "importance_normalisation", "priority_max_share",
         ),
         "choose replay prioritised",
     ),
@@ -55,6 +57,23 @@ _MODES = (
         "choose munchausen too",
     ),
     _Mode("noisy", (False,), ("noisy_std",), "choose noisy too"),
+    _Mode(
+        "memory", ("none",),
+        ("memory_size", "burn_in", "sequence_length", "sequence_period", "priority_max_share"),
+        "choose memory lstm or gru",
+    ),
+    _Mode(
+        "exploration", ("softmax",), ("exploration_max_duration", "exploration_duration_exponent"),
+        "choose exploration epsilon_greedy",
+    ),
+    _Mode(
+        "exploration_start", (0.0,), ("exploration_max_duration", "exploration_duration_exponent"),
+        "choose an exploration_start above 0",
+    ),
+    _Mode(
+        "exploration_max_duration", (1,), ("exploration_duration_exponent",),
+        "choose an exploration_max_duration above 1, such as 10000",
+    ),
     _Mode("loss", ("squared",), ("huber_delta",), "choose loss huber"),
     _Mode(
         "learning_rate_schedule", ("constant",),
@@ -86,6 +105,10 @@ def settings_without_effect(settings: Mapping[str, Any], topology: type[Topology
     if modes["target"] is not None:
         reason = "be left out with target {}, which takes its place, got {{value}}; leave one of the two out"
         found |= dict.fromkeys(("double", "munchausen"), reason.format(modes["target"]))
+    if modes["memory"] != "none" or modes["value_rescaling"]:
+        other = "value_rescaling" if modes["value_rescaling"] else f"memory {modes['memory']}"
+        words = f"be left out with {other}, which doesn't work with it yet, got {{value}}; leave one of the two out"
+        found |= dict.fromkeys(("normalise_observations", "normalise_rewards", "target"), words)
     if not any(is_own_name(modes[name]) for name in OWN_PARTS):
         found["own_options"] = "be left out without a part of your own (MODULE:NAME), got {value}; leave it out"
     for share, length in SHARES.items():
@@ -104,8 +127,21 @@ def check_new_run(config: TrainConfig) -> None:
     for name, words in settings_without_effect(agent, type(config.topology)).items():
         if agent[name] != defaults[name]:
             raise ConfigError(f"{name} must {words.replace('{value}', show(agent[name]))}")
+    if config.agent.memory != "none":
+        _check_memory(config)
     if config.agent.replay != "none":
         _check_warmup(config.with_schedule_lengths())
+
+
+def _check_memory(config: TrainConfig) -> None:
+    replay, memory = config.agent.replay, config.agent.memory
+    if replay in config.topology.replays_with_memory:
+        return
+    found = [name for name, kind in TOPOLOGIES.items() if replay in kind.replays_with_memory]
+    remedy = f"choose topology {' or '.join(found)}, or memory none" if found else "choose memory none"
+    raise ConfigError(
+        f"memory must be none with topology {config.topology.name} and replay {replay}, got {memory!r}; {remedy}"
+    )
 
 
 def _check_warmup(config: TrainConfig) -> None:

@@ -83,6 +83,7 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     """
 
     name: ClassVar[str] = "actor-learner"
+    replays_with_memory: ClassVar[tuple[str, ...]] = ("uniform", "prioritised")
     summary: ClassVar[str] = "many actors feed a replay, and one learner learns from it, on Ray"
     settings_without_effect: ClassVar[Mapping[str, str]] = dict.fromkeys(
         (
@@ -286,6 +287,7 @@ class GossipConfig(LaneOptions, RayTopologyConfig):
 
     name: ClassVar[str] = "gossip"
     summary: ClassVar[str] = "peers that learn on their own and now and then average parameters in pairs, on Ray"
+    replays_with_memory: ClassVar[tuple[str, ...]] = ("none",)
 
     silence_seconds: float = 60.0
     """Longest time that a peer may take to reply. One that takes longer is replaced, like one that died."""

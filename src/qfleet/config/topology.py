@@ -54,6 +54,8 @@ class TopologyConfig(Config):
     runs_in: ClassVar[Literal["this process", "joined processes", "ray"]] = "this process"
     """Where the work is done. With "joined processes", a launcher starts equal processes, each of which trains the run.
     With "ray", this process directs others on a Ray cluster, and plays the episodes of evaluations."""
+    replays_with_memory: ClassVar[tuple[str, ...]] = ()
+    """Kinds of replay with which the topology can train an agent that has a memory."""
     settings_without_effect: ClassVar[Mapping[str, str]] = {}
     """Fields of `AgentConfig` that have no effect with this topology, each with the reason and the remedy."""
 

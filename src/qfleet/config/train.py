@@ -191,6 +191,13 @@ def _check_rollouts(agent: AgentConfig, topology: TopologyConfig) -> None:
     num_samples = num_lanes * agent.rollout_length
     check(num_samples <= MAX_SIZE, "num_envs x rollout_length", f"at most {MAX_SIZE}", num_samples)
     num_own = num_samples // over.num_shares
+    if agent.memory != "none" and (num_lanes // over.num_shares) % agent.num_minibatches:
+        raise ConfigError(
+            f"num_minibatches must divide num_envs (over {over.name}) with memory {agent.memory}, because a minibatch "
+            f"takes whole lanes, got num_minibatches={agent.num_minibatches}, {num_lanes} / {over.num_shares} = "
+            f"{num_lanes // over.num_shares}; "
+            f"try {_largest_divisor(num_lanes // over.num_shares, agent.num_minibatches)}"
+        )
     if num_own % agent.num_minibatches:
         raise ConfigError(
             f"num_minibatches must divide num_envs x rollout_length (over {over.name}), got num_minibatches="

@@ -9,14 +9,30 @@ from jax import Array
 
 from qfleet.config import AgentConfig
 from qfleet.config.own_parts import is_own_name
-from qfleet.core.activity import Activity, make_with_activity
-from qfleet.core.exploration import make_explore
-from qfleet.core.heads import SampleLosses, Values, backed_up, make_head, point_values
+from qfleet.core import exploration
+from qfleet.core.activity import Activity
+from qfleet.core.heads import Outputs, SampleLosses, Values, backed_up, make_head, masked_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
+from qfleet.core.masks import INVALID, valid_or_greedy
+from qfleet.core.memory import Memory, MemoryState, make_memory
 from qfleet.core.normalisation import IN_TREE, StatisticsPlace, from_scaled, normalises, to_scaled, value_scale
 from qfleet.core.own_targets import NetworkOutputs, make_own_target
+from qfleet.core.player import Player, make_player
+from qfleet.core.rescaling import unscale
+from qfleet.core.sequences import make_sequence_loss
 from qfleet.core.targets import munchausen_bonus, soft_policy
-from qfleet.core.types import Batch, Network, Params, Regression, Transition
+from qfleet.core.types import Batch, Network, Params, Regression, Sequences, Transition
+
+
+class Acted(NamedTuple):
+    """What an agent does in each lane."""
+
+    action: Array
+    """`[lanes]` int32."""
+    q: Array
+    """`[lanes, num_actions]` float32, the values that chose it."""
+    memory: MemoryState
+    """What the agent remembers from now on. It has yet to `observe` what the action leads to."""
 
 
 class Agent(NamedTuple):
@@ -34,14 +50,24 @@ class Agent(NamedTuple):
     """`loss(params, target_params, batch, draws=None) -> loss, of_samples`; the loss is `[]`, the weighted mean."""
     to_storage_layout: Callable[[Array], Array]
     """`to_storage_layout(obs) -> obs`, the same as `Network.to_storage_layout`."""
-    with_activity: Callable[[Params, Array], tuple[Array, Activity]]
-    """`with_activity(params, obs) -> q, activity`: also how active each hidden unit was, `[batch, units]` a layer."""
+    memory: Memory
+    """What the agent remembers of each lane."""
+    act_values: Callable[..., tuple[Array, MemoryState]]
+    """`act_values(params, memory, keys=None) -> q, memory`, as `q_values` for what each lane has come to. An agent that
+    has a recurrent network remembers the newest observation from now on."""
+    act: Callable[..., Acted]
+    """`act(params, memory, exploration, uniform, keys=None) -> acted` chooses an action in each lane, by the arguments
+    of `act_values` and `explore`."""
+    player: Player
+    """Plays without exploring."""
     acts_with_keys: bool = False
     """Whether `q_values` is given keys to act: the network's noise explores."""
     loss_draws: bool = False
     """Whether `loss` needs `draws`."""
     priority_is_td_error: bool = True
     """Whether priorities are TD errors, so that an actor that knows Q-values can compute them."""
+    carry_size: int = 0
+    """Numbers that a recurrent network remembers of each lane; 0 without memory."""
     statistics: StatisticsPlace | None = None
     """Where the parameters hold statistics, with which the agent normalises; None if it doesn't."""
 
@@ -84,9 +110,18 @@ def _split(draws: Draws | None) -> _LossDraws:
     return _LossDraws(*(Draws(noise[i], None if samples is None else samples[i]) for i in range(3)))
 
 
-def make_agent(network: Network, config: AgentConfig) -> Agent:
-    """Returns the agent that `config` describes. Its Q-values are those of `network`."""
-    head = make_head(config)
+def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> Agent:
+    """Returns the agent that `config` describes. Its Q-values are those of `network`.
+
+    Args:
+      network: the Q-network.
+      config: the agent's config.
+      frame_stack: number of frames that it sees at once when it acts.
+    """
+    head = masked_head(make_head(config)) if network.is_masked else make_head(config)
+    recurrence, player = network.recurrence, make_player(network, frame_stack)
+    explore = exploration.make_explore(config, is_masked=network.is_masked)
+    repeats, repeat = config.exploration_max_duration > 1, exploration.make_repeat(config)
     own_target = make_own_target(config)
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
@@ -94,22 +129,46 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
         if keys is None:
             return network.apply(params, obs)
         q = head.q_values(outputs_of(params, obs, Draws(keys)))
-        return q * value_scale(params, config) if config.normalise_rewards else q
+        return jnp.maximum(q * value_scale(params, config), INVALID) if config.normalise_rewards else q
 
-    def greedy_target(params: Params, target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
-        outputs = outputs_of(target_params, batch.next_obs, draws.target)
-        chooser = outputs_of(params, batch.next_obs, draws.other) if config.double else outputs
+    def act_values(params: Params, memory: MemoryState, keys: Array | None = None) -> tuple[Array, MemoryState]:
+        if recurrence is None:
+            return q_values(params, memory.view, keys), memory
+        is_first = jnp.zeros(len(memory.view), bool)  # `observe` has reset those that are
+        draws = None if keys is None else Draws(keys)
+        carry, outputs = recurrence.step(params, memory.carry, memory.view, is_first, draws)
+        return head.q_values(outputs), memory._replace(carry=carry)
+
+    def act(
+        params: Params, memory: MemoryState, exploration: Array, uniform: Array, keys: Array | None = None
+    ) -> Acted:
+        q, memory = act_values(params, memory, keys)
+        action = explore(q, exploration, uniform)
+        if repeats:
+            action, repetition = repeat(action, exploration, uniform, memory.explorer)
+            memory = memory._replace(explorer=repetition)
+        if network.is_masked:  # an explorer needn't know of masks
+            action = valid_or_greedy(action, q)
+        return Acted(action, q, memory)
+
+    def greedy_target(batch: Transition, outputs: Outputs, chooser: Outputs) -> Values:
         next_values = head.values_of(outputs, jnp.argmax(head.q_values(chooser), axis=-1))
-        return backed_up(batch.reward, batch.discount, next_values)
+        return backed_up(batch.reward, batch.discount, next_values, is_rescaled=config.value_rescaling)
 
-    def munchausen_target(target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
+    def munchausen_target(batch: Transition, outputs_tm1: Outputs, outputs: Outputs) -> Values:
         temperature = config.munchausen_temperature
-        q_tm1 = head.q_values(outputs_of(target_params, batch.obs, draws.other))
+
+        def log_policy_of(outputs: Outputs) -> Array:
+            return soft_policy(head.q_values(outputs), temperature, head.is_valid(outputs))
+
         bonus = munchausen_bonus(
-            soft_policy(q_tm1, temperature), batch.action, temperature, config.munchausen_weight, config.munchausen_clip
+            log_policy_of(outputs_tm1),
+            batch.action,
+            temperature,
+            config.munchausen_weight,
+            config.munchausen_clip,
         )
-        outputs = outputs_of(target_params, batch.next_obs, draws.target)
-        log_policy = soft_policy(head.q_values(outputs), temperature)
+        log_policy = log_policy_of(outputs)
         next_values = head.mixture(outputs, jnp.exp(log_policy), -temperature * log_policy)
         return backed_up(batch.reward + bonus, batch.discount, next_values)
 
@@ -121,34 +180,68 @@ def make_agent(network: Network, config: AgentConfig) -> Agent:
             target_t=outputs_of(target_params, batch.next_obs, draws.target),
         )
 
-    def target_of(params: Params, target_params: Params, batch: Batch, draws: _LossDraws) -> Values:
+    def target_of(params: Params, target_params: Params, batch: Transition | Regression, draws: _LossDraws) -> Values:
         if isinstance(batch, Regression):
             return point_values(batch.target)
         if own_target is not None:
             return own_target(head, batch, outputs_of_both(params, target_params, batch, draws))
         if config.munchausen:
-            return munchausen_target(target_params, batch, draws)
-        return greedy_target(params, target_params, batch, draws)
+            outputs_tm1 = outputs_of(target_params, batch.obs, draws.other)
+            return munchausen_target(batch, outputs_tm1, outputs_of(target_params, batch.next_obs, draws.target))
+        outputs = outputs_of(target_params, batch.next_obs, draws.target)
+        chooser = outputs_of(params, batch.next_obs, draws.other) if config.double else outputs
+        return greedy_target(batch, outputs, chooser)
+
+    def target_of_row(batch: Transition, outputs_tm1: Outputs, outputs: Outputs, chooser: Outputs) -> Values:
+        if config.munchausen:
+            return munchausen_target(batch, outputs_tm1, outputs)
+        return greedy_target(batch, outputs, chooser if config.double else outputs)
+
+    loss_of_sequences = None if recurrence is None else make_sequence_loss(recurrence, head, config, target_of_row)
 
     def loss(
         params: Params, target_params: Params, batch: Batch, draws: Draws | None = None
     ) -> tuple[Array, SampleLosses]:
         split = _split(draws)
-        batch = to_scaled(batch, params, target_params, config)
-        target = jax.lax.stop_gradient(target_of(params, target_params, batch, split))
-        found = head.loss(outputs_of(params, batch.obs, split.value), batch.action, target)
-        loss = jnp.mean(batch.weight * found.loss)
+        if isinstance(batch, Sequences):
+            assert loss_of_sequences is not None
+            found = loss_of_sequences(params, target_params, batch, split.value, split.target)
+            return jnp.mean(batch.weight * found.loss), found
+        if isinstance(batch, Regression) and recurrence is not None:
+            _, rows = recurrence.unroll(params, batch.carry, batch.obs, batch.is_first, split.value)
+            batch = batch._replace(carry=(), is_first=())
+            outputs, flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, batch))
+        else:
+            outputs, flat = outputs_of(params, batch.obs, split.value), batch
+        flat = to_scaled(flat, params, target_params, config)
+        target = jax.lax.stop_gradient(target_of(params, target_params, flat, split))
+        found = head.loss(outputs, flat.action, target)
+        loss = jnp.mean(flat.weight * found.loss)
         return loss, from_scaled(found, params, config, priority_is_td_error=head.priority_is_td_error)
 
     return Agent(
         init=network.init,
         q_values=q_values,
-        explore=make_explore(config),
+        explore=explore,
         loss=loss,
         to_storage_layout=network.to_storage_layout,
-        with_activity=make_with_activity(network),
+        memory=make_memory(network, frame_stack, exploration.no_repetition if repeats else None),
+        act_values=act_values,
+        act=act,
+        player=_with_returns(player) if config.value_rescaling else player,
         acts_with_keys=config.noisy,
         loss_draws=config.noisy or config.head == "iqn" or is_own_name(config.head) or config.network is not None,
-        priority_is_td_error=head.priority_is_td_error,
+        priority_is_td_error=head.priority_is_td_error and not config.learns_sequences,
+        carry_size=0 if recurrence is None else jax.eval_shape(lambda: recurrence.initial(1)).shape[-1],
         statistics=IN_TREE if normalises(config) else None,
     )
+
+
+def _with_returns(player: Player) -> Player:
+    """Returns the player of a network of rescaled values, whose values are in units of discounted reward again."""
+
+    def values(params: Params, memory: MemoryState) -> tuple[Array, MemoryState, Activity]:
+        q, memory, activity = player.values(params, memory)
+        return unscale(q), memory, activity
+
+    return player._replace(values=values)

@@ -4,6 +4,7 @@ One uniform number per lane decides an action, so the numbers of many steps can 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +13,20 @@ from jax import Array
 
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.config.own_parts import make_own_part
+from qfleet.core.masks import is_valid_in, nth_valid
 
 Explore = Callable[[Array, Array, Array], Array]
 """`explore(q, exploration, uniform) -> action`, as `epsilon_greedy` and `softmax` do."""
 
 
-def make_explore(config: AgentConfig) -> Explore:
+def make_explore(config: AgentConfig, *, is_masked: bool = False) -> Explore:
     """Returns the function that draws the actions of an agent.
 
     Raises:
       ConfigError: if it is a user's, and their function can't be imported or doesn't return a function.
     """
     if config.exploration in ("epsilon_greedy", "softmax"):
-        return softmax if config.exploration == "softmax" else epsilon_greedy
+        return explorer(config.exploration, is_masked=is_masked)
     explore: Explore = make_own_part("exploration", config.exploration, config)
     if not callable(explore):
         raise ConfigError(
@@ -66,6 +68,91 @@ def softmax(q: Array, temperature: Array, uniform: Array) -> Array:
     cumulated = jnp.cumsum(jax.nn.softmax(q / jnp.asarray(temperature)[..., None], axis=-1), axis=-1)
     # Rounding may leave the last sum below 1. Scaling by it keeps the last action's share.
     return jnp.sum(uniform[..., None] * cumulated[..., -1:] >= cumulated[..., :-1], axis=-1, dtype=jnp.int32)
+
+
+def masked_epsilon_greedy(q: Array, epsilon: Array, uniform: Array) -> Array:
+    """Returns a uniformly random valid action with probability `epsilon`, and otherwise the greedy one.
+
+    Args and Returns: as for `epsilon_greedy`, where `q` is that of `qfleet.core.masks.with_invalid`.
+    """
+    is_valid = is_valid_in(q)
+    num_valid = jnp.sum(is_valid, axis=-1, dtype=jnp.int32)
+    picked = jnp.floor(uniform / jnp.maximum(epsilon, jnp.finfo(q.dtype).tiny) * num_valid)
+    random_action = nth_valid(is_valid, jnp.clip(picked, 0, num_valid - 1).astype(jnp.int32))
+    return jnp.where(uniform < epsilon, random_action, greedy(q))
+
+
+def masked_softmax(q: Array, temperature: Array, uniform: Array) -> Array:
+    """Returns actions drawn with probabilities softmax(q / temperature) among the valid ones.
+
+    Args and Returns: as for `softmax`, where `q` is that of `qfleet.core.masks.with_invalid`.
+    """
+    is_valid = is_valid_in(q)
+    scaled = jnp.where(is_valid, q / jnp.asarray(temperature)[..., None], -jnp.inf)
+    cumulated = jnp.cumsum(jax.nn.softmax(scaled, axis=-1), axis=-1)
+    # Only valid actions are counted, so that no rounding of the sums lets one between them win.
+    is_passed = is_valid & (uniform[..., None] * cumulated[..., -1:] >= cumulated)
+    last = jnp.sum(is_valid, axis=-1, dtype=jnp.int32) - 1
+    return nth_valid(is_valid, jnp.minimum(jnp.sum(is_passed, axis=-1, dtype=jnp.int32), last))
+
+
+def explorer(kind: str, *, is_masked: bool) -> Callable[[Array, Array, Array], Array]:
+    """Returns the function that explores in this way: `AgentConfig.exploration`."""
+    if kind == "softmax":
+        return masked_softmax if is_masked else softmax
+    return masked_epsilon_greedy if is_masked else epsilon_greedy
+
+
+class Repetition(NamedTuple):
+    """A random action that is repeated, `[lanes]` int32 each."""
+
+    action: Array
+    num_left: Array
+    """Number of steps that it still takes; 0 if no action is repeated."""
+
+
+def no_repetition(num_lanes: int) -> Repetition:
+    """Returns the state in which no lane repeats an action."""
+    zeros = jnp.zeros(num_lanes, jnp.int32)
+    return Repetition(zeros, zeros)
+
+
+def make_repeat(config: AgentConfig) -> Callable[[Array, Array, Array, Repetition], tuple[Array, Repetition]]:
+    """Returns the function that makes epsilon-z-greedy of epsilon-greedy.
+
+    `repeat(action, epsilon, uniform, repetition) -> action, repetition` takes the actions of `epsilon_greedy`, its
+    arguments, and the repetitions under way. Where an action is random, it is repeated for as many steps in all as a
+    number that is drawn from a zeta distribution, up to `config.exploration_max_duration`.
+
+    Source: Dabney et al. 2021, arXiv 2006.01782, algorithm 1.
+    """
+    survival = duration_survival(config.exploration_duration_exponent, config.exploration_max_duration)
+
+    def repeat(action: Array, epsilon: Array, uniform: Array, repetition: Repetition) -> tuple[Array, Repetition]:
+        # The action is made of the uniform number itself, so the duration is made of a number mixed from its bits.
+        mixed = _mix(jax.lax.bitcast_convert_type(uniform, jnp.uint32))
+        share = (mixed.astype(jnp.float32) + 1.0) / 2.0**32
+        duration = 1 + jnp.searchsorted(-survival, -share).astype(jnp.int32)
+        is_repeated = repetition.num_left > 0
+        action = jnp.where(is_repeated, repetition.action, action)
+        begun = jnp.where(uniform < epsilon, duration - 1, 0)
+        return action, Repetition(action, jnp.where(is_repeated, repetition.num_left - 1, begun))
+
+    return repeat
+
+
+def duration_survival(exponent: float, maximum: int) -> np.ndarray:
+    """Returns the probabilities that a repetition takes more than 1, 2 ... `maximum - 1` steps, float32."""
+    weights = np.arange(1, maximum + 1, dtype=np.float64) ** -exponent
+    beyond = np.cumsum(weights[::-1])[::-1]  # from the smallest up, so that none is lost
+    return (beyond[1:] / beyond[0]).astype(np.float32)
+
+
+def _mix(bits: Array) -> Array:
+    """Returns numbers in which each bit depends on all bits of `bits`, `[...]` uint32 (the end of MurmurHash3)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return bits ^ (bits >> 16)
 
 
 def greedy(q: Array) -> Array:

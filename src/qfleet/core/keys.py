@@ -9,6 +9,7 @@ import enum
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -47,6 +48,19 @@ class Draws(NamedTuple):
     samples: Array | None = None
     """One for each sample, `[batch]`, from its number in the whole batch. None lets a network space quantile fractions
     evenly instead of drawing them."""
+
+
+def draws_of_rows(draws: Draws, num_rows: int) -> Draws:
+    """Returns the draws of many rows of lanes, `[rows * lanes]`, from those of the lanes.
+
+    All rows of a lane share their noise. Each sample's key is its lane's and its row's.
+    """
+    noise = draws.noise if draws.noise.ndim == 0 else jnp.tile(draws.noise, num_rows)
+    if draws.samples is None:
+        return Draws(noise)
+    rows = jnp.arange(num_rows, dtype=jnp.uint32)
+    samples = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(draws.samples, rows)
+    return Draws(noise, samples.reshape(-1))
 
 
 NOISE = np.uint32(2**32 - 1)

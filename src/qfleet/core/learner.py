@@ -15,7 +15,7 @@ from qfleet.core.agent import Agent
 from qfleet.core.keys import NOISE, Draws, Stream, key_of, sample_keys
 from qfleet.core.normalisation import StatisticsPlace, apply_updates, with_moments, without_statistics
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
-from qfleet.core.types import Batch, Params
+from qfleet.core.types import Batch, Params, Sequences
 
 ELEMENTWISE = (
     "adabelief",
@@ -110,7 +110,9 @@ def make_learner(
     def gradients(state: LearnerState, batch: Batch, draws: Draws | None = None) -> tuple[Params, UpdateInfo]:
         loss = jax.value_and_grad(agent.loss, has_aux=True)
         (value, found), grads = loss(state.params, state.target_params, batch, draws)
-        grads = grads if agent.statistics is None else with_moments(grads, state.params, batch)
+        if agent.statistics is not None:
+            assert not isinstance(batch, Sequences)  # which come with a memory
+            grads = with_moments(grads, state.params, batch)
         return grads, UpdateInfo(value, found.td_error, found.priority, found.loss)
 
     def next_target(target: Params, online: Params) -> Params:
@@ -149,14 +151,15 @@ def update(
       key: the key of this step, the same in all replicas. Learners that draw nothing need none.
       replicas: replicas whose gradients are averaged.
     """
-    grads, info = learner.gradients(state, batch, draws_of_step(learner, key, len(batch.action), replicas))
+    grads, info = learner.gradients(state, batch, draws_of_step(learner, key, batch.action.shape[-1], replicas))
     return learner.apply(state, replicas.mean(grads)), info
 
 
 def draws_of_step(learner: Learner, key: Array | None, batch_size: int, replicas: Replicas = ALONE) -> Draws | None:
     """Returns the `draws` that `Learner.gradients` takes for this replica's share of a batch; None if it needs none.
 
-    Each sample's key comes from its number in the whole batch, so that replicas draw what a single learner does.
+    Each sample's key, or that of each lane of a rollout, comes from its number in the whole batch, so that replicas
+    draw what a single learner does.
     """
     if not learner.needs_draws:
         return None

@@ -16,6 +16,8 @@ Source: Chan, Golub and LeVeque 1983, "Algorithms for computing the sample varia
 2015 and OpenAI's baselines (`VecNormalize`) for scaling by running statistics and clipping at 10 deviations.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +29,7 @@ from jax import Array
 from qfleet.config import AgentConfig
 from qfleet.core.heads import SampleLosses
 from qfleet.core.keys import Draws
-from qfleet.core.types import Batch, EnvSpec, Network, Params, Regression, stored_spec
+from qfleet.core.types import EnvSpec, Network, Params, Regression, Transition, stored_spec
 
 NETWORK, STATISTICS = "network", "statistics"
 """Keys of the parameters of an agent that normalises. In the order of their leaves, statistics come last."""
@@ -63,7 +65,7 @@ def normalised(network: Network, spec: EnvSpec, config: AgentConfig) -> Network:
     """
     if not normalises(config):
         return network
-    stored = stored_spec(spec, network.to_storage_layout)
+    stored = stored_spec(dataclasses.replace(spec, has_action_mask=False), network.to_storage_layout)
 
     def init(key: Array) -> Params:
         found = (
@@ -137,7 +139,9 @@ def value_scale(params: Params, config: AgentConfig) -> Array | float:
     return jnp.where(is_known, jnp.sqrt(jnp.maximum(square, _TINY)), 1.0)
 
 
-def to_scaled(batch: Batch, params: Params, target_params: Params, config: AgentConfig) -> Batch:
+def to_scaled(
+    batch: Transition | Regression, params: Params, target_params: Params, config: AgentConfig
+) -> Transition | Regression:
     """Returns a batch in units of the online network's scale, into which the target network's values are converted."""
     if not config.normalise_rewards:
         return batch
@@ -159,12 +163,20 @@ def from_scaled(
     return found._replace(td_error=found.td_error * scale, priority=priority)
 
 
-def with_moments(grads: Params, params: Params, batch: Batch) -> Params:
+def _without_masks(obs: Array, shape: tuple[int, ...]) -> Array:
+    """Returns observations, `[batch, *shape]`, without the action masks that may be joined behind them."""
+    if obs.shape[1:] == shape:
+        return obs
+    return obs[:, : math.prod(shape)].reshape(len(obs), *shape)
+
+
+def with_moments(grads: Params, params: Params, batch: Transition | Regression) -> Params:
     """Returns gradients with the moments of a batch, or of this replica's share, in the place of the statistics."""
     statistics = params[STATISTICS]
     found = {}
     if "observation" in statistics:
-        found["observation"] = moments(statistics["observation"], batch.obs, batch.weight)
+        obs = _without_masks(batch.obs, statistics["observation"]["mean"].shape)
+        found["observation"] = moments(statistics["observation"], obs, batch.weight)
     if "reward" in statistics:
         features = jnp.stack([batch.reward, batch.discount], axis=-1)
         found["reward"] = moments(statistics["reward"], features, batch.weight)

@@ -1,7 +1,7 @@
 """Rounds of learning, for every topology: some learner steps from a replay, or some epochs over a rollout."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def learn_from_rollout(
 
     def epoch(carry: tuple, keys: EpochKeys) -> tuple:
         learner_state, losses = carry
-        batches = minibatches(batch, keys.shuffle, config.num_minibatches, replicas)
+        batches = cut_rollout(batch, keys.shuffle, config.num_minibatches, replicas)
         return learn_from_minibatches(learner, learner_state, losses, batches, keys.noise, replicas), None
 
     (state, losses), _ = jax.lax.scan(epoch, (state, no_losses()), make_epoch_keys(key, config.num_epochs))
@@ -129,7 +129,7 @@ def learn_from_minibatches(
     return state, losses
 
 
-def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig) -> Regression:
+def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig, carry: Any = ()) -> Regression:
     """Returns a rollout, `[rows, lanes, ...]`, with its lambda-returns as targets.
 
     Args:
@@ -137,6 +137,8 @@ def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig) 
       q_max: `[rows, lanes]`, the greatest action value of each row's observation.
       last_value: `[lanes]`, the greatest action value of the observation after the last row.
       config: the discount and the decay of traces.
+      carry: `[lanes, size]`, what a recurrent network remembered before the first row, where an episode may start:
+        then it is zeros.
     """
     discount = jnp.where(rows.outcome == TERMINATED, 0.0, config.discount)
     returns = targets.lambda_returns(
@@ -146,13 +148,24 @@ def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig) 
         # The row after a truncated step holds the final observation. The return bootstraps there and looks no further.
         lambda_t=jnp.where(rows.outcome == CONTINUED, config.trace_decay, 0.0),
     )
-    weight, more = (rows.outcome != NO_STEP).astype(jnp.float32), rewards_of_rollout(rows.reward, discount, config)
-    return Regression(rows.obs, rows.action, returns, weight, **more)
+    is_step = rows.outcome != NO_STEP
+    more = rewards_of_rollout(rows.reward, discount, config)
+    batch = Regression(rows.obs, rows.action, returns, weight=is_step.astype(jnp.float32), **more)
+    if isinstance(carry, tuple):
+        return batch
+    is_first = jnp.concatenate([jnp.zeros_like(is_step[:1]), ~is_step[:-1]])
+    return batch._replace(carry=carry, is_first=is_first)
 
 
 def lanes_per_group(rollout_length: int, num_minibatches: int) -> int:
     """Returns the least number of lanes whose samples in a rollout divide evenly over the minibatches."""
     return num_minibatches // math.gcd(rollout_length, num_minibatches)
+
+
+def cut_rollout(batch: Regression, key: Array, num_minibatches: int, replicas: Replicas = ALONE) -> Regression:
+    """Returns a rollout in minibatches: of samples, or of whole lanes for a recurrent network."""
+    cut = minibatches if isinstance(batch.carry, tuple) else minibatches_of_lanes
+    return cut(batch, key, num_minibatches, replicas)
 
 
 def minibatches(batch: Regression, key: Array, num_minibatches: int, replicas: Replicas = ALONE) -> Regression:
@@ -166,7 +179,7 @@ def minibatches(batch: Regression, key: Array, num_minibatches: int, replicas: R
     group has its own b. This permutation costs almost nothing, while sorting random keys takes a fifth of a small
     network's iteration on a CPU.
     """
-    num_rows, num_lanes = batch.action.shape
+    num_rows, num_lanes = batch.action.shape[:2]
     if num_minibatches == 1:
         return jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
     group = lanes_per_group(num_rows, num_minibatches)
@@ -182,6 +195,19 @@ def minibatches(batch: Regression, key: Array, num_minibatches: int, replicas: R
     sample = place // group * num_lanes + groups[:, None] * group + place % group
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
     return jax.tree.map(lambda x: x.at[sample.reshape(num_minibatches, -1)].get(mode="promise_in_bounds"), flat)
+
+
+def minibatches_of_lanes(batch: Regression, key: Array, num_minibatches: int, replicas: Replicas = ALONE) -> Regression:
+    """Returns a rollout of a recurrent network cut into minibatches, `[minibatches, rows, lanes, ...]`.
+
+    Each lane is in one of them, with all of its rows. A minibatch takes one lane of every `num_minibatches`
+    neighbours, by the shuffle of `minibatches`.
+    """
+    rows, carry = batch._replace(carry=()), batch.carry
+    lanes = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1)[None], rows)._replace(carry=carry[None])
+    shuffled = minibatches(lanes, key, num_minibatches, replicas)
+    rows, carry = shuffled._replace(carry=()), shuffled.carry
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), rows)._replace(carry=carry)
 
 
 def add_losses(losses: Losses, info: UpdateInfo) -> Losses:

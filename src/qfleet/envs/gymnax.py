@@ -1,5 +1,7 @@
 """Environments of gymnax (Lange 2022), including MinAtar's. Extra `gymnax`."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ def make(name: str, /, **options: Any) -> InGraphEnv:
 
     Args:
       name: name of the environment in gymnax, such as `Breakout-MinAtar`.
-      **options: arguments of the environment's constructor.
+      **options: arguments of the environment's constructor, and fields of its parameters, such as `memory_length`.
 
     Raises:
       ConfigError: if gymnax is missing or too old, the name is unknown, the environment can't be made, or its actions
@@ -33,8 +35,8 @@ def make(name: str, /, **options: Any) -> InGraphEnv:
     if name not in gymnax.registered_envs:
         raise ConfigError(f"gymnax has no environment {name!r}.{suggest(name, gymnax.registered_envs)}")
     try:
-        env, params = gymnax.make(name, **options)
-    except TypeError:
+        env, params = _make(gymnax.make, name, options)
+    except (TypeError, ConfigError):
         raise  # the caller says that it doesn't take these options
     except Exception as error:  # a constructor may raise anything; MNISTBandit downloads its pictures
         raise ConfigError(f"gymnax:{name} must be one that gymnax.make can make, got {describe(error)}") from error
@@ -70,3 +72,20 @@ def make(name: str, /, **options: Any) -> InGraphEnv:
         time_limit=int(params.max_steps_in_episode),
     )
     return InGraphEnv(spec, reset, step)
+
+
+def _make(make: Callable[..., tuple[Any, Any]], name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns an environment of gymnax and its parameters, with those options that are parameters set in these."""
+    if not options:
+        return make(name)
+    fields = {field.name for field in dataclasses.fields(make(name)[1])}
+    env, params = make(name, **{key: value for key, value in options.items() if key not in fields})
+    changes = {key: value for key, value in options.items() if key in fields}
+    for key, value in changes.items():
+        kind = type(getattr(params, key))
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ConfigError(
+                f"env_options must give {key} of gymnax:{name} as {kind.__name__}, like its default "
+                f"{getattr(params, key)}, got {value!r}"
+            )
+    return env, dataclasses.replace(params, **changes)

@@ -1,5 +1,6 @@
 """Q-networks as pairs of pure functions, made from configuration or from a user's Flax NNX module."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,9 @@ from qfleet.config import AgentConfig, ConfigError
 from qfleet.config.own_parts import make_own_part
 from qfleet.core.heads import make_head
 from qfleet.core.keys import Draws, key_shape
-from qfleet.core.normalisation import normalised
-from qfleet.core.types import EnvSpec, Network, Params, stored_spec
-from qfleet.networks.heads import QNetwork
+from qfleet.core.normalisation import normalised, normalises
+from qfleet.core.types import EnvSpec, Network, Params, Recurrence, identity, stored_spec
+from qfleet.networks.heads import QNetwork, RecurrentQNetwork
 from qfleet.networks.torsos import choose_torso, make_storage_layout
 
 
@@ -28,14 +29,23 @@ def make_network(spec: EnvSpec, config: AgentConfig, given: Network | None = Non
         observations can't be normalised.
     """
     network = make_plain_network(spec, config) if given is None else _checked(given)
-    if config.normalise_observations:
-        _check_can_be_normalised(spec, config, is_own=given is not None or config.network is not None)
+    if normalises(config):
+        _check_can_be_normalised(network, spec, config, is_own=given is not None or config.network is not None)
     return normalised(network, spec, config)
 
 
-def _check_can_be_normalised(spec: EnvSpec, config: AgentConfig, *, is_own: bool) -> None:
+def _check_can_be_normalised(network: Network, spec: EnvSpec, config: AgentConfig, *, is_own: bool) -> None:
+    if network.recurrence is not None:
+        raise ConfigError(
+            f"normalise_observations and normalise_rewards must be left out with a network that remembers, got one for "
+            f"{spec.name}; leave them out, or choose memory none"
+        )
     what = None
-    if spec.observation_dtype == np.bool_:
+    if not config.normalise_observations:
+        return
+    if spec.has_action_mask and spec.frame_stack > 1:
+        what = "are stacked frames with action masks"
+    elif spec.observation_dtype == np.bool_:
         what = "are flags, which have one size"
     elif spec.observation_dtype == np.uint8 or (not is_own and choose_torso(spec, config.torso) != "mlp"):
         what = "are images, whose pixels the network divides by their limit"
@@ -57,9 +67,8 @@ def make_plain_network(spec: EnvSpec, config: AgentConfig) -> Network:
                 f"{type(network).__name__}; convert a Flax NNX module by qfleet.from_nnx(lambda rngs: ...)"
             )
         return network
-    return from_nnx(lambda rngs: QNetwork(spec, config, rngs))._replace(
-        to_storage_layout=make_storage_layout(spec, config)
-    )
+    kind = QNetwork if config.memory == "none" else RecurrentQNetwork
+    return from_nnx(lambda rngs: kind(spec, config, rngs))._replace(to_storage_layout=make_storage_layout(spec, config))
 
 
 def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
@@ -74,7 +83,9 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         of its hidden layers, `[batch, ..., units]`, evaluations measure how many units are never active.
 
         A module that learns distributions, or draws noise, has a method `outputs(observations, draws)` too, as
-        `Network.outputs` describes.
+        `Network.outputs` describes. One that remembers has `initial_carry(num_lanes)`, `step(carry, observations,
+        is_first, draws)` and `unroll`, with the same arguments, as `Recurrence` describes; if its outputs aren't the
+        action values, it also has `q_values(outputs)`.
 
     Returns:
       A network whose parameters are nested dicts of arrays. Their keys are the attribute names of the module, and for
@@ -125,6 +136,16 @@ def from_nnx(make_module: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         partition=partition,
         with_activations=with_activations if hasattr(abstract_module, "with_activations") else None,
         outputs=outputs if hasattr(abstract_module, "outputs") else None,
+        recurrence=_recurrence(abstract_module, module_of) if hasattr(abstract_module, "unroll") else None,
+    )
+
+
+def _recurrence(abstract_module: Any, module_of: Callable[[Params], Any]) -> Recurrence:
+    return Recurrence(
+        initial=abstract_module.initial_carry,
+        step=lambda params, *inputs: module_of(params).step(*inputs),
+        unroll=lambda params, *inputs: module_of(params).unroll(*inputs),
+        q_values=getattr(abstract_module, "q_values", identity),
     )
 
 
@@ -143,7 +164,8 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
     """
     _checked(network)
     batch = 3  # a number that is hardly the size of anything else in the network
-    stored = stored_spec(spec, network.to_storage_layout)
+    # It is shown observations without masks.
+    stored = stored_spec(dataclasses.replace(spec, has_action_mask=False), network.to_storage_layout)
     observations = jax.ShapeDtypeStruct((batch, *stored.agent_observation_shape), stored.observation_dtype)
     seen = f"observations {observations.dtype}{list(observations.shape)} of {spec.name}"
     wanted = f"float32{[batch, spec.num_actions]}"
@@ -164,6 +186,7 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
             f"{spec.num_actions} actions, and let it return float32"
         )
     _check_outputs(network, config, params, observations, spec.num_actions)
+    _check_recurrence(network, config, params, observations, spec.num_actions)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -202,3 +225,45 @@ def _check_outputs(
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", outputs)
         axes = [*wanted, *([] if head.num_outputs is None else [head.num_outputs])]
         raise ConfigError(f"the outputs of a network must be float32{axes} with {setting}, got {shapes}; {remedy}")
+
+
+def _check_recurrence(
+    network: Network, config: AgentConfig, params: Params, observations: jax.ShapeDtypeStruct, num_actions: int
+) -> None:
+    """Raises ConfigError unless the network remembers if, and only if, the agent does."""
+    recurrence = network.recurrence
+    if config.memory == "none":
+        if recurrence is not None:
+            raise ConfigError("memory must be lstm or gru for a network with a recurrence, got none; choose either")
+        return
+    remedy = "give its module initial_carry, step and unroll, see qfleet.Network, or leave memory out"
+    if recurrence is None:
+        raise ConfigError(
+            f"a network of your own must have a recurrence to learn with memory {config.memory}, got none; {remedy}"
+        )
+    rows, lanes = 5, observations.shape[0]
+    q_values_of = make_head(config).q_values
+
+    def shapes_of(function: Callable[..., Any], *leading: int) -> Any:
+        obs = jax.ShapeDtypeStruct((*leading, *observations.shape[1:]), observations.dtype)
+        is_first = jax.ShapeDtypeStruct(leading, bool)
+        new_carry, outputs = jax.eval_shape(function, params, carry, obs, is_first, None)
+        values_of = q_values_of if len(leading) == 1 else jax.vmap(q_values_of)
+        return jax.tree.map(
+            lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", (new_carry, jax.eval_shape(values_of, outputs))
+        )
+
+    try:
+        carry = jax.eval_shape(lambda: recurrence.initial(lanes))
+        size = f"float32{[lanes, carry.shape[-1]]}"
+        found = shapes_of(recurrence.step, lanes), shapes_of(recurrence.unroll, rows, lanes)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"the recurrence of a network must suit its observations, got {type(error).__name__}: {error}; {remedy}"
+        ) from error
+    wanted = (size, f"float32{[lanes, num_actions]}"), (size, f"float32{[rows, lanes, num_actions]}")
+    if found != wanted:
+        raise ConfigError(
+            f"step and unroll of a recurrence must return the state and outputs of action values {wanted}, got "
+            f"{found}; {remedy}"
+        )

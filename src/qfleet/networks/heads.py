@@ -7,9 +7,10 @@ from flax import nnx
 
 from qfleet.config import AgentConfig
 from qfleet.core.heads import Quantiles, make_head
-from qfleet.core.keys import Draws
-from qfleet.core.types import EnvSpec
+from qfleet.core.keys import Draws, draws_of_rows
+from qfleet.core.types import Carry, EnvSpec
 from qfleet.networks.layers import ForwardPass, Hidden, NoisyLinear, activation_of, linear
+from qfleet.networks.memory import MemoryCell
 from qfleet.networks.torsos import Torso
 
 _LAST_LAYER = nnx.initializers.lecun_normal()
@@ -95,15 +96,15 @@ class FractionEmbedding(nnx.Module):
 
 
 class QNetwork(nnx.Module):
-    """A torso, hidden dense layers and a head.
+    """A torso, hidden dense layers, a recurrent cell if the network has a memory, and a head.
 
     It maps observations, as the replay stores them, to Q-values, `[batch, num_actions]` float32. `outputs` are what the
     agent's head takes instead: `[batch, num_actions, num_outputs]` or `Quantiles`, if it isn't scalar.
 
     With dueling, each stream has a layer of its own of the last of `hidden_sizes` (Wang et al. 2016), and the other
-    layers are shared. Implicit quantiles multiply the features before that last layer by an embedding of each fraction.
-    Hidden layers start with He's initialisation for ReLU (Gaussian, variance 2 / inputs), the linear last layer with
-    LeCun's (variance 1 / inputs), and biases with 0.
+    layers are shared. Memory lies between the shared layers and the rest. Implicit quantiles multiply the features
+    before that last layer by an embedding of each fraction. Hidden layers start with He's initialisation for ReLU
+    (Gaussian, variance 2 / inputs), the linear last layer with LeCun's (variance 1 / inputs), and biases with 0.
 
     Raises:
       ConfigError: if the torso doesn't suit the observations.
@@ -120,6 +121,9 @@ class QNetwork(nnx.Module):
         self.torso = Torso(spec, config, rngs)
         self.hidden = Dense(self.torso.num_features, shared_sizes, config, rngs)
         num_features, num_outputs = self.hidden.num_features, self.num_outputs or 1
+        self.memory = MemoryCell(num_features, config, rngs) if config.memory != "none" else None
+        if self.memory is not None:
+            num_features = self.memory.num_features
         self.embedding = FractionEmbedding(config.num_cosines, num_features, rngs) if is_implicit else None
         self.last_hidden = Dense(num_features, last_sizes, config, rngs) if is_implicit and not config.dueling else None
         self.head: DuelingHead | nnx.Linear | NoisyLinear
@@ -142,7 +146,16 @@ class QNetwork(nnx.Module):
         return self._outputs(observations, ForwardPass(draws))
 
     def _outputs(self, observations: jax.Array, forward: ForwardPass) -> jax.Array | Quantiles:
-        x = self.hidden(self.torso(observations, forward), forward)
+        x = self._features(observations, forward)
+        if self.memory is not None:
+            is_first = jnp.ones(len(x), bool)
+            _, x = self.memory.step(self.memory.initial_carry(len(x)), x, is_first)
+        return self._outputs_of(x, forward)
+
+    def _features(self, observations: jax.Array, forward: ForwardPass) -> jax.Array:
+        return self.hidden(self.torso(observations, forward), forward)
+
+    def _outputs_of(self, x: jax.Array, forward: ForwardPass) -> jax.Array | Quantiles:
         if self.embedding is not None:
             fraction = self._fractions(len(x), forward)
             values = self._last_layers(x[:, None, :] * self.embedding(fraction), forward)
@@ -161,3 +174,32 @@ class QNetwork(nnx.Module):
         if self.last_hidden is not None:
             x = self.last_hidden(x, forward)
         return self.head(x, forward) if isinstance(self.head, DuelingHead) else linear(self.head, x, forward)
+
+
+class RecurrentQNetwork(QNetwork):
+    """A Q-network with a memory. The functions that it inherits take each observation for the first of an episode."""
+
+    memory: MemoryCell
+
+    def initial_carry(self, num_lanes: int) -> Carry:
+        """Returns what the network remembers at the start of an episode; see `Recurrence`."""
+        return self.memory.initial_carry(num_lanes)
+
+    def step(
+        self, carry: Carry, observations: jax.Array, is_first: jax.Array, draws: Draws | None
+    ) -> tuple[Carry, jax.Array | Quantiles]:
+        """Returns what the network remembers after one observation of each lane, and its outputs; see `Recurrence`."""
+        forward = ForwardPass(draws)
+        carry, x = self.memory.step(carry, self._features(observations, forward), is_first)
+        return carry, self._outputs_of(x, forward)
+
+    def unroll(
+        self, carry: Carry, observations: jax.Array, is_first: jax.Array, draws: Draws | None
+    ) -> tuple[Carry, jax.Array | Quantiles]:
+        """Returns the same as `step` row by row. Only the memory is a loop: all other layers take all rows at once."""
+        num_rows, num_lanes = is_first.shape
+        forward = ForwardPass(None if draws is None else draws_of_rows(draws, num_rows))
+        x = self._features(observations.reshape(-1, *observations.shape[2:]), forward)
+        carry, x = self.memory.unroll(carry, x.reshape(num_rows, num_lanes, -1), is_first)
+        outputs = self._outputs_of(x.reshape(num_rows * num_lanes, -1), forward)
+        return carry, jax.tree.map(lambda leaf: leaf.reshape(num_rows, num_lanes, *leaf.shape[1:]), outputs)

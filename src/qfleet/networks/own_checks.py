@@ -4,6 +4,7 @@ Each part is traced twice with inputs of a small batch. Both traces must be the 
 what the first one found. Then it is computed once, on numbers from a fixed seed.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ def check_own_parts(spec: EnvSpec, config: AgentConfig, given: Network | None = 
     parts = own_parts(config)
     if not parts:
         return
-    random = np.random.default_rng(0)
+    spec, random = dataclasses.replace(spec, has_action_mask=False), np.random.default_rng(0)
     if "exploration" in parts:
         _check_explorer(parts["exploration"], spec.num_actions, config, random, computes)
     is_ours = given is None and "network" not in parts

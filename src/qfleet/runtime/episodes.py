@@ -1,8 +1,7 @@
 """Greedy episodes to watch, played one at a time, moment by moment. Module `evaluation` plays many at once."""
 
 import contextlib
-import functools
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,19 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config import ConfigError
-from qfleet.core.frame_stack import init_view, push_frame
 from qfleet.core.keys import Stream, key_of
-from qfleet.core.types import EnvSpec, identity
+from qfleet.core.masks import shown, split_lanes
+from qfleet.core.memory import MemoryState
+from qfleet.core.player import Player
+from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, LaneOptions, RenderedLanes, seed_of
 from qfleet.envs.rendering import draw_observation, is_picture
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import MAX_EPISODE_STEPS
-
-QValues = Callable[[Any], Any]
-"""`q_values(view) -> q`, from `[1, ...]` stacked frames in the storage layout to `[1, num_actions]`."""
-ToStorageLayout = Callable[[jax.Array], jax.Array]
-"""Converts observations to the layout that `q_values` takes: `Network.to_storage_layout`."""
 
 
 class Moment(NamedTuple):
@@ -31,7 +27,7 @@ class Moment(NamedTuple):
     picture: np.ndarray
     """`[height, width, 3]` uint8, RGB."""
     q: np.ndarray
-    """`[num_actions]` float32, in units of discounted reward."""
+    """`[num_actions]` float32, in units of discounted reward; -inf where an action is invalid."""
     action: int | None
     """The greedy action, which is taken here. None in the last moment of an episode."""
     episode_return: float
@@ -41,11 +37,7 @@ class Moment(NamedTuple):
 
 
 def play(
-    env: InGraphEnv | HostEnv,
-    q_values: QValues,
-    num_episodes: int,
-    seed: int,
-    to_storage_layout: ToStorageLayout = identity,
+    env: InGraphEnv | HostEnv, player: Player, params: Params, num_episodes: int, seed: int
 ) -> Generator[Iterator[Moment], None, None]:
     """Yields greedy episodes, each as an iterator over its moments. Use up one episode before taking the next.
 
@@ -60,7 +52,7 @@ def play(
       RunFailed: if the environment fails.
     """
     if isinstance(env, InGraphEnv):
-        yield from _play_in_graph(env, q_values, num_episodes, seed, to_storage_layout)
+        yield from _play_in_graph(env, player, params, num_episodes, seed)
         return
     if env.make_rendered_lanes is None:
         _check_is_picture(
@@ -73,16 +65,17 @@ def play(
     lanes = env.make_rendered_lanes(options) if env.make_rendered_lanes else _Observed(env, options)
     try:
         for episode in range(num_episodes):
-            yield _play_host(lanes, env.spec, q_values, seed_of(seed + episode, Stream.POLICY), to_storage_layout)
+            yield _play_host(lanes, env.spec, player, params, seed_of(seed + episode, Stream.POLICY))
     finally:
         lanes.close()
 
 
 def check_can_play(env: InGraphEnv | HostEnv) -> None:
     """Raises ConfigError if `play` can't show an environment. To find out, it draws the first picture of an episode."""
-    q = np.zeros((1, env.spec.num_actions), np.float32)
+    q: Any = np.zeros((1, env.spec.num_actions), np.float32)
+    indifferent = Player(MemoryState, lambda memory, *further: memory, lambda params, memory: (q, memory, ()))
     try:
-        with contextlib.closing(play(env, lambda view: q, 1, 0)) as episodes:
+        with contextlib.closing(play(env, indifferent, (), 1, 0)) as episodes:
             next(next(episodes))
     except ConfigError:
         raise
@@ -93,7 +86,7 @@ def check_can_play(env: InGraphEnv | HostEnv) -> None:
 
 
 def _play_in_graph(
-    env: InGraphEnv, q_values: QValues, num_episodes: int, seed: int, to_storage_layout: ToStorageLayout
+    env: InGraphEnv, player: Player, params: Params, num_episodes: int, seed: int
 ) -> Iterator[Iterator[Moment]]:
     render = env.render
     if render is None:
@@ -103,47 +96,44 @@ def _play_in_graph(
     @jax.jit
     def begin(episode: jax.Array) -> tuple:
         env_state, obs = env.reset(jax.random.fold_in(reset_key, episode))
-        return env_state, obs, init_view(to_storage_layout(obs[None]), env.spec.frame_stack)
+        return env_state, obs, player.begin(obs[None])
 
     @jax.jit
-    def step(env_state: Any, view: jax.Array, action: jax.Array, time: jax.Array, episode: jax.Array) -> tuple:
+    def step(env_state: Any, memory: MemoryState, action: jax.Array, time: jax.Array, episode: jax.Array) -> tuple:
         key = jax.random.fold_in(jax.random.fold_in(step_key, time), episode)
         result = env.step(env_state, action, key)
-        return result, push_frame(
-            view, to_storage_layout(result.observation[None]), jnp.zeros(1, bool), env.spec.frame_stack
-        )
+        return result, player.observe(memory, result.observation[None], jnp.zeros(1, bool))
 
     def episode_of(episode: int) -> Iterator[Moment]:
-        env_state, obs, view = begin(episode)
+        env_state, obs, memory = begin(episode)
         total, ended = 0.0, False
         for time in range(_limit(env.spec) + 1):
             seen = np.asarray(obs)
-            picture = render(jax.device_get(env_state), seen) if render else draw_observation(seen)
-            moment = _moment(env.spec, picture, q_values(view), ended, total, time)
+            picture = render(jax.device_get(env_state), seen) if render else _draw(seen, env.spec)
+            q, memory, _ = player.values(params, memory)
+            moment = _moment(env.spec, picture, q, ended, total, time)
             yield moment
             if moment.action is None:
                 return
-            result, view = step(env_state, view, moment.action, time, episode)
+            result, memory = step(env_state, memory, moment.action, time, episode)
             env_state, obs = result.state, result.observation
             total, ended = total + float(result.reward), bool(result.terminated | result.truncated)
 
     yield from map(episode_of, range(num_episodes))
 
 
-def _play_host(
-    lanes: RenderedLanes, spec: EnvSpec, q_values: QValues, seed: int, to_storage_layout: ToStorageLayout
-) -> Iterator[Moment]:
-    push = functools.partial(push_frame, is_first=jnp.zeros(1, bool), frame_stack=spec.frame_stack)
-    view = init_view(to_storage_layout(jnp.asarray(lanes.reset(seed))), spec.frame_stack)
+def _play_host(lanes: RenderedLanes, spec: EnvSpec, player: Player, params: Params, seed: int) -> Iterator[Moment]:
+    memory, is_first = player.begin(jnp.asarray(lanes.reset(seed))), jnp.zeros(1, bool)
     total, ended = 0.0, False
     for time in range(_limit(spec) + 1):
-        moment = _moment(spec, lanes.render(), q_values(view), ended, total, time)
+        q, memory, _ = player.values(params, memory)
+        moment = _moment(spec, lanes.render(), q, ended, total, time)
         yield moment
         if moment.action is None:
             return
         lanes.send(np.array([moment.action], np.int32))
         step = lanes.recv()
-        view = push(view, to_storage_layout(jnp.asarray(step.observation)))
+        memory = player.observe(memory, jnp.asarray(step.observation), is_first)
         total, ended = total + float(step.reward[0]), bool(step.terminated[0] | step.truncated[0])
 
 
@@ -151,7 +141,7 @@ class _Observed:
     """One evaluation lane whose observations are pictures."""
 
     def __init__(self, env: HostEnv, options: LaneOptions) -> None:
-        self._lanes = env.make_eval_lanes(1, options)
+        self._lanes, self._spec = env.make_eval_lanes(1, options), env.spec
         self.send, self.close = self._lanes.send, self._lanes.close
         self._observation = np.zeros(0)
 
@@ -165,7 +155,11 @@ class _Observed:
         return step
 
     def render(self) -> np.ndarray:
-        return draw_observation(self._observation[0])
+        return _draw(self._observation[0], self._spec)
+
+
+def _draw(observation: np.ndarray, spec: EnvSpec) -> np.ndarray:
+    return draw_observation(split_lanes(observation, spec)[0])
 
 
 def _limit(spec: EnvSpec) -> int:
@@ -179,7 +173,7 @@ def _moment(spec: EnvSpec, picture: Any, q: Any, ended: bool, total: float, time
             f"a picture of {spec.name} must be a uint8 array [height, width, 3], got {picture.dtype} "
             f"{list(picture.shape)}; fix its renderer"
         )
-    values = np.asarray(q)[0]
+    values = shown(np.asarray(q)[0])
     action = None if ended or time == _limit(spec) else int(np.argmax(values))
     return Moment(picture, values, action, total, time)
 

@@ -17,10 +17,11 @@ import numpy as np
 from jax import Array
 
 from qfleet.core.activity import Activity, dormant_fraction, sum_where
-from qfleet.core.exploration import epsilon_greedy, greedy
-from qfleet.core.frame_stack import init_view, push_frame
+from qfleet.core.exploration import explorer, greedy
+from qfleet.core.memory import MemoryState
+from qfleet.core.player import Player
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
-from qfleet.core.types import EnvSpec, Params, identity
+from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.spec import EnvState, InGraphEnv, StepResult
 from qfleet.runtime import peers
 from qfleet.runtime.activity import announce
@@ -86,8 +87,8 @@ class EpisodesUnderWay(NamedTuple):
     """Episodes that a compiled program steps together. Leading axis `[episodes]` everywhere."""
 
     env_state: EnvState
-    view: Array
-    """What the agent sees: stacks of stored frames."""
+    memory: MemoryState
+    """What the agent remembers."""
     episode_return: Array
     """float32, undiscounted, so far."""
     episode_steps: Array
@@ -132,10 +133,9 @@ class InGraphEvaluation(NamedTuple):
 
 def make_evaluation(
     env: InGraphEnv,
-    with_activity: Callable[[Params, Array], tuple[Array, Activity]],
+    player: Player,
     num_episodes: int,
     exploration: float = 0.0,
-    to_storage_layout: Callable[[Array], Array] = identity,
     replicas: Replicas = ALONE,
     discount: float = 1.0,
 ) -> InGraphEvaluation:
@@ -143,14 +143,12 @@ def make_evaluation(
 
     Args:
       env: environment to play.
-      with_activity: `Agent.with_activity`, for a batch of observations.
+      player: plays it.
       num_episodes: number of episodes, over all replicas.
       exploration: probability of a uniformly random action.
-      to_storage_layout: converts observations to the layout that the network takes; `Network.to_storage_layout`.
       replicas: the replicas among which the episodes are divided.
       discount: of the discounted returns, per environment step.
     """
-    frame_stack = env.spec.frame_stack
     num_own = -(-num_episodes // replicas.size)
     nobody: Any = np.zeros(num_own, bool)  # of NumPy, because JAX would compile a program for it here
 
@@ -161,14 +159,14 @@ def make_evaluation(
     def begin(key: Array, first_number: Array) -> EpisodesUnderWay:
         reset_key, _ = jax.random.split(key)
         env_state, obs = jax.vmap(env.reset)(keys_of(reset_key, first_number))
-        return _new_episodes(env_state, obs, init_view(to_storage_layout(obs), frame_stack))
+        return _new_episodes(env_state, obs, player.begin(obs))
 
     def act(q: Array, key: Array, first_number: Array, step: Array) -> Array:
         if not exploration:
             return greedy(q)
         explore_key = jax.random.fold_in(jax.random.fold_in(key, 2), step)  # 0 and 1 are the halves of `split`
         uniform = jax.vmap(jax.random.uniform)(keys_of(explore_key, first_number))
-        return epsilon_greedy(q, jnp.float32(exploration), uniform)
+        return explorer("epsilon_greedy", is_masked=env.spec.has_action_mask)(q, jnp.float32(exploration), uniform)
 
     def play(
         params: Params, key: Array, first_number: Array, episodes: EpisodesUnderWay, first_step: Array, num_steps: Array
@@ -181,12 +179,12 @@ def make_evaluation(
 
         def step(carry: tuple[Array, EpisodesUnderWay, Activity, Array]) -> tuple:
             time, now, activity, _ = carry
-            q, active = with_activity(params, now.view)
+            q, memory, active = player.values(params, now.memory)
             action = act(q, key, first_number, time)
             keys = keys_of(jax.random.fold_in(step_key, time), first_number)
             result = jax.vmap(env.step)(now.env_state, action, keys)
             then = _after_step(now, result, jnp.max(q, axis=-1), discount)
-            then = then._replace(view=push_frame(now.view, to_storage_layout(result.observation), nobody, frame_stack))
+            then = then._replace(memory=player.observe(memory, result.observation, nobody))
             activity = jax.tree.map(jnp.add, activity, sum_where(active, ~now.has_ended))
             return time + 1, then, activity, has_any_left(then.has_ended)
 
@@ -194,7 +192,7 @@ def make_evaluation(
             time, _, _, any_left = carry
             return (time < first_step + num_steps) & any_left
 
-        _, shapes = jax.eval_shape(with_activity, params, episodes.view)
+        _, _, shapes = jax.eval_shape(player.values, params, episodes.memory)
         no_activity = tuple(jnp.zeros(layer.shape[1:]) for layer in shapes)
         start = (first_step, episodes, no_activity, has_any_left(episodes.has_ended))
         _, episodes, activity, _ = jax.lax.while_loop(is_running, step, start)
@@ -205,12 +203,12 @@ def make_evaluation(
     return InGraphEvaluation(begin, play)
 
 
-def _new_episodes(env_state: EnvState, obs: Array, view: Array) -> EpisodesUnderWay:
+def _new_episodes(env_state: EnvState, obs: Array, memory: MemoryState) -> EpisodesUnderWay:
     """Returns episodes that begin with these observations, `[episodes, ...]`."""
     zeros = jnp.zeros(len(obs))
     return EpisodesUnderWay(
         env_state,
-        view,
+        memory,
         episode_return=zeros,
         episode_steps=zeros.astype(jnp.int32),
         fingerprint=extend_fingerprints(zeros.astype(jnp.uint32), obs, zeros),
@@ -223,7 +221,7 @@ def _new_episodes(env_state: EnvState, obs: Array, view: Array) -> EpisodesUnder
 
 
 def _after_step(now: EpisodesUnderWay, result: StepResult, value: Array, discount: float) -> EpisodesUnderWay:
-    """Returns the episodes after a step that observations of these values led to; their views are left as they are."""
+    """Returns the episodes after a step that observations of these values led to; what is remembered stays as it is."""
 
     def unless_ended(new: Array, old: Array) -> Array:
         return jnp.where(now.has_ended, old, new)

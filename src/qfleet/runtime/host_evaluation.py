@@ -10,8 +10,10 @@ import numpy as np
 from jax import Array
 
 from qfleet.core.activity import Activity, dormant_fraction
-from qfleet.core.frame_stack import init_view, push_frame
-from qfleet.core.types import EnvSpec, identity
+from qfleet.core.masks import or_all, random_valid, split_lanes
+from qfleet.core.memory import MemoryState
+from qfleet.core.player import Player
+from qfleet.core.types import EnvSpec
 from qfleet.envs.host import HostLanes
 from qfleet.runtime.activity import announce
 from qfleet.runtime.evaluation import Episodes, episode_limit, is_below_time_limit, never
@@ -31,6 +33,8 @@ class HostAction(NamedTuple):
     """int32, the greedy one."""
     value: Array
     """float32, the greatest Q-value."""
+    memory: MemoryState
+    """What the agent remembers from now on."""
     activity: Activity = ()
     """For each hidden layer `[units]`, the activity summed over all observations so far."""
 
@@ -38,10 +42,10 @@ class HostAction(NamedTuple):
 def play_host_episodes(
     lanes: HostLanes,
     spec: EnvSpec,
-    act: Callable[[Array], HostAction],
+    player: Player,
+    act: Callable[[MemoryState], HostAction],
     num_episodes: int,
     seed: int,
-    to_storage_layout: Callable[[Array], Array] = identity,
     *,
     exploration: float = 0.0,
     max_episode_steps: int | None = None,
@@ -62,31 +66,31 @@ def play_host_episodes(
     Args:
       lanes: at least one lane; all are reset.
       spec: the spec of the lanes' environment.
-      act: the greedy actions for `[lanes, ...]` stacks of stored frames.
+      player: plays the episodes, but `act` acts.
+      act: the greedy actions of `player`.
       num_episodes: how many episodes to play, over all lanes.
       seed: seed of these episodes; it must differ from every seed of training.
-      to_storage_layout: converts observations to what `act` expects, as `Network.to_storage_layout` does.
       exploration: probability of a uniformly random action.
       max_episode_steps: steps after which an episode is cut, where the environment's time limit isn't lower.
       should_stop: called before every step. Once it returns True, the evaluation ends.
       discount: of the discounted returns, per environment step.
     """
     limit = episode_limit(spec, max_episode_steps)
-    push = jax.jit(lambda view, obs, is_first: push_frame(view, to_storage_layout(obs), is_first, spec.frame_stack))
+    observe = jax.jit(player.observe)
     acting = HostActing(lanes, seed, max_episode_steps=limit)
-    view = init_view(to_storage_layout(jnp.asarray(acting.obs)), spec.frame_stack)
-    explore = _RandomActions(exploration, seed, len(view), spec.num_actions)
+    memory = player.begin(jnp.asarray(acting.obs))
+    explore = _RandomActions(exploration, seed, len(acting.obs), spec)
     played = _HostEpisodes(acting.obs, is_below_time_limit(limit, spec), discount)
     num_lost = 0
     while not played.has_all_of_first(num_episodes):
         if should_stop():
             return None
         announce(f"evaluating {min(played.num_whole, num_episodes)} of {num_episodes}")
-        chosen = act(view)
-        acting.send(explore(np.asarray(chosen.action, np.int32)))
+        chosen = act(memory)
+        acting.send(explore(np.asarray(chosen.action, np.int32), acting.obs))
         row = acting.receive()
         played.add(row, acting.obs, chosen)
-        view = push(view, acting.obs, acting.is_first)
+        memory = observe(chosen.memory, acting.obs, acting.is_first)
         num_lost += row.num_failures
         if num_lost > MAX_LOST * num_episodes:
             logger.warning(
@@ -102,18 +106,19 @@ def play_host_episodes(
 class _RandomActions:
     """Replaces actions by random ones now and then. Each lane has random numbers of its own."""
 
-    def __init__(self, exploration: float, seed: int, num_lanes: int, num_actions: int) -> None:
-        self._exploration, self._num_actions = exploration, num_actions
+    def __init__(self, exploration: float, seed: int, num_lanes: int, spec: EnvSpec) -> None:
+        self._exploration, self._spec = exploration, spec
         self._generators = [np.random.default_rng((seed, lane)) for lane in range(num_lanes)] if exploration else []
 
-    def __call__(self, action: np.ndarray) -> np.ndarray:
-        """Returns actions, `[lanes]` int32, of which each is random with the given probability."""
+    def __call__(self, action: np.ndarray, obs: np.ndarray) -> np.ndarray:
+        """Returns actions, `[lanes]` int32, of which each is random with the given probability, and valid at `obs`."""
         if not self._generators:
             return action
         uniform = np.array([generator.random() for generator in self._generators])
+        is_valid = or_all(split_lanes(obs, self._spec)[1])
         # Below the probability, a uniform number divided by it is uniform itself, and picks the action.
-        picked = (uniform / self._exploration * self._num_actions).astype(np.int32) % self._num_actions
-        return np.where(uniform < self._exploration, picked, action).astype(np.int32)
+        picked = (uniform / self._exploration * is_valid.sum(axis=-1)).astype(np.int32)
+        return np.where(uniform < self._exploration, random_valid(is_valid, picked), action).astype(np.int32)
 
 
 class _HostEpisodes:

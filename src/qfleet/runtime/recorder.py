@@ -1,7 +1,6 @@
 """Videos during training: from time to time the newest parameters play one greedy episode. Extra `video`."""
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import jax
 
 from qfleet.config import TrainConfig
+from qfleet.core.player import make_player
 from qfleet.core.types import Network, Params
 from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv
@@ -43,7 +43,8 @@ class Recorder:
         self._period = config.video_period_env_steps
         self._trained_seed = config.seed if config.num_seeds > 1 else None  # the first seed, if there are many
         self._env = env
-        self._q_values, self._to_storage_layout = jax.jit(network.apply), network.to_storage_layout
+        player = make_player(network, env.spec.frame_stack)
+        self._player = player._replace(values=jax.jit(player.values))
         self.num_videos = 0
         """Number of videos written so far."""
         self.num_failures = 0
@@ -75,8 +76,7 @@ class Recorder:
         path = folder / video_name(params_label(env_steps, self._trained_seed), SEED, episode=0)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            q_values = functools.partial(self._q_values, params)
-            with contextlib.closing(play(self._env, q_values, 1, SEED, self._to_storage_layout)) as episodes:
+            with contextlib.closing(play(self._env, self._player, params, 1, SEED)) as episodes:
                 film(_until(should_stop, next(episodes)), path, FRAMES_PER_SECOND)
         except _Abandoned:
             pass

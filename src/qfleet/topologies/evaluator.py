@@ -13,7 +13,8 @@ from qfleet.core.activity import Activity
 from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
 from qfleet.core.keys import Stream, make_key
-from qfleet.core.types import EnvSpec, Params
+from qfleet.core.memory import MemoryState
+from qfleet.core.types import Params
 from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions, seed_of
@@ -92,35 +93,35 @@ class HostEvaluator:
         return play_host_episodes(
             self.start(),
             self._env.spec,
+            self._agent.player,
             self._acting_with(params),
             num_episodes,
             seed,
-            self._agent.to_storage_layout,
             exploration=self._exploration,
             max_episode_steps=max_episode_steps,
             should_stop=should_stop,
             discount=self._discount,
         )
 
-    def _acting_with(self, params: Params) -> Callable[[jax.Array], HostAction]:
+    def _acting_with(self, params: Params) -> Callable[[MemoryState], HostAction]:
         """Returns the function that acts with these parameters, and adds up the activity of the hidden units."""
         activity = self._no_activity
 
-        def act(view: jax.Array) -> HostAction:
+        def act(memory: MemoryState) -> HostAction:
             nonlocal activity
             if activity is None:
-                _, shapes = jax.eval_shape(self._agent.with_activity, params, view)
+                _, _, shapes = jax.eval_shape(self._agent.player.values, params, memory)
                 activity = self._no_activity = tuple(jnp.zeros(layer.shape[1:]) for layer in shapes)
-            chosen: HostAction = self._act(params, view, activity)
+            chosen: HostAction = self._act(params, memory, activity)
             activity = chosen.activity
             return chosen
 
         return act
 
-    def _choose(self, params: Params, view: jax.Array, activity: Activity) -> HostAction:
-        q, active = self._agent.with_activity(params, view)
+    def _choose(self, params: Params, memory: MemoryState, activity: Activity) -> HostAction:
+        q, memory, active = self._agent.player.values(params, memory)
         sums = tuple(so_far + jnp.sum(layer, axis=0) for so_far, layer in zip(activity, active, strict=True))
-        return HostAction(greedy(q), jnp.max(q, axis=-1), sums)
+        return HostAction(greedy(q), jnp.max(q, axis=-1), memory, sums)
 
     def close(self) -> None:
         """Ends the lanes; may be called twice."""
@@ -204,12 +205,14 @@ class Evaluator:
             )
         return jax.tree.map(lambda part: part[None], played)
 
-    def shapes(self, num_episodes: int, stored: EnvSpec) -> Any:
+    def shapes(self, num_episodes: int) -> Any:
         """Returns the shapes of the episodes that it plays at once in a compiled program; empty if it plays in lanes.
 
         Args: as for `evaluation_shapes`.
         """
-        return () if isinstance(self._env, HostEnv) else evaluation_shapes(self._env, stored, num_episodes)
+        if isinstance(self._env, HostEnv):
+            return ()
+        return evaluation_shapes(self._env, self._agent.player, num_episodes)
 
     def close(self) -> None:
         """Ends the lanes; may be called twice."""
@@ -221,10 +224,9 @@ class Evaluator:
         agent, exploration = self._agent, self._config.eval_exploration
         evaluation = make_evaluation(
             self._env,
-            agent.with_activity,
+            agent.player,
             num_episodes,
             exploration,
-            agent.to_storage_layout,
             discount=self._config.agent.discount,
         )
         return jax.jit(evaluation.begin), jax.jit(evaluation.play)

@@ -16,8 +16,9 @@ from jax.sharding import PartitionSpec
 
 from qfleet.config import AgentConfig, ConfigError, TrainConfig
 from qfleet.core.learner import LearnerState
+from qfleet.core.player import Player
 from qfleet.core.replay import ReplayState
-from qfleet.core.types import Batch, EnvSpec, Regression, Transition
+from qfleet.core.types import Batch, EnvSpec, Regression, Sequences, Transition
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks.partition import MODEL_AXIS
 from qfleet.runtime.devices import available_bytes, describe_memory
@@ -132,14 +133,15 @@ def _num_bytes(leaf: Any) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
-def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int) -> Batch:
-    """Returns the shapes of one replica's share of a batch of transitions, or of a whole rollout.
+def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int, carry: Any = ()) -> Batch:
+    """Returns the shapes of one replica's share of a batch of transitions or sequences, or of a whole rollout.
 
     Args:
       stored: the spec of observations in the network's storage layout.
       config: the agent's config.
       num_lanes: number of lanes over all replicas.
       num_replicas: number of replicas.
+      carry: shapes of what a recurrent network remembers of one replica's lanes; `()` for others.
     """
     has_replay = config.replay != "none"
     shape = (config.batch_size,) if has_replay else (rows_per_iteration(config), num_lanes)
@@ -150,24 +152,37 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
 
     obs = of(stored.observation_dtype, *stored.agent_observation_shape)
     action, number = of(np.int32), of(np.float32)
+    if config.learns_sequences:
+        rows, learned = config.rows_after_start + 1, config.sequence_length
+        return Sequences(
+            obs=of(obs.dtype, rows, *stored.agent_observation_shape),
+            is_first=of(np.bool_, rows),
+            carry=jax.tree.map(lambda x: of(x.dtype, *x.shape[1:]), carry),
+            action=of(np.int32, learned),
+            reward=of(np.float32, learned),
+            discount=of(np.float32, learned),
+            num_steps=of(np.int32, learned),
+            is_step=of(np.bool_, learned),
+            weight=number,
+        )
     if has_replay:
         return Transition(obs, action, number, number, obs, number)
-    return Regression(obs, action, number, number)
+    return Regression(obs, action, number, number, carry, of(np.bool_) if jax.tree.leaves(carry) else ())
 
 
-def evaluation_shapes(env: InGraphEnv, stored: EnvSpec, num_episodes: int) -> Any:
+def evaluation_shapes(env: InGraphEnv, player: Player, num_episodes: int) -> Any:
     """Returns the shapes of what an evaluation keeps of the episodes that it plays at once in a compiled program.
 
     Args:
       env: the environment.
-      stored: the spec of observations in the network's storage layout.
+      player: plays them.
       num_episodes: number of episodes of one replica.
     """
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_episodes))
-    state, _ = jax.eval_shape(jax.vmap(env.reset), keys)
-    view = jax.ShapeDtypeStruct((num_episodes, *stored.agent_observation_shape), stored.observation_dtype)
+    state, obs = jax.eval_shape(jax.vmap(env.reset), keys)
+    memory = jax.eval_shape(player.begin, obs)
     has_ended, episode_return = (jax.ShapeDtypeStruct((num_episodes,), dtype) for dtype in (np.bool_, np.float32))
-    return state, view, has_ended, episode_return
+    return state, memory, has_ended, episode_return
 
 
 def check_fits(config: TrainConfig, footprint: Footprint, footprint_of: Callable[[TrainConfig], Footprint]) -> None:

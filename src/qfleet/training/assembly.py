@@ -16,6 +16,7 @@ from qfleet.config import (
 )
 from qfleet.config.own_parts import check_parts_can_travel, own_parts
 from qfleet.config.topology import EnvironmentKind
+from qfleet.core.masks import masked
 from qfleet.core.types import Network
 from qfleet.envs.first_step import check_works
 from qfleet.envs.host import HostEnv
@@ -77,7 +78,7 @@ def _describe_env_and_network(
     check_own_parts(env.spec, config.agent, network, computes=computes)
     network = make_network(env.spec, config.agent, network)
     limit_cpu_threads(check_network(network, env.spec, config.agent))
-    return env, network
+    return env, masked(network, env.spec)
 
 
 def make_topology(

@@ -14,6 +14,7 @@ from qfleet.core import updates
 from qfleet.core.types import EnvSpec, Regression
 from qfleet.envs.spec import InGraphEnv, StepResult
 from qfleet.runtime import evaluation
+from qfleet.runtime.checkpoint_trees import named_leaves
 from qfleet.topologies.fused.topology import Fused
 
 NUM_ENVS = 4
@@ -292,7 +293,7 @@ def countdown():
 def test_the_first_reward_that_is_not_a_number_is_reported_where_it_came_from():
     """All of it happens in one long chunk, in which every lane gets such a reward."""
     fused = make("uniform", env=countdown(), seed=7)
-    rows = np.asarray(fused.state["actor"].lanes.env_state) - 1  # the row of each lane's NaN, from 0
+    rows = np.asarray(fused.state["actor"]["lanes"].env_state) - 1  # the row of each lane's NaN, from 0
     lane = int(np.argmin(rows))
     fused._seconds_per_iteration = 1e-9
     with pytest.raises(RunFailed, match=f"countdown .* step {rows[lane] * NUM_ENVS + lane} in lane {lane} of seed 7$"):
@@ -301,7 +302,7 @@ def test_the_first_reward_that_is_not_a_number_is_reported_where_it_came_from():
 
 def test_of_many_seeds_the_one_that_failed_is_named():
     fused = make("pqn", env=countdown(), seed=8, num_seeds=3)
-    rows = np.asarray(fused.state["actor"].lanes.env_state) - 1  # [seeds, lanes]
+    rows = np.asarray(fused.state["actor"]["lanes"].env_state) - 1  # [seeds, lanes]
     chunks = rows.min(axis=1) // ROWS
     assert np.sum(chunks == chunks.min()) == 1 and np.argmin(chunks) != 0, "choose seeds that fail apart"
     seed = int(np.argmin(chunks))
@@ -348,6 +349,12 @@ def test_each_epoch_visits_every_sample_once_in_an_order_of_its_own(num_rows, nu
         orders.append(minibatches.action)
     if samples.size > 2:
         assert not np.array_equal(orders[0], orders[1]) or not np.array_equal(orders[0], orders[2])
+
+
+def test_checkpoints_of_agents_that_only_see_keep_the_names_of_their_arrays():
+    """Runs go on from checkpoints that were saved before agents remembered more than frames."""
+    names = {path[0] for path in named_leaves(fresh("pqn").state["actor"])}
+    assert names == {"lanes", "view", "episode_return"}
 
 
 @pytest.mark.parametrize("kind", ["pqn", "prioritised"])

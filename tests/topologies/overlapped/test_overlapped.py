@@ -11,6 +11,7 @@ import probes
 import pytest
 
 from qfleet.config import AgentConfig, FusedConfig, MeshConfig, OverlappedConfig, RunFailed, TrainConfig
+from qfleet.core.player import make_player
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, make_replay
 from qfleet.core.types import Network
 from qfleet.envs.host import EnvSpec, HostEnv, HostStep
@@ -162,10 +163,13 @@ def test_how_frames_are_stored_changes_nothing_that_is_learned(kind):
         np.testing.assert_array_equal(*(policy.evaluate(5) for policy in policies))
         episodes = (
             play(
-                env._replace(render=lambda *_: np.zeros((2, 2, 3), np.uint8)), q_values, 1, 0, network.to_storage_layout
+                env._replace(render=lambda *_: np.zeros((2, 2, 3), np.uint8)),
+                make_player(network, env.spec.frame_stack),
+                learned[0][0],
+                1,
+                0,
             )
             for network in (plain, picky)
-            for q_values in [functools.partial(network.apply, learned[0][0])]
         )
         returns = [[moment.episode_return for moment in next(each)] for each in episodes]
         assert returns[0] == returns[1]

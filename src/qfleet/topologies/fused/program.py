@@ -1,5 +1,6 @@
 """The pure functions that `qfleet.topologies.fused` compiles into one program: acting and learning on one state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -95,7 +96,8 @@ def make_program(
     num_lanes = config.topology.num_envs // replicas.size
     has_replay = config.agent.replay != "none"
     spec = stored_spec(env.spec, agent.to_storage_layout)
-    replay = make_replay(spec, config.agent, config.topology.num_envs, replicas) if has_replay else None
+    make = functools.partial(make_replay, spec, config.agent, config.topology.num_envs, replicas)
+    replay = make(carry_size=agent.carry_size) if has_replay else None
     iterate = (
         _replay_iteration(env, agent, learner, replay, num_lanes, replicas)
         if replay
@@ -119,10 +121,9 @@ def make_program(
 
     evaluation = make_evaluation(
         env,
-        agent.with_activity,
+        agent.player,
         config.eval_episodes,
         config.eval_exploration,
-        agent.to_storage_layout,
         replicas,
         config.agent.discount,
     )
@@ -194,13 +195,13 @@ def _rollout_iteration(
 
         def row(actor: ActorState, inputs: tuple) -> tuple[ActorState, tuple[Row, RowStats]]:
             keys, uniform, noise, exploration = inputs
-            view = actor.view
+            view = actor.memory.view
             actor, new_row, stats, _ = act(env, agent, params, actor, keys, uniform, exploration, noise)
             return actor, (new_row._replace(obs=view), stats)
 
         actor, (rows, stats) = jax.lax.scan(row, state.actor, (step_keys, uniforms, noise, plan.exploration))
-        last_value = jnp.max(agent.q_values(params, actor.view), axis=-1)
-        batch = regression(rows, stats.q_max, last_value, config)
+        last_value = jnp.max(agent.act_values(params, actor.memory)[0], axis=-1)
+        batch = regression(rows, stats.q_max, last_value, config, state.actor.memory.carry)
         learner_state, losses = learn_from_rollout(learner, state.learner, batch, shuffle_key, config, replicas)
         return FusedState(learner_state, actor, (), key), stats, losses
 

@@ -39,7 +39,7 @@ class ProgramOnDevices:
         Raises:
           ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
         """
-        agent = make_agent(network, config.agent)
+        agent = make_agent(network, config.agent, env.spec.frame_stack)
         self._config = config
         self._placement = Placement(config.topology.mesh, network)
         self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
@@ -100,7 +100,11 @@ class ProgramOnDevices:
         """Returns what it keeps on which devices, before or after `start`."""
         mesh, (shapes, specs) = self._placement.mesh, self._shapes_and_specs
         batch = batch_shapes(
-            self._stored_spec, self._config.agent, self._config.topology.num_envs, mesh.shape[DATA_AXIS]
+            self._stored_spec,
+            self._config.agent,
+            self._config.topology.num_envs,
+            mesh.shape[DATA_AXIS],
+            shapes.actor.memory.carry,
         )
         episodes = jax.eval_shape(self._first_program.begin_episodes, np.uint32(0), np.uint32(0), np.int32(0))
         axes, devices, batch_specs = mesh.shape, mesh.local_devices, PartitionSpec(DATA_AXIS)

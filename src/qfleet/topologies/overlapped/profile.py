@@ -22,9 +22,9 @@ from qfleet.core.updates import (
     EpochKeys,
     Losses,
     add_losses,
+    cut_rollout,
     learn_from_minibatches,
     make_epoch_keys,
-    minibatches,
     no_losses,
 )
 from qfleet.envs.host import HostLanes
@@ -70,8 +70,8 @@ def timed_act(act: Callable[..., Any], stopwatch: Stopwatch, from_host: tuple[An
     """
     put, infer = _timed_put(stopwatch, from_host), stopwatch.timed("inference", act)
 
-    def run(params: Any, view: Any, obs: Any, *from_host: Any) -> Any:
-        return infer(params, view, obs, *put(from_host))
+    def run(params: Any, memory: Any, obs: Any, *from_host: Any) -> Any:
+        return infer(params, memory, obs, *put(from_host))
 
     return run
 
@@ -118,7 +118,7 @@ def _timed_learn_with_replay(
         return state, add_losses(losses, info), info.priority
 
     learner_state, replay_state, row, key, exponent, _ = arguments
-    first, from_host = jnp.int32(0), (row._replace(obs=()), exponent)
+    first, from_host = jnp.int32(0), (row._replace(obs=(), carry=()), exponent)
     drawn, _ = jax.eval_shape(sample, replay_state, key, first, exponent)
     _, losses, priority = jax.eval_shape(step, learner_state, no_losses(), drawn.transition, key, first)
     put, timed = _timed_put(stopwatch, from_host), stopwatch.timed
@@ -136,8 +136,9 @@ def _timed_learn_with_replay(
         importance_exponent: Any,
         num_updates: Any,
     ) -> tuple[LearnerState, ReplayState, Losses]:
-        rest, exponent = put((row._replace(obs=()), importance_exponent))
-        replay_state, losses, i = timed_insert(replay_state, rest._replace(obs=row.obs)), no_losses(), first
+        rest, exponent = put((row._replace(obs=(), carry=()), importance_exponent))
+        row = rest._replace(obs=row.obs, carry=row.carry)
+        replay_state, losses, i = timed_insert(replay_state, row), no_losses(), first
         for _ in range(num_updates):
             drawn, following = timed_sample(replay_state, key, i, exponent)
             learner_state, losses, priority = timed_step(learner_state, losses, drawn.transition, key, i)
@@ -153,7 +154,7 @@ def _timed_learn_without_replay(
     learner: Learner, programs: Programs, config: AgentConfig, stopwatch: Stopwatch, arguments: tuple[Any, ...]
 ) -> Callable[..., tuple[LearnerState, Losses]]:
     def cut(batch: Regression, keys: EpochKeys, i: Array) -> tuple[Regression, Array]:
-        return minibatches(batch, keys.shuffle[i], config.num_minibatches), i + 1
+        return cut_rollout(batch, keys.shuffle[i], config.num_minibatches), i + 1
 
     def epoch_keys(key: Array) -> EpochKeys:
         return make_epoch_keys(key, config.num_epochs)

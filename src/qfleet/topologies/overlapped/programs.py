@@ -9,12 +9,12 @@ from jax import Array
 
 from qfleet.config import AgentConfig
 from qfleet.core.agent import Agent, row_noise_keys
-from qfleet.core.frame_stack import push_frame
 from qfleet.core.keys import Stream, key_of, sample_keys
 from qfleet.core.learner import Learner, LearnerState
+from qfleet.core.memory import MemoryState
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, outcome_of, sealed_outcomes
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
-from qfleet.core.types import EnvSpec, Params, Regression
+from qfleet.core.types import Params, Regression
 from qfleet.core.updates import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
 from qfleet.topologies.schedule import rows_per_iteration
 
@@ -23,17 +23,20 @@ class HostRow(NamedTuple):
     """One step of all lanes, as a program takes it: `[lanes, ...]`, or `[rows, lanes, ...]` for a rollout."""
 
     obs: Any
-    """`()` in a rollout, whose views are passed beside it."""
+    """`()` in a rollout, whose observations are in the agent's memories beside it."""
     action: Any
     reward: Any
     terminated: Any
     truncated: Any
     no_step: Any
     """bool, the action led nowhere: the lane was at a final observation, or its environment failed."""
+    carry: Any = ()
+    """What a recurrent network remembered before the observation, on the devices; `()` in a rollout."""
 
     def with_obs(self, obs: Array) -> Row:
         """Returns the row as a replay stores it, with observations in their storage layout."""
-        return Row(obs, self.action, self.reward, outcome_of(self.terminated, self.truncated, self.no_step))
+        outcome = outcome_of(self.terminated, self.truncated, self.no_step)
+        return Row(obs, self.action, self.reward, outcome, carry=self.carry)
 
 
 class RandomInputs(NamedTuple):
@@ -54,16 +57,16 @@ class Programs(NamedTuple):
     """`init(seed) -> learner, replay, key`."""
     draw: Callable[[Array], tuple[Array, RandomInputs]]
     """`draw(key) -> key, inputs`."""
-    act: Callable[[Params, Array, Array, Array, Array, Array, Array | tuple[()]], tuple[Array, Array, Array]]
-    """`act(params, view, obs, is_first, exploration, uniform, noise_key) -> view, action, q_max`: `view` is what the
-    agent saw one row before, `obs` holds the newest observations, and `is_first` says which of them start an episode.
-    """
+    act: Callable[..., tuple[MemoryState, Array, Array, Any]]
+    """`act(params, memory, obs, is_first, exploration, uniform, noise_key) -> memory, action, q_max, carry`: `memory`
+    is what the agent remembers of the rows before, `obs` holds the newest observations, and `is_first` says which of
+    them start an episode. `carry` is what a recurrent network remembered before `obs`, `()` for others."""
     learn: Callable[..., tuple]
     """With replay: `learn(learner, replay, row, key, importance_exponent, num_updates) -> learner, replay, losses`.
-    Without replay: `learn(learner, rows, views, q_max, next_obs, next_is_first, key) -> learner, losses`, for one
-    rollout."""
+    Without replay: `learn(learner, rows, memories, q_max, carry, next_obs, next_is_first, key) -> learner, losses`,
+    for one rollout. `memories` is what `act` returned in each row, and `carry` what it returned in the first."""
     rollout_batch: Callable[..., Regression]
-    """`rollout_batch(params, rows, views, q_max, next_obs, next_is_first) -> batch`, for one rollout."""
+    """`rollout_batch(params, rows, memories, q_max, carry, next_obs, next_is_first) -> batch`, for one rollout."""
     insert: Callable[[ReplayState, HostRow], ReplayState]
     """`insert(replay, row) -> replay`; where the row has no step, the steps before it are cut short."""
     replay_leaves: Callable[[ReplayState], Array | tuple[()]]
@@ -75,13 +78,12 @@ class Programs(NamedTuple):
 def make_programs(
     config: AgentConfig,
     num_lanes: int,
-    spec: EnvSpec,
     agent: Agent,
     learner: Learner,
     replay: Replay | None,
     replicas: Replicas = ALONE,
 ) -> Programs:
-    """Returns the programs of one learner and `num_lanes` lanes of `spec`'s environment.
+    """Returns the programs of one learner and `num_lanes` lanes.
 
     With several replicas, each runs the programs on its share of the lanes, except `draw`, which draws for all lanes.
     """
@@ -101,18 +103,18 @@ def make_programs(
 
     def act(
         params: Params,
-        view: Array,
+        memory: MemoryState,
         obs: Array,
         is_first: Array,
         exploration: Array,
         uniform: Array,
         noise_key: Any,
-    ) -> tuple[Array, Array, Array]:
-        view = push_frame(view, agent.to_storage_layout(obs), is_first, spec.frame_stack)
+    ) -> tuple[MemoryState, Array, Array, Any]:
+        memory = agent.memory.observe(memory, agent.to_storage_layout(obs), is_first)
         has_noise = not isinstance(noise_key, tuple)
         keys = sample_keys(noise_key, local_lane_ids(replicas, len(uniform))) if has_noise else None
-        q = agent.q_values(params, view, keys)
-        return view, agent.explore(q, exploration, uniform), jnp.max(q, axis=-1)
+        acted = agent.act(params, memory, exploration, uniform, keys)
+        return acted.memory, acted.action, jnp.max(acted.q, axis=-1), memory.carry
 
     def insert(replay_state: ReplayState, row: HostRow) -> ReplayState:
         assert replay is not None
@@ -125,7 +127,7 @@ def make_programs(
         assert replay is not None
         return replay.restore(saved)
 
-    rollout_batch = _make_rollout_batch(config, spec, agent)
+    rollout_batch = _make_rollout_batch(config, agent)
     learn = (
         _make_learn_from_replay(learner, replay, insert, replicas)
         if replay
@@ -164,32 +166,34 @@ def _make_learn_from_rollout(
     def learn(
         state: LearnerState,
         rows: HostRow,
-        views: tuple[Array, ...],
+        memories: tuple[MemoryState, ...],
         q_max: tuple[Array, ...],
+        carry: Any,
         next_obs: Array,
         next_is_first: Array,
         key: Array,
     ) -> tuple[LearnerState, Losses]:
-        batch = rollout_batch(state.params, rows, views, q_max, next_obs, next_is_first)
+        batch = rollout_batch(state.params, rows, memories, q_max, carry, next_obs, next_is_first)
         state, losses = learn_from_rollout(learner, state, batch, key, config, replicas)
         return state, replicas.mean(losses)
 
     return learn
 
 
-def _make_rollout_batch(config: AgentConfig, spec: EnvSpec, agent: Agent) -> Callable[..., Regression]:
+def _make_rollout_batch(config: AgentConfig, agent: Agent) -> Callable[..., Regression]:
     def rollout_batch(
         params: Params,
         rows: HostRow,
-        views: tuple[Array, ...],
+        memories: tuple[MemoryState, ...],
         q_max: tuple[Array, ...],
+        carry: Any,
         next_obs: Array,
         next_is_first: Array,
     ) -> Regression:
-        stored = rows.with_obs(jnp.stack(views))
-        next_view = push_frame(views[-1], agent.to_storage_layout(next_obs), next_is_first, spec.frame_stack)
-        next_value = jnp.max(agent.q_values(params, next_view), axis=-1)
-        return regression(_sealed(stored), jnp.stack(q_max), next_value, config)
+        stored = rows.with_obs(jnp.stack([memory.view for memory in memories]))
+        memory = agent.memory.observe(memories[-1], agent.to_storage_layout(next_obs), next_is_first)
+        next_value = jnp.max(agent.act_values(params, memory)[0], axis=-1)
+        return regression(_sealed(stored), jnp.stack(q_max), next_value, config, carry)
 
     return rollout_batch
 

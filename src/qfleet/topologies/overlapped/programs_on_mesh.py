@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from qfleet.config import MeshConfig, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, make_learner
+from qfleet.core.memory import MemoryState, memory_shapes
 from qfleet.core.replay import Replay, ReplayState, make_replay, partition, partition_saved
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import EnvSpec, Network, stored_spec
@@ -52,7 +53,7 @@ class ProgramsOnMesh:
           ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
         """
         self._config, self._spec, self._num_envs = config.agent, spec, config.topology.num_envs
-        self.agent = make_agent(network, config.agent)
+        self.agent = make_agent(network, config.agent, spec.frame_stack)
         """The functions that act."""
         self.has_replay = config.agent.replay != "none"
         """Whether the agent learns from a replay; otherwise it learns from rollouts."""
@@ -65,9 +66,10 @@ class ProgramsOnMesh:
         self._replay, self.programs = self._make_programs(self._placement.replicas)
 
     def _make_programs(self, replicas: Replicas) -> tuple[Replay | None, Programs]:
-        config, num_envs, spec = self._config, self._num_envs, self._spec
-        replay = make_replay(self.stored_spec, config, num_envs, replicas) if self.has_replay else None
-        return replay, make_programs(config, num_envs, spec, self.agent, self._learner, replay, replicas)
+        config, num_envs = self._config, self._num_envs
+        make = functools.partial(make_replay, self.stored_spec, config, num_envs, replicas)
+        replay = make(carry_size=self.agent.carry_size) if self.has_replay else None
+        return replay, make_programs(config, num_envs, self.agent, self._learner, replay, replicas)
 
     def jitted(self) -> Any:
         """Returns the programs, as a `Programs` of functions that are jitted for the mesh."""
@@ -82,11 +84,11 @@ class ProgramsOnMesh:
         else:
             learn = placement.jit(
                 programs.learn,
-                (learner, _OVER_LANES_OF_ROWS, lanes, lanes, lanes, lanes, whole),
+                (learner, _OVER_LANES_OF_ROWS, lanes, lanes, lanes, lanes, lanes, whole),
                 (learner, whole),
                 (0,),
             )
-        donated_by_act = (1,) if self.has_replay else ()  # the view; a rollout's views are still needed by `learn`
+        donated_by_act = (1,) if self.has_replay else ()  # the memory; a rollout's memories are still needed by `learn`
         return programs._replace(
             init=placement.jit(programs.init, (whole,), (learner, replay, whole)),
             draw=placement.jit(programs.draw, (whole,), whole),
@@ -137,30 +139,41 @@ class ProgramsOnMesh:
         mesh, spec, stored = self._placement.mesh, self._spec, self.stored_spec
         learner, replay, _ = self._shapes
         num_replicas = mesh.shape[DATA_AXIS]
-        obs = (spec.observation_shape, spec.observation_dtype)
-        view = (stored.agent_observation_shape, stored.observation_dtype)
-        lanes = [jax.ShapeDtypeStruct((self._num_envs // num_replicas, *shape), dtype) for shape, dtype in (obs, view)]
+        num_lanes = self._num_envs // num_replicas
+        obs = jax.ShapeDtypeStruct((num_lanes, *spec.lane_shape), spec.observation_dtype)
+        memory = memory_shapes(self.agent.memory, stored, num_lanes)
         return make_footprint(
             mesh.shape,
             tuple(mesh.local_devices),
             learner=(learner, self._placement.partition_learner(learner)),
-            lanes=(lanes, _OVER_LANES),
+            lanes=((obs, memory), _OVER_LANES),
             replay=(replay, replay and partition(replay, DATA_AXIS)),
-            batch=(batch_shapes(stored, self._config, self._num_envs, num_replicas), _OVER_LANES),
+            batch=(batch_shapes(stored, self._config, self._num_envs, num_replicas, memory.carry), _OVER_LANES),
         )
 
     def learn_arguments(
-        self, learner: LearnerState, replay: ReplayState | tuple[()], key: jax.Array, obs: jax.Array, view: jax.Array
+        self,
+        learner: LearnerState,
+        replay: ReplayState | tuple[()],
+        key: jax.Array,
+        obs: jax.Array,
+        memory: MemoryState,
     ) -> tuple[Any, ...]:
         """Returns arguments of the shapes that `Programs.learn` takes, to compile it for."""
         flag, number = np.zeros(self.num_lanes, bool), np.zeros(self.num_lanes, np.float32)
         row = HostRow((), np.zeros(self.num_lanes, np.int32), number, flag, flag, flag)
         if self.has_replay:
-            row = self.lanes_to_devices(row)._replace(obs=obs)
+            row = self.lanes_to_devices(row)._replace(obs=obs, carry=memory.carry)
             return learner, replay, row, key, np.float32(0), np.int32(0)
         num_rows = rows_per_iteration(self._config)
-        views, q_max = (view,) * num_rows, (self.copy_to_devices(number),) * num_rows
-        return learner, self.rollout_to_devices([row] * num_rows), views, q_max, obs, self.lanes_to_devices(flag), key
+        rows, next_is_first = self.rollout_to_devices([row] * num_rows), self.lanes_to_devices(flag)
+        memories, q_max = (memory,) * num_rows, (self.copy_to_devices(number),) * num_rows
+        return learner, rows, memories, q_max, memory.carry, obs, next_is_first, key
+
+    def blank_memory(self) -> MemoryState:
+        """Returns a memory of this process's lanes that all `act` with before their first episodes start."""
+        shapes = memory_shapes(self.agent.memory, self.stored_spec, self.num_lanes)
+        return jax.tree.map(lambda x: self.copy_to_devices(np.zeros(x.shape, x.dtype)), shapes)
 
     def lanes_to_devices(self, share: Any) -> Any:
         """Returns this process's arrays over lanes, `[lanes, ...]`, as a program takes them."""

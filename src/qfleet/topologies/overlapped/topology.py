@@ -113,8 +113,8 @@ class Overlapped(OwnLearner):
         self._draw, self._act, self._learning.learn = self._on_mesh.compile(
             programs,
             self._key,
-            (self.params, self._view, self._acting.obs, is_first, np.float32(0), uniform, noise_key),
-            self._on_mesh.learn_arguments(learner, replay, self._key, self._acting.obs, self._view),
+            (self.params, self._memory, self._acting.obs, is_first, np.float32(0), uniform, noise_key),
+            self._on_mesh.learn_arguments(learner, replay, self._key, self._acting.obs, self._memory),
             stopwatch,
         )
         if stopwatch:
@@ -134,11 +134,9 @@ class Overlapped(OwnLearner):
 
     def _begin_episodes(self) -> None:
         assert self._lanes is not None
-        spec = self._on_mesh.stored_spec
         seed = seed_of(self._config.seed, Stream.TRAINING, self.env_steps, jax.process_index())
         self._acting = HostActing(self._lanes, seed, self._to_devices)
-        no_view = np.zeros((self._num_lanes, *spec.agent_observation_shape), spec.observation_dtype)
-        self._view = self._to_devices(no_view)
+        self._memory = self._on_mesh.blank_memory()
 
     @property
     def env_steps_per_iteration(self) -> int:
@@ -229,15 +227,16 @@ class Overlapped(OwnLearner):
         """
         uniforms = self._own_uniforms(inputs)
         noise_keys = list(inputs.noise_keys) or [()] * len(uniforms)
-        rows, views, q_max = [], [], []
+        rows, memories, q_max, carries = [], [], [], []
         for i in range(len(uniforms)):
             row, row_q_max = self._act_and_learn(plan.exploration[0, i], uniforms[i], noise_keys[i], stats)
-            rows.append(row._replace(obs=()))
-            views.append(self._view)
+            carries.append(row.carry)
+            rows.append(row._replace(obs=(), carry=()))
+            memories.append(self._memory)
             q_max.append(row_q_max)
         stacked = self._on_mesh.rollout_to_devices(rows)
         is_first = self._on_mesh.lanes_to_devices(self._acting.is_first)
-        rollout = (stacked, tuple(views), tuple(q_max), self._acting.obs, is_first)
+        rollout = (stacked, tuple(memories), tuple(q_max), carries[0], self._acting.obs, is_first)
         self._learning.learn_from_rollout(
             rollout, inputs.learn_keys, planned_learner_steps(self._config.agent, plan, 1)
         )
@@ -257,14 +256,19 @@ class Overlapped(OwnLearner):
         """
         acting, obs, staleness = self._acting, self._acting.obs, self._learning.staleness
         is_first, uniform = self._on_mesh.lanes_to_devices((acting.is_first, uniform))
-        self._view, action, q_max = self._act(self.params, self._view, obs, is_first, exploration, uniform, noise_key)
+        self._memory, action, q_max, carry = self._act(
+            self.params, self._memory, obs, is_first, exploration, uniform, noise_key
+        )
         # This waits until the learner steps under way are done, because their parameters choose the action.
         action = self._to_host(action)
         acting.send(action)
         self._learning.learn_pending()
         received = acting.receive()
         stats.add(received, self._to_host(q_max), staleness)
-        return HostRow(obs, action, received.reward, received.terminated, received.truncated, received.no_step), q_max
+        row = HostRow(
+            obs, action, received.reward, received.terminated, received.truncated, received.no_step, carry=carry
+        )
+        return row, q_max
 
     def prepare_evaluation(self) -> None:
         """Makes the lanes of evaluations."""
