@@ -70,6 +70,13 @@ def test_a_target_needs_a_replay() -> None:
         make_config("CartPole-v1", "pqn", target="a:b")
 
 
+@pytest.mark.parametrize("setting", [{"target": "a:b"}, {"normalise_observations": True}, {"normalise_rewards": True}])
+def test_what_a_memory_does_not_take_yet_is_refused(setting) -> None:
+    for other in ({"memory": "lstm"}, {"value_rescaling": True}):
+        with pytest.raises(ConfigError, match=f"{next(iter(setting))} must be left out with {next(iter(other))}"):
+            make_config("CartPole-v1", "dqn", **setting, **other)
+
+
 def test_several_processes_refuse_what_is_in_the_script() -> None:
     config = make_config("CartPole-v1", "dqn", "gossip", head="__main__:mine")
     with pytest.raises(ConfigError, match="must import its head in each of them, got __main__:mine"):

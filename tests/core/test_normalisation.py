@@ -1,5 +1,6 @@
 """Running statistics against NumPy's, and what they do to a learner, whole, in replicas and in shards."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from small_servers import config_of, learner_of
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import make_learner, update
+from qfleet.core.masks import INVALID, join, masked
 from qfleet.core.normalisation import init_statistics, learned, moments, moved, normalise, value_scale
 from qfleet.core.replicas import over_axis
 from qfleet.core.sharded_learner import piece_bounds
@@ -90,7 +92,9 @@ def test_two_replicas_take_the_steps_of_one_learner_and_have_its_statistics(repl
     _, _, learner, state = made(replay=replay)
     batches = [batch_of(16, seed) for seed in range(3)]
     if replay == "none":
-        batches = [Regression(b.obs, b.action, b.reward, b.weight, b.reward, b.discount) for b in batches]
+        batches = [
+            Regression(b.obs, b.action, b.reward, b.weight, reward=b.reward, discount=b.discount) for b in batches
+        ]
     replicas = over_axis("replica", 2)
 
     @jax.jit
@@ -127,6 +131,22 @@ def test_the_optimiser_sees_the_gradient_of_the_same_network_and_no_statistics()
     np.testing.assert_allclose(agent.q_values(state.params, batch.obs), plain.q_values(state.params["network"], obs))
 
 
+def test_action_masks_are_no_part_of_what_is_normalised():
+    spec = dataclasses.replace(SPEC, has_action_mask=True)
+    config = AgentConfig(**BOTH, hidden_sizes=(8,))
+    agent = make_agent(masked(make_network(spec, config), spec), config)
+    learner = make_learner(agent, config)
+    state = learner.init(agent.init(jax.random.key(0)))
+    batches = [batch_of(16, seed) for seed in range(3)]
+    mask = jnp.tile(jnp.array([[1.0, 0.0], [1.0, 1.0]]), (8, 1))
+    joined = [b._replace(obs=join(b.obs, mask, 1), next_obs=join(b.next_obs, mask, 1)) for b in batches]
+    found = steps(learner, state, joined).params
+    _, _, plain, plain_state = made()
+    assert_close(found["statistics"], steps(plain, plain_state, batches).params["statistics"], rtol=1e-5)
+    q = agent.q_values(found, joined[0].obs, jax.random.split(jax.random.key(0), 16))
+    np.testing.assert_array_equal(q[::2, 1], INVALID)  # finite, whatever the scale
+
+
 def rewards(mean, going_on, variance):
     return {"known": 1.0, "mean": jnp.array([mean, going_on]), "variance": jnp.array([variance, 0.1]), "weight": 3.0}
 
@@ -141,7 +161,7 @@ def test_rewards_are_divided_by_the_size_of_the_return_and_values_are_not():
     q, q_next = agent.q_values(params, batch.obs), agent.q_values(target, batch.next_obs)
     keyed = agent.q_values(params, batch.obs, jax.random.split(jax.random.key(0), 8))
     np.testing.assert_allclose(keyed, q, rtol=1e-5)
-    np.testing.assert_allclose(agent.with_activity(params, batch.obs)[0], q, rtol=1e-5)
+    np.testing.assert_allclose(agent.player.values(params, agent.player.begin(batch.obs))[0], q, rtol=1e-5)
     plain_config = AgentConfig(**{**vars(config), "normalise_rewards": False})
     plain = make_network(SPEC, plain_config)
     np.testing.assert_allclose(q, scale * plain.apply(params["network"], batch.obs), rtol=1e-5)
