@@ -135,6 +135,18 @@ def test_the_batch_of_a_footprint_is_what_is_learned_from(kind):
         )
 
 
+def test_a_recurrent_agent_keeps_its_state_with_the_lanes_and_in_the_batch():
+    found = {}
+    for memory in ("none", "gru"):
+        agent = AgentConfig(replay="none", rollout_length=16, num_minibatches=4, memory=memory, memory_size=16)
+        config = config_for("pqn", FusedConfig(num_envs=NUM_ENVS), agent=agent)
+        footprint = Fused(config, ENV, make_network(ENV.spec, agent)).footprint()
+        found[memory] = {part.name: part.total_bytes for part in footprint.parts}
+    state, is_first = NUM_ENVS * 16 * 4, NUM_ENVS * 16
+    assert found["gru"]["lanes"] - found["none"]["lanes"] == state
+    assert found["gru"]["batch"] - found["none"]["batch"] == state + is_first
+
+
 @pytest.mark.parametrize("mesh", MESHES[:2], ids=lambda mesh: f"{mesh.data}x{mesh.model}")
 def test_the_episodes_that_an_evaluation_plays_at_once_are_counted(mesh):
     few, many = (make_fused("uniform", mesh, eval_episodes=n).footprint() for n in (8, 8_000))

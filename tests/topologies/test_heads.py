@@ -140,11 +140,10 @@ def test_a_mesh_stores_the_states_that_one_device_does_and_learns_from_them():
 
 @pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn", "recurrent_pqn", "r2d2"])
 def test_a_resumed_run_draws_what_the_whole_one_does(kind):
-    whole, half = (make(kind, FusedConfig(num_envs=NUM_ENVS)) for _ in range(2))
-    advance(half, 4)
-    resumed = make(kind, FusedConfig(num_envs=NUM_ENVS), seed=9)
-    resumed.restore(jax.tree.map(jnp.copy, half.state), half.counters)
-    jax.tree.map(np.testing.assert_array_equal, advance(resumed, 4), advance(whole, 8))
+    whole, resumed = (make(kind, FusedConfig(num_envs=NUM_ENVS), seed) for seed in (3, 9))
+    advance(whole, 4)
+    resumed.restore(jax.tree.map(jnp.copy, whole.state), whole.counters)
+    jax.tree.map(np.testing.assert_array_equal, advance(resumed, 4), advance(whole, 4))
 
 
 def fleet_config(env="CartPole-v1", **settings):
@@ -172,8 +171,8 @@ def test_an_actor_explores_by_noise_and_leaves_priorities_that_it_can_not_know_t
 
 def test_an_actor_repeats_random_actions():
     changes = {}
-    for max_duration in (1, 100):
-        config = config_of("gym:CartPole-v1", preset="dqn", exploration_max_duration=max_duration)
+    for max_duration, settings in ((1, {}), (100, {"exploration_duration_exponent": 1.0})):
+        config = config_of("gym:CartPole-v1", preset="dqn", exploration_max_duration=max_duration, **settings)
         actor = Actor(config, 0)
         params = make_network(make_env(config.env).spec, config.agent).init(jax.random.key(0))
         actor.begin(0)
