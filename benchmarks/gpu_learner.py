@@ -4,7 +4,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def learner_steps(learning: Learning) -> Any:
     def step(i: jax.Array, states: States) -> States:
         learner_state, replay_state = states
         drawn = learning.replay.sample(replay_state, jax.random.fold_in(jax.random.key(1), i), jnp.float32(0.4))
-        learner_state, info = learning.update(learner_state, drawn.transition)
+        learner_state, info = learning.update(learner_state, cast(Transition, drawn.transition))
         return learner_state, learning.replay.set_priorities(replay_state, drawn, info.td_error)
 
     def learn(learner_state: LearnerState, replay_state: ReplayState, num_steps: jax.Array) -> States:

@@ -83,14 +83,10 @@ class TextFlag(Plain):
         return np.zeros(2, np.float32), 1.0, "False", False, {}
 
 
-class Masked(Plain):
-    """Takes two choices at once, observes the last ones, and returns an action mask."""
+class Several(Plain):
+    """Takes two choices at once, and observes the last ones."""
 
     action_space = spaces.MultiDiscrete([2, 3])
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict]:
-        observation, _ = super().reset(seed=seed)
-        return observation, {"action_mask": np.ones(6, np.int8)}
 
     def step(self, action: Any) -> Any:
         return np.asarray(action, np.float32), *super().step(action)[1:]
@@ -120,7 +116,7 @@ class StartsProcess(Plain):
 
 def several_vector(num_envs: int) -> SyncVectorEnv:
     """Returns several environments of two choices in Gymnasium's own vector environment."""
-    return SyncVectorEnv([Masked] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+    return SyncVectorEnv([Several] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
 
 
 for kind in (

@@ -129,6 +129,81 @@ class OracleReplay:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class OracleSequence:
+    """The values that a sampled sequence must have. Fields after `number` are lists, row by row."""
+
+    number: int
+    """The number of the first row's observation, which its stored state carries too."""
+    frames: list[tuple[int, ...]]
+    is_first: list[bool]
+    is_step: list[bool]
+    """Of the learned rows only, as are the fields below. Those mean nothing where there is no step."""
+    action: list[int]
+    reward: list[float]
+    discount: list[float]
+    bootstrap: list[int]
+    """Number of rows to the one to bootstrap from."""
+
+
+class OracleSequences(OracleReplay):
+    """A replay that shows sequences: `burn_in` rows, `length` rows that are learned from, and the rest of a window."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        num_lanes: int,
+        n_step: int,
+        frame_stack: int,
+        discount: float,
+        *,
+        burn_in: int,
+        length: int,
+        period: int,
+    ) -> None:
+        super().__init__(num_rows, num_lanes, n_step, frame_stack, discount)
+        self.burn_in, self.length, self.period = burn_in, length, period
+
+    def sequence(self, t: int, lane: int) -> OracleSequence:
+        """Returns the sequence that starts at row t."""
+        rows = range(t, t + self.burn_in + self.length + self.n_step)
+        learned = rows[self.burn_in : self.burn_in + self.length]
+        is_step = [not self.history[row][lane].final for row in learned]
+        found = [
+            self.transition(row, lane) if there else OracleTransition((), 0, 0.0, 0.0, ())
+            for row, there in zip(learned, is_step, strict=True)
+        ]
+        return OracleSequence(
+            number=self.history[t][lane].number,
+            frames=[self.frames(row, lane) for row in rows],
+            is_first=[row > t and self.history[row - 1][lane].final for row in rows],
+            is_step=is_step,
+            action=[each.action for each in found],
+            reward=[each.reward for each in found],
+            discount=[each.discount for each in found],
+            bootstrap=[
+                (each.next_frames[-1] - self.history[row][lane].number) // self.num_lanes if each.next_frames else 0
+                for row, each in zip(learned, found, strict=True)
+            ],
+        )
+
+    def drawable(self, forgets_early: bool = False) -> list[tuple[int, int]]:
+        """Returns time and lane of every sequence that can be drawn now, as for transitions.
+
+        They start `period` rows apart, and hold a step that is learned from.
+        """
+        never_full = len(self.history) < self.num_rows
+        return [
+            (t, lane)
+            for t in self.times
+            for lane in range(self.num_lanes)
+            if t % self.period == 0
+            and t + self.burn_in + self.length + self.n_step - 1 < len(self.history)
+            and any(not self.history[t + self.burn_in + i][lane].final for i in range(self.length))
+            and (t - self.frame_stack + 1 >= len(self.history) - self.num_rows or (never_full and not forgets_early))
+        ]
+
+
 class OraclePriorities:
     """The priorities that the transitions of an `OracleReplay` must have, to the power alpha."""
 

@@ -16,6 +16,7 @@ BUDGETS = {
     "driving.py": ["--num-env-workers", "1", "--env-steps", "128", "--eval-max-episode-steps", "4"],
     "laptop_fleet.py": ["--env-steps", "1500", "--num-actors", "1"],
     "lunar_lander.py": ["--env-steps", "1024"],
+    "masked_grid.py": ["--env-steps", "1024"],
     "trading.py": ["--env-steps", "1024"],
 }
 NEEDS = {"atari_pong.py": "ale_py", "driving.py": "highway_env", "laptop_fleet.py": "ray", "lunar_lander.py": "Box2D"}

@@ -47,7 +47,7 @@ def test_states_are_encoded_as_in_training() -> None:
 def test_actions_are_the_environments() -> None:
     offset = policy_of(backend.make("counters:Offset-v0"), lambda x: jnp.argmax(x))
     assert offset(5) == 5 and offset(np.array([7, 6])).tolist() == [7, 6]
-    several = policy_of(made_by(contracts.Masked), lambda x: x[0])
+    several = policy_of(made_by(contracts.Several), lambda x: x[0])
     assert several(np.array([4.0, 0])).tolist() == [1, 1]
     assert several(np.array([[4.0, 0], [5, 0]])).tolist() == [[1, 1], [1, 2]]
 

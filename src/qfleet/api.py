@@ -15,6 +15,7 @@ from qfleet.config.checks import check_checkpoint
 from qfleet.config.new_run import check_new_run
 from qfleet.config.values import show, to_plain
 from qfleet.core.keys import key_shape
+from qfleet.core.masks import masked
 from qfleet.core.types import Network, Params
 from qfleet.envs.factory import name_of_factory, remember_factory
 from qfleet.envs.host import HostEnv
@@ -308,7 +309,7 @@ def load(
         if isinstance(source, RecordedEnv):
             rule = f"a checkpoint must hold the network for the environment that it records, which has {sizes}"
     params = _params_of(network_in_use, params, rule)
-    return Policy(source, network_in_use, params, label, _evaluation_options(config, metadata))
+    return Policy(source, masked(network_in_use, spec), params, label, _evaluation_options(config, metadata))
 
 
 def _environment_of(

@@ -247,13 +247,14 @@ def shows_one_state(env: "InGraphEnv | HostEnv") -> bool:
 
     Observations of several parts, such as Blackjack's, are flags too, but with one for each part.
     """
+    from qfleet.core.masks import split_lanes
     from qfleet.envs.host import HostEnv, LaneOptions
 
     if not isinstance(env, HostEnv):
         return False
     try:
         with contextlib.closing(env.make_lanes(1, LaneOptions(max_failures=0))) as lanes:
-            return int(np.sum(lanes.reset(0))) == 1
+            return int(np.sum(split_lanes(lanes.reset(0), env.spec)[0])) == 1
     except RAISED_BY_USERS:  # a user's environment may raise anything, and the run steps it again
         return False
 
@@ -271,8 +272,7 @@ def seen_in_random_play(env: "InGraphEnv | HostEnv") -> str | None:
         return None
     try:
         with contextlib.closing(env.make_lanes(1, LaneOptions(max_failures=0))) as lanes:
-            lanes.reset(0)
-            return _play(lanes, env.spec.num_actions)
+            return _play(lanes, env.spec)
     except RAISED_BY_USERS:  # a user's environment may raise anything, and the run steps it again
         return None
 
@@ -291,12 +291,16 @@ def works_in_another_process(env: "InGraphEnv | HostEnv") -> bool:
     return True
 
 
-def _play(lanes: "HostLanes", num_actions: int) -> str | None:
+def _play(lanes: "HostLanes", spec: "EnvSpec") -> str | None:
+    from qfleet.core.masks import random_valid, split_lanes
+
     random, until = np.random.default_rng(0), math.inf
     rewards, has_ended, has_terminated = set(), False, False
-    for action in random.integers(num_actions, size=RANDOM_PLAY_STEPS, dtype=np.int32):
-        lanes.send(action[None])
+    obs = lanes.reset(0)
+    for number in random.integers(spec.num_actions, size=RANDOM_PLAY_STEPS, dtype=np.int32):
+        lanes.send(random_valid(split_lanes(obs, spec)[1], number[None]))
         step = lanes.recv()
+        obs = step.observation
         if not has_ended:  # otherwise the step only starts an episode
             rewards.add(float(step.reward[0]))
         has_ended = bool(step.terminated[0] or step.truncated[0])
@@ -310,7 +314,7 @@ def _play(lanes: "HostLanes", num_actions: int) -> str | None:
 
 def _sizes_of_replay(spec: "EnvSpec", most_bytes: int, warmup_env_steps: int) -> dict[str, int]:
     """Returns a capacity of a million observations or of `most_bytes`, and a warm-up that leaves room in it."""
-    observation_bytes = int(np.prod(spec.observation_shape)) * spec.observation_dtype.itemsize
+    observation_bytes = int(np.prod(spec.lane_shape)) * spec.observation_dtype.itemsize
     capacity = max(1_000, min(1_000_000, most_bytes // observation_bytes))
     return {"replay_capacity": capacity, "warmup_env_steps": min(warmup_env_steps, capacity // 2)}
 

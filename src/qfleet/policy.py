@@ -27,12 +27,15 @@ from qfleet.config.values import Config, show
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
 from qfleet.core.keys import Stream, make_key
+from qfleet.core.masks import shown
 from qfleet.core.memory import MemoryState
 from qfleet.core.player import make_player
 from qfleet.core.types import EnvSpec, Network, Params
+from qfleet.envs.action_masks import ActionMask
+from qfleet.envs.actions import numbered
 from qfleet.envs.contract import BrokenContract
 from qfleet.envs.host import HostEnv, LaneOptions, seed_of
-from qfleet.envs.observations import Encoder, encoder_of_arrays
+from qfleet.envs.observations import encoder_of_arrays
 from qfleet.envs.recorded import RecordedEnv, interface_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.devices import check_not_forked
@@ -105,8 +108,9 @@ class Policy:
         self.options = options or EvaluationOptions()
         """How `evaluate` plays: as the run evaluated itself."""
         self._given_env = env
-        self._encoder = encoder or encoder_of_arrays(spec.agent_observation_shape, spec.observation_dtype)
-        self._frame_encoder = encoder or encoder_of_arrays(spec.observation_shape, spec.observation_dtype)
+        mask = ActionMask(actions or numbered(spec.num_actions), False) if spec.has_action_mask else None
+        self._encoder = encoder or encoder_of_arrays(spec.agent_observation_shape, spec.observation_dtype, mask)
+        self._frame_encoder = encoder or encoder_of_arrays(spec.observation_shape, spec.observation_dtype, mask)
         self._actions = actions
         self._network = network
         self._in_graph = functools.cache(self._make_in_graph)  # the compiled programs live as long as the policy
@@ -121,25 +125,27 @@ class Policy:
         """The environment, which is made when it is first needed. Acting needs only what a checkpoint records of it."""
         return self._given_env.make() if isinstance(self._given_env, RecordedEnv) else self._given_env
 
-    def __call__(self, obs: Any) -> Any:
-        """Returns greedy actions, as the environment takes them.
+    def __call__(self, obs: Any, mask: Any = None) -> Any:
+        """Returns greedy actions, as the environment takes them. If it has action masks, they are valid ones.
 
         Args:
           obs: what the environment returns, either one observation or a batch of them. A batch has one more axis in
             front; a batch of a Dict or Tuple is a dict or tuple of batches, as in Gymnasium's vector environments.
             Frames are stacked along the last axis, `[batch, *agent_observation_shape]`, if the agent sees several. What
             `HostLanes` and `InGraphEnv` return is taken too.
+          mask: which actions are valid, as the environment's `info["action_mask"]` says: `[num_actions]` of 0 and 1 or
+            bool, or `[batch, num_actions]`. It must be given if the environment has masks, unless `obs` contains it.
 
         Returns:
           One action for one observation: an integer, or an array if the environment takes several choices at once. For
           a batch, a new array `[batch, ...]` of them.
         Raises:
-          ConfigError: if the observations aren't those of the environment, or aren't finite; or if the agent has a
-            recurrent network, whose actions depend on earlier observations.
+          ConfigError: if the observations or masks aren't those of the environment, or aren't finite, or no action is
+            valid; or if the agent has a recurrent network, whose actions depend on earlier observations.
         """
         check_not_forked()
         self._check_stateless()
-        batch, is_batch = self._to_batch(obs)
+        batch, is_batch = self._to_batch(obs, mask)
         action = np.asarray(greedy(self._apply_network(self.params, self._to_view(_at_least_one(batch)))))[: len(batch)]
         return self._as_environment_takes(action, is_batch)
 
@@ -155,7 +161,9 @@ class Policy:
         """
         return PolicyMemory(None, None if num_lanes is None else check_count("num_lanes", num_lanes, maximum=MAX_SIZE))
 
-    def step(self, memory: PolicyMemory, obs: Any, is_first: Any = None) -> tuple[Any, PolicyMemory]:
+    def step(
+        self, memory: PolicyMemory, obs: Any, is_first: Any = None, *, mask: Any = None
+    ) -> tuple[Any, PolicyMemory]:
         """Returns greedy actions, as the environment takes them, and the memory for the next step.
 
         This works for every agent, with a recurrent network or without. If the agent sees several frames at once, it
@@ -167,6 +175,7 @@ class Policy:
             `policy(obs)`.
           is_first: which lanes' observations start an episode, `[num_lanes]` bool, or one bool without a batch axis.
             Nothing from before is remembered there. The first step after `start` is the first in all lanes.
+          mask: which actions are valid, as in `policy(obs, mask)`.
 
         Returns:
           One action, or `[num_lanes, ...]` of them, and the memory.
@@ -181,7 +190,7 @@ class Policy:
                 f"memory = policy.start()"
             )
         num_lanes = memory.num_lanes
-        batch, is_batch = self._to_batch(obs, self._frame_encoder)
+        batch, is_batch = self._to_batch(obs, mask, is_frame=True)
         if (len(batch) if is_batch else None) != num_lanes:
             wanted = "one observation without a batch axis" if num_lanes is None else f"{num_lanes} observations"
             raise ConfigError(
@@ -218,17 +227,17 @@ class Policy:
                 "action, memory = policy.step(memory, obs) for each step"
             )
 
-    def q_values(self, obs: Any) -> np.ndarray:
+    def q_values(self, obs: Any, mask: Any = None) -> np.ndarray:
         """Returns Q-values, `[batch, num_actions]` float32 in units of discounted reward; `[num_actions]` for one.
 
-        The array is new, so that the caller may write to it, for example to mask actions.
+        They are -inf where `mask` says that an action is invalid. The array is new, so that the caller may write to it.
 
         Args and Raises: as for calling the policy.
         """
         check_not_forked()
         self._check_stateless()
-        batch, is_batch = self._to_batch(obs)
-        q = np.array(self._apply_network(self.params, self._to_view(_at_least_one(batch))))[: len(batch)]
+        batch, is_batch = self._to_batch(obs, mask)
+        q = shown(np.asarray(self._apply_network(self.params, self._to_view(_at_least_one(batch)))))[: len(batch)]
         return q if is_batch else q[0]
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
@@ -350,13 +359,17 @@ class Policy:
                     ) from error
                 yield video
 
-    def _to_batch(self, obs: Any, encoder: Encoder | None = None) -> tuple[np.ndarray, bool]:
+    def _to_batch(self, obs: Any, mask: Any, *, is_frame: bool = False) -> tuple[np.ndarray, bool]:
         """Returns observations as the agent sees them, `[batch, ...]`, and whether there was a batch."""
+        spec, encoder = self.spec, self._encoder
+        if is_frame:
+            spec, encoder = dataclasses.replace(spec, frame_stack=1), self._frame_encoder
         try:
-            return (encoder or self._encoder).any_batch(obs)
+            return encoder.any_joined_batch(obs, mask, spec)
         except BrokenContract as error:
+            rules = [encoder.rule] if encoder.mask is None else [encoder.rule, encoder.mask.rule]
             raise ConfigError(
-                f"the policy takes one observation of {self.spec.name} ({self._encoder.rule}) or a batch of them, with "
+                f"the policy takes one observation of {spec.name} ({'; '.join(rules)}) or a batch of them, with "
                 f"one more axis in front: {error}"
             ) from error
 

@@ -26,7 +26,8 @@ WITHOUT_EFFECT = [
     ("c51", "loss", "squared"), ("c51", "huber_delta", 2.0), ("c51", "hl_gauss_smoothing", 1.0),
     ("munchausen", "double", True), ("dqn", "munchausen_clip", -2.0), ("dqn", "noisy_std", 0.1),
     ("dqn", "importance_exponent_fraction", 0.5), ("dqn", "learning_rate_fraction", 0.5), ("pqn", "munchausen", True),
-    ("dqn", "memory_size", 64),
+    ("dqn", "memory_size", 64), ("dqn", "burn_in", 4), ("dqn", "sequence_length", 8), ("dqn", "sequence_period", 4),
+    ("dqn", "priority_max_share", 0.5), ("pqn", "value_rescaling", True),
 ]  # fmt: skip
 
 
@@ -83,6 +84,13 @@ def test_another_mode_drops_what_the_preset_says_about_its_own() -> None:
     assert make_config("gymnax:Breakout-MinAtar", "pqn", learning_rate_schedule="constant").agent.replay == "none"
     agent = make_config("CartPole-v1", "rainbow_lite", "actor-learner").agent
     assert agent.exploration_env_steps == AgentConfig().exploration_env_steps
+
+
+@pytest.mark.parametrize("topology", ["gossip", "parameter-server", "all-reduce"])
+def test_topologies_without_sequences_name_those_that_have_them(topology: str) -> None:
+    message = f"topology {topology} and replay prioritised, got 'lstm'; choose topology fused or overlapped or actor-"
+    with pytest.raises(ConfigError, match=message):
+        make_config("CartPole-v1", "r2d2", topology)
 
 
 def test_a_topology_that_can_not_train_a_memory_names_those_that_can(monkeypatch: pytest.MonkeyPatch) -> None:

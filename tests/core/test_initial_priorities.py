@@ -63,3 +63,15 @@ def test_padding_before_an_actors_first_row_has_unknown_errors():
     )
     errors = np.asarray(initial_td_errors(rows, 3, DISCOUNT))
     assert np.all(np.isnan(errors[:3])) and np.all(np.isfinite(errors[3]))
+
+
+def test_values_that_are_rescaled_bootstrap_as_returns():
+    """h(2 + 0.9 * 3) - 0.5, where the next value is h(3) = 1.003."""
+    rows = ValuedRows(
+        reward=jnp.array([[2.0], [0.0]]),
+        outcome=jnp.full((2, 1), CONTINUED),
+        q_taken=jnp.array([[0.5], [0.0]]),
+        q_max=jnp.array([[0.5], [1.003]]),
+    )
+    errors = initial_td_errors(rows, 1, 0.9, is_rescaled=True)
+    np.testing.assert_allclose(errors, [[5.7**0.5 - 1 + 0.0047 - 0.5]], rtol=1e-5)

@@ -90,11 +90,10 @@ def test_a_worker_tells_the_same(capfd: pytest.CaptureFixture[str]) -> None:
     assert multiprocessing.active_children() == [] and "Traceback" not in capfd.readouterr().err
 
 
-def test_an_action_mask_and_combined_actions_are_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_combined_actions_are_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "qfleet"):
-        check_works(made_by(contracts.Masked), LaneOptions())
-    mask, actions = (record.getMessage() for record in caplog.records)
-    assert "returns an action mask in info, which is ignored" in mask
+        check_works(made_by(contracts.Several), LaneOptions())
+    (actions,) = (record.getMessage() for record in caplog.records)
     assert "learned as one choice among 6 combinations" in actions
 
 
@@ -197,7 +196,7 @@ def test_the_time_limit_of_a_wrapper_is_known_and_options_reach_the_maker() -> N
 
 
 def test_several_choices_reach_the_environment_as_it_takes_them() -> None:
-    env = made_by(contracts.Masked)
+    env = made_by(contracts.Several)
     assert env.spec.num_actions == 6
     lanes = env.make_lanes(1, LaneOptions())
     lanes.reset(0)
@@ -230,7 +229,7 @@ def test_a_vector_environment_of_several_choices_gets_them() -> None:
     lanes.reset(0)
     lanes.send(np.array([4, 5], np.int32))
     np.testing.assert_array_equal(lanes.recv().observation, [[1, 1], [1, 2]])
-    assert isinstance(contracts.Masked.action_space, spaces.MultiDiscrete)
+    assert isinstance(contracts.Several.action_space, spaces.MultiDiscrete)
 
 
 def test_a_new_wrapper_around_the_same_environment_is_not_a_new_environment() -> None:
@@ -267,7 +266,7 @@ def test_parts_of_an_observation_that_are_not_what_they_seem_are_said(caplog: py
         observation_space = spaces.Dict(
             camera=spaces.Box(0, 255, (36, 48, 3), np.uint8),
             speed=spaces.Box(-1, 1, (2,)),
-            action_mask=spaces.MultiBinary(2),
+            teammate=spaces.Dict(action_mask=spaces.MultiBinary(2)),
         )
 
         def reset(self, **options: Any) -> Any:
@@ -279,18 +278,22 @@ def test_parts_of_an_observation_that_are_not_what_they_seem_are_said(caplog: py
     with caplog.at_level(logging.WARNING, "qfleet"):
         check_works(made_by(Parts), LaneOptions())
     image, mask = (record.getMessage() for record in caplog.records)
-    assert "observation['action_mask'], which is an input like the others: the agent may choose any action" in mask
+    assert (
+        "observation['teammate']['action_mask'], which is an input like the others: the agent may choose any action"
+        in mask
+    )
     assert "an image, observation['camera'] of shape (36, 48, 3), beside other parts, so it is flattened" in image
 
 
-def test_an_action_mask_after_a_step_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_action_mask_that_a_reset_lacks_is_refused() -> None:
     class MasksLater(contracts.Plain):
         def step(self, action: Any) -> Any:
             return *super().step(action)[:4], {"action_mask": np.ones(2)}
 
-    with caplog.at_level(logging.WARNING, "qfleet"):
+    with pytest.raises(
+        ConfigError, match=r"info\['action_mask'\] must be there from the first reset on .*step of Mask"
+    ):
         check_works(made_by(MasksLater), LaneOptions())
-    assert "returns an action mask in info, which is ignored" in caplog.text
 
 
 def test_a_time_limit_of_steps_that_nobody_keeps_is_said(caplog: pytest.LogCaptureFixture) -> None:

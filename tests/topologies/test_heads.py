@@ -39,6 +39,10 @@ AGENTS = {
         replay="none", rollout_length=ROWS, num_minibatches=4, noisy=True, head="hl_gauss", hidden_sizes=(16,),
         exploration_start=0.0, exploration_end=0.0,
     ),
+    "r2d2": AgentConfig(
+        **{**REPLAY, "batch_size": 4}, replay="prioritised", memory="lstm", memory_size=4, burn_in=2, sequence_length=6,
+        double=True, n_step=2, value_rescaling=True, hidden_sizes=(8,),
+    ),
     "recurrent_pqn": AgentConfig(
         replay="none", rollout_length=ROWS, num_minibatches=2, memory="gru", memory_size=8, head="iqn", num_quantiles=4,
         num_cosines=8, hidden_sizes=(16,), exploration_start=0.5, exploration_end=0.5, exploration_max_duration=8,
@@ -121,7 +125,20 @@ def test_a_mesh_draws_what_one_device_does(kind):
     assert_close(advance(make(kind, mesh), 4), advance(make(kind, one), 4))
 
 
-@pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn", "recurrent_pqn"])
+def test_a_mesh_stores_the_states_that_one_device_does_and_learns_from_them():
+    """The rows before the first learner step are the same on any mesh."""
+    rings = []
+    for mesh in (MeshConfig(), MeshConfig(data=2)):
+        fused = make("r2d2", FusedConfig(num_envs=NUM_ENVS, mesh=mesh))
+        advance(fused, 1)
+        rings.append(jax.device_get(fused.state["replay"].ring))
+    assert np.any(rings[0].rows.carry[:ROWS] != 0)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), *rings)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(advance(fused, 3)))
+    assert fused.learner_steps > 0
+
+
+@pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn", "recurrent_pqn", "r2d2"])
 def test_a_resumed_run_draws_what_the_whole_one_does(kind):
     whole, resumed = (make(kind, FusedConfig(num_envs=NUM_ENVS), seed) for seed in (3, 9))
     advance(whole, 4)

@@ -24,9 +24,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "checkpoint": ("checkpoint_period_seconds", "checkpoints_kept", "checkpoint_best", "checkpoint_replay"),
     "learning": (
-        "discount", "double", "n_step", "loss", "huber_delta", "target_update_period", "target_update_rate",
-        "env_steps_per_learner_step", "batch_size", "munchausen", "munchausen_temperature", "munchausen_weight",
-        "munchausen_clip",
+        "discount", "double", "n_step", "loss", "huber_delta", "value_rescaling", "target_update_period",
+        "target_update_rate", "env_steps_per_learner_step", "batch_size", "munchausen", "munchausen_temperature",
+        "munchausen_weight", "munchausen_clip",
     ),
     "head": (
         "head", "num_atoms", "value_min", "value_max", "hl_gauss_smoothing", "num_quantiles", "num_acting_quantiles",
@@ -43,7 +43,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "replay": (
         "replay", "replay_capacity", "warmup_env_steps", "priority_exponent", "importance_exponent_start",
-        "importance_exponent_env_steps", "importance_exponent_fraction", "importance_normalisation",
+        "importance_exponent_env_steps", "importance_exponent_fraction", "importance_normalisation", "burn_in",
+        "sequence_length", "sequence_period", "priority_max_share",
     ),
     "Q(lambda)": ("rollout_length", "trace_decay", "num_epochs", "num_minibatches"),
 }  # fmt: skip

@@ -39,6 +39,9 @@ class AgentConfig(Config):
     """Environment steps whose rewards are summed before bootstrapping. Without replay, `trace_decay` does this."""
     loss: Literal["squared", "huber"] = "huber"
     """Loss of the TD error. Huber is squared up to `huber_delta`, and linear beyond (Mnih et al. 2015's clipping)."""
+    value_rescaling: bool = False
+    """Learn `h(x) = sign(x) (sqrt(|x| + 1) - 1) + 0.001 x` of the return in place of the return x, which keeps targets
+    of large returns small (Pohlen et al. 2018, arXiv 1805.11593). Q-values are then in these units."""
     huber_delta: float = 1.0
     """TD error at which the Huber loss turns linear, in units of discounted reward; for quantiles, kappa."""
 
@@ -165,6 +168,15 @@ class AgentConfig(Config):
     """Environment steps over which the exponent of importance weights grows to 1. None means until the run ends."""
     importance_exponent_fraction: float | None = None
     """Share of the run's environment steps that this takes, in place of `importance_exponent_env_steps`."""
+    burn_in: int = 0
+    """With memory: rows before each sequence that only bring the memory up to date (Kapturowski et al. 2019)."""
+    sequence_length: int = 80
+    """With memory: rows of each sequence that are learned from. A batch has `batch_size` sequences."""
+    sequence_period: int | None = None
+    """With memory: rows of a lane from the start of one sequence to the start of the next. None means half of
+    `sequence_length`, so that each row is learned from in two sequences."""
+    priority_max_share: float = 0.9
+    """With memory: weight of the greatest absolute TD error in the priority of a sequence; the mean has the rest."""
     importance_normalisation: Literal["none", "batch_max"] = "none"
     """Divide importance weights by nothing, or by the greatest one of each batch (Schaul et al. 2016, section 3.4).
     With `batch_max` they only ever make steps smaller, and a transition's weight depends on the rest of its batch."""
@@ -192,13 +204,13 @@ class AgentConfig(Config):
             check(0.0 < getattr(self, name) <= 1.0, name, "in (0, 1]", getattr(self, name))
         for name in (
             "trace_decay", "priority_exponent", "importance_exponent_start", "learning_rate_end_fraction",
-            "munchausen_weight",
+            "munchausen_weight", "priority_max_share",
         ):  # fmt: skip
             check(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]", getattr(self, name))
         check_counts(
             self, "n_step", "batch_size", "replay_capacity", "target_update_period", "rollout_length", "num_epochs",
             "num_minibatches", "num_quantiles", "num_acting_quantiles", "num_cosines", "torso_width", "memory_size",
-            maximum=MAX_SIZE,
+            "sequence_length", maximum=MAX_SIZE,
         )  # fmt: skip
         check_count("num_atoms", self.num_atoms, minimum=2, maximum=MAX_SIZE)
         check(self.value_min < self.value_max, "value_min and value_max", "in order", (self.value_min, self.value_max))
@@ -222,6 +234,11 @@ class AgentConfig(Config):
             share = getattr(self, name)
             check(share is None or 0.0 < share <= 1.0, name, "in (0, 1], or None", share)
         check_count("warmup_env_steps", self.warmup_env_steps, minimum=0)
+        check_count("burn_in", self.burn_in, minimum=0, maximum=MAX_SIZE)
+        if self.sequence_period is not None:
+            check_count("sequence_period", self.sequence_period, maximum=self.sequence_length)
+        if self.value_rescaling:
+            check(not self.munchausen, "munchausen", "False with value_rescaling, which it isn't defined for", True)
         check_positive(
             self, "discount", "target_update_rate", "huber_delta", "learning_rate", "noisy_std",
         )  # fmt: skip
@@ -251,6 +268,21 @@ class AgentConfig(Config):
             )  # fmt: skip
 
     @property
+    def learns_sequences(self) -> bool:
+        """Whether a batch has sequences in place of transitions: an agent with a memory learns so from a replay."""
+        return self.memory != "none" and self.replay != "none"
+
+    @property
+    def rows_per_start(self) -> int:
+        """Rows of a lane from the start of one transition, or of one sequence, to the start of the next."""
+        return (self.sequence_period or max(1, self.sequence_length // 2)) if self.learns_sequences else 1
+
+    @property
+    def rows_after_start(self) -> int:
+        """Rows that must follow the first one of a transition, or of a sequence, before it can be learned from."""
+        return self.burn_in + self.sequence_length + self.n_step - 1 if self.learns_sequences else self.n_step
+
+    @property
     def exploration_begins(self) -> int:
         """Environment steps after which exploration begins to decay: those of the warm-up, as in Mnih et al. 2015."""
         return 0 if self.replay == "none" else self.warmup_env_steps
@@ -260,4 +292,5 @@ class AgentConfig(Config):
         """Number of times that each environment step is learned from, on average."""
         if self.replay == "none":
             return float(self.num_epochs)
-        return self.batch_size / self.env_steps_per_learner_step
+        num_learned = self.sequence_length if self.learns_sequences else 1
+        return self.batch_size * num_learned / self.env_steps_per_learner_step

@@ -25,7 +25,8 @@ _MODES = (
         "replay", ("none",),
         (
             "double", "n_step", "batch_size", "replay_capacity", "warmup_env_steps", "env_steps_per_learner_step",
-            "target_update_period", "target_update_rate", "munchausen",
+            "target_update_period", "target_update_rate", "munchausen", "value_rescaling", "burn_in",
+            "sequence_length", "sequence_period",
         ),
         "choose replay uniform or prioritised; without replay, trace_decay does the work of n_step",
     ),
@@ -37,7 +38,7 @@ _MODES = (
         "replay", ("uniform", "none"),
         (
             "priority_exponent", "importance_exponent_start", "importance_exponent_env_steps",
-            "importance_exponent_fraction", "importance_normalisation",
+            "importance_exponent_fraction", "importance_normalisation", "priority_max_share",
         ),
         "choose replay prioritised",
     ),
@@ -55,7 +56,11 @@ _MODES = (
         "choose munchausen too",
     ),
     _Mode("noisy", (False,), ("noisy_std",), "choose noisy too"),
-    _Mode("memory", ("none",), ("memory_size",), "choose memory lstm or gru"),
+    _Mode(
+        "memory", ("none",),
+        ("memory_size", "burn_in", "sequence_length", "sequence_period", "priority_max_share"),
+        "choose memory lstm or gru",
+    ),
     _Mode(
         "exploration", ("softmax",), ("exploration_max_duration", "exploration_duration_exponent"),
         "choose exploration epsilon_greedy",

@@ -83,6 +83,7 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     """
 
     name: ClassVar[str] = "actor-learner"
+    replays_with_memory: ClassVar[tuple[str, ...]] = ("uniform", "prioritised")
     summary: ClassVar[str] = "many actors feed a replay, and one learner learns from it, on Ray"
     settings_without_effect: ClassVar[Mapping[str, str]] = dict.fromkeys(
         (

@@ -27,7 +27,7 @@ class FusedConfig(TopologyConfig):
     name: ClassVar[str] = "fused"
     summary: ClassVar[str] = "acting and learning in one compiled program, for environments written in JAX"
     environment_kinds: ClassVar[tuple[EnvironmentKind, ...]] = ("in-graph",)
-    replays_with_memory: ClassVar[tuple[str, ...]] = ("none",)
+    replays_with_memory: ClassVar[tuple[str, ...]] = ("uniform", "prioritised", "none")
 
     num_envs: int = 32
     """Lanes: environments stepped at once, over all devices."""
@@ -50,7 +50,7 @@ class OverlappedConfig(LaneOptions, TopologyConfig):
     name: ClassVar[str] = "overlapped"
     summary: ClassVar[str] = "other environments step in threads or processes while the learner learns"
     environment_kinds: ClassVar[tuple[EnvironmentKind, ...]] = ("host",)
-    replays_with_memory: ClassVar[tuple[str, ...]] = ("none",)
+    replays_with_memory: ClassVar[tuple[str, ...]] = ("uniform", "prioritised", "none")
 
     lock_step: bool = False
     """Wait for each row's learning before the next action. This is slower, and deterministic if the environments are.

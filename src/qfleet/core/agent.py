@@ -9,12 +9,16 @@ from jax import Array
 
 from qfleet.config import AgentConfig
 from qfleet.core import exploration
-from qfleet.core.heads import SampleLosses, Values, backed_up, make_head, point_values
+from qfleet.core.activity import Activity
+from qfleet.core.heads import Outputs, SampleLosses, Values, backed_up, make_head, masked_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
+from qfleet.core.masks import valid_or_greedy
 from qfleet.core.memory import Memory, MemoryState, make_memory
 from qfleet.core.player import Player, make_player
+from qfleet.core.rescaling import unscale
+from qfleet.core.sequences import make_sequence_loss
 from qfleet.core.targets import munchausen_bonus, soft_policy
-from qfleet.core.types import Batch, Network, Params, Regression, Transition
+from qfleet.core.types import Batch, Network, Params, Regression, Sequences, Transition
 
 
 class Acted(NamedTuple):
@@ -59,6 +63,8 @@ class Agent(NamedTuple):
     """Whether `loss` needs `draws`."""
     priority_is_td_error: bool = True
     """Whether priorities are TD errors, so that an actor that knows Q-values can compute them."""
+    carry_size: int = 0
+    """Numbers that a recurrent network remembers of each lane; 0 without memory."""
 
 
 class _LossDraws(NamedTuple):
@@ -107,8 +113,9 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
       config: the agent's config.
       frame_stack: number of frames that it sees at once when it acts.
     """
-    head, recurrence = make_head(config), network.recurrence
-    explore = exploration.softmax if config.exploration == "softmax" else exploration.epsilon_greedy
+    head = masked_head(make_head(config)) if network.is_masked else make_head(config)
+    recurrence, player = network.recurrence, make_player(network, frame_stack)
+    explore = exploration.explorer(config.exploration, is_masked=network.is_masked)
     repeats, repeat = config.exploration_max_duration > 1, exploration.make_repeat(config)
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
@@ -131,45 +138,65 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         if repeats:
             action, repetition = repeat(action, exploration, uniform, memory.explorer)
             memory = memory._replace(explorer=repetition)
+        if network.is_masked:  # an explorer needn't know of masks
+            action = valid_or_greedy(action, q)
         return Acted(action, q, memory)
 
-    def greedy_target(params: Params, target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
-        outputs = outputs_of(target_params, batch.next_obs, draws.target)
-        chooser = outputs_of(params, batch.next_obs, draws.other) if config.double else outputs
+    def greedy_target(batch: Transition, outputs: Outputs, chooser: Outputs) -> Values:
         next_values = head.values_of(outputs, jnp.argmax(head.q_values(chooser), axis=-1))
-        return backed_up(batch.reward, batch.discount, next_values)
+        return backed_up(batch.reward, batch.discount, next_values, is_rescaled=config.value_rescaling)
 
-    def munchausen_target(target_params: Params, batch: Transition, draws: _LossDraws) -> Values:
+    def munchausen_target(batch: Transition, outputs_tm1: Outputs, outputs: Outputs) -> Values:
         temperature = config.munchausen_temperature
-        q_tm1 = head.q_values(outputs_of(target_params, batch.obs, draws.other))
+
+        def log_policy_of(outputs: Outputs) -> Array:
+            return soft_policy(head.q_values(outputs), temperature, head.is_valid(outputs))
+
         bonus = munchausen_bonus(
-            soft_policy(q_tm1, temperature), batch.action, temperature, config.munchausen_weight, config.munchausen_clip
+            log_policy_of(outputs_tm1),
+            batch.action,
+            temperature,
+            config.munchausen_weight,
+            config.munchausen_clip,
         )
-        outputs = outputs_of(target_params, batch.next_obs, draws.target)
-        log_policy = soft_policy(head.q_values(outputs), temperature)
+        log_policy = log_policy_of(outputs)
         next_values = head.mixture(outputs, jnp.exp(log_policy), -temperature * log_policy)
         return backed_up(batch.reward + bonus, batch.discount, next_values)
 
-    def target_of(params: Params, target_params: Params, batch: Batch, draws: _LossDraws) -> Values:
+    def target_of(params: Params, target_params: Params, batch: Transition | Regression, draws: _LossDraws) -> Values:
         if isinstance(batch, Regression):
             return point_values(batch.target)
         if config.munchausen:
-            return munchausen_target(target_params, batch, draws)
-        return greedy_target(params, target_params, batch, draws)
+            outputs_tm1 = outputs_of(target_params, batch.obs, draws.other)
+            return munchausen_target(batch, outputs_tm1, outputs_of(target_params, batch.next_obs, draws.target))
+        outputs = outputs_of(target_params, batch.next_obs, draws.target)
+        chooser = outputs_of(params, batch.next_obs, draws.other) if config.double else outputs
+        return greedy_target(batch, outputs, chooser)
+
+    def target_of_row(batch: Transition, outputs_tm1: Outputs, outputs: Outputs, chooser: Outputs) -> Values:
+        if config.munchausen:
+            return munchausen_target(batch, outputs_tm1, outputs)
+        return greedy_target(batch, outputs, chooser if config.double else outputs)
+
+    loss_of_sequences = None if recurrence is None else make_sequence_loss(recurrence, head, config, target_of_row)
 
     def loss(
         params: Params, target_params: Params, batch: Batch, draws: Draws | None = None
     ) -> tuple[Array, SampleLosses]:
         split = _split(draws)
+        if isinstance(batch, Sequences):
+            assert loss_of_sequences is not None
+            found = loss_of_sequences(params, target_params, batch, split.value, split.target)
+            return jnp.mean(batch.weight * found.loss), found
         if isinstance(batch, Regression) and recurrence is not None:
             _, rows = recurrence.unroll(params, batch.carry, batch.obs, batch.is_first, split.value)
             batch = batch._replace(carry=(), is_first=())
-            outputs, batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, batch))
+            outputs, flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, batch))
         else:
-            outputs = outputs_of(params, batch.obs, split.value)
-        target = jax.lax.stop_gradient(target_of(params, target_params, batch, split))
-        found = head.loss(outputs, batch.action, target)
-        return jnp.mean(batch.weight * found.loss), found
+            outputs, flat = outputs_of(params, batch.obs, split.value), batch
+        target = jax.lax.stop_gradient(target_of(params, target_params, flat, split))
+        found = head.loss(outputs, flat.action, target)
+        return jnp.mean(flat.weight * found.loss), found
 
     return Agent(
         init=network.init,
@@ -180,8 +207,19 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         memory=make_memory(network, frame_stack, exploration.no_repetition if repeats else None),
         act_values=act_values,
         act=act,
-        player=make_player(network, frame_stack),
+        player=_with_returns(player) if config.value_rescaling else player,
         acts_with_keys=config.noisy,
         loss_draws=config.noisy or config.head == "iqn",
-        priority_is_td_error=head.priority_is_td_error,
+        priority_is_td_error=head.priority_is_td_error and not config.learns_sequences,
+        carry_size=0 if recurrence is None else jax.eval_shape(lambda: recurrence.initial(1)).shape[-1],
     )
+
+
+def _with_returns(player: Player) -> Player:
+    """Returns the player of a network of rescaled values, whose values are in units of discounted reward again."""
+
+    def values(params: Params, memory: MemoryState) -> tuple[Array, MemoryState, Activity]:
+        q, memory, activity = player.values(params, memory)
+        return unscale(q), memory, activity
+
+    return player._replace(values=values)

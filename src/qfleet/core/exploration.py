@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.config import AgentConfig
+from qfleet.core.masks import is_valid_in, nth_valid
 
 
 def epsilon_greedy(q: Array, epsilon: Array, uniform: Array) -> Array:
@@ -46,6 +47,39 @@ def softmax(q: Array, temperature: Array, uniform: Array) -> Array:
     cumulated = jnp.cumsum(jax.nn.softmax(q / jnp.asarray(temperature)[..., None], axis=-1), axis=-1)
     # Rounding may leave the last sum below 1. Scaling by it keeps the last action's share.
     return jnp.sum(uniform[..., None] * cumulated[..., -1:] >= cumulated[..., :-1], axis=-1, dtype=jnp.int32)
+
+
+def masked_epsilon_greedy(q: Array, epsilon: Array, uniform: Array) -> Array:
+    """Returns a uniformly random valid action with probability `epsilon`, and otherwise the greedy one.
+
+    Args and Returns: as for `epsilon_greedy`, where `q` is that of `qfleet.core.masks.with_invalid`.
+    """
+    is_valid = is_valid_in(q)
+    num_valid = jnp.sum(is_valid, axis=-1, dtype=jnp.int32)
+    picked = jnp.floor(uniform / jnp.maximum(epsilon, jnp.finfo(q.dtype).tiny) * num_valid)
+    random_action = nth_valid(is_valid, jnp.clip(picked, 0, num_valid - 1).astype(jnp.int32))
+    return jnp.where(uniform < epsilon, random_action, greedy(q))
+
+
+def masked_softmax(q: Array, temperature: Array, uniform: Array) -> Array:
+    """Returns actions drawn with probabilities softmax(q / temperature) among the valid ones.
+
+    Args and Returns: as for `softmax`, where `q` is that of `qfleet.core.masks.with_invalid`.
+    """
+    is_valid = is_valid_in(q)
+    scaled = jnp.where(is_valid, q / jnp.asarray(temperature)[..., None], -jnp.inf)
+    cumulated = jnp.cumsum(jax.nn.softmax(scaled, axis=-1), axis=-1)
+    # Only valid actions are counted, so that no rounding of the sums lets one between them win.
+    is_passed = is_valid & (uniform[..., None] * cumulated[..., -1:] >= cumulated)
+    last = jnp.sum(is_valid, axis=-1, dtype=jnp.int32) - 1
+    return nth_valid(is_valid, jnp.minimum(jnp.sum(is_passed, axis=-1, dtype=jnp.int32), last))
+
+
+def explorer(kind: str, *, is_masked: bool) -> Callable[[Array, Array, Array], Array]:
+    """Returns the function that explores in this way: `AgentConfig.exploration`."""
+    if kind == "softmax":
+        return masked_softmax if is_masked else softmax
+    return masked_epsilon_greedy if is_masked else epsilon_greedy
 
 
 class Repetition(NamedTuple):

@@ -15,6 +15,8 @@ from jax import Array
 
 from qfleet.config import AgentConfig
 from qfleet.core.losses import huber_loss, make_loss
+from qfleet.core.masks import MaskedOutputs, with_invalid
+from qfleet.core.rescaling import rescale, unscale
 from qfleet.core.targets import take_action
 
 Outputs = Any
@@ -73,6 +75,25 @@ class Head(NamedTuple):
     `target`."""
     priority_is_td_error: bool = True
     """Whether priorities are TD errors, so that an actor that knows Q-values can compute them."""
+    is_valid: Callable[[Outputs], Array | None] = lambda outputs: None
+    """`is_valid(outputs) -> is_valid`, which actions are valid, `[batch, num_actions]` bool; None if all are."""
+
+
+def masked_head(head: Head) -> Head:
+    """Returns the head of a network that `qfleet.core.masks.masked` returns. Invalid actions get no weight."""
+
+    def mixture(masked: MaskedOutputs, policy: Array, bonus: Array) -> Values:
+        # The log-probability of an invalid action isn't that of anything, so its bonus may not be finite.
+        policy, bonus = (jnp.where(masked.is_valid, each, 0.0) for each in (policy, bonus))
+        return head.mixture(masked.outputs, policy, bonus)
+
+    return head._replace(
+        q_values=lambda masked: with_invalid(head.q_values(masked.outputs), masked.is_valid),
+        values_of=lambda masked, action: head.values_of(masked.outputs, action),
+        mixture=mixture,
+        loss=lambda masked, action, target: head.loss(masked.outputs, action, target),
+        is_valid=lambda masked: masked.is_valid,
+    )
 
 
 def point_values(value: Array) -> Values:
@@ -80,8 +101,14 @@ def point_values(value: Array) -> Values:
     return Values(value[:, None], jnp.ones_like(value[:, None]))
 
 
-def backed_up(reward: Array, discount: Array, values: Values) -> Values:
-    """Returns the distribution of `reward + discount * value`; reward and discount are `[batch]`."""
+def backed_up(reward: Array, discount: Array, values: Values, *, is_rescaled: bool = False) -> Values:
+    """Returns the distribution of `reward + discount * value`; reward and discount are `[batch]`.
+
+    With `is_rescaled`, values before and after are rescaled: `h(reward + discount * h**-1(value))` (Pohlen et al. 2018,
+    arXiv 1805.11593, section 3.2).
+    """
+    if is_rescaled:
+        return Values(rescale(reward[:, None] + discount[:, None] * unscale(values.value)), values.weight)
     return Values(reward[:, None] + discount[:, None] * values.value, values.weight)
 
 

@@ -8,9 +8,16 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def soft_policy(q: Array, temperature: float) -> Array:
-    """Returns the log-probabilities of the policy softmax(q / temperature): `[..., num_actions]` float, both."""
-    return jax.nn.log_softmax(q / temperature, axis=-1)
+def soft_policy(q: Array, temperature: float, is_valid: Array | None = None) -> Array:
+    """Returns the log-probabilities of the policy softmax(q / temperature): `[..., num_actions]` float, both.
+
+    With `is_valid`, `[..., num_actions]` bool, of which one at least is True in each row, the policy takes valid
+    actions only. The log-probability of the others is finite, but so low that the probability is 0.
+    """
+    if is_valid is None:
+        return jax.nn.log_softmax(q / temperature, axis=-1)
+    log_policy = jax.nn.log_softmax(jnp.where(is_valid, q / temperature, -jnp.inf), axis=-1)
+    return jnp.where(is_valid, log_policy, jnp.finfo(q.dtype).min)
 
 
 def munchausen_bonus(log_policy: Array, action: Array, temperature: float, weight: float, clip: float) -> Array:

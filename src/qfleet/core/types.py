@@ -1,6 +1,7 @@
 """The records that pass between the parts of an agent."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -31,6 +32,16 @@ class EnvSpec:
     pixel_limit: float | None = None
     """Largest value of a pixel, by which networks divide, if observations are images that aren't uint8. With it,
     observations of two axes count as images too. None divides by nothing."""
+    has_action_mask: bool = False
+    """Whether only some actions are valid in some states. Lanes then join each observation with its mask, see
+    `qfleet.core.masks`."""
+
+    @property
+    def lane_shape(self) -> tuple[int, ...]:
+        """Shape of what a lane returns: an observation, or its values and the mask behind them in one vector."""
+        if not self.has_action_mask:
+            return self.observation_shape
+        return (math.prod(self.observation_shape) + self.num_actions,)
 
     @property
     def agent_observation_shape(self) -> tuple[int, ...]:
@@ -87,12 +98,17 @@ class Network(NamedTuple):
     recurrence: Recurrence | None = None
     """How the network remembers, or None if it doesn't. The other functions of a network that does take each
     observation for the first of an episode."""
+    is_masked: bool = False
+    """Whether it takes observations joined with action masks; `qfleet.core.masks.masked` makes such a network."""
 
 
 def stored_spec(spec: EnvSpec, to_storage_layout: Callable[[jax.Array], jax.Array]) -> EnvSpec:
-    """Returns `spec` with the shape and the type of observations after a network's `to_storage_layout`."""
-    obs = jax.eval_shape(to_storage_layout, jax.ShapeDtypeStruct(spec.observation_shape, spec.observation_dtype))
-    return dataclasses.replace(spec, observation_shape=obs.shape, observation_dtype=obs.dtype)
+    """Returns `spec` with the shape and the type of observations after a network's `to_storage_layout`.
+
+    Masks are a part of stored observations.
+    """
+    obs = jax.eval_shape(to_storage_layout, jax.ShapeDtypeStruct(spec.lane_shape, spec.observation_dtype))
+    return dataclasses.replace(spec, observation_shape=obs.shape, observation_dtype=obs.dtype, has_action_mask=False)
 
 
 class Transition(NamedTuple):
@@ -135,4 +151,32 @@ class Regression(NamedTuple):
     row, whose `carry` is known."""
 
 
-Batch = Transition | Regression
+class Sequences(NamedTuple):
+    """A batch of sequences: consecutive rows of one lane each. Every field has a leading axis `[batch]`.
+
+    First come the rows that only bring the memory up to date (the burn-in), then those that are learned from, then
+    `n_step` more to bootstrap from. A sequence may hold the end of an episode and the start of the next. Returns are
+    resolved when the batch is assembled, as in `Transition`.
+    """
+
+    obs: jax.Array
+    """`[batch, rows, ...]`, where the number of rows is `burn_in + sequence_length + n_step`."""
+    is_first: jax.Array
+    """`[batch, rows]` bool, whether an episode starts at a row. It is False for the first row, whose state is known."""
+    carry: jax.Array
+    """`[batch, size]` float32, what the actor's network remembered before the first row."""
+    action: jax.Array
+    """`[batch, sequence_length]` int32, from the first learned row on, as are the fields below."""
+    reward: jax.Array
+    """`[batch, sequence_length]` float32, sum of the k <= n rewards, each discounted to its row."""
+    discount: jax.Array
+    """`[batch, sequence_length]` float32, discount**k, or 0 if the episode terminated on the way."""
+    num_steps: jax.Array
+    """`[batch, sequence_length]` int32, k, the number of rows to the one to bootstrap from."""
+    is_step: jax.Array
+    """`[batch, sequence_length]` bool, whether the row holds a step. Nothing is learned from a row without one."""
+    weight: jax.Array
+    """`[batch]` float32, the importance weight of each sequence's loss."""
+
+
+Batch = Transition | Regression | Sequences

@@ -34,6 +34,18 @@ class Actions:
     def num_actions(self) -> int:
         return len(self.table)
 
+    @property
+    def num_choices(self) -> int:
+        """Number of choices that the environment takes at once."""
+        return math.prod(self.table.shape[1:])
+
+    @property
+    def choices(self) -> np.ndarray:
+        """`[num_actions, num_choices]`: the choices of each action, numbered from 0."""
+        table = self.table.reshape(self.num_actions, -1)
+        choices: np.ndarray = table - table.min(axis=0)
+        return choices
+
     def one(self, action: int) -> Any:
         """Returns the environment's action: an `int`, or an array if the environment takes several choices at once."""
         entry = self.table[action]

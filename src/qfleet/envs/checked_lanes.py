@@ -24,7 +24,7 @@ class CheckedLanes:
 
     def __init__(self, lanes: HostLanes, spec: EnvSpec, num_lanes: int) -> None:
         self._lanes, self._name = lanes, spec.name
-        self._observation = (spec.observation_dtype, (num_lanes, *spec.observation_shape))
+        self._observation = (spec.observation_dtype, (num_lanes, *spec.lane_shape))
         flags = (np.dtype(bool), (num_lanes,))
         self._step = (self._observation, (np.dtype(np.float32), (num_lanes,)), flags, flags, flags)
 
@@ -46,7 +46,7 @@ class CheckedLanes:
         self._lanes.close()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._lanes, name)  # what only some lanes have, such as `has_action_mask`
+        return getattr(self._lanes, name)  # what only some lanes have, such as `render`
 
     def _check(self, what: str, array: Any, wanted: tuple[np.dtype, tuple[int, ...]]) -> None:
         got = getattr(array, "dtype", None), np.shape(array)

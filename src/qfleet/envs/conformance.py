@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qfleet.core.masks import random_valid, split_lanes
 from qfleet.envs import in_graph
 from qfleet.envs.first_step import NeverWorks, check_works
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, HostStep, LaneOptions
-from qfleet.envs.spec import InGraphEnv
+from qfleet.envs.spec import InGraphEnv, with_masks_joined
 
 NUM_LANES = 4
 
@@ -28,8 +29,9 @@ class Recording(NamedTuple):
     """Rows that lanes returned, `[rows, lanes]` everywhere. The action in row t is `action[t]`."""
 
     observation: np.ndarray
-    """`[rows + 1, lanes, *observation_shape]`."""
+    """`[rows + 1, lanes, *lane_shape]`."""
     action: np.ndarray
+    """The valid ones that random numbers picked."""
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
@@ -62,42 +64,49 @@ def check(env: InGraphEnv | HostEnv, *, num_steps: int = 500, seed: int = 0, num
       ConfigError: if its lanes can't be made.
     """
     options = LaneOptions(num_env_workers=num_env_workers)
-    host = env if isinstance(env, HostEnv) else as_host(env)
+    host = env if isinstance(env, HostEnv) else as_host(with_masks_joined(env))
+    spec = host.spec
+    masked = spec if spec.has_action_mask else None
     try:
         if isinstance(env, HostEnv):
             check_works(env, options)
     except NeverWorks as error:
         return [Check("the first step", False, str(error))]
-    actions = np.random.default_rng(seed).integers(env.spec.num_actions, size=(num_steps, NUM_LANES), dtype=np.int32)
+    actions = np.random.default_rng(seed).integers(spec.num_actions, size=(num_steps, NUM_LANES), dtype=np.int32)
     lanes = host.make_lanes(NUM_LANES, options)
     try:
-        shapes = _check_types(lanes, env.spec, seed)
+        shapes = _check_types(lanes, spec, seed)
         if not shapes.is_ok:
             return [shapes]
-        first = record(lanes, seed, actions)
-        again = record(lanes, seed, actions)
-        other = record(lanes, seed + 1, actions)
+        first = record(lanes, seed, actions, masked)
+        again = record(lanes, seed, actions, masked)
+        other = record(lanes, seed + 1, actions, masked)
     finally:
         lanes.close()
     # Change only the actions for final observations.
-    ignored = np.where(first.begins, (actions + 1) % env.spec.num_actions, actions)
-    fresh = _record_once(host.make_lanes, options, seed, ignored)
-    evaluated = _record_once(host.make_eval_lanes, options, seed, actions)
+    ignored = np.where(first.begins, (actions + 1) % spec.num_actions, actions)
+    fresh = _record_once(host.make_lanes, options, seed, ignored, masked)
+    evaluated = _record_once(host.make_eval_lanes, options, seed, actions, masked)
     return [
         shapes,
-        *_check_rows(first, env.spec, "training"),
-        *_check_rows(evaluated, env.spec, "evaluation"),
+        *_check_rows(first, spec, "training"),
+        *_check_rows(evaluated, spec, "evaluation"),
         *_check_seeds(first, again, other),
         _check_ignored_actions(first, fresh),
     ]
 
 
-def record(lanes: HostLanes, seed: int, actions: np.ndarray) -> Recording:
-    """Resets the lanes, plays `[rows, lanes]` actions and returns the rows."""
+def record(lanes: HostLanes, seed: int, actions: np.ndarray, masked: EnvSpec | None = None) -> Recording:
+    """Resets the lanes, plays `[rows, lanes]` actions and returns the rows.
+
+    Given the spec of an environment with masks, it plays the valid actions that the numbers pick.
+    """
     first = lanes.reset(seed)
     returned: list[HostStep] = []
-    copies = [first.copy()]
+    copies, actions = [first.copy()], actions.copy()
     for action in actions:
+        if masked is not None:
+            action[:] = random_valid(split_lanes(copies[-1], masked)[1], action)
         lanes.send(action)
         returned.append(lanes.recv())
         copies.append(returned[-1].observation.copy())
@@ -150,11 +159,15 @@ class InGraphLanes:
 
 
 def _record_once(
-    make_lanes: Callable[[int, LaneOptions], HostLanes], options: LaneOptions, seed: int, actions: np.ndarray
+    make_lanes: Callable[[int, LaneOptions], HostLanes],
+    options: LaneOptions,
+    seed: int,
+    actions: np.ndarray,
+    masked: EnvSpec | None,
 ) -> Recording:
     lanes = make_lanes(NUM_LANES, options)
     try:
-        return record(lanes, seed, actions)
+        return record(lanes, seed, actions, masked)
     finally:
         lanes.close()
 
@@ -162,15 +175,18 @@ def _record_once(
 def _check_types(lanes: HostLanes, spec: EnvSpec, seed: int) -> Check:
     """Checks shapes and dtypes in one step. The other checks rely on them."""
     first = lanes.reset(seed)
-    lanes.send(np.zeros(NUM_LANES, np.int32))
+    observation = f"{spec.observation_dtype}{[NUM_LANES, *spec.lane_shape]}"
+    if first.shape != (NUM_LANES, *spec.lane_shape):  # no mask can be read
+        got = f"{first.dtype}{list(first.shape)}"
+        return Check("shapes and dtypes", False, f"the observation of reset must be {observation}, got {got}")
+    lanes.send(random_valid(split_lanes(first, spec)[1], np.zeros(NUM_LANES, np.int32)))
     step = lanes.recv()
-    observation = f"{spec.observation_dtype}{[NUM_LANES, *spec.observation_shape]}"
     expected = [observation, observation, f"float32[{NUM_LANES}]", *[f"bool[{NUM_LANES}]"] * 3]
     names = ["the observation of reset", *HostStep._fields]
-    got = [f"{array.dtype}{list(array.shape)}" for array in (first, *step)]
+    found = [f"{array.dtype}{list(array.shape)}" for array in (first, *step)]
     wrong = [
         f"{name} must be {right}, got {is_now}"
-        for name, right, is_now in zip(names, expected, got, strict=True)
+        for name, right, is_now in zip(names, expected, found, strict=True)
         if right != is_now
     ]
     return Check("shapes and dtypes", not wrong, "; ".join(wrong) or f"observations are {observation}")
@@ -200,6 +216,22 @@ def _check_rows(recording: Recording, spec: EnvSpec, where: str) -> Iterator[Che
     detail = f"{sum(same)} of {len(same)} are equal to the next episode's first"
     yield Check(f"{where}: final observations are kept", is_kept, detail)
     yield _check_time_limit(recording, spec, where)
+    if spec.has_action_mask:
+        yield _check_masks(recording, spec, where)
+
+
+def _check_masks(recording: Recording, spec: EnvSpec, where: str) -> Check:
+    """Checks the masks of all states but those that ended an episode by termination."""
+    flags = recording.observation[..., -spec.num_actions :]
+    numbers = (flags != 0).sum(axis=-1)
+    has_ended = np.concatenate([np.zeros_like(recording.terminated[:1]), recording.terminated])
+    what = f"{where}: masks leave a valid action"
+    if not np.isin(flags, (0, 1)).all():
+        return Check(what, False, "a mask has numbers other than 0 and 1")
+    numbers = numbers[~has_ended]
+    is_ok = bool((numbers > 0).all())
+    detail = f"{numbers.min()} to {numbers.max()} of {spec.num_actions} actions, only valid ones were taken"
+    return Check(what, is_ok, detail if is_ok else f"{int((numbers == 0).sum())} states that go on have none")
 
 
 def _check_time_limit(recording: Recording, spec: EnvSpec, where: str) -> Check:

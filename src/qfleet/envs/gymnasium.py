@@ -12,6 +12,7 @@ from gymnasium.envs.registration import EnvSpec as GymnasiumSpec
 from gymnasium.vector import AutoresetMode
 
 from qfleet.config.errors import ConfigError, suggest
+from qfleet.envs.action_masks import find_mask
 from qfleet.envs.actions import Actions, make_actions
 from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
@@ -99,8 +100,9 @@ def _describe(env: Any, name: str, make_one: Callable[..., gymnasium.Env], time_
     """Returns the kind of an environment, from an instance, which it closes."""
     prefix = "single_" if _is_vector(env) else ""
     try:
-        encoder = make_encoder(_space_of(env, f"{prefix}observation_space", name), name)
+        space = _space_of(env, f"{prefix}observation_space", name)
         actions = make_actions(_space_of(env, f"{prefix}action_space", name), name)
+        encoder = make_encoder(space, name, find_mask(env, space, actions, name))
     finally:
         with contextlib.suppress(*RAISED_BY_USERS):  # a broken environment may fail to close too
             env.close()
@@ -111,6 +113,7 @@ def _describe(env: Any, name: str, make_one: Callable[..., gymnasium.Env], time_
         num_actions=actions.num_actions,
         time_limit=time_limit,
         pixel_limit=encoder.pixel_limit,
+        has_action_mask=encoder.mask is not None,
     )
     return _Kind(spec, make_one, encoder, actions)
 

@@ -21,7 +21,7 @@ class HostStep(NamedTuple):
     """Results of one step of all lanes, `[lanes]` everywhere. Nothing writes to these arrays again."""
 
     observation: np.ndarray
-    """`[lanes, *observation_shape]`: the observations of the next row.
+    """`[lanes, *lane_shape]`: the observations of the next row, each joined with its action mask if there are masks.
 
     If the episode of a lane ended in this step, this is its final observation. If it had ended one step before, or if
     the environment failed, this is the first observation of a new episode."""
@@ -46,7 +46,7 @@ class HostLanes(Protocol):
         Don't call this between `send` and `recv`.
 
         Returns:
-          `[lanes, *observation_shape]`.
+          `[lanes, *lane_shape]`, as `HostStep.observation`.
         """
         ...
 

@@ -18,7 +18,7 @@ class Lanes(NamedTuple):
 
     env_state: EnvState
     observation: jax.Array
-    """`[lanes, *observation_shape]`: the observations of the next row."""
+    """`[lanes, *lane_shape]`: the observations of the next row."""
     final: jax.Array
     """`[lanes]` bool: `observation` is the final one of an episode. The next action is ignored and starts a new one."""
     episode_steps: jax.Array

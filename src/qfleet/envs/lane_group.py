@@ -15,7 +15,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from qfleet.config.errors import ConfigError
 from qfleet.envs.actions import Actions
-from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, at, explain, has_mask, reset_env, step_env
+from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, at, explain, reset_env, step_env
 from qfleet.envs.failures import Failure, describe, lane_seed
 from qfleet.envs.observations import Encoder
 
@@ -55,7 +55,7 @@ def num_bytes(num_lanes: int, encoder: Encoder) -> int:
 def _layout(num_lanes: int, encoder: Encoder) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Returns the shape and dtype of each field of `StepArrays`."""
     flag = ((num_lanes,), np.dtype(bool))
-    return [((num_lanes, *encoder.shape), encoder.dtype), ((num_lanes,), np.dtype(np.float32)), flag, flag, flag]
+    return [((num_lanes, *encoder.lane_shape), encoder.dtype), ((num_lanes,), np.dtype(np.float32)), flag, flag, flag]
 
 
 def _padded(shape: tuple[int, ...], dtype: np.dtype) -> int:
@@ -110,11 +110,6 @@ class LaneGroup:
     def __init__(self, env: SingleEnv, lanes: Sequence[int], max_failures: int) -> None:
         self._lanes = [_LaneEnv(env, lane, max_failures) for lane in lanes]
 
-    @property
-    def has_action_mask(self) -> bool:
-        """Whether some environment has returned `info["action_mask"]`."""
-        return any(lane.has_action_mask for lane in self._lanes)
-
     def reset(self, seed: int, rebuilds: int, out: StepArrays) -> list[Failure]:
         """Starts an episode in every lane, writes the first observations into `out` and returns the failures."""
         failures = []
@@ -151,7 +146,6 @@ class _LaneEnv:
         self._lane = lane
         self._max_failures = max_failures
         self._env = env.make()
-        self.has_action_mask = False
         self._has_worked = False  # until a step has, a failure may mean that the environment never can
         self._ended = False
         self._seed = self._rebuilds = self._env_seed = 0
@@ -170,8 +164,7 @@ class _LaneEnv:
                 # Without a seed, the environment continues with its own random numbers.
                 return self._begin(None), 0.0, False, False
             raw, reward, terminated, truncated, info = step_env(self._env, self._actions.one(action))
-            self.has_action_mask |= has_mask(info)
-            observation = self._encode(raw, "step")
+            observation = self._encode(raw, info, "step", terminated)
             self._ended = terminated or truncated
             self._has_worked = True
             return observation, reward, terminated, truncated
@@ -196,12 +189,11 @@ class _LaneEnv:
     def _begin(self, seed: int | None) -> np.ndarray:
         raw, info = reset_env(self._env, seed)
         self._ended = False
-        self.has_action_mask |= has_mask(info)
-        return self._encode(raw, "reset")
+        return self._encode(raw, info, "reset")
 
-    def _encode(self, raw: Any, method: str) -> np.ndarray:
+    def _encode(self, raw: Any, info: Any, method: str, terminated: bool = False) -> np.ndarray:
         try:
-            return self._encoder(raw)
+            return self._encoder.lane(raw, info, terminated)
         except BrokenContract as error:
             raise BrokenContract(f"{error}{at(self._env, method)}") from None
 
@@ -221,7 +213,8 @@ class _LaneEnv:
                 return self._begin_seeded()
             except RAISED_BY_USERS as another:
                 self._fail(another)
-        return np.zeros(self._encoder.shape, self._encoder.dtype)  # never used, because so many failures end the run
+        # Never used, because so many failures end the run.
+        return np.zeros(self._encoder.lane_shape, self._encoder.dtype)
 
     def _fail(self, error: BaseException) -> None:
         self._failures.append(Failure((self._lane,), self._env_seed, describe(error)))

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qfleet.config.errors import ConfigError
-from qfleet.envs.contract import BrokenContract, summary, to_numbers
+from qfleet.envs.action_masks import KEY, ActionMask, is_joined, join, join_view, without_mask
+from qfleet.envs.contract import BrokenContract, has_mask, summary, to_numbers
 
 if TYPE_CHECKING:
     import gymnasium
+
+    from qfleet.core.types import EnvSpec
 
 _SMALLEST_PICTURE = 36  # pixels, the side from which convolutions of the Nature network suit an image
 
@@ -93,6 +96,43 @@ class Encoder:
     """The keys of Dicts and the lengths of Tuples, nested as they are in the space. None for one part."""
     pixel_limit: float | None = None
     """Largest value of a pixel if the observation is an image whose space says so. `EnvSpec.pixel_limit`."""
+    mask: ActionMask | None = None
+    """How action masks are read, if the environment has them."""
+
+    @property
+    def lane_shape(self) -> tuple[int, ...]:
+        """Shape of what `lane` returns."""
+        return self.shape if self.mask is None else (math.prod(self.shape) + self.mask.actions.num_actions,)
+
+    def lane(self, raw: Any, info: Any, terminated: bool = False) -> np.ndarray:
+        """Returns what a lane returns, `[*lane_shape]`: the observation, joined with its mask if there are masks.
+
+        Args:
+          raw: what the environment returned.
+          info: what it returned beside that.
+          terminated: whether the episode ended in this state.
+
+        Raises:
+          BrokenContract: if the observation or the mask isn't as it must be.
+        """
+        if self.mask is None:
+            _check_has_no_mask(info)
+            return self(raw)
+        raw, mask = self.mask.take(raw, info)
+        return join(self(raw), self.mask.one(mask, terminated))
+
+    def lanes(self, raw: Any, info: Any, terminated: np.ndarray) -> np.ndarray:
+        """Returns what `lane` does for a batch, as Gymnasium's vector environments return it: `[lanes, *lane_shape]`.
+
+        Args and Raises: as for `lane`; `terminated` is `[lanes]`.
+        """
+        num_lanes = len(terminated)
+        if self.mask is None:
+            _check_has_no_mask(info)
+            return self(raw, num_lanes)
+        raw, mask = self.mask.take(raw, info)
+        is_there = None if self.mask.is_in_observation else info.get("_action_mask")
+        return join(self(raw, num_lanes), self.mask.batch(mask, num_lanes, terminated, is_there))
 
     def __call__(self, raw: Any, num_lanes: int | None = None) -> np.ndarray:
         """Returns one observation `[*shape]`, or `[num_lanes, *shape]` from a batch, in an array of its own.
@@ -135,6 +175,29 @@ class Encoder:
             return self(observation, len(first)), True
         return self(observation)[None], False
 
+    def any_joined_batch(self, observation: Any, mask: Any, spec: "EnvSpec") -> tuple[np.ndarray, bool]:
+        """Returns what `any_batch` does, joined with masks if the environment has them.
+
+        Args:
+          observation: as for `any_batch`; or joined with masks already, as lanes return it.
+          mask: one mask, or one for each observation; None if the observation contains it.
+          spec: of the environment.
+
+        Raises:
+          BrokenContract: as for `any_batch`; also if a mask is missing, isn't one or has no valid action.
+        """
+        if self.mask is None:
+            if mask is not None:
+                raise BrokenContract("`mask` must be left out, because the environment has no action masks, got one")
+            return self.any_batch(observation)
+        if mask is None and is_joined(observation, spec):
+            is_batch = observation.ndim > len(spec.lane_shape) + (spec.frame_stack > 1)
+            return np.asarray(observation if is_batch else observation[None]), is_batch
+        observation, own = self.mask.take(observation, {})
+        batch, is_batch = self.any_batch(observation)
+        masks = self.mask.of_batch(own if mask is None else mask, len(batch) if is_batch else None)
+        return join_view(batch, masks, spec), is_batch
+
     @property
     def messages(self) -> list[str]:
         """What the user should know about the encoding, each as what "the environment" does."""
@@ -147,7 +210,7 @@ class Encoder:
                     f"returns an image, {name} of shape {part.shape}, beside other parts, so it is flattened for dense "
                     f"layers{unscaled}; for convolutions, let gymnasium.wrappers.TransformObservation return it alone"
                 )
-            if part.path[-1] == "action_mask":
+            if part.path[-1] == KEY:  # the one at the top is a mask, and no part
                 found.append(f"returns {name}, which is an input like the others: the agent may choose any action")
         return found
 
@@ -191,6 +254,13 @@ def _fit(numbers: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return stored
 
 
+def _check_has_no_mask(info: Any) -> None:
+    if has_mask(info):
+        raise BrokenContract(
+            "info['action_mask'] must be there from the first reset on if the environment has masks, got one later"
+        )
+
+
 def _leaves(structure: Any, raw: Any, name: str) -> Iterator[Any]:
     """Yields the parts of a nested observation, in the order of the space."""
     if structure is None:
@@ -212,8 +282,8 @@ def first_not_finite(batch: np.ndarray) -> int:
     return int(np.argmin(np.isfinite(batch).reshape(len(batch), -1).all(1)))
 
 
-def make_encoder(space: "gymnasium.Space", name: str) -> Encoder:
-    """Returns the encoder of an observation space.
+def make_encoder(space: "gymnasium.Space", name: str, mask: ActionMask | None = None) -> Encoder:
+    """Returns the encoder of an observation space, and of the environment's action masks if it has them.
 
     It keeps a Box as it is, but converts numbers that are floats or wider than 32 bits to float32. Discrete and
     MultiDiscrete observations become one-hot bool, MultiBinary ones bool. The parts of a Dict or Tuple are flattened
@@ -226,6 +296,7 @@ def make_encoder(space: "gymnasium.Space", name: str) -> Encoder:
     """
     from gymnasium import spaces  # only here, because environments in JAX do without Gymnasium
 
+    space = without_mask(space, mask)
     parts = tuple(_parts(space, (), name))
     size = sum(part.size for part in parts)
     if not 1 <= size <= MOST_VALUES:
@@ -237,15 +308,16 @@ def make_encoder(space: "gymnasium.Space", name: str) -> Encoder:
         (space,) = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
     if isinstance(space, spaces.Dict | spaces.Tuple):
         dtypes = {part.dtype for part in parts}
-        return Encoder((size,), dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32), parts, structure)
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        return Encoder((size,), dtype, parts, structure, mask=mask)
     (part,) = parts
     shape = part.shape if isinstance(space, spaces.Box) and part.shape else (size,)
-    return Encoder(shape, part.dtype, parts, structure, pixel_limit=_pixel_limit(space))
+    return Encoder(shape, part.dtype, parts, structure, pixel_limit=_pixel_limit(space), mask=mask)
 
 
-def encoder_of_arrays(shape: tuple[int, ...], dtype: np.dtype) -> Encoder:
+def encoder_of_arrays(shape: tuple[int, ...], dtype: np.dtype, mask: ActionMask | None = None) -> Encoder:
     """Returns the encoder of observations that already are arrays of this shape and dtype."""
-    return Encoder(shape, dtype, (ObservationPart((), shape, dtype, None),))
+    return Encoder(shape, dtype, (ObservationPart((), shape, dtype, None),), mask=mask)
 
 
 def _parts(space: "gymnasium.Space", path: tuple[Any, ...], name: str) -> Iterator[ObservationPart]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from qfleet.config.errors import ConfigError
 from qfleet.core.types import EnvSpec
+from qfleet.envs.action_masks import ActionMask
 from qfleet.envs.actions import Actions, numbered
 from qfleet.envs.host import HostEnv
 from qfleet.envs.observations import MOST_VALUES, Encoder, ObservationPart
@@ -86,7 +87,7 @@ def check_as_recorded(env: InGraphEnv | HostEnv, record: dict[str, Any] | None, 
       ConfigError: if it has changed. The message says what was and what is.
     """
     now = _describe(env)
-    for field, before in (record or {}).items():
+    for field, before in {"action_mask": None, **record}.items() if record else ():
         if field in now and field not in _MAY_CHANGE and now[field] != before:
             label = "observations" if field == "observation_shape" else field
             raise ConfigError(
@@ -106,9 +107,19 @@ def _describe(env: InGraphEnv | HostEnv) -> dict[str, Any]:
         "frame_stack": spec.frame_stack,
         "time_limit": spec.time_limit,
         "pixel_limit": spec.pixel_limit,
+        "action_mask": _mask_of(spec, encoder),
         "raw_observation": None if encoder is None else _parts_of(encoder.structure, iter(encoder.parts)),
         "raw_actions": None if actions is None else _actions_of(actions),
     }
+
+
+def _mask_of(spec: EnvSpec, encoder: Encoder | None) -> str | None:
+    """Returns where action masks are: "info", "observation", or "lanes" if no encoder reads them. None: nowhere."""
+    if not spec.has_action_mask:
+        return None
+    if encoder is None or encoder.mask is None:
+        return "lanes"
+    return "observation" if encoder.mask.is_in_observation else "info"
 
 
 def _parts_of(structure: Any, parts: Iterator[ObservationPart]) -> dict[str, Any]:
@@ -151,6 +162,8 @@ def _interface(record: Any) -> Interface:
     _check(limit is None or (type(limit) in (int, float) and 0 < limit < math.inf))
     _check(record["time_limit"] is None or _is_whole(record["time_limit"], 1))
     _check(_is_whole(record["num_actions"], 1, MOST_VALUES) and _is_whole(record["frame_stack"], 1, MOST_VALUES))
+    place = record.get("action_mask")  # records of environments without masks didn't always have it
+    _check(place in (None, "info", "observation", "lanes"))
     spec = EnvSpec(
         name=record["name"],
         observation_shape=shape,
@@ -159,18 +172,20 @@ def _interface(record: Any) -> Interface:
         frame_stack=record["frame_stack"],
         time_limit=record["time_limit"],
         pixel_limit=limit,
+        has_action_mask=place is not None,
     )
-    encoder = None if record["raw_observation"] is None else _encoder(record["raw_observation"], spec)
     actions = None if record["raw_actions"] is None else _actions(record["raw_actions"], spec.num_actions)
+    mask = None if place in (None, "lanes") else ActionMask(actions or numbered(spec.num_actions), place != "info")
+    encoder = None if record["raw_observation"] is None else _encoder(record["raw_observation"], spec, mask)
     return Interface(spec, encoder, actions)
 
 
-def _encoder(content: Any, spec: EnvSpec) -> Encoder:
+def _encoder(content: Any, spec: EnvSpec, mask: ActionMask | None) -> Encoder:
     parts: list[ObservationPart] = []
     structure = _structure(content, (), parts)
     size = sum(part.size for part in parts)
     _check(size == math.prod(spec.observation_shape) <= MOST_VALUES)
-    return Encoder(spec.observation_shape, spec.observation_dtype, tuple(parts), structure, spec.pixel_limit)
+    return Encoder(spec.observation_shape, spec.observation_dtype, tuple(parts), structure, spec.pixel_limit, mask)
 
 
 def _structure(content: Any, path: tuple[Any, ...], parts: list[ObservationPart]) -> Any:

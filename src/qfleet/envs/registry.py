@@ -139,9 +139,11 @@ def make_by(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv |
     check_env(env, name)
     from qfleet.envs.checked_lanes import checked
     from qfleet.envs.host import HostEnv
+    from qfleet.envs.spec import with_masks_joined
 
-    # An encoder checks what it encodes.
-    return checked(env) if isinstance(env, HostEnv) and env.encoder is None else env
+    if not isinstance(env, HostEnv):
+        return with_masks_joined(env)
+    return checked(env) if env.encoder is None else env  # an encoder checks what it encodes
 
 
 def _call(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv | HostEnv | gymnasium.Env":
@@ -306,7 +308,10 @@ def _check_in_graph(env: "InGraphEnv", name: str) -> None:
     def check_like(what: str, tree: Any, expected: str) -> None:
         _check(_describe(tree) == expected, name, what, expected, _describe(tree))
 
-    shape, dtype = env.spec.observation_shape, env.spec.observation_dtype
+    spec = env.spec
+    is_right = env.action_mask is not None or not spec.has_action_mask
+    _check(is_right, name, "has_action_mask", "left out, or given with an `action_mask` of the InGraphEnv", "it alone")
+    shape, dtype = spec.observation_shape, spec.observation_dtype
     key = jax.eval_shape(jax.random.key, 0)
     action = jax.ShapeDtypeStruct((), np.int32)
     observation = f"{dtype}{list(shape)}"
@@ -321,6 +326,9 @@ def _check_in_graph(env: "InGraphEnv", name: str) -> None:
     check_like("terminated", result.terminated, "bool[]")
     check_like("truncated", result.truncated, "bool[]")
     check_like("the state after step", result.state, _describe(begun[0]))
+    if env.action_mask is not None:
+        mask = trace("action_mask(state)", env.action_mask, begun[0])
+        check_like("the action mask", mask, f"bool[{spec.num_actions}]")
 
 
 def _is_count(value: Any) -> bool:

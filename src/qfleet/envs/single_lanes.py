@@ -35,11 +35,6 @@ class SingleLanes:
             self._budget.spend(failure)
         return HostStep(*out)
 
-    @property
-    def has_action_mask(self) -> bool:
-        """Whether some environment has returned `info["action_mask"]`."""
-        return self._group.has_action_mask
-
     def render(self) -> np.ndarray:
         """Returns a picture of the first lane. Its environment must have been made with `render_mode="rgb_array"`."""
         return np.asarray(self._group.render())

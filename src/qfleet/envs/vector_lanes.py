@@ -2,14 +2,15 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from qfleet.envs.action_masks import KEY
 from qfleet.envs.actions import Actions
-from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, has_mask, to_flags, to_lanes
+from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, to_flags, to_lanes
 from qfleet.envs.failures import Failure, FailureBudget, describe, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.observations import Encoder, first_not_finite
@@ -89,11 +90,6 @@ class VectorLanes:
         self._ended = terminated | truncated
         return HostStep(step.observation, reward, terminated, truncated, np.zeros(self._num_lanes, bool))
 
-    @property
-    def has_action_mask(self) -> bool:
-        """Whether the backend has returned `info["action_mask"]`."""
-        return bool(getattr(self._backend, "has_action_mask", False))
-
     def close(self) -> None:
         self._backend.close()
 
@@ -144,42 +140,56 @@ class GymnasiumVector:
     def __init__(self, env: gymnasium.vector.VectorEnv, encoder: Encoder, actions: Actions) -> None:
         self._env, self._encoder, self._actions = env, encoder, actions
         self._mode = env.metadata["autoreset_mode"]
-        self._action = actions.batch(np.zeros(env.num_envs, np.int32))
-        self.has_action_mask = False
-        self._ended = np.zeros(env.num_envs, bool)
+        self._action = np.zeros(env.num_envs, np.int32)
+        self._nobody = np.zeros(env.num_envs, bool)
+        self._ended = self._nobody
+        self._obs = np.zeros(0)  # of the states that the environments are in
 
     def begin(self, seeds: Sequence[int]) -> np.ndarray:
         raw, info = self._env.reset(seed=seeds[0])
-        self.has_action_mask |= has_mask(info)
-        self._ended = np.zeros(self._env.num_envs, bool)
-        return self._encode(raw)
+        self._ended = self._nobody
+        self._obs = self._encoder.lanes(raw, info, self._nobody)
+        return self._obs
 
     def send(self, action: np.ndarray) -> None:
-        self._action = self._actions.batch(action)
+        self._action = action
 
     def recv(self) -> VectorStep:
         begins = self._ended
         if self._mode is AutoresetMode.DISABLED and begins.any():
-            self._env.reset(options={"reset_mask": begins.copy()})
-        raw, reward, terminated, truncated, info = self._env.step(self._action)
-        observation = self._encode(raw)
-        self.has_action_mask |= has_mask(info)
+            self._obs = self._begin_anew(begins)
+        raw, reward, terminated, truncated, info = self._env.step(self._actions.batch(self._valid_action(begins)))
         num_lanes = self._env.num_envs
         terminated, truncated = (
             to_flags("terminated", terminated, num_lanes),
             to_flags("truncated", truncated, num_lanes),
         )
         self._ended = (terminated | truncated) & ~begins
+        # In mode SAME_STEP, the states are those of new episodes already.
+        is_over = self._nobody if self._mode is AutoresetMode.SAME_STEP else terminated
+        observation = self._obs = self._encoder.lanes(raw, info, is_over)
         if self._mode is AutoresetMode.DISABLED and begins.any():
-            raw, _ = self._env.reset(options={"reset_mask": begins.copy()})
-            observation[begins] = self._encode(raw)[begins]
-        if self._mode is AutoresetMode.SAME_STEP:
+            observation[begins] = self._begin_anew(begins)[begins]
+        if self._mode is AutoresetMode.SAME_STEP and self._ended.any():
+            observation = observation.copy()
+            masks = info.get("final_info", {}).get(KEY)
             for lane in np.flatnonzero(self._ended):
-                observation[lane] = self._encoder(info["final_obs"][lane])
+                own = {} if masks is None else {KEY: masks[lane]}
+                observation[lane] = self._encoder.lane(info["final_obs"][lane], own, bool(terminated[lane]))
         return VectorStep(observation, to_lanes("the reward", reward, num_lanes), terminated, truncated)
 
     def close(self) -> None:
         self._env.close()
 
-    def _encode(self, raw: Any) -> np.ndarray:
-        return self._encoder(raw, self._env.num_envs)
+    def _begin_anew(self, lanes: np.ndarray) -> np.ndarray:
+        """Starts an episode in some lanes, `[lanes]` bool, and returns observations that are right in these lanes."""
+        raw, info = self._env.reset(options={"reset_mask": lanes.copy()})
+        return self._encoder.lanes(raw, info, ~lanes)
+
+    def _valid_action(self, begins: np.ndarray) -> np.ndarray:
+        """Returns the agent's actions, with valid ones for lanes whose action was for an episode that has ended."""
+        mask = self._encoder.mask
+        if mask is None or self._mode is AutoresetMode.NEXT_STEP or not begins.any():
+            return self._action
+        valid = self._obs[:, -mask.actions.num_actions :].argmax(axis=-1)
+        return np.where(begins, valid, self._action)

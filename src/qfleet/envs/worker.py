@@ -31,9 +31,8 @@ class Share(NamedTuple):
 def work(connection: Connection, buffer: Any, share: Share) -> None:
     """Answers `("reset", seed, rebuilds)` and `("step", actions)` until the other end closes.
 
-    Each answer is a pair: the failures, and whether an environment has returned an action mask.
-
-    Before that, it sends one message: `None` once the environments are made, or a line that says why they couldn't be.
+    Each answer is the list of failures. Before that, it sends one message: `None` once the environments are made, or a
+    line that says why they couldn't be.
     """
     leave_to_parent()
     # An environment may start processes itself, which Python forbids to daemons. This one ends with its pipe instead.
@@ -53,8 +52,8 @@ def work(connection: Connection, buffer: Any, share: Share) -> None:
         while True:
             match connection.recv():
                 case "reset", seed, rebuilds:
-                    connection.send((group.reset(seed, rebuilds, out), group.has_action_mask))
+                    connection.send(group.reset(seed, rebuilds, out))
                 case "step", actions:
-                    connection.send((group.step(actions, out), group.has_action_mask))
+                    connection.send(group.step(actions, out))
     except (EOFError, OSError):  # the parent has closed its end of the pipe, or has died
         group.close()

@@ -87,11 +87,6 @@ class WorkerLanes:
         self._gather()
         return HostStep(*(array.copy() for array in self._arrays))
 
-    @property
-    def has_action_mask(self) -> bool:
-        """Whether some environment has returned `info["action_mask"]`."""
-        return any(worker.has_action_mask for worker in self._workers)
-
     def close(self) -> None:
         atexit.unregister(self.close)
         for worker in self._workers:
@@ -149,7 +144,6 @@ class _Worker:
         self.lanes = share.lanes
         self._seed = self._rebuilds = 0
         self._sent_at = 0.0
-        self.has_action_mask = False
         self._start()
 
     @property
@@ -179,8 +173,7 @@ class _Worker:
         Raises:
           _WorkerLost: if the worker died or takes too long.
         """
-        failures: list[Failure]
-        failures, self.has_action_mask = self._answer(timeout_seconds)
+        failures: list[Failure] = self._answer(timeout_seconds)
         return failures
 
     def restart(self, rebuilds: int) -> None:

@@ -1,5 +1,6 @@
 """Q-networks as pairs of pure functions, made from configuration or from a user's Flax NNX module."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -122,7 +123,8 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
             f"qfleet.from_nnx(lambda rngs: ...)"
         )
     batch = 3  # a number that is hardly the size of anything else in the network
-    stored = stored_spec(spec, network.to_storage_layout)
+    # It is shown observations without masks.
+    stored = stored_spec(dataclasses.replace(spec, has_action_mask=False), network.to_storage_layout)
     observations = jax.ShapeDtypeStruct((batch, *stored.agent_observation_shape), stored.observation_dtype)
     seen = f"observations {observations.dtype}{list(observations.shape)} of {spec.name}"
     wanted = f"float32{[batch, spec.num_actions]}"

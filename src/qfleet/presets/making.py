@@ -12,7 +12,8 @@ from qfleet.defaults import Choice, accepts, adapted, choose, family_of, is_atar
 from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.factory import name_of_factory
 from qfleet.envs.registry import default_topology, make_env
-from qfleet.presets.named import OFF_ATARI, ON_ATARI, PRESETS
+from qfleet.presets.atari import ON_ATARI
+from qfleet.presets.named import OFF_ATARI, PRESETS
 from qfleet.presets.tuned import TUNED
 
 

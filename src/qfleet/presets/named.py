@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from qfleet.presets.atari import ATARI_DQN, ON_ATARI
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -18,29 +20,6 @@ class Preset:
     for_pixels: bool = False
     """Whether it is refused in environments that don't show pixels of Atari's size."""
 
-
-_ATARI_DQN: Mapping[str, Any] = {
-    "torso": "nature",
-    "hidden_sizes": (512,),
-    "num_envs": 8,
-    "replay_capacity": 1_000_000,
-    "warmup_env_steps": 50_000,
-    "batch_size": 32,
-    "env_steps_per_learner_step": 4.0,
-    # Their table counts learner steps, but their program counts agent steps, as everybody has since: 10,000.
-    "target_update_period": 2_500,
-    "optimiser": "rmsprop",
-    "optimiser_options": {"decay": 0.95, "eps": 0.01 / 32**2, "centered": 1.0},
-    "learning_rate": 2.5e-4,
-    "max_gradient_norm": None,
-    "exploration_end": 0.1,
-    "exploration_env_steps": 1_000_000,
-    "env_steps": 50_000_000,
-    "eval_period_env_steps": 250_000,
-    "eval_episodes": 16,
-    "eval_exploration": 0.05,
-    "checkpoint_period_seconds": 600.0,
-}
 
 PRESETS: dict[str, Preset] = {
     "dqn": Preset(
@@ -135,6 +114,35 @@ PRESETS: dict[str, Preset] = {
             "exploration_env_steps": 50_000,
         },
     ),
+    "r2d2": Preset(
+        summary="an LSTM that learns from sequences in a prioritised replay: double, dueling, 5-step, rescaled values",
+        source=(
+            "Kapturowski et al. 2019, Recurrent Experience Replay in Distributed Reinforcement Learning, without the "
+            "last action and reward as inputs; new sequences enter at the greatest priority; our sizes off Atari"
+        ),
+        settings={
+            "memory": "lstm",
+            "memory_size": 64,
+            "hidden_sizes": (64, 64),
+            "double": True,
+            "dueling": True,
+            "n_step": 5,
+            "value_rescaling": True,
+            "loss": "squared",
+            "discount": 0.997,
+            "replay": "prioritised",
+            "priority_exponent": 0.9,
+            "importance_exponent_start": 0.6,
+            "importance_exponent_env_steps": 10**15,  # the exponent practically stays at its start
+            "burn_in": 10,
+            "sequence_length": 40,
+            "num_envs": 16,
+            "batch_size": 32,
+            "env_steps_per_learner_step": 32.0,
+            "target_update_period": 100,
+            "exploration_end": 0.02,
+        },
+    ),
     "pqn_rnn": Preset(
         summary="pqn, with a GRU that remembers the episode",
         source=(
@@ -161,7 +169,7 @@ PRESETS: dict[str, Preset] = {
     "atari_dqn": Preset(
         summary="dqn as published for Atari: one update of 32 every 4 agent steps, a replay of a million frames",
         source="Mnih et al. 2015, Nature 518, extended data table 1; RMSProp's epsilon is adapted to mean gradients",
-        settings=_ATARI_DQN,
+        settings=ATARI_DQN,
         for_pixels=True,
     ),
     "ape_x": Preset(
@@ -206,7 +214,7 @@ PRESETS: dict[str, Preset] = {
         source="Nair et al. 2015, arXiv 1507.04296; number of processes, replay and learning rate are ours",
         topology="parameter-server",
         settings={
-            **{name: value for name, value in _ATARI_DQN.items() if name not in ("num_envs", "optimiser_options")},
+            **{name: value for name, value in ATARI_DQN.items() if name not in ("num_envs", "optimiser_options")},
             "optimiser": "adagrad",
             "learning_rate": 1e-3,
             "target_update_period": 60_000,
@@ -237,68 +245,6 @@ PRESETS: dict[str, Preset] = {
         },
     ),
 }
-
-# Hessel et al. 2018, table 1, without what they explore by.
-_ATARI_RAINBOW: Mapping[str, Any] = {
-    **{name: value for name, value in _ATARI_DQN.items() if not name.startswith(("max_gradient", "exploration"))},
-    "warmup_env_steps": 20_000,
-    "target_update_period": 2_000,
-    "optimiser": "adam",
-    "optimiser_options": {"eps": 1.5e-4},
-    "learning_rate": 6.25e-5,
-    "eval_exploration": 0.001,
-}
-
-# Bellemare et al. 2017, section 5, and Dabney et al. 2018, both papers, share the settings of Mnih et al. 2015, with
-# Adam and an epsilon of 0.01.
-_ATARI_DISTRIBUTION: Mapping[str, Any] = {
-    **_ATARI_DQN,
-    "optimiser": "adam",
-    "exploration_end": 0.01,
-    "eval_exploration": 0.001,
-}
-
-ON_ATARI: dict[str, Mapping[str, Any]] = {
-    "dqn": _ATARI_DQN,
-    "double_dqn": _ATARI_DQN,  # van Hasselt et al. 2016 compare both with the same settings
-    "c51": {**_ATARI_DISTRIBUTION, "optimiser_options": {"eps": 0.01 / 32}, "learning_rate": 2.5e-4},
-    "qr_dqn": {
-        **_ATARI_DISTRIBUTION,
-        "optimiser_options": {"eps": 0.01 / 32},
-        "learning_rate": 5e-5,
-        "num_quantiles": 200,
-    },
-    "iqn": {
-        **_ATARI_DISTRIBUTION,
-        "optimiser_options": {"eps": 0.01 / 32},
-        "learning_rate": 5e-5,
-        "num_quantiles": 64,
-    },
-    # Vieillard et al. 2020, appendix B.1, which has the settings of Dopamine's DQN, with Adam.
-    "munchausen": {**_ATARI_DISTRIBUTION, "optimiser_options": {"eps": 0.01 / 32}, "learning_rate": 5e-5},
-    # Epsilon decays in place of their noisy layers, as in Dopamine's Rainbow.
-    "rainbow_lite": {**_ATARI_RAINBOW, "exploration_end": 0.01, "exploration_env_steps": 250_000},
-    "rainbow": _ATARI_RAINBOW,
-    # Clark et al. 2024, appendix with the hyperparameters.
-    "btr": {
-        **_ATARI_RAINBOW,
-        "torso": "impala",
-        "torso_width": 2,
-        "spectral_norm": True,
-        "adaptive_pooling": 6,
-        "num_envs": 64,
-        "replay_capacity": 2**20,
-        "warmup_env_steps": 200_000,
-        "batch_size": 256,
-        "env_steps_per_learner_step": 64.0,
-        "target_update_period": 500,
-        "optimiser_options": {"eps": 0.005 / 256},
-        "learning_rate": 1e-4,
-        "max_gradient_norm": 10.0,
-        "exploration_env_steps": 2_000_000,
-    },
-}
-"""The published settings of presets whose own are for small problems. They replace the preset's on Atari."""
 
 OFF_ATARI: dict[str, Mapping[str, Any]] = {
     "ape_x": {

@@ -10,6 +10,7 @@ import numpy as np
 
 from qfleet.config import ConfigError
 from qfleet.core.keys import Stream, key_of
+from qfleet.core.masks import shown, split_lanes
 from qfleet.core.memory import MemoryState
 from qfleet.core.player import Player
 from qfleet.core.types import EnvSpec, Params
@@ -26,7 +27,7 @@ class Moment(NamedTuple):
     picture: np.ndarray
     """`[height, width, 3]` uint8, RGB."""
     q: np.ndarray
-    """`[num_actions]` float32, in units of discounted reward."""
+    """`[num_actions]` float32, in units of discounted reward; -inf where an action is invalid."""
     action: int | None
     """The greedy action, which is taken here. None in the last moment of an episode."""
     episode_return: float
@@ -108,7 +109,7 @@ def _play_in_graph(
         total, ended = 0.0, False
         for time in range(_limit(env.spec) + 1):
             seen = np.asarray(obs)
-            picture = render(jax.device_get(env_state), seen) if render else draw_observation(seen)
+            picture = render(jax.device_get(env_state), seen) if render else _draw(seen, env.spec)
             q, memory, _ = player.values(params, memory)
             moment = _moment(env.spec, picture, q, ended, total, time)
             yield moment
@@ -140,7 +141,7 @@ class _Observed:
     """One evaluation lane whose observations are pictures."""
 
     def __init__(self, env: HostEnv, options: LaneOptions) -> None:
-        self._lanes = env.make_eval_lanes(1, options)
+        self._lanes, self._spec = env.make_eval_lanes(1, options), env.spec
         self.send, self.close = self._lanes.send, self._lanes.close
         self._observation = np.zeros(0)
 
@@ -154,7 +155,11 @@ class _Observed:
         return step
 
     def render(self) -> np.ndarray:
-        return draw_observation(self._observation[0])
+        return _draw(self._observation[0], self._spec)
+
+
+def _draw(observation: np.ndarray, spec: EnvSpec) -> np.ndarray:
+    return draw_observation(split_lanes(observation, spec)[0])
 
 
 def _limit(spec: EnvSpec) -> int:
@@ -168,7 +173,7 @@ def _moment(spec: EnvSpec, picture: Any, q: Any, ended: bool, total: float, time
             f"a picture of {spec.name} must be a uint8 array [height, width, 3], got {picture.dtype} "
             f"{list(picture.shape)}; fix its renderer"
         )
-    values = np.asarray(q)[0]
+    values = shown(np.asarray(q)[0])
     action = None if ended or time == _limit(spec) else int(np.argmax(values))
     return Moment(picture, values, action, total, time)
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.core.activity import Activity, dormant_fraction, sum_where
-from qfleet.core.exploration import epsilon_greedy, greedy
+from qfleet.core.exploration import explorer, greedy
 from qfleet.core.memory import MemoryState
 from qfleet.core.player import Player
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
@@ -166,7 +166,7 @@ def make_evaluation(
             return greedy(q)
         explore_key = jax.random.fold_in(jax.random.fold_in(key, 2), step)  # 0 and 1 are the halves of `split`
         uniform = jax.vmap(jax.random.uniform)(keys_of(explore_key, first_number))
-        return epsilon_greedy(q, jnp.float32(exploration), uniform)
+        return explorer("epsilon_greedy", is_masked=env.spec.has_action_mask)(q, jnp.float32(exploration), uniform)
 
     def play(
         params: Params, key: Array, first_number: Array, episodes: EpisodesUnderWay, first_step: Array, num_steps: Array

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.core.activity import Activity, dormant_fraction
+from qfleet.core.masks import or_all, random_valid, split_lanes
 from qfleet.core.memory import MemoryState
 from qfleet.core.player import Player
 from qfleet.core.types import EnvSpec
@@ -78,7 +79,7 @@ def play_host_episodes(
     observe = jax.jit(player.observe)
     acting = HostActing(lanes, seed, max_episode_steps=limit)
     memory = player.begin(jnp.asarray(acting.obs))
-    explore = _RandomActions(exploration, seed, len(acting.obs), spec.num_actions)
+    explore = _RandomActions(exploration, seed, len(acting.obs), spec)
     played = _HostEpisodes(acting.obs, is_below_time_limit(limit, spec), discount)
     num_lost = 0
     while not played.has_all_of_first(num_episodes):
@@ -86,7 +87,7 @@ def play_host_episodes(
             return None
         announce(f"evaluating {min(played.num_whole, num_episodes)} of {num_episodes}")
         chosen = act(memory)
-        acting.send(explore(np.asarray(chosen.action, np.int32)))
+        acting.send(explore(np.asarray(chosen.action, np.int32), acting.obs))
         row = acting.receive()
         played.add(row, acting.obs, chosen)
         memory = observe(chosen.memory, acting.obs, acting.is_first)
@@ -105,18 +106,19 @@ def play_host_episodes(
 class _RandomActions:
     """Replaces actions by random ones now and then. Each lane has random numbers of its own."""
 
-    def __init__(self, exploration: float, seed: int, num_lanes: int, num_actions: int) -> None:
-        self._exploration, self._num_actions = exploration, num_actions
+    def __init__(self, exploration: float, seed: int, num_lanes: int, spec: EnvSpec) -> None:
+        self._exploration, self._spec = exploration, spec
         self._generators = [np.random.default_rng((seed, lane)) for lane in range(num_lanes)] if exploration else []
 
-    def __call__(self, action: np.ndarray) -> np.ndarray:
-        """Returns actions, `[lanes]` int32, of which each is random with the given probability."""
+    def __call__(self, action: np.ndarray, obs: np.ndarray) -> np.ndarray:
+        """Returns actions, `[lanes]` int32, of which each is random with the given probability, and valid at `obs`."""
         if not self._generators:
             return action
         uniform = np.array([generator.random() for generator in self._generators])
+        is_valid = or_all(split_lanes(obs, self._spec)[1])
         # Below the probability, a uniform number divided by it is uniform itself, and picks the action.
-        picked = (uniform / self._exploration * self._num_actions).astype(np.int32) % self._num_actions
-        return np.where(uniform < self._exploration, picked, action).astype(np.int32)
+        picked = (uniform / self._exploration * is_valid.sum(axis=-1)).astype(np.int32)
+        return np.where(uniform < self._exploration, random_valid(is_valid, picked), action).astype(np.int32)
 
 
 class _HostEpisodes:

@@ -58,8 +58,10 @@ class Panel:
     def _draw_values(self, draw: ImageDraw.ImageDraw, moment: Moment, width: int, top: int) -> None:
         q = np.where(np.isfinite(moment.q), moment.q, 0.0)
         self._low, self._high = min(self._low, q.min()), max(self._high, q.max())
-        # If there are more actions than fit, show those with the greatest values, in the order of the actions.
-        shown = np.sort(np.argsort(-q, kind="stable")[:MAX_ACTIONS])
+        # If there are more actions than fit, show those with the greatest values, in the order of the actions. Invalid
+        # ones, whose value is -inf, are the least.
+        ranked = np.where(np.isneginf(moment.q), -np.inf, q)
+        shown = np.sort(np.argsort(-ranked, kind="stable")[:MAX_ACTIONS])
         column_width = (width - 2 * MARGIN + COLUMN_GAP) // self._columns
         for place, action in enumerate(shown.tolist()):
             column, row = divmod(place, self._rows)
@@ -103,4 +105,6 @@ def _even(side: int) -> int:
 
 
 def _short(value: float) -> str:
+    if value == -math.inf:
+        return "invalid"
     return f"{value:.2f}" if abs(value) < 10_000 else f"{value:.2e}"

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from qfleet.config import RunFailed
 from qfleet.core.agent import Agent
 from qfleet.core.memory import MemoryState
 from qfleet.core.replay import Row, outcome_of
-from qfleet.core.types import Params
+from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.in_graph import Lanes, StepKeys, init_lanes, step_lanes
 from qfleet.envs.spec import InGraphEnv
 
@@ -71,7 +72,8 @@ def act(
     action, q, memory = agent.act(params, actor.memory, exploration, uniform, noise_keys)
     lanes, step = step_lanes(env, lanes_tm1, action, step_keys)
     outcome = outcome_of(step.terminated, step.truncated, lanes_tm1.final)
-    row = Row(agent.to_storage_layout(lanes_tm1.observation), action, step.reward, outcome)
+    obs = agent.to_storage_layout(lanes_tm1.observation)
+    row = Row(obs, action, step.reward, outcome, carry=actor.memory.carry)
     episode_return = jnp.where(lanes_tm1.final, 0.0, actor.episode_return + step.reward)
     stats = RowStats(
         episode_ended=lanes.final,
@@ -87,3 +89,9 @@ def act(
 def _is_finite(obs: Array) -> Array:
     """Returns whether each lane's observation is finite: `[lanes, ...]` to `[lanes]` bool."""
     return jnp.all(jnp.isfinite(obs).reshape(obs.shape[0], -1), axis=1)
+
+
+def not_finite(spec: EnvSpec, where: str) -> RunFailed:
+    """Returns the error of an environment that returned a number that isn't finite; `where` says in which step."""
+    masks = "; a state that goes on without a valid action counts as one too" * spec.has_action_mask
+    return RunFailed(f"rewards and observations must be finite, but {spec.name} returned one that isn't {where}{masks}")

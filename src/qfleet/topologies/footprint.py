@@ -18,7 +18,7 @@ from qfleet.config import AgentConfig, ConfigError, TrainConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.player import Player
 from qfleet.core.replay import ReplayState
-from qfleet.core.types import Batch, EnvSpec, Regression, Transition
+from qfleet.core.types import Batch, EnvSpec, Regression, Sequences, Transition
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks.partition import MODEL_AXIS
 from qfleet.runtime.devices import available_bytes, describe_memory
@@ -134,7 +134,7 @@ def _num_bytes(leaf: Any) -> int:
 
 
 def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_replicas: int, carry: Any = ()) -> Batch:
-    """Returns the shapes of one replica's share of a batch of transitions, or of a whole rollout.
+    """Returns the shapes of one replica's share of a batch of transitions or sequences, or of a whole rollout.
 
     Args:
       stored: the spec of observations in the network's storage layout.
@@ -152,6 +152,19 @@ def batch_shapes(stored: EnvSpec, config: AgentConfig, num_lanes: int, num_repli
 
     obs = of(stored.observation_dtype, *stored.agent_observation_shape)
     action, number = of(np.int32), of(np.float32)
+    if config.learns_sequences:
+        rows, learned = config.rows_after_start + 1, config.sequence_length
+        return Sequences(
+            obs=of(obs.dtype, rows, *stored.agent_observation_shape),
+            is_first=of(np.bool_, rows),
+            carry=jax.tree.map(lambda x: of(x.dtype, *x.shape[1:]), carry),
+            action=of(np.int32, learned),
+            reward=of(np.float32, learned),
+            discount=of(np.float32, learned),
+            num_steps=of(np.int32, learned),
+            is_step=of(np.bool_, learned),
+            weight=number,
+        )
     if has_replay:
         return Transition(obs, action, number, number, obs, number)
     return Regression(obs, action, number, number, carry, of(np.bool_) if jax.tree.leaves(carry) else ())

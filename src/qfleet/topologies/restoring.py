@@ -11,6 +11,7 @@ from qfleet.config import AgentConfig
 from qfleet.core.replay import SavedReplay
 from qfleet.core.replay.layout import resharded
 from qfleet.core.replay.ring import Ring, Row
+from qfleet.core.replay.window import window_of
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import Layout, Topology
 
@@ -95,8 +96,7 @@ def resharded_replay(
         num_rows,
         num_lanes,
         num_segments,
-        n_step=config.n_step,
-        frame_stack=frame_stack,
+        window=window_of(config, frame_stack),
         is_prioritised=is_prioritised,
     )
     if num_dropped:

@@ -79,7 +79,7 @@ def make_plan(
     per_learner_step = fixed.get("env_steps_per_learner_step", config.env_steps_per_learner_step)
     shape = (num_iterations, rows_per_iteration(config))
     before = env_steps + num_lanes * np.arange(math.prod(shape), dtype=np.int64).reshape(shape)
-    warmup = replay_starts_at + max(config.warmup_env_steps, num_lanes * (config.n_step + 1))
+    warmup = replay_starts_at + max(config.warmup_env_steps, num_lanes * (config.rows_after_start + 1))
 
     def learner_steps_due(env_steps: np.ndarray) -> np.ndarray:
         return np.floor(np.maximum(env_steps - warmup, 0) / per_learner_step).astype(np.int64)

@@ -15,6 +15,7 @@ from qfleet.config import (
     TrainConfig,
 )
 from qfleet.config.topology import EnvironmentKind
+from qfleet.core.masks import masked
 from qfleet.core.types import Network
 from qfleet.envs.first_step import check_works
 from qfleet.envs.host import HostEnv
@@ -70,7 +71,7 @@ def _describe_env_and_network(config: TrainConfig, network: Network | None) -> t
     env = make_env(config.env, **config.env_options)
     network = network or make_network(env.spec, config.agent)
     limit_cpu_threads(check_network(network, env.spec, config.agent))
-    return env, network
+    return env, masked(network, env.spec)
 
 
 def make_topology(

@@ -13,6 +13,7 @@ import pytest
 from qfleet.config import AgentConfig
 from qfleet.core.replay import NO_STEP, TRUNCATED, Row, SavedReplay, make_replay, resharded
 from qfleet.core.replay.ring import Ring
+from qfleet.core.replay.window import Window
 from qfleet.core.types import EnvSpec
 
 DISCOUNT, BETA = 0.9, 0.6
@@ -158,8 +159,7 @@ def run(case, end_probability=0.25):
     result, num_dropped = resharded(
         saved,
         *case.new,
-        n_step=case.n_step,
-        frame_stack=case.frame_stack,
+        window=Window(case.n_step, case.frame_stack),
         is_prioritised=case.kinds[1] == PRIORITISED,
     )
     jax.tree.map(np.testing.assert_array_equal, saved, before)
@@ -327,7 +327,7 @@ def test_lanes_of_similar_length_share_a_segment():
     rows = Row(obs, zeros.astype(np.int32), zeros.astype(np.float32), outcome)
     ring = Ring(rows, np.int32([0]), np.int32([31]), np.uint32([31]))
     saved = SavedReplay(ring, (), np.float32(1))
-    result, num_dropped = resharded(saved, 32, 4, 2, n_step=1, frame_stack=1, is_prioritised=False)
+    result, num_dropped = resharded(saved, 32, 4, 2, window=Window(1, 1), is_prioritised=False)
     np.testing.assert_array_equal(result.ring.size, [21, 10])
     np.testing.assert_array_equal(result.ring.cursor, [21, 10])
     assert num_dropped == 1  # the newest step of the second lane
@@ -337,7 +337,7 @@ def test_an_empty_replay_stays_empty():
     replay = make(FLEET, PRIORITISED, 3, 4)
     state = replay.init()
     saved = SavedReplay(state.ring, replay.leaves(state), state.max_priority)
-    result, num_dropped = resharded(saved, *WIDE, n_step=3, frame_stack=4, is_prioritised=True)
+    result, num_dropped = resharded(saved, *WIDE, window=Window(3, 4), is_prioritised=True)
     assert num_dropped == 0
     wide = make(WIDE, PRIORITISED, 3, 4)
     jax.tree.map(np.testing.assert_array_equal, wide.restore(result), wide.init())
@@ -345,4 +345,4 @@ def test_an_empty_replay_stays_empty():
 
 def test_lanes_must_divide_over_the_segments():
     with pytest.raises(ValueError, match="got num_lanes=4, num_segments=3; try 6"):
-        resharded(run(CASES[0]).saved, 12, 4, 3, n_step=1, frame_stack=1, is_prioritised=False)
+        resharded(run(CASES[0]).saved, 12, 4, 3, window=Window(1, 1), is_prioritised=False)

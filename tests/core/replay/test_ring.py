@@ -63,7 +63,7 @@ def test_an_empty_ring_holds_no_step(empty):
 def test_each_observation_is_stored_once_in_its_own_type(empty):
     assert empty.rows.obs.dtype == np.uint8
     bytes_per_step = 3 + 4 + 4 + 1  # observation, action, reward, outcome
-    assert sum(x.nbytes for x in empty.rows) == NUM_ROWS * NUM_LANES * bytes_per_step
+    assert sum(x.nbytes for x in jax.tree.leaves(empty.rows)) == NUM_ROWS * NUM_LANES * bytes_per_step
     assert insert_rows(empty, [0]).rows.obs.dtype == np.uint8
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qfleet.core.replay import sampling
 from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Ring, Row, later_slot
+from qfleet.core.replay.window import Window
 
 GO, END, CUT, LAST = int(CONTINUED), int(TERMINATED), int(TRUNCATED), int(NO_STEP)
 
@@ -118,6 +119,6 @@ def test_two_short_episodes_within_one_stack_leave_the_newest():
     ],
 )
 def test_rows_that_may_start_a_transition_have_their_stack_and_window(size, cursor, n_step, frame_stack, first, count):
-    ring = make_ring([GO] * 8, cursor=cursor, size=size)
-    assert sampling.first_row(ring, frame_stack).tolist() == [first]
-    assert sampling.num_first_rows(ring, n_step, frame_stack).tolist() == [count]
+    ring, window = make_ring([GO] * 8, cursor=cursor, size=size), Window(n_step, frame_stack)
+    assert sampling.first_row(ring, window).tolist() == [first]
+    assert sampling.num_starts(ring, window).tolist() == [count]

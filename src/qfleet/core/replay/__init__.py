@@ -13,6 +13,7 @@ from qfleet.core.replay.replay import (
     partition_saved,
 )
 from qfleet.core.replay.ring import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, Row, outcome_of, sealed_outcomes
+from qfleet.core.replay.window import num_ring_rows, window_of
 
 __all__ = [
     "CONTINUED",
@@ -27,9 +28,11 @@ __all__ = [
     "SavedReplay",
     "make_replay",
     "normalise_weights",
+    "num_ring_rows",
     "outcome_of",
     "partition",
     "partition_saved",
     "resharded",
     "sealed_outcomes",
+    "window_of",
 ]

@@ -1,13 +1,17 @@
 """Importance weights of a batch, after they were drawn."""
 
+from typing import TypeVar
+
 import jax.numpy as jnp
 
 from qfleet.config import AgentConfig
 from qfleet.core.replicas import ALONE, Replicas
-from qfleet.core.types import Transition
+from qfleet.core.types import Sequences, Transition
+
+Samples = TypeVar("Samples", Transition, Sequences)
 
 
-def normalise_weights(batch: Transition, config: AgentConfig, replicas: Replicas = ALONE) -> Transition:
+def normalise_weights(batch: Samples, config: AgentConfig, replicas: Replicas = ALONE) -> Samples:
     """Returns a batch whose importance weights are divided as `AgentConfig.importance_normalisation` says.
 
     Args:

@@ -13,6 +13,7 @@ import numpy as np
 
 from qfleet.core.replay.replay import SavedReplay
 from qfleet.core.replay.ring import NO_STEP, Ring, Row, cut
+from qfleet.core.replay.window import Window
 
 
 class _Pieces(NamedTuple):
@@ -46,8 +47,7 @@ def resharded(
     num_lanes: int,
     num_segments: int,
     *,
-    n_step: int,
-    frame_stack: int,
+    window: Window,
     is_prioritised: bool,
 ) -> tuple[SavedReplay, int]:
     """Returns the replay in a ring of another shape, and the number of steps that it lost on the way.
@@ -71,8 +71,7 @@ def resharded(
       num_rows: rows that the new ring can hold.
       num_lanes: lanes of each row, over all segments.
       num_segments: segments of the new ring. All have the same number of lanes.
-      n_step: rewards summed by the resumed run.
-      frame_stack: frames that the agent of the resumed run sees at once.
+      window: the rows of a sample of the resumed run.
       is_prioritised: whether the new replay needs leaves. Transitions keep theirs. Those that had none enter with the
         greatest priority.
 
@@ -91,7 +90,7 @@ def resharded(
     for segment in range(len(ring.cursor)):
         closed = cut(closed, segment)
     outcome = np.asarray(closed.rows.outcome)
-    pieces = _pieces_of(ring, outcome, frame_stack)
+    pieces = _pieces_of(ring, outcome, window.frame_stack)
     places = _deal(pieces, num_rows, num_lanes)
     size, source = _source(ring, pieces, places, num_rows, num_lanes, num_segments)
 
@@ -101,11 +100,12 @@ def resharded(
         action=move(ring.rows.action),
         reward=move(ring.rows.reward),
         outcome=move(outcome, padding=NO_STEP),
+        carry=jax.tree.map(move, ring.rows.carry),
     )
     leaves: Any = ()
     if is_prioritised:
         old = () if isinstance(saved.leaves, tuple) else move(np.asarray(saved.leaves))
-        leaves = _leaves(rows, size, old, float(saved.max_priority), n_step, frame_stack)
+        leaves = _leaves(rows, size, old, float(saved.max_priority), window)
     counters: Any = (size % num_rows).astype(np.int32), size.astype(np.int32), size.astype(np.uint32)
     dropped = _num_steps(ring) - int(np.sum(np.asarray(rows.outcome) != NO_STEP))
     max_priority = cast(Any, np.asarray(saved.max_priority, np.float32))
@@ -192,18 +192,22 @@ def _moved(buffer: np.ndarray, source: np.ndarray, num_rows: int, padding: Any =
 
 
 def _leaves(
-    rows: Row, size: np.ndarray, old: np.ndarray | tuple[()], max_priority: float, n_step: int, frame_stack: int
+    rows: Row, size: np.ndarray, old: np.ndarray | tuple[()], max_priority: float, window: Window
 ) -> np.ndarray:
     """Returns the leaf of each slot, `[rows, lanes]` float32: 0 where `insert` would have left it at 0, or set it to 0.
 
-    The newest `n_step` rows get a leaf later, when further rows complete their windows. The `frame_stack - 1` rows that
-    are overwritten next have already lost theirs.
+    The newest `window.num_after` rows get a leaf later, when further rows complete their windows. The `frame_stack - 1`
+    rows that are overwritten next have already lost theirs.
     """
     outcome = np.asarray(rows.outcome)
     num_rows, num_lanes = outcome.shape
-    first = np.maximum(size + frame_stack - 1 - num_rows, 0)
+    first = np.maximum(size + window.frame_stack - 1 - num_rows, 0)
     row = np.arange(num_rows)[:, None]
-    is_drawable = np.repeat((row >= first) & (row < size - n_step), num_lanes // len(size), axis=1)
+    is_drawable = (row >= first) & (row < size - window.num_after) & (row % window.period == 0)
     known = np.zeros(outcome.shape, np.float32) if isinstance(old, tuple) else old
     leaves = np.where(known > 0, known, np.float32(max_priority))
-    return np.where(is_drawable & (outcome != NO_STEP), leaves, np.float32(0))
+    is_step = outcome != NO_STEP
+    holds_step = np.zeros_like(is_step)
+    for i in range(window.first_learned, window.first_learned + window.num_learned):
+        holds_step |= np.roll(is_step, -i, axis=0)
+    return np.where(np.repeat(is_drawable, num_lanes // len(size), axis=1) & holds_step, leaves, np.float32(0))

@@ -1,4 +1,7 @@
-"""The replay: pure functions over one ring, with uniform sampling, or with a sum tree of priorities beside the ring."""
+"""The replay: pure functions over one ring, with uniform sampling, or with a sum tree of priorities beside the ring.
+
+What is said here of transitions holds for sequences too, which agents with a memory learn from.
+"""
 
 import dataclasses
 import functools
@@ -15,9 +18,11 @@ from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.replay import ring as rings
 from qfleet.core.replay import sampling
 from qfleet.core.replay.importance import normalise_weights
-from qfleet.core.replay.ring import NO_STEP, Ring, Row, is_overwritten, later_slot, take
+from qfleet.core.replay.ring import Ring, Row, is_overwritten, later_slot, take
+from qfleet.core.replay.sequences import sequences
+from qfleet.core.replay.window import Window, num_ring_rows, window_of
 from qfleet.core.replicas import ALONE, Replicas
-from qfleet.core.types import EnvSpec, Transition
+from qfleet.core.types import EnvSpec, Sequences, Transition
 
 MIN_PRIORITY = 1e-6
 """Added to the absolute TD error, so that every transition can still be drawn (Schaul et al. 2016, section 3.3)."""
@@ -52,10 +57,10 @@ class SavedReplay(NamedTuple):
 class Sample(NamedTuple):
     """A batch, and where it came from."""
 
-    transition: Transition
-    """This replica's share of the batch."""
+    transition: Transition | Sequences
+    """This replica's share of the batch: transitions, or sequences if the agent has a memory."""
     slot: Array
-    """`[batch]` uint32, the slot where each transition of the whole batch starts: `row * lanes + lane`."""
+    """`[batch]` uint32, the slot where each sample of the whole batch starts: `row * lanes + lane`."""
     is_mine: Array
     """`[batch]` bool, whether that slot is in this replica's ring."""
     insertions: Array
@@ -111,7 +116,7 @@ def partition(state: ReplayState, axis: str) -> Any:
     """Returns how the state's arrays are spread over the replicas along a mesh axis, as `PartitionSpec`s."""
     mine, replicated = cast(Any, PartitionSpec(axis)), cast(Any, PartitionSpec())
     return ReplayState(
-        ring=_partition_ring(axis),
+        ring=_partition_ring(state.ring, axis),
         tree=jax.tree.map(lambda level: mine, state.tree),
         max_priority=replicated,
         num_transitions=mine,
@@ -122,12 +127,12 @@ def partition(state: ReplayState, axis: str) -> Any:
 def partition_saved(state: ReplayState, axis: str) -> Any:
     """Returns how the arrays of a `SavedReplay` are spread over the replicas along a mesh axis, as `PartitionSpec`s."""
     leaves = cast(Any, PartitionSpec(None, axis)) if state.tree else ()
-    return SavedReplay(_partition_ring(axis), leaves, cast(Any, PartitionSpec()))
+    return SavedReplay(_partition_ring(state.ring, axis), leaves, cast(Any, PartitionSpec()))
 
 
-def _partition_ring(axis: str) -> Any:
+def _partition_ring(ring: Ring, axis: str) -> Any:
     lanes, replicated = cast(Any, PartitionSpec(None, axis)), cast(Any, PartitionSpec())
-    return Ring(Row(lanes, lanes, lanes, lanes), replicated, replicated, replicated)
+    return Ring(jax.tree.map(lambda rows: lanes, ring.rows), replicated, replicated, replicated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +147,8 @@ class _Settings:
     num_lanes: int
     """Lanes of this replica."""
     num_segments: int
+    carry_size: int
+    window: Window
 
     @property
     def num_slots(self) -> int:
@@ -149,7 +156,12 @@ class _Settings:
 
 
 def make_replay(
-    spec: EnvSpec, config: AgentConfig, num_lanes: int, replicas: Replicas = ALONE, num_segments: int = 1
+    spec: EnvSpec,
+    config: AgentConfig,
+    num_lanes: int,
+    replicas: Replicas = ALONE,
+    num_segments: int = 1,
+    carry_size: int = 0,
 ) -> Replay:
     """Returns the replay that `config` describes, for `num_lanes` lanes of `spec`'s environment.
 
@@ -157,18 +169,20 @@ def make_replay(
     call the functions together. They draw from all of their rings as if these were one: each transition has the
     probability and the weight that it would have there.
 
+    Args:
+      spec: shapes of the stored observations.
+      config: what is drawn, and how.
+      num_lanes: lanes over all replicas.
+      replicas: the replicas.
+      num_segments: segments that are written each at its own pace.
+      carry_size: numbers that the network remembers of each lane, and that are stored with each row; 0 without memory.
+
     Raises:
       ConfigError: if the capacity is too small for one window of each lane.
     """
-    num_rows = config.replay_capacity // num_lanes
-    fewest_rows = config.n_step + spec.frame_stack + 1
-    if num_rows < fewest_rows:
-        raise ConfigError(
-            f"replay_capacity must hold at least n_step + frame_stack + 1 steps of each lane, got replay_capacity="
-            f"{config.replay_capacity} for {num_lanes} lanes, n_step={config.n_step} and frame_stack="
-            f"{spec.frame_stack}; try {fewest_rows * num_lanes}"
-        )
-    settings = _Settings(config, spec, replicas, num_rows, num_lanes // replicas.size, num_segments)
+    num_rows, window = num_ring_rows(config, num_lanes), window_of(config, spec.frame_stack)
+    _check_capacity(config, num_rows, num_lanes, window)
+    settings = _Settings(config, spec, replicas, num_rows, num_lanes // replicas.size, num_segments, carry_size, window)
     return Replay(
         init=functools.partial(_init, settings),
         insert=functools.partial(_insert, settings),
@@ -182,11 +196,32 @@ def make_replay(
     )
 
 
+def _check_capacity(config: AgentConfig, num_rows: int, num_lanes: int, window: Window) -> None:
+    terms = {"n_step": config.n_step, "frame_stack": window.frame_stack}
+    if config.learns_sequences:
+        lengths = {"burn_in": config.burn_in, "sequence_length": config.sequence_length}
+        terms = {**lengths, **terms, "sequence_period": window.period}
+    one_more = 0 if config.learns_sequences else 1
+    fewest_rows = sum(terms.values()) + one_more
+    if num_rows < fewest_rows:
+        *found, last = (f"{name}={value}" for name, value in terms.items())
+        raise ConfigError(
+            f"replay_capacity must hold at least {' + '.join(terms)}{' + 1' * one_more} steps of each lane, got "
+            f"replay_capacity={config.replay_capacity} for {num_lanes} lanes, {', '.join(found)} and {last}; "
+            f"try {-(-fewest_rows // window.period) * window.period * num_lanes}"
+        )
+
+
 def _init(settings: _Settings) -> ReplayState:
     spec, num_segments = settings.spec, settings.num_segments
     return ReplayState(
         ring=rings.init_ring(
-            settings.num_rows, settings.num_lanes, spec.observation_shape, spec.observation_dtype, num_segments
+            settings.num_rows,
+            settings.num_lanes,
+            spec.observation_shape,
+            spec.observation_dtype,
+            num_segments,
+            settings.carry_size,
         ),
         tree=priorities.init_tree(settings.num_slots) if settings.config.replay == "prioritised" else (),
         max_priority=jnp.float32(1.0),
@@ -200,15 +235,18 @@ def _insert(
 ) -> ReplayState:
     if not isinstance(state.tree, priorities.SumTree):
         return state._replace(ring=rings.insert_row(state.ring, row, segment))
-    num_rows, num_lanes, n_step = settings.num_rows, settings.num_lanes, settings.config.n_step
+    num_rows, num_lanes, window = settings.num_rows, settings.num_lanes, settings.window
     # The row completes the window of one older row, and overwrites the oldest stacked frame of another, which expires.
     cursor = state.ring.cursor[segment]
-    completed = (cursor - n_step) % num_rows
+    completed = (cursor - window.num_after) % num_rows
     expired = (cursor + settings.spec.frame_stack - 1) % num_rows
-    is_complete = state.ring.size[segment] >= n_step
+    is_complete = state.ring.size[segment] >= window.num_after
     # The row is inserted before any outcome is read: in the other order XLA copies all outcomes.
     ring = rings.insert_row(state.ring, row, segment)
-    can_start = (rings.outcomes_at(ring, completed, segment) != NO_STEP) & is_complete
+    learned = (completed + window.first_learned) % num_rows if window.first_learned else completed
+    can_start = rings.hold_a_step(ring, learned, window.num_learned, segment) & is_complete
+    if window.period > 1:
+        can_start &= completed % window.period == 0
     lanes = segment * ring.lanes_per_segment + jnp.arange(ring.lanes_per_segment)
     priority, max_priority = _entry_priority(settings, state.max_priority, can_start, td_error)
     tree = priorities.set_leaves(
@@ -257,10 +295,8 @@ def _sample(settings: _Settings, state: ReplayState, key: Array, importance_expo
     if isinstance(state.tree, priorities.SumTree):
         slot, is_mine, weight = _draw_by_priority(settings, state, state.tree, key, importance_exponent)
     else:
-        slot, is_mine, weight = sampling.draw_uniformly(
-            state.ring, key, config.batch_size, config.n_step, settings.spec.frame_stack, replicas
-        )
-    transition = _transitions(settings, state.ring, slot, weight)
+        slot, is_mine, weight = sampling.draw_uniformly(state.ring, key, config.batch_size, settings.window, replicas)
+    transition = _samples(settings, state.ring, slot, weight)
     share = normalise_weights(replicas.deal(transition, is_mine), config, replicas)
     return Sample(share, slot, is_mine, state.ring.insertions)
 
@@ -295,12 +331,14 @@ def _sample_share(
     )
     weight = (share.num_transitions * share.probability * probability) ** -importance_exponent
     counts = first + jnp.arange(size) < share.num_draws
-    return Sample(_transitions(settings, state.ring, slot, weight), slot, counts, state.ring.insertions)
+    return Sample(_samples(settings, state.ring, slot, weight), slot, counts, state.ring.insertions)
 
 
-def _transitions(settings: _Settings, ring: Ring, slot: Array, weight: Array) -> Transition:
-    """Returns the transitions that start at these slots, `[batch]`, with these importance weights."""
+def _samples(settings: _Settings, ring: Ring, slot: Array, weight: Array) -> Transition | Sequences:
+    """Returns what starts at these slots, `[batch]`, with these importance weights."""
     config, frame_stack = settings.config, settings.spec.frame_stack
+    if config.learns_sequences:
+        return sequences(ring, slot, weight, config, frame_stack)
     n_step_return, discount, num_steps = sampling.n_step_returns(ring, slot, config.n_step, config.discount)
     return Transition(
         obs=sampling.stacked_observations(ring, slot, frame_stack),

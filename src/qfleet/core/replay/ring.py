@@ -12,7 +12,7 @@ Lanes that step together form a *segment* with one write head. The lanes of a si
 actors share a ring, each actor has a segment and writes at its own pace.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,9 @@ class Row(NamedTuple):
     """`[lanes]` float32."""
     outcome: Array
     """`[lanes]` uint8: `CONTINUED`, `TERMINATED`, `TRUNCATED` or `NO_STEP`."""
+    carry: Any = ()
+    """`[lanes, size]` float32, what a recurrent network remembered before the observation: zeros at the start of an
+    episode. `()` without memory."""
 
 
 class Ring(NamedTuple):
@@ -77,14 +80,19 @@ def init_ring(
     observation_shape: tuple[int, ...],
     observation_dtype: np.dtype,
     num_segments: int = 1,
+    carry_size: int = 0,
 ) -> Ring:
-    """Returns an empty ring of `num_rows` rows of `num_lanes` lanes, in `num_segments` segments of equal size."""
+    """Returns an empty ring of `num_rows` rows of `num_lanes` lanes, in `num_segments` segments of equal size.
+
+    If `carry_size` isn't 0, rows keep as many numbers of what a recurrent network remembered.
+    """
     shape = (num_rows, num_lanes)
     rows = Row(
         obs=jnp.zeros((*shape, *observation_shape), observation_dtype),
         action=jnp.zeros(shape, jnp.int32),
         reward=jnp.zeros(shape, jnp.float32),
         outcome=jnp.full(shape, NO_STEP),
+        carry=jnp.zeros((*shape, carry_size)) if carry_size else (),
     )
     return Ring(
         rows,
@@ -115,6 +123,18 @@ def outcomes_at(ring: Ring, row: Array, segment: Array | int = 0) -> Array:
     """Returns the outcomes of one row of a segment, `[lanes_per_segment]`. The number of the row is `[]`."""
     start, size = (row, segment * ring.lanes_per_segment), (1, ring.lanes_per_segment)
     return jax.lax.dynamic_slice(ring.rows.outcome, start, size)[0]
+
+
+def hold_a_step(ring: Ring, row: Array, num_rows: int, segment: Array | int = 0) -> Array:
+    """Returns whether any of `num_rows` rows from `row` on, `[]`, holds a step: `[lanes_per_segment]` bool."""
+    if num_rows == 1:
+        return outcomes_at(ring, row, segment) != NO_STEP
+    rows = (row + jnp.arange(num_rows)) % ring.num_rows
+    outcomes = ring.rows.outcome.at[rows].get(mode="promise_in_bounds")
+    if len(ring.cursor) > 1:
+        start = (0, segment * ring.lanes_per_segment)
+        outcomes = jax.lax.dynamic_slice(outcomes, start, (num_rows, ring.lanes_per_segment))
+    return jnp.any(outcomes != NO_STEP, axis=0)
 
 
 def _with_outcomes(ring: Ring, row: Array, segment: Array | int, outcome: Array) -> Ring:

@@ -6,6 +6,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.core.replay.ring import NO_STEP, TERMINATED, Ring, later_slot, of_segment, take
+from qfleet.core.replay.window import Window
 from qfleet.core.replicas import Replicas
 
 MAX_DRAWS = 64
@@ -13,38 +14,49 @@ MAX_DRAWS = 64
 happens to a draw with a probability of 2**-64."""
 
 
-def first_row(ring: Ring, frame_stack: int) -> Array:
-    """Returns each segment's oldest row whose frame stack is complete, `[segments]` int32.
+def first_row(ring: Ring, window: Window) -> Array:
+    """Returns each segment's oldest row at which a sample may start, `[segments]` int32.
 
     Once a segment is full, the frames below its oldest rows have been overwritten.
     """
+    return (_first_with_frames(ring, window) + _num_skipped(ring, window)) % ring.num_rows
+
+
+def num_starts(ring: Ring, window: Window) -> Array:
+    """Returns at how many rows of each segment, from `first_row` on, a sample may start: `[segments]` int32.
+
+    They have complete windows and frame stacks, and lie `window.period` rows apart.
+    """
+    missing = jnp.where(ring.size == ring.num_rows, window.frame_stack - 1, 0)
+    complete = jnp.maximum(ring.size - window.num_after - missing, 0)
+    if window.period == 1:
+        return complete
+    return jnp.maximum(complete - _num_skipped(ring, window) + window.period - 1, 0) // window.period
+
+
+def _first_with_frames(ring: Ring, window: Window) -> Array:
     oldest = jnp.where(ring.size == ring.num_rows, ring.cursor, 0)
-    missing = jnp.where(ring.size == ring.num_rows, frame_stack - 1, 0)
+    missing = jnp.where(ring.size == ring.num_rows, window.frame_stack - 1, 0)
     return (oldest + missing) % ring.num_rows
 
 
-def num_first_rows(ring: Ring, n_step: int, frame_stack: int) -> Array:
-    """Returns how many rows of each segment, from `first_row` on, have a complete frame stack and n-step window.
-
-    The result is `[segments]` int32.
-    """
-    missing = jnp.where(ring.size == ring.num_rows, frame_stack - 1, 0)
-    return jnp.maximum(ring.size - n_step - missing, 0)
+def _num_skipped(ring: Ring, window: Window) -> Array | int:
+    """Returns the number of rows from each segment's oldest row with all frames to the next possible start."""
+    return 0 if window.period == 1 else -_first_with_frames(ring, window) % window.period
 
 
 def draw_uniformly(
-    ring: Ring, key: Array, batch_size: int, n_step: int, frame_stack: int, replicas: Replicas
+    ring: Ring, key: Array, batch_size: int, window: Window, replicas: Replicas
 ) -> tuple[Array, Array, Array]:
-    """Returns slots at which a transition starts. All such slots, of all replicas, are equally likely.
+    """Returns slots at which a sample starts. All such slots, of all replicas, are equally likely.
 
-    A slot that holds no step is drawn again.
+    A slot is drawn again if none of the rows that would be learned from holds a step.
 
     Args:
       ring: the ring of this replica.
       key: the key of this batch, the same for all replicas.
       batch_size: number of draws, over all replicas.
-      n_step: rewards summed by a transition.
-      frame_stack: frames seen at once.
+      window: the rows of a sample.
       replicas: the replicas that draw together.
 
     Returns:
@@ -54,9 +66,9 @@ def draw_uniformly(
     """
     num_rows, num_lanes = jnp.uint32(ring.num_rows), jnp.uint32(ring.num_lanes)
     num_together = jnp.uint32(ring.lanes_per_segment)
-    first = first_row(ring, frame_stack).astype(jnp.uint32)
+    first = first_row(ring, window).astype(jnp.uint32)
     # The slots are laid end to end, segment after segment. There is at least one, so that the division is defined.
-    ends = jnp.cumsum(num_first_rows(ring, n_step, frame_stack).astype(jnp.uint32) * num_together)
+    ends = jnp.cumsum(num_starts(ring, window).astype(jnp.uint32) * num_together)
     num_first = jnp.maximum(ends[-1], 1)
     starts = jnp.concatenate([jnp.zeros(1, jnp.uint32), ends[:-1]])
 
@@ -68,12 +80,12 @@ def draw_uniformly(
         offset = place % num_first
         segment = jnp.sum(ends[:-1] <= offset[:, None], axis=1, dtype=jnp.uint32)
         offset -= starts[segment]
-        row = first[segment] + offset // num_together
+        row = first[segment] + _in_rows(offset // num_together, window)
         row = jnp.where(row >= num_rows, row - num_rows, row)
         drawn = row * num_lanes + segment * num_together + offset % num_together
         slot = jnp.where(is_step, slot, drawn)
         is_mine = jnp.where(is_step, is_mine, place // num_first == replicas.rank())
-        holds_step = is_mine & (take(ring.rows.outcome, slot) != NO_STEP)
+        holds_step = is_mine & _holds_a_step(ring, slot, window)
         return attempt + 1, slot, is_mine, replicas.sum(holds_step.astype(jnp.uint8)) > 0
 
     def has_rejected(carry: tuple[Array, Array, Array, Array]) -> Array:
@@ -85,6 +97,18 @@ def draw_uniformly(
         has_rejected, draw, (jnp.int32(0), jnp.zeros(batch_size, jnp.uint32), none_yet, none_yet)
     )
     return slot, is_mine, is_step.astype(jnp.float32)
+
+
+def _in_rows(starts: Array, window: Window) -> Array:
+    return starts if window.period == 1 else starts * jnp.uint32(window.period)
+
+
+def _holds_a_step(ring: Ring, slot: Array, window: Window) -> Array:
+    """Returns whether any of the rows that are learned from holds a step, for the window at each slot."""
+    if window.num_learned == 1 and window.first_learned == 0:
+        return take(ring.rows.outcome, slot) != NO_STEP
+    learned = window.first_learned + np.arange(window.num_learned)
+    return jnp.any(take(ring.rows.outcome, later_slot(ring, slot[:, None], learned)) != NO_STEP, axis=1)
 
 
 def n_step_returns(ring: Ring, slot: Array, n_step: int, discount: float) -> tuple[Array, Array, Array]:

@@ -10,12 +10,12 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from qfleet.config import TrainConfig
-from qfleet.core.keys import Stream, key_of
+from qfleet.core.keys import Stream, key_of, key_shape
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner, update
 from qfleet.core.replay import normalise_weights
+from qfleet.core.sharded_learner import count_params
 from qfleet.core.types import EnvSpec, Transition
 from qfleet.core.updates import Losses, add_losses, no_losses
-from qfleet.networks import check_network
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices
 from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
@@ -57,7 +57,7 @@ class GlobalLearner:
         if mesh.num_devices > 1:
             set_cpu_devices(mesh.num_devices)
         env, network, agent = make_env_and_agent(config)
-        limit_cpu_threads(check_network(network, env.spec, config.agent))
+        limit_cpu_threads(count_params(jax.eval_shape(network.init, key_shape())))
         enable_compilation_cache()
         if jax.default_backend() == "cpu":
             reuse_freed_memory()
@@ -131,5 +131,6 @@ class GlobalLearner:
 
 def batches_per_round(config: TrainConfig, spec: EnvSpec) -> int:
     """Returns how many batches a round has: few if observations are large, many if they are small."""
-    obs_bytes = int(np.prod(spec.agent_observation_shape)) * spec.observation_dtype.itemsize
-    return max(1, min(MOST_BATCHES, ROUND_BYTES // (2 * obs_bytes * config.agent.batch_size)))
+    num_obs = config.agent.rows_after_start + 1 if config.agent.learns_sequences else 2
+    obs_bytes = int(np.prod(spec.lane_shape)) * spec.frame_stack * spec.observation_dtype.itemsize
+    return max(1, min(MOST_BATCHES, ROUND_BYTES // (num_obs * obs_bytes * config.agent.batch_size)))

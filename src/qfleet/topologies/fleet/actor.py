@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import ActorPool, RunFailed, TrainConfig
+from qfleet.config import ActorPool, TrainConfig
 from qfleet.core.agent import Agent, noise_keys
 from qfleet.core.initial_priorities import ValuedRows, initial_td_errors, padding_rows
 from qfleet.core.keys import NOISE, Stream, key_of, sample_keys
@@ -23,7 +23,7 @@ from qfleet.envs.in_graph import draw
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.host_acting import HostActing, ReceivedRow
-from qfleet.topologies.acting import ActorState, act, init_actor
+from qfleet.topologies.acting import ActorState, act, init_actor, not_finite
 from qfleet.topologies.fleet.env_and_agent import EnvAndAgent, actor_pool_of, make_env_and_agent
 
 
@@ -97,11 +97,11 @@ class Actor:
             self._make_lanes = functools.partial(_HostLanes, env, agent, pool, options)
         self._numbers = (config.seed, Stream.ACTING, number)
         self._lanes: _Lanes | None = None
-        n_step, discount = config.agent.n_step, config.agent.discount
+        n_step, discount, rescaled = config.agent.n_step, config.agent.discount, config.agent.value_rescaling
 
         def errors(before: ValuedRows, new: ValuedRows) -> tuple[ValuedRows, Array]:
             rows = jax.tree.map(lambda *x: jnp.concatenate(x), before, new)
-            td_error = initial_td_errors(rows, n_step, discount)
+            td_error = initial_td_errors(rows, n_step, discount, is_rescaled=rescaled)
             if not agent.priority_is_td_error:
                 td_error = jnp.full_like(td_error, jnp.nan)
             return jax.tree.map(lambda x: x[-n_step:], rows), td_error
@@ -177,7 +177,7 @@ class _InGraphLanes:
     ) -> None:
         num_lanes, num_rows = pool.lanes_per_actor, pool.rows_per_chunk
         lane_numbers = jnp.arange(num_lanes, dtype=jnp.uint32)
-        self._name = env.spec.name
+        self._spec = env.spec
 
         def init(key: Array) -> tuple[ActorState, Array]:
             lanes_key, key = jax.random.split(key)
@@ -207,10 +207,7 @@ class _InGraphLanes:
         stats = jax.device_get(stats)
         if np.any(stats.is_bad):
             row, lane = np.argwhere(stats.is_bad)[0]
-            raise RunFailed(
-                f"rewards and observations must be finite, but {self._name} returned one that isn't in row {row} of a "
-                f"chunk, in lane {lane}"
-            )
+            raise not_finite(self._spec, f"in row {row} of a chunk, in lane {lane}")
         ended = stats.episode_ended
         returns, lengths = stats.episode_return[ended].tolist(), stats.episode_steps[ended].tolist()
         return _Steps(rows, q_taken, stats.q_max, returns, lengths, 0)
@@ -250,13 +247,13 @@ class _HostLanes:
         ) -> tuple:
             frame = agent.to_storage_layout(obs)
             memory = agent.memory.observe(memory, frame, is_first)
-            keys = None
+            carry, keys = memory.carry, None
             if agent.acts_with_keys:
                 keys = sample_keys(key_of(*numbers, NOISE, row), jnp.arange(num_lanes, dtype=jnp.uint32))
             action, q, memory = agent.act(params, memory, exploration, uniform, keys)
-            return memory, frame, action, take_action(q, action), jnp.max(q, axis=-1)
+            return memory, (frame, carry), action, take_action(q, action), jnp.max(q, axis=-1)
 
-        self._stacked = jax.jit(lambda rows: tuple(jnp.stack(column) for column in zip(*rows, strict=True)))
+        self._stacked = jax.jit(lambda rows: jax.tree.map(lambda *column: jnp.stack(column), *rows))
         self._choose = jax.jit(choose, donate_argnums=1 if spec.frame_stack > 1 else ())
 
     def take(self, params: Params, exploration: np.float32) -> _Steps:
@@ -267,16 +264,16 @@ class _HostLanes:
         for uniform in self._random.random(self._shape, np.float32):
             row = np.uint32(self._num_rows % 2**32)
             self._num_rows += 1
-            self._memory, frame, action, q_taken, q_max = self._choose(
+            self._memory, stored, action, q_taken, q_max = self._choose(
                 params, self._memory, acting.obs, acting.is_first, uniform, exploration, row
             )
-            seen.append((frame, action, q_taken, q_max))  # stays on the device until the end: each transfer has a cost
+            seen.append((stored, action, q_taken, q_max))  # stays on the device until the end: each transfer has a cost
             acting.send(np.asarray(action))
             received.append(acting.receive())
-        obs, action, q_taken, q_max = self._stacked(seen)
+        (obs, carry), action, q_taken, q_max = self._stacked(seen)
         steps = ReceivedRow(*(np.stack(column) for column in zip(*received, strict=True)))  # [rows, lanes]
         outcome = outcome_of(steps.terminated, steps.truncated, steps.no_step)
-        rows = Row(obs, action, jnp.asarray(steps.reward, np.float32), outcome)
+        rows = Row(obs, action, jnp.asarray(steps.reward, np.float32), outcome, carry=carry)
         return _Steps(rows, q_taken, q_max, steps.returns, steps.lengths, steps.num_failures)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from qfleet.config import ActorPool, RayTopologyConfig, TrainConfig
 from qfleet.core.agent import Agent, make_agent
+from qfleet.core.masks import masked
 from qfleet.core.types import EnvSpec, Network, stored_spec
 from qfleet.envs.host import HostEnv
 from qfleet.envs.registry import make_env
@@ -27,7 +28,7 @@ class EnvAndAgent(NamedTuple):
 def make_env_and_agent(config: TrainConfig) -> EnvAndAgent:
     """Builds the environment, the network and the agent that a config describes."""
     env = make_env(config.env, **config.env_options)
-    network = make_network(env.spec, config.agent)
+    network = masked(make_network(env.spec, config.agent), env.spec)
     return EnvAndAgent(env, network, make_agent(network, config.agent, env.spec.frame_stack))
 
 

@@ -37,7 +37,7 @@ class RateLimiter:
 
     def due(self, env_steps: int) -> int:
         """Returns how many learner steps, in total, are due after `env_steps` environment steps."""
-        warmup = max(self._agent.warmup_env_steps, self._pool.num_lanes * (self._agent.n_step + 1))
+        warmup = max(self._agent.warmup_env_steps, self._pool.num_lanes * (self._agent.rows_after_start + 1))
         learning = max(0, env_steps - self.replay_starts_at - warmup)
         return self._learner_steps_then + int(learning / self._agent.env_steps_per_learner_step)
 

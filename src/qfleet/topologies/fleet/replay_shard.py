@@ -13,7 +13,17 @@ from jax import Array
 
 from qfleet.config import ActorPool, TrainConfig
 from qfleet.core.keys import Stream, key_of
-from qfleet.core.replay import NO_STEP, DrawShare, Replay, ReplayState, Sample, SavedReplay, make_replay, priorities
+from qfleet.core.replay import (
+    NO_STEP,
+    DrawShare,
+    Replay,
+    ReplayState,
+    Sample,
+    SavedReplay,
+    make_replay,
+    num_ring_rows,
+    priorities,
+)
 from qfleet.core.types import EnvSpec, Transition
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.topologies.fleet.actor import Chunk
@@ -52,18 +62,21 @@ class Writer(NamedTuple):
 class ReplayShard:
     """Keeps what some of the actors produce, and draws from it."""
 
-    def __init__(self, config: TrainConfig, number: int, stored: EnvSpec | None = None) -> None:
+    def __init__(self, config: TrainConfig, number: int, stored: EnvSpec | None = None, carry_size: int = 0) -> None:
         """Makes an empty shard.
 
         Args:
           config: of the run.
           number: of the shard, from 0.
           stored: `EnvAndAgent.stored_spec`, if this process has built it already.
+          carry_size: `Agent.carry_size` of that agent.
         """
         enable_compilation_cache()
         pool = actor_pool_of(config)
-        stored = stored or make_env_and_agent(config).stored_spec
-        self.replay = make_shard_replay(config, pool, number, stored)
+        if stored is None:
+            built = make_env_and_agent(config)
+            stored, carry_size = built.stored_spec, built.agent.carry_size
+        self.replay = make_shard_replay(config, pool, number, stored, carry_size)
         self._writers = [Writer()] * len(pool.actors_of(number))
         self.state: ReplayState = jax.jit(self.replay.init)()
         self._samples: collections.OrderedDict[int, list[Sample]] = collections.OrderedDict()
@@ -187,7 +200,9 @@ class ReplayShard:
         return self.replay.sample_share(state, key_of(seed, Stream.REPLAY_SHARD, first), exponent, share, first, size)
 
 
-def make_shard_replay(config: TrainConfig, pool: ActorPool, number: int, stored: EnvSpec) -> Replay:
+def make_shard_replay(
+    config: TrainConfig, pool: ActorPool, number: int, stored: EnvSpec, carry_size: int = 0
+) -> Replay:
     """Returns the replay of one shard; all segments of a fleet have the same length.
 
     Uniform sampling uses equal priorities, because draws are dealt to the shards by the priorities that they hold.
@@ -197,19 +212,20 @@ def make_shard_replay(config: TrainConfig, pool: ActorPool, number: int, stored:
       pool: the actors of the run.
       number: of the shard.
       stored: the spec of observations as the network's `to_storage_layout` keeps them.
+      carry_size: `Agent.carry_size`.
     """
-    return _make_replay(config, pool, len(pool.actors_of(number)), stored)
+    return _make_replay(config, pool, len(pool.actors_of(number)), stored, carry_size)
 
 
-def make_whole_replay(config: TrainConfig, pool: ActorPool, stored: EnvSpec) -> Replay:
+def make_whole_replay(config: TrainConfig, pool: ActorPool, stored: EnvSpec, carry_size: int = 0) -> Replay:
     """Returns the replays of all shards together, as one replay; the arguments are those of `make_shard_replay`."""
-    return _make_replay(config, pool, pool.num_actors, stored)
+    return _make_replay(config, pool, pool.num_actors, stored, carry_size)
 
 
-def _make_replay(config: TrainConfig, pool: ActorPool, num_segments: int, stored: EnvSpec) -> Replay:
+def _make_replay(config: TrainConfig, pool: ActorPool, num_segments: int, stored: EnvSpec, carry_size: int) -> Replay:
     num_lanes = num_segments * pool.lanes_per_actor
-    num_rows = config.agent.replay_capacity // pool.num_lanes
+    num_rows = num_ring_rows(config.agent, pool.num_lanes)
     agent = dataclasses.replace(config.agent, replay_capacity=num_rows * num_lanes, replay="prioritised")
     if config.agent.replay == "uniform":
         agent = dataclasses.replace(agent, priority_exponent=0.0)
-    return make_replay(stored, agent, num_lanes, num_segments=num_segments)
+    return make_replay(stored, agent, num_lanes, num_segments=num_segments, carry_size=carry_size)

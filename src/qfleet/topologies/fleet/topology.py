@@ -13,7 +13,8 @@ import numpy as np
 from qfleet.config import ActorPool, TrainConfig
 from qfleet.core.agent import make_agent
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner
-from qfleet.core.replay import SavedReplay
+from qfleet.core.memory import memory_shapes
+from qfleet.core.replay import SavedReplay, num_ring_rows
 from qfleet.core.types import Network, stored_spec
 from qfleet.envs.host import HostEnv
 from qfleet.envs.spec import InGraphEnv
@@ -63,14 +64,16 @@ class OnRay(Topology):
 
     def footprint(self) -> Footprint:
         """Returns what all processes keep together. If they run on one machine, this is what that machine must hold."""
-        replay = jax.eval_shape(make_whole_replay(self._config, self._pool, self._stored_spec).init)
+        carry_size, agent, num_lanes = self._agent.carry_size, self._config.agent, self._pool.num_lanes
+        memory = memory_shapes(self._agent.memory, self._stored_spec, num_lanes)
+        replay = jax.eval_shape(make_whole_replay(self._config, self._pool, self._stored_spec, carry_size).init)
         return make_footprint(
             {"data": 1, "model": 1},
             tuple(jax.local_devices()[:1]),
             learner=(self._shapes, jax.tree.map(lambda x: REPLICATED, self._shapes)),
             lanes=((), REPLICATED),
             replay=(replay, jax.tree.map(lambda x: REPLICATED, replay)),
-            batch=(batch_shapes(self._stored_spec, self._config.agent, self._pool.num_lanes, 1), REPLICATED),
+            batch=(batch_shapes(self._stored_spec, agent, num_lanes, 1, memory.carry), REPLICATED),
             evaluation=(self._evaluator.shapes(self._config.eval_episodes), REPLICATED),
         )
 
@@ -145,7 +148,7 @@ class OnRay(Topology):
     @property
     def _replay_shape(self) -> tuple[int, int]:
         """Rows and lanes of the replays of all processes together."""
-        return self._config.agent.replay_capacity // self._pool.num_lanes, self._pool.num_lanes
+        return num_ring_rows(self._config.agent, self._pool.num_lanes), self._pool.num_lanes
 
     @property
     def _is_prioritised(self) -> bool:

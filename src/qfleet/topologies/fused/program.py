@@ -1,5 +1,6 @@
 """The pure functions that `qfleet.topologies.fused` compiles into one program: acting and learning on one state."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -95,7 +96,8 @@ def make_program(
     num_lanes = config.topology.num_envs // replicas.size
     has_replay = config.agent.replay != "none"
     spec = stored_spec(env.spec, agent.to_storage_layout)
-    replay = make_replay(spec, config.agent, config.topology.num_envs, replicas) if has_replay else None
+    make = functools.partial(make_replay, spec, config.agent, config.topology.num_envs, replicas)
+    replay = make(carry_size=agent.carry_size) if has_replay else None
     iterate = (
         _replay_iteration(env, agent, learner, replay, num_lanes, replicas)
         if replay

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qfleet.config import RunFailed, TrainConfig
+from qfleet.config import TrainConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.core.types import Network, Params
@@ -21,7 +21,7 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.compiling import compilers
 from qfleet.runtime.evaluation import Episodes, Pieces, join_episodes, never
 from qfleet.runtime.records import Progress, Sum, make_progress
-from qfleet.topologies.acting import restored_actor, saved_actor
+from qfleet.topologies.acting import not_finite, restored_actor, saved_actor
 from qfleet.topologies.base import Layout, OwnLearner, check_loss
 from qfleet.topologies.footprint import Footprint
 from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState
@@ -245,9 +245,9 @@ class Fused(OwnLearner):
         if np.any(bad_steps != NO_BAD_STEP):
             seed = int(np.argmax(bad_steps != NO_BAD_STEP))
             bad_step = int(bad_steps[seed])
-            raise RunFailed(
-                f"rewards and observations must be finite, but {self._env.spec.name} returned one that isn't at "
-                f"environment step {env_steps_before + bad_step} in lane "
-                f"{bad_step % self._config.topology.num_envs} of seed {self._config.seed + seed}"
+            lane = bad_step % self._config.topology.num_envs
+            raise not_finite(
+                self._env.spec,
+                f"at environment step {env_steps_before + bad_step} in lane {lane} of seed {self._config.seed + seed}",
             )
         check_loss(stats.losses.loss, self.learner_steps, self._config.agent)

@@ -75,7 +75,8 @@ class Learning:
             return
         row, key, exponent, num_updates = self._pending
         self._pending = None
-        row = self._on_mesh.lanes_to_devices(row._replace(obs=()))._replace(obs=row.obs)
+        from_host = self._on_mesh.lanes_to_devices(row._replace(obs=(), carry=()))
+        row = from_host._replace(obs=row.obs, carry=row.carry)
         self.learner, self.replay, losses = self.learn(
             self.learner, self.replay, row, key, exponent, np.int32(num_updates)
         )
@@ -122,5 +123,7 @@ class Learning:
         num_lanes = self._on_mesh.num_lanes
         nobody, everybody = np.zeros(num_lanes, bool), np.ones(num_lanes, bool)
         no_action, no_reward = np.zeros(num_lanes, np.int32), np.zeros(num_lanes, np.float32)
-        self.add_row(HostRow(final_obs, no_action, no_reward, nobody, nobody, everybody), key, np.float32(1), 0)
+        carry = self._on_mesh.blank_memory().carry
+        row = HostRow(final_obs, no_action, no_reward, nobody, nobody, everybody, carry=carry)
+        self.add_row(row, key, np.float32(1), 0)
         self.learn_pending()

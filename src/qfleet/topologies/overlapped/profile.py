@@ -118,7 +118,7 @@ def _timed_learn_with_replay(
         return state, add_losses(losses, info), info.priority
 
     learner_state, replay_state, row, key, exponent, _ = arguments
-    first, from_host = jnp.int32(0), (row._replace(obs=()), exponent)
+    first, from_host = jnp.int32(0), (row._replace(obs=(), carry=()), exponent)
     drawn, _ = jax.eval_shape(sample, replay_state, key, first, exponent)
     _, losses, priority = jax.eval_shape(step, learner_state, no_losses(), drawn.transition, key, first)
     put, timed = _timed_put(stopwatch, from_host), stopwatch.timed
@@ -136,8 +136,9 @@ def _timed_learn_with_replay(
         importance_exponent: Any,
         num_updates: Any,
     ) -> tuple[LearnerState, ReplayState, Losses]:
-        rest, exponent = put((row._replace(obs=()), importance_exponent))
-        replay_state, losses, i = timed_insert(replay_state, rest._replace(obs=row.obs)), no_losses(), first
+        rest, exponent = put((row._replace(obs=(), carry=()), importance_exponent))
+        row = rest._replace(obs=row.obs, carry=row.carry)
+        replay_state, losses, i = timed_insert(replay_state, row), no_losses(), first
         for _ in range(num_updates):
             drawn, following = timed_sample(replay_state, key, i, exponent)
             learner_state, losses, priority = timed_step(learner_state, losses, drawn.transition, key, i)

@@ -30,10 +30,13 @@ class HostRow(NamedTuple):
     truncated: Any
     no_step: Any
     """bool, the action led nowhere: the lane was at a final observation, or its environment failed."""
+    carry: Any = ()
+    """What a recurrent network remembered before the observation, on the devices; `()` in a rollout."""
 
     def with_obs(self, obs: Array) -> Row:
         """Returns the row as a replay stores it, with observations in their storage layout."""
-        return Row(obs, self.action, self.reward, outcome_of(self.terminated, self.truncated, self.no_step))
+        outcome = outcome_of(self.terminated, self.truncated, self.no_step)
+        return Row(obs, self.action, self.reward, outcome, carry=self.carry)
 
 
 class RandomInputs(NamedTuple):

@@ -67,7 +67,8 @@ class ProgramsOnMesh:
 
     def _make_programs(self, replicas: Replicas) -> tuple[Replay | None, Programs]:
         config, num_envs = self._config, self._num_envs
-        replay = make_replay(self.stored_spec, config, num_envs, replicas) if self.has_replay else None
+        make = functools.partial(make_replay, self.stored_spec, config, num_envs, replicas)
+        replay = make(carry_size=self.agent.carry_size) if self.has_replay else None
         return replay, make_programs(config, num_envs, self.agent, self._learner, replay, replicas)
 
     def jitted(self) -> Any:
@@ -139,7 +140,7 @@ class ProgramsOnMesh:
         learner, replay, _ = self._shapes
         num_replicas = mesh.shape[DATA_AXIS]
         num_lanes = self._num_envs // num_replicas
-        obs = jax.ShapeDtypeStruct((num_lanes, *spec.observation_shape), spec.observation_dtype)
+        obs = jax.ShapeDtypeStruct((num_lanes, *spec.lane_shape), spec.observation_dtype)
         memory = memory_shapes(self.agent.memory, stored, num_lanes)
         return make_footprint(
             mesh.shape,
@@ -162,7 +163,7 @@ class ProgramsOnMesh:
         flag, number = np.zeros(self.num_lanes, bool), np.zeros(self.num_lanes, np.float32)
         row = HostRow((), np.zeros(self.num_lanes, np.int32), number, flag, flag, flag)
         if self.has_replay:
-            row = self.lanes_to_devices(row)._replace(obs=obs)
+            row = self.lanes_to_devices(row)._replace(obs=obs, carry=memory.carry)
             return learner, replay, row, key, np.float32(0), np.int32(0)
         num_rows = rows_per_iteration(self._config)
         rows, next_is_first = self.rollout_to_devices([row] * num_rows), self.lanes_to_devices(flag)

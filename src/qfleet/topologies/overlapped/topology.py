@@ -214,7 +214,7 @@ class Overlapped(OwnLearner):
         uniforms, learn_keys = self._own_uniforms(inputs), list(inputs.learn_keys)
         noise_keys = list(inputs.noise_keys) or [()] * len(uniforms)
         for i in range(len(uniforms)):
-            row, _, _ = self._act_and_learn(plan.exploration[0, i], uniforms[i], noise_keys[i], stats)
+            row, _ = self._act_and_learn(plan.exploration[0, i], uniforms[i], noise_keys[i], stats)
             num_updates, exponent = int(plan.num_updates[0, i]), plan.importance_exponent[0, i]
             self._learning.add_row(row, learn_keys[i], exponent, num_updates)
             if self._topology.lock_step or self._topology.profile:
@@ -229,11 +229,11 @@ class Overlapped(OwnLearner):
         noise_keys = list(inputs.noise_keys) or [()] * len(uniforms)
         rows, memories, q_max, carries = [], [], [], []
         for i in range(len(uniforms)):
-            row, row_q_max, carry = self._act_and_learn(plan.exploration[0, i], uniforms[i], noise_keys[i], stats)
-            rows.append(row._replace(obs=()))
+            row, row_q_max = self._act_and_learn(plan.exploration[0, i], uniforms[i], noise_keys[i], stats)
+            carries.append(row.carry)
+            rows.append(row._replace(obs=(), carry=()))
             memories.append(self._memory)
             q_max.append(row_q_max)
-            carries.append(carry)
         stacked = self._on_mesh.rollout_to_devices(rows)
         is_first = self._on_mesh.lanes_to_devices(self._acting.is_first)
         rollout = (stacked, tuple(memories), tuple(q_max), carries[0], self._acting.obs, is_first)
@@ -248,12 +248,11 @@ class Overlapped(OwnLearner):
 
     def _act_and_learn(
         self, exploration: Any, uniform: Any, noise_key: jax.Array | tuple[()], stats: ChunkStats
-    ) -> tuple[HostRow, jax.Array, Any]:
+    ) -> tuple[HostRow, jax.Array]:
         """Takes one step of all lanes; while the environments step, the learner learns from the pending row, if any.
 
         Returns:
-          The row, the greatest value of each lane's observation, `[lanes]`, and what a recurrent network remembered
-          before it.
+          The row, and the greatest value of each lane's observation, `[lanes]`.
         """
         acting, obs, staleness = self._acting, self._acting.obs, self._learning.staleness
         is_first, uniform = self._on_mesh.lanes_to_devices((acting.is_first, uniform))
@@ -266,8 +265,10 @@ class Overlapped(OwnLearner):
         self._learning.learn_pending()
         received = acting.receive()
         stats.add(received, self._to_host(q_max), staleness)
-        row = HostRow(obs, action, received.reward, received.terminated, received.truncated, received.no_step)
-        return row, q_max, carry
+        row = HostRow(
+            obs, action, received.reward, received.terminated, received.truncated, received.no_step, carry=carry
+        )
+        return row, q_max
 
     def prepare_evaluation(self) -> None:
         """Makes the lanes of evaluations."""
