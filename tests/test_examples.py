@@ -17,6 +17,7 @@ BUDGETS = {
     "laptop_fleet.py": ["--env-steps", "1500", "--num-actors", "1"],
     "lunar_lander.py": ["--env-steps", "1024"],
     "masked_grid.py": ["--env-steps", "1024"],
+    "own_loss.py": ["--env-steps", "2048"],
     "trading.py": ["--env-steps", "1024"],
 }
 NEEDS = {"atari_pong.py": "ale_py", "driving.py": "highway_env", "laptop_fleet.py": "ray", "lunar_lander.py": "Box2D"}

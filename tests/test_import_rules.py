@@ -37,7 +37,7 @@ DIRECTING = ("topology", "director", "remote")
 DIRECTING_ON_RAY = {"topology", "director", "actors_director", "remote", "supervisor", "cluster", "ray_internals"}
 """Modules that workers, learners, server shards and peers must not import."""
 
-ENVS_MAY_IMPORT = ("qfleet.config.errors", "qfleet.config.lane_options")
+ENVS_MAY_IMPORT = ("qfleet.config.errors", "qfleet.config.lane_options", "qfleet.config.python_path")
 
 
 def layer(name: str) -> int:

@@ -13,6 +13,7 @@ import jax
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
 from qfleet.config.checks import check_checkpoint
 from qfleet.config.new_run import check_new_run
+from qfleet.config.own_parts import check_parts_trusted, parts_of_policy
 from qfleet.config.values import show, to_plain
 from qfleet.core.keys import key_shape
 from qfleet.core.masks import masked
@@ -37,6 +38,7 @@ from qfleet.training.metadata import read_metadata
 from qfleet.training.resuming import (
     check_network_is_given,
     check_reads_the_same,
+    check_run_trusted,
     check_same_place_for_seeds,
     config_to_resume,
 )
@@ -73,8 +75,8 @@ def train(
       env: a function or class that makes the environment, in place of the one that `config` names: a new
         `gymnasium.Env` each time, an `InGraphEnv` or a `HostEnv`. `make_config` takes it too. In another process,
         `load`, `resume` and `watch` then need it as well.
-      network: replaces the network that `config.agent` describes. It is any pair of functions, or a Flax NNX module
-        that `qfleet.from_nnx` converts. `load` and `resume` then need it too.
+      network: replaces the network that `config.agent` describes. Any pair of functions, or a Flax NNX module converted
+        by `qfleet.from_nnx`. `load` and `resume` then need it too.
       optimiser: replaces the optimiser that `config.agent` names. `resume` then needs it too.
       callbacks: objects with any of the methods `on_progress`, `on_evaluation`, `on_checkpoint` and `on_end`, which are
         told how the run goes and may stop it, evaluate, save, or change the exploration and other settings by the
@@ -183,15 +185,13 @@ def resume(
       stop_return: return at which the run ends, instead of the one in its config; "none" for no such return. A run that
         has reached its return already goes on to `env_steps`.
       checkpoint: environment step of the checkpoint to continue from, instead of the newest. Newer ones are set aside,
-        by renaming. "best" is the checkpoint of the best evaluation. It holds the learner alone, so the run begins new
-        episodes and warms up again from an empty replay, at that environment step of its schedules.
+        by renaming. "best" is that of the best evaluation. It holds the learner alone, so the run warms up again.
       topology: where the run continues, if that is another topology or another size. Its lanes begin new episodes, and
         the replay is divided anew over them. So a run that began on a laptop can continue as a fleet, or the other way
         round. The run's folder keeps the config that the run began with, so give this argument each time.
       num_processes: number of processes that an all-reduce or gossip run continues with. This argument and the next
         three default to what the run began with.
-      coordinator: HOST:PORT of the first process of an all-reduce run, to start each process by hand; `local` starts
-        all of them on this machine.
+      coordinator: HOST:PORT of the first process of an all-reduce run, to start each by hand; `local` starts all here.
       process_id: number of the process to start here, if each is started by hand. Start the others with otherwise the
         same arguments. Only the first one locks the folder, sets checkpoints aside, and returns progress.
       ray_address: address of the Ray cluster that the processes run on.
@@ -199,8 +199,8 @@ def resume(
       network: the network that `train` was given, if any.
       optimiser: the optimiser that `train` was given, if any.
       callbacks, loggers: as for `train`.
-      trust: whether to import the module of an environment `MODULE:NAME` that only the run's folder names. Importing it
-        runs its code. It isn't asked for if the module has been imported already.
+      trust: whether to run modules, of the environment or of parts of the agent (`MODULE:NAME`), that only the run's
+        folder names. It isn't asked for if an environment's module has been imported, or a part used, already.
       num_seeds_at_once: as for `train`. Of a run whose seeds have processes of their own, only those seeds go on that
         have not come to their end.
 
@@ -214,7 +214,7 @@ def resume(
     checkpoint = check_checkpoint(checkpoint)
     if env is not None:
         remember_factory(directory.config.env, env)
-    check_trusted(directory.config.env, directory.path, trust=trust)
+    check_run_trusted(directory, trust=trust)
     config = config_to_resume(
         directory.config,
         env_steps=env_steps,
@@ -289,13 +289,14 @@ def load(
             number = checkpoints.check_exists()
         if number is None:  # what needs trust is told first
             check_trusted(config.env, directory.path, trust=trust)
+        check_parts_trusted({} if network else parts_of_policy(config.agent), directory.path, trust=trust)
         metadata = read_metadata(checkpoints, number, directory.config)
         check_network_is_given(network is not None, metadata["has_own_network"])
         source = _environment_of(directory, metadata.get("environment"), env, trust=trust)
         spec = source.interface.spec if isinstance(source, RecordedEnv) else source.spec
         if network is None:
             check_reads_the_same(directory, spec)
-        network_in_use = network or make_network(spec, config.agent)
+        network_in_use = make_network(spec, config.agent, network)
         limit_cpu_threads(check_network(network_in_use, spec, directory.config.agent))
         enable_compilation_cache()
         params = checkpoints.restore_item("learner", env_steps=number)["params"]

@@ -78,6 +78,7 @@ ADDED_IN_6 = (
     "head", "num_atoms", "value_min", "value_max", "hl_gauss_smoothing", "num_quantiles", "num_acting_quantiles",
     "num_cosines", "munchausen", "munchausen_temperature", "munchausen_weight", "munchausen_clip", "noisy", "noisy_std",
     "exploration_fraction", "learning_rate_fraction", "importance_exponent_fraction",
+    "network", "target", "own_options", "normalise_observations", "normalise_rewards",
 )  # fmt: skip
 
 

@@ -11,14 +11,14 @@ import pytest
 import qfleet
 from qfleet.cli.main import main
 from qfleet.config import ConfigError
-from qfleet.envs.names import check_trusted, import_module_of, module_in
-from qfleet.envs.python_path import (
+from qfleet.config.python_path import (
     forget_safe_start,
     leave_module_folder,
     module_folder_searched,
     module_folder_variables,
     starts_safely,
 )
+from qfleet.envs.names import check_trusted, import_module_of, module_in
 from qfleet.runtime.run_directory import RunDirectory
 
 REGISTER = """

@@ -1,4 +1,4 @@
-"""Heads, noise and memories in every topology: all that is drawn is the same in each, and goes on after a resume."""
+"""Heads, noise, memories and normalisation: all is the same in every topology, and goes on after a resume."""
 
 import functools
 
@@ -33,11 +33,11 @@ AGENTS = {
     ),
     "munchausen_iqn": AgentConfig(
         **REPLAY, head="iqn", munchausen=True, num_quantiles=4, num_cosines=8, hidden_sizes=(16,),
-        exploration_max_duration=8,
+        exploration_max_duration=8, normalise_observations=True, normalise_rewards=True,
     ),
     "noisy_pqn": AgentConfig(
         replay="none", rollout_length=ROWS, num_minibatches=4, noisy=True, head="hl_gauss", hidden_sizes=(16,),
-        exploration_start=0.0, exploration_end=0.0,
+        exploration_start=0.0, exploration_end=0.0, normalise_observations=True, normalise_rewards=True,
     ),
     "r2d2": AgentConfig(
         **{**REPLAY, "batch_size": 4}, replay="prioritised", memory="lstm", memory_size=4, burn_in=2, sequence_length=6,

@@ -36,7 +36,8 @@ class _EvalFlags:
     num_env_workers: int | None = None
     """Processes that step an environment that isn't written in JAX. The default is as in training."""
     trust: bool = False
-    """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
+    """Import modules (MODULE:NAME, of the environment or the agent's parts) that only the run's folder names.
+    Importing runs their code."""
     json: bool = False
     """Print one line of JSON."""
 

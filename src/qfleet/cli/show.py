@@ -118,7 +118,7 @@ def outcome(summary: dict[str, Any], path: str) -> str:
         folder = f"{path}/{summary['seeds'][0]['run']}" if "seeds" in summary else path
         lines.append(f"videos: {summary['num_videos']} in {folder}/videos{failed}")
     further = "" if summary["stopped"] == "interrupted" else f" --env-steps {2 * summary['env_steps']}"
-    trust = " --trust" if module_in(summary["env"]) else ""
+    trust = " --trust" if module_in(summary["env"]) or summary.get("own_parts") else ""
     run = shlex.quote(path)
     evaluate = f"qfleet eval {run}{trust} | " if summary["env_steps"] else ""  # nothing is learned without a step
     lines.append(f"next: {evaluate}qfleet resume {run}{further}{trust}")

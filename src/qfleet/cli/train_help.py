@@ -25,8 +25,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "checkpoint": ("checkpoint_period_seconds", "checkpoints_kept", "checkpoint_best", "checkpoint_replay"),
     "learning": (
         "discount", "double", "n_step", "loss", "huber_delta", "value_rescaling", "target_update_period",
-        "target_update_rate", "env_steps_per_learner_step", "batch_size", "munchausen", "munchausen_temperature",
-        "munchausen_weight", "munchausen_clip",
+        "target_update_rate", "env_steps_per_learner_step", "batch_size", "target", "munchausen",
+        "munchausen_temperature", "munchausen_weight", "munchausen_clip", "normalise_observations", "normalise_rewards",
+        "own_options",
     ),
     "head": (
         "head", "num_atoms", "value_min", "value_max", "hl_gauss_smoothing", "num_quantiles", "num_acting_quantiles",
@@ -36,7 +37,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "exploration", "exploration_start", "exploration_end", "exploration_schedule", "exploration_env_steps",
         "exploration_fraction", "exploration_max_duration", "exploration_duration_exponent", "noisy", "noisy_std",
     ),
-    "network": ("torso", "hidden_sizes", "layer_norm", "dueling", "memory", "memory_size", "convolution"),
+    "network": ("network", "torso", "hidden_sizes", "layer_norm", "dueling", "memory", "memory_size", "convolution"),
     "optimiser": (
         "optimiser", "optimiser_options", "learning_rate", "learning_rate_schedule", "learning_rate_end_fraction",
         "learning_rate_learner_steps", "learning_rate_fraction", "max_gradient_norm",

@@ -31,7 +31,8 @@ class _WatchFlags:
     frames_per_second: int = 30
     """Frames per second of the mp4, in which each step is one frame."""
     trust: bool = False
-    """Import the module of an environment MODULE:NAME that only the run's folder names. Importing runs its code."""
+    """Import modules (MODULE:NAME, of the environment or the agent's parts) that only the run's folder names.
+    Importing runs their code."""
 
 
 def run(arguments: Sequence[str]) -> int:

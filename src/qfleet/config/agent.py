@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from qfleet.config.checks import MAX_COUNT, MAX_SIZE, check, check_count, check_counts, check_positive
 from qfleet.config.errors import ConfigError
+from qfleet.config.own_parts import is_own_name
 from qfleet.config.values import MAX_FLOAT, Config
 
 MIN_ENV_STEPS_PER_LEARNER_STEP = 1e-3
@@ -45,11 +46,12 @@ class AgentConfig(Config):
     huber_delta: float = 1.0
     """TD error at which the Huber loss turns linear, in units of discounted reward; for quantiles, kappa."""
 
-    head: Literal["scalar", "c51", "qr", "iqn", "hl_gauss"] = "scalar"
+    head: Literal["scalar", "c51", "qr", "iqn", "hl_gauss"] | str = "scalar"
     """What the network learns of the return: its mean by regression, or a distribution.
     `c51` is a probability for each atom (Bellemare et al. 2017, arXiv 1707.06887). `qr` is fixed quantiles (Dabney et
     al. 2018, arXiv 1710.10044), and `iqn` any quantile (Dabney et al. 2018, arXiv 1806.06923). `hl_gauss` is the mean,
-    learned by classification (Farebrother et al. 2024, arXiv 2403.03950)."""
+    learned by classification (Farebrother et al. 2024, arXiv 2403.03950). MODULE:NAME is a head of your own, with a
+    loss of your own: a function of the agent's config that returns a `Head`."""
     num_atoms: int = 51
     """c51 and hl_gauss: number of atoms, evenly spaced from `value_min` to `value_max`."""
     value_min: float = -10.0
@@ -64,6 +66,9 @@ class AgentConfig(Config):
     """iqn: number of evenly spaced fractions whose mean is the Q-value when acting and evaluating."""
     num_cosines: int = 64
     """iqn: length of a fraction's embedding."""
+    target: str | None = None
+    """MODULE:NAME of a target of your own, in place of `double` and `munchausen`: a function of the agent's config that
+    returns a `Target`. None takes that of Q-learning."""
     munchausen: bool = False
     """Add the scaled log-probability of the action to the reward, and bootstrap from a softmax policy of the target
     network's values (Vieillard et al. 2020, arXiv 2007.14430)."""
@@ -74,6 +79,16 @@ class AgentConfig(Config):
     munchausen_clip: float = -1.0
     """Least scaled log-probability (l0)."""
 
+    normalise_observations: bool = False
+    """Divide observations, less their running mean, by their running deviation, and clip them at 10 deviations.
+    It is for vectors of numbers of different sizes."""
+    normalise_rewards: bool = False
+    """Divide rewards by the running size of the discounted return, for the learner: settings in units of discounted
+    reward (`huber_delta`, `value_min`, `munchausen_temperature` ...) then count in its multiples. Q-values don't."""
+
+    network: str | None = None
+    """MODULE:NAME of a network of your own: a function of an `EnvSpec` and the agent's config that returns a `Network`.
+    It may take notice of the settings below. None builds one from them."""
     torso: Literal["auto", "mlp", "minatar", "nature", "impala", "hadamax"] = "auto"
     """Convolutions before the dense layers; `auto` goes by the observation's shape (vector, small or Atari-sized).
     `impala` is a residual network (Espeholt et al. 2018, arXiv 1802.01561), and `hadamax` multiplies pairs of
@@ -106,8 +121,9 @@ class AgentConfig(Config):
     `patches` multiplies image patches by a matrix, and `native` is XLA's convolution.
     `auto` uses patches on CPU, and native convolutions elsewhere."""
 
-    exploration: Literal["epsilon_greedy", "softmax"] = "epsilon_greedy"
-    """How actions are explored. Softmax is Boltzmann exploration, with probabilities softmax(q / temperature)."""
+    exploration: Literal["epsilon_greedy", "softmax"] | str = "epsilon_greedy"
+    """How actions are explored. Softmax is Boltzmann exploration, with probabilities softmax(q / temperature).
+    MODULE:NAME is an explorer of your own: a function of the agent's config that returns one like `epsilon_greedy`."""
     exploration_max_duration: int = 1
     """Longest time that a random action is repeated, in environment steps of its lane. Above 1 this is
     epsilon-z-greedy: epsilon is the probability that a repetition begins, and its length has a zeta distribution up to
@@ -190,6 +206,9 @@ class AgentConfig(Config):
     num_minibatches: int = 1
     """Q(lambda): learner steps per pass."""
 
+    own_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of your own parts (MODULE:NAME), which read them from the agent's config: numbers, flags or text."""
+
     def __post_init__(self) -> None:
         has_period = self.target_update_period is not None
         if not has_period:
@@ -254,8 +273,11 @@ class AgentConfig(Config):
         )  # fmt: skip
         for i, size in enumerate(self.hidden_sizes):
             check_count(f"hidden_sizes[{i}]", size, maximum=MAX_SIZE)
+        for name in ("network", "target"):
+            value = getattr(self, name)
+            check(value is None or is_own_name(value), name, "MODULE:NAME of a function, or None", value)
         highest = 1.0 if self.exploration == "epsilon_greedy" else MAX_FLOAT
-        lowest_end = 0.0 if self.exploration_schedule == "linear" and self.exploration == "epsilon_greedy" else 1e-8
+        lowest_end = 0.0 if self.exploration_schedule == "linear" and self.exploration != "softmax" else 1e-8
         check(
             lowest_end <= self.exploration_end <= self.exploration_start <= highest,
             "exploration_end and exploration_start", f"in order within [{lowest_end:g}, {highest:g}]",

@@ -141,6 +141,11 @@ _ADDED_IN_6 = {
     "exploration_fraction": None,
     "learning_rate_fraction": None,
     "importance_exponent_fraction": None,
+    "normalise_observations": False,
+    "normalise_rewards": False,
+    "network": None,
+    "target": None,
+    "own_options": {},
 }
 """Fields of `AgentConfig` that version 6 added, with values that change nothing."""
 

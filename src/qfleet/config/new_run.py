@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from qfleet.config.agent import SHARES, AgentConfig
 from qfleet.config.errors import ConfigError
+from qfleet.config.own_parts import OWN_PARTS, is_own_name
 from qfleet.config.topologies import TOPOLOGIES
 from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
@@ -26,7 +27,7 @@ _MODES = (
         (
             "double", "n_step", "batch_size", "replay_capacity", "warmup_env_steps", "env_steps_per_learner_step",
             "target_update_period", "target_update_rate", "munchausen", "value_rescaling", "burn_in",
-            "sequence_length", "sequence_period",
+            "sequence_length", "sequence_period", "target",
         ),
         "choose replay uniform or prioritised; without replay, trace_decay does the work of n_step",
     ),
@@ -101,6 +102,15 @@ def settings_without_effect(settings: Mapping[str, Any], topology: type[Topology
         if modes[mode.setting] in mode.values:
             reason = f"be left out with {mode.setting} {modes[mode.setting]}, where it has no effect"
             found |= dict.fromkeys(mode.without_effect, f"{reason}, got {{value}}; leave it out, or {mode.remedy}")
+    if modes["target"] is not None:
+        reason = "be left out with target {}, which takes its place, got {{value}}; leave one of the two out"
+        found |= dict.fromkeys(("double", "munchausen"), reason.format(modes["target"]))
+    if modes["memory"] != "none" or modes["value_rescaling"]:
+        other = "value_rescaling" if modes["value_rescaling"] else f"memory {modes['memory']}"
+        words = f"be left out with {other}, which doesn't work with it yet, got {{value}}; leave one of the two out"
+        found |= dict.fromkeys(("normalise_observations", "normalise_rewards", "target"), words)
+    if not any(is_own_name(modes[name]) for name in OWN_PARTS):
+        found["own_options"] = "be left out without a part of your own (MODULE:NAME), got {value}; leave it out"
     for share, length in SHARES.items():
         if modes[share] is not None:
             found[length] = f"be left out with {share}, which takes its place, got {{value}}; give one of the two"

@@ -169,10 +169,10 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
         return float(self.actor_epsilon_base ** (1.0 + position * self.actor_epsilon_exponent))
 
     def check_agent(self, agent: AgentConfig) -> None:
-        """Checks that the agent has a replay and explores by epsilon, because each actor has its own epsilon."""
+        """Checks that the agent has a replay, and explores by a number in [0, 1], of which each actor has its own."""
         check_learns_while_others_act(self.name, agent)
-        rule = "epsilon_greedy with topology actor-learner"
-        check(agent.exploration == "epsilon_greedy", "exploration", rule, agent.exploration)
+        rule = "epsilon_greedy, or one of your own, with topology actor-learner"
+        check(agent.exploration != "softmax", "exploration", rule, agent.exploration)
 
     def describe_lanes(self, backend: str) -> str:
         """Returns the number of lanes and of actors."""

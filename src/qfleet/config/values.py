@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qfleet.config.errors import ConfigError, suggest
+from qfleet.config.own_parts import is_own_name
 
 MAX_FLOAT = 3.4e38
 """Largest magnitude of a setting that isn't a whole number; float32, in which runs compute, holds no larger one."""
@@ -65,11 +66,14 @@ def to_plain(kind: Any, value: Any, name: str, otherwise: str = "") -> Any:
       ConfigError: if the value isn't of that type, or isn't finite.
     """
     value = _without_array(value)
-    or_none = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    if or_none:  # the only unions are with None
-        if value is None:
+    alternatives = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else ()
+    or_none, or_own = types.NoneType in alternatives, str in alternatives and types.NoneType not in alternatives
+    if alternatives:  # the only unions are with None, and those of words with MODULE:NAME
+        if value is None and or_none:
             return None
-        (kind,) = (each for each in typing.get_args(kind) if each is not types.NoneType)
+        if or_own and is_own_name(value):
+            return _text(value)
+        kind = next(each for each in alternatives if each is not types.NoneType)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return _to_option(value, name, MAX_DEPTH)
@@ -81,7 +85,7 @@ def to_plain(kind: Any, value: Any, name: str, otherwise: str = "") -> Any:
         return {_key(key, name): to_plain(arguments[1], item, _item(name, key)) for key, item in value.items()}
     if isinstance(kind, type) and (plain := _to_scalar(kind, value, name, otherwise)) is not None:
         return plain
-    rule = f"{_describe(kind)}{', or None' if or_none else ''}"
+    rule = f"{_describe(kind)}{', or None' if or_none else ', or MODULE:NAME' if or_own else ''}"
     raise ConfigError(f"{name} must be {rule}, got {show(value)}{_remedy(kind, value) or otherwise}")
 
 

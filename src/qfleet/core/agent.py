@@ -8,12 +8,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from qfleet.config import AgentConfig
+from qfleet.config.own_parts import is_own_name
 from qfleet.core import exploration
 from qfleet.core.activity import Activity
 from qfleet.core.heads import Outputs, SampleLosses, Values, backed_up, make_head, masked_head, point_values
 from qfleet.core.keys import NOISE, Draws, sample_keys
-from qfleet.core.masks import valid_or_greedy
+from qfleet.core.masks import INVALID, valid_or_greedy
 from qfleet.core.memory import Memory, MemoryState, make_memory
+from qfleet.core.normalisation import IN_TREE, StatisticsPlace, from_scaled, normalises, to_scaled, value_scale
+from qfleet.core.own_targets import NetworkOutputs, make_own_target
 from qfleet.core.player import Player, make_player
 from qfleet.core.rescaling import unscale
 from qfleet.core.sequences import make_sequence_loss
@@ -65,6 +68,8 @@ class Agent(NamedTuple):
     """Whether priorities are TD errors, so that an actor that knows Q-values can compute them."""
     carry_size: int = 0
     """Numbers that a recurrent network remembers of each lane; 0 without memory."""
+    statistics: StatisticsPlace | None = None
+    """Where the parameters hold statistics, with which the agent normalises; None if it doesn't."""
 
 
 class _LossDraws(NamedTuple):
@@ -115,12 +120,16 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
     """
     head = masked_head(make_head(config)) if network.is_masked else make_head(config)
     recurrence, player = network.recurrence, make_player(network, frame_stack)
-    explore = exploration.explorer(config.exploration, is_masked=network.is_masked)
+    explore = exploration.make_explore(config, is_masked=network.is_masked)
     repeats, repeat = config.exploration_max_duration > 1, exploration.make_repeat(config)
+    own_target = make_own_target(config)
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
     def q_values(params: Params, obs: Array, keys: Array | None = None) -> Array:
-        return network.apply(params, obs) if keys is None else head.q_values(outputs_of(params, obs, Draws(keys)))
+        if keys is None:
+            return network.apply(params, obs)
+        q = head.q_values(outputs_of(params, obs, Draws(keys)))
+        return jnp.maximum(q * value_scale(params, config), INVALID) if config.normalise_rewards else q
 
     def act_values(params: Params, memory: MemoryState, keys: Array | None = None) -> tuple[Array, MemoryState]:
         if recurrence is None:
@@ -163,9 +172,19 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         next_values = head.mixture(outputs, jnp.exp(log_policy), -temperature * log_policy)
         return backed_up(batch.reward + bonus, batch.discount, next_values)
 
+    def outputs_of_both(params: Params, target_params: Params, batch: Transition, draws: _LossDraws) -> NetworkOutputs:
+        return NetworkOutputs(
+            online_tm1=outputs_of(params, batch.obs, draws.value),
+            target_tm1=outputs_of(target_params, batch.obs, draws.other),
+            online_t=outputs_of(params, batch.next_obs, draws.other),
+            target_t=outputs_of(target_params, batch.next_obs, draws.target),
+        )
+
     def target_of(params: Params, target_params: Params, batch: Transition | Regression, draws: _LossDraws) -> Values:
         if isinstance(batch, Regression):
             return point_values(batch.target)
+        if own_target is not None:
+            return own_target(head, batch, outputs_of_both(params, target_params, batch, draws))
         if config.munchausen:
             outputs_tm1 = outputs_of(target_params, batch.obs, draws.other)
             return munchausen_target(batch, outputs_tm1, outputs_of(target_params, batch.next_obs, draws.target))
@@ -194,9 +213,11 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
             outputs, flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, batch))
         else:
             outputs, flat = outputs_of(params, batch.obs, split.value), batch
+        flat = to_scaled(flat, params, target_params, config)
         target = jax.lax.stop_gradient(target_of(params, target_params, flat, split))
         found = head.loss(outputs, flat.action, target)
-        return jnp.mean(flat.weight * found.loss), found
+        loss = jnp.mean(flat.weight * found.loss)
+        return loss, from_scaled(found, params, config, priority_is_td_error=head.priority_is_td_error)
 
     return Agent(
         init=network.init,
@@ -209,9 +230,10 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
         act=act,
         player=_with_returns(player) if config.value_rescaling else player,
         acts_with_keys=config.noisy,
-        loss_draws=config.noisy or config.head == "iqn",
+        loss_draws=config.noisy or config.head == "iqn" or is_own_name(config.head) or config.network is not None,
         priority_is_td_error=head.priority_is_td_error and not config.learns_sequences,
         carry_size=0 if recurrence is None else jax.eval_shape(lambda: recurrence.initial(1)).shape[-1],
+        statistics=IN_TREE if normalises(config) else None,
     )
 
 

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import AgentConfig
+from qfleet.config import AgentConfig, ConfigError
+from qfleet.config.own_parts import make_own_part
+from qfleet.config.values import show
 from qfleet.core.losses import huber_loss, make_loss
 from qfleet.core.masks import MaskedOutputs, with_invalid
 from qfleet.core.rescaling import rescale, unscale
@@ -113,7 +115,11 @@ def backed_up(reward: Array, discount: Array, values: Values, *, is_rescaled: bo
 
 
 def make_head(config: AgentConfig) -> Head:
-    """Returns the head that `config` names."""
+    """Returns the head that `config` names.
+
+    Raises:
+      ConfigError: if it is a user's, and their function can't be imported or doesn't return a head.
+    """
     match config.head:
         case "scalar":
             return scalar_head(make_loss(config))
@@ -126,6 +132,19 @@ def make_head(config: AgentConfig) -> Head:
             return quantile_head(config.num_quantiles, config.huber_delta)
         case "iqn":
             return implicit_quantile_head(config.huber_delta)
+        case name:
+            return _own_head(name, config)
+
+
+def _own_head(name: str, config: AgentConfig) -> Head:
+    head = make_own_part("head", name, config)
+    num_outputs = head.num_outputs if isinstance(head, Head) else 0
+    if not (num_outputs is None or (isinstance(num_outputs, int) and num_outputs > 0)):
+        raise ConfigError(
+            f"head must name a function that returns a qfleet.core.heads.Head with a positive num_outputs or None, got "
+            f"{name}, which returned {show(head)}; build one, as in scalar_head(loss)"
+        )
+    return head
 
 
 def support(config: AgentConfig) -> np.ndarray:

@@ -13,8 +13,9 @@ from qfleet.config import AgentConfig, ConfigError, suggest
 from qfleet.config.values import show
 from qfleet.core.agent import Agent
 from qfleet.core.keys import NOISE, Draws, Stream, key_of, sample_keys
+from qfleet.core.normalisation import StatisticsPlace, apply_updates, with_moments, without_statistics
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
-from qfleet.core.types import Batch, Params
+from qfleet.core.types import Batch, Params, Sequences
 
 ELEMENTWISE = (
     "adabelief",
@@ -74,8 +75,19 @@ class Learner(NamedTuple):
     """Whether `gradients` draws random numbers."""
 
 
-def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTransformation | None = None) -> Learner:
-    """Returns the learner of `agent`. If an `optimiser` is given, it replaces the one that `config` names.
+def make_learner(
+    agent: Agent,
+    config: AgentConfig,
+    optimiser: optax.GradientTransformation | None = None,
+    statistics: StatisticsPlace | None = None,
+) -> Learner:
+    """Returns the learner of `agent`.
+
+    Args:
+      agent: the agent.
+      config: its config.
+      optimiser: replaces the one that `config` names.
+      statistics: where the parameters that `apply` changes hold statistics; by default, where the agent's do.
 
     Raises:
       ConfigError: if the optimiser isn't one of Optax, or there is none of that name.
@@ -87,15 +99,20 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
             f"optax.adam(1e-3)"
         )
     has_target = config.replay != "none"
+    statistics = agent.statistics if statistics is None else statistics
 
     def init(params: Params) -> LearnerState:
         # This must be a copy, because a donated state must not hold the same buffer twice.
         target_params = jax.tree.map(jnp.copy, params) if has_target else ()
-        return LearnerState(params, target_params, optimiser.init(params), jnp.zeros((), jnp.int32))
+        optimiser_state = optimiser.init(without_statistics(params, statistics))
+        return LearnerState(params, target_params, optimiser_state, jnp.zeros((), jnp.int32))
 
     def gradients(state: LearnerState, batch: Batch, draws: Draws | None = None) -> tuple[Params, UpdateInfo]:
         loss = jax.value_and_grad(agent.loss, has_aux=True)
         (value, found), grads = loss(state.params, state.target_params, batch, draws)
+        if agent.statistics is not None:
+            assert not isinstance(batch, Sequences)  # which come with a memory
+            grads = with_moments(grads, state.params, batch)
         return grads, UpdateInfo(value, found.td_error, found.priority, found.loss)
 
     def next_target(target: Params, online: Params) -> Params:
@@ -103,8 +120,9 @@ def make_learner(agent: Agent, config: AgentConfig, optimiser: optax.GradientTra
         return online if rate == 1.0 else jax.tree.map(lambda t, o: t + rate * (o - t), target, online)
 
     def apply(state: LearnerState, grads: Params) -> LearnerState:
-        updates, optimiser_state = optimiser.update(grads, state.optimiser_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        seen_grads, seen_params = (without_statistics(tree, statistics) for tree in (grads, state.params))
+        updates, optimiser_state = optimiser.update(seen_grads, state.optimiser_state, seen_params)
+        params = apply_updates(state.params, updates, grads, statistics)
         if not has_target:
             return LearnerState(params, (), optimiser_state, state.target_age)
         age = state.target_age + 1

@@ -22,6 +22,7 @@ from jax import Array
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.agent import Agent
 from qfleet.core.learner import ELEMENTWISE, LearnerState, UpdateInfo, draws_of_step, init_from_seed, make_learner
+from qfleet.core.normalisation import NOWHERE, StatisticsPlace
 from qfleet.core.types import Batch, Params
 
 StateLeaves = list[np.ndarray]
@@ -46,12 +47,21 @@ class ShardedLearner:
         self._agent, self.num_shards = agent, num_shards
         self._max_gradient_norm = config.max_gradient_norm
         # `apply` clips by the norm of the whole gradient, which the optimiser of one piece could not know.
-        self.learner = make_learner(agent, dataclasses.replace(config, max_gradient_norm=None))
+        config = dataclasses.replace(config, max_gradient_norm=None)
+        self.learner = make_learner(agent, config)
         self.shapes: LearnerState = jax.eval_shape(self.init, np.uint32(0))
         """Shapes of the whole learner."""
         self.num_params = count_params(self.shapes.params)
-        self.piece_bounds = piece_bounds(self.num_params, num_shards)
-        """Start and end of each shard's piece in the vector of parameters."""
+        num_statistics = 0 if agent.statistics is None else count_params(agent.statistics.take(self.shapes.params))
+        self._num_learned = self.num_params - num_statistics  # statistics are last in the vector
+        self.piece_bounds = piece_bounds(self.num_params, num_shards, num_statistics)
+        """Start and end of each shard's piece in the vector of parameters. All statistics are in the last one."""
+        self._learners = [self.learner] * num_shards
+        """Each shard's learner, for its piece."""
+        if num_shards > 1 and agent.statistics is not None:
+            place = _statistics_of_piece(agent.statistics.take(self.shapes.params), num_statistics)
+            self._learners = [make_learner(agent, config, None, NOWHERE)] * (num_shards - 1)
+            self._learners.append(make_learner(agent, config, None, place))
 
     # --- The initial state ---
 
@@ -68,7 +78,7 @@ class ShardedLearner:
         if self.num_shards == 1:
             return whole
         start, end = self.piece_bounds[shard]
-        return self.learner.init(to_vector(whole.params)[start:end])
+        return self._learners[shard].init(to_vector(whole.params)[start:end])
 
     # --- One learner step ---
 
@@ -81,7 +91,16 @@ class ShardedLearner:
         vector = to_vector(gradient).astype(dtype)
         return [vector[start:end] for start, end in self.piece_bounds], info
 
-    def apply(self, state: LearnerState, piece: Array, squared_norm: Array) -> LearnerState:
+    def squared_norm(self, piece: Array, shard: int) -> Array:
+        """Returns the sum of the squares of a shard's piece of a gradient, `[]` float32, without moments."""
+        return squared_norm(piece[: self._num_learned_of(shard)])
+
+    def _num_learned_of(self, shard: int) -> int:
+        """Returns how many numbers of a shard's piece are learned. Those that follow are statistics."""
+        start, end = self.piece_bounds[shard]
+        return min(end, self._num_learned) - start
+
+    def apply(self, state: LearnerState, piece: Array, squared_norm: Array, shard: int) -> LearnerState:
         """Returns the state of a shard after one learner step.
 
         Args:
@@ -89,11 +108,13 @@ class ShardedLearner:
           piece: `[piece]` float32, the shard's piece of the gradient.
           squared_norm: `[]` float32, squared norm of the whole gradient, over all shards. The gradient is clipped by
             it, as `optax.clip_by_global_norm` would clip the whole gradient.
+          shard: number of the shard.
         """
         if self._max_gradient_norm is not None:
-            norm = jnp.sqrt(squared_norm)
-            piece = jnp.where(norm < self._max_gradient_norm, piece, piece / norm * self._max_gradient_norm)
-        return self.learner.apply(state, to_tree(piece, state.params) if self.num_shards == 1 else piece)
+            norm, (learned, rest) = jnp.sqrt(squared_norm), jnp.split(piece, [self._num_learned_of(shard)])
+            learned = jnp.where(norm < self._max_gradient_norm, learned, learned / norm * self._max_gradient_norm)
+            piece = jnp.concatenate([learned, rest]) if rest.size else learned
+        return self._learners[shard].apply(state, to_tree(piece, state.params) if self.num_shards == 1 else piece)
 
     def assemble_params(self, pieces: Sequence[np.ndarray]) -> Params:
         """Returns the parameters, as a tree, from the pieces of all shards, `[piece]` float32 each."""
@@ -141,10 +162,21 @@ class TargetUpdateTracker:
         return num_updates > 0
 
 
-def piece_bounds(num_params: int, num_pieces: int) -> list[tuple[int, int]]:
-    """Returns the start and end of each piece. The lengths of two pieces differ by one parameter at most."""
-    ends = [num_params * i // num_pieces for i in range(num_pieces + 1)]
-    return list(itertools.pairwise(ends))
+def piece_bounds(num_params: int, num_pieces: int, num_statistics: int = 0) -> list[tuple[int, int]]:
+    """Returns the start and end of each piece. The lengths of two pieces differ by one parameter at most.
+
+    The last `num_statistics` numbers of the vector belong together, so the last piece may be longer to hold them.
+    """
+    ends = [min(num_params * i // num_pieces, num_params - num_statistics) for i in range(num_pieces)]
+    return list(itertools.pairwise([*ends, num_params]))
+
+
+def _statistics_of_piece(like: Params, count: int) -> StatisticsPlace:
+    """Returns the place of statistics, whose shapes are those of `like`, at the end of a vector."""
+    return StatisticsPlace(
+        take=lambda piece: to_tree(piece[-count:], like),
+        replace=lambda piece, value: jnp.concatenate([piece[:-count], to_vector(value)]),
+    )
 
 
 def count_params(params: Params) -> int:

@@ -149,6 +149,10 @@ class Regression(NamedTuple):
     is_first: Any = ()
     """`[rows, lanes]` bool, with a recurrent network: whether an episode starts at a row. It is False for the first
     row, whose `carry` is known."""
+    reward: Any = ()
+    """`[batch]` float32, the reward of each row's step; `()` unless rewards are normalised."""
+    discount: Any = ()
+    """`[batch]` float32, the discount after it, or 0 if it terminated the episode; `()` as for `reward`."""
 
 
 class Sequences(NamedTuple):

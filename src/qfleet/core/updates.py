@@ -11,6 +11,7 @@ from qfleet.config import AgentConfig
 from qfleet.core import targets
 from qfleet.core.keys import NOISE
 from qfleet.core.learner import Learner, LearnerState, UpdateInfo, update
+from qfleet.core.normalisation import rewards_of_rollout
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, Replay, ReplayState, Row
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Regression
@@ -139,15 +140,17 @@ def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig, 
       carry: `[lanes, size]`, what a recurrent network remembered before the first row, where an episode may start:
         then it is zeros.
     """
+    discount = jnp.where(rows.outcome == TERMINATED, 0.0, config.discount)
     returns = targets.lambda_returns(
         r_t=rows.reward,
-        discount_t=jnp.where(rows.outcome == TERMINATED, 0.0, config.discount),
+        discount_t=discount,
         v_t=jnp.concatenate([q_max[1:], last_value[None]]),
         # The row after a truncated step holds the final observation. The return bootstraps there and looks no further.
         lambda_t=jnp.where(rows.outcome == CONTINUED, config.trace_decay, 0.0),
     )
     is_step = rows.outcome != NO_STEP
-    batch = Regression(rows.obs, rows.action, returns, weight=is_step.astype(jnp.float32))
+    more = rewards_of_rollout(rows.reward, discount, config)
+    batch = Regression(rows.obs, rows.action, returns, weight=is_step.astype(jnp.float32), **more)
     if isinstance(carry, tuple):
         return batch
     is_first = jnp.concatenate([jnp.zeros_like(is_step[:1]), ~is_step[:-1]])

@@ -3,14 +3,13 @@
 import contextlib
 import importlib
 import importlib.metadata
-import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from qfleet.config.errors import ConfigError, suggest
-from qfleet.envs.python_path import module_folder, module_folder_searched
+from qfleet.config.python_path import check_trusted_module, module_folder_searched
 
 BACKENDS = {
     "gymnax": "qfleet.envs.gymnax",
@@ -70,19 +69,8 @@ def check_trusted(name: str, run: Path, *, trust: bool) -> None:
       ConfigError: if the module isn't imported yet and either isn't trusted or would be looked for in the run's folder.
     """
     module = module_in(name)
-    if not module or module in sys.modules:
-        return
-    if not trust:
-        raise ConfigError(
-            f"a module that only a run's folder names must be trusted before it is imported, because importing it runs "
-            f"its code: {run / 'config.json'} names environment {name}, of module {module}; if you trust that module, "
-            f"give --trust (in Python: trust=True, or import the module first)"
-        )
-    if Path(os.path.realpath(module_folder())).is_relative_to(os.path.realpath(run)):
-        raise ConfigError(
-            f"nothing in a run's folder is ever imported, so module {module} can't be looked for in {module_folder()}, "
-            f"which is part of run {run.absolute()}; change to the folder with your module and give the run's path"
-        )
+    if module and module not in sys.modules:
+        check_trusted_module(module, f"environment {name}", run, trust=trust, otherwise=", or import the module first")
 
 
 def module_that_registers(name: str) -> str | None:

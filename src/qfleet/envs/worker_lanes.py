@@ -16,11 +16,11 @@ import numpy as np
 from gymnasium.vector.utils import CloudpickleWrapper
 
 from qfleet.config.errors import ConfigError
+from qfleet.config.python_path import is_module_folder_searched, starts_safely
 from qfleet.envs.failures import Failure, FailureBudget, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.lane_group import SingleEnv, make_arrays, num_bytes
 from qfleet.envs.names import searched_for
-from qfleet.envs.python_path import is_module_folder_searched, starts_safely
 from qfleet.envs.worker import Share, work
 from qfleet.envs.worker_signals import held_back
 

@@ -5,23 +5,68 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.config.own_parts import make_own_part
 from qfleet.core.heads import make_head
 from qfleet.core.keys import Draws, key_shape
+from qfleet.core.normalisation import normalised, normalises
 from qfleet.core.types import EnvSpec, Network, Params, Recurrence, identity, stored_spec
 from qfleet.networks.heads import QNetwork, RecurrentQNetwork
-from qfleet.networks.torsos import make_storage_layout
+from qfleet.networks.torsos import choose_torso, make_storage_layout
 
 
-def make_network(spec: EnvSpec, config: AgentConfig) -> Network:
-    """Returns the built-in Q-network for these observations and actions.
+def make_network(spec: EnvSpec, config: AgentConfig, given: Network | None = None) -> Network:
+    """Returns the Q-network for these observations and actions, which normalises as `config` says.
+
+    It is the one that is `given`, the user's that `config` names, or the built-in one.
 
     Raises:
-      ConfigError: if the torso doesn't suit the observations.
+      ConfigError: if the torso doesn't suit the observations, the user's function doesn't return a network, or
+        observations can't be normalised.
     """
+    network = make_plain_network(spec, config) if given is None else _checked(given)
+    if normalises(config):
+        _check_can_be_normalised(network, spec, config, is_own=given is not None or config.network is not None)
+    return normalised(network, spec, config)
+
+
+def _check_can_be_normalised(network: Network, spec: EnvSpec, config: AgentConfig, *, is_own: bool) -> None:
+    if network.recurrence is not None:
+        raise ConfigError(
+            f"normalise_observations and normalise_rewards must be left out with a network that remembers, got one for "
+            f"{spec.name}; leave them out, or choose memory none"
+        )
+    what = None
+    if not config.normalise_observations:
+        return
+    if spec.has_action_mask and spec.frame_stack > 1:
+        what = "are stacked frames with action masks"
+    elif spec.observation_dtype == np.bool_:
+        what = "are flags, which have one size"
+    elif spec.observation_dtype == np.uint8 or (not is_own and choose_torso(spec, config.torso) != "mlp"):
+        what = "are images, whose pixels the network divides by their limit"
+    if what is not None:
+        shape = f"{spec.observation_dtype}{list(spec.observation_shape)}"
+        raise ConfigError(
+            f"normalise_observations must be left out where observations {what}, got {shape} of {spec.name}; leave it "
+            f"out"
+        )
+
+
+def make_plain_network(spec: EnvSpec, config: AgentConfig) -> Network:
+    """Returns the network that `config` names or describes, as it is without normalisation."""
+    if config.network is not None:
+        network: Network = make_own_part("network", config.network, spec, config)
+        if not isinstance(network, Network):
+            raise ConfigError(
+                f"network must name a function that returns a qfleet.Network, got {config.network}, which returned a "
+                f"{type(network).__name__}; convert a Flax NNX module by qfleet.from_nnx(lambda rngs: ...)"
+            )
+        return network
     kind = QNetwork if config.memory == "none" else RecurrentQNetwork
     return from_nnx(lambda rngs: kind(spec, config, rngs))._replace(to_storage_layout=make_storage_layout(spec, config))
 
@@ -117,11 +162,7 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
     Raises:
       ConfigError: if it isn't a `Network`, can't be traced with such observations, or returns another shape or type.
     """
-    if not isinstance(network, Network):
-        raise ConfigError(
-            f"`network` must be a qfleet.Network, got a {type(network).__name__}; convert a Flax NNX module by "
-            f"qfleet.from_nnx(lambda rngs: ...)"
-        )
+    _checked(network)
     batch = 3  # a number that is hardly the size of anything else in the network
     # It is shown observations without masks.
     stored = stored_spec(dataclasses.replace(spec, has_action_mask=False), network.to_storage_layout)
@@ -131,7 +172,9 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
     try:
         params = jax.eval_shape(network.init, key_shape())
         q_values = jax.eval_shape(network.apply, params, observations)
-    except (TypeError, ValueError) as error:
+    except ConfigError:
+        raise
+    except Exception as error:  # a user's network may raise anything
         raise ConfigError(
             f"a network must map {seen} to action values {wanted}, got {type(error).__name__}: {error}; fit its "
             "first layer to the observations (uint8 isn't divided by 255 yet, stacked frames are the last axis)"
@@ -147,22 +190,34 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def _checked(network: Network) -> Network:
+    """Returns the network that a user gives, after checking that it is one."""
+    if not isinstance(network, Network):
+        raise ConfigError(
+            f"`network` must be a qfleet.Network, got a {type(network).__name__}; convert a Flax NNX module by "
+            f"qfleet.from_nnx(lambda rngs: ...)"
+        )
+    return network
+
+
 def _check_outputs(
     network: Network, config: AgentConfig, params: Params, observations: jax.ShapeDtypeStruct, num_actions: int
 ) -> None:
     """Raises ConfigError unless the network returns what the agent's head takes."""
-    if config.head == "scalar" and not config.noisy:
+    head, wanted = make_head(config), (observations.shape[0], num_actions)
+    if head.num_outputs is None and config.head != "iqn" and not config.noisy and network.outputs is None:
         return
-    setting = "noisy layers" if config.head == "scalar" else f"head {config.head}"
+    if config.head == "scalar" and not config.noisy and config.network is None:
+        return
+    setting = "noisy layers" if config.head == "scalar" and config.noisy else f"head {config.head}"
     remedy = "give its module a method outputs(observations, draws), see qfleet.Network, or leave the setting out"
     if network.outputs is None:
         raise ConfigError(f"a network of your own must have outputs to learn with {setting}, got none; {remedy}")
-    head, wanted = make_head(config), (observations.shape[0], num_actions)
     try:
         outputs = jax.eval_shape(network.outputs, params, observations, None)
         num_outputs = None if head.num_outputs is None else outputs.shape[-1]
         fits = num_outputs == head.num_outputs and jax.eval_shape(head.q_values, outputs).shape == wanted
-    except (TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # a user's network may raise anything
         raise ConfigError(
             f"the outputs of a network must suit {setting}, got {type(error).__name__}: {error}; {remedy}"
         ) from error

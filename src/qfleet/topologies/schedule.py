@@ -52,8 +52,9 @@ def check_fixed(config: AgentConfig, num_lanes: int, name: str, value: float) ->
     if name == "env_steps_per_learner_step":
         least = max(MIN_ENV_STEPS_PER_LEARNER_STEP, num_lanes / MAX_SIZE)
         check(least <= value <= MAX_COUNT, name, f"{least:g} to {MAX_COUNT}", value)
-    elif name == "exploration" and config.exploration == "softmax":
-        check(1e-8 <= value <= MAX_FLOAT, name, f"a temperature, {1e-8:g} to {MAX_FLOAT:g}", value)
+    elif name == "exploration" and config.exploration != "epsilon_greedy":
+        least, what = (1e-8, "a temperature") if config.exploration == "softmax" else (0.0, "a number")
+        check(least <= value <= MAX_FLOAT, name, f"{what}, {least:g} to {MAX_FLOAT:g}", value)
     else:
         check(0 <= value <= 1, name, "in [0, 1]", value)
 

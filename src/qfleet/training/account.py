@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from qfleet.config import TrainConfig
+from qfleet.config.own_parts import own_parts
 from qfleet.runtime.process import peak_rss_bytes, seconds_since_process_start
 from qfleet.runtime.records import Progress
 from qfleet.runtime.stopwatch import TimeShares
@@ -69,6 +70,7 @@ class RunAccount:
             "evaluated_at": self.evaluated_at,
             "best_evaluation": self.evaluations.saved(),
             "num_episodes": self._num_episodes,
+            "own_parts": own_parts(self._config.agent),
         }
 
     def restore(self, metadata: dict[str, Any], stop_return: float | None) -> None:
@@ -95,6 +97,7 @@ class RunAccount:
         config, speed = self._config, self._speed
         return {
             "preset": config.preset,
+            "own_parts": own_parts(config.agent),
             "topology": config.topology.name,
             "seed": config.seed,
             "num_seeds": config.num_seeds,

@@ -14,6 +14,7 @@ from qfleet.config import (
     ParameterServerConfig,
     TrainConfig,
 )
+from qfleet.config.own_parts import check_parts_can_travel, own_parts
 from qfleet.config.topology import EnvironmentKind
 from qfleet.core.masks import masked
 from qfleet.core.types import Network
@@ -21,7 +22,7 @@ from qfleet.envs.first_step import check_works
 from qfleet.envs.host import HostEnv
 from qfleet.envs.registry import check_can_travel, make_env
 from qfleet.envs.spec import InGraphEnv
-from qfleet.networks import check_network, make_network
+from qfleet.networks import check_network, check_own_parts, make_network
 from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu, use_cpu_only
 from qfleet.topologies.base import OwnLearner, Topology
 from qfleet.topologies.footprint import Footprint
@@ -43,7 +44,7 @@ def footprint(
         config = config.of_seed(config.seed)
     if config.topology.runs_in == "joined processes":
         set_cpu_devices(config.topology.mesh.num_devices)  # as if this process had all processes' devices
-    env, network = _describe_env_and_network(config, network)
+    env, network = _describe_env_and_network(config, network, computes=False)
     return make_topology(config, env, network, optimiser).footprint()
 
 
@@ -53,14 +54,19 @@ def make_env_and_network(config: TrainConfig, network: Network | None) -> tuple[
     Raises:
       ConfigError: if there is no such environment, it fails in its first step, or the network doesn't suit it.
     """
-    env, network = _describe_env_and_network(config, network)
+    env, network = _describe_env_and_network(config, network, computes=True)
     if isinstance(env, HostEnv):
         check_works(env, config.topology.lane_options)
     return env, network
 
 
-def _describe_env_and_network(config: TrainConfig, network: Network | None) -> tuple[InGraphEnv | HostEnv, Network]:
-    """Returns both as `make_env_and_network` does, but takes no step in the environment."""
+def _describe_env_and_network(
+    config: TrainConfig, network: Network | None, *, computes: bool
+) -> tuple[InGraphEnv | HostEnv, Network]:
+    """Returns both as `make_env_and_network` does, but takes no step in the environment.
+
+    Unless it `computes`, it only traces a user's own parts.
+    """
     topology = config.topology
     if topology.runs_in == "ray":
         use_cpu_only()  # this process only directs the others, and one of them may need the whole GPU
@@ -69,7 +75,8 @@ def _describe_env_and_network(config: TrainConfig, network: Network | None) -> t
     elif topology.cpu_devices > 1:
         set_cpu_devices(topology.cpu_devices)
     env = make_env(config.env, **config.env_options)
-    network = network or make_network(env.spec, config.agent)
+    check_own_parts(env.spec, config.agent, network, computes=computes)
+    network = make_network(env.spec, config.agent, network)
     limit_cpu_threads(check_network(network, env.spec, config.agent))
     return env, masked(network, env.spec)
 
@@ -93,7 +100,7 @@ def make_topology(
 
 def make_own_learner(config: TrainConfig) -> OwnLearner:
     """Returns the topology of a process that learns on its own; a gossip run calls this in each of its peers."""
-    env, network = _describe_env_and_network(config, None)
+    env, network = _describe_env_and_network(config, None, computes=False)
     topology = make_topology(config, env, network, None)
     assert isinstance(topology, OwnLearner)
     return topology
@@ -102,11 +109,18 @@ def make_own_learner(config: TrainConfig) -> OwnLearner:
 def check_is_built_in(config: TrainConfig, network: Network | None, optimiser: Any) -> None:
     """Raises ConfigError if processes of the run must build what only this process has.
 
-    That is a network or an optimiser that is given, or an environment that this program registers.
+    That is a network or an optimiser that is given, or an environment that this program registers. Also if both a
+    network is given and the config names one.
     """
+    if network is not None and config.agent.network is not None:
+        raise ConfigError(
+            f"a run must have one network, got one as an argument beside network {config.agent.network} in the config; "
+            f"leave one of the two out"
+        )
     if not (config.topology.builds_own_network or config.has_seed_processes):
         return
     check_can_travel(config.env)
+    check_parts_can_travel(own_parts(config.agent))
     given = " and ".join(name for name, value in (("network", network), ("optimiser", optimiser)) if value is not None)
     if given:
         where, remedy = f"topology {config.topology.name}", "train with topology fused or overlapped"

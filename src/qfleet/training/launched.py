@@ -15,7 +15,7 @@ from qfleet.envs.first_step import check_works
 from qfleet.envs.host import HostEnv
 from qfleet.envs.recorded import check_as_recorded
 from qfleet.envs.registry import backend_of, make_env
-from qfleet.networks import check_network, make_network
+from qfleet.networks import check_network, check_own_parts, make_network
 from qfleet.runtime.activity import announce
 from qfleet.runtime.best_checkpoint import BestCheckpoint
 from qfleet.runtime.checkpoints import Checkpoints
@@ -55,6 +55,7 @@ class LaunchedRun(ShownRun):
         if self._topology.ray_address is None:
             check_platforms_of_children()
         env = make_env(config.env, **config.env_options)
+        check_own_parts(env.spec, config.agent, computes=False)
         check_network(make_network(env.spec, config.agent), env.spec, config.agent)
         make_optimiser(config.agent)
         if isinstance(env, HostEnv):

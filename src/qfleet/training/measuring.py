@@ -6,6 +6,7 @@ Nothing here takes part in training: the numbers come from the evaluation's epis
 import jax
 import numpy as np
 
+from qfleet.core.normalisation import learned
 from qfleet.runtime.evaluation import Episodes
 from qfleet.topologies.base import Topology
 from qfleet.topologies.mesh import leaves_of
@@ -60,8 +61,8 @@ class UpdateSizes:
 
 
 def _params_of(topology: Topology) -> list[np.ndarray]:
-    """Returns copies of the parameters; none if they are divided among processes, none of which has all of them."""
-    leaves = jax.tree.leaves(topology.params)
+    """Returns copies of what is learned; none if it is divided among processes, none of which has all of it."""
+    leaves = jax.tree.leaves(learned(topology.params))
     is_here = all(not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated for x in leaves)
     return leaves_of(leaves) if is_here else []
 

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from qfleet.config import TrainConfig
+from qfleet.config.own_parts import own_parts
 from qfleet.envs.recorded import is_record
 from qfleet.runtime.best_checkpoint import RETURN_MEAN, BestCheckpoint
 from qfleet.runtime.checkpoint_files import CheckpointError
@@ -67,6 +68,7 @@ def _checks(metadata: dict[str, Any], config: TrainConfig) -> dict[str, bool]:
         and all(map(_is_number, metadata.get("fixed", {}).values())),
         "return_error": _is_number(metadata.get("return_error", 0.0)),
         "environment": metadata.get("environment") is None or is_record(metadata["environment"]),
+        "own_parts": metadata.get("own_parts", own_parts(config.agent)) == own_parts(config.agent),
         "has_own_network": isinstance(metadata.get("has_own_network"), bool),
         "layout": isinstance(layout, str)
         or (

@@ -4,7 +4,9 @@ import dataclasses
 from typing import Any, Literal
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
+from qfleet.config.own_parts import check_parts_trusted, own_parts
 from qfleet.core.types import EnvSpec
+from qfleet.envs.names import check_trusted
 from qfleet.networks.torsos import earlier_reading
 from qfleet.runtime.run_directory import RunDirectory
 
@@ -70,6 +72,16 @@ def check_same_place_for_seeds(before: TrainConfig, config: TrainConfig, checkpo
             f"checkpoint must be left out for a run with a process for each seed, got {checkpoint}; leave it out, or "
             f"resume the run of one seed, as in `qfleet resume RUN/seeds/{config.seed} --checkpoint {checkpoint}`"
         )
+
+
+def check_run_trusted(directory: RunDirectory, *, trust: bool) -> None:
+    """Checks that the user wants the modules to be imported that a run's folder names.
+
+    Raises:
+      ConfigError: if a module isn't trusted, or would be looked for in the run's folder.
+    """
+    check_trusted(directory.config.env, directory.path, trust=trust)
+    check_parts_trusted(own_parts(directory.config.agent), directory.path, trust=trust)
 
 
 def check_network_is_given(is_given: bool, is_needed: bool) -> None:

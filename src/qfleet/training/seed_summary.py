@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qfleet.config import ConfigError, TrainConfig
+from qfleet.config.own_parts import own_parts
 from qfleet.runtime.run_directory import SEEDS_FOLDER, RunDirectory
 from qfleet.runtime.run_files import shortened
 
@@ -120,6 +121,7 @@ def combined_summary(config: TrainConfig, seeds: Sequence[Seed], best: tuple[int
     limits = numbers("eval_episode_limit")
     num_episodes = _whole(sum(numbers("num_episodes")))
     return {
+        "own_parts": own_parts(config.agent),
         "stopped": _stopped(seeds),
         "env_steps": max((seed.env_steps for seed in seeds), default=0),
         "learner_steps": max(numbers("learner_steps"), default=0),

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qfleet.config import ConfigError
-from qfleet.envs.python_path import module_folder_variables
+from qfleet.config.python_path import module_folder_variables
 
 try:
     import ray

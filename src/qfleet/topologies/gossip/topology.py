@@ -13,6 +13,7 @@ import numpy as np
 
 from qfleet.config import GossipConfig, TrainConfig
 from qfleet.core.learner import LearnerState
+from qfleet.core.normalisation import learned
 from qfleet.core.replay import SavedReplay, make_replay
 from qfleet.core.types import Network, Params
 from qfleet.envs.host import HostEnv
@@ -121,7 +122,8 @@ class Gossip(OnRay):
 
     def _fleet_figures(self, stats: "GossipStats") -> dict[str, float]:
         rates = stats.peer_env_steps / stats.seconds
-        snapshots = self._director.snapshots()
+        num_learned = len(jax.tree.leaves(learned(self._shapes.params)))  # statistics come after them
+        snapshots = [leaves[:num_learned] for leaves in self._director.snapshots()]
         return {
             "consensus_distance": consensus_distance(snapshots) if snapshots else 0.0,
             "peer_env_steps_per_second_min": float(rates.min()),

@@ -18,7 +18,6 @@ from qfleet.core.sharded_learner import (
     StateLeaves,
     TargetUpdateTracker,
     mean_gradient,
-    squared_norm,
     to_vector,
 )
 from qfleet.core.types import Params
@@ -77,16 +76,16 @@ class ServerShard:
 
         def step(state: LearnerState, gradients: tuple[Array, ...]) -> LearnerState:
             gradient = mean_gradient(gradients)
-            return learner.apply(state, gradient, squared_norm(gradient))
+            return learner.apply(state, gradient, learner.squared_norm(gradient, number), number)
 
         def average(gradients: tuple[Array, ...]) -> tuple[Array, Array]:
             gradient = mean_gradient(gradients)
-            return gradient, squared_norm(gradient)
+            return gradient, learner.squared_norm(gradient, number)
 
         # A state is donated: each step is taken in place, without a second copy of the parameters and moments.
         self._step = jax.jit(step, donate_argnums=0)
         self._average = jax.jit(average)
-        self._apply = jax.jit(learner.apply, donate_argnums=0)
+        self._apply = jax.jit(functools.partial(learner.apply, shard=number), donate_argnums=0)
         self._to_vector = jax.jit(to_vector)
         self._init = jax.jit(functools.partial(learner.init_shard, shard=number))
         self._seed = np.uint32(config.seed)

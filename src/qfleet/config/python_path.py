@@ -9,6 +9,9 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+from qfleet.config.errors import ConfigError
 
 _FOLDER = "QFLEET_MODULE_FOLDER"
 """Variable that tells processes on Ray, which may have another current folder, where the user's modules are."""
@@ -43,6 +46,32 @@ def module_folder_searched() -> Iterator[None]:
         _is_searched = False
         with contextlib.suppress(ValueError):  # the module itself may have removed it
             sys.path.remove(folder)
+
+
+def check_trusted_module(module: str, what: str, run: Path, *, trust: bool, otherwise: str = "") -> None:
+    """Checks that the user, rather than a run's folder alone, wants a module to be imported.
+
+    Args:
+      module: name of the module.
+      what: what the folder names, such as "environment my_mazes:Maze-v0".
+      run: the run's folder.
+      trust: whether the user trusts the module that this folder names.
+      otherwise: another remedy, for the error.
+
+    Raises:
+      ConfigError: if the module isn't trusted, or would be looked for in the run's folder.
+    """
+    if not trust:
+        raise ConfigError(
+            f"a module that only a run's folder names must be trusted before it is imported, because importing it runs "
+            f"its code: {run / 'config.json'} names {what}, of module {module}; if you trust that module, "
+            f"give --trust (in Python: trust=True{otherwise})"
+        )
+    if Path(os.path.realpath(module_folder())).is_relative_to(os.path.realpath(run)):
+        raise ConfigError(
+            f"nothing in a run's folder is ever imported, so module {module} can't be looked for in {module_folder()}, "
+            f"which is part of run {run.absolute()}; change to the folder with your module and give the run's path"
+        )
 
 
 def is_module_folder_searched() -> bool:
