@@ -106,6 +106,13 @@ def test_a_topology_that_can_not_train_a_memory_names_those_that_can(monkeypatch
         make_config("CartPole-v1", "dqn", memory="lstm")
 
 
+def test_minibatches_of_a_recurrent_agent_take_whole_lanes() -> None:
+    make_config("CartPole-v1", "pqn_rnn", num_envs=12, num_minibatches=6)
+    message = "because a minibatch takes whole lanes, got num_minibatches=8, 12 / 1 = 12; try 6"
+    with pytest.raises(ConfigError, match=message):
+        make_config("CartPole-v1", "pqn_rnn", num_envs=12, num_minibatches=8)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_no_preset_says_what_its_mode_ignores(preset: str) -> None:
     for settings in (PRESETS[preset].settings, *(own for (name, _), own in TUNED.items() if name == preset)):
