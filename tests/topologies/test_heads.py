@@ -177,7 +177,7 @@ def test_an_actor_repeats_random_actions():
         params = make_network(make_env(config.env).spec, config.agent).init(jax.random.key(0))
         actor.begin(0)
         actor.receive(0, [np.asarray(leaf) for leaf in jax.tree.leaves(params)])
-        changes[max_duration] = switches([actor.collect(1.0)[1].rows.action for _ in range(3)])
+        changes[max_duration] = switches([actor.collect(1.0)[1].rows.action for _ in range(10)])
         actor.close()
     assert 2 * changes[100] < changes[1]
 

@@ -11,17 +11,15 @@ from qfleet.config import AgentConfig
 from qfleet.config.own_parts import is_own_name
 from qfleet.core import exploration
 from qfleet.core.activity import Activity
-from qfleet.core.heads import Outputs, SampleLosses, Values, backed_up, make_head, masked_head, point_values
+from qfleet.core.batch_loss import Loss, make_loss
+from qfleet.core.heads import make_head, masked_head
 from qfleet.core.keys import NOISE, Draws, sample_keys
 from qfleet.core.masks import INVALID, valid_or_greedy
 from qfleet.core.memory import Memory, MemoryState, make_memory
-from qfleet.core.normalisation import IN_TREE, StatisticsPlace, from_scaled, normalises, to_scaled, value_scale
-from qfleet.core.own_targets import NetworkOutputs, make_own_target
+from qfleet.core.normalisation import IN_TREE, StatisticsPlace, normalises, value_scale
 from qfleet.core.player import Player, make_player
 from qfleet.core.rescaling import unscale
-from qfleet.core.sequences import make_sequence_loss
-from qfleet.core.targets import munchausen_bonus, soft_policy
-from qfleet.core.types import Batch, Network, Params, Regression, Sequences, Transition
+from qfleet.core.types import Network, Params
 
 
 class Acted(NamedTuple):
@@ -46,7 +44,7 @@ class Agent(NamedTuple):
     explore: Callable[[Array, Array, Array], Array]
     """`explore(q, exploration, uniform) -> action`, `[lanes]` int32. Here `q` is `[lanes, num_actions]`, `exploration`
     is epsilon or the temperature, `[]`, and `uniform` is one uniform number per lane, `[lanes]`."""
-    loss: Callable[..., tuple[Array, SampleLosses]]
+    loss: Loss
     """`loss(params, target_params, batch, draws=None) -> loss, of_samples`; the loss is `[]`, the weighted mean."""
     to_storage_layout: Callable[[Array], Array]
     """`to_storage_layout(obs) -> obs`, the same as `Network.to_storage_layout`."""
@@ -72,17 +70,6 @@ class Agent(NamedTuple):
     """Where the parameters hold statistics, with which the agent normalises; None if it doesn't."""
 
 
-class _LossDraws(NamedTuple):
-    """What each of the networks that a loss asks draws from."""
-
-    value: Draws | None = None
-    """For the values that learn."""
-    target: Draws | None = None
-    """For the target network's values of what comes next."""
-    other: Draws | None = None
-    """For the online network, which chooses what comes next, or the target network, which rates what was done."""
-
-
 def noise_keys(agent: Agent, key: Array, num_rows: int, lane_numbers: Array) -> Array | None:
     """Returns the keys with which an agent acts, `[rows, lanes]`, or None if it acts without.
 
@@ -102,14 +89,6 @@ def row_noise_keys(key: Array, num_rows: int) -> Array:
     return jax.random.split(jax.random.fold_in(key, NOISE), num_rows)
 
 
-def _split(draws: Draws | None) -> _LossDraws:
-    if draws is None:
-        return _LossDraws()
-    noise = jax.random.split(draws.noise, 3)
-    samples = None if draws.samples is None else jax.vmap(jax.random.split, (0, None), 1)(draws.samples, 3)
-    return _LossDraws(*(Draws(noise[i], None if samples is None else samples[i]) for i in range(3)))
-
-
 def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> Agent:
     """Returns the agent that `config` describes. Its Q-values are those of `network`.
 
@@ -122,7 +101,6 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
     recurrence, player = network.recurrence, make_player(network, frame_stack)
     explore = exploration.make_explore(config, is_masked=network.is_masked)
     repeats, repeat = config.exploration_max_duration > 1, exploration.make_repeat(config)
-    own_target = make_own_target(config)
     outputs_of = network.outputs or (lambda params, obs, draws: network.apply(params, obs))
 
     def q_values(params: Params, obs: Array, keys: Array | None = None) -> Array:
@@ -151,79 +129,11 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
             action = valid_or_greedy(action, q)
         return Acted(action, q, memory)
 
-    def greedy_target(batch: Transition, outputs: Outputs, chooser: Outputs) -> Values:
-        next_values = head.values_of(outputs, jnp.argmax(head.q_values(chooser), axis=-1))
-        return backed_up(batch.reward, batch.discount, next_values, is_rescaled=config.value_rescaling)
-
-    def munchausen_target(batch: Transition, outputs_tm1: Outputs, outputs: Outputs) -> Values:
-        temperature = config.munchausen_temperature
-
-        def log_policy_of(outputs: Outputs) -> Array:
-            return soft_policy(head.q_values(outputs), temperature, head.is_valid(outputs))
-
-        bonus = munchausen_bonus(
-            log_policy_of(outputs_tm1),
-            batch.action,
-            temperature,
-            config.munchausen_weight,
-            config.munchausen_clip,
-        )
-        log_policy = log_policy_of(outputs)
-        next_values = head.mixture(outputs, jnp.exp(log_policy), -temperature * log_policy)
-        return backed_up(batch.reward + bonus, batch.discount, next_values)
-
-    def outputs_of_both(params: Params, target_params: Params, batch: Transition, draws: _LossDraws) -> NetworkOutputs:
-        return NetworkOutputs(
-            online_tm1=outputs_of(params, batch.obs, draws.value),
-            target_tm1=outputs_of(target_params, batch.obs, draws.other),
-            online_t=outputs_of(params, batch.next_obs, draws.other),
-            target_t=outputs_of(target_params, batch.next_obs, draws.target),
-        )
-
-    def target_of(params: Params, target_params: Params, batch: Transition | Regression, draws: _LossDraws) -> Values:
-        if isinstance(batch, Regression):
-            return point_values(batch.target)
-        if own_target is not None:
-            return own_target(head, batch, outputs_of_both(params, target_params, batch, draws))
-        if config.munchausen:
-            outputs_tm1 = outputs_of(target_params, batch.obs, draws.other)
-            return munchausen_target(batch, outputs_tm1, outputs_of(target_params, batch.next_obs, draws.target))
-        outputs = outputs_of(target_params, batch.next_obs, draws.target)
-        chooser = outputs_of(params, batch.next_obs, draws.other) if config.double else outputs
-        return greedy_target(batch, outputs, chooser)
-
-    def target_of_row(batch: Transition, outputs_tm1: Outputs, outputs: Outputs, chooser: Outputs) -> Values:
-        if config.munchausen:
-            return munchausen_target(batch, outputs_tm1, outputs)
-        return greedy_target(batch, outputs, chooser if config.double else outputs)
-
-    loss_of_sequences = None if recurrence is None else make_sequence_loss(recurrence, head, config, target_of_row)
-
-    def loss(
-        params: Params, target_params: Params, batch: Batch, draws: Draws | None = None
-    ) -> tuple[Array, SampleLosses]:
-        split = _split(draws)
-        if isinstance(batch, Sequences):
-            assert loss_of_sequences is not None
-            found = loss_of_sequences(params, target_params, batch, split.value, split.target)
-            return jnp.mean(batch.weight * found.loss), found
-        if isinstance(batch, Regression) and recurrence is not None:
-            _, rows = recurrence.unroll(params, batch.carry, batch.obs, batch.is_first, split.value)
-            batch = batch._replace(carry=(), is_first=())
-            outputs, flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rows, batch))
-        else:
-            outputs, flat = outputs_of(params, batch.obs, split.value), batch
-        flat = to_scaled(flat, params, target_params, config)
-        target = jax.lax.stop_gradient(target_of(params, target_params, flat, split))
-        found = head.loss(outputs, flat.action, target)
-        loss = jnp.mean(flat.weight * found.loss)
-        return loss, from_scaled(found, params, config, priority_is_td_error=head.priority_is_td_error)
-
     return Agent(
         init=network.init,
         q_values=q_values,
         explore=explore,
-        loss=loss,
+        loss=make_loss(network, outputs_of, head, config),
         to_storage_layout=network.to_storage_layout,
         memory=make_memory(network, frame_stack, exploration.no_repetition if repeats else None),
         act_values=act_values,

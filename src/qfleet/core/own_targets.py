@@ -16,13 +16,13 @@ class NetworkOutputs(NamedTuple):
     """
 
     online_tm1: Outputs
-    """Of the online network, for the observations acted on."""
+    """Outputs of the online network, for the observations acted on."""
     target_tm1: Outputs
-    """Of the target network, for the observations acted on."""
+    """Outputs of the target network, for the observations acted on."""
     online_t: Outputs
-    """Of the online network, for the observations after the action, or after n steps."""
+    """Outputs of the online network, for the observations after the action, or after n steps."""
     target_t: Outputs
-    """Of the target network, for the observations after the action, or after n steps."""
+    """Outputs of the target network, for the observations after the action, or after n steps."""
 
 
 Target = Callable[[Head, Transition, NetworkOutputs], Values]
