@@ -62,17 +62,18 @@ def test_a_local_one_takes_the_users_token_and_nothing_else_from_the_user(monkey
     assert auth_variables() == before
 
 
-def test_what_can_not_be_reached_names_the_setting_and_leaves_no_trace(monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [ConnectionError, RuntimeError, Exception])
+def test_what_can_not_be_reached_or_started_names_the_setting_and_leaves_no_trace(monkeypatch, kind: type) -> None:
     def init(**settings):
-        raise ConnectionError("it is not there")
+        raise kind("it is not there")
 
     monkeypatch.setattr(ray, "init", init)
     before, is_enabled = auth_variables(), ray._private.ray_constants.ENABLE_RAY_CLUSTER
-    for address in ("local", "auto"):
-        with (
-            pytest.raises(ConfigError, match=rf"actors_on must be .*, got {address} \(it is not there\); start one"),
-            connected(address, 2, "actors_on"),
-        ):
+    for address, words in (
+        ("local", r"with actors_on local, Ray must start .* \(it is not there\); try again"),
+        ("auto", r"actors_on must be .*, got auto \(it is not there\); start one"),
+    ):
+        with pytest.raises(ConfigError, match=words), connected(address, 2, "actors_on"):
             raise AssertionError
     assert auth_variables() == before
     assert is_enabled == ray._private.ray_constants.ENABLE_RAY_CLUSTER

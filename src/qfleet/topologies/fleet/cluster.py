@@ -51,7 +51,7 @@ def connected(address: str, num_cpus: int, what: str) -> Iterator[bool]:
       what: name of the setting that the address comes from.
 
     Raises:
-      ConfigError: if there is no cluster at the address, or it can't be joined.
+      ConfigError: if there is no cluster at the address, it can't be joined, or Ray can't start on this machine.
     """
     global _is_local
     if ray.is_initialized():
@@ -62,7 +62,14 @@ def connected(address: str, num_cpus: int, what: str) -> Iterator[bool]:
             stack.enter_context(_own_token())
         try:
             _connect(address, num_cpus, stack.enter_context(private_folder()) if address == "local" else None)
-        except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # Ray raises plain ones, such as when its processes take too long to start
+            if address == "local":
+                raise ConfigError(
+                    f"with {what} local, Ray must start on this machine, got its error ({error}); try again when the "
+                    f"machine is less busy, or start Ray with `ray start --head` and give auto"
+                ) from error
             raise ConfigError(
                 f"{what} must be the address of a Ray cluster that this machine is part of, got {address} ({error}); "
                 f"start one with `ray start --head`, set RAY_AUTH_MODE=token if it wants a token, or give local"
