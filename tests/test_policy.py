@@ -126,7 +126,7 @@ def test_a_step_that_does_not_fit_its_memory_is_refused(num_lanes: Any, obs: Any
     with pytest.raises(ConfigError, match=message):
         policy.step(policy.start(num_lanes), obs, **more)
     with pytest.raises(ConfigError, match="must be given the memory that start or the step before returned, got None"):
-        policy.step(None, obs)  # type: ignore[arg-type]
+        policy.step(None, obs)
 
 
 def test_steps_stack_single_frames_as_training_does() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.agent import make_agent
+from qfleet.core.exploration import make_explore
 from qfleet.core.types import Network, Regression, Transition
 
 NUM_ACTIONS = 3
@@ -84,9 +85,9 @@ def test_huber_clips_the_gradient_of_each_transition():
 @pytest.mark.parametrize(("exploration", "expected"), [("epsilon_greedy", [0, 0]), ("softmax", [1, 1])])
 def test_the_config_names_how_to_explore(exploration, expected):
     """The values are 9 and 0. At epsilon 1 a third of the numbers means action 0; at temperature 1 hardly any does."""
-    agent = make_agent(LINEAR, AgentConfig(exploration=exploration))
+    explore = make_explore(AgentConfig(exploration=exploration))
     q = jnp.array([[0.0, 9.0, 0.0]] * 2)
-    np.testing.assert_array_equal(agent.explore(q, jnp.float32(1.0), jnp.array([0.1, 0.3])), expected)
+    np.testing.assert_array_equal(explore(q, jnp.float32(1.0), jnp.array([0.1, 0.3])), expected)
 
 
 def test_a_network_of_the_users_own_gives_the_parameters_and_the_values():

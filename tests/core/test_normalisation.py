@@ -100,8 +100,8 @@ def test_two_replicas_take_the_steps_of_one_learner_and_have_its_statistics(repl
     @jax.jit
     def step_of_both(state, batch):
         half = jax.tree.map(lambda x: x.reshape(2, 8, *x.shape[1:]), batch)
-        one = lambda half: update(learner, state, half, None, replicas)[0]  # noqa: E731
-        return jax.tree.map(lambda x: x[1], jax.vmap(one, axis_name="replica")(half))
+        both, _ = jax.vmap(lambda half: update(learner, state, half, None, replicas), axis_name="replica")(half)
+        return jax.tree.map(lambda x: x[1], both)
 
     assert_close(functools.reduce(step_of_both, batches, state), steps(learner, state, batches), rtol=1e-3)
 

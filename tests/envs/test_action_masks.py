@@ -147,7 +147,7 @@ def test_masks_of_an_environment_in_jax_are_those_of_its_states() -> None:
     assert isinstance(env, InGraphEnv) and env.spec.has_action_mask
     state, obs = env.reset(jax.random.key(0))
     for action in (1, 1, 1):
-        expected = [float(state), *make_cells().action_mask(state)]  # type: ignore[misc]
+        expected = [float(state), *make_cells().action_mask(state)]
         assert obs.tolist() == expected
         result = env.step(state, jnp.int32(action), jax.random.key(1))
         state, obs = result.state, result.observation

@@ -7,6 +7,7 @@ from small_servers import batch_of
 
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.agent import make_agent
+from qfleet.core.exploration import make_explore
 from qfleet.core.keys import Draws
 from qfleet.envs.spec import EnvSpec
 from qfleet.networks import check_own_parts, make_network
@@ -103,7 +104,7 @@ def test_parts_that_copy_ours_learn_and_act_as_ours_do():
     ]
     jax.tree.map(np.testing.assert_array_equal, grads[0], grads[1])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(2 * x, y, rtol=1e-5), grads[0], grads[2])
-    assert agents[1].explore is agents[0].explore
+    assert make_explore(copied) is make_explore(usual)
 
 
 def test_a_target_of_ones_own_needs_no_more_than_it_uses():

@@ -231,20 +231,10 @@ class AgentConfig(Config):
             "num_minibatches", "num_quantiles", "num_acting_quantiles", "num_cosines", "torso_width", "memory_size",
             "sequence_length", maximum=MAX_SIZE,
         )  # fmt: skip
-        check_count("num_atoms", self.num_atoms, minimum=2, maximum=MAX_SIZE)
-        check(self.value_min < self.value_max, "value_min and value_max", "in order", (self.value_min, self.value_max))
-        spacing = (self.value_max - self.value_min) / (self.num_atoms - 1)
-        least = 1e-6 * max(abs(self.value_min), abs(self.value_max))
-        check(
-            spacing > least, "the distance between two atoms",
-            f"above {least:g}, or float32 can't tell them apart, with num_atoms={self.num_atoms}", spacing,
-        )  # fmt: skip
+        self._check_distribution()
         check(self.munchausen_clip <= 0, "munchausen_clip", "0 or below", self.munchausen_clip)
         if self.adaptive_pooling is not None:
             check_counts(self, "adaptive_pooling", maximum=MAX_SIZE)
-        check_counts(self, "exploration_env_steps")
-        check_counts(self, "exploration_max_duration", maximum=1_000_000)
-        check_positive(self, "exploration_duration_exponent", maximum=100.0)
         if self.learning_rate_learner_steps is not None:
             check_counts(self, "learning_rate_learner_steps", maximum=MAX_SIZE)
         if self.importance_exponent_env_steps is not None:
@@ -261,7 +251,6 @@ class AgentConfig(Config):
         check_positive(
             self, "discount", "target_update_rate", "huber_delta", "learning_rate", "noisy_std",
         )  # fmt: skip
-        check_positive(self, "hl_gauss_smoothing", maximum=1e6)
         check(
             self.munchausen_temperature >= 1e-8, "munchausen_temperature", "1e-08 or above", self.munchausen_temperature
         )
@@ -276,6 +265,28 @@ class AgentConfig(Config):
         for name in ("network", "target"):
             value = getattr(self, name)
             check(value is None or is_own_name(value), name, "MODULE:NAME of a function, or None", value)
+        self._check_exploration()
+        if self.learning_rate_schedule == "exponential":
+            check(
+                self.learning_rate_end_fraction > 0,
+                "learning_rate_end_fraction", "above 0 for an exponential schedule", self.learning_rate_end_fraction,
+            )  # fmt: skip
+
+    def _check_distribution(self) -> None:
+        check_count("num_atoms", self.num_atoms, minimum=2, maximum=MAX_SIZE)
+        check(self.value_min < self.value_max, "value_min and value_max", "in order", (self.value_min, self.value_max))
+        spacing = (self.value_max - self.value_min) / (self.num_atoms - 1)
+        least = 1e-6 * max(abs(self.value_min), abs(self.value_max))
+        check(
+            spacing > least, "the distance between two atoms",
+            f"above {least:g}, or float32 can't tell them apart, with num_atoms={self.num_atoms}", spacing,
+        )  # fmt: skip
+        check_positive(self, "hl_gauss_smoothing", maximum=1e6)
+
+    def _check_exploration(self) -> None:
+        check_counts(self, "exploration_env_steps")
+        check_counts(self, "exploration_max_duration", maximum=1_000_000)
+        check_positive(self, "exploration_duration_exponent", maximum=100.0)
         highest = 1.0 if self.exploration == "epsilon_greedy" else MAX_FLOAT
         lowest_end = 0.0 if self.exploration_schedule == "linear" and self.exploration != "softmax" else 1e-8
         check(
@@ -283,11 +294,6 @@ class AgentConfig(Config):
             "exploration_end and exploration_start", f"in order within [{lowest_end:g}, {highest:g}]",
             (self.exploration_end, self.exploration_start),
         )  # fmt: skip
-        if self.learning_rate_schedule == "exponential":
-            check(
-                self.learning_rate_end_fraction > 0,
-                "learning_rate_end_fraction", "above 0 for an exponential schedule", self.learning_rate_end_fraction,
-            )  # fmt: skip
 
     @property
     def learns_sequences(self) -> bool:

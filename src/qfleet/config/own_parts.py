@@ -82,6 +82,21 @@ def make_own_part(setting: str, name: str, *arguments: Any) -> Any:
     return made
 
 
+def make_own_function(setting: str, name: str, call: str, *arguments: Any) -> Callable[..., Any]:
+    """Returns what `make_own_part` does, which must be a function that is called as `call` says.
+
+    Raises:
+      ConfigError: as `make_own_part` does, or if it is no function.
+    """
+    made: Callable[..., Any] = make_own_part(setting, name, *arguments)
+    if not callable(made):
+        raise ConfigError(
+            f"{setting} must name a function that returns {call}, got {name}, which returned a "
+            f"{type(made).__name__}; return a function"
+        )
+    return made
+
+
 def _import(setting: str, name: str) -> Callable[..., Any]:
     module, _, attribute = name.rpartition(":")
     try:

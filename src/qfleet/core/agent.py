@@ -41,9 +41,6 @@ class Agent(NamedTuple):
     q_values: Callable[..., Array]
     """`q_values(params, obs, keys=None) -> q`, `[batch, ...]` to `[batch, num_actions]`. With `keys`, `[batch]`, they
     have the noise of each lane; without, they are the mean."""
-    explore: Callable[[Array, Array, Array], Array]
-    """`explore(q, exploration, uniform) -> action`, `[lanes]` int32. Here `q` is `[lanes, num_actions]`, `exploration`
-    is epsilon or the temperature, `[]`, and `uniform` is one uniform number per lane, `[lanes]`."""
     loss: Loss
     """`loss(params, target_params, batch, draws=None) -> loss, of_samples`; the loss is `[]`, the weighted mean."""
     to_storage_layout: Callable[[Array], Array]
@@ -54,8 +51,9 @@ class Agent(NamedTuple):
     """`act_values(params, memory, keys=None) -> q, memory`, as `q_values` for what each lane has come to. An agent that
     has a recurrent network remembers the newest observation from now on."""
     act: Callable[..., Acted]
-    """`act(params, memory, exploration, uniform, keys=None) -> acted` chooses an action in each lane, by the arguments
-    of `act_values` and `explore`."""
+    """`act(params, memory, exploration, uniform, keys=None) -> acted` chooses an action in each lane. `exploration` is
+    epsilon or the temperature, `[]`, `uniform` is one uniform number per lane, `[lanes]`, and `act_values` takes the
+    rest."""
     player: Player
     """Plays without exploring."""
     acts_with_keys: bool = False
@@ -132,7 +130,6 @@ def make_agent(network: Network, config: AgentConfig, frame_stack: int = 1) -> A
     return Agent(
         init=network.init,
         q_values=q_values,
-        explore=explore,
         loss=make_loss(network, outputs_of, head, config),
         to_storage_layout=network.to_storage_layout,
         memory=make_memory(network, frame_stack, exploration.no_repetition if repeats else None),

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from qfleet.config import AgentConfig, ConfigError
-from qfleet.config.own_parts import make_own_part
+from qfleet.config import AgentConfig
+from qfleet.config.own_parts import make_own_function
 from qfleet.core.masks import is_valid_in, nth_valid
 
 Explore = Callable[[Array, Array, Array], Array]
@@ -27,13 +27,7 @@ def make_explore(config: AgentConfig, *, is_masked: bool = False) -> Explore:
     """
     if config.exploration in ("epsilon_greedy", "softmax"):
         return explorer(config.exploration, is_masked=is_masked)
-    explore: Explore = make_own_part("exploration", config.exploration, config)
-    if not callable(explore):
-        raise ConfigError(
-            f"exploration must name a function that returns explore(q, exploration, uniform), got "
-            f"{config.exploration}, which returned a {type(explore).__name__}; return a function"
-        )
-    return explore
+    return make_own_function("exploration", config.exploration, "explore(q, exploration, uniform)", config)
 
 
 def epsilon_greedy(q: Array, epsilon: Array, uniform: Array) -> Array:

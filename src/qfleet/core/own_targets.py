@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from qfleet.config import AgentConfig, ConfigError
-from qfleet.config.own_parts import make_own_part
+from qfleet.config import AgentConfig
+from qfleet.config.own_parts import make_own_function
 from qfleet.core.heads import Head, Outputs, Values
 from qfleet.core.types import Transition
 
@@ -41,10 +41,4 @@ def make_own_target(config: AgentConfig) -> Target | None:
     """
     if config.target is None:
         return None
-    target: Target = make_own_part("target", config.target, config)
-    if not callable(target):
-        raise ConfigError(
-            f"target must name a function that returns target(head, batch, outputs), got {config.target}, which "
-            f"returned a {type(target).__name__}; return a function"
-        )
-    return target
+    return make_own_function("target", config.target, "target(head, batch, outputs)", config)

@@ -32,7 +32,7 @@ CASES = [
 
 def config_of(kind: str, n_step: int, num_lanes: int, burn_in: int, length: int) -> AgentConfig:
     return AgentConfig(
-        replay=kind,  # type: ignore[arg-type]
+        replay=kind,
         memory="lstm",
         n_step=n_step,
         burn_in=burn_in,
@@ -65,7 +65,7 @@ def rows_of(stream: list[list[oracle.Step]]) -> Row:
         reward=oracle.columns(stream, "reward").astype(np.float32),
         outcome=np.asarray(outcome_of(*facts)),
         carry=np.stack([numbers, -numbers], axis=-1).astype(np.float32),
-    )  # type: ignore[arg-type]
+    )
 
 
 def error_of(number: Any, t: Any) -> Any:

@@ -67,7 +67,7 @@ def connected(address: str, num_cpus: int, what: str) -> Iterator[bool]:
         except Exception as error:  # Ray raises plain ones, such as when its processes take too long to start
             if address == "local":
                 raise ConfigError(
-                    f"with {what} local, Ray must start on this machine, got its error ({error}); try again when the "
+                    f"with {what} local, Ray must start on this machine, got the error ({error}); try again when the "
                     f"machine is less busy, or start Ray with `ray start --head` and give auto"
                 ) from error
             raise ConfigError(
