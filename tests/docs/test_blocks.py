@@ -19,6 +19,7 @@ import qfleet
 from qfleet.cli import main as command_line
 from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.config import TrainConfig
+from qfleet.envs import registry
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
@@ -56,6 +57,7 @@ def _short_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_config = qfleet.make_config
     short: Any = lambda *args, **settings: cut_short(make_config(*args, **settings))  # noqa: E731
     monkeypatch.setattr(qfleet, "make_config", short, raising=False)
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # a page's environments end with it
     monkeypatch.chdir(tmp_path)
 
 
