@@ -231,11 +231,24 @@ def insert(seconds: float) -> dict[str, Any]:
     """Returns how many transitions of single 84x84 frames two shards take in from two processes that produce them."""
     import ray
 
-    from qfleet.topologies.actor_learner.remote import RemoteShard
     from qfleet.topologies.fleet.actor import Chunk
-    from qfleet.topologies.fleet.cluster import connected
+    from qfleet.topologies.fleet.cluster import connected, is_local
+    from qfleet.topologies.fleet.references import Reference
+    from qfleet.topologies.fleet.remote import RemoteReplayShard
     from qfleet.topologies.fleet.replay_shard import Writer
-    from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
+    from qfleet.topologies.fleet.supervisor import InRemoteProcess, RemoteProcess, Supervisor
+
+    class Producer(InRemoteProcess):
+        """Stands for an actor whose environments and network cost nothing."""
+
+        def __init__(self, variables: dict[str, str], chunk: Chunk) -> None:
+            """Keeps a copy of the chunk, which `produce` returns."""
+            super().__init__(variables)
+            self._chunk = jax.tree.map(np.array, chunk)
+
+        def produce(self) -> Reference[Chunk]:
+            """Returns the chunk."""
+            return Reference(self._chunk)
 
     config = atari_config(num_replay_shards=2, rows_per_chunk=50)
     replay = full_replay(config)
@@ -244,30 +257,31 @@ def insert(seconds: float) -> dict[str, Any]:
     cpu = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1"}
     with connected("local", 8, "ray_address"):
         supervisor = Supervisor(60.0, 0)
+        supervisor.open(is_one_machine=is_local())
         producers = [
-            supervisor.add(RemoteProcess(f"producer {i}", _Producer, (), {"CPU": 1}, cpu, lambda: None))
+            supervisor.add(RemoteProcess(f"producer {i}", Producer, (chunk,), {"CPU": 1}, cpu, lambda: None))
             for i in range(2)
         ]
         shards = [
-            supervisor.add(RemoteProcess(f"shard {i}", RemoteShard, (config, i), {"CPU": 1}, cpu, lambda: None))
+            supervisor.add(RemoteProcess(f"shard {i}", RemoteReplayShard, (config, i), {"CPU": 1}, cpu, lambda: None))
             for i in range(2)
         ]
         counts, stored = [0, 0], [0]
 
         def produce(i: int) -> None:
-            def produced(_: Any, reference: Any) -> None:
+            def produced(made: Reference[Chunk]) -> None:
                 writer = Writer(0, counts[i])
                 counts[i] += 1
-                supervisor.submit(shards[i], "insert", 0, writer, reference, on_reply=lambda answer: inserted(i))
+                insert = RemoteReplayShard.insert_chunk
+                supervisor.submit(shards[i], insert, 0, writer, made, on_reply=lambda answer: inserted(i))
 
-            supervisor.submit(producers[i], "produce", on_reply=produced, num_returns=2)
+            supervisor.submit(producers[i], Producer.produce, on_reply=produced, num_references=1)
 
         def inserted(i: int) -> None:
             stored[0] += chunk.td_error.size
             produce(i)
 
         for i in range(2):
-            supervisor.submit(producers[i], "keep", chunk)
             for _ in range(3):
                 produce(i)
         started = before = 0.0
@@ -280,22 +294,6 @@ def insert(seconds: float) -> dict[str, Any]:
         supervisor.terminate()
         moved = len(ray.cloudpickle.dumps(chunk))
     return {"transitions_per_second": rate, "bytes_per_frame_byte": moved / chunk.rows.obs.nbytes}
-
-
-class _Producer:
-    """Stands for an actor whose environments and network cost nothing."""
-
-    def where(self) -> tuple[int, str]:
-        """Returns placeholders for process ID and node ID."""
-        return 0, ""
-
-    def keep(self, chunk: Any) -> None:
-        """Keeps a copy of the chunk, which `produce` returns."""
-        self._chunk = jax.tree.map(np.array, chunk)
-
-    def produce(self) -> tuple[None, Any]:
-        """Returns the chunk."""
-        return None, self._chunk
 
 
 def private_bytes(process: int) -> int:

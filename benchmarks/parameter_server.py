@@ -20,7 +20,6 @@ import common
 import fleet_limits
 import jax.numpy as jnp
 import numpy as np
-import ray
 
 import qfleet
 from qfleet.config import ParameterServerConfig
@@ -36,9 +35,9 @@ CHUNK = ChunkStats([], [], 0.0, 0, 0.0, 0)
 class StubWorker(RemoteWorker):
     """A worker that returns the same gradient again and again, but pulls parameters as others do."""
 
-    def __init__(self, variables: Any, config: qfleet.TrainConfig, number: int, memory: str | None) -> None:
+    def __init__(self, variables: Any, config: qfleet.TrainConfig, number: int) -> None:
         """Makes the gradient."""
-        super().__init__(variables, config, number, memory)
+        super().__init__(variables, config, number)
         dtype = jnp.dtype(config.topology_as(ParameterServerConfig).gradient_dtype)
         self._pulls: collections.deque[float] = collections.deque(maxlen=1000)
         self._pieces: Any = [np.full(end - start, 1e-3, dtype) for start, end in self._learner.piece_bounds]
@@ -47,9 +46,9 @@ class StubWorker(RemoteWorker):
         """Returns a chunk that took no time."""
         return ActReply(CHUNK, ShardStats(1.0, 10**6, 0.0), None)
 
-    def compute_gradient(self, importance_exponent: float, buffers: Any = None) -> GradientReply:
-        """Returns a gradient that took no time except that of writing it to its buffers."""
-        return GradientReply(GradientStats(1.0, 1.0, 1.0, 0.0), self._write_pieces(self._pieces, buffers), [])
+    def compute_gradient(self, importance_exponent: float) -> GradientReply:
+        """Returns a gradient that took no time."""
+        return GradientReply(GradientStats(1.0, 1.0, 1.0, 0.0), self._pieces, [])
 
     def pull(self, version: int, params: Any, target_params: Any = ()) -> None:
         """Notes how many seconds it takes until the parameters can be used."""
@@ -107,7 +106,7 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
         seconds = sum(progress.train_seconds for progress in taken)
         staleness = statistics.mean(progress.staleness for progress in taken)
         director.quiesce()
-        pull = ray.get(director._actors[0].process.handle.pull_seconds.remote())
+        pull = director._answer_of(director._actors[0].process, StubWorker.pull_seconds)
     finally:
         server.close()
     return {

@@ -2,7 +2,7 @@
 
 This file asks actors for chunks and the learner for rounds, and hands on references to what they return. The base class
 `fleet/actors_director.py` decides whose turn it is, and `fleet/sharded_replay.py` is the director's view of the replay.
-Methods that it submits by name are those of the classes in `remote`.
+The methods that it calls are those of the classes in `remote` and `fleet/remote.py`.
 """
 
 import functools
@@ -19,13 +19,15 @@ from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.actor_learner.learner import UpdateResult
-from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner, RemoteShard
-from qfleet.topologies.fleet.actor import ChunkStats
+from qfleet.topologies.actor_learner.remote import Leaves, RemoteActor, RemoteLearner
+from qfleet.topologies.fleet.actor import Chunk, ChunkStats
 from qfleet.topologies.fleet.actors_director import ActorsDirector, PooledActor, PoolStats
 from qfleet.topologies.fleet.rate_limiter import ROUNDS_AHEAD
+from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.remote import RemoteReplayShard
 from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.fleet.sharded_replay import Drawn, ShardedReplay
-from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, default_resources, has_failed
+from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, default_resources
 
 logger = logging.getLogger("qfleet")
 
@@ -45,8 +47,8 @@ class _Broadcast(NamedTuple):
     """Increases with each broadcast, even if the learner is lost and goes back."""
     learner_steps: int
     """Learner steps after which the parameters were taken."""
-    box: list[Any]
-    """Holds a reference to the parameters; empty if they are lost."""
+    params: Reference[Leaves] | None
+    """Their leaves; None if they are lost."""
 
 
 class _Chunk(NamedTuple):
@@ -54,7 +56,7 @@ class _Chunk(NamedTuple):
 
     actor: int
     writer: Writer
-    reference: Any
+    rows: Reference[Chunk]
     stats: ChunkStats
     staleness: int
     """Learner steps between the parameters that acted and the newest, when the chunk arrived."""
@@ -108,7 +110,8 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
 
     def params(self) -> tuple[int, list[np.ndarray]]:
         """Returns what `GlobalLearner.params` returns, as soon as there is a learner."""
-        return self._answer_of(self._learner, "params")
+        learner_steps, leaves = self._answer_of(self._learner, RemoteLearner.newest_params, num_references=1)
+        return learner_steps, self._supervisor.value(leaves)
 
     def learner_state(self) -> tuple[int, list[np.ndarray]]:
         """Returns what `GlobalLearner.state` returns.
@@ -116,7 +119,9 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
         Raises:
           StateIsLost: if the learner is lost, and its replacement finds no node.
         """
-        return self._answer_of(self._learner, "state", gives_up=True)
+        state = RemoteLearner.newest_state
+        learner_steps, leaves = self._answer_of(self._learner, state, num_references=1, gives_up=True)
+        return learner_steps, self._supervisor.value(leaves)
 
     def snapshots(self) -> Iterator[SavedReplay]:
         """Yields what each shard of the replay keeps, and so holds only one at a time in this process.
@@ -125,7 +130,8 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
           StateIsLost: if a shard is lost, and its replacement finds no node.
         """
         for process in self._replay.processes:
-            yield self._answer_of(process, "snapshot", gives_up=True)
+            saved = self._answer_of(process, RemoteReplayShard.saved, num_references=1, gives_up=True)
+            yield self._supervisor.value(saved)
 
     def _new_stats(self) -> ActorLearnerStats:
         return ActorLearnerStats(self._topology.num_actors)
@@ -156,16 +162,18 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
     # --- Actors and their chunks ---
 
     def _issue_chunks(self) -> None:
-        if self._broadcast is not None and self._broadcast.box:
+        if self._broadcast is not None and self._broadcast.params is not None:
             super()._issue_chunks()
 
     def _ask_for_chunk(self, i: int, writer: Writer) -> None:
         actor, broadcast = self._actors[i], self._broadcast
-        assert broadcast is not None
+        assert broadcast is not None and broadcast.params is not None
+        params = broadcast.params
 
-        def arrived(stats: ChunkStats, reference: Any) -> None:
+        def arrived(reply: tuple[ChunkStats, Reference[Chunk]]) -> None:
+            stats, rows = reply
             staleness = max(0, self.learner_steps - broadcast.learner_steps)
-            chunk = _Chunk(i, writer, reference, stats, staleness)
+            chunk = _Chunk(i, writer, rows, stats, staleness)
             if self._is_paused:
                 self._arrived.append(chunk)
             else:
@@ -173,12 +181,13 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
 
         def lost() -> None:
             actor.num_chunks -= 1
-            if any(map(has_failed, broadcast.box)):  # the node that kept the parameters has left the cluster
-                broadcast.box.clear()
+            newest = self._broadcast
+            if newest is not None and newest.params is params and self._supervisor.is_lost(params):
+                self._broadcast = newest._replace(params=None)  # the node that kept them has left the cluster
 
         self._supervisor.submit(
-            actor.process, "fetch_and_collect", broadcast.version, broadcast.box, self._topology.epsilon(i),
-            on_reply=arrived, num_returns=2, on_dropped=lost, needs=tuple(broadcast.box),
+            actor.process, RemoteActor.fetch_and_collect, broadcast.version, params, self._topology.epsilon(i),
+            on_reply=arrived, num_references=1, on_dropped=lost,
         )  # fmt: skip
 
     def _store(self, chunk: _Chunk) -> None:
@@ -188,7 +197,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
             actor.num_chunks -= 1
 
         self._replay.store(
-            chunk.actor, chunk.writer, chunk.reference, functools.partial(self._count_chunk, chunk), gone
+            chunk.actor, chunk.writer, chunk.rows, functools.partial(self._count_chunk, chunk), gone
         )
 
     def _count_chunk(self, chunk: _Chunk) -> None:
@@ -213,35 +222,36 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
                 return
             self._rounds.add(drawn.number)
             self._supervisor.submit(
-                self._learner, "learn", drawn.places, *drawn.references, num_returns=1 + len(drawn.references),
-                needs=tuple(drawn.references), on_reply=functools.partial(self._learned, drawn),
+                self._learner, RemoteLearner.learn_round, drawn.places, drawn.references,
+                num_references=len(drawn.references), on_reply=functools.partial(self._learned, drawn),
                 on_dropped=functools.partial(self._rounds.discard, drawn.number),
             )  # fmt: skip
 
-    def _learned(self, drawn: Drawn, result: UpdateResult, *errors: Any) -> None:
-        stats = self._stats
+    def _learned(self, drawn: Drawn, reply: tuple[UpdateResult, list[Reference[np.ndarray]]]) -> None:
+        stats, (result, priorities) = self._stats, reply
         self._rounds.discard(drawn.number)
         self.learner_steps = result.learner_steps
         stats.learner_steps += self._num_batches
         stats.loss += result.loss
         stats.td_error += result.td_error
         self._note_busy("learner", result.busy_seconds)
-        self._replay.return_priorities(drawn, errors)
+        self._replay.return_priorities(drawn, priorities)
 
     def _issue_broadcast(self) -> None:
         newest = self._broadcast
         period = self._topology.broadcast_period_learner_steps
-        is_due = newest is None or not newest.box or self.learner_steps >= newest.learner_steps + period
+        is_due = newest is None or newest.params is None or self.learner_steps >= newest.learner_steps + period
         if not is_due or self._is_broadcast_asked or not self._learner.is_ready:
             return
         self._is_broadcast_asked = True
 
-        def published(learner_steps: int, reference: Any) -> None:
+        def published(reply: tuple[int, Reference[Leaves]]) -> None:
             self._is_broadcast_asked = False
+            learner_steps, params = reply
             version = self._broadcast.version + 1 if self._broadcast else 1
-            self._broadcast = _Broadcast(version, learner_steps, [reference])
+            self._broadcast = _Broadcast(version, learner_steps, params)
 
-        self._supervisor.submit(self._learner, "params", num_returns=2, on_reply=published)
+        self._supervisor.submit(self._learner, RemoteLearner.newest_params, num_references=1, on_reply=published)
 
     def _learner_is_lost(self) -> None:
         self._is_broadcast_asked = False
@@ -258,7 +268,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
 
     def _give_learner(self, state: LearnerState) -> None:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-        self._supervisor.submit(self._learner, "restore", self.learner_steps, leaves)
+        self._supervisor.submit(self._learner, RemoteLearner.go_on_from, self.learner_steps, Reference(leaves))
 
     def _start_processes(self) -> None:
         topology, make, add = self._topology, self._make_process, self._supervisor.add
@@ -269,7 +279,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
         self._learner = add(make("learner", RemoteLearner, (self._config,), resources, environment, lost))
         for i in range(topology.num_replay_shards):
             name, lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
-            self._replay.add(add(make(name, RemoteShard, (self._config, i), actor_resources, IN_LINE, lost)))
+            self._replay.add(add(make(name, RemoteReplayShard, (self._config, i), actor_resources, IN_LINE, lost)))
         for i in range(topology.num_actors):
             name, lost = f"actor {i}", functools.partial(self._actor_is_lost, i)
             self._actors.append(
@@ -278,8 +288,8 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
             self._begin(i, 0)
 
     def _restore_processes(self, state: dict[str, Any], incarnation: int, version: int) -> None:
-        # The empty box only keeps the version. No actor is asked for a chunk before the next broadcast.
-        self._broadcast = _Broadcast(version, self.learner_steps, [])
+        # This only keeps the version. No actor is asked for a chunk before the next broadcast.
+        self._broadcast = _Broadcast(version, self.learner_steps, None)
         self._give_learner(state["learner"])
         self._replay.resume_at(self.env_steps)
         if "replay" in state:

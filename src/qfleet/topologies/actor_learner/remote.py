@@ -1,44 +1,55 @@
-"""The processes of the actor-learner topology, as Ray runs them."""
-
-from typing import Any
+"""The processes of the actor-learner topology, as Ray runs them. The shards are `fleet.remote.RemoteReplayShard`."""
 
 import numpy as np
-import ray
 
 from qfleet.core.types import Transition
-from qfleet.topologies.actor_learner.learner import GlobalLearner
+from qfleet.topologies.actor_learner.learner import GlobalLearner, UpdateResult
 from qfleet.topologies.fleet.actor import Actor, Chunk, ChunkStats
-from qfleet.topologies.fleet.replay_shard import ReplayShard
+from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.supervisor import InRemoteProcess
+
+Leaves = list[np.ndarray]
 
 
 class RemoteActor(InRemoteProcess, Actor):
     """An actor in a process of its own."""
 
-    def fetch_and_collect(self, version: int, box: list[Any], exploration: float) -> tuple[ChunkStats, Chunk]:
-        """Fetches the parameters of a version, unless the actor has them already, and returns the next chunk.
+    def fetch_and_collect(
+        self, version: int, params: Reference[Leaves], exploration: float
+    ) -> tuple[ChunkStats, Reference[Chunk]]:
+        """Takes parameters, unless the actor has them already, and returns the next chunk.
 
         Args:
           version: of the parameters.
-          box: holds a reference to the parameters. Ray would fetch a reference that isn't in a list before the call.
+          params: their leaves.
           exploration: epsilon of the actor.
         """
         if version != self.version:
-            self.receive(version, ray.get(box[0]))
-        return self.collect(exploration)
-
-
-class RemoteShard(InRemoteProcess, ReplayShard):
-    """A shard of the replay in a process of its own."""
+            self.receive(version, params.value)
+        stats, chunk = self.collect(exploration)
+        return stats, Reference(chunk)
 
 
 class RemoteLearner(InRemoteProcess, GlobalLearner):
-    """The learner in a process of its own."""
+    """The learner in a process of its own. Its methods do what those of `GlobalLearner` do, with references."""
 
-    def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[Any, ...]:
-        """Returns the result of a round and then, as a value of its own for each shard, that shard's TD errors.
+    def learn_round(
+        self, places: list[np.ndarray], parts: list[Reference[Transition]]
+    ) -> tuple[UpdateResult, list[Reference[np.ndarray]]]:
+        """Does what `learn` does. Each shard of the replay gets a reference to its own priorities."""
+        result, priorities = self.learn(places, *(part.value for part in parts))
+        return result, [Reference(priority) for priority in priorities]
 
-        Because they are separate values, each shard fetches only its own errors.
-        """
-        result, errors = super().learn(places, *parts)
-        return result, *errors
+    def newest_params(self) -> tuple[int, Reference[Leaves]]:
+        """Does what `params` does."""
+        learner_steps, leaves = self.params()
+        return learner_steps, Reference(leaves)
+
+    def newest_state(self) -> tuple[int, Reference[Leaves]]:
+        """Does what `state` does."""
+        learner_steps, leaves = self.state()
+        return learner_steps, Reference(leaves)
+
+    def go_on_from(self, learner_steps: int, leaves: Reference[Leaves]) -> None:
+        """Does what `restore` does."""
+        self.restore(learner_steps, leaves.value)

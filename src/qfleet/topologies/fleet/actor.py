@@ -129,7 +129,7 @@ class Actor:
 
     def receive(self, version: int, leaves: list[np.ndarray]) -> None:
         """Takes the parameters to act with from now on, in the order of `jax.tree.leaves`."""
-        self._params = jax.tree.unflatten(self._structure, [jnp.asarray(leaf) for leaf in leaves])
+        self._params = jax.tree.unflatten(self._structure, [jnp.array(leaf) for leaf in leaves])  # copies
         self._params_version = version
         self._received_bytes += sum(leaf.nbytes for leaf in leaves)
 

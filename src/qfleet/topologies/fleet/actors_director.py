@@ -10,7 +10,7 @@ import numpy as np
 from qfleet.config import ActorPool, TrainConfig
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.fleet.actor import ChunkStats
+from qfleet.topologies.fleet.actor import Actor, ChunkStats
 from qfleet.topologies.fleet.director import Director, DirectorStats
 from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, RateLimiter
 from qfleet.topologies.fleet.replay_shard import Writer
@@ -149,7 +149,7 @@ class ActorsDirector(Director[S], Generic[S, A]):
     def _begin(self, i: int, incarnation: int) -> None:
         """Makes an actor begin, as the given incarnation of its place."""
         self.incarnations[i], self._actors[i].num_asked = incarnation, 0
-        self._supervisor.submit(self._actors[i].process, "begin", incarnation)
+        self._supervisor.submit(self._actors[i].process, Actor.begin, incarnation)
 
     def _actor_is_lost(self, i: int) -> None:
         self._begin(i, self.incarnations[i] + 1)

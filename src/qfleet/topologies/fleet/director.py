@@ -19,7 +19,7 @@ from qfleet.config import ConfigError
 from qfleet.runtime.checkpoint_files import NotSaved
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import StateIsLost
-from qfleet.topologies.fleet.cluster import connected, in_words, room
+from qfleet.topologies.fleet.cluster import connected, in_words, is_local, room
 from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor, cpus_for
 
 _CHUNK_SECONDS = 0.5
@@ -49,6 +49,8 @@ class DirectorStats:
         """Environment steps and learner steps in total, at the end of that time."""
 
 
+P = TypeVar("P")
+R = TypeVar("R")
 S = TypeVar("S", bound=DirectorStats)
 
 
@@ -138,6 +140,7 @@ class Director(abc.ABC, Generic[S]):
         num_cpus = cpus_for(self._resources())
         inherits = self._stack.enter_context(connected(self._ray_address, num_cpus, "ray_address"))
         self._make_process = functools.partial(RemoteProcess, inherits=inherits)
+        self._supervisor.open(is_one_machine=is_local())
         self._stack.callback(self._supervisor.terminate)
         self._start_processes()
         self._thread = threading.Thread(target=self._direct, name="qfleet-director", daemon=True)
@@ -210,21 +213,24 @@ class Director(abc.ABC, Generic[S]):
         if self._error is not None:
             raise self._error
 
-    def _answer_of(self, process: RemoteProcess, method: str, *, gives_up: bool = False) -> Any:
+    def _answer_of(
+        self, process: RemoteProcess[P], method: Callable[[P], R], *, num_references: int = 0, gives_up: bool = False
+    ) -> R:
         """Calls a method in a process, and returns its reply. If the process is replaced, the replacement replies.
 
         Args:
           process: to call.
           method: of its class.
+          num_references: number of references in the reply.
           gives_up: whether to stop waiting when the process is lost and its replacement finds no node.
 
         Raises:
           StateIsLost: if it gives up.
         """
-        reply: concurrent.futures.Future = concurrent.futures.Future()
+        reply: concurrent.futures.Future[R] = concurrent.futures.Future()
 
         def ask() -> None:
-            self._supervisor.submit(process, method, on_reply=reply.set_result, is_repeated=True)
+            self._supervisor.submit(process, method, on_reply=reply.set_result, num_references=num_references, is_repeated=True)
 
         self._post(ask)
         while True:
@@ -244,6 +250,7 @@ class Director(abc.ABC, Generic[S]):
         """Makes the director's thread call a function."""
         with self._lock:
             self._requests.append(function)
+        self._supervisor.wake()
 
     # --- What its own thread does ---
 

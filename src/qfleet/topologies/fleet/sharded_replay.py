@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,10 @@ import numpy as np
 from qfleet.config import ActorPool
 from qfleet.core.keys import Stream
 from qfleet.core.replay import DrawShare, SavedReplay
+from qfleet.core.types import Transition
+from qfleet.topologies.fleet.actor import Chunk
+from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.remote import RemoteReplayShard
 from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer
 from qfleet.topologies.fleet.replay_shares import deal, share_of
 from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
@@ -25,15 +29,15 @@ class Drawn(NamedTuple):
     """Identifies the draw at the shards."""
     places: list[np.ndarray]
     """For each share, the positions of its transitions in the whole, `[num_draws]`."""
-    references: list[Any]
-    """For each share, a reference to its transitions, `[num_draws, ...]`."""
+    references: list[Reference[Transition]]
+    """For each share, its transitions, `[num_draws, ...]`."""
     shards: list["_Shard"]
     """For each share, the shard that draws it."""
 
 
 @dataclasses.dataclass
 class _Shard:
-    process: RemoteProcess
+    process: RemoteProcess[RemoteReplayShard]
     stats: ShardStats = EMPTY_SHARD
 
 
@@ -54,7 +58,7 @@ class ShardedReplay:
         self._random = np.random.default_rng((seed, Stream.REPLAY_SHARES))
         self._num_drawn = self._num_inserting = self._num_returning = 0
 
-    def add(self, process: RemoteProcess) -> None:
+    def add(self, process: RemoteProcess[RemoteReplayShard]) -> None:
         """Adds the process of the next shard."""
         self._shards.append(_Shard(process))
 
@@ -63,7 +67,7 @@ class ShardedReplay:
         self._random = np.random.default_rng((self._seed, Stream.REPLAY_SHARES, env_steps))
 
     @property
-    def processes(self) -> list[RemoteProcess]:
+    def processes(self) -> list[RemoteProcess[RemoteReplayShard]]:
         """Processes of its shards."""
         return [shard.process for shard in self._shards]
 
@@ -78,14 +82,19 @@ class ShardedReplay:
         return bool(self._num_inserting or self._num_returning)
 
     def store(
-        self, actor: int, writer: Writer, reference: Any, on_stored: Callable[[], None], on_gone: Callable[[], None]
+        self,
+        actor: int,
+        writer: Writer,
+        chunk: Reference[Chunk],
+        on_stored: Callable[[], None],
+        on_gone: Callable[[], None],
     ) -> None:
         """Has a shard store an actor's chunk. If the shard is lost meanwhile, its replacement stores the chunk.
 
         Args:
           actor: number of the actor.
           writer: incarnation of the actor, and the number of chunks that this incarnation had sent before.
-          reference: to the chunk.
+          chunk: what the actor has done.
           on_stored: called if the chunk is stored, before `on_gone`.
           on_gone: called in any case, even if the chunk is lost with the node that kept it.
         """
@@ -104,8 +113,8 @@ class ShardedReplay:
             gone()
 
         self._supervisor.submit(
-            shard.process, "insert", actor // len(self._shards), writer, reference, on_reply=replied,
-            needs=(reference,), on_dropped=gone, is_repeated=True,
+            shard.process, RemoteReplayShard.insert_chunk, actor // len(self._shards), writer, chunk, on_reply=replied,
+            on_dropped=gone, is_repeated=True,
         )  # fmt: skip
 
     def draw(self, size: int, importance_exponent: float) -> Drawn | None:
@@ -122,17 +131,21 @@ class ShardedReplay:
             if count:
                 draws = DrawShare(np.int32(count), np.float32(share), np.float32(num_transitions))  # type: ignore[arg-type]
                 seed = int(self._random.integers(2**32))
-                _, reference = self._supervisor.submit(
-                    shard.process, "sample", number, seed, importance_exponent, draws, size, num_returns=2,
-                    on_reply=lambda stats, _, shard=shard: self._note_stats(shard, stats),
+                drawn.references.extend(
+                    self._supervisor.submit(
+                        shard.process, RemoteReplayShard.sample_share, number, seed, importance_exponent, draws, size,
+                        on_reply=functools.partial(self._was_drawn, shard), num_references=1,
+                    )
                 )  # fmt: skip
-                drawn.references.append(reference)
                 drawn.shards.append(shard)
         return drawn
 
-    def return_priorities(self, drawn: Drawn, references: tuple[Any, ...]) -> None:
+    def _was_drawn(self, shard: _Shard, reply: tuple[ShardStats, Any]) -> None:
+        self._note_stats(shard, reply[0])
+
+    def return_priorities(self, drawn: Drawn, priorities: Sequence[Reference[np.ndarray]]) -> None:
         """Sends the TD errors of each share to the shard that has drawn it."""
-        for shard, reference in zip(drawn.shards, references, strict=True):
+        for shard, priority in zip(drawn.shards, priorities, strict=True):
             self._num_returning += 1
 
             def gone() -> None:  # the errors are set, or they are lost with the shard or with the node that kept them
@@ -143,7 +156,7 @@ class ShardedReplay:
                 self._note_stats(shard, stats)
 
             self._supervisor.submit(
-                shard.process, "set_priorities", drawn.number, reference, on_reply=replied, needs=(reference,),
+                shard.process, RemoteReplayShard.take_priorities, drawn.number, priority, on_reply=replied,
                 on_dropped=gone,
             )  # fmt: skip
 
@@ -151,7 +164,10 @@ class ShardedReplay:
         """Has a shard go on from its share of a saved replay, and returns how many transitions the share holds."""
         shard = self._shards[i]
         own = share_of(saved, self._pool, i)
-        self._supervisor.submit(shard.process, "restore", own, on_reply=functools.partial(self._note_stats, shard))
+        self._supervisor.submit(
+            shard.process, RemoteReplayShard.go_on_from, Reference(own),
+            on_reply=functools.partial(self._note_stats, shard),
+        )  # fmt: skip
         return int(np.sum(np.asarray(own.leaves) > 0))
 
     def refill(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> bool:

@@ -1,20 +1,29 @@
 """Supervises the processes of a run on Ray: starts them, passes on requests and replies, and replaces lost ones."""
 
 import collections
-import dataclasses
 import logging
 import math
 import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar, TypeVarTuple
 
 import ray
 
 from qfleet.config import RunFailed
 from qfleet.runtime.devices import compute_in_line, use_cpu_only
+from qfleet.topologies.fleet.calls import Call, Carrier, Connection, Failure, Inbox
+from qfleet.topologies.fleet.channel import Switchboard, Welcome, serve
 from qfleet.topologies.fleet.cluster import in_words, last_line, variables
+from qfleet.topologies.fleet.ray_calls import RayCarrier
+from qfleet.topologies.fleet.references import Reference, dump, load
+from qfleet.topologies.fleet.shared_memory import can_share
+
+P = TypeVar("P")
+R = TypeVar("R")
+T = TypeVar("T")
+As = TypeVarTuple("As")
 
 logger = logging.getLogger("qfleet")
 
@@ -53,31 +62,32 @@ class InRemoteProcess:
         """Returns process ID and node ID. The reply also says that the constructor has finished."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
+    def call(self, method: str, data: bytes, *values: Any) -> Any:
+        """Calls a method, for `RayConnection`.
 
-@dataclasses.dataclass
-class _Request:
-    """A method call that a process has not replied to yet."""
+        Args:
+          method: its name.
+          data: its arguments, from `references.dump`.
+          *values: the values that the references among the arguments refer to.
 
-    method: str
-    references: list[Any]
-    """References to the values that the method returns. `on_reply` gets the first value, and the other references."""
-    on_reply: Callable[..., None]
-    needs: list[Any]
-    """References among its arguments."""
-    arguments: tuple | None
-    """Arguments to repeat the request with if the process is replaced; None to drop the request then."""
-    on_dropped: Callable[[], None]
-    since: float
-    """Time of the request."""
+        Returns:
+          The reply, from `references.dump`, and then the values of its references.
+        """
+        reply, results = dump(getattr(self, method)(*load(data, [Reference(value) for value in values])))
+        return (reply, *(result.value for result in results)) if results else reply
+
+    def serve(self, welcome: Welcome) -> None:
+        """Carries out the calls that come through a channel, until its other end is closed."""
+        serve(self, welcome)
 
 
-class RemoteProcess:
-    """A place in the run, and the process that holds it at the moment."""
+class RemoteProcess(Generic[P]):
+    """A place in the run, and the process that holds it at the moment. Its methods are those of `kind`."""
 
     def __init__(
         self,
         name: str,
-        kind: type,
+        kind: type[P],
         arguments: tuple,
         resources: Mapping[str, float],
         environment: Mapping[str, str],
@@ -108,7 +118,8 @@ class RemoteProcess:
         self.name, self.resources = name, dict(resources)
         self._make: Any = ray.remote(kind).options(**options)
         self._arguments, self.on_lost = (dict(environment), *arguments), on_lost
-        self.requests: collections.deque[_Request] = collections.deque()
+        self.calls: collections.deque[Call] = collections.deque()
+        """Calls that have not been answered, in the order in which the process carries them out."""
         self.has_replied_to: set[str] = set()
         """Methods that the current process has replied to, and so has compiled."""
         self.replied_at = self.started_at = 0.0
@@ -118,6 +129,7 @@ class RemoteProcess:
         self.failed_at: collections.deque[float] = collections.deque()
         """Times of the failures that still count."""
         self.handle: Any = None
+        self.connection: Connection | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -139,6 +151,9 @@ class RemoteProcess:
         """
         if self.handle is None:
             return
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
         ray.kill(self.handle)
         if is_alive and self.place is not None and self.place[1] == ray.get_runtime_context().get_node_id():
             try:
@@ -149,16 +164,30 @@ class RemoteProcess:
 
 
 class Supervisor:
-    """All processes of one run. Only one thread may use it."""
+    """All processes of one run. Only one thread may use it, except where a method says otherwise."""
 
     def __init__(self, silence_seconds: float, max_restarts: int) -> None:
         self._silence_seconds, self._max_restarts = silence_seconds, max_restarts
         self._processes: list[RemoteProcess] = []
-        self._done: set[Any] = set()
+        self._owners: dict[Connection, RemoteProcess] = {}
+        self._waiting: set[RemoteProcess] = set()
+        """Processes with a call whose arguments have not all been made yet."""
+        self._inbox: Inbox
+        self._carrier: Carrier
         self._looked_at = time.monotonic()
         self.num_restarts = 0
 
-    def add(self, process: RemoteProcess) -> RemoteProcess:
+    def open(self, *, is_one_machine: bool) -> None:
+        """Decides who carries the calls. To be called before the first process is added.
+
+        Args:
+          is_one_machine: whether all processes run on this machine, so that they can share memory.
+        """
+        self._inbox = Inbox()
+        kind = Switchboard if is_one_machine and can_share() else RayCarrier
+        self._carrier = kind(self._inbox, _cause)
+
+    def add(self, process: RemoteProcess[P]) -> RemoteProcess[P]:
         """Starts a process and returns it."""
         self._processes.append(process)
         self._start(process)
@@ -166,79 +195,116 @@ class Supervisor:
 
     def submit(
         self,
-        process: RemoteProcess,
-        method: str,
-        *arguments: Any,
-        on_reply: Callable[..., None] = lambda *_: None,
-        num_returns: int = 1,
-        needs: tuple[Any, ...] = (),
+        process: RemoteProcess[P],
+        method: Callable[[P, *As], R],
+        *arguments: *As,
+        on_reply: Callable[[R], None] = lambda _: None,
+        num_references: int = 0,
         is_repeated: bool = False,
         on_dropped: Callable[[], None] = lambda: None,
-    ) -> list[Any]:
-        """Calls a method in a process, and returns references to the values that the method will return.
+    ) -> list[Reference[Any]]:
+        """Calls a method in a process, and returns the references that its reply will hold.
 
-        A process carries out its requests in order, and `on_reply` is called in the same order.
+        A process carries out its calls in order, and `on_reply` is called in the same order. A call waits here until
+        the references among its arguments have values, and so do the later calls of the process.
 
         Args:
-          process: that carries out the request.
-          method: name of a method of its class.
-          *arguments: of the method. Ray replaces references among them by the values that they refer to.
-          on_reply: called with the first value that the method returns, and references to the other values.
-          num_returns: number of values that the method returns.
-          needs: references among the arguments. If one of their values is lost, the request fails through no fault of
-            the process.
-          is_repeated: whether to repeat the request if the process is replaced.
-          on_dropped: called instead of `on_reply` if there will be no reply.
+          process: that carries out the call.
+          method: of its class.
+          *arguments: of the method: tuples, lists, dictionaries and arrays, with references for large ones.
+          on_reply: called with the reply.
+          num_references: number of references in the reply.
+          is_repeated: whether to make the call again if the process is replaced.
+          on_dropped: called instead of `on_reply` if there will be no reply: the process was replaced, or the value of
+            a reference among the arguments is lost.
         """
-        references = getattr(process.handle, method).options(num_returns=num_returns).remote(*arguments)
-        references = references if num_returns > 1 else [references]
-        kept = arguments if is_repeated else None
-        process.requests.append(_Request(method, references, on_reply, list(needs), kept, on_dropped, time.monotonic()))
-        return references
+        data, references = dump(arguments)
+        results = [Reference[Any]() for _ in range(num_references)]
+        call = Call(
+            method.__name__, data, references, results, on_reply, on_dropped, is_repeated, time.monotonic()
+        )  # fmt: skip
+        process.calls.append(call)
+        self._send_calls(process)
+        return results
 
     def wait(self, seconds: float) -> None:
-        """Waits for a reply, for at most so many seconds."""
-        waiting = [
-            request.references[0]
-            for process in self._processes
-            for request in process.requests
-            if request.references[0] not in self._done
-        ]
-        if waiting:
-            ready, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
-            if not ready:
-                ready, _ = ray.wait(waiting, timeout=seconds, fetch_local=False)
-            self._done.update(ready)
-        else:
-            time.sleep(seconds)
+        """Waits for news of a process, for at most so many seconds."""
+        self._inbox.wait(seconds)
+
+    def wake(self) -> None:
+        """Ends a wait. Any thread may call it."""
+        self._inbox.wake()
 
     def process_replies(self) -> None:
-        """Processes all replies that have arrived, and replaces processes that have failed.
+        """Deals with all that has been heard of the processes, and replaces those that have failed.
 
         Raises:
           RunFailed: if a process has failed too often.
         """
-        for process in self._processes:
-            while process.requests and process.requests[0].references[0] in self._done:
-                self._process_reply(process, process.requests.popleft())
+        for connection, news in self._inbox.take():
+            process = self._owners.get(connection)
+            if process is None:  # it has been replaced
+                continue
+            if news.call is None:
+                self.replace(process, news.cause, news.error, is_alive=news.is_alive)
+            else:
+                news.call.news = news
+                self._process_news(process)
+        for process in list(self._waiting):
+            self._send_calls(process)
         self._look_for_silence()
 
-    def _process_reply(self, process: RemoteProcess, request: _Request) -> None:
-        self._done.discard(request.references[0])
-        try:
-            value = ray.get(request.references[0])
-        except ray.exceptions.RayError as error:
-            if any(map(has_failed, request.needs)):
-                request.on_dropped()
+    def value(self, reference: Reference[T]) -> T:
+        """Returns a copy of a reference's value. Any thread may call it.
+
+        Raises:
+          ValueIsLost: if it is lost with the node that kept it.
+        """
+        if reference.has_value:
+            return reference.value
+        value: T = self._carrier.read(reference.place)
+        return value
+
+    def is_lost(self, reference: Reference) -> bool:
+        """Returns whether the value of a reference will never be there, or is lost with the node that kept it."""
+        return reference.is_lost or (reference.place is not None and self._carrier.is_lost(reference.place))
+
+    def _send_calls(self, process: RemoteProcess) -> None:
+        """Sends the calls whose arguments are there, up to the first whose arguments aren't."""
+        self._waiting.discard(process)
+        for call in [call for call in process.calls if not call.is_sent]:
+            if any(reference.is_lost for reference in call.references):
+                process.calls.remove(call)
+                self._drop(call)
+            elif not all(reference.is_there for reference in call.references):
+                self._waiting.add(process)
+                return
             else:
-                process.requests.appendleft(request)
-                self.replace(
-                    process, _cause(error), error, is_alive=not isinstance(error, ray.exceptions.ActorDiedError)
-                )
-            return
-        process.has_replied_to.add(request.method)
-        process.replied_at = time.monotonic()
-        request.on_reply(value, *request.references[1:])
+                call.is_sent, call.since = True, time.monotonic()
+                assert process.connection is not None
+                process.connection.send(call)
+
+    def _process_news(self, process: RemoteProcess) -> None:
+        """Deals with the news of a process's calls, in the order of the calls."""
+        while process.calls and (news := process.calls[0].news) is not None:
+            call = process.calls[0]
+            if isinstance(news, Failure) and not any(map(self.is_lost, call.references)):
+                self.replace(process, news.cause, news.error, is_alive=news.is_alive)
+                return
+            process.calls.popleft()
+            process.replied_at = time.monotonic()
+            if isinstance(news, Failure):
+                self._drop(call)
+                continue
+            process.has_replied_to.add(call.method)
+            for reference, place in zip(call.results, news.places, strict=True):
+                reference.place = place
+            call.on_reply(load(news.data, call.results))
+
+    def _drop(self, call: Call) -> None:
+        for reference in call.results:
+            reference.is_lost = True
+        call.on_dropped()
 
     def replace(
         self, process: RemoteProcess, cause: str, error: Exception | None = None, *, is_alive: bool = False
@@ -266,27 +332,32 @@ class Supervisor:
             )
         logger.warning("%s %s, and is replaced (%d in all)", process.name, cause, self.num_restarts + 1)
         self.num_restarts += 1
-        process.terminate(is_alive=is_alive)
-        requests, process.requests = process.requests, collections.deque()
+        self._terminate(process, is_alive=is_alive)
+        calls, process.calls = process.calls, collections.deque()
         self._start(process)
         process.on_lost()
-        for request in requests:
-            self._done.discard(request.references[0])
-            if request.arguments is None:
-                request.on_dropped()
+        for call in calls:
+            if call.is_repeated:
+                call.is_sent, call.news = False, None
+                process.calls.append(call)
             else:
-                self.submit(
-                    process, request.method, *request.arguments, on_reply=request.on_reply,
-                    needs=tuple(request.needs), is_repeated=True, on_dropped=request.on_dropped,
-                )  # fmt: skip
+                self._drop(call)
+        self._send_calls(process)
 
     def _start(self, process: RemoteProcess) -> None:
         process.start()
+        process.connection = self._carrier.connect(process.handle)
+        self._owners[process.connection] = process
 
         def is_ready(place: tuple[int, str]) -> None:
             process.place = place
 
-        self.submit(process, "where", on_reply=is_ready)
+        self.submit(process, InRemoteProcess.where, on_reply=is_ready)
+
+    def _terminate(self, process: RemoteProcess, *, is_alive: bool = False) -> None:
+        if process.connection is not None:
+            del self._owners[process.connection]
+        process.terminate(is_alive=is_alive)
 
     def _look_for_silence(self) -> None:
         now = time.monotonic()
@@ -295,44 +366,31 @@ class Supervisor:
         has_listened = now - self._looked_at < 2 * _LOOK_SECONDS
         self._looked_at = now
         for process in self._processes:
-            if not process.requests:
+            if not process.calls:
                 continue
-            request = process.requests[0]
-            if not has_listened or not _are_ready(request.needs):
+            call = process.calls[0]
+            if not has_listened or not call.is_sent:
                 # It isn't silent by its own fault: this thread didn't look for replies, or its arguments are missing.
                 process.replied_at = now
                 continue
-            silence = now - max(request.since, process.replied_at)
-            patience = self._silence_seconds * (1 if request.method in process.has_replied_to else _SLOW_STARTS)
+            silence = now - max(call.since, process.replied_at)
+            patience = self._silence_seconds * (1 if call.method in process.has_replied_to else _SLOW_STARTS)
             if not process.is_ready:
                 if silence > self._silence_seconds:
                     seconds, wanted = now - process.started_at, in_words(process.resources)
                     logger.warning("%s has waited %.0f s for a node with %s", process.name, seconds, wanted)
                     process.replied_at = now
             elif silence > patience:
-                cause = f"has not replied to {request.method} for {silence:.0f} s"
+                cause = f"has not replied to {call.method} for {silence:.0f} s"
                 self.replace(process, cause, is_alive=True)
 
     def terminate(self) -> None:
-        """Terminates all processes."""
+        """Terminates all processes. Values that references refer to are lost."""
         for process in self._processes:
-            process.requests.clear()
-            process.terminate()
-
-
-def has_failed(reference: Any) -> bool:
-    """Returns whether the value that a reference refers to is lost, or will never come."""
-    try:
-        ray.get(reference, timeout=0)
-    except ray.exceptions.GetTimeoutError:
-        return False
-    except ray.exceptions.RayError:
-        return True
-    return False
-
-
-def _are_ready(references: list[Any]) -> bool:
-    return not references or not ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)[1]
+            process.calls.clear()
+            self._terminate(process)
+        self._carrier.close()
+        self._inbox.close()
 
 
 def _cause(error: Exception) -> str:

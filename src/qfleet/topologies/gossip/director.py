@@ -18,7 +18,9 @@ from qfleet.core.replay import NO_STEP, SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.records import Progress
 from qfleet.topologies.base import OwnLearner
+from qfleet.topologies.fleet.calls import ValueIsLost
 from qfleet.topologies.fleet.director import Director, DirectorStats
+from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.replay_shares import share_of
 from qfleet.topologies.fleet.supervisor import ON_CPU, ONE_CPU, RemoteProcess, default_resources
 from qfleet.topologies.gossip.averaging import Leaves, split_evenly
@@ -31,7 +33,7 @@ from qfleet.topologies.gossip.decisions import (
     draw_pairs,
 )
 from qfleet.topologies.gossip.peer import PeerChunkStats, StartingPoint, peer_config
-from qfleet.topologies.gossip.remote import RemotePeer, fetch_snapshots
+from qfleet.topologies.gossip.remote import RemotePeer
 from qfleet.topologies.mesh import leaves_of
 
 logger = logging.getLogger("qfleet")
@@ -131,8 +133,14 @@ class GossipDirector(Director[GossipStats]):
     def snapshots(self) -> list[Leaves]:
         """Returns the newest parameters of each peer that has trained, unless they are lost with their node."""
         with self._lock:
-            references = [peer.snapshot.reference for peer in self._peers if peer.snapshot is not None]
-        return fetch_snapshots(references)
+            snapshots = [peer.snapshot.reference for peer in self._peers if peer.snapshot is not None]
+        found = []
+        for snapshot in snapshots:
+            try:
+                found.append(self._supervisor.value(snapshot))
+            except ValueIsLost as error:  # the peer's next chunk will show that its process is lost
+                logger.debug("a snapshot is lost: %s", error)
+        return found
 
     def states(self) -> Iterator[tuple[int, Leaves, SavedReplay | None] | None]:
         """Yields what `GossipPeer.state` returns, for each peer; None for a peer that is being replaced.
@@ -144,7 +152,11 @@ class GossipDirector(Director[GossipStats]):
         """
         for peer in self._peers:
             process = self._processes[peer.number]
-            yield None if peer.stage == "absent" else self._answer_of(process, "state", gives_up=True)
+            if peer.stage == "absent":
+                yield None
+            else:
+                state = self._answer_of(process, RemotePeer.newest_state, num_references=1, gives_up=True)
+                yield self._supervisor.value(state)
 
     def learners(self) -> Iterator[tuple[int, Leaves] | None]:
         """Yields what `GossipPeer.learner` returns, for each peer; None for a peer that doesn't train.
@@ -153,8 +165,12 @@ class GossipDirector(Director[GossipStats]):
           StateIsLost: as `states` does.
         """
         for peer in self._peers:
-            is_there = peer.stage == "training"
-            yield self._answer_of(self._processes[peer.number], "learner", gives_up=True) if is_there else None
+            if peer.stage != "training":
+                yield None
+            else:
+                process = self._processes[peer.number]
+                learner = self._answer_of(process, RemotePeer.newest_learner, num_references=1, gives_up=True)
+                yield self._supervisor.value(learner)
 
     def share_of_newest_checkpoint(self, number: int) -> SavedReplay | None:
         """Returns a peer's share of the replay in the newest checkpoint; None if there is no such replay."""
@@ -210,7 +226,7 @@ class GossipDirector(Director[GossipStats]):
         def on_prepared(_: None) -> None:
             peer.stage = "prepared"
 
-        self._supervisor.submit(self._processes[peer.number], "prepare", on_reply=on_prepared)
+        self._supervisor.submit(self._processes[peer.number], RemotePeer.prepare, on_reply=on_prepared)
 
     def _begin_newcomers(self) -> None:
         """Starts the training of every peer that is prepared, as a copy of another peer if there is one."""
@@ -247,22 +263,21 @@ class GossipDirector(Director[GossipStats]):
             if peer.stage == "beginning":
                 peer.stage = "prepared"
 
-        needs = (learner,) if donor is not None else ()
         self._supervisor.submit(
-            process, "begin", start, learner, replay, on_reply=on_begun, on_dropped=on_dropped, needs=needs
+            process, RemotePeer.begin_from, start, learner, Reference(replay), on_reply=on_begun, on_dropped=on_dropped
         )
 
-    def _learner_for(self, peer: PeerRecord, donor: PeerRecord | None) -> tuple[Any, str]:
-        """Returns leaves of the learner that a peer begins with, or a reference to them, and in words their source."""
+    def _learner_for(self, peer: PeerRecord, donor: PeerRecord | None) -> tuple[Reference[Leaves], str]:
+        """Returns leaves of the learner that a peer begins with, and in words their source."""
         if donor is not None:
             process = self._processes[donor.number]
-            _, learner = self._supervisor.submit(process, "learner", num_returns=2)
+            (learner,) = self._supervisor.submit(process, RemotePeer.leaves_of_learner, num_references=1)
             return learner, f"as a copy of {process.name}"
         has_failed = self._processes[peer.number].failed_at
         if has_failed and (newest := self._of_newest_checkpoint(self._read_learner)):
-            return newest[0], "from the newest checkpoint, because no other peer is ready"
+            return Reference(newest[0]), "from the newest checkpoint, because no other peer is ready"
         assert self._initial is not None
-        return self._initial.learner, "with its initial parameters, because no other peer is ready"
+        return Reference(self._initial.learner), "with its initial parameters, because no other peer is ready"
 
     def _replay_for(self, peer: PeerRecord) -> SavedReplay | None:
         """Returns the replay that a peer begins with; None for an empty one."""
@@ -297,18 +312,23 @@ class GossipDirector(Director[GossipStats]):
             if exchange is not None:  # the newest snapshot contains the exchange now, or the exchange was dropped
                 peer.is_averaging = False
 
-        def on_arrived(stats: PeerChunkStats, reference: Any) -> None:
+        def on_arrived(reply: tuple[PeerChunkStats, Reference[Leaves]]) -> None:
             on_ended()
-            peer.snapshot = Snapshot(stats.learner_steps, reference)
+            stats, snapshot = reply
+            peer.snapshot = Snapshot(stats.learner_steps, snapshot)
             self._count(peer, stats)
 
-        # If a node leaves with one of the two snapshots, Ray does not begin the chunk; nothing is wrong with the peer.
-        snapshots = () if exchange is None else (exchange.own.reference, exchange.other)
-        arguments = () if exchange is None else (exchange.own.learner_steps, *snapshots)
-        self._supervisor.submit(
-            self._processes[peer.number], "advance", self._env_steps_per_chunk, *arguments, on_reply=on_arrived,
-            num_returns=2, on_dropped=on_ended, needs=snapshots,
-        )  # fmt: skip
+        process, num_env_steps = self._processes[peer.number], self._env_steps_per_chunk
+        if exchange is None:
+            self._supervisor.submit(
+                process, RemotePeer.take_chunk, num_env_steps, on_reply=on_arrived, num_references=1,
+                on_dropped=on_ended,
+            )  # fmt: skip
+        else:  # if a node leaves with one of the two snapshots, the chunk is dropped; nothing is wrong with the peer
+            self._supervisor.submit(
+                process, RemotePeer.average_and_take_chunk, num_env_steps, exchange.own.learner_steps,
+                exchange.own.reference, exchange.other, on_reply=on_arrived, num_references=1, on_dropped=on_ended,
+            )  # fmt: skip
 
     def _count(self, peer: PeerRecord, chunk: PeerChunkStats) -> None:
         stats, env_steps = self._stats, sum(progress.new_env_steps for progress in chunk.progress)

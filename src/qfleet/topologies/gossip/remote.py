@@ -1,28 +1,39 @@
-"""A gossip peer as a process on Ray, and how to read the snapshots that peers leave in Ray's object store."""
+"""A gossip peer as a process on Ray."""
 
-import logging
-from collections.abc import Iterable
-from typing import Any
-
-import ray
-
+from qfleet.core.replay import SavedReplay
+from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.supervisor import InRemoteProcess
 from qfleet.topologies.gossip.averaging import Leaves
-from qfleet.topologies.gossip.peer import GossipPeer
-
-logger = logging.getLogger("qfleet")
+from qfleet.topologies.gossip.peer import GossipPeer, PeerChunkStats, StartingPoint
 
 
 class RemotePeer(InRemoteProcess, GossipPeer):
-    """A peer in a process of its own."""
+    """A peer in a process of its own. Its methods do what those of `GossipPeer` do, with references to arrays."""
 
+    def begin_from(self, start: StartingPoint, learner: Reference[Leaves], replay: Reference[SavedReplay | None]) -> None:
+        """Does what `begin` does."""
+        self.begin(start, learner.value, replay.value)
 
-def fetch_snapshots(references: Iterable[Any]) -> list[Leaves]:
-    """Returns the parameters that references point to. Those whose node has left are missing from the result."""
-    found = []
-    for reference in references:
-        try:
-            found.append(ray.get(reference))
-        except ray.exceptions.RayError as error:  # the peer's next chunk will show that its process is lost
-            logger.debug("a snapshot is lost: %s", error)
-    return found
+    def take_chunk(self, num_env_steps: int) -> tuple[PeerChunkStats, Reference[Leaves]]:
+        """Does what `advance` does without an averaging step."""
+        stats, snapshot = self.advance(num_env_steps)
+        return stats, Reference(snapshot)
+
+    def average_and_take_chunk(
+        self, num_env_steps: int, learner_steps_then: int, own: Reference[Leaves], other: Reference[Leaves]
+    ) -> tuple[PeerChunkStats, Reference[Leaves]]:
+        """Does what `advance` does after an averaging step."""
+        stats, snapshot = self.advance(num_env_steps, learner_steps_then, own.value, other.value)
+        return stats, Reference(snapshot)
+
+    def newest_learner(self) -> Reference[tuple[int, Leaves]]:
+        """Does what `learner` does."""
+        return Reference(self.learner())
+
+    def leaves_of_learner(self) -> Reference[Leaves]:
+        """Returns the leaves of the `LearnerState`, for another peer to begin with."""
+        return Reference(self.learner()[1])
+
+    def newest_state(self) -> Reference[tuple[int, Leaves, SavedReplay | None] | None]:
+        """Does what `state` does."""
+        return Reference(self.state())

@@ -5,9 +5,10 @@ workers for gradients, and `sharded_server` has the server's half.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,18 +20,20 @@ from qfleet.core.sharded_learner import ShardedLearner, StateLeaves
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.actors_director import ActorsDirector, PoolStats
-from qfleet.topologies.fleet.cluster import is_local
-from qfleet.topologies.fleet.replay_shard import ShardStats, Writer
+from qfleet.topologies.fleet.calls import ValueIsLost
+from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.remote import RemoteReplayShard
+from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
-from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, has_failed
-from qfleet.topologies.parameter_server import remote
+from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess
 from qfleet.topologies.parameter_server.gradient_requests import GradientRequests
-from qfleet.topologies.parameter_server.remote import ActRequest, RemoteReplayShard, RemoteServerShard, RemoteWorker
+from qfleet.topologies.parameter_server.remote import ChunkAnswer, RemoteServerShard, RemoteWorker
 from qfleet.topologies.parameter_server.sharded_server import ServerEvents, ShardedServer
 from qfleet.topologies.parameter_server.step_queue import Admission
-from qfleet.topologies.parameter_server.transport import Transport
 from qfleet.topologies.parameter_server.worker import GradientStats
 from qfleet.topologies.parameter_server.worker_pool import PooledWorker, WorkerReplays
+
+T = TypeVar("T")
 
 
 class ServerStats(PoolStats):
@@ -84,11 +87,10 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
             config, topology.actor_pool, 1, read_replay, ray_address=topology.ray_address,
             silence_seconds=topology.silence_seconds, max_restarts=topology.max_restarts,
         )  # fmt: skip
-        self._transport = Transport(self._topology, learner)
         events = ServerEvents(
             functools.partial(self._note_busy, "server"), self._server_was_sent_steps, self._server_went_back
         )
-        self._server = ShardedServer(config, learner, self._supervisor, self._transport, events, self._newest_learner)
+        self._server = ShardedServer(config, learner, self._supervisor, events, self._newest_learner)
         self._replay = None
         if self._topology.num_replay_shards:
             note_busy = functools.partial(self._note_busy, "shards")
@@ -96,7 +98,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         self._replays = self._replay or WorkerReplays(self._actors, self._topology.actor_pool, self._supervisor)
         """The shared replay, or those of all workers."""
         self._gradient_requests = GradientRequests(
-            config, self._supervisor, self._server, self._transport, self._replay, on_request=self._note_request,
+            config, self._supervisor, self._server, self._replay, on_request=self._note_request,
             on_gradient=self._gradient_arrived,
         )  # fmt: skip
         gradient_bytes = {"float32": 4, "bfloat16": 2}[self._topology.gradient_dtype]
@@ -116,7 +118,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
 
     def params(self) -> list[np.ndarray]:
         """Returns each shard's piece of the newest parameters, all after the same step."""
-        return self._replies_of_server(remote.submit_publish, gives_up=False)
+        return self._values_of_server(RemoteServerShard.saved_params, gives_up=False)
 
     def learner_state(self) -> list[StateLeaves]:
         """Returns what each shard of the server must keep, all after the same step.
@@ -124,7 +126,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         Raises:
           StateIsLost: if a shard was lost and has not found a place yet.
         """
-        return self._replies_of_server(remote.submit_state, gives_up=True)
+        return self._values_of_server(RemoteServerShard.saved, gives_up=True)
 
     def snapshots(self) -> Iterator[SavedReplay]:
         """Yields the contents of each shard of the replay, or of each worker's own; only one at a time is held here.
@@ -133,29 +135,27 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
           StateIsLost: if one was lost and has not found a place yet.
         """
         for process in self._replays.processes:
-            yield self._answer_of(process, "snapshot", gives_up=True)
+            method = RemoteReplayShard.saved if self._replay is not None else RemoteWorker.saved
+            saved = self._answer_of(process, method, num_references=1, gives_up=True)
+            yield self._supervisor.value(saved)
 
-    def _replies_of_server(self, submit: Callable[..., Any], *, gives_up: bool) -> list[Any]:
-        """Returns what each shard replies after the time, all between the same two steps.
+    def _values_of_server(self, method: Callable[[Any], Reference[T]], *, gives_up: bool) -> list[T]:
+        """Returns what each shard replies, all between the same two steps.
 
         If a shard is lost before it has replied, or its reply is lost with the node that kept it, all are asked again.
         """
         while True:
-            answer: concurrent.futures.Future = concurrent.futures.Future()
-            self._post(
-                functools.partial(
-                    remote.submit_to_all, submit, self._supervisor, self._server.processes,
-                    on_replies=answer.set_result, on_dropped=functools.partial(answer.set_result, None),
-                )
-            )  # fmt: skip
+            answer: concurrent.futures.Future[list[Reference[T]] | None] = concurrent.futures.Future()
+            self._post(functools.partial(self._server.ask_all, method, answer.set_result))
             while not answer.done():
                 concurrent.futures.wait([answer], timeout=0.1)
                 self.raise_error()
                 if gives_up:
                     self._check_have_places(self._server.processes)
             references = answer.result()
-            if references is not None and not any(map(has_failed, references)):
-                return remote.fetch(references)
+            if references is not None:
+                with contextlib.suppress(ValueIsLost):
+                    return [self._supervisor.value(reference) for reference in references]
 
     # --- What its own thread does ---
 
@@ -168,7 +168,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         return [each] * topology.num_workers + [ONE_CPU] * (topology.num_server_shards + topology.num_replay_shards)
 
     def _missing(self) -> RemoteProcess | None:
-        needed = [*self._server.processes, *(self._replay.processes if self._replay is not None else [])]
+        needed: list[RemoteProcess] = [*self._server.processes, *(self._replay.processes if self._replay is not None else [])]
         missing = next((process for process in needed if not process.is_ready), None)
         return missing or (None if self.num_ready_actors else self._actors[0].process)
 
@@ -208,34 +208,34 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
 
     def _ask_for_chunk(self, i: int, writer: Writer) -> None:
         worker = self._actors[i]
-        pull, handles = worker.next_pull(self._server.newest)
+        pull = worker.next_pull(self._server.newest)
 
-        # `lost` keeps the handles of the parameters until the worker has replied, because it may read them until then.
         def ended() -> None:
             worker.num_chunks -= 1
 
-        def arrived(answer: tuple[ChunkStats, ShardStats | None], reference: Any) -> None:
-            report, stats = answer
-            count = functools.partial(self._count, i, report)
+        def arrived(answer: ChunkAnswer) -> None:
+            count = functools.partial(self._count, i, answer.chunk_stats)
             if self._replay is not None:
-                self._replay.store(i, writer, reference, count, ended)
+                assert answer.chunk is not None
+                self._replay.store(i, writer, answer.chunk, count, ended)
                 return
-            assert stats is not None
-            worker.stats = stats
+            assert answer.shard_stats is not None
+            worker.stats = answer.shard_stats
             count()
             ended()
 
         def lost() -> None:
             ended()
             worker.pull_all_again()
-            self._server.note_failed_pull(handles)
+            self._server.note_failed_pull(pull)
 
         exploration = self.fixed_exploration
         if exploration is None:
             exploration = float(exploration_at(self._config.agent, np.array(self.env_steps)))
-        remote.submit_act(
-            self._supervisor, worker.process, ActRequest(pull, exploration), handles, on_reply=arrived, on_dropped=lost
-        )
+        self._supervisor.submit(
+            worker.process, RemoteWorker.pull_and_act, pull, exploration, on_reply=arrived, on_dropped=lost,
+            num_references=0 if self._replay is None else 1,
+        )  # fmt: skip
 
     def _count(self, i: int, report: ChunkStats) -> None:
         super()._count(i, report)
@@ -261,17 +261,16 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         topology, make, add, config = self._topology, self._make_process, self._supervisor.add, self._config
         resources = dict(topology.worker_resources) or ONE_CPU
         environment = {} if resources.get("GPU") else IN_LINE
-        memory = self._transport.open_region(self._stack) if is_local() else None
         for i in range(topology.num_server_shards):
             name, on_lost = f"server shard {i}", functools.partial(self._server.shard_was_lost, i)
-            self._server.add(add(make(name, RemoteServerShard, (config, i, memory), ONE_CPU, IN_LINE, on_lost)))
+            self._server.add(add(make(name, RemoteServerShard, (config, i), ONE_CPU, IN_LINE, on_lost)))
         if self._replay is not None:
             for i in range(topology.num_replay_shards):
                 name, on_lost = f"replay shard {i}", functools.partial(self._shard_is_lost, i)
                 self._replay.add(add(make(name, RemoteReplayShard, (config, i), ONE_CPU, IN_LINE, on_lost)))
         for i in range(topology.num_workers):
             name, on_lost = f"worker {i}", functools.partial(self._worker_is_lost, i)
-            worker = make(name, RemoteWorker, (config, i, memory), resources, environment, on_lost)
+            worker = make(name, RemoteWorker, (config, i), resources, environment, on_lost)
             self._actors.append(PooledWorker(add(worker)))
             self._begin(i, 0)
 

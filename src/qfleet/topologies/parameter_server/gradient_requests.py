@@ -1,5 +1,6 @@
 """The requests for gradients: how many workers are asked, and what happens to the gradients that arrive."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -8,11 +9,9 @@ from qfleet.config import ParameterServerConfig, TrainConfig
 from qfleet.core.exploration import importance_exponent_at
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
 from qfleet.topologies.fleet.supervisor import Supervisor
-from qfleet.topologies.parameter_server import remote
-from qfleet.topologies.parameter_server.remote import GradientReferences, GradientRequest
+from qfleet.topologies.parameter_server.remote import GradientAnswer, RemoteWorker
 from qfleet.topologies.parameter_server.sharded_server import ShardedServer
 from qfleet.topologies.parameter_server.step_queue import Admission
-from qfleet.topologies.parameter_server.transport import Transport, VectorHandle
 from qfleet.topologies.parameter_server.worker import GradientStats
 from qfleet.topologies.parameter_server.worker_pool import PooledWorker
 
@@ -30,7 +29,6 @@ class GradientRequests:
         config: TrainConfig,
         supervisor: Supervisor,
         server: ShardedServer,
-        transport: Transport,
         replay: ShardedReplay | None,
         *,
         on_request: Callable[[PooledWorker], None],
@@ -42,14 +40,13 @@ class GradientRequests:
           config: config of the run.
           supervisor: supervisor of the workers.
           server: applies the gradients.
-          transport: leases buffers for them.
           replay: the replay that the workers share; None if each has its own.
           on_request: called with each worker that is asked.
           on_gradient: called with each gradient that has arrived, and with what became of it.
         """
         self._topology = config.topology_as(ParameterServerConfig)
         self._agent, self._supervisor = config.agent, supervisor
-        self._server, self._transport, self._replay = server, transport, replay
+        self._server, self._replay = server, replay
         self._on_request, self._on_gradient = on_request, on_gradient
 
     def issue(self, workers: Sequence[PooledWorker], num_due_steps: int, env_steps: int) -> None:
@@ -91,29 +88,29 @@ class GradientRequests:
                 return False
         worker.is_learning = True
         self._on_request(worker)
-        pull, handles = worker.next_pull(self._server.newest)
-        lease = self._transport.lease()
-        request = GradientRequest(pull, exponent, self._transport.gradient_buffers(lease))
-        if drawn is not None:
-            request = request._replace(places=tuple(drawn.places), shares=tuple(drawn.references))
+        pull = worker.next_pull(self._server.newest)
 
-        # `dropped` keeps the handles of the parameters, and `replied` the lease of the gradient's buffers, until the
-        # worker has replied or is gone: until then it may read or write there.
-        def replied(result: GradientStats, references: GradientReferences) -> None:
+        def replied(reply: GradientAnswer) -> None:
             worker.is_learning = False
-            pieces = tuple(request.buffers) if request.buffers else references.pieces
-            gradient = VectorHandle(pieces, lease, references.pieces)
-            self._on_gradient(result, self._server.push(gradient, pull.version, result.unweighted_loss))
+            admission = self._server.push(reply.pieces, pull.version, reply.result.unweighted_loss)
+            self._on_gradient(reply.result, admission)
             if drawn is not None and self._replay is not None:
-                self._replay.return_priorities(drawn, references.priorities)
+                self._replay.return_priorities(drawn, reply.priorities)
 
         def dropped() -> None:
             worker.is_learning = False
             worker.pull_all_again()
-            self._server.note_failed_pull(handles)
+            self._server.note_failed_pull(pull)
 
-        remote.submit_gradient(
-            self._supervisor, worker.process, request, handles, len(self._server.processes), on_reply=replied,
-            on_dropped=dropped,
-        )  # fmt: skip
+        submit = functools.partial(self._supervisor.submit, on_reply=replied, on_dropped=dropped)
+        num_pieces = len(self._server.processes)
+        if drawn is None:
+            submit(
+                worker.process, RemoteWorker.pull_and_differentiate, pull, exponent, num_references=num_pieces
+            )
+        else:
+            submit(
+                worker.process, RemoteWorker.pull_and_differentiate_batch, pull, drawn.places, drawn.references,
+                num_references=num_pieces + len(drawn.references),
+            )  # fmt: skip
         return True

@@ -24,7 +24,6 @@ from qfleet.core.types import Params
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.workarounds.glibc_malloc import reuse_freed_memory
 from qfleet.topologies.fleet.env_and_agent import make_env_and_agent
-from qfleet.topologies.parameter_server.shared_memory import ParameterBuffers, Piece, RegionMapping
 
 
 class PublishedParameters(NamedTuple):
@@ -32,10 +31,10 @@ class PublishedParameters(NamedTuple):
 
     busy_seconds: float
     """Time that the steps took."""
-    params: np.ndarray | None
-    """`[piece]` float32; None if they were written to a buffer."""
+    params: np.ndarray
+    """`[piece]` float32, valid until the next step."""
     target_params: np.ndarray | None
-    """The same of the target network; None as well if the steps left it as it was."""
+    """The same of the target network; None if the steps left it as it was."""
 
 
 class SquaredNorms(NamedTuple):
@@ -58,13 +57,12 @@ class ShardState(NamedTuple):
 class ServerShard:
     """Applies gradients to its piece of the parameters, and publishes the result."""
 
-    def __init__(self, config: TrainConfig, number: int, memory: str | None = None) -> None:
+    def __init__(self, config: TrainConfig, number: int) -> None:
         """Begins with the parameters that follow from the run's seed.
 
         Args:
           config: config of the run.
           number: number of the shard, from 0.
-          memory: path of the memory that it shares with the workers; None if there is none.
         """
         topology = config.topology_as(ParameterServerConfig)
         enable_compilation_cache()
@@ -72,7 +70,7 @@ class ServerShard:
         agent = make_env_and_agent(config).agent
         self._learner = learner = ShardedLearner(agent, config.agent, topology.num_server_shards)
         self._number, self._gradients_per_step = number, topology.gradients_per_learner_step
-        self._mapping = RegionMapping(memory)
+        self.gradient_dtype = jnp.dtype(topology.gradient_dtype)
 
         def step(state: LearnerState, gradients: tuple[Array, ...]) -> LearnerState:
             gradient = mean_gradient(gradients)
@@ -95,24 +93,18 @@ class ServerShard:
 
     # --- Learner steps ---
 
-    def apply_gradients(
-        self, gradients: Sequence[Piece], buffers: ParameterBuffers | None = None
-    ) -> PublishedParameters:
+    def apply_gradients(self, gradients: Sequence[np.ndarray]) -> PublishedParameters:
         """Takes learner steps that need no other shard: the server has one shard, or gradients are not clipped.
 
         Args:
           gradients: `[piece]` each, all gradients of the first step, then all of the next.
-          buffers: where to write the new parameters; None to return them.
-
-        Returns:
-          The new parameters, or only the time that the steps took if the parameters were written to buffers.
         """
         started = time.perf_counter()
         for of_one_step in self._by_step(gradients):
             self._learner_state = self._step(self._learner_state, of_one_step)
-        return self._publish_steps(started, len(gradients) // self._gradients_per_step, buffers)
+        return self._publish_steps(started, len(gradients) // self._gradients_per_step)
 
-    def average_gradients(self, gradients: Sequence[Piece]) -> SquaredNorms:
+    def average_gradients(self, gradients: Sequence[np.ndarray]) -> SquaredNorms:
         """Averages the gradients of each learner step, and keeps the means for `apply_averages`.
 
         Clipping by the norm of the whole gradient takes two calls, because the norm needs the squares of all shards:
@@ -126,26 +118,20 @@ class ServerShard:
         values = [float(square) for square in squares]
         return SquaredNorms(time.perf_counter() - started, values)
 
-    def apply_averages(
-        self, squared_norms: Sequence[list[float]], buffers: ParameterBuffers | None = None
-    ) -> PublishedParameters:
+    def apply_averages(self, squared_norms: Sequence[list[float]]) -> PublishedParameters:
         """Takes learner steps with the gradients that `average_gradients` kept, clipped by the norm of the whole.
 
         Args:
           squared_norms: for each shard of the server, the values of its `SquaredNorms`.
-          buffers: as in `apply_gradients`.
-
-        Returns:
-          As `apply_gradients`.
         """
         started = time.perf_counter()
         for average, squares in zip(self._averages, zip(*squared_norms, strict=True), strict=True):
             self._learner_state = self._apply(self._learner_state, average, np.float32(sum(squares)))
-        return self._publish_steps(started, len(self._averages), buffers)
+        return self._publish_steps(started, len(self._averages))
 
-    def _by_step(self, gradients: Iterable[Piece]) -> Iterator[tuple[np.ndarray, ...]]:
+    def _by_step(self, gradients: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, ...]]:
         """Yields the gradients of each learner step."""
-        arrays = map(self._mapping.read, gradients)
+        arrays = iter(gradients)
         while of_one_step := tuple(itertools.islice(arrays, self._gradients_per_step)):
             yield of_one_step
 
@@ -154,24 +140,15 @@ class ServerShard:
     def publish(self) -> PublishedParameters:
         """Publishes the parameters and those of the target network, as they are."""
         return PublishedParameters(
-            0.0, self._copy(self._learner_state.params), self._copy(self._learner_state.target_params)
+            0.0, self._as_vector(self._learner_state.params), self._as_vector(self._learner_state.target_params)
         )
 
-    def _publish_steps(
-        self, started: float, num_learner_steps: int, buffers: ParameterBuffers | None
-    ) -> PublishedParameters:
-        params = self._learner_state.params
-        target = self._learner_state.target_params if self._target_updates.advance(num_learner_steps) else None
-        if buffers is None:
-            copies = self._copy(params), None if target is None else self._copy(target)
-            return PublishedParameters(time.perf_counter() - started, *copies)
-        self._mapping.write(self._as_vector(params), buffers.params)
-        if buffers.target_params is not None:
-            self._mapping.write(self._as_vector(target), buffers.target_params)
-        return PublishedParameters(time.perf_counter() - started, None, None)
-
-    def _copy(self, params: Params) -> np.ndarray:
-        return self._as_vector(params).copy()  # the next step is taken in place, and would change the original
+    def _publish_steps(self, started: float, num_learner_steps: int) -> PublishedParameters:
+        target = None
+        if self._target_updates.advance(num_learner_steps):
+            target = self._as_vector(self._learner_state.target_params)
+        params = self._as_vector(self._learner_state.params)
+        return PublishedParameters(time.perf_counter() - started, params, target)
 
     def _as_vector(self, params: Params) -> np.ndarray:
         return np.asarray(params if self._learner.num_shards > 1 else self._to_vector(params))

@@ -8,28 +8,31 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from qfleet.config import ParameterServerConfig, TrainConfig
 from qfleet.core.learner import LearnerState
-from qfleet.core.sharded_learner import ShardedLearner
-from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor, has_failed
-from qfleet.topologies.parameter_server import remote
-from qfleet.topologies.parameter_server.remote import ClippedStepRequest, StepRequest
-from qfleet.topologies.parameter_server.step_queue import Admission, StepQueue
-from qfleet.topologies.parameter_server.transport import Transport, VectorHandle, published_vectors, references_of
+from qfleet.core.sharded_learner import ShardedLearner, StateLeaves
+from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
+from qfleet.topologies.parameter_server.remote import Pieces, PublishedAnswer, Pull, RemoteServerShard
+from qfleet.topologies.parameter_server.step_queue import Admission, StepBatch, StepQueue
 
 logger = logging.getLogger("qfleet")
+
+T = TypeVar("T")
 
 
 class NewestParameters(NamedTuple):
     """The parameters that workers pull."""
 
     version: int
-    params: VectorHandle
+    params: Pieces
     target_version: int
     """Version of the first parameters that had this target network."""
-    target_params: VectorHandle
+    target_params: Pieces
 
 
 class ServerEvents(NamedTuple):
@@ -48,8 +51,8 @@ class _Snapshot(NamedTuple):
 
     learner_steps: int
     target_age: int
-    leaves: list[Any]
-    """For each shard, a reference to its leaves."""
+    leaves: list[Reference[StateLeaves]]
+    """For each shard, its leaves."""
 
 
 @dataclasses.dataclass
@@ -59,9 +62,6 @@ class _StepsInFlight:
     version: int
     """Version of the parameters after these steps."""
     num_shards_left: int
-    kept: list[Any]
-    """The gradients, and the leases of the buffers for the new parameters. The shards read and write there until the
-    last of them has replied, so nobody else may get these buffers before."""
 
 
 class ShardedServer:
@@ -76,7 +76,6 @@ class ShardedServer:
         config: TrainConfig,
         learner: ShardedLearner,
         supervisor: Supervisor,
-        transport: Transport,
         events: ServerEvents,
         newest_checkpoint: Callable[[], tuple[LearnerState, int] | None],
     ) -> None:
@@ -86,22 +85,21 @@ class ShardedServer:
           config: config of the run.
           learner: the learner that is divided over the shards.
           supervisor: supervisor of the shards.
-          transport: leases buffers for the parameters.
           events: functions of the director to call when something happens.
           newest_checkpoint: returns the learner of the newest checkpoint and its learner steps; None if there is none.
         """
         self._topology = config.topology_as(ParameterServerConfig)
         self._learner, self._supervisor = learner, supervisor
-        self._transport, self._events, self._newest_checkpoint = transport, events, newest_checkpoint
+        self._events, self._newest_checkpoint = events, newest_checkpoint
         self._clips = config.agent.max_gradient_norm is not None
-        self.processes: list[RemoteProcess] = []
-        self._queue: StepQueue[VectorHandle] = StepQueue(self._topology, config.agent.target_update_period)
+        self.processes: list[RemoteProcess[RemoteServerShard]] = []
+        self._queue: StepQueue[Pieces] = StepQueue(self._topology, config.agent.target_update_period)
         self._published: NewestParameters | None = None
         self._in_flight: _StepsInFlight | None = None
         self._is_snapshot_requested = False
         self._snapshot: _Snapshot | None = None
 
-    def add(self, process: RemoteProcess) -> None:
+    def add(self, process: RemoteProcess[RemoteServerShard]) -> None:
         """Takes the next shard."""
         self.processes.append(process)
 
@@ -132,11 +130,11 @@ class ShardedServer:
 
     # --- Gradients, and the steps that apply them ---
 
-    def push(self, gradient: VectorHandle, version: int, loss: float) -> Admission:
+    def push(self, gradient: Pieces, version: int, loss: float) -> Admission:
         """Takes a gradient that has arrived, and sends a learner step if the gradient completes it.
 
         Args:
-          gradient: handle of the gradient.
+          gradient: the gradient, as workers return it.
           version: version of the parameters that it was computed with.
           loss: loss of its batch, without importance weights.
         """
@@ -152,46 +150,46 @@ class ShardedServer:
         """
         if self.is_stepping or (batch := self._queue.take()) is None:
             return
-        leases = [self._transport.lease() for _ in range(2 if batch.updates_target else 1)]
-        buffers = self._transport.parameter_buffers(leases)
-        self._in_flight = in_flight = _StepsInFlight(batch.version, len(self.processes), [*batch.gradients, *leases])
+        self._in_flight = in_flight = _StepsInFlight(batch.version, len(self.processes))
         self._events.steps_sent(batch.num_steps, len(batch.gradients))
-        replies = [
-            remote.submit_steps(
-                self._supervisor, process, request,
-                on_reply=functools.partial(self._steps_taken, in_flight),
-                on_dropped=functools.partial(self._steps_lost, in_flight),
-            )
-            for process, request in zip(self.processes, self._requests(batch.gradients, buffers), strict=True)
-        ]  # fmt: skip
+        # References to what the shards *will* return: a worker that is asked to pull them waits for the step.
+        params, *target_params = zip(*self._submit_steps(batch, in_flight), strict=True)
         if self._published is None:  # the server has gone back, and `ensure_published` will ask for the parameters
             return
-        # References to what the shards *will* return: a worker that pulls them now waits inside Ray for the step.
-        params, target_params = published_vectors(replies, buffers, leases)
         self._published = self._published._replace(version=batch.version, params=params)
-        if target_params is not None:
-            self._published = self._published._replace(target_version=batch.version, target_params=target_params)
+        if target_params:
+            self._published = self._published._replace(target_version=batch.version, target_params=target_params[0])
 
-    def _requests(self, gradients: Sequence[VectorHandle], buffers: Sequence[Any]) -> list[Any]:
-        """Returns what each shard is asked for, to apply these gradients."""
-        columns = zip(*(gradient.pieces for gradient in gradients), strict=True)
-        requests = [StepRequest(pieces, each) for pieces, each in zip(columns, buffers, strict=True)]
+    def _submit_steps(self, batch: StepBatch[Pieces], in_flight: _StepsInFlight) -> list[list[Reference[np.ndarray]]]:
+        """Has all shards apply gradients; returns what each will publish."""
+        columns = list(zip(*batch.gradients, strict=True))
+        submit = functools.partial(
+            self._supervisor.submit, num_references=2 if batch.updates_target else 1,
+            on_reply=functools.partial(self._steps_taken, in_flight),
+            on_dropped=functools.partial(self._steps_lost, in_flight),
+        )  # fmt: skip
         if len(self.processes) == 1 or not self._clips:
-            return requests
+            return [
+                submit(process, RemoteServerShard.take_steps, pieces)
+                for process, pieces in zip(self.processes, columns, strict=True)
+            ]
         # Every shard needs the norm of the whole gradient. Each averages its pieces first, and gets the squares of all
-        # shards as references with the request that follows.
-        squared_norms = tuple(
-            remote.submit_averages(self._supervisor, process, request._replace(buffers=None), on_reply=self._was_busy)
-            for process, request in zip(self.processes, requests, strict=True)
-        )
-        return [ClippedStepRequest(squared_norms, each) for each in buffers]
+        # shards with the call that follows.
+        squared_norms = [
+            reference
+            for process, pieces in zip(self.processes, columns, strict=True)
+            for reference in self._supervisor.submit(
+                process, RemoteServerShard.average, pieces, num_references=1, on_reply=self._has_averaged
+            )
+        ]
+        return [submit(process, RemoteServerShard.take_clipped_steps, squared_norms) for process in self.processes]
 
-    def _was_busy(self, seconds: float, *_: Any) -> None:
-        self._events.busy(seconds)
+    def _has_averaged(self, reply: tuple[float, Any]) -> None:
+        self._events.busy(reply[0])
 
-    def _steps_taken(self, in_flight: _StepsInFlight, seconds: float, *_: Any) -> None:
+    def _steps_taken(self, in_flight: _StepsInFlight, published: PublishedAnswer) -> None:
         """Notes that a shard has taken its steps."""
-        self._events.busy(seconds)
+        self._events.busy(published.busy_seconds)
         self._shard_ended(in_flight)
 
     def _steps_lost(self, in_flight: _StepsInFlight) -> None:
@@ -208,7 +206,6 @@ class ShardedServer:
     def _shard_ended(self, in_flight: _StepsInFlight) -> None:
         in_flight.num_shards_left -= 1
         if not in_flight.num_shards_left:
-            in_flight.kept.clear()  # no shard reads or writes there any more
             self._in_flight = None
             self._send_steps()
 
@@ -217,8 +214,9 @@ class ShardedServer:
     def ensure_published(self) -> None:
         """Asks the shards for their parameters if there are none to pull: at the start, and after a loss."""
         if self._published is None:
-            published = [remote.submit_publish(self._supervisor, process) for process in self.processes]
-            params, target_params = (VectorHandle(pieces, None, pieces) for pieces in zip(*published, strict=True))
+            publish = RemoteServerShard.publish_all
+            published = [self._supervisor.submit(process, publish, num_references=2) for process in self.processes]
+            params, target_params = zip(*published, strict=True)
             self._published = NewestParameters(self.version, params, self.version, target_params)
 
     @property
@@ -227,9 +225,9 @@ class ShardedServer:
         assert self._published is not None
         return self._published
 
-    def note_failed_pull(self, handles: Sequence[VectorHandle]) -> None:
+    def note_failed_pull(self, pull: Pull) -> None:
         """Has the parameters published again if a worker could not pull them because they are lost."""
-        if any(map(has_failed, references_of(handles))):
+        if any(map(self._supervisor.is_lost, (*pull.params, *pull.target_params))):
             self._published = None
 
     # --- State ---
@@ -243,15 +241,40 @@ class ShardedServer:
         self._is_snapshot_requested = True
         version, learner_steps, target_age = self.version, self.learner_steps, self._queue.target_age
 
-        def taken(leaves: list[Any]) -> None:
+        def taken(leaves: list[Reference[StateLeaves]] | None) -> None:
             self._is_snapshot_requested = False
-            if self._queue.is_current(version):  # otherwise the server has gone back since it was asked
+            if leaves is not None and self._queue.is_current(version):  # it may have gone back since it was asked
                 self._snapshot = _Snapshot(learner_steps, target_age, leaves)
 
-        def lost() -> None:
-            self._is_snapshot_requested = False
+        self.ask_all(RemoteServerShard.saved, taken)
 
-        remote.submit_to_all(remote.submit_state, self._supervisor, self.processes, on_replies=taken, on_dropped=lost)
+    def ask_all(
+        self, method: Callable[[RemoteServerShard], Reference[T]], on_answer: Callable[[list[Reference[T]] | None], None]
+    ) -> None:
+        """Asks all shards for something, between the same two steps.
+
+        Args:
+          method: returns it.
+          on_answer: called once, with what each shard has returned, or with None if any of them was lost meanwhile.
+        """
+        answers: dict[int, Reference[T]] = {}
+        is_dropped = False
+
+        def answered(i: int, answer: Reference[T]) -> None:
+            answers[i] = answer
+            if len(answers) == len(self.processes):
+                on_answer([answers[i] for i in range(len(answers))])
+
+        def dropped() -> None:
+            nonlocal is_dropped
+            if not is_dropped:
+                is_dropped = True
+                on_answer(None)
+
+        for i, process in enumerate(self.processes):
+            self._supervisor.submit(
+                process, method, on_reply=functools.partial(answered, i), on_dropped=dropped, num_references=1
+            )
 
     def shard_was_lost(self, shard: int) -> None:
         """Takes all shards back, because the one that replaces the lost shard does not have its parameters."""
@@ -270,7 +293,7 @@ class ShardedServer:
     def _restore_newest_state(self) -> str:
         """Restores the newest snapshot, or the newest checkpoint, or the initial state; returns which it was."""
         snapshot = self._snapshot
-        if snapshot is not None and not any(map(has_failed, snapshot.leaves)):
+        if snapshot is not None and not any(map(self._supervisor.is_lost, snapshot.leaves)):
             self._queue.continue_from(snapshot.learner_steps, snapshot.target_age)
             self._submit_restore(snapshot.leaves)
             return "the newest snapshot"
@@ -281,7 +304,7 @@ class ShardedServer:
             return "the newest checkpoint"
         self._queue.continue_from(0, target_age=0)
         for process in self.processes:
-            remote.submit_reset(self._supervisor, process)
+            self._supervisor.submit(process, RemoteServerShard.reset)
         return "the beginning: there is neither snapshot nor checkpoint"
 
     def restore(self, learner: LearnerState, learner_steps: int, version: int) -> None:
@@ -291,8 +314,8 @@ class ShardedServer:
 
     def _restore_learner(self, learner: LearnerState, learner_steps: int) -> None:
         self._queue.continue_from(learner_steps, int(learner.target_age))
-        self._submit_restore(self._learner.split(learner))
+        self._submit_restore([Reference(leaves) for leaves in self._learner.split(learner)])
 
-    def _submit_restore(self, leaves: Sequence[Any]) -> None:
+    def _submit_restore(self, leaves: Sequence[Reference[StateLeaves]]) -> None:
         for process, own in zip(self.processes, leaves, strict=True):
-            remote.submit_restore(self._supervisor, process, own)
+            self._supervisor.submit(process, RemoteServerShard.go_on_from, own)

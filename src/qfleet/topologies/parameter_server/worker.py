@@ -20,7 +20,6 @@ from qfleet.topologies.fleet.actor import Actor, Chunk, ChunkStats
 from qfleet.topologies.fleet.env_and_agent import make_env_and_agent
 from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer
 from qfleet.topologies.fleet.replay_shares import put_together
-from qfleet.topologies.parameter_server.shared_memory import Buffer, Piece, RegionMapping
 
 
 class GradientStats(NamedTuple):
@@ -50,7 +49,7 @@ class GradientReply(NamedTuple):
 
     result: GradientStats
     pieces: list[np.ndarray]
-    """Each server shard's piece, `[piece]`; empty if the pieces were written to buffers."""
+    """Each server shard's piece, `[piece]`."""
     priorities: list[np.ndarray]
     """For each share of the batch, the priorities of its transitions, `[num_draws]`; empty for a batch of the worker's
     own replay, whose priorities are set already."""
@@ -59,18 +58,16 @@ class GradientReply(NamedTuple):
 class Worker(Actor):
     """Acts, stores what it saw or passes it on, and computes gradients with the parameters that it pulled last."""
 
-    def __init__(self, config: TrainConfig, number: int, memory: str | None = None) -> None:
+    def __init__(self, config: TrainConfig, number: int) -> None:
         """Makes a worker; call `begin` before anything else.
 
         Args:
           config: config of the run.
           number: number of the worker, from 0.
-          memory: path of the memory that it shares with the server; None if there is none.
         """
         topology, built = config.topology_as(ParameterServerConfig), make_env_and_agent(config)
         super().__init__(config, number, built)
         reuse_freed_memory()
-        self._mapping = RegionMapping(memory)
         self._own_replay = None if topology.num_replay_shards else ReplayShard(config, number, built.stored_spec)
         self._agent_config = config.agent
         self._learner = ShardedLearner(built.agent, config.agent, topology.num_server_shards)
@@ -92,7 +89,7 @@ class Worker(Actor):
         super().begin(incarnation)
         self._writer, self._num_gradients = Writer(incarnation, 0), 0
 
-    def pull(self, version: int, params: Sequence[Piece], target_params: Sequence[Piece] = ()) -> None:
+    def pull(self, version: int, params: Sequence[np.ndarray], target_params: Sequence[np.ndarray] = ()) -> None:
         """Takes the parameters with which to act and learn from now on.
 
         Args:
@@ -102,16 +99,14 @@ class Worker(Actor):
         """
         if not params:
             return
-        arrays = [self._mapping.read(piece) for piece in params]
-        target_arrays = [self._mapping.read(piece) for piece in target_params]
-        self._params = self._assemble_params(arrays)
-        if target_arrays:
-            self._target_params = self._assemble_params(target_arrays)
-        # The leases of the buffers may end once this worker has replied, and others may then write to the buffers.
-        # The copies must therefore be complete before this method returns.
+        self._params = self._assemble_params(list(params))
+        if target_params:
+            self._target_params = self._assemble_params(list(target_params))
+        # The pieces may lie in memory that is used again once this worker has replied. The copies must therefore be
+        # complete before this method returns.
         jax.block_until_ready((self._params, self._target_params))
         self._params_version = version
-        self._received_bytes += sum(array.nbytes for array in (*arrays, *target_arrays))
+        self._received_bytes += sum(piece.nbytes for piece in (*params, *target_params))
 
     def act(self, exploration: float) -> ActReply:
         """Takes the steps of one chunk, and stores it if the worker has a replay of its own."""
@@ -124,12 +119,11 @@ class Worker(Actor):
 
     # --- Gradients ---
 
-    def compute_gradient(self, importance_exponent: float, buffers: Sequence[Buffer] | None = None) -> GradientReply:
+    def compute_gradient(self, importance_exponent: float) -> GradientReply:
         """Computes the gradient of a batch from the worker's own replay, and sets the priorities of that batch.
 
         Args:
           importance_exponent: exponent of the importance weights.
-          buffers: where to write each shard's piece; None to return the pieces.
         """
         assert self._own_replay is not None
         started = time.perf_counter()
@@ -142,26 +136,23 @@ class Worker(Actor):
             self._learning_key(),
             np.float32(importance_exponent),
         )
-        written = self._write_pieces(pieces, buffers)
-        return GradientReply(_gradient_stats(started, losses), written, [])
+        arrays = [np.asarray(piece) for piece in pieces]
+        return GradientReply(_gradient_stats(started, losses), arrays, [])
 
-    def compute_gradient_of(
-        self, places: Sequence[np.ndarray], shares: Sequence[Transition], buffers: Sequence[Buffer] | None = None
-    ) -> GradientReply:
+    def compute_gradient_of(self, places: Sequence[np.ndarray], shares: Sequence[Transition]) -> GradientReply:
         """Computes the gradient of a batch that the shards of a shared replay have drawn.
 
         Args:
           places: for each share of the batch, the places of its transitions in the batch, `[num_draws]`.
           shares: the transitions of each share, `[num_draws, ...]`, NumPy arrays.
-          buffers: as in `compute_gradient`.
         """
         started = time.perf_counter()
         batch = put_together(list(places), tuple(shares))
         pieces, losses, priority = self._gradient_of_batch(
             self._params, self._target_params, batch, self._learning_key()
         )
-        priority, written = np.asarray(priority), self._write_pieces(pieces, buffers)
-        return GradientReply(_gradient_stats(started, losses), written, [priority[place] for place in places])
+        priority, arrays = np.asarray(priority), [np.asarray(piece) for piece in pieces]
+        return GradientReply(_gradient_stats(started, losses), arrays, [priority[place] for place in places])
 
     def _learning_key(self) -> Array:
         """Returns the key of the next gradient's noise. Each gradient has one of its own."""
@@ -198,15 +189,6 @@ class Worker(Actor):
     def _losses(self, info: UpdateInfo) -> Array:
         """Returns the losses of `GradientStats` as one array, `[3]`: every transfer from the device costs time."""
         return jnp.stack([info.loss, jnp.mean(jnp.abs(info.td_error)), jnp.mean(info.sample_loss)])
-
-    def _write_pieces(self, pieces: Sequence[Array], buffers: Sequence[Buffer] | None) -> list[np.ndarray]:
-        """Writes the pieces of a gradient to their buffers; returns the pieces if there are no buffers."""
-        arrays = [np.asarray(piece) for piece in pieces]
-        if buffers is None:
-            return arrays
-        for array, buffer in zip(arrays, buffers, strict=True):
-            self._mapping.write(array, buffer)
-        return []
 
     # --- The worker's own replay ---
 

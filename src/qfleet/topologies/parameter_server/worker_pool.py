@@ -9,12 +9,12 @@ import numpy as np
 from qfleet.config import ActorPool
 from qfleet.core.replay import SavedReplay
 from qfleet.topologies.fleet.actors_director import PooledActor
+from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats
 from qfleet.topologies.fleet.replay_shares import share_of
 from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
-from qfleet.topologies.parameter_server.remote import Pull
+from qfleet.topologies.parameter_server.remote import Pull, RemoteWorker
 from qfleet.topologies.parameter_server.sharded_server import NewestParameters
-from qfleet.topologies.parameter_server.transport import VectorHandle
 
 logger = logging.getLogger("qfleet")
 
@@ -32,20 +32,15 @@ class PooledWorker(PooledActor):
     stats: ShardStats = EMPTY_SHARD
     """Contents of its own replay."""
 
-    def next_pull(self, newest: NewestParameters) -> tuple[Pull, list[VectorHandle]]:
-        """Returns what the worker must pull to have the newest parameters, and the handles of these vectors.
-
-        From now on the worker counts as having them. The caller keeps the handles until the worker has replied, since
-        the worker may read the vectors until then.
-        """
-        request, handles = Pull(newest.version), []
+    def next_pull(self, newest: NewestParameters) -> Pull:
+        """Returns what the worker must pull to have the newest parameters. From now on it counts as having them."""
+        pull = Pull(newest.version)
         if self.version != newest.version:
-            request, handles = request._replace(params=newest.params.pieces), [newest.params]
+            pull = pull._replace(params=newest.params)
             if self.target_version != newest.target_version:
-                request = request._replace(target_params=newest.target_params.pieces)
-                handles.append(newest.target_params)
+                pull = pull._replace(target_params=newest.target_params)
         self.version, self.target_version = newest.version, newest.target_version
-        return request, handles
+        return pull
 
     def pull_all_again(self) -> None:
         """Has `next_pull` include everything, because the worker may not have got what it was sent."""
@@ -82,7 +77,7 @@ class WorkerReplays:
         def restored(stats: ShardStats) -> None:
             worker.stats = stats
 
-        self._supervisor.submit(worker.process, "restore", own, on_reply=restored)
+        self._supervisor.submit(worker.process, RemoteWorker.go_on_from, Reference(own), on_reply=restored)
         return int(np.sum(np.asarray(own.leaves) > 0))
 
     def refill(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> None:

@@ -1,0 +1,399 @@
+"""Carries calls between processes of one machine: a socket for what is to be done, shared memory for arrays.
+
+Each process that Ray has started connects to the director's `Switchboard` by a Unix socket. The director sends it calls
+of a few hundred bytes there, in the order in which it must carry them out, and it answers them one by one. Arrays lie
+in an `Arena`: the process reads those that a call names, and writes those that it makes to the block that came with the
+call. Its answer is sent after its arrays are written, so nobody reads an array that is half written. A round trip costs
+microseconds where a call of Ray costs a millisecond of CPU.
+
+    director                                          process
+    ChannelConnection.send   -- call, blocks, room -->  serve: reads arguments, calls the method,
+                             <------ reply, blocks ---         writes the arrays of the reply into the room
+    or, if the room is too small or there is none:
+                             <---- more room wanted --
+                             -------- room ---------->
+                             <------ reply, blocks ---
+
+The socket's end is the process's end. Then the blocks that it may have been writing to are given to others, and not
+before. A process of another user can't connect, and one without the run's token isn't heard.
+
+A value is never changed once it is written, so there is nothing to lock: parameters of each version lie in a block of
+their own, which all readers share, and which is used again when the last of them has answered.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hmac
+import os
+import pickle
+import secrets
+import selectors
+import socket
+import struct
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from qfleet.topologies.fleet.calls import Call, Failure, Inbox, Reply
+from qfleet.topologies.fleet.references import Reference, dump, load
+from qfleet.topologies.fleet.shared_memory import Address, Arena, Block, Encoded, Mapping, Stored, encode
+
+_MOST_INLINE_BYTES = 32_000
+"""Longest record that goes through the socket. Arguments and replies that are longer go through the arena."""
+
+_MESSAGE_BYTES = 100_000
+"""Longest message that is read from a socket."""
+
+_SPARE_ROOM = 1.25
+"""Room that a call gets for its reply, as a multiple of what the last reply of its kind has used."""
+
+_MOST_ROOM_IN_ADVANCE = 64_000_000
+"""Bytes. A larger reply, such as a whole replay, has to ask for its room."""
+
+
+_HELLO = struct.Struct("32sQ")
+"""The first message of a process: the run's token, and the number of the connection."""
+
+
+class Welcome(NamedTuple):
+    """What a process needs to connect to the switchboard."""
+
+    address: bytes
+    """Abstract address of its socket, which is no file."""
+    token: bytes
+    number: int
+    """Number of the connection."""
+
+
+# --- What goes through the socket ---
+
+
+class _Request(NamedTuple):
+    """A call."""
+
+    method: str
+    data: bytes | Address
+    references: tuple[Address, ...]
+    room: "_Room"
+
+
+class _Room(NamedTuple):
+    """Where to write the arrays of a reply."""
+
+    offset: int
+    capacity: int
+
+
+class _Answer(NamedTuple):
+    """The reply to the oldest call that has not been answered."""
+
+    data: bytes | Address
+    references: tuple[Address, ...]
+
+
+class _RoomWanted(NamedTuple):
+    """Asks for room, because the arrays of a reply don't fit."""
+
+    num_bytes: int
+
+
+class _Raised(NamedTuple):
+    """The method has raised an error instead of replying."""
+
+    text: str
+    """The error with its traceback."""
+
+
+class MethodRaised(Exception):
+    """An error of a method in another process. Its text has the traceback."""
+
+
+# --- In the process that is called ---
+
+
+def serve(target: object, welcome: Welcome) -> None:
+    """Carries out calls of an object's methods, until the director's process closes the connection or ends."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.connect(welcome.address)
+        connection.send(_HELLO.pack(welcome.token, welcome.number))
+        _, files, _, _ = socket.recv_fds(connection, 1, 1)
+        if files:
+            mapping = Mapping(files[0])
+            os.close(files[0])
+            _Server(target, connection, mapping).run()
+
+
+class _Server:
+    def __init__(self, target: object, connection: socket.socket, mapping: Mapping) -> None:
+        self._target, self._connection, self._mapping = target, connection, mapping
+        self._waiting: collections.deque[_Request] = collections.deque()
+
+    def run(self) -> None:
+        while (request := self._waiting.popleft() if self._waiting else self._receive()) is not None:
+            try:
+                answer: Any = self._answer(request)
+            except Exception as error:
+                answer = _Raised("".join(traceback.format_exception(error))[-_MOST_INLINE_BYTES:])
+            self._connection.send(pickle.dumps(answer))
+
+    def _receive(self) -> Any:
+        data = self._connection.recv(_MESSAGE_BYTES)
+        return pickle.loads(data) if data else None
+
+    def _answer(self, request: _Request) -> _Answer:
+        data = self._mapping.read(request.data) if isinstance(request.data, Address) else request.data
+        references = [Reference[Any](read=functools.partial(self._mapping.read, x)) for x in request.references]
+        reply, results = dump(getattr(self._target, request.method)(*load(data, references)))
+        values = [encode(result.value) for result in results]
+        if len(reply) <= _MOST_INLINE_BYTES:
+            return _Answer(reply, tuple(self._write(values, request.room)))
+        *addresses, data = self._write([*values, encode(pickle.PickleBuffer(reply))], request.room)
+        return _Answer(data, tuple(addresses))
+
+    def _write(self, values: Sequence[Encoded], room: _Room) -> list[Address]:
+        wanted = sum(value.num_bytes for value in values)
+        if wanted > room.capacity:
+            self._connection.send(pickle.dumps(_RoomWanted(wanted)))
+            while not isinstance(message := self._receive(), _Room):
+                if message is None:
+                    raise EOFError("the director's process has ended")
+                self._waiting.append(message)
+            room = message
+        addresses, offset = [], room.offset
+        for value in values:
+            addresses.append(self._mapping.write(value, offset))
+            offset += value.num_bytes
+        return addresses
+
+
+# --- In the director's process ---
+
+
+@dataclasses.dataclass
+class _InFlight:
+    """A call that has been sent, and the blocks that the process reads and writes until it has answered."""
+
+    call: Call
+    blocks: list[Block]
+    room: Block | None
+
+
+class ChannelConnection:
+    """The director's end of the connection to one process."""
+
+    def __init__(self, switchboard: "Switchboard") -> None:
+        """Is not connected yet: calls wait until the process has come."""
+        self._switchboard = switchboard
+        self._socket: socket.socket | None = None
+        self._in_flight: collections.deque[_InFlight] = collections.deque()
+        self._outgoing: collections.deque[bytes] = collections.deque()
+        self._is_closed = False
+
+    def send(self, call: Call) -> None:
+        """Sends a call, as soon as the process is connected and reads."""
+        arena = self._switchboard.arena
+        stored = [self._switchboard.stored(reference) for reference in call.references]
+        blocks: list[Block] = [each.block for each in stored]
+        data: bytes | Address = call.data
+        if len(call.data) > _MOST_INLINE_BYTES:
+            block, data = arena.put(pickle.PickleBuffer(call.data))
+            blocks.append(block)
+        room = self._switchboard.lease_room(call)
+        self._in_flight.append(_InFlight(call, blocks, room))
+        self._send(_Request(call.method, data, tuple(each.address for each in stored), _room_of(room)))
+
+    def close(self) -> None:
+        """Hears no more of the process. What it may still be writing to stays reserved until it has ended."""
+        self._is_closed = True
+        if self._socket is None:
+            self._in_flight.clear()
+
+    def end(self) -> None:
+        """Closes the socket, because the process has ended or nothing more will be asked of it."""
+        assert self._socket is not None
+        self._switchboard.inbox.listen(self._socket, 0, self._is_ready)
+        self._socket.close()
+        self._socket = None
+        self._in_flight.clear()
+        self._switchboard.note_connected(self, is_connected=False)
+
+    def accept(self, connected: socket.socket) -> None:
+        """Takes the socket of the process, which has connected."""
+        if self._is_closed:
+            connected.close()
+            return
+        socket.send_fds(connected, [b"!"], [self._switchboard.arena.file])
+        connected.setblocking(False)
+        self._socket = connected
+        self._switchboard.note_connected(self, is_connected=True)
+        self._flush()
+
+    def _send(self, message: NamedTuple) -> None:
+        self._outgoing.append(pickle.dumps(message))
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._socket is None:
+            return
+        events = selectors.EVENT_READ
+        try:
+            while self._outgoing:
+                self._socket.send(self._outgoing[0])
+                self._outgoing.popleft()
+        except BlockingIOError:  # the process doesn't read at the moment
+            events |= selectors.EVENT_WRITE
+        except ConnectionError:  # it has ended, which reading will tell
+            self._outgoing.clear()
+        self._switchboard.inbox.listen(self._socket, events, self._is_ready)
+
+    def _is_ready(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._flush()
+        if events & selectors.EVENT_READ:
+            self._read()
+
+    def _read(self) -> None:
+        assert self._socket is not None
+        while True:
+            try:
+                data = self._socket.recv(_MESSAGE_BYTES)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                data = b""
+            if not data:
+                if not self._is_closed:
+                    self._switchboard.inbox.put(self, Failure(None, "died"))
+                self.end()
+                return
+            self._hear(pickle.loads(data))
+
+    def _hear(self, message: Any) -> None:
+        if isinstance(message, _RoomWanted):
+            self._in_flight[0].room = self._switchboard.arena.lease(message.num_bytes)
+            self._send(_room_of(self._in_flight[0].room))
+            return
+        sent = self._in_flight.popleft()
+        if self._is_closed:
+            return
+        if isinstance(message, _Raised):
+            cause = f"raised {message.text.strip().splitlines()[-1]}"
+            news: Reply | Failure = Failure(sent.call, cause, MethodRaised(message.text), is_alive=True)
+        else:
+            data, used = message.data, sum(address.num_bytes for address in message.references)
+            if isinstance(data, Address):
+                used += data.num_bytes
+                data = bytes(self._switchboard.arena.read(data))
+            self._switchboard.note_used_room(sent.call, used)
+            assert sent.room is not None or not used
+            news = Reply(sent.call, data, [Stored(sent.room, address) for address in message.references])  # type: ignore[arg-type]
+        self._switchboard.inbox.put(self, news)
+
+
+class Switchboard:
+    """Connects the director with all processes of a run on this machine: a `calls.Carrier`."""
+
+    def __init__(self, inbox: Inbox, cause_of: Callable[[Exception], str]) -> None:
+        """Waits for processes to connect.
+
+        Args:
+          inbox: for what is heard of them.
+          cause_of: describes an error of Ray in words that follow the name of the process.
+
+        Raises:
+          OSError: if this system has no memory to share.
+        """
+        self.inbox, self._cause_of = inbox, cause_of
+        self.arena = Arena()
+        self._used_room: dict[str, int] = {}
+        """Bytes of room that the last reply of a method has used."""
+        self._token = secrets.token_bytes(32)
+        self._expected: dict[int, ChannelConnection] = {}
+        """Connections whose processes have not come yet, by number."""
+        self._connected: set[ChannelConnection] = set()
+        self._num_connections = 0
+        self._strangers: set[socket.socket] = set()
+        """Sockets of processes that have not said yet who they are."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.bind(b"\0qfleet-" + secrets.token_hex(16).encode())
+        self._socket.listen(1000)
+        self._socket.setblocking(False)
+        inbox.listen(self._socket, selectors.EVENT_READ, self._accept)
+
+    def connect(self, handle: Any) -> ChannelConnection:
+        """Has a process connect."""
+        number = self._num_connections
+        self._num_connections += 1
+        self._expected[number] = connection = ChannelConnection(self)
+
+        def ended(future: Any) -> None:
+            if error := future.exception():
+                self.inbox.put(connection, Failure(None, self._cause_of(error), error))
+                self.inbox.wake()
+
+        welcome = Welcome(self._socket.getsockname(), self._token, number)
+        handle.serve.remote(welcome).future().add_done_callback(ended)
+        return connection
+
+    def read(self, place: Stored) -> Any:
+        """Returns a copy of a value."""
+        return pickle.loads(pickle.dumps(self.arena.read(place.address)))
+
+    def is_lost(self, place: Stored) -> bool:
+        """Returns False: this process keeps all values."""
+        return False
+
+    def stored(self, reference: Reference) -> Stored:
+        """Returns where a value lies. If this process has made it, it is written to the arena first."""
+        if reference.place is None:
+            reference.place = self.arena.put(reference.value)
+        stored: Stored = reference.place
+        return stored
+
+    def note_connected(self, connection: ChannelConnection, *, is_connected: bool) -> None:
+        """Notes whether a process is connected."""
+        (self._connected.add if is_connected else self._connected.discard)(connection)
+
+    def lease_room(self, call: Call) -> Block | None:
+        """Leases room for a reply; None if it is not known how much it will need, or if it is much."""
+        used = self._used_room.get(call.method, 0)
+        return self.arena.lease(int(_SPARE_ROOM * used)) if 0 < used < _MOST_ROOM_IN_ADVANCE else None
+
+    def note_used_room(self, call: Call, num_bytes: int) -> None:
+        """Remembers how much room a reply has used. The next one of its kind gets as much."""
+        self._used_room[call.method] = num_bytes
+
+    def close(self) -> None:
+        """Ends all connections and frees the memory. The processes that are still there carry out no more calls."""
+        self._expected.clear()
+        for connection in list(self._connected):
+            connection.end()
+        for each in [self._socket, *self._strangers]:
+            self.inbox.listen(each, 0, self._accept)
+            each.close()
+        self.arena.close()
+
+    def _accept(self, _: int) -> None:
+        connected, _address = self._socket.accept()
+        _, user, _ = struct.unpack("3i", connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if user != os.getuid():
+            connected.close()
+            return
+        self._strangers.add(connected)
+        self.inbox.listen(connected, selectors.EVENT_READ, functools.partial(self._identify, connected))
+
+    def _identify(self, connected: socket.socket, _: int) -> None:
+        self._strangers.discard(connected)
+        self.inbox.listen(connected, 0, self._accept)
+        with contextlib.suppress(OSError, struct.error):
+            token, number = _HELLO.unpack(connected.recv(_MESSAGE_BYTES))
+            if hmac.compare_digest(token, self._token) and number in self._expected:
+                self._expected.pop(number).accept(connected)
+                return
+        connected.close()
+
+
+def _room_of(block: Block | None) -> _Room:
+    return _Room(block.offset, block.capacity) if block else _Room(0, 0)
