@@ -28,13 +28,24 @@ TOPOLOGIES = {"fused", "overlapped", "actor_learner", "parameter_server", "all_r
 
 TOPOLOGY_CONFIGS = {kind.__name__ for kind in qfleet.config.TOPOLOGIES.values()}
 
-IMPORT_RAY = {"fleet.cluster", "fleet.ray_internals", "fleet.supervisor", "all_reduce.ray_processes"}
+IMPORT_RAY = {"fleet.cluster", "fleet.ray_calls", "fleet.ray_internals", "fleet.supervisor", "all_reduce.ray_processes"}
 """Modules of `topologies/` that may import Ray, besides every `remote`."""
 
 DIRECTING = ("topology", "director", "remote")
 """Modules of a package that may import each other, but only later ones in this list."""
 
-DIRECTING_ON_RAY = {"topology", "director", "actors_director", "remote", "supervisor", "cluster", "ray_internals"}
+DIRECTING_ON_RAY = {
+    "topology", "director", "actors_director", "remote", "supervisor", "cluster", "ray_calls", "ray_internals",
+}  # fmt: skip
+    "topology",
+    "director",
+    "actors_director",
+    "remote",
+    "supervisor",
+    "cluster",
+    "ray_calls",
+    "ray_internals",
+}
 """Modules that workers, learners, server shards and peers must not import."""
 
 ENVS_MAY_IMPORT = ("qfleet.config.errors", "qfleet.config.lane_options", "qfleet.config.python_path")

@@ -24,7 +24,7 @@ What crosses the border between two processes, and the name of what is sent or o
 | all_reduce | core.replicas.Replicas, runtime.peers.Reporter |
 | gossip | topologies.gossip.peer.PeerChunkStats, topologies.gossip.averaging.average_step |
 | actor_learner | topologies.fleet.actor.Chunk, core.types.Transition, topologies.actor_learner.learner.UpdateResult |
-| parameter_server | topologies.fleet.actor.Chunk, topologies.parameter_server.transport.VectorHandle, \
+| parameter_server | topologies.fleet.actor.Chunk, topologies.parameter_server.remote.GradientAnswer, \
 topologies.parameter_server.server_shard.PublishedParameters |
 
 Every topology has a config in `config.TOPOLOGIES`, and a class that is a `topologies.base.Topology`.

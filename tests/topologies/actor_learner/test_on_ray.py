@@ -3,16 +3,21 @@
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import probes
 import pytest
-from small_fleets import config_of
+from small_fleets import BATCH, config_of
 
 import qfleet
 from qfleet.config import TrainConfig
-from qfleet.core.replay import SavedReplay
+from qfleet.core.replay import DrawShare, SavedReplay
+from qfleet.envs.registry import make_env
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.actor_learner.learner import batches_per_round
+from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.restoring import saved_replay
 
 
@@ -62,13 +67,79 @@ def test_a_fleet_learns_is_saved_and_goes_on_elsewhere_and_in_other_sizes(cluste
     summary = probes.learn_two_choices(tmp_path / "run", config.agent.discount, summary)
 
 
+class Calls:
+    """A supervisor whose calls are made one after the other."""
+
+    def __init__(self, *, is_one_machine: bool) -> None:
+        from qfleet.topologies.fleet.supervisor import Supervisor
+
+        self.supervisor = Supervisor(silence_seconds=60.0, max_restarts=0)
+        self.supervisor.open(is_one_machine=is_one_machine)
+
+    def process(self, kind: type, *arguments: Any) -> Any:
+        from qfleet.topologies.fleet.supervisor import IN_LINE, RemoteProcess
+
+        return self.supervisor.add(RemoteProcess(kind.__name__, kind, arguments, {"CPU": 1}, IN_LINE, list))
+
+    def ask(self, process: Any, method: Any, *arguments: Any, num_references: int = 0) -> Any:
+        replies: list[Any] = []
+        self.supervisor.submit(process, method, *arguments, on_reply=replies.append, num_references=num_references)
+        while not replies:
+            self.supervisor.wait(1.0)
+            self.supervisor.process_replies()
+        return replies[0]
+
+
+@pytest.mark.slow
+def test_the_numbers_are_the_same_whoever_carries_them(cluster):
+    """From an actor to its shard, to the learner and back: by sockets and shared memory, and by Ray."""
+    from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner
+    from qfleet.topologies.fleet.remote import RemoteReplayShard
+
+    config = config_of(num_actors=1, num_replay_shards=1)
+    size = BATCH * batches_per_round(config, make_env(config.env).spec)
+    share = DrawShare(np.int32(size), np.float32(1.0), np.float32(100))
+
+    def learned(*, is_one_machine: bool) -> tuple[list[np.ndarray], SavedReplay]:
+        calls = Calls(is_one_machine=is_one_machine)
+        ask, process = calls.ask, calls.process
+        actor, shard = process(RemoteActor, config, 0), process(RemoteReplayShard, config, 0)
+        learner = process(RemoteLearner, config)
+        ask(actor, RemoteActor.begin, 0)
+        for number in range(12):
+            _, params = ask(learner, RemoteLearner.newest_params, num_references=1)
+            _, chunk = ask(actor, RemoteActor.fetch_and_collect, number, params, 0.5, num_references=1)
+            ask(shard, RemoteReplayShard.insert_chunk, 0, Writer(0, number), chunk)
+            if number < 6:
+                continue
+            _, batch = ask(shard, RemoteReplayShard.sample_share, number, 7, 0.5, share, size, num_references=1)
+            _, (priority,) = ask(learner, RemoteLearner.learn_round, [np.arange(size)], [batch], num_references=1)
+            ask(shard, RemoteReplayShard.take_priorities, number, priority)
+        _, state = ask(learner, RemoteLearner.newest_state, num_references=1)
+        found = (
+            calls.supervisor.value(state),
+            calls.supervisor.value(ask(shard, RemoteReplayShard.saved, num_references=1)),
+        )
+        calls.supervisor.terminate()
+        return found
+
+    by_channel, by_ray = learned(is_one_machine=True), learned(is_one_machine=False)
+    assert len(jax.tree.leaves(by_ray)) > 10
+    jax.tree.map(np.testing.assert_array_equal, by_channel, by_ray)
+
+
 def replay_of(run_dir: str | None) -> SavedReplay:
     return saved_replay(Checkpoints(Path(run_dir or "") / "checkpoints", run_id=None).restore_item("replay"))
 
 
 @pytest.mark.slow
-def test_a_fleet_of_host_environments_learns_with_uniform_replay_which_holds_what_a_checkpoint_says(cluster, tmp_path):
+def test_a_fleet_of_host_environments_learns_with_uniform_replay_which_holds_what_a_checkpoint_says(
+    cluster, tmp_path, monkeypatch
+):
     """The stated cut: as many environment steps are counted as rows were stored, whatever is under way."""
+    from qfleet.topologies.fleet import supervisor
+
+    monkeypatch.setattr(supervisor, "can_share", lambda: False)  # as on a cluster
     settings = {"env": "gym:CartPole-v1", "replay": "uniform", "env_steps": 2_048, "replay_capacity": 65_536}
     run = qfleet.iterate(small(tmp_path, checkpoint_period_seconds=1e-9, **settings))
     for _ in run:

@@ -239,8 +239,9 @@ def test_a_worker_that_is_lost_begins_with_an_empty_replay_and_warms_up_again(si
 
 def test_vectors_in_shared_memory_are_kept_as_long_as_anybody_needs_them(simulated, monkeypatch):
     """Free buffers are filled with NaN: if one were read, or freed too soon, the runs would learn different things."""
-    from qfleet.topologies.parameter_server import transport as module
     from qfleet.topologies.parameter_server.shared_memory import Lease, RegionMapping, SharedRegion
+
+    from qfleet.topologies.parameter_server import transport as module
 
     num_leased = 0
 

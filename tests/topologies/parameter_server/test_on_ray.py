@@ -36,8 +36,6 @@ def test_it_learns_is_saved_and_goes_on_elsewhere_and_in_other_sizes(cluster, tm
     )  # fmt: skip
     run = qfleet.iterate(config)
     director = run._topology._director
-    has_memory = director._transport._region is not None
-    assert has_memory == hasattr(os, "memfd_create"), "they share memory, where the system has it"
     with director._lock:  # a run begins with one worker, which could be at the end before the other one is there
         director._lock.wait_for(lambda: director.num_ready_actors == 2)
     for _ in run:
@@ -69,9 +67,9 @@ def test_it_learns_is_saved_and_goes_on_elsewhere_and_in_other_sizes(cluster, tm
 
 @pytest.mark.slow
 def test_it_survives_the_loss_of_a_worker_and_of_a_shard_of_the_server(cluster, tmp_path, monkeypatch, caplog):
-    from qfleet.topologies.parameter_server import transport
+    from qfleet.topologies.fleet import supervisor
 
-    monkeypatch.setattr(transport, "can_share", lambda: False)  # as on a cluster
+    monkeypatch.setattr(supervisor, "can_share", lambda: False)  # as on a cluster
     path = tmp_path / "run"
     config = sizes(
         num_workers=2, num_server_shards=2, env_steps=10**7, run_dir=str(path), checkpoint_period_seconds=1.0

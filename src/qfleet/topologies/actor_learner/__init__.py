@@ -5,17 +5,18 @@
     who draws                ReplayShard.sample, asked by ShardedReplay.draw   the same
     who computes gradients   GlobalLearner.learn                               learner.py
     who applies them         GlobalLearner.learn, in the same compiled step    learner.py
-    who fetches parameters   RemoteActor.fetch_and_collect, from               remote.py
-                             what GlobalLearner.params returned                learner.py
+    who takes parameters     RemoteActor.fetch_and_collect: those that         remote.py
+                             GlobalLearner.params returned last                learner.py
     who coordinates          ActorLearnerDirector, in a thread of the run      director.py
     who checks and records   ActorLearner, in the run's process                topology.py
 
-Each actor, each shard and the learner is a process of its own (`remote.py`). Every arrow crosses a process border:
-arrays go directly from process to process, through Ray's object store, and the director only hands on references.
+Each actor, each shard and the learner is a process of its own (`remote.py`, `fleet/remote.py`). Every arrow crosses a
+process border: arrays go directly from process to process (`fleet/channel.py`, `fleet/ray_calls.py`), and the director
+only hands on references.
 
                             chunk: rows, with the actor's own TD errors
           +-------------+ ------------------------------------------> +--------------+
-          | RemoteActor |                                             | RemoteShard  |
+          | RemoteActor |                                             | Replay shard |
           +-------------+                                             +--------------+
                  ^                                                       |        ^
                  | parameters, fetched                    each shard's   |        | TD errors of

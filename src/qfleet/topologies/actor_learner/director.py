@@ -196,9 +196,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
         def gone() -> None:
             actor.num_chunks -= 1
 
-        self._replay.store(
-            chunk.actor, chunk.writer, chunk.rows, functools.partial(self._count_chunk, chunk), gone
-        )
+        self._replay.store(chunk.actor, chunk.writer, chunk.rows, functools.partial(self._count_chunk, chunk), gone)
 
     def _count_chunk(self, chunk: _Chunk) -> None:
         """Counts a chunk that the replay has stored."""

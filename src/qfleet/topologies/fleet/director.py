@@ -230,7 +230,9 @@ class Director(abc.ABC, Generic[S]):
         reply: concurrent.futures.Future[R] = concurrent.futures.Future()
 
         def ask() -> None:
-            self._supervisor.submit(process, method, on_reply=reply.set_result, num_references=num_references, is_repeated=True)
+            self._supervisor.submit(
+                process, method, on_reply=reply.set_result, num_references=num_references, is_repeated=True
+            )
 
         self._post(ask)
         while True:

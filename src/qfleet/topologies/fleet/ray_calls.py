@@ -1,4 +1,4 @@
-"""Carries calls between processes on any nodes of a Ray cluster: each is a call of Ray, and arrays are Ray's objects."""
+"""Carries calls between processes on any nodes of a Ray cluster, by calls of Ray. Arrays are objects in its store."""
 
 import copy
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Memory that the processes of a run on one machine share.
 
-The director's process owns the memory, an `Arena`, and decides who may write where: it leases blocks. A process writes a
-value to a block that was leased for it, tells the director where the value lies, and other processes read it there. A
-block is leased again once nothing in the director's process refers to it.
+The director's process owns the memory, an `Arena`, and decides who may write where: it leases blocks. A process writes
+a value to a block that was leased for it, tells the director where the value lies, and other processes read it there.
+A block is leased again once nothing in the director's process refers to it.
 
 The arena is an anonymous file (`memfd_create`), so nothing is left behind in a folder or in /dev/shm, whoever is
 killed. `multiprocessing.shared_memory` would not do: its files outlive a process that is killed, and they lie in a
@@ -153,8 +153,8 @@ class Arena(Mapping):
         if self._end + capacity > self._capacity:
             raise RunFailed(
                 f"what is on its way between the processes of a run must fit in the memory of this machine, got "
-                f"{num_bytes:,} bytes more than {self._end:,} of {self._capacity:,}; give fewer processes, or a smaller "
-                f"batch or network"
+                f"{num_bytes:,} bytes more than {self._end:,} of {self._capacity:,}; give fewer processes, or a "
+                f"smaller batch or network"
             )
         self._end += capacity
         return Block(self, self._end - capacity, capacity)
@@ -172,7 +172,7 @@ class Arena(Mapping):
         self._free[capacity].append(offset)
 
     def close(self) -> None:
-        """Closes the file. Its memory is free once all processes that have mapped it have ended, and no array uses it."""
+        """Closes the file. The memory is free once all processes that have mapped it have ended."""
         if self.file >= 0:
             os.close(self.file)
             self.file = -1

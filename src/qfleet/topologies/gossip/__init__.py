@@ -4,7 +4,7 @@ Each peer is a whole run (`fused`, or `overlapped` for environments outside the 
 Ray. No peer waits for another. The process that started the run directs the peers and learns nothing itself.
 
     process of the run                                      processes on Ray, one for each peer
-    topology.Gossip                                         remote.RemotePeer = peer.GossipPeer
+    topology.Gossip                                         remote.RemotePeer, a peer.GossipPeer
       advance, state, evaluate                                acts, stores, computes gradients, applies them
         |                                                     (all inside its own run)
     director.GossipDirector  (a thread)                          ^        |
@@ -16,7 +16,7 @@ Ray. No peer waits for another. The process that started the run directs the pee
       receives PeerChunkStats, and a reference to a snapshot <------------+
       submits  GossipPeer.begin, learner, state
 
-    peer i --- snapshot of its parameters, through Ray's object store ---> peer j
+    peer i --- snapshot of its parameters, by reference ---> peer j
       averaging.average_step, in both: parameters += (the other's snapshot - its own snapshot) / 2
 
 What crosses a process border: statistics of each chunk (to the director); snapshots of parameters (between the two

@@ -10,7 +10,9 @@ from qfleet.topologies.gossip.peer import GossipPeer, PeerChunkStats, StartingPo
 class RemotePeer(InRemoteProcess, GossipPeer):
     """A peer in a process of its own. Its methods do what those of `GossipPeer` do, with references to arrays."""
 
-    def begin_from(self, start: StartingPoint, learner: Reference[Leaves], replay: Reference[SavedReplay | None]) -> None:
+    def begin_from(
+        self, start: StartingPoint, learner: Reference[Leaves], replay: Reference[SavedReplay | None]
+    ) -> None:
         """Does what `begin` does."""
         self.begin(start, learner.value, replay.value)
 

@@ -10,9 +10,9 @@ The way of a gradient, and of the parameters that it makes:
          | a batch               replay shard in its own process
       Worker.compute_gradient
          | one piece for each server shard
-         +------------------ transport: GRADIENT ------------->  ServerShard.apply_gradients
+         +------------------ a reference to it --------------->  ServerShard.apply_gradients
                                                                     | a learner step on its piece
-         +<----------------- transport: PARAMETERS ------------  ServerShard returns PublishedParameters
+         +<----------------- references to them ---------------  ServerShard returns PublishedParameters
       Worker.pull
          | acts and learns with them from now on
 
@@ -23,36 +23,30 @@ The process that started the run coordinates the others, in a thread of its own.
 - `sharded_server.ShardedServer` sends learner steps to the shards, knows the newest parameters, takes snapshots, and
   goes back to a snapshot when a shard is lost. Its decisions are in `step_queue` and `gradient_filter`.
 - `worker_pool.PooledWorker` is what the director knows of each worker.
-- `remote` has the calls from this process to workers and server shards, next to the methods that they call.
+- `remote` has the methods that this process calls in workers and server shards.
 
-What crosses the border between two processes, and how:
+What crosses the border between two processes. Arrays go directly from one to the other, by references: through memory
+that the processes of one machine share (`fleet/channel.py`), or through Ray's object store (`fleet/ray_calls.py`).
 
-| what | from | to | how |
-|---|---|---|---|
-| gradient, one piece per shard | worker | server shards | shared memory, or Ray's object store |
-| parameters, one piece per shard | server shards | workers | shared memory, or Ray's object store |
-| chunk | worker | replay shard | object store; only if the workers share a replay |
-| shares of a batch | replay shards | worker | object store; only if the workers share a replay |
-| TD errors | worker | replay shards | object store; only if the workers share a replay |
-| requests, losses, times | director | all, and back | arguments and results of Ray's calls |
+| what | from | to |
+|---|---|---|
+| gradient, one piece per shard | worker | server shards |
+| parameters, one piece per shard | server shards | workers |
+| chunk, if the workers share a replay | worker | replay shard |
+| shares of a batch, if the workers share a replay | replay shards | worker |
+| TD errors, if the workers share a replay | worker | replay shards |
+| calls, losses, times | director | all, and back |
 
 If the agent clips gradients and the server has several shards, each shard needs the norm of the whole gradient. A step
 then takes two calls: `ServerShard.average_gradients`, which returns the square of its piece's norm, and
 `ServerShard.apply_averages`, which gets the squares of all shards.
 
-If all processes are on one machine, `transport` leases buffers in one `shared_memory.SharedRegion`. One process writes
-to a buffer, another reads it, and only the buffer's address goes through Ray. On a cluster, and whenever no buffer is
-free, the array goes through Ray's object store. The numbers are the same. A buffer is free again once nothing in the
-director refers to its `Lease`. The handle of a vector holds the lease, and the director drops a handle when all
-processes that read or write the vector have replied. It keeps the handle of the newest parameters until there are newer
-ones.
-
-Three rules follow from the way in which Ray runs calls:
+Three rules follow from the way in which calls are made:
 
 - A process does what it is asked for in order. Every learner step is sent to all shards at once, so all shards take the
   same steps in the same order without any agreement between them. It is the order in which gradients arrive.
-- Parameters are passed on as references to what a learner step *will* return. A worker that is asked for a gradient now
-  waits inside Ray until the step is taken. It gets the newest parameters without a round trip to the director.
+- Parameters are passed on as references to what a learner step *will* return. The supervisor makes a call once the
+  values of its references are there, so a worker that is asked for a gradient now gets the newest parameters.
 - A worker has one request for a gradient at a time. Parameters that came with a second request would grow old while the
   worker is busy with the first.
 

@@ -168,7 +168,10 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         return [each] * topology.num_workers + [ONE_CPU] * (topology.num_server_shards + topology.num_replay_shards)
 
     def _missing(self) -> RemoteProcess | None:
-        needed: list[RemoteProcess] = [*self._server.processes, *(self._replay.processes if self._replay is not None else [])]
+        needed: list[RemoteProcess] = [
+            *self._server.processes,
+            *(self._replay.processes if self._replay is not None else []),
+        ]
         missing = next((process for process in needed if not process.is_ready), None)
         return missing or (None if self.num_ready_actors else self._actors[0].process)
 

@@ -105,9 +105,7 @@ class GradientRequests:
         submit = functools.partial(self._supervisor.submit, on_reply=replied, on_dropped=dropped)
         num_pieces = len(self._server.processes)
         if drawn is None:
-            submit(
-                worker.process, RemoteWorker.pull_and_differentiate, pull, exponent, num_references=num_pieces
-            )
+            submit(worker.process, RemoteWorker.pull_and_differentiate, pull, exponent, num_references=num_pieces)
         else:
             submit(
                 worker.process, RemoteWorker.pull_and_differentiate_batch, pull, drawn.places, drawn.references,

@@ -249,7 +249,9 @@ class ShardedServer:
         self.ask_all(RemoteServerShard.saved, taken)
 
     def ask_all(
-        self, method: Callable[[RemoteServerShard], Reference[T]], on_answer: Callable[[list[Reference[T]] | None], None]
+        self,
+        method: Callable[[RemoteServerShard], Reference[T]],
+        on_answer: Callable[[list[Reference[T]] | None], None],
     ) -> None:
         """Asks all shards for something, between the same two steps.
 
