@@ -37,15 +37,6 @@ DIRECTING = ("topology", "director", "remote")
 DIRECTING_ON_RAY = {
     "topology", "director", "actors_director", "remote", "supervisor", "cluster", "ray_calls", "ray_internals",
 }  # fmt: skip
-    "topology",
-    "director",
-    "actors_director",
-    "remote",
-    "supervisor",
-    "cluster",
-    "ray_calls",
-    "ray_internals",
-}
 """Modules that workers, learners, server shards and peers must not import."""
 
 ENVS_MAY_IMPORT = ("qfleet.config.errors", "qfleet.config.lane_options", "qfleet.config.python_path")
