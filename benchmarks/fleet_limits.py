@@ -275,7 +275,7 @@ def insert(seconds: float) -> dict[str, Any]:
                 insert = RemoteReplayShard.insert_chunk
                 supervisor.submit(shards[i], insert, 0, writer, made, on_reply=lambda answer: inserted(i))
 
-            supervisor.submit(producers[i], Producer.produce, on_reply=produced, num_references=1)
+            supervisor.submit(producers[i], Producer.produce, on_reply=produced, results=[Reference()])
 
         def inserted(i: int) -> None:
             stored[0] += chunk.td_error.size

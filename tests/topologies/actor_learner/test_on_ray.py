@@ -17,6 +17,7 @@ from qfleet.core.replay import DrawShare, SavedReplay
 from qfleet.envs.registry import make_env
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.actor_learner.learner import batches_per_round
+from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.restoring import saved_replay
 
@@ -83,7 +84,8 @@ class Calls:
 
     def ask(self, process: Any, method: Any, *arguments: Any, num_references: int = 0) -> Any:
         replies: list[Any] = []
-        self.supervisor.submit(process, method, *arguments, on_reply=replies.append, num_references=num_references)
+        results = [Reference() for _ in range(num_references)]
+        self.supervisor.submit(process, method, *arguments, on_reply=replies.append, results=results)
         while not replies:
             self.supervisor.wait(1.0)
             self.supervisor.process_replies()

@@ -23,6 +23,9 @@ from qfleet.topologies.fleet.env_and_agent import make_env_and_agent
 from qfleet.topologies.fleet.replay_shares import put_together
 from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement, leaves_of
 
+Leaves = list[np.ndarray]
+"""A tree of arrays, in the order of `jax.tree.leaves`."""
+
 ROUND_BYTES = 16_000_000
 """Approximate size of the observations of one round."""
 
@@ -112,15 +115,15 @@ class GlobalLearner:
         result = UpdateResult(float(losses.loss), float(losses.td_error), self._learner_steps, busy_seconds)
         return result, [flat[place] for place in places]
 
-    def params(self) -> tuple[int, list[np.ndarray]]:
+    def params(self) -> tuple[int, Leaves]:
         """Returns the learner steps taken so far, and the parameters, in the order of `jax.tree.leaves`."""
         return self._learner_steps, leaves_of(self._learner_state.params)
 
-    def state(self) -> tuple[int, list[np.ndarray]]:
+    def state(self) -> tuple[int, Leaves]:
         """Returns the learner steps taken so far, and the leaves of the learner's state, as `jax.tree.leaves` does."""
         return self._learner_steps, leaves_of(self._learner_state)
 
-    def restore(self, learner_steps: int, leaves: list[np.ndarray]) -> None:
+    def restore(self, learner_steps: int, leaves: Leaves) -> None:
         """Goes on from what `state` returned."""
         state = jax.tree.unflatten(jax.tree.structure(self._learner_state), leaves)
         self._learner_state = jax.tree.map(

@@ -3,12 +3,10 @@
 import numpy as np
 
 from qfleet.core.types import Transition
-from qfleet.topologies.actor_learner.learner import GlobalLearner, UpdateResult
+from qfleet.topologies.actor_learner.learner import GlobalLearner, Leaves, UpdateResult
 from qfleet.topologies.fleet.actor import Actor, Chunk, ChunkStats
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.supervisor import InRemoteProcess
-
-Leaves = list[np.ndarray]
 
 
 class RemoteActor(InRemoteProcess, Actor):

@@ -17,7 +17,8 @@ from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 
 if TYPE_CHECKING:
-    from qfleet.topologies.actor_learner.director import ActorLearnerDirector, ActorLearnerStats
+    from qfleet.topologies.actor_learner.director import ActorLearnerDirector
+    from qfleet.topologies.actor_learner.machine import ActorLearnerStats
 
 
 class ActorLearner(OnRay):

@@ -5,40 +5,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-import numpy as np
-
 from qfleet.config import ActorPool, TrainConfig
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fleet.actor import Actor, ChunkStats
-from qfleet.topologies.fleet.director import Director, DirectorStats
+from qfleet.topologies.fleet.director import Director
 from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, RateLimiter
 from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
+from qfleet.topologies.fleet.stats import PoolStats
 from qfleet.topologies.fleet.supervisor import RemoteProcess
-
-
-class PoolStats(DirectorStats):
-    """What happened in a pool of actors since the last record."""
-
-    def __init__(self, num_actors: int, groups: tuple[str, ...]) -> None:
-        """Begins with nothing.
-
-        Args:
-          num_actors: in the pool.
-          groups: names of the groups of processes whose busy time is measured.
-        """
-        super().__init__()
-        self.env_steps = self.learner_steps = self.num_failures = 0
-        self.actor_env_steps = np.zeros(num_actors, np.int64)
-        self.returns: list[float] = []
-        self.lengths: list[int] = []
-        self.q_mean: list[float] = []
-        self.staleness: list[int] = []
-        self.received_bytes = 0
-        """Parameters received by all actors."""
-        self.busy_seconds = dict.fromkeys(groups, 0.0)
-        """Time that the processes of each group have worked, summed over them."""
 
 
 @dataclasses.dataclass
@@ -61,6 +37,8 @@ A = TypeVar("A", bound=PooledActor)
 class ActorsDirector(Director[S], Generic[S, A]):
     """Coordinates actors, the replay that keeps what they do, and the processes that learn from it."""
 
+    env_steps = 0
+    learner_steps = 0
     _replay: ShardedReplay | None
     """The replay that the actors share; None if each has its own."""
 
@@ -189,12 +167,5 @@ class ActorsDirector(Director[S], Generic[S, A]):
 
     def _count(self, i: int, chunk_stats: ChunkStats) -> None:
         """Counts a chunk of actor `i` that the replay has stored."""
-        stats, steps = self._stats, self._env_steps_per_chunk
-        self.env_steps += steps
-        stats.env_steps += steps
-        stats.actor_env_steps[i] += steps
-        stats.returns += chunk_stats.returns
-        stats.lengths += chunk_stats.lengths
-        stats.q_mean.append(chunk_stats.q_mean)
-        stats.num_failures += chunk_stats.num_failures
-        stats.received_bytes += chunk_stats.received_bytes
+        self.env_steps += self._env_steps_per_chunk
+        self._stats.count_chunk(i, self._env_steps_per_chunk, chunk_stats)

@@ -20,6 +20,8 @@ from qfleet.runtime.checkpoint_files import NotSaved
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.fleet.cluster import connected, in_words, is_local, room
+from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.stats import DirectorStats
 from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor, cpus_for
 
 _CHUNK_SECONDS = 0.5
@@ -36,17 +38,6 @@ _LOST_SECONDS = 30.0
 
 _PATIENCE = 5
 """Multiple of `silence_seconds` that the processes may take at the start to find their nodes."""
-
-
-class DirectorStats:
-    """What happened since the last record."""
-
-    def __init__(self) -> None:
-        self.started_at = time.perf_counter()
-        self.seconds = 0.0
-        """Time that they cover."""
-        self.end = (0, 0)
-        """Environment steps and learner steps in total, at the end of that time."""
 
 
 P = TypeVar("P")
@@ -74,11 +65,7 @@ class Director(abc.ABC, Generic[S]):
         self._supervisor = Supervisor(silence_seconds, max_restarts)
         self.checkpoints_path: Path | None = None
         """Folder of the checkpoints from which replaced processes go on; None makes them begin anew."""
-        self.env_steps = 0
-        """Environment steps taken so far, without those that were lost since."""
-        self.learner_steps = 0
-        """Learner steps taken so far, without those that were lost since."""
-        self._stats = self._new_stats()
+        self._stats, self._counting_since = self._new_stats(), time.perf_counter()
         self._requests: collections.deque[Callable[[], None]] = collections.deque()
         self._thread: threading.Thread | None = None
         self._lock = threading.Condition()
@@ -88,6 +75,16 @@ class Director(abc.ABC, Generic[S]):
         self._stack = contextlib.ExitStack()
 
     # --- What each topology implements ---
+
+    @property
+    @abc.abstractmethod
+    def env_steps(self) -> int:
+        """Environment steps taken so far, without those that were lost since."""
+
+    @property
+    @abc.abstractmethod
+    def learner_steps(self) -> int:
+        """Learner steps taken so far, without those that were lost since."""
 
     @abc.abstractmethod
     def _new_stats(self) -> S:
@@ -178,15 +175,12 @@ class Director(abc.ABC, Generic[S]):
         deadline = time.monotonic() + _CHUNK_SECONDS
         with self._lock:
             if self._is_new:
-                self._stats = self._new_stats()
+                self._take_stats()
             self._is_paused = self._is_new = False
             while self._error is None and self.env_steps < until_env_steps and time.monotonic() < deadline:
                 self._lock.wait(_WAIT_SECONDS)
             self.raise_error()
-            stats, self._stats = self._stats, self._new_stats()
-            stats.seconds = self._stats.started_at - stats.started_at
-            stats.end = (self.env_steps, self.learner_steps)
-            return stats
+            return self._take_stats()
 
     def quiesce(self) -> None:
         """Waits until nothing is under way that would change what a checkpoint holds.
@@ -230,9 +224,8 @@ class Director(abc.ABC, Generic[S]):
         reply: concurrent.futures.Future[R] = concurrent.futures.Future()
 
         def ask() -> None:
-            self._supervisor.submit(
-                process, method, on_reply=reply.set_result, num_references=num_references, is_repeated=True
-            )
+            results = [Reference[Any]() for _ in range(num_references)]
+            self._supervisor.submit(process, method, on_reply=reply.set_result, results=results, is_repeated=True)
 
         self._post(ask)
         while True:
@@ -242,6 +235,13 @@ class Director(abc.ABC, Generic[S]):
                 self.raise_error()
                 if gives_up:
                     self._check_have_places([process])
+
+    def _take_stats(self) -> S:
+        """Returns what happened since the last call, and begins to count anew."""
+        stats, since, now = self._stats, self._counting_since, time.perf_counter()
+        self._stats, self._counting_since = self._new_stats(), now
+        stats.seconds, stats.end = now - since, (self.env_steps, self.learner_steps)
+        return stats
 
     def _check_have_places(self, processes: list[RemoteProcess]) -> None:
         for process in processes:

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar, TypeVarTuple
 
 import ray
@@ -92,6 +92,7 @@ class RemoteProcess(Generic[P]):
         resources: Mapping[str, float],
         environment: Mapping[str, str],
         on_lost: Callable[[], None],
+        on_ready: Callable[[], None] = lambda: None,
         *,
         inherits: bool = False,
     ) -> None:
@@ -104,6 +105,7 @@ class RemoteProcess(Generic[P]):
           resources: that the process takes, by Ray's names.
           environment: environment variables to set in the process.
           on_lost: called when the process has been replaced, before the replacement gets its first request.
+          on_ready: called when the process has found a node and its constructor has finished.
           inherits: whether Ray's processes inherit `variables` from this one. If not, Ray must set them, and takes
             twice as long to start a process.
         """
@@ -117,7 +119,8 @@ class RemoteProcess(Generic[P]):
             options["runtime_env"] = {"env_vars": variables()}
         self.name, self.resources = name, dict(resources)
         self._make: Any = ray.remote(kind).options(**options)
-        self._arguments, self.on_lost = (dict(environment), *arguments), on_lost
+        self._arguments = (dict(environment), *arguments)
+        self.on_lost, self.on_ready = on_lost, on_ready
         self.calls: collections.deque[Call] = collections.deque()
         """Calls that have not been answered, in the order in which the process carries them out."""
         self.has_replied_to: set[str] = set()
@@ -199,6 +202,7 @@ class Supervisor:
         method: Callable[[P, *As], R],
         *arguments: *As,
         on_reply: Callable[[R], None] = lambda _: None,
+        results: Sequence[Reference[Any]] = (),
         num_references: int = 0,
         is_repeated: bool = False,
         on_dropped: Callable[[], None] = lambda: None,
@@ -213,19 +217,20 @@ class Supervisor:
           method: of its class.
           *arguments: of the method: tuples, lists, dictionaries and arrays, with references for large ones.
           on_reply: called with the reply.
-          num_references: number of references in the reply.
+          results: the references that the reply will hold, in their order. Later calls may have them as arguments.
+          num_references: number of references in the reply, if `results` has none.
           is_repeated: whether to make the call again if the process is replaced.
           on_dropped: called instead of `on_reply` if there will be no reply: the process was replaced, or the value of
             a reference among the arguments is lost.
         """
         data, references = dump(arguments)
-        results = [Reference[Any]() for _ in range(num_references)]
+        made = [*results] or [Reference[Any]() for _ in range(num_references)]
         call = Call(
-            method.__name__, data, references, results, on_reply, on_dropped, is_repeated, time.monotonic()
+            method.__name__, data, references, made, on_reply, on_dropped, is_repeated, time.monotonic()
         )  # fmt: skip
         process.calls.append(call)
         self._send_calls(process)
-        return results
+        return made
 
     def wait(self, seconds: float) -> None:
         """Waits for news of a process, for at most so many seconds."""
@@ -351,6 +356,7 @@ class Supervisor:
 
         def is_ready(place: tuple[int, str]) -> None:
             process.place = place
+            process.on_ready()
 
         self.submit(process, InRemoteProcess.where, on_reply=is_ready)
 

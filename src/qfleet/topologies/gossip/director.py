@@ -19,9 +19,10 @@ from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.records import Progress
 from qfleet.topologies.base import OwnLearner
 from qfleet.topologies.fleet.calls import ValueIsLost
-from qfleet.topologies.fleet.director import Director, DirectorStats
+from qfleet.topologies.fleet.director import Director
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.replay_shares import share_of
+from qfleet.topologies.fleet.stats import DirectorStats
 from qfleet.topologies.fleet.supervisor import ON_CPU, ONE_CPU, RemoteProcess, default_resources
 from qfleet.topologies.gossip.averaging import Leaves, split_evenly
 from qfleet.topologies.gossip.decisions import (
@@ -69,6 +70,8 @@ class GossipDirector(Director[GossipStats]):
 
     _needs_in_words = "all peers"
     _resource_flags = "--num-processes or --devices-per-process"
+    env_steps = 0
+    learner_steps = 0
 
     def __init__(
         self,
@@ -271,7 +274,8 @@ class GossipDirector(Director[GossipStats]):
         """Returns leaves of the learner that a peer begins with, and in words their source."""
         if donor is not None:
             process = self._processes[donor.number]
-            (learner,) = self._supervisor.submit(process, RemotePeer.leaves_of_learner, num_references=1)
+            learner = Reference[Leaves]()
+            self._supervisor.submit(process, RemotePeer.leaves_of_learner, results=[learner])
             return learner, f"as a copy of {process.name}"
         has_failed = self._processes[peer.number].failed_at
         if has_failed and (newest := self._of_newest_checkpoint(self._read_learner)):
@@ -321,13 +325,13 @@ class GossipDirector(Director[GossipStats]):
         process, num_env_steps = self._processes[peer.number], self._env_steps_per_chunk
         if exchange is None:
             self._supervisor.submit(
-                process, RemotePeer.take_chunk, num_env_steps, on_reply=on_arrived, num_references=1,
+                process, RemotePeer.take_chunk, num_env_steps, on_reply=on_arrived, results=[Reference()],
                 on_dropped=on_ended,
             )  # fmt: skip
         else:  # if a node leaves with one of the two snapshots, the chunk is dropped; nothing is wrong with the peer
             self._supervisor.submit(
                 process, RemotePeer.average_and_take_chunk, num_env_steps, exchange.own.learner_steps,
-                exchange.own.reference, exchange.other, on_reply=on_arrived, num_references=1, on_dropped=on_ended,
+                exchange.own.reference, exchange.other, on_reply=on_arrived, results=[Reference()], on_dropped=on_ended,
             )  # fmt: skip
 
     def _count(self, peer: PeerRecord, chunk: PeerChunkStats) -> None:

@@ -19,12 +19,13 @@ from qfleet.core.replay import SavedReplay
 from qfleet.core.sharded_learner import ShardedLearner, StateLeaves
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fleet.actor import ChunkStats
-from qfleet.topologies.fleet.actors_director import ActorsDirector, PoolStats
+from qfleet.topologies.fleet.actors_director import ActorsDirector
 from qfleet.topologies.fleet.calls import ValueIsLost
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
 from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
+from qfleet.topologies.fleet.stats import PoolStats
 from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess
 from qfleet.topologies.parameter_server.gradient_requests import GradientRequests
 from qfleet.topologies.parameter_server.remote import ChunkAnswer, RemoteServerShard, RemoteWorker

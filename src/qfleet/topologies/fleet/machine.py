@@ -1,0 +1,94 @@
+"""Base class of the state machines that decide what the processes of a fleet do.
+
+A machine is told what has happened, and returns what to request. It knows nothing of Ray, threads, clocks and files, so
+it decides the same whenever it hears the same. `machine_director` is the shell around it.
+"""
+
+import abc
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+from qfleet.config import ActorPool, TrainConfig
+from qfleet.topologies.fleet.messages import Event, ReplayFound, Request, Restored, Warn
+from qfleet.topologies.fleet.pooled_actors import A, PooledActors
+from qfleet.topologies.fleet.replay_requests import ArrivedChunk, RestoreReplay, ShardedReplay
+from qfleet.topologies.fleet.stats import PoolStats
+
+S = TypeVar("S", bound=PoolStats)
+
+
+class FleetMachine(abc.ABC, Generic[S, A]):
+    """What the machines of all topologies have in common: actors, and a replay that they share."""
+
+    stats: S
+    """Counts what happens. The director replaces it for each record, and the machine never reads it."""
+
+    def __init__(self, config: TrainConfig, pool: ActorPool, num_batches: int, actors: Sequence[A]) -> None:
+        """Begins with processes that aren't ready.
+
+        Args:
+          config: of the run.
+          pool: the actors.
+          num_batches: learner steps of one round.
+          actors: what it knows about each actor.
+        """
+        self.config = config
+        self.actors = PooledActors(config, pool, num_batches, actors)
+        self.replay = ShardedReplay(config.seed, pool, lambda seconds: self.note_busy("shards", seconds))
+        self.learner_steps = 0
+        """Learner steps taken so far, without those that were lost since."""
+        self.version = 0
+        """Version of the newest parameters that actors can fetch; it never decreases."""
+        self.is_paused = True
+
+    @abc.abstractmethod
+    def handle(self, event: Event) -> list[Request]:
+        """Takes notice of an event, and returns what to request, in this order."""
+
+    @property
+    @abc.abstractmethod
+    def is_busy(self) -> bool:
+        """Whether anything is under way that would change what a checkpoint holds."""
+
+    @property
+    @abc.abstractmethod
+    def num_transitions(self) -> int:
+        """Number of transitions that can be drawn."""
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """The counts of a checkpoint, beside the numbers of steps."""
+        return {
+            "replay_starts_at": self.actors.rate_limiter.replay_starts_at,
+            "version": self.version,
+            "incarnations": [actor.incarnation for actor in self.actors.each],
+        }
+
+    def note_busy(self, group: str, seconds: float) -> None:
+        """Counts the seconds that a process has worked."""
+        self.stats.busy_seconds[group] += seconds
+
+    def count_chunk(self, chunk: ArrivedChunk) -> None:
+        """Counts a chunk that the replay has stored."""
+        env_steps = self.actors.env_steps_per_chunk
+        self.actors.env_steps += env_steps
+        self.stats.count_chunk(chunk.actor, env_steps, chunk.stats)
+
+    def refill(self, found: ReplayFound) -> list[Request]:
+        """Has the replacement of a lost shard go on from the newest checkpoint, or empty if there is none."""
+        num_lost, source = self.replay.empty(found.process.number), "there is no checkpoint that has them"
+        requests: list[Request] = []
+        if found.share is not None:
+            requests.append(RestoreReplay(found.process, found.share))
+            source = f"from the checkpoint at environment step {found.env_steps}"
+        if not found.num_transitions and not self.replay.num_transitions:
+            # Without a new warm-up, the first few transitions would be learned from over and over.
+            self.actors.rate_limiter.begin_anew(self.actors.env_steps, self.learner_steps)
+        lost = f"{found.process.name} held {num_lost} transitions; {found.num_transitions} are back: {source}"
+        return [*requests, Warn(lost)]
+
+    def go_on_from(self, counts: Restored) -> list[Request]:
+        """Takes over the counts of a checkpoint, and has the actors begin."""
+        self.actors.env_steps, self.learner_steps, self.version = counts.env_steps, counts.learner_steps, counts.version
+        self.actors.rate_limiter.resume(counts.replay_starts_at, counts.env_steps, counts.learner_steps)
+        return [*self.actors.begin_all(counts.incarnation)]

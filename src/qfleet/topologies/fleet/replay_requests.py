@@ -1,0 +1,163 @@
+"""A replay in shards, as a state machine knows it: it stores chunks, draws batches, and returns TD errors."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qfleet.config import ActorPool
+from qfleet.core.keys import Stream
+from qfleet.core.replay import DrawShare, SavedReplay
+from qfleet.core.types import Transition
+from qfleet.topologies.fleet.actor import Chunk, ChunkStats
+from qfleet.topologies.fleet.messages import CallRequest, Dropped, ProcessId, Replied
+from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer
+from qfleet.topologies.fleet.replay_shares import deal
+
+
+class ArrivedChunk(NamedTuple):
+    """A chunk on its way from an actor to a shard."""
+
+    actor: int
+    writer: Writer
+    """Incarnation of the actor, and the number of chunks that this incarnation had sent before."""
+    rows: Reference[Chunk]
+    stats: ChunkStats
+    staleness: int
+    """Learner steps between the parameters that acted and the newest, when the chunk arrived."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Insert(CallRequest[tuple[ShardStats, bool]]):
+    """Store a chunk. If the shard is lost meanwhile, its replacement stores the chunk."""
+
+    segment: int
+    """The actor's position among the actors of the shard."""
+    chunk: ArrivedChunk
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sample(CallRequest[tuple[ShardStats, Reference[Transition]]]):
+    """Draw a share of a batch, with the arguments of `ReplayShard.sample`."""
+
+    number: int
+    seed: int
+    importance_exponent: float
+    share: DrawShare
+    most: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SetPriorities(CallRequest[ShardStats]):
+    """Set the priorities of a share that the shard has drawn."""
+
+    number: int
+    priority: Reference[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RestoreReplay(CallRequest[ShardStats]):
+    """Go on from a share of a saved replay."""
+
+    saved: Reference[SavedReplay]
+
+
+class Drawn(NamedTuple):
+    """One or several batches, drawn over all shards."""
+
+    number: int
+    """Identifies the draw at the shards."""
+    places: list[np.ndarray]
+    """For each share, the positions of its transitions in the whole, `[num_draws]`."""
+    samples: list[Sample]
+    """For each share, the request to the shard that draws it."""
+
+    @property
+    def transitions(self) -> list[Reference[Transition]]:
+        """For each share, its transitions, `[num_draws, ...]`."""
+        return [sample.results[0] for sample in self.samples]
+
+
+class ShardedReplay:
+    """Decides which shard stores what and how much each draws, and counts what is on its way to the shards."""
+
+    def __init__(self, seed: int, pool: ActorPool, note_busy: Callable[[float], None]) -> None:
+        """Begins with empty shards.
+
+        Args:
+          seed: of the run.
+          pool: the actors, and how many shards keep what they do.
+          note_busy: called with the seconds that a shard has worked.
+        """
+        self._seed, self._note_busy = seed, note_busy
+        self.shards = [ProcessId("replay shard", i) for i in range(pool.num_shards)]
+        self._stats = [EMPTY_SHARD] * pool.num_shards
+        self._random = np.random.default_rng((seed, Stream.REPLAY_SHARES))
+        self._num_drawn = self._num_inserting = self._num_returning = 0
+
+    @property
+    def num_transitions(self) -> int:
+        """Number of transitions that can be drawn."""
+        return sum(stats.num_transitions for stats in self._stats)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether chunks or TD errors are on their way to a shard."""
+        return bool(self._num_inserting or self._num_returning)
+
+    def store(self, chunk: ArrivedChunk) -> Insert:
+        """Has a shard store an actor's chunk."""
+        self._num_inserting += 1
+        segment, shard = divmod(chunk.actor, len(self.shards))
+        return Insert(self.shards[shard], segment, chunk)
+
+    def draw(self, size: int, importance_exponent: float) -> Drawn | None:
+        """Draws `size` transitions over all shards as if from one replay; None if there are none."""
+        num_transitions = self.num_transitions
+        if not num_transitions:
+            return None
+        number, self._num_drawn = self._num_drawn, self._num_drawn + 1
+        counts, shares = deal(size, np.array([stats.priority for stats in self._stats]), self._random)
+        order = self._random.permutation(size).astype(np.uint32)
+        drawn = Drawn(number, [place for place in np.split(order, np.cumsum(counts)[:-1]) if len(place)], [])
+        for shard, count, share in zip(self.shards, counts, shares, strict=True):
+            if count:
+                draws = DrawShare(np.int32(count), np.float32(share), np.float32(num_transitions))  # type: ignore[arg-type]
+                seed = int(self._random.integers(2**32))
+                sample = Sample(shard, number, seed, importance_exponent, draws, size, results=[Reference()])
+                drawn.samples.append(sample)
+        return drawn
+
+    def return_priorities(self, drawn: Drawn, priorities: Sequence[Reference[np.ndarray]]) -> list[SetPriorities]:
+        """Returns the TD errors of each share to the shard that has drawn it."""
+        self._num_returning += len(drawn.samples)
+        return [
+            SetPriorities(sample.process, drawn.number, priority)
+            for sample, priority in zip(drawn.samples, priorities, strict=True)
+        ]
+
+    def hear(self, event: Replied | Dropped) -> None:
+        """Notes what became of a request to a shard. Chunks and TD errors are dropped with the node that kept them."""
+        request = event.request
+        self._num_inserting -= isinstance(request, Insert)
+        self._num_returning -= isinstance(request, SetPriorities)
+        if isinstance(event, Replied):
+            is_pair = isinstance(request, Insert | Sample)
+            stats: ShardStats = event.reply[0] if is_pair else event.reply
+            self._stats[request.process.number] = stats
+            self._note_busy(stats.busy_seconds)
+
+    def empty(self, shard: int) -> int:
+        """Notes that a shard has lost all its transitions, and returns their number."""
+        num_lost, self._stats[shard] = self._stats[shard].num_transitions, EMPTY_SHARD
+        return num_lost
+
+    def restore(self, shares: Sequence[Reference[SavedReplay]], env_steps: int) -> list[RestoreReplay]:
+        """Has all shards go on from their shares of a checkpoint; nothing if it has no replay.
+
+        Later draws come from a stream that depends on where the run goes on, so that it repeats none.
+        """
+        self._random = np.random.default_rng((self._seed, Stream.REPLAY_SHARES, env_steps))
+        return [RestoreReplay(self.shards[i], share) for i, share in enumerate(shares)]
