@@ -187,13 +187,13 @@ IMPATIENT = {"silence-seconds": SILENCE_SECONDS}
 OF_FLEETS = {
     "kill an actor": Fault(kill_one("RemoteActor")),
     "kill all actors": Fault(kill_all("RemoteActor")),
-    "kill a shard": Fault(kill_one("RemoteShard"), flags={"num-replay-shards": 2}),
-    "kill a shard, no checkpoint": Fault(kill_one("RemoteShard"), NEVER, {"num-replay-shards": 2}),
-    "kill the only shard": Fault(kill_one("RemoteShard")),
+    "kill a shard": Fault(kill_one("RemoteReplayShard"), flags={"num-replay-shards": 2}),
+    "kill a shard, no checkpoint": Fault(kill_one("RemoteReplayShard"), NEVER, {"num-replay-shards": 2}),
+    "kill the only shard": Fault(kill_one("RemoteReplayShard")),
     "kill the learner": Fault(kill_one("RemoteLearner")),
     "kill the learner, no checkpoint": Fault(kill_one("RemoteLearner"), NEVER),
     "stop an actor": Fault(kill_one("RemoteActor", signal.SIGSTOP), flags=IMPATIENT),
-    "stop a shard": Fault(kill_one("RemoteShard", signal.SIGSTOP), flags=IMPATIENT),
+    "stop a shard": Fault(kill_one("RemoteReplayShard", signal.SIGSTOP), flags=IMPATIENT),
     "stop the learner": Fault(kill_one("RemoteLearner", signal.SIGSTOP), flags=IMPATIENT),
 }
 OF_SERVERS = {

@@ -2,6 +2,7 @@
 
 python benchmarks/fleet_limits.py scaling     environments that sleep: environment steps/s with 1 to 32 actors
 python benchmarks/fleet_limits.py starvation  a fleet's learner against one that has the replay in its own process
+python benchmarks/fleet_limits.py chunks      actors that do nothing: chunks/s, and what each chunk costs every process
 python benchmarks/fleet_limits.py insert      how many frames of Atari two shards take in
 python benchmarks/fleet_limits.py soak        the memory of every process and of the object store, over time
 """
@@ -53,7 +54,7 @@ gymnasium.register("Sleeper-v0", "fleet_limits:Sleeper")
 def main() -> None:
     """Runs the chosen measurement and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("scaling", "starvation", "insert", "soak", "in-process"))
+    parser.add_argument("part", choices=("scaling", "starvation", "chunks", "insert", "soak", "in-process"))
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument(
@@ -68,6 +69,8 @@ def main() -> None:
         )
     elif arguments.part == "starvation":
         common.report("fleet starvation", list(starvation(arguments.seconds, arguments.repeats)))
+    elif arguments.part == "chunks":
+        common.report("fleet chunks", [chunks(count, arguments.seconds) for count in arguments.actors])
     elif arguments.part == "insert":
         common.report("fleet insert", [insert(arguments.seconds)])
     elif arguments.part == "soak":
@@ -225,6 +228,54 @@ def updates_per_second_in_process(seconds: float) -> float:
         state = jax.block_until_ready(learn(state, jax.random.key(count)))
         count += 4
     return count / (time.perf_counter() - started)
+
+
+def chunks(num_actors: int, seconds: float) -> dict[str, Any]:
+    """Returns how many chunks of a fleet are stored per second, if its actors return the same chunk again and again."""
+    from qfleet.topologies.actor_learner import director as director_module
+    from qfleet.topologies.actor_learner.remote import RemoteActor
+    from qfleet.topologies.fleet.actor import Chunk, ChunkStats
+
+    class Stub(RemoteActor):
+        """An actor that acts once."""
+
+        def collect(self, exploration: float) -> tuple[ChunkStats, Chunk]:
+            """Returns the first chunk again and again."""
+            if not hasattr(self, "_first"):
+                self._first = super().collect(exploration)
+            return self._first
+
+    setattr(director_module, "RemoteActor", Stub)  # noqa: B010, the module imports this name from another
+    config = qfleet.make_config(
+        "CartPole-v1", "rainbow_lite", "actor-learner", num_actors=num_actors, num_replay_shards=1, lanes_per_actor=4,
+        rows_per_chunk=4, env_steps=10**9, warmup_env_steps=500, env_steps_per_learner_step=1e6,
+    )  # fmt: skip
+    fleet = topology_of(config)
+    try:
+        fleet.start()
+        run_for(fleet, 5.0)
+        groups = {
+            "director": [os.getpid()],
+            "shard": [process.place[0] for process in fleet._director._replay.processes],
+            "actor": [actor.process.place[0] for actor in fleet._director._actors],
+        }
+        before = {name: cpu_seconds(pids) for name, pids in groups.items()}
+        env_steps, _, took = run_for(fleet, seconds)
+        costs = {name: cpu_seconds(pids) - before[name] for name, pids in groups.items()}
+    finally:
+        fleet.close()
+    count = env_steps / 16
+    microseconds = {f"{name}_us_per_chunk": 1e6 * cost / count for name, cost in costs.items()}
+    return {"actors": num_actors, "chunks_per_second": count / took, **microseconds}
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """Returns the CPU time that processes have used so far."""
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def insert(seconds: float) -> dict[str, Any]:

@@ -118,7 +118,22 @@ class ShardedLearner:
 
     def assemble_params(self, pieces: Sequence[np.ndarray]) -> Params:
         """Returns the parameters, as a tree, from the pieces of all shards, `[piece]` float32 each."""
-        return to_tree(jnp.concatenate(pieces), self.shapes.params)
+        leaves, structure = jax.tree.flatten(self.shapes.params)
+        ends = np.cumsum([0, *(int(np.prod(leaf.shape)) for leaf in leaves)])
+
+        def numbers(start: int, end: int) -> Array:
+            parts = [
+                piece[max(start, first) - first : min(end, last) - first]
+                for piece, (first, last) in zip(pieces, self.piece_bounds, strict=True)
+                if first < end and start < last
+            ]  # mostly one, so that the vector need not be put together first
+            return jnp.asarray(parts[0]) if len(parts) == 1 else jnp.concatenate(parts)
+
+        assembled = [
+            numbers(start, end).reshape(leaf.shape).astype(leaf.dtype)
+            for leaf, (start, end) in zip(leaves, itertools.pairwise(ends), strict=True)
+        ]
+        return jax.tree.unflatten(structure, assembled)
 
     # --- The whole state and the states of its shards ---
 

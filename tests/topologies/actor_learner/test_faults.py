@@ -248,7 +248,7 @@ def train(drive: Callable[..., Driver], folder: Path, **flags: Any) -> Driver:
 def test_a_fleet_survives_the_loss_of_each_of_its_processes_and_its_replay_is_sound(drive, tmp_path: Path) -> None:
     driver = train(drive, tmp_path, checkpoint_period_seconds=0.5)
     driver.wait_until_whole()
-    for restarts, kind in enumerate(("RemoteActor", "RemoteShard", "RemoteLearner"), start=1):
+    for restarts, kind in enumerate(("RemoteActor", "RemoteReplayShard", "RemoteLearner"), start=1):
         os.kill(driver.parts(kind)[0], signal.SIGKILL)
         driver.wait_until_whole(restarts)
         driver.wait_until_saved()  # or what comes next would hide it: lost parts go on from the newest checkpoint

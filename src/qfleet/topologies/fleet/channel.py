@@ -67,43 +67,20 @@ class Welcome(NamedTuple):
     """Number of the connection."""
 
 
-# --- What goes through the socket ---
+# --- What goes through the socket: plain tuples, because named ones take much longer to pickle ---
 
+_Place = tuple[int, tuple[int, ...]]
+"""An `Address`."""
 
-class _Request(NamedTuple):
-    """A call."""
+_Room = tuple[int, int]
+"""Offset and capacity of the block for the arrays of a reply."""
 
-    method: str
-    data: bytes | Address
-    references: tuple[Address, ...]
-    room: "_Room"
+_Request = tuple[str, bytes | _Place, list[_Place], _Room]
+"""A call: its method, its arguments from `references.dump`, the values of their references, and room for its reply."""
 
-
-class _Room(NamedTuple):
-    """Where to write the arrays of a reply."""
-
-    offset: int
-    capacity: int
-
-
-class _Answer(NamedTuple):
-    """The reply to the oldest call that has not been answered."""
-
-    data: bytes | Address
-    references: tuple[Address, ...]
-
-
-class _RoomWanted(NamedTuple):
-    """Asks for room, because the arrays of a reply don't fit."""
-
-    num_bytes: int
-
-
-class _Raised(NamedTuple):
-    """The method has raised an error instead of replying."""
-
-    text: str
-    """The error with its traceback."""
+_ANSWER, _ROOM_WANTED, _RAISED = range(3)
+"""What a message of the process begins with. Then follow: the reply from `references.dump` and the values of its
+references; the number of bytes that they need; the text of an error with its traceback."""
 
 
 class MethodRaised(Exception):
@@ -131,41 +108,44 @@ class _Server:
         self._waiting: collections.deque[_Request] = collections.deque()
 
     def run(self) -> None:
-        while (request := self._waiting.popleft() if self._waiting else self._receive()) is not None:
+        while request := self._waiting.popleft() if self._waiting else self._receive():
             try:
                 answer: Any = self._answer(request)
             except Exception as error:
-                answer = _Raised("".join(traceback.format_exception(error))[-_MOST_INLINE_BYTES:])
+                answer = _RAISED, "".join(traceback.format_exception(error))[-_MOST_INLINE_BYTES:]
             self._connection.send(pickle.dumps(answer))
 
     def _receive(self) -> Any:
         data = self._connection.recv(_MESSAGE_BYTES)
-        return pickle.loads(data) if data else None
+        return pickle.loads(data) if data else ()
 
-    def _answer(self, request: _Request) -> _Answer:
-        data = self._mapping.read(request.data) if isinstance(request.data, Address) else request.data
-        references = [Reference[Any](read=functools.partial(self._mapping.read, x)) for x in request.references]
-        reply, results = dump(getattr(self._target, request.method)(*load(data, references)))
+    def _answer(self, request: _Request) -> tuple[int, bytes | _Place, list[_Place]]:
+        method, data, places, room = request
+        read = self._mapping.read
+        if isinstance(data, tuple):
+            data = read(Address(*data))
+        references = [Reference[Any](read=functools.partial(read, Address(*place))) for place in places]
+        reply, results = dump(getattr(self._target, method)(*load(data, references)))
         values = [encode(result.value) for result in results]
         if len(reply) <= _MOST_INLINE_BYTES:
-            return _Answer(reply, tuple(self._write(values, request.room)))
-        *addresses, data = self._write([*values, encode(pickle.PickleBuffer(reply))], request.room)
-        return _Answer(data, tuple(addresses))
+            return _ANSWER, reply, self._write(values, room)
+        *written, place = self._write([*values, encode(pickle.PickleBuffer(reply))], room)
+        return _ANSWER, place, written
 
-    def _write(self, values: Sequence[Encoded], room: _Room) -> list[Address]:
-        wanted = sum(value.num_bytes for value in values)
-        if wanted > room.capacity:
-            self._connection.send(pickle.dumps(_RoomWanted(wanted)))
-            while not isinstance(message := self._receive(), _Room):
-                if message is None:
-                    raise EOFError("the director's process has ended")
+    def _write(self, values: Sequence[Encoded], room: _Room) -> list[_Place]:
+        wanted, (offset, capacity) = sum(value.num_bytes for value in values), room
+        if wanted > capacity:
+            self._connection.send(pickle.dumps((_ROOM_WANTED, wanted)))
+            while len(message := self._receive()) > 2:  # a call that the director has sent meanwhile
                 self._waiting.append(message)
-            room = message
-        addresses, offset = [], room.offset
+            if not message:
+                raise EOFError("the director's process has ended")
+            offset, _ = message
+        places = []
         for value in values:
-            addresses.append(self._mapping.write(value, offset))
+            places.append(_place_of(self._mapping.write(value, offset)))
             offset += value.num_bytes
-        return addresses
+        return places
 
 
 # --- In the director's process ---
@@ -196,13 +176,14 @@ class ChannelConnection:
         arena = self._switchboard.arena
         stored = [self._switchboard.stored(reference) for reference in call.references]
         blocks: list[Block] = [each.block for each in stored]
-        data: bytes | Address = call.data
+        data: bytes | _Place = call.data
         if len(call.data) > _MOST_INLINE_BYTES:
-            block, data = arena.put(pickle.PickleBuffer(call.data))
+            block, address = arena.put(pickle.PickleBuffer(call.data))
             blocks.append(block)
+            data = _place_of(address)
         room = self._switchboard.lease_room(call)
         self._in_flight.append(_InFlight(call, blocks, room))
-        self._send(_Request(call.method, data, tuple(each.address for each in stored), _room_of(room)))
+        self._send((call.method, data, [_place_of(each.address) for each in stored], _room_of(room)))
 
     def close(self) -> None:
         """Hears no more of the process. What it may still be writing to stays reserved until it has ended."""
@@ -230,7 +211,7 @@ class ChannelConnection:
         self._switchboard.note_connected(self, is_connected=True)
         self._flush()
 
-    def _send(self, message: NamedTuple) -> None:
+    def _send(self, message: _Request | _Room) -> None:
         self._outgoing.append(pickle.dumps(message))
         self._flush()
 
@@ -271,25 +252,32 @@ class ChannelConnection:
             self._hear(pickle.loads(data))
 
     def _hear(self, message: Any) -> None:
-        if isinstance(message, _RoomWanted):
-            self._in_flight[0].room = self._switchboard.arena.lease(message.num_bytes)
+        kind, *rest = message
+        if kind == _ROOM_WANTED:
+            self._in_flight[0].room = self._switchboard.arena.lease(*rest)
             self._send(_room_of(self._in_flight[0].room))
             return
         sent = self._in_flight.popleft()
         if self._is_closed:
             return
-        if isinstance(message, _Raised):
-            cause = f"raised {message.text.strip().splitlines()[-1]}"
-            news: Reply | Failure = Failure(sent.call, cause, MethodRaised(message.text), is_alive=True)
+        if kind == _RAISED:
+            (text,) = rest
+            cause = f"raised {text.strip().splitlines()[-1]}"
+            news: Reply | Failure = Failure(sent.call, cause, MethodRaised(text), is_alive=True)
         else:
-            data, used = message.data, sum(address.num_bytes for address in message.references)
-            if isinstance(data, Address):
-                used += data.num_bytes
-                data = bytes(self._switchboard.arena.read(data))
-            self._switchboard.note_used_room(sent.call, used)
-            assert sent.room is not None or not used
-            news = Reply(sent.call, data, [Stored(sent.room, address) for address in message.references])  # type: ignore[arg-type]
+            news = self._reply_to(sent, *rest)
         self._switchboard.inbox.put(self, news)
+
+    def _reply_to(self, sent: _InFlight, data: bytes | _Place, places: list[_Place]) -> Reply:
+        addresses = [Address(*place) for place in places]
+        num_bytes = sum(address.num_bytes for address in addresses)
+        if isinstance(data, tuple):
+            address = Address(*data)
+            num_bytes += address.num_bytes
+            data = bytes(self._switchboard.arena.read(address))
+        self._switchboard.note_used_room(sent.call, num_bytes)
+        stored = [Stored(sent.room, address) for address in addresses if sent.room is not None]
+        return Reply(sent.call, data, stored)
 
 
 class Switchboard:
@@ -395,5 +383,9 @@ class Switchboard:
         connected.close()
 
 
+def _place_of(address: Address) -> _Place:
+    return address.offset, address.lengths
+
+
 def _room_of(block: Block | None) -> _Room:
-    return _Room(block.offset, block.capacity) if block else _Room(0, 0)
+    return (block.offset, block.capacity) if block else (0, 0)

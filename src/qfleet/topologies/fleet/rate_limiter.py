@@ -20,7 +20,12 @@ class RateLimiter:
           pool: the actors of the run.
           num_batches: learner steps of one round.
         """
-        self._agent, self._pool, self._num_batches = config.agent, pool, num_batches
+        agent, self._num_batches = config.agent, num_batches
+        self._warmup = max(agent.warmup_env_steps, pool.num_lanes * (agent.rows_after_start + 1))
+        self._ratio = agent.env_steps_per_learner_step
+        wave = CHUNKS_AHEAD * pool.num_lanes * pool.rows_per_chunk
+        self._usual_lead = ROUNDS_AHEAD * num_batches + int(wave / self._ratio)
+        """Learner steps by which the learner may be behind: a few rounds, and what all actors bring at once."""
         self._end_env_steps = config.env_steps
         self.replay_starts_at = 0
         """Environment steps when the replay was last empty."""
@@ -37,17 +42,15 @@ class RateLimiter:
 
     def due(self, env_steps: int) -> int:
         """Returns how many learner steps, in total, are due after `env_steps` environment steps."""
-        warmup = max(self._agent.warmup_env_steps, self._pool.num_lanes * (self._agent.rows_after_start + 1))
-        learning = max(0, env_steps - self.replay_starts_at - warmup)
-        return self._learner_steps_then + int(learning / self._agent.env_steps_per_learner_step)
+        learning = max(0, env_steps - self.replay_starts_at - self._warmup)
+        return self._learner_steps_then + int(learning / self._ratio)
 
     def is_far_ahead(self, env_steps: int, learner_steps: int) -> bool:
         """Returns whether the actors must wait for the learner before they go on from `env_steps` environment steps.
 
-        The learner may be behind by a few rounds and by what all actors bring at once. Towards the end it may be behind
-        by less, because nothing waits for it after the last environment step.
+        Towards the end the learner may be behind by less than usual, because nothing waits for it after the last
+        environment step.
         """
-        wave = CHUNKS_AHEAD * self._pool.num_lanes * self._pool.rows_per_chunk
-        usual = ROUNDS_AHEAD * self._num_batches + int(wave / self._agent.env_steps_per_learner_step)
-        left = self.due(self._end_env_steps) - self.due(env_steps)
-        return self.due(env_steps) - learner_steps > max(self._num_batches, min(usual, left))
+        due = self.due(env_steps)
+        left = self.due(self._end_env_steps) - due
+        return due - learner_steps > max(self._num_batches, min(self._usual_lead, left))

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,8 @@ class ShardStats(NamedTuple):
     """Time that the shard spent on the call."""
 
 
+Totals = tuple[Array, Array]
+
 EMPTY_SHARD = ShardStats(0.0, 0, 0.0)
 
 
@@ -79,13 +81,13 @@ class ReplayShard:
         self.replay = make_shard_replay(config, pool, number, stored, carry_size)
         self._writers = [Writer()] * len(pool.actors_of(number))
         self.state: ReplayState = jax.jit(self.replay.init)()
+        self._totals: tuple[Any, Any] = (0.0, 0)
         self._samples: collections.OrderedDict[int, list[Sample]] = collections.OrderedDict()
         self._num_shards = pool.num_shards
         self._insert_jitted = jax.jit(self._insert_rows, donate_argnums=0)
         self._cut = jax.jit(self.replay.cut, donate_argnums=0)
         self._draw = jax.jit(self._draw_share, static_argnums=5)
-        self._set_priorities_jitted = jax.jit(self.replay.set_priorities, donate_argnums=0)
-        self._totals = jax.jit(lambda state: (priorities.total(state.tree), state.num_transitions[0]))
+        self._set_priorities_jitted = jax.jit(self._set_some_priorities, donate_argnums=0)
 
     def insert(self, segment: int, writer: Writer, chunk: Chunk) -> tuple[ShardStats, bool]:
         """Stores a chunk, unless it is stored already or its actor has been replaced since.
@@ -104,7 +106,7 @@ class ReplayShard:
         if is_new:
             if writer != last:  # another incarnation, or chunks are missing in between
                 self.state = self._cut(self.state, np.int32(segment))
-            self.state = self._insert_jitted(self.state, chunk, np.int32(segment))
+            self.state, self._totals = self._insert_jitted(self.state, chunk, np.int32(segment))
             self._writers[segment] = writer._replace(num_chunks=writer.num_chunks + 1)
         return self.stats(started), is_new
 
@@ -158,13 +160,13 @@ class ReplayShard:
             padded = np.zeros(size, np.float32)  # also for surplus draws, whose priorities don't change
             own = priority[first : first + size]
             padded[: len(own)] = own
-            self.state = self._set_priorities_jitted(self.state, sample, padded)
+            self.state, self._totals = self._set_priorities_jitted(self.state, sample, padded)
             first += size
         return self.stats(started)
 
     def stats(self, started: float | None = None) -> ShardStats:
         """Returns what the shard holds; `started` is when the work began, by `time.perf_counter`."""
-        priority, num_transitions = jax.device_get(self._totals(self.state))
+        priority, num_transitions = jax.device_get(self._totals)
         busy_seconds = 0.0 if started is None else time.perf_counter() - started
         return ShardStats(float(priority), int(num_transitions), busy_seconds)
 
@@ -181,23 +183,40 @@ class ReplayShard:
 
         The actors begin new episodes, so the next chunk doesn't continue the newest row of its segment.
         """
-        self.state = jax.jit(self.replay.restore)(jax.tree.map(jnp.array, saved))
+        self.state, self._totals = jax.jit(self._restored)(jax.tree.map(jnp.array, saved))
         self._writers = [Writer()] * len(self._writers)
         self._samples.clear()
         return self.stats()
 
-    def _insert_rows(self, state: ReplayState, chunk: Chunk, segment: Array) -> ReplayState:
+    # Each of these programs also returns the totals, because a program of their own would cost as much as this one.
+
+    def _restored(self, saved: SavedReplay) -> tuple[ReplayState, Totals]:
+        state = self.replay.restore(saved)
+        return state, _totals(state)
+
+    def _insert_rows(self, state: ReplayState, chunk: Chunk, segment: Array) -> tuple[ReplayState, Totals]:
         def insert(state: ReplayState, inputs: tuple) -> tuple[ReplayState, None]:
             row, td_error = inputs
             state = self.replay.seal(state, row.outcome == NO_STEP, segment)
             return self.replay.insert(state, row, segment, td_error), None
 
-        return jax.lax.scan(insert, state, (chunk.rows, chunk.td_error))[0]
+        state = jax.lax.scan(insert, state, (chunk.rows, chunk.td_error))[0]
+        return state, _totals(state)
+
+    def _set_some_priorities(self, state: ReplayState, sample: Sample, priority: Array) -> tuple[ReplayState, Totals]:
+        state = self.replay.set_priorities(state, sample, priority)
+        return state, _totals(state)
 
     def _draw_share(
         self, state: ReplayState, seed: Array, exponent: Array, share: DrawShare, first: Array, size: int
     ) -> Sample:
         return self.replay.sample_share(state, key_of(seed, Stream.REPLAY_SHARD, first), exponent, share, first, size)
+
+
+def _totals(state: ReplayState) -> Totals:
+    """Returns the sum of the priorities, and the number of transitions."""
+    assert isinstance(state.tree, priorities.SumTree)
+    return priorities.total(state.tree), state.num_transitions[0]
 
 
 def make_shard_replay(

@@ -21,10 +21,6 @@ _ALIGNMENT = 64
 
 _PAGE = 4096
 
-_LARGE_BYTES = 64_000_000
-"""Blocks of at least this size are given back to the system when their lease ends. The others keep their pages, because
-making the system provide them again takes longer than writing to them."""
-
 
 class Address(NamedTuple):
     """Where a value lies in the arena, as processes tell each other."""
@@ -66,23 +62,16 @@ class Encoded(NamedTuple):
 
     parts: list[Any]
     """Buffers: the value without its arrays, and each array."""
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Bytes of each part."""
-        return tuple(len(part) for part in self.parts)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that it takes in the arena."""
-        return sum(map(_aligned, self.lengths))
+    num_bytes: int
+    """Bytes that it takes in the arena."""
 
 
 def encode(value: Any) -> Encoded:
     """Returns a value in parts. Arrays that are contiguous are not copied."""
     buffers: list[pickle.PickleBuffer] = []
     header = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL, buffer_callback=buffers.append)
-    return Encoded([header, *(buffer.raw() for buffer in buffers)])
+    parts = [header, *(buffer.raw() for buffer in buffers)]
+    return Encoded(parts, sum(_aligned(len(part)) for part in parts))
 
 
 class Mapping:
@@ -96,11 +85,13 @@ class Mapping:
 
     def write(self, encoded: Encoded, offset: int) -> Address:
         """Writes a value, which must fit, and returns where it lies."""
-        position = offset
-        for part, length in zip(encoded.parts, encoded.lengths, strict=True):
+        position, lengths = offset, []
+        for part in encoded.parts:
+            length = len(part)
             self._bytes[position : position + length] = part
             position += _aligned(length)
-        return Address(offset, encoded.lengths)
+            lengths.append(length)
+        return Address(offset, tuple(lengths))
 
     def read(self, address: Address) -> Any:
         """Returns a value. Its arrays lie in the arena, are read-only, and are valid as long as the block is leased."""
@@ -119,6 +110,10 @@ class Mapping:
 
 class Arena(Mapping):
     """The memory itself, in the process that owns it."""
+
+    LARGE_BYTES = 64_000_000
+    """Blocks of at least this size are given back to the system when their lease ends. The others keep their pages,
+    because making the system provide them again takes longer than writing to them."""
 
     def __init__(self, capacity: int | None = None) -> None:
         """Reserves the memory. The system provides each page once something is written to it.
@@ -167,7 +162,7 @@ class Arena(Mapping):
 
     def take_back(self, offset: int, capacity: int) -> None:
         """Ends the lease of a block. Any thread may call it."""
-        if capacity >= _LARGE_BYTES:
+        if capacity >= self.LARGE_BYTES:
             self._memory.madvise(mmap.MADV_REMOVE, offset, capacity)
         self._free[capacity].append(offset)
 
