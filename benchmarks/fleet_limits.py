@@ -256,8 +256,8 @@ def chunks(num_actors: int, seconds: float) -> dict[str, Any]:
         run_for(fleet, 5.0)
         groups = {
             "director": [os.getpid()],
-            "shard": [process.place[0] for process in fleet._director._replay.processes],
-            "actor": [actor.process.place[0] for actor in fleet._director._actors],
+            "shard": [process.place[0] for process in fleet._director._shards],
+            "actor": [actor.place[0] for actor in fleet._director._actors],
         }
         before = {name: cpu_seconds(pids) for name, pids in groups.items()}
         env_steps, _, took = run_for(fleet, seconds)

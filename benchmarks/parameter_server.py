@@ -24,6 +24,7 @@ import numpy as np
 import qfleet
 from qfleet.config import ParameterServerConfig
 from qfleet.topologies.fleet.actor import ChunkStats
+from qfleet.topologies.fleet.messages import ProcessId
 from qfleet.topologies.fleet.replay_shard import ShardStats
 from qfleet.topologies.parameter_server import director as director_module
 from qfleet.topologies.parameter_server.remote import RemoteWorker
@@ -99,14 +100,14 @@ def throughput(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     try:
         server.start()
         director = server._director
-        director._gradient_requests.is_warm = lambda worker: True  # the workers' replays stay empty
-        director.env_steps = config.env_steps  # so that no worker is asked to act
+        director.machine.is_warm = lambda worker: True  # the workers' replays stay empty
+        director.machine.actors.env_steps = config.env_steps  # so that no worker is asked to act
         fleet_limits.run_for(server, 5.0)
         taken = [server.advance(10**9) for _ in range(round(arguments.seconds / 0.5))]
         seconds = sum(progress.train_seconds for progress in taken)
         staleness = statistics.mean(progress.staleness for progress in taken)
         director.quiesce()
-        pull = director._answer_of(director._actors[0].process, StubWorker.pull_seconds)
+        pull = director._answer_of(director._processes[ProcessId("worker", 0)], StubWorker.pull_seconds)
     finally:
         server.close()
     return {

@@ -90,7 +90,9 @@ def test_it_survives_the_loss_of_a_worker_and_of_a_shard_of_the_server(cluster, 
 
     def is_whole(version: int) -> bool:
         """Whether each worker has brought chunks since it was started, and the server was sent steps beyond that."""
-        return director.version > version and all(worker.num_asked > CHUNKS_AHEAD for worker in director._actors)
+        return director.version > version and all(
+            worker.num_asked > CHUNKS_AHEAD for worker in director.machine.actors.each
+        )
 
     with contextlib.closing(iter(run)) as records:
         go_on_until(lambda: is_whole(0))

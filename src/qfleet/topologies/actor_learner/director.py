@@ -25,12 +25,10 @@ from qfleet.topologies.actor_learner.machine import (
     RestoreLearner,
 )
 from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner
-from qfleet.topologies.fleet.actor import Actor
 from qfleet.topologies.fleet.machine_director import MachineDirector
-from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
+from qfleet.topologies.fleet.messages import CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
-from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, default_resources
 
 
@@ -61,31 +59,17 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
 
     def _call(self, request: CallRequest[Any]) -> None:
         match request:
-            case Begin():
-                self._submit(request, Actor.begin, request.incarnation)
             case Collect(broadcast=broadcast):
                 collect = RemoteActor.fetch_and_collect
                 self._submit(request, collect, broadcast.version, broadcast.params, request.epsilon)
-            case Insert(chunk=chunk):
-                insert = RemoteReplayShard.insert_chunk
-                self._submit(request, insert, request.segment, chunk.writer, chunk.rows, is_repeated=True)
-            case Sample():
-                self._submit(
-                    request, RemoteReplayShard.sample_share, request.number, request.seed, request.importance_exponent,
-                    request.share, request.most,
-                )  # fmt: skip
             case Learn(drawn=drawn):
                 self._submit(request, RemoteLearner.learn_round, drawn.places, drawn.transitions)
-            case SetPriorities():
-                self._submit(request, RemoteReplayShard.take_priorities, request.number, request.priority)
             case Publish():
                 self._submit(request, RemoteLearner.newest_params)
             case RestoreLearner():
                 self._submit(request, RemoteLearner.go_on_from, request.learner_steps, request.leaves)
-            case RestoreReplay():
-                self._submit(request, RemoteReplayShard.go_on_from, request.saved)
             case _:
-                raise TypeError(f"no method belongs to {request}")
+                super()._call(request)
 
     # --- For other threads ---
 
@@ -120,14 +104,10 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
     def _learner(self) -> RemoteProcess[RemoteLearner]:
         return self._processes[LEARNER]
 
-    @property
-    def _shards(self) -> list[RemoteProcess[RemoteReplayShard]]:
-        return [self._processes[shard] for shard in self.machine.replay.shards]
-
     def _make_stats(self) -> ActorLearnerStats:
         return ActorLearnerStats(self._topology.num_actors)
 
-    def _learner_in_parts(self, learner: LearnerState) -> Reference[Leaves]:
+    def _saved_learner(self, learner: LearnerState) -> Reference[Leaves]:
         return Reference([np.asarray(leaf) for leaf in jax.tree.leaves(learner)])
 
     def _resources(self) -> list[Mapping[str, float]]:
@@ -135,12 +115,11 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
         each: Mapping[str, float] = topology.actor_resources or ONE_CPU
         return [each] * (topology.num_actors + topology.num_replay_shards) + [topology.learner_resources or ONE_CPU]
 
-    def _missing(self) -> RemoteProcess | None:
-        missing = next((process for process in self._vital() if not process.is_ready), None)
-        return missing or (None if self.num_ready_actors else self._processes[self.machine.actors.each[0].process])
+    def _needed(self) -> list[RemoteProcess]:
+        return [self._learner, *self._shards]
 
     def _vital(self) -> list[RemoteProcess]:
-        return [self._learner, *self._shards]
+        return self._needed()
 
     def _start_processes(self) -> None:
         resources = dict(self._topology.learner_resources) or default_resources(self._topology.mesh.num_devices)

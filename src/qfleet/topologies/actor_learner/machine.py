@@ -109,6 +109,9 @@ class ActorLearnerStats(PoolStats):
 class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
     """Decides about the actors, the shards of the replay, and the learner."""
 
+    learner_steps = 0
+    version = 0
+
     def __init__(self, config: TrainConfig, num_batches: int) -> None:
         """Begins with processes that aren't ready; `num_batches` is the number of batches of one round."""
         self._topology, self._num_batches = config.topology_as(ActorLearnerConfig), num_batches
@@ -127,6 +130,11 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
     def num_transitions(self) -> int:
         """Number of transitions that the replay holds."""
         return self.replay.num_transitions
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether there is anything to learn from."""
+        return self.replay.num_transitions > 0
 
     @property
     def is_busy(self) -> bool:
@@ -160,7 +168,7 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
             case Lost(ProcessId("replay shard", i) as process):
                 return [ReadReplay(process, i)]
             case ReplayFound():
-                return self.refill(event)
+                return self.refill_shard(event)
             case Replied(Insert() as request) | Dropped(Insert() as request):
                 replay.hear(event)
                 self._inserted(request.chunk, is_stored=isinstance(event, Replied) and event.reply[1])
@@ -213,7 +221,7 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
     def _inserted(self, chunk: ArrivedChunk, *, is_stored: bool) -> None:
         self.actors.each[chunk.actor].num_chunks -= 1
         if is_stored:
-            self.count_chunk(chunk)
+            self.count_chunk(chunk.actor, chunk.stats)
             self.stats.staleness.append(chunk.staleness)
             self.note_busy("actors", chunk.stats.busy_seconds)
 
@@ -271,9 +279,11 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
             origin = f"from the newest checkpoint, at learner step {found.learner_steps}"
         if self._broadcast is not None:  # otherwise no broadcast would be due before the old number of steps is reached
             self._broadcast = self._broadcast._replace(learner_steps=found.learner_steps)
+        self.warm_up_if_empty()
         return [*requests, Warn(f"the learner had taken {before} steps, and goes on {origin}")]
 
     def _restore(self, event: Restored) -> list[Request]:
+        self.learner_steps, self.version = event.learner_steps, event.version
         begin = self.go_on_from(event)
         learner = RestoreLearner(LEARNER, event.learner_steps, event.learner)
         return [learner, *self.replay.restore(event.shares, event.env_steps), *begin]

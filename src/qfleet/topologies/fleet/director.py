@@ -11,7 +11,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -228,13 +228,24 @@ class Director(abc.ABC, Generic[S]):
             self._supervisor.submit(process, method, on_reply=reply.set_result, results=results, is_repeated=True)
 
         self._post(ask)
+        return self._wait_for(reply, [process] if gives_up else [])
+
+    def _wait_for(self, answer: concurrent.futures.Future[R], processes: Sequence[RemoteProcess]) -> R:
+        """Returns the result of a future that the director's thread sets.
+
+        Args:
+          answer: the future.
+          processes: that must have a node meanwhile.
+
+        Raises:
+          StateIsLost: if one of them is lost, and its replacement finds no node.
+        """
         while True:
             try:
-                return reply.result(_WAIT_SECONDS)
+                return answer.result(_WAIT_SECONDS)
             except TimeoutError:
                 self.raise_error()
-                if gives_up:
-                    self._check_have_places([process])
+                self._check_have_places(processes)
 
     def _take_stats(self) -> S:
         """Returns what happened since the last call, and begins to count anew."""
@@ -243,7 +254,7 @@ class Director(abc.ABC, Generic[S]):
         stats.seconds, stats.end = now - since, (self.env_steps, self.learner_steps)
         return stats
 
-    def _check_have_places(self, processes: list[RemoteProcess]) -> None:
+    def _check_have_places(self, processes: Sequence[RemoteProcess]) -> None:
         for process in processes:
             if not process.is_ready and time.monotonic() - process.started_at > _LOST_SECONDS:
                 raise StateIsLost(f"{process.name} is lost, and found no node with {in_words(process.resources)} yet")

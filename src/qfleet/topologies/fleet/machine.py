@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
 from qfleet.config import ActorPool, TrainConfig
+from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.messages import Event, ReplayFound, Request, Restored, Warn
 from qfleet.topologies.fleet.pooled_actors import A, PooledActors
-from qfleet.topologies.fleet.replay_requests import ArrivedChunk, RestoreReplay, ShardedReplay
+from qfleet.topologies.fleet.replay_requests import RestoreReplay, ShardedReplay
 from qfleet.topologies.fleet.stats import PoolStats
 
 S = TypeVar("S", bound=PoolStats)
@@ -35,15 +36,21 @@ class FleetMachine(abc.ABC, Generic[S, A]):
         self.config = config
         self.actors = PooledActors(config, pool, num_batches, actors)
         self.replay = ShardedReplay(config.seed, pool, lambda seconds: self.note_busy("shards", seconds))
-        self.learner_steps = 0
-        """Learner steps taken so far, without those that were lost since."""
-        self.version = 0
-        """Version of the newest parameters that actors can fetch; it never decreases."""
         self.is_paused = True
 
     @abc.abstractmethod
     def handle(self, event: Event) -> list[Request]:
         """Takes notice of an event, and returns what to request, in this order."""
+
+    @property
+    @abc.abstractmethod
+    def learner_steps(self) -> int:
+        """Learner steps taken so far, without those that were lost since."""
+
+    @property
+    @abc.abstractmethod
+    def version(self) -> int:
+        """Version of the newest parameters that actors can fetch; it never decreases."""
 
     @property
     @abc.abstractmethod
@@ -54,6 +61,11 @@ class FleetMachine(abc.ABC, Generic[S, A]):
     @abc.abstractmethod
     def num_transitions(self) -> int:
         """Number of transitions that can be drawn."""
+
+    @property
+    @abc.abstractmethod
+    def can_learn(self) -> bool:
+        """Whether there is anything to learn from."""
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -68,27 +80,40 @@ class FleetMachine(abc.ABC, Generic[S, A]):
         """Counts the seconds that a process has worked."""
         self.stats.busy_seconds[group] += seconds
 
-    def count_chunk(self, chunk: ArrivedChunk) -> None:
+    def count_chunk(self, actor: int, stats: ChunkStats) -> None:
         """Counts a chunk that the replay has stored."""
         env_steps = self.actors.env_steps_per_chunk
         self.actors.env_steps += env_steps
-        self.stats.count_chunk(chunk.actor, env_steps, chunk.stats)
+        self.stats.count_chunk(actor, env_steps, stats)
 
-    def refill(self, found: ReplayFound) -> list[Request]:
+    def refill_shard(self, found: ReplayFound) -> list[Request]:
         """Has the replacement of a lost shard go on from the newest checkpoint, or empty if there is none."""
-        num_lost, source = self.replay.empty(found.process.number), "there is no checkpoint that has them"
+        num_lost = self.replay.empty(found.process.number)
+        if not found.num_transitions:
+            self.warm_up_if_empty()
+        return self.refill(found, num_lost)
+
+    def warm_up_if_empty(self) -> None:
+        """Begins a new warm-up if there is nothing to learn from, when transitions are lost or the learner goes back.
+
+        Otherwise the actors would wait for the learner, which waits for them, or the first few transitions would be
+        learned from over and over.
+        """
+        if not self.can_learn:
+            self.actors.rate_limiter.begin_anew(self.actors.env_steps, self.learner_steps)
+
+    def refill(self, found: ReplayFound, num_lost: int) -> list[Request]:
+        """Has a process go on from its share of a checkpoint, and tells the user what is lost."""
         requests: list[Request] = []
+        source = "there is no checkpoint that has them"
         if found.share is not None:
             requests.append(RestoreReplay(found.process, found.share))
             source = f"from the checkpoint at environment step {found.env_steps}"
-        if not found.num_transitions and not self.replay.num_transitions:
-            # Without a new warm-up, the first few transitions would be learned from over and over.
-            self.actors.rate_limiter.begin_anew(self.actors.env_steps, self.learner_steps)
         lost = f"{found.process.name} held {num_lost} transitions; {found.num_transitions} are back: {source}"
         return [*requests, Warn(lost)]
 
     def go_on_from(self, counts: Restored) -> list[Request]:
-        """Takes over the counts of a checkpoint, and has the actors begin."""
-        self.actors.env_steps, self.learner_steps, self.version = counts.env_steps, counts.learner_steps, counts.version
+        """Takes over the environment steps of a checkpoint, and has the actors begin."""
+        self.actors.env_steps = counts.env_steps
         self.actors.rate_limiter.resume(counts.replay_starts_at, counts.env_steps, counts.learner_steps)
         return [*self.actors.begin_all(counts.incarnation)]

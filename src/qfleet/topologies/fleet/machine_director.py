@@ -17,10 +17,13 @@ from qfleet.config.ray_topologies import RayTopologyConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.fleet.actor import Actor
 from qfleet.topologies.fleet.director import Director
 from qfleet.topologies.fleet.machine import FleetMachine, S
 from qfleet.topologies.fleet.messages import (
+    Begin,
     CallRequest,
+    CheckValues,
     Dropped,
     Event,
     LearnerFound,
@@ -35,9 +38,12 @@ from qfleet.topologies.fleet.messages import (
     Request,
     Restored,
     Turn,
+    ValuesChecked,
     Warn,
 )
 from qfleet.topologies.fleet.references import Reference, dump
+from qfleet.topologies.fleet.remote import RemoteReplayShard
+from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.fleet.replay_shares import share_of
 from qfleet.topologies.fleet.supervisor import RemoteProcess
 
@@ -75,13 +81,33 @@ class MachineDirector(Director[S], Generic[S, M]):
 
     # --- What each topology implements ---
 
-    @abc.abstractmethod
     def _call(self, request: CallRequest[Any]) -> None:
-        """Calls, by `_submit`, the method that belongs to a request."""
+        """Calls the method that belongs to a request. A topology adds the requests that it makes itself."""
+        match request:
+            case Begin():
+                self._submit(request, Actor.begin, request.incarnation)
+            case Insert(segment=segment, chunk=chunk):
+                insert = RemoteReplayShard.insert_chunk
+                self._submit(request, insert, segment, chunk.writer, chunk.rows, is_repeated=True)
+            case Sample():
+                self._submit(
+                    request, RemoteReplayShard.sample_share, request.number, request.seed, request.importance_exponent,
+                    request.share, request.most,
+                )  # fmt: skip
+            case SetPriorities():
+                self._submit(request, RemoteReplayShard.take_priorities, request.number, request.priority)
+            case RestoreReplay():
+                self._submit(request, RemoteReplayShard.go_on_from, request.saved)
+            case _:
+                raise TypeError(f"no method belongs to {request}")
 
     @abc.abstractmethod
-    def _learner_in_parts(self, learner: LearnerState) -> Any:
-        """Returns a learner that was saved, in the form in which the machine passes it on."""
+    def _needed(self) -> list[RemoteProcess]:
+        """Returns the processes without which the run can't begin, besides an actor."""
+
+    @abc.abstractmethod
+    def _saved_learner(self, learner: LearnerState) -> Any:
+        """Returns the learner of a checkpoint, in the form in which the machine passes it on."""
 
     @abc.abstractmethod
     def _make_stats(self) -> S:
@@ -138,7 +164,7 @@ class MachineDirector(Director[S], Generic[S, M]):
             # The run that wrote the checkpoint may have had more actors, or fewer, or none.
             max(counters.get("incarnations", []), default=-1) + 1,
             counters.get("version", 0),
-            self._learner_in_parts(state["learner"]),
+            self._saved_learner(state["learner"]),
             [] if replay is None else [Reference(share_of(replay, pool, i)) for i in range(pool.num_shards)],
         )
         with self._lock:
@@ -146,6 +172,18 @@ class MachineDirector(Director[S], Generic[S, M]):
         self._post(lambda: self._carry_out(requests))
 
     # --- What its own thread does ---
+
+    @property
+    def _actors(self) -> list[RemoteProcess[Any]]:
+        return [self._processes[actor.process] for actor in self.machine.actors.each]
+
+    @property
+    def _shards(self) -> list[RemoteProcess[RemoteReplayShard]]:
+        return [self._processes[shard] for shard in self.machine.replay.shards]
+
+    def _missing(self) -> RemoteProcess | None:
+        missing = next((process for process in self._needed() if not process.is_ready), None)
+        return missing or (None if self.num_ready_actors else self._actors[0])
 
     def _new_stats(self) -> S:
         stats: S = self._make_stats()
@@ -171,6 +209,8 @@ class MachineDirector(Director[S], Generic[S, M]):
                     self._tell(self._find_learner())
                 case ReadReplay(process, number):
                     self._tell(self._find_replay(process, number))
+                case CheckValues(references):
+                    self._tell(ValuesChecked(any(map(self._supervisor.is_lost, references))))
                 case CallRequest():
                     self._call(request)
 
@@ -208,7 +248,7 @@ class MachineDirector(Director[S], Generic[S, M]):
         if newest is None:
             return LearnerFound(0, None)
         learner, counters = newest
-        return LearnerFound(counters["learner_steps"], self._learner_in_parts(learner))
+        return LearnerFound(counters["learner_steps"], self._saved_learner(learner))
 
     def _find_replay(self, process: ProcessId, number: int) -> ReplayFound:
         can_read = self.machine.config.checkpoint_replay

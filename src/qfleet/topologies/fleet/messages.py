@@ -60,13 +60,19 @@ class ReadReplay(NamedTuple):
     """Number of the share."""
 
 
+class CheckValues(NamedTuple):
+    """Look whether the values of references are lost: the director answers with `ValuesChecked`."""
+
+    references: Sequence[Reference[Any]]
+
+
 class Warn(NamedTuple):
     """Tell the user."""
 
     text: str
 
 
-Request = CallRequest[Any] | ReadLearner | ReadReplay | Warn
+Request = CallRequest[Any] | ReadLearner | ReadReplay | CheckValues | Warn
 
 
 # --- Events ---
@@ -131,6 +137,13 @@ class ReplayFound(NamedTuple):
     """Environment steps of the checkpoint."""
 
 
+class ValuesChecked(NamedTuple):
+    """The answer to `CheckValues`."""
+
+    is_lost: bool
+    """Whether any of the values is lost."""
+
+
 class Restored(NamedTuple):
     """The run goes on from a checkpoint. It has not begun yet, and all processes are new."""
 
@@ -149,5 +162,5 @@ class Restored(NamedTuple):
 
 
 Event = (
-    Started | Ready | Lost | Replied | Dropped | Paused | Turn | LearnerFound | ReplayFound | Restored
-)  # fmt: skip
+    Started | Ready | Lost | Replied | Dropped | Paused | Turn | LearnerFound | ReplayFound | ValuesChecked | Restored
+)

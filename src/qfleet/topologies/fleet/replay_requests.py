@@ -25,7 +25,7 @@ class ArrivedChunk(NamedTuple):
     """Incarnation of the actor, and the number of chunks that this incarnation had sent before."""
     rows: Reference[Chunk]
     stats: ChunkStats
-    staleness: int
+    staleness: int = 0
     """Learner steps between the parameters that acted and the newest, when the chunk arrived."""
 
 

@@ -203,11 +203,10 @@ class Supervisor:
         *arguments: *As,
         on_reply: Callable[[R], None] = lambda _: None,
         results: Sequence[Reference[Any]] = (),
-        num_references: int = 0,
         is_repeated: bool = False,
         on_dropped: Callable[[], None] = lambda: None,
-    ) -> list[Reference[Any]]:
-        """Calls a method in a process, and returns the references that its reply will hold.
+    ) -> None:
+        """Calls a method in a process.
 
         A process carries out its calls in order, and `on_reply` is called in the same order. A call waits here until
         the references among its arguments have values, and so do the later calls of the process.
@@ -218,19 +217,16 @@ class Supervisor:
           *arguments: of the method: tuples, lists, dictionaries and arrays, with references for large ones.
           on_reply: called with the reply.
           results: the references that the reply will hold, in their order. Later calls may have them as arguments.
-          num_references: number of references in the reply, if `results` has none.
           is_repeated: whether to make the call again if the process is replaced.
           on_dropped: called instead of `on_reply` if there will be no reply: the process was replaced, or the value of
             a reference among the arguments is lost.
         """
         data, references = dump(arguments)
-        made = [*results] or [Reference[Any]() for _ in range(num_references)]
         call = Call(
-            method.__name__, data, references, made, on_reply, on_dropped, is_repeated, time.monotonic()
+            method.__name__, data, references, list(results), on_reply, on_dropped, is_repeated, time.monotonic()
         )  # fmt: skip
         process.calls.append(call)
         self._send_calls(process)
-        return made
 
     def wait(self, seconds: float) -> None:
         """Waits for news of a process, for at most so many seconds."""

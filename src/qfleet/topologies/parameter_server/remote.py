@@ -4,51 +4,20 @@ The shards of a replay that the workers share are `fleet.remote.RemoteReplayShar
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from qfleet.core.replay import SavedReplay
 from qfleet.core.sharded_learner import StateLeaves
 from qfleet.core.types import Transition
-from qfleet.topologies.fleet.actor import Chunk, ChunkStats
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.replay_shard import ShardStats
 from qfleet.topologies.fleet.supervisor import InRemoteProcess
+from qfleet.topologies.parameter_server.requests import ChunkAnswer, GradientAnswer, PublishedAnswer, Pull
 from qfleet.topologies.parameter_server.server_shard import PublishedParameters, ServerShard
-from qfleet.topologies.parameter_server.worker import GradientReply, GradientStats, Worker
-
-Pieces = tuple[Reference[np.ndarray], ...]
-"""A vector: each shard's piece of it, `[piece]`."""
+from qfleet.topologies.parameter_server.worker import GradientReply, Worker
 
 # --- Workers ---
-
-
-class Pull(NamedTuple):
-    """The parameters that a worker pulls before it does what a call asks for."""
-
-    version: int
-    params: Pieces = ()
-    """Empty if the worker has this version already."""
-    target_params: Pieces = ()
-    """The same of the target network; empty if the worker has that already."""
-
-
-class ChunkAnswer(NamedTuple):
-    """What a worker returns of a chunk: an `ActReply` with a reference."""
-
-    chunk_stats: ChunkStats
-    shard_stats: ShardStats | None
-    chunk: Reference[Chunk] | None
-
-
-class GradientAnswer(NamedTuple):
-    """What a worker returns of a gradient: a `GradientReply` with references."""
-
-    result: GradientStats
-    pieces: Pieces
-    """Bytes of each piece, whose type is the config's `gradient_dtype`."""
-    priorities: tuple[Reference[np.ndarray], ...]
 
 
 class RemoteWorker(InRemoteProcess, Worker):
@@ -82,9 +51,9 @@ class RemoteWorker(InRemoteProcess, Worker):
         return self.restore(saved.value)
 
     def _pull(self, pull: Pull) -> None:
-        self.pull(
-            pull.version, [piece.value for piece in pull.params], [piece.value for piece in pull.target_params]
-        )  # fmt: skip
+        if pull.version != self.version:
+            params, target_params = ([piece.value for piece in pieces] for pieces in (pull.params, pull.target_params))
+            self.pull(pull.version, params, target_params)
 
 
 def _referring(reply: GradientReply) -> GradientAnswer:
@@ -94,14 +63,6 @@ def _referring(reply: GradientReply) -> GradientAnswer:
 
 
 # --- Shards of the server ---
-
-
-class PublishedAnswer(NamedTuple):
-    """What a shard publishes: `PublishedParameters` with references."""
-
-    busy_seconds: float
-    params: Reference[np.ndarray]
-    target_params: Reference[np.ndarray] | None
 
 
 class RemoteServerShard(InRemoteProcess, ServerShard):

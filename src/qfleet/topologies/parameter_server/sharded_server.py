@@ -1,323 +1,225 @@
-"""The server, as the director knows it.
+"""The decisions about the server: when its shards take steps, publish, take snapshots, and go back to one of them.
 
-It sends learner steps to the shards, passes on the parameters that they publish, takes snapshots, and goes back to one
-of them when a shard is lost. `step_queue` has the decisions.
+It is a part of `machine.ServerMachine`, and as pure. `step_queue` decides which gradients make a step.
 """
 
-import dataclasses
-import functools
-import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from qfleet.config import ParameterServerConfig, TrainConfig
-from qfleet.core.learner import LearnerState
-from qfleet.core.sharded_learner import ShardedLearner, StateLeaves
+from qfleet.core.sharded_learner import StateLeaves
+from qfleet.topologies.fleet.messages import (
+    CheckValues,
+    Dropped,
+    LearnerFound,
+    ProcessId,
+    ReadLearner,
+    Replied,
+    Request,
+    Warn,
+)
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor
-from qfleet.topologies.parameter_server.remote import Pieces, PublishedAnswer, Pull, RemoteServerShard
+from qfleet.topologies.parameter_server.requests import (
+    ApplyAverages,
+    ApplyGradients,
+    AverageGradients,
+    NewestParameters,
+    Pieces,
+    Publish,
+    Pull,
+    ResetShard,
+    RestoreShard,
+    Snapshot,
+    TakeSnapshot,
+)
+from qfleet.topologies.parameter_server.stats import ServerStats
 from qfleet.topologies.parameter_server.step_queue import Admission, StepBatch, StepQueue
 
-logger = logging.getLogger("qfleet")
 
-T = TypeVar("T")
+class SavedServer(NamedTuple):
+    """The learner of a checkpoint, divided over the shards."""
 
-
-class NewestParameters(NamedTuple):
-    """The parameters that workers pull."""
-
-    version: int
-    params: Pieces
-    target_version: int
-    """Version of the first parameters that had this target network."""
-    target_params: Pieces
-
-
-class ServerEvents(NamedTuple):
-    """Functions of the director that the server calls, in the director's thread."""
-
-    busy: Callable[[float], None]
-    """Called with the seconds that a shard was at work."""
-    steps_sent: Callable[[int, int], None]
-    """Called when learner steps are sent to all shards: how many steps, and how many gradients in them."""
-    went_back: Callable[[int], None]
-    """Called when the server has gone back to an earlier state, with the number of accepted gradients it dropped."""
-
-
-class _Snapshot(NamedTuple):
-    """A copy of the server's state, in which all shards have taken the same steps."""
-
-    learner_steps: int
     target_age: int
     leaves: list[Reference[StateLeaves]]
-    """For each shard, its leaves."""
-
-
-@dataclasses.dataclass
-class _StepsInFlight:
-    """Learner steps that the shards have been sent, and that not all of them have taken yet."""
-
-    version: int
-    """Version of the parameters after these steps."""
-    num_shards_left: int
 
 
 class ShardedServer:
-    """The shards of the server. For the director's thread.
+    """The shards of the server.
 
     All shards take the same steps in the same order. This holds without any agreement between them, because a process
-    does what it is asked for in order, and every step is sent to all shards at once.
+    does what it is asked for in order, and every step is requested of all shards at once.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        learner: ShardedLearner,
-        supervisor: Supervisor,
-        events: ServerEvents,
-        newest_checkpoint: Callable[[], tuple[LearnerState, int] | None],
-    ) -> None:
-        """Has no shards yet.
-
-        Args:
-          config: config of the run.
-          learner: the learner that is divided over the shards.
-          supervisor: supervisor of the shards.
-          events: functions of the director to call when something happens.
-          newest_checkpoint: returns the learner of the newest checkpoint and its learner steps; None if there is none.
-        """
-        self._topology = config.topology_as(ParameterServerConfig)
-        self._learner, self._supervisor = learner, supervisor
-        self._events, self._newest_checkpoint = events, newest_checkpoint
-        self._clips = config.agent.max_gradient_norm is not None
-        self.processes: list[RemoteProcess[RemoteServerShard]] = []
-        self._queue: StepQueue[Pieces] = StepQueue(self._topology, config.agent.target_update_period)
-        self._published: NewestParameters | None = None
-        self._in_flight: _StepsInFlight | None = None
-        self._is_snapshot_requested = False
-        self._snapshot: _Snapshot | None = None
-
-    def add(self, process: RemoteProcess[RemoteServerShard]) -> None:
-        """Takes the next shard."""
-        self.processes.append(process)
-
-    @property
-    def version(self) -> int:
-        """Version of the newest parameters; it never decreases."""
-        return self._queue.version
-
-    @property
-    def learner_steps(self) -> int:
-        """Learner steps of the server's state; they decrease when it goes back."""
-        return self._queue.learner_steps
-
-    @property
-    def num_pending_steps(self) -> int:
-        """Steps that wait until the shards have taken those before. If there are any, newer parameters come soon."""
-        return len(self._queue.pending_steps)
-
-    @property
-    def num_gradients(self) -> int:
-        """Gradients that have been accepted for the next step."""
-        return len(self._queue.gradients)
+    def __init__(self, config: TrainConfig, stats: Callable[[], ServerStats]) -> None:
+        """Begins with shards that have taken no steps; `stats` returns what counts them."""
+        topology = config.topology_as(ParameterServerConfig)
+        self._stats = stats
+        self.shards = [ProcessId("server shard", i) for i in range(topology.num_server_shards)]
+        self._clips_together = len(self.shards) > 1 and config.agent.max_gradient_norm is not None
+        self.queue: StepQueue[Pieces] = StepQueue(topology, config.agent.target_update_period)
+        self._newest: NewestParameters | None = None
+        self._num_stepping, self._version_of_steps = 0, 0
+        """Shards that have not taken the steps yet that were requested last, and the version after these steps."""
+        self._snapshot_period = topology.snapshot_period_learner_steps
+        self._snapshot: Snapshot | None = None
+        self._next_snapshot: Snapshot | None = None
+        self._num_copying = 0
+        """Shards that have not been copied yet for the next snapshot."""
+        self._goes_back = ("", 0)
+        """While it looks for a state to go back to: the cause, and its learner steps before."""
 
     @property
     def is_stepping(self) -> bool:
-        """Whether the shards were sent steps that not all of them have taken yet."""
-        return self._in_flight is not None
+        """Whether steps were requested that not all shards have taken yet."""
+        return self._num_stepping > 0
 
     # --- Gradients, and the steps that apply them ---
 
-    def push(self, gradient: Pieces, version: int, loss: float) -> Admission:
-        """Takes a gradient that has arrived, and sends a learner step if the gradient completes it.
+    def push(self, gradient: Pieces, version: int, loss: float) -> tuple[Admission, list[Request]]:
+        """Takes a gradient that has arrived, and requests a learner step if the gradient completes it.
 
         Args:
           gradient: the gradient, as workers return it.
           version: version of the parameters that it was computed with.
           loss: loss of its batch, without importance weights.
         """
-        admission = self._queue.push(gradient, version, loss)
-        self._send_steps()
-        return admission
+        return self.queue.push(gradient, version, loss), self._request_steps()
 
-    def _send_steps(self) -> None:
-        """Sends all steps that have gathered while the shards took others, in one request; also in a paused run.
+    def _request_steps(self) -> list[Request]:
+        """Requests all steps that have gathered while the shards took others, at once; also in a paused run.
 
         There is one such request at a time. A server that falls behind thus takes several steps per request, and
         publishes the parameters once for all of them.
         """
-        if self.is_stepping or (batch := self._queue.take()) is None:
-            return
-        self._in_flight = in_flight = _StepsInFlight(batch.version, len(self.processes))
-        self._events.steps_sent(batch.num_steps, len(batch.gradients))
+        if self.is_stepping or (batch := self.queue.take()) is None:
+            return []
+        self._num_stepping, self._version_of_steps = len(self.shards), batch.version
+        self._stats().learner_steps += batch.num_steps
+        self._stats().num_gradients["applied"] += len(batch.gradients)
+        averages, steps = self._divide(batch)
         # References to what the shards *will* return: a worker that is asked to pull them waits for the step.
-        params, *target_params = zip(*self._submit_steps(batch, in_flight), strict=True)
-        if self._published is None:  # the server has gone back, and `ensure_published` will ask for the parameters
-            return
-        self._published = self._published._replace(version=batch.version, params=params)
-        if target_params:
-            self._published = self._published._replace(target_version=batch.version, target_params=target_params[0])
+        params, *target_params = zip(*(step.results for step in steps), strict=True)
+        if self._newest is not None:  # otherwise the server has gone back, and the parameters are published anew
+            self._newest = self._newest._replace(version=batch.version, params=params)
+            if target_params:
+                self._newest = self._newest._replace(target_version=batch.version, target_params=target_params[0])
+        return [*averages, *steps]
 
-    def _submit_steps(self, batch: StepBatch[Pieces], in_flight: _StepsInFlight) -> list[list[Reference[np.ndarray]]]:
-        """Has all shards apply gradients; returns what each will publish."""
-        columns = list(zip(*batch.gradients, strict=True))
-        submit = functools.partial(
-            self._supervisor.submit, num_references=2 if batch.updates_target else 1,
-            on_reply=functools.partial(self._steps_taken, in_flight),
-            on_dropped=functools.partial(self._steps_lost, in_flight),
-        )  # fmt: skip
-        if len(self.processes) == 1 or not self._clips:
-            return [
-                submit(process, RemoteServerShard.take_steps, pieces)
-                for process, pieces in zip(self.processes, columns, strict=True)
-            ]
+    def _divide(
+        self, batch: StepBatch[Pieces]
+    ) -> tuple[list[AverageGradients], Sequence[ApplyGradients | ApplyAverages]]:
+        """Returns the requests to all shards that make these steps: those to average first, and those to apply."""
+        pieces = list(zip(self.shards, zip(*batch.gradients, strict=True), strict=True))
+
+        def results() -> list[Reference[np.ndarray]]:
+            return [Reference() for _ in range(2 if batch.updates_target else 1)]
+
+        if not self._clips_together:
+            return [], [ApplyGradients(shard, own, results=results()) for shard, own in pieces]
         # Every shard needs the norm of the whole gradient. Each averages its pieces first, and gets the squares of all
         # shards with the call that follows.
-        squared_norms = [
-            reference
-            for process, pieces in zip(self.processes, columns, strict=True)
-            for reference in self._supervisor.submit(
-                process, RemoteServerShard.average, pieces, num_references=1, on_reply=self._has_averaged
-            )
-        ]
-        return [submit(process, RemoteServerShard.take_clipped_steps, squared_norms) for process in self.processes]
+        averages = [AverageGradients(shard, own, results=[Reference()]) for shard, own in pieces]
+        squared_norms = [average.results[0] for average in averages]
+        return averages, [ApplyAverages(shard, squared_norms, results=results()) for shard in self.shards]
 
-    def _has_averaged(self, reply: tuple[float, Any]) -> None:
-        self._events.busy(reply[0])
+    def steps_ended(self, event: Replied | Dropped) -> list[Request]:
+        """Notes that a shard has taken its steps, or that it will not.
 
-    def _steps_taken(self, in_flight: _StepsInFlight, published: PublishedAnswer) -> None:
-        """Notes that a shard has taken its steps."""
-        self._events.busy(published.busy_seconds)
-        self._shard_ended(in_flight)
-
-    def _steps_lost(self, in_flight: _StepsInFlight) -> None:
-        """Notes that a shard will not take its steps.
-
-        If the shard itself was lost, the server has gone back already, to a newer version than that of these steps.
-        Otherwise a gradient was lost on its way, and other shards may have taken the step: the server must go back, or
-        its shards would differ by a step.
+        If a shard was lost, the server has gone back already, to a newer version than that of these steps. Otherwise a
+        gradient was lost on its way, and other shards may have taken the step: the server must go back, or its shards
+        would differ by a step.
         """
-        if self._queue.is_current(in_flight.version):
-            self.go_back("a gradient was lost on its way to the server")
-        self._shard_ended(in_flight)
-
-    def _shard_ended(self, in_flight: _StepsInFlight) -> None:
-        in_flight.num_shards_left -= 1
-        if not in_flight.num_shards_left:
-            self._in_flight = None
-            self._send_steps()
+        requests: list[Request] = []
+        if isinstance(event, Replied):
+            self._stats().busy_seconds["server"] += event.reply.busy_seconds
+        elif self.queue.is_current(self._version_of_steps):
+            requests = self.go_back("a gradient was lost on its way to the server")
+        self._num_stepping -= 1
+        return [*requests, *self._request_steps()]
 
     # --- Parameters ---
 
-    def ensure_published(self) -> None:
-        """Asks the shards for their parameters if there are none to pull: at the start, and after a loss."""
-        if self._published is None:
-            publish = RemoteServerShard.publish_all
-            published = [self._supervisor.submit(process, publish, num_references=2) for process in self.processes]
-            params, target_params = zip(*published, strict=True)
-            self._published = NewestParameters(self.version, params, self.version, target_params)
+    def publish(self) -> list[Publish]:
+        """Requests the parameters of all shards if there are none to pull: at the start, and after a loss."""
+        if self._newest is not None:
+            return []
+        requests = [Publish(shard, results=[Reference(), Reference()]) for shard in self.shards]
+        params, target_params = zip(*(request.results for request in requests), strict=True)
+        self._newest = NewestParameters(self.queue.version, params, self.queue.version, target_params)
+        return requests
 
     @property
     def newest(self) -> NewestParameters:
-        """The newest parameters, after `ensure_published`. The shards may still be computing them."""
-        assert self._published is not None
-        return self._published
+        """The newest parameters, after `publish`."""
+        assert self._newest is not None
+        return self._newest
 
-    def note_failed_pull(self, pull: Pull) -> None:
+    def note_failed_pull(self, pull: Pull, lost: Sequence[Reference]) -> None:
         """Has the parameters published again if a worker could not pull them because they are lost."""
-        if any(map(self._supervisor.is_lost, (*pull.params, *pull.target_params))):
-            self._published = None
+        if any(piece in lost for piece in (*pull.params, *pull.target_params)):
+            self._newest = None
 
-    # --- State ---
+    # --- Snapshots ---
 
-    def take_snapshot_if_due(self) -> None:
-        """Asks for a snapshot if none has been taken for `snapshot_period_learner_steps`."""
-        last = self._snapshot.learner_steps if self._snapshot else None
-        is_due = last is None or self.learner_steps - last >= self._topology.snapshot_period_learner_steps
-        if not is_due or self._is_snapshot_requested:
+    def take_snapshot(self) -> list[TakeSnapshot]:
+        """Requests a snapshot if none has been taken for `snapshot_period_learner_steps`."""
+        queue, last = self.queue, self._snapshot
+        is_due = last is None or queue.learner_steps - last.learner_steps >= self._snapshot_period
+        if not is_due or self._next_snapshot is not None:
+            return []
+        self._num_copying, leaves = len(self.shards), [Reference[StateLeaves]() for _ in self.shards]
+        self._next_snapshot = snapshot = Snapshot(queue.version, queue.learner_steps, queue.target_age, leaves)
+        return [TakeSnapshot(shard, snapshot, results=[own]) for shard, own in zip(self.shards, leaves, strict=True)]
+
+    def snapshot_ended(self, snapshot: Snapshot, *, is_copied: bool) -> None:
+        """Notes that a shard has been copied for a snapshot, or that it will not."""
+        if snapshot is not self._next_snapshot:
+            return  # another shard was lost before it could be copied
+        self._num_copying -= 1
+        if self._num_copying and is_copied:
             return
-        self._is_snapshot_requested = True
-        version, learner_steps, target_age = self.version, self.learner_steps, self._queue.target_age
+        self._next_snapshot = None
+        if is_copied and self.queue.is_current(snapshot.version):  # it may have gone back since it was asked
+            self._snapshot = snapshot
 
-        def taken(leaves: list[Reference[StateLeaves]] | None) -> None:
-            self._is_snapshot_requested = False
-            if leaves is not None and self._queue.is_current(version):  # it may have gone back since it was asked
-                self._snapshot = _Snapshot(learner_steps, target_age, leaves)
+    # --- Going back ---
 
-        self.ask_all(RemoteServerShard.saved, taken)
+    def go_back(self, cause: str) -> list[Request]:
+        """Has all shards continue from the newest state that is available of all of them: first, looks for it."""
+        self._goes_back, self._newest = (cause, self.queue.learner_steps), None
+        self._stats().num_gradients["stale"] += self.queue.disown()
+        return [ReadLearner() if self._snapshot is None else CheckValues(self._snapshot.leaves)]
 
-    def ask_all(
-        self,
-        method: Callable[[RemoteServerShard], Reference[T]],
-        on_answer: Callable[[list[Reference[T]] | None], None],
-    ) -> None:
-        """Asks all shards for something, between the same two steps.
-
-        Args:
-          method: returns it.
-          on_answer: called once, with what each shard has returned, or with None if any of them was lost meanwhile.
-        """
-        answers: dict[int, Reference[T]] = {}
-        is_dropped = False
-
-        def answered(i: int, answer: Reference[T]) -> None:
-            answers[i] = answer
-            if len(answers) == len(self.processes):
-                on_answer([answers[i] for i in range(len(answers))])
-
-        def dropped() -> None:
-            nonlocal is_dropped
-            if not is_dropped:
-                is_dropped = True
-                on_answer(None)
-
-        for i, process in enumerate(self.processes):
-            self._supervisor.submit(
-                process, method, on_reply=functools.partial(answered, i), on_dropped=dropped, num_references=1
-            )
-
-    def shard_was_lost(self, shard: int) -> None:
-        """Takes all shards back, because the one that replaces the lost shard does not have its parameters."""
-        self.go_back(f"{self.processes[shard].name} was lost")
-
-    def go_back(self, cause: str) -> None:
-        """Has all shards continue from the newest state that is available of all of them."""
-        before, self._published = self.learner_steps, None
-        num_dropped = self._queue.disown()
-        source = self._restore_newest_state()
-        self._events.went_back(num_dropped)
-        logger.warning(
-            "%s: the server goes back from learner step %d to %d, %s", cause, before, self.learner_steps, source
-        )
-
-    def _restore_newest_state(self) -> str:
-        """Restores the newest snapshot, or the newest checkpoint, or the initial state; returns which it was."""
+    def snapshot_checked(self, *, is_lost: bool) -> list[Request]:
+        """Goes back to the newest snapshot, unless it is lost."""
         snapshot = self._snapshot
-        if snapshot is not None and not any(map(self._supervisor.is_lost, snapshot.leaves)):
-            self._queue.continue_from(snapshot.learner_steps, snapshot.target_age)
-            self._submit_restore(snapshot.leaves)
-            return "the newest snapshot"
-        self._snapshot = None  # it is lost, and the next one is taken at once
-        if newest := self._newest_checkpoint():
-            learner, learner_steps = newest
-            self._restore_learner(learner, learner_steps)
-            return "the newest checkpoint"
-        self._queue.continue_from(0, target_age=0)
-        for process in self.processes:
-            self._supervisor.submit(process, RemoteServerShard.reset)
-        return "the beginning: there is neither snapshot nor checkpoint"
+        assert snapshot is not None
+        if is_lost:
+            self._snapshot = None  # the next one is taken at once
+            return [ReadLearner()]
+        saved = SavedServer(snapshot.target_age, snapshot.leaves)
+        return [*self._continue_from(snapshot.learner_steps, saved), self._report("the newest snapshot")]
 
-    def restore(self, learner: LearnerState, learner_steps: int, version: int) -> None:
+    def learner_found(self, found: LearnerFound) -> list[Request]:
+        """Goes back to the newest checkpoint, or to the beginning if there is none."""
+        if found.learner is not None:
+            checkpoint = self._continue_from(found.learner_steps, found.learner)
+            return [*checkpoint, self._report("the newest checkpoint")]
+        self.queue.continue_from(0, target_age=0)
+        source = "the beginning: there is neither snapshot nor checkpoint"
+        return [*map(ResetShard, self.shards), self._report(source)]
+
+    def restore(self, saved: SavedServer, learner_steps: int, version: int) -> list[RestoreShard]:
         """Has all shards continue from a checkpoint; `version` is one that no parameters have had yet."""
-        self._queue.begin_at_version(version)
-        self._restore_learner(learner, learner_steps)
+        self.queue.begin_at_version(version)
+        return self._continue_from(learner_steps, saved)
 
-    def _restore_learner(self, learner: LearnerState, learner_steps: int) -> None:
-        self._queue.continue_from(learner_steps, int(learner.target_age))
-        self._submit_restore([Reference(leaves) for leaves in self._learner.split(learner)])
+    def _continue_from(self, learner_steps: int, saved: SavedServer) -> list[RestoreShard]:
+        self.queue.continue_from(learner_steps, saved.target_age)
+        return [RestoreShard(shard, own) for shard, own in zip(self.shards, saved.leaves, strict=True)]
 
-    def _submit_restore(self, leaves: Sequence[Reference[StateLeaves]]) -> None:
-        for process, own in zip(self.processes, leaves, strict=True):
-            self._supervisor.submit(process, RemoteServerShard.go_on_from, own)
+    def _report(self, source: str) -> Warn:
+        (cause, before), after = self._goes_back, self.queue.learner_steps
+        return Warn(f"{cause}: the server goes back from learner step {before} to {after}, {source}")

@@ -21,7 +21,8 @@ from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.fleet.topology import OnRay
 
 if TYPE_CHECKING:
-    from qfleet.topologies.parameter_server.director import ServerDirector, ServerStats
+    from qfleet.topologies.parameter_server.director import ServerDirector
+    from qfleet.topologies.parameter_server.stats import ServerStats
 
 
 class ParameterServer(OnRay):
@@ -50,7 +51,7 @@ class ParameterServer(OnRay):
         Raises:
           RunFailed: if a process has failed too often, or the loss is not finite.
         """
-        self._director.fixed_exploration = self.fixed.get("exploration")
+        self._director.machine.fixed_exploration = self.fixed.get("exploration")
         stats = self._director.resume(until_env_steps)
         self.env_steps, self.learner_steps = stats.end
         check_loss(sum(stats.losses), self.learner_steps, self._config.agent)
