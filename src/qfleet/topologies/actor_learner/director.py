@@ -110,8 +110,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
 
     def params(self) -> tuple[int, list[np.ndarray]]:
         """Returns what `GlobalLearner.params` returns, as soon as there is a learner."""
-        learner_steps, leaves = self._answer_of(self._learner, RemoteLearner.newest_params, num_references=1)
-        return learner_steps, self._supervisor.value(leaves)
+        return self._value_of(self._learner, RemoteLearner.saved_params)
 
     def learner_state(self) -> tuple[int, list[np.ndarray]]:
         """Returns what `GlobalLearner.state` returns.
@@ -119,9 +118,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
         Raises:
           StateIsLost: if the learner is lost, and its replacement finds no node.
         """
-        state = RemoteLearner.newest_state
-        learner_steps, leaves = self._answer_of(self._learner, state, num_references=1, gives_up=True)
-        return learner_steps, self._supervisor.value(leaves)
+        return self._value_of(self._learner, RemoteLearner.saved, gives_up=True)
 
     def snapshots(self) -> Iterator[SavedReplay]:
         """Yields what each shard of the replay keeps, and so holds only one at a time in this process.
@@ -130,8 +127,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
           StateIsLost: if a shard is lost, and its replacement finds no node.
         """
         for process in self._replay.processes:
-            saved = self._answer_of(process, RemoteReplayShard.saved, num_references=1, gives_up=True)
-            yield self._supervisor.value(saved)
+            yield self._value_of(process, RemoteReplayShard.saved, gives_up=True)
 
     def _new_stats(self) -> ActorLearnerStats:
         return ActorLearnerStats(self._topology.num_actors)
@@ -249,7 +245,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
             version = self._broadcast.version + 1 if self._broadcast else 1
             self._broadcast = _Broadcast(version, learner_steps, params)
 
-        self._supervisor.submit(self._learner, RemoteLearner.newest_params, num_references=1, on_reply=published)
+        self._supervisor.submit(self._learner, RemoteLearner.publish, num_references=1, on_reply=published)
 
     def _learner_is_lost(self) -> None:
         self._is_broadcast_asked = False

@@ -113,7 +113,7 @@ class _Server:
                 answer: Any = self._answer(request)
             except Exception as error:
                 answer = _RAISED, "".join(traceback.format_exception(error))[-_MOST_INLINE_BYTES:]
-            self._connection.send(pickle.dumps(answer))
+            self._connection.send(_in_bytes(answer))
 
     def _receive(self) -> Any:
         data = self._connection.recv(_MESSAGE_BYTES)
@@ -212,7 +212,7 @@ class ChannelConnection:
         self._flush()
 
     def _send(self, message: _Request | _Room) -> None:
-        self._outgoing.append(pickle.dumps(message))
+        self._outgoing.append(_in_bytes(message))
         self._flush()
 
     def _flush(self) -> None:
@@ -381,6 +381,13 @@ class Switchboard:
                 self._expected.pop(number).accept(connected)
                 return
         connected.close()
+
+
+def _in_bytes(message: tuple) -> bytes:
+    data = pickle.dumps(message)
+    if len(data) > _MESSAGE_BYTES:  # the other side would read only the beginning
+        raise ValueError(f"a message must have at most {_MESSAGE_BYTES} bytes, got {len(data)}; pass fewer references")
+    return data
 
 
 def _place_of(address: Address) -> _Place:

@@ -136,8 +136,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         """
         for process in self._replays.processes:
             method = RemoteReplayShard.saved if self._replay is not None else RemoteWorker.saved
-            saved = self._answer_of(process, method, num_references=1, gives_up=True)
-            yield self._supervisor.value(saved)
+            yield self._value_of(process, method, gives_up=True)
 
     def _values_of_server(self, method: Callable[[Any], Reference[T]], *, gives_up: bool) -> list[T]:
         """Returns what each shard replies, all between the same two steps.
