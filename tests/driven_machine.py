@@ -1,4 +1,4 @@
-"""Drives the state machine of a fleet without processes: it answers the machine's requests, in any order that is possible.
+"""Drives the state machine of a fleet without processes: it answers the requests, in any order that is possible.
 
 Each process answers its requests in their order, once the arguments are there. The values are made by the test.
 """
@@ -19,8 +19,8 @@ from qfleet.topologies.fleet.messages import (
     ReadLearner,
     ReadReplay,
     Ready,
-    Replied,
     ReplayFound,
+    Replied,
     Started,
     Turn,
     ValuesChecked,
@@ -28,7 +28,6 @@ from qfleet.topologies.fleet.messages import (
 )
 from qfleet.topologies.fleet.references import Reference, dump
 from qfleet.topologies.fleet.replay_requests import Insert
-
 
 NOT_SENT = {"results", "newest", "snapshot"}
 """Fields of requests that the director doesn't pass on."""
@@ -98,8 +97,11 @@ class DrivenMachine:
 
     def answer_all(self, *roles: str) -> None:
         """Has all processes of these roles answer all that they can."""
-        while any([self.answer(process) for process in list(self.waiting) if process.role in roles]):
-            pass
+        is_any_answered = True
+        while is_any_answered:
+            is_any_answered = False
+            for process in [process for process in self.waiting if process.role in roles]:
+                is_any_answered |= self.answer(process)
 
     def lose(self, process: ProcessId, lost: tuple[Reference, ...] = ()) -> None:
         """Loses a process, and with it the requests that it had; its replacement is ready at once."""

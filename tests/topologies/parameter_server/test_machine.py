@@ -44,7 +44,7 @@ class Fleet(DrivenMachine):
         self.topology, machine = config.topology, ServerMachine(config, num_params=1_000)
         machine.stats = ServerStats(self.topology.num_workers)
         self.held: collections.Counter[ProcessId] = collections.Counter()
-        self.applied: dict[ProcessId, tuple] = {shard: () for shard in machine.server.shards}
+        self.applied: dict[ProcessId, tuple] = dict.fromkeys(machine.server.shards, ())
         """The gradients that each shard has applied: for each, the number of its worker and of its request."""
         self.averaged: dict[ProcessId, tuple] = {}
         self.values: dict[Reference, Any] = {}

@@ -65,7 +65,7 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
             case Learn(drawn=drawn):
                 self._submit(request, RemoteLearner.learn_round, drawn.places, drawn.transitions)
             case Publish():
-                self._submit(request, RemoteLearner.newest_params)
+                self._submit(request, RemoteLearner.publish)
             case RestoreLearner():
                 self._submit(request, RemoteLearner.go_on_from, request.learner_steps, request.leaves)
             case _:
@@ -75,8 +75,7 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
 
     def params(self) -> tuple[int, Leaves]:
         """Returns what `GlobalLearner.params` returns, as soon as there is a learner."""
-        learner_steps, leaves = self._answer_of(self._learner, RemoteLearner.newest_params, num_references=1)
-        return learner_steps, self._supervisor.value(leaves)
+        return self._value_of(self._learner, RemoteLearner.saved_params)
 
     def learner_state(self) -> tuple[int, Leaves]:
         """Returns what `GlobalLearner.state` returns.
@@ -84,9 +83,7 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
         Raises:
           StateIsLost: if the learner is lost, and its replacement finds no node.
         """
-        state = RemoteLearner.newest_state
-        learner_steps, leaves = self._answer_of(self._learner, state, num_references=1, gives_up=True)
-        return learner_steps, self._supervisor.value(leaves)
+        return self._value_of(self._learner, RemoteLearner.saved, gives_up=True)
 
     def snapshots(self) -> Iterator[SavedReplay]:
         """Yields what each shard of the replay keeps, and so holds only one at a time in this process.
@@ -95,8 +92,7 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
           StateIsLost: if a shard is lost, and its replacement finds no node.
         """
         for process in self._shards:
-            saved = self._answer_of(process, RemoteReplayShard.saved, num_references=1, gives_up=True)
-            yield self._supervisor.value(saved)
+            yield self._value_of(process, RemoteReplayShard.saved, gives_up=True)
 
     # --- Processes and checkpoints ---
 

@@ -38,15 +38,18 @@ class RemoteLearner(InRemoteProcess, GlobalLearner):
         result, priorities = self.learn(places, *(part.value for part in parts))
         return result, [Reference(priority) for priority in priorities]
 
-    def newest_params(self) -> tuple[int, Reference[Leaves]]:
-        """Does what `params` does."""
+    def publish(self) -> tuple[int, Reference[Leaves]]:
+        """Does what `params` does, for actors."""
         learner_steps, leaves = self.params()
         return learner_steps, Reference(leaves)
 
-    def newest_state(self) -> tuple[int, Reference[Leaves]]:
+    def saved_params(self) -> Reference[tuple[int, Leaves]]:
+        """Does what `params` does."""
+        return Reference(self.params())
+
+    def saved(self) -> Reference[tuple[int, Leaves]]:
         """Does what `state` does."""
-        learner_steps, leaves = self.state()
-        return learner_steps, Reference(leaves)
+        return Reference(self.state())
 
     def go_on_from(self, learner_steps: int, leaves: Reference[Leaves]) -> None:
         """Does what `restore` does."""

@@ -113,7 +113,7 @@ class _Server:
                 answer: Any = self._answer(request)
             except Exception as error:
                 answer = _RAISED, "".join(traceback.format_exception(error))[-_MOST_INLINE_BYTES:]
-            self._connection.send(pickle.dumps(answer))
+            self._connection.send(_in_bytes(answer))
 
     def _receive(self) -> Any:
         data = self._connection.recv(_MESSAGE_BYTES)
@@ -169,6 +169,8 @@ class ChannelConnection:
         self._socket: socket.socket | None = None
         self._in_flight: collections.deque[_InFlight] = collections.deque()
         self._outgoing: collections.deque[bytes] = collections.deque()
+        self._events = 0
+        """What the inbox listens for."""
         self._is_closed = False
 
     def send(self, call: Call) -> None:
@@ -194,7 +196,7 @@ class ChannelConnection:
     def end(self) -> None:
         """Closes the socket, because the process has ended or nothing more will be asked of it."""
         assert self._socket is not None
-        self._switchboard.inbox.listen(self._socket, 0, self._is_ready)
+        self._listen(0)
         self._socket.close()
         self._socket = None
         self._in_flight.clear()
@@ -212,22 +214,27 @@ class ChannelConnection:
         self._flush()
 
     def _send(self, message: _Request | _Room) -> None:
-        self._outgoing.append(pickle.dumps(message))
+        self._outgoing.append(_in_bytes(message))
         self._flush()
 
     def _flush(self) -> None:
         if self._socket is None:
             return
-        events = selectors.EVENT_READ
         try:
             while self._outgoing:
                 self._socket.send(self._outgoing[0])
                 self._outgoing.popleft()
         except BlockingIOError:  # the process doesn't read at the moment
-            events |= selectors.EVENT_WRITE
+            self._listen(selectors.EVENT_READ | selectors.EVENT_WRITE)
         except ConnectionError:  # it has ended, which reading will tell
             self._outgoing.clear()
-        self._switchboard.inbox.listen(self._socket, events, self._is_ready)
+        else:
+            self._listen(selectors.EVENT_READ)
+
+    def _listen(self, events: int) -> None:
+        if events != self._events:
+            self._events = events
+            self._switchboard.inbox.listen(self._socket, events, self._is_ready)
 
     def _is_ready(self, events: int) -> None:
         if events & selectors.EVENT_WRITE:
@@ -381,6 +388,13 @@ class Switchboard:
                 self._expected.pop(number).accept(connected)
                 return
         connected.close()
+
+
+def _in_bytes(message: tuple) -> bytes:
+    data = pickle.dumps(message)
+    if len(data) > _MESSAGE_BYTES:  # the other side would read only the beginning
+        raise ValueError(f"a message must have at most {_MESSAGE_BYTES} bytes, got {len(data)}; pass fewer references")
+    return data
 
 
 def _place_of(address: Address) -> _Place:

@@ -19,6 +19,7 @@ from qfleet.config import ConfigError
 from qfleet.runtime.checkpoint_files import NotSaved
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import StateIsLost
+from qfleet.topologies.fleet.calls import ValueIsLost
 from qfleet.topologies.fleet.cluster import connected, in_words, is_local, room
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.stats import DirectorStats
@@ -253,6 +254,12 @@ class Director(abc.ABC, Generic[S]):
         self._stats, self._counting_since = self._new_stats(), now
         stats.seconds, stats.end = now - since, (self.env_steps, self.learner_steps)
         return stats
+
+    def _value_of(self, process: RemoteProcess[P], method: Callable[[P], Reference[R]], *, gives_up: bool = False) -> R:
+        """Returns a copy of the value that a method of a process returns a reference to. As `_answer_of` otherwise."""
+        while True:
+            with contextlib.suppress(ValueIsLost):  # with its node, after the process had replied
+                return self._supervisor.value(self._answer_of(process, method, num_references=1, gives_up=gives_up))
 
     def _check_have_places(self, processes: Sequence[RemoteProcess]) -> None:
         for process in processes:

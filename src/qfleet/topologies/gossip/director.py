@@ -158,8 +158,7 @@ class GossipDirector(Director[GossipStats]):
             if peer.stage == "absent":
                 yield None
             else:
-                state = self._answer_of(process, RemotePeer.newest_state, num_references=1, gives_up=True)
-                yield self._supervisor.value(state)
+                yield self._value_of(process, RemotePeer.newest_state, gives_up=True)
 
     def learners(self) -> Iterator[tuple[int, Leaves] | None]:
         """Yields what `GossipPeer.learner` returns, for each peer; None for a peer that doesn't train.
@@ -171,9 +170,7 @@ class GossipDirector(Director[GossipStats]):
             if peer.stage != "training":
                 yield None
             else:
-                process = self._processes[peer.number]
-                learner = self._answer_of(process, RemotePeer.newest_learner, num_references=1, gives_up=True)
-                yield self._supervisor.value(learner)
+                yield self._value_of(self._processes[peer.number], RemotePeer.newest_learner, gives_up=True)
 
     def share_of_newest_checkpoint(self, number: int) -> SavedReplay | None:
         """Returns a peer's share of the replay in the newest checkpoint; None if there is no such replay."""

@@ -118,8 +118,7 @@ class ServerDirector(MachineDirector[ServerStats, ServerMachine]):
         """
         method = RemoteReplayShard.saved if self.machine.shares_replay else RemoteWorker.saved
         for process in self._replays:
-            saved = self._answer_of(process, method, num_references=1, gives_up=True)
-            yield self._supervisor.value(saved)
+            yield self._value_of(process, method, gives_up=True)
 
     def _values_of_server(self, method: Callable[[Any], Reference[T]], *, gives_up: bool) -> list[T]:
         """Returns what each shard replies, all between the same two steps.
