@@ -68,7 +68,7 @@ class DrivenMachine:
                 case ReadLearner():
                     self.tell(self.learner)
                 case ReadReplay(process):
-                    self.tell(ReplayFound(process, None, 0, 0))
+                    self.tell(ReplayFound(process, None, 0))
                 case CheckValues():
                     self.tell(ValuesChecked(is_lost=False))
                 case CallRequest():

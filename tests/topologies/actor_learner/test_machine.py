@@ -18,7 +18,7 @@ from qfleet.topologies.actor_learner.machine import (
     RestoreLearner,
 )
 from qfleet.topologies.fleet.actor import ChunkStats
-from qfleet.topologies.fleet.messages import Begin, Dropped, LearnerFound, Paused, ProcessId, Restored
+from qfleet.topologies.fleet.messages import Begin, Dropped, LearnerFound, Paused, ProcessId, Restored, SavedShare
 from qfleet.topologies.fleet.rate_limiter import ROUNDS_AHEAD
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
@@ -218,13 +218,14 @@ def test_parameters_that_are_lost_with_their_node_are_published_again():
 
 def test_a_run_goes_on_from_the_counts_of_a_checkpoint():
     fleet = Fleet()
-    leaves, shares = Reference[Any](), [Reference[Any](), Reference[Any]()]
+    leaves, shares = Reference[Any](), [SavedShare(Reference[Any](), 5), SavedShare(Reference[Any](), 6)]
     fleet.tell(Restored(464, 90, 0, 3, 17, leaves, shares))
     machine = fleet.machine
     assert (machine.actors.env_steps, machine.learner_steps, machine.version) == (464, 90, 17)
     assert machine.counters == {"replay_starts_at": 0, "version": 17, "incarnations": [3] * 4}
     assert machine.actors.rate_limiter.due(464) == 90
-    assert [each.saved for each in fleet.requested(RestoreReplay)] == shares
+    assert [each.saved for each in fleet.requested(RestoreReplay)] == [share.replay for share in shares]
+    assert machine.num_transitions == 11 and machine.replay.draw(10, 0.0) is None, "they are not there yet"
     fleet.run(1, "learner")
     assert machine.version == 18
 

@@ -9,7 +9,7 @@ from driven_machine import DrivenMachine
 from small_servers import config_of
 
 from qfleet.topologies.fleet.actor import ChunkStats
-from qfleet.topologies.fleet.messages import CheckValues, Dropped, LearnerFound, Paused, ProcessId, Restored
+from qfleet.topologies.fleet.messages import CheckValues, Dropped, LearnerFound, Paused, ProcessId, Restored, SavedShare
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.fleet.replay_shard import ShardStats
@@ -216,6 +216,19 @@ def test_a_gradient_that_is_lost_on_its_way_makes_the_server_go_back():
     fleet.check_servers_agree()
 
 
+def test_a_state_that_is_lost_on_its_way_to_a_shard_makes_the_server_go_back_again():
+    fleet = Fleet(num_workers=2, num_server_shards=2)
+    fleet.train(50)
+    fleet.lose_worker_or_shard(fleet.servers[0])
+    restore = next(each for each in fleet.waiting[fleet.servers[1]] if isinstance(each, RestoreShard))
+    fleet.waiting[fleet.servers[1]].remove(restore)
+    fleet.tell(Dropped(restore, (restore.leaves,)))
+    assert fleet.warnings[-1].startswith("the state of a shard was lost on its way: the server goes back")
+    fleet.check_servers_agree()
+    fleet.train(100)
+    fleet.check_servers_agree()
+
+
 def test_a_server_without_snapshot_goes_back_to_the_newest_checkpoint_or_to_the_beginning():
     fleet = Fleet(num_workers=1, num_server_shards=1, snapshot_period_learner_steps=10**6)
     fleet.train(5)
@@ -320,14 +333,14 @@ def test_workers_that_share_a_replay_return_errors_to_the_shards_that_drew():
 @pytest.mark.parametrize("num_replay_shards", [0, 2])
 def test_a_run_goes_on_from_the_counts_of_a_checkpoint(num_replay_shards):
     fleet = Fleet(num_workers=2, num_replay_shards=num_replay_shards)
-    leaves, shares = [Reference[Any]()], [Reference[Any](), Reference[Any]()]
+    leaves, shares = [Reference[Any]()], [SavedShare(Reference[Any](), 5), SavedShare(Reference[Any](), 6)]
     fleet.tell(Restored(464, 90, 0, 3, 17, SavedServer(5, leaves), shares))
     machine = fleet.machine
     assert (machine.actors.env_steps, machine.learner_steps, machine.version) == (464, 90, 18)
     assert machine.counters == {"replay_starts_at": 0, "version": 18, "incarnations": [3, 3]}
     assert [each.leaves for each in fleet.requested(RestoreShard)] == leaves
     restored = [(each.process.role, each.saved) for each in fleet.requested(RestoreReplay)]
-    assert restored == [("replay shard" if num_replay_shards else "worker", share) for share in shares]
+    assert restored == [("replay shard" if num_replay_shards else "worker", share.replay) for share in shares]
 
 
 @pytest.mark.parametrize("seed", range(4))

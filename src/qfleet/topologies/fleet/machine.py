@@ -12,7 +12,7 @@ from qfleet.config import ActorPool, TrainConfig
 from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.messages import Event, ReplayFound, Request, Restored, Warn
 from qfleet.topologies.fleet.pooled_actors import A, PooledActors
-from qfleet.topologies.fleet.replay_requests import RestoreReplay, ShardedReplay
+from qfleet.topologies.fleet.replay_requests import ShardedReplay
 from qfleet.topologies.fleet.stats import PoolStats
 
 S = TypeVar("S", bound=PoolStats)
@@ -88,10 +88,12 @@ class FleetMachine(abc.ABC, Generic[S, A]):
 
     def refill_shard(self, found: ReplayFound) -> list[Request]:
         """Has the replacement of a lost shard go on from the newest checkpoint, or empty if there is none."""
-        num_lost = self.replay.empty(found.process.number)
-        if not found.num_transitions:
-            self.warm_up_if_empty()
-        return self.refill(found, num_lost)
+        i, requests = found.process.number, list[Request]()
+        num_lost = self.replay.lose(i)
+        if found.share is not None:
+            requests.append(self.replay.refill(i, found.share))
+        self.warm_up_if_empty()
+        return [*requests, tell_of_loss(found, num_lost)]
 
     def warm_up_if_empty(self) -> None:
         """Begins a new warm-up if there is nothing to learn from, when transitions are lost or the learner goes back.
@@ -102,18 +104,16 @@ class FleetMachine(abc.ABC, Generic[S, A]):
         if not self.can_learn:
             self.actors.rate_limiter.begin_anew(self.actors.env_steps, self.learner_steps)
 
-    def refill(self, found: ReplayFound, num_lost: int) -> list[Request]:
-        """Has a process go on from its share of a checkpoint, and tells the user what is lost."""
-        requests: list[Request] = []
-        source = "there is no checkpoint that has them"
-        if found.share is not None:
-            requests.append(RestoreReplay(found.process, found.share))
-            source = f"from the checkpoint at environment step {found.env_steps}"
-        lost = f"{found.process.name} held {num_lost} transitions; {found.num_transitions} are back: {source}"
-        return [*requests, Warn(lost)]
-
     def go_on_from(self, counts: Restored) -> list[Request]:
         """Takes over the environment steps of a checkpoint, and has the actors begin."""
         self.actors.env_steps = counts.env_steps
         self.actors.rate_limiter.resume(counts.replay_starts_at, counts.env_steps, counts.learner_steps)
         return [*self.actors.begin_all(counts.incarnation)]
+
+
+def tell_of_loss(found: ReplayFound, num_lost: int) -> Warn:
+    """Tells the user how many transitions were lost, and how many are back."""
+    num_found, source = 0, "there is no checkpoint that has them"
+    if found.share is not None:
+        num_found, source = found.share.num_transitions, f"from the checkpoint at environment step {found.env_steps}"
+    return Warn(f"{found.process.name} held {num_lost} transitions; {num_found} are back: {source}")

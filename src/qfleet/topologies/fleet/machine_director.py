@@ -37,6 +37,7 @@ from qfleet.topologies.fleet.messages import (
     Replied,
     Request,
     Restored,
+    SavedShare,
     Turn,
     ValuesChecked,
     Warn,
@@ -156,7 +157,7 @@ class MachineDirector(Director[S], Generic[S, M]):
 
         If the checkpoint has no replay, they go on from an empty one.
         """
-        replay, pool = state.get("replay"), self._pool
+        replay = state.get("replay")
         event = Restored(
             counters["env_steps"],
             counters["learner_steps"],
@@ -165,7 +166,7 @@ class MachineDirector(Director[S], Generic[S, M]):
             max(counters.get("incarnations", []), default=-1) + 1,
             counters.get("version", 0),
             self._saved_learner(state["learner"]),
-            [] if replay is None else [Reference(share_of(replay, pool, i)) for i in range(pool.num_shards)],
+            [] if replay is None else [self._saved_share(replay, i) for i in range(self._pool.num_shards)],
         )
         with self._lock:
             requests = self.machine.handle(event)  # at once, so that the counts are right from now on
@@ -254,8 +255,10 @@ class MachineDirector(Director[S], Generic[S, M]):
         can_read = self.machine.config.checkpoint_replay
         newest = self._of_newest_checkpoint(self._read_replay) if can_read else None
         if newest is None:
-            return ReplayFound(process, None, 0, 0)
+            return ReplayFound(process, None, 0)
         saved, counters = newest
+        return ReplayFound(process, self._saved_share(saved, number), counters["env_steps"])
+
+    def _saved_share(self, saved: SavedReplay, number: int) -> SavedShare:
         share = share_of(saved, self._pool, number)
-        num_transitions = int(np.sum(np.asarray(share.leaves) > 0))
-        return ReplayFound(process, Reference(share), num_transitions, counters["env_steps"])
+        return SavedShare(Reference(share), int(np.sum(np.asarray(share.leaves) > 0)))

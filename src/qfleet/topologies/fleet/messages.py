@@ -125,14 +125,20 @@ class LearnerFound(NamedTuple):
     """The learner, in the form in which the machine passes it on; None if there is no checkpoint yet."""
 
 
+class SavedShare(NamedTuple):
+    """A process's share of the replay of a checkpoint."""
+
+    replay: Reference[SavedReplay]
+    num_transitions: int
+    """Transitions that can be drawn from it."""
+
+
 class ReplayFound(NamedTuple):
     """A process's share of the replay in the newest checkpoint."""
 
     process: ProcessId
-    share: Reference[SavedReplay] | None
+    share: SavedShare | None
     """The share; None if no checkpoint has it."""
-    num_transitions: int
-    """Transitions in it."""
     env_steps: int
     """Environment steps of the checkpoint."""
 
@@ -157,7 +163,7 @@ class Restored(NamedTuple):
     """Newest version of the parameters that any actor may have seen."""
     learner: Any
     """As in `LearnerFound`."""
-    shares: Sequence[Reference[SavedReplay]]
+    shares: Sequence[SavedShare]
     """The share of the replay of each process that keeps one; nothing if the checkpoint has no replay."""
 
 

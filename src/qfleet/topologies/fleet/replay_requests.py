@@ -11,7 +11,7 @@ from qfleet.core.keys import Stream
 from qfleet.core.replay import DrawShare, SavedReplay
 from qfleet.core.types import Transition
 from qfleet.topologies.fleet.actor import Chunk, ChunkStats
-from qfleet.topologies.fleet.messages import CallRequest, Dropped, ProcessId, Replied
+from qfleet.topologies.fleet.messages import CallRequest, Dropped, ProcessId, Replied, SavedShare
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer
 from qfleet.topologies.fleet.replay_shares import deal
@@ -99,7 +99,7 @@ class ShardedReplay:
 
     @property
     def num_transitions(self) -> int:
-        """Number of transitions that can be drawn."""
+        """Number of transitions, with those that a shard is about to get from a checkpoint."""
         return sum(stats.num_transitions for stats in self._stats)
 
     @property
@@ -115,11 +115,11 @@ class ShardedReplay:
 
     def draw(self, size: int, importance_exponent: float) -> Drawn | None:
         """Draws `size` transitions over all shards as if from one replay; None if there are none."""
-        num_transitions = self.num_transitions
-        if not num_transitions:
+        num_transitions, priorities = self.num_transitions, np.array([stats.priority for stats in self._stats])
+        if not priorities.any():
             return None
         number, self._num_drawn = self._num_drawn, self._num_drawn + 1
-        counts, shares = deal(size, np.array([stats.priority for stats in self._stats]), self._random)
+        counts, shares = deal(size, priorities, self._random)
         order = self._random.permutation(size).astype(np.uint32)
         drawn = Drawn(number, [place for place in np.split(order, np.cumsum(counts)[:-1]) if len(place)], [])
         for shard, count, share in zip(self.shards, counts, shares, strict=True):
@@ -149,15 +149,20 @@ class ShardedReplay:
             self._stats[request.process.number] = stats
             self._note_busy(stats.busy_seconds)
 
-    def empty(self, shard: int) -> int:
+    def lose(self, shard: int) -> int:
         """Notes that a shard has lost all its transitions, and returns their number."""
         num_lost, self._stats[shard] = self._stats[shard].num_transitions, EMPTY_SHARD
         return num_lost
 
-    def restore(self, shares: Sequence[Reference[SavedReplay]], env_steps: int) -> list[RestoreReplay]:
+    def refill(self, shard: int, share: SavedShare) -> RestoreReplay:
+        """Has a shard go on from its share of a checkpoint. Nothing can be drawn from it until it has replied."""
+        self._stats[shard] = EMPTY_SHARD._replace(num_transitions=share.num_transitions)
+        return RestoreReplay(self.shards[shard], share.replay)
+
+    def restore(self, shares: Sequence[SavedShare], env_steps: int) -> list[RestoreReplay]:
         """Has all shards go on from their shares of a checkpoint; nothing if it has no replay.
 
         Later draws come from a stream that depends on where the run goes on, so that it repeats none.
         """
         self._random = np.random.default_rng((self._seed, Stream.REPLAY_SHARES, env_steps))
-        return [RestoreReplay(self.shards[i], share) for i, share in enumerate(shares)]
+        return [self.refill(i, share) for i, share in enumerate(shares)]

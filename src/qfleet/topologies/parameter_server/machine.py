@@ -11,7 +11,7 @@ import numpy as np
 from qfleet.config import ParameterServerConfig, TrainConfig
 from qfleet.core.exploration import exploration_at, importance_exponent_at
 from qfleet.topologies.fleet.actor import Chunk, ChunkStats
-from qfleet.topologies.fleet.machine import FleetMachine
+from qfleet.topologies.fleet.machine import FleetMachine, tell_of_loss
 from qfleet.topologies.fleet.messages import (
     Dropped,
     Event,
@@ -25,6 +25,7 @@ from qfleet.topologies.fleet.messages import (
     Replied,
     Request,
     Restored,
+    SavedShare,
     Started,
     Turn,
     ValuesChecked,
@@ -44,6 +45,7 @@ from qfleet.topologies.parameter_server.requests import (
     GradientAnswer,
     NewestParameters,
     Pull,
+    RestoreShard,
     TakeSnapshot,
 )
 from qfleet.topologies.parameter_server.sharded_server import ShardedServer
@@ -81,6 +83,11 @@ class PooledWorker(PooledActor):
         """Has `next_pull` include everything, because it isn't known what the worker has."""
         self.version = self.target_version = -1
 
+    def refill(self, share: SavedShare) -> RestoreReplay:
+        """Has the worker continue with its lanes of a saved replay."""
+        self.stats = EMPTY_SHARD._replace(num_transitions=share.num_transitions)
+        return RestoreReplay(self.process, share.replay)
+
 
 class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
     """Decides about the workers, the server, and the replay if the workers share one."""
@@ -117,7 +124,7 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
     @property
     def can_learn(self) -> bool:
         """Whether there is anything to learn from."""
-        return self.replay.num_transitions > 0 or any(map(self.is_warm, self.actors.each))
+        return self.replay.num_transitions > 0 if self.shares_replay else any(map(self.is_warm, self.actors.each))
 
     @property
     def is_busy(self) -> bool:
@@ -179,6 +186,8 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
                 self.note_busy("server", busy_seconds)
             case Replied(ApplyGradients() | ApplyAverages()) | Dropped(ApplyGradients() | ApplyAverages()):
                 return server.steps_ended(event)
+            case Dropped(RestoreShard() as request):
+                return server.restore_lost(request)
             case Replied(TakeSnapshot() as request) | Dropped(TakeSnapshot() as request):
                 server.snapshot_ended(request.snapshot, is_copied=isinstance(event, Replied))
         return []
@@ -284,11 +293,12 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
 
     def _refill_worker(self, found: ReplayFound) -> list[Request]:
         """Has a worker that was replaced continue with its lanes of the newest checkpoint, or with nothing."""
-        worker = self.actors.each[found.process.number]
-        num_lost = worker.stats.num_transitions
-        worker.stats = EMPTY_SHARD._replace(num_transitions=found.num_transitions)
+        worker, requests = self.actors.each[found.process.number], list[Request]()
+        num_lost, worker.stats = worker.stats.num_transitions, EMPTY_SHARD
+        if found.share is not None:
+            requests.append(worker.refill(found.share))
         self.warm_up_if_empty()
-        return self.refill(found, num_lost)
+        return [*requests, tell_of_loss(found, num_lost)]
 
     def _went_back(self, requests: list[Request]) -> list[Request]:
         """Takes notice that the server goes back to an earlier learner step."""
@@ -301,4 +311,4 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
         if self.shares_replay:
             return [*server, *begin, *self.replay.restore(event.shares, event.env_steps)]
         shares = zip(self.actors.each, event.shares, strict=False)
-        return [*server, *begin, *(RestoreReplay(worker.process, share) for worker, share in shares)]
+        return [*server, *begin, *(worker.refill(share) for worker, share in shares)]

@@ -152,6 +152,8 @@ class RestoreShard(CallRequest[None]):
     """Continue from a copy of the state of the shard."""
 
     leaves: Reference[StateLeaves]
+    version: int
+    """Version of the parameters from then on."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -218,7 +218,13 @@ class ShardedServer:
 
     def _continue_from(self, learner_steps: int, saved: SavedServer) -> list[RestoreShard]:
         self.queue.continue_from(learner_steps, saved.target_age)
-        return [RestoreShard(shard, own) for shard, own in zip(self.shards, saved.leaves, strict=True)]
+        version = self.queue.version
+        return [RestoreShard(shard, own, version) for shard, own in zip(self.shards, saved.leaves, strict=True)]
+
+    def restore_lost(self, request: RestoreShard) -> list[Request]:
+        """Goes back again if a state was lost on its way. If the shard was lost, the server has gone back already."""
+        is_current = self.queue.is_current(request.version)
+        return self.go_back("the state of a shard was lost on its way") if is_current else []
 
     def _report(self, source: str) -> Warn:
         (cause, before), after = self._goes_back, self.queue.learner_steps
