@@ -35,9 +35,20 @@ DIRECTING = ("topology", "director", "remote")
 """Modules of a package that may import each other, but only later ones in this list."""
 
 DIRECTING_ON_RAY = {
-    "topology", "director", "actors_director", "remote", "supervisor", "cluster", "ray_calls", "ray_internals",
+    "topology", "director", "machine_director", "remote", "supervisor", "cluster", "ray_calls", "ray_internals",
 }  # fmt: skip
 """Modules that workers, learners, server shards and peers must not import."""
+
+DECIDING = {
+    "fleet.machine", "fleet.messages", "fleet.pooled_actors", "fleet.rate_limiter", "fleet.replay_requests",
+    "fleet.stats", "actor_learner.machine", "gossip.decisions", "parameter_server.gradient_filter",
+    "parameter_server.machine", "parameter_server.requests", "parameter_server.sharded_server",
+    "parameter_server.stats", "parameter_server.step_queue",
+}  # fmt: skip
+"""Modules of `topologies/` that decide what processes on Ray do. They are pure."""
+
+IMPURE = {"concurrent", "logging", "os", "pathlib", "queue", "random", "ray", "selectors", "socket", "threading", "time"}
+"""Modules that such a module must not import, because its decisions must follow from what it is told."""
 
 ENVS_MAY_IMPORT = ("qfleet.config.errors", "qfleet.config.lane_options", "qfleet.config.python_path")
 
@@ -120,7 +131,14 @@ def breaks_rule_5(module: str, name: str) -> bool:
     )
 
 
-RULES: list[Callable[[str, str], bool]] = [breaks_rule_1, breaks_rule_2, breaks_rule_3, breaks_rule_4, breaks_rule_5]
+def breaks_rule_6(module: str, name: str) -> bool:
+    """Modules that decide know nothing of clocks, threads, files, Ray and the modules that direct processes on it."""
+    if module.removeprefix("qfleet.topologies.") not in DECIDING:
+        return False
+    return name.split(".")[0] in IMPURE or module_of(name).rpartition(".")[2] in {*DIRECTING_ON_RAY, "checkpoints"}
+
+
+RULES: list[Callable[[str, str], bool]] = [breaks_rule_1, breaks_rule_2, breaks_rule_3, breaks_rule_4, breaks_rule_5, breaks_rule_6]
 
 
 def broken(module: str, names: Iterable[str]) -> list[tuple[int, str]]:
@@ -141,6 +159,10 @@ def test_the_packages_of_topologies_are_the_ones_that_are_checked() -> None:
     packages = {name.split(".")[2] for name in MODULES if name.startswith("qfleet.topologies.") and name.count(".") > 2}
     assert packages == TOPOLOGIES | {"fleet"}
     assert {kind.replace("-", "_") for kind in qfleet.config.TOPOLOGIES} == TOPOLOGIES
+
+
+def test_the_modules_that_decide_exist() -> None:
+    assert {f"qfleet.topologies.{name}" for name in DECIDING} <= set(MODULES)
 
 
 def test_the_modules_that_do_the_work_on_ray_are_found() -> None:
@@ -167,6 +189,8 @@ def test_the_modules_that_do_the_work_on_ray_are_found() -> None:
         (4, "qfleet.topologies.actor_learner.remote", "qfleet.topologies.actor_learner.director.ActorLearnerDirector"),
         (5, "qfleet.envs.gymnasium", "qfleet.config.AgentConfig"),
         (5, "qfleet.envs.host", "qfleet.config.topologies.FusedConfig"),
+        (6, "qfleet.topologies.actor_learner.machine", "time.monotonic"),
+        (6, "qfleet.topologies.fleet.replay_requests", "qfleet.topologies.fleet.remote.RemoteReplayShard"),
     ],
 )
 def test_an_import_against_a_rule_is_found(rule: int, module: str, planted: str) -> None:

@@ -24,8 +24,11 @@ What crosses the border between two processes, and the name of what is sent or o
 | all_reduce | core.replicas.Replicas, runtime.peers.Reporter |
 | gossip | topologies.gossip.peer.PeerChunkStats, topologies.gossip.averaging.average_step |
 | actor_learner | topologies.fleet.actor.Chunk, core.types.Transition, topologies.actor_learner.learner.UpdateResult |
-| parameter_server | topologies.fleet.actor.Chunk, topologies.parameter_server.remote.GradientAnswer, \
+| parameter_server | topologies.fleet.actor.Chunk, topologies.parameter_server.requests.GradientAnswer, \
 topologies.parameter_server.server_shard.PublishedParameters |
+
+On Ray, pure code decides what each process does next: topologies.actor_learner.machine.ActorLearnerMachine,
+topologies.parameter_server.machine.ServerMachine, topologies.gossip.decisions. A director carries it out.
 
 Every topology has a config in `config.TOPOLOGIES`, and a class that is a `topologies.base.Topology`.
 `training.assembly` makes it, and `training.run.Run` drives it: it advances, evaluates, saves and stops.

@@ -1,13 +1,15 @@
 """The actor-learner topology (Ape-X), on Ray: many actors fill a replay, from which one learner learns.
 
     who acts                 Actor.collect                                     fleet/actor.py
-    who stores               ReplayShard.insert, asked by ShardedReplay.store  fleet/replay_shard.py, sharded_replay.py
-    who draws                ReplayShard.sample, asked by ShardedReplay.draw   the same
+    who stores               ReplayShard.insert                                fleet/replay_shard.py
+    who draws                ReplayShard.sample                                the same
     who computes gradients   GlobalLearner.learn                               learner.py
     who applies them         GlobalLearner.learn, in the same compiled step    learner.py
     who takes parameters     RemoteActor.fetch_and_collect: those that         remote.py
                              GlobalLearner.params returned last                learner.py
-    who coordinates          ActorLearnerDirector, in a thread of the run      director.py
+    who decides              ActorLearnerMachine, a pure state machine, with   machine.py
+                             ShardedReplay, which divides a batch              fleet/replay_requests.py
+    who carries it out       ActorLearnerDirector, in a thread of the run      director.py
     who checks and records   ActorLearner, in the run's process                topology.py
 
 Each actor, each shard and the learner is a process of its own (`remote.py`, `fleet/remote.py`). Every arrow crosses a
@@ -25,6 +27,11 @@ only hands on references.
                  |                                                    +---------------+
                  +--------------------------------------------------- | RemoteLearner |
                                                                       +---------------+
+
+The requests of the machine, in the order in which a transition meets them. Each is answered before the next is made,
+except for `Learn`, which is made together with its `Sample`s:
+
+    Publish -> Collect -> Insert -> Sample + Learn -> SetPriorities
 
 A round is a few batches, drawn over all shards as if from one replay. A rate limiter (`fleet/rate_limiter.py`) keeps
 the learner from taking more steps than the replay ratio allows, and the actors from running far ahead of the learner.

@@ -1,10 +1,8 @@
 """Shared by all topologies whose processes run on Ray; names none of them.
 
     topology.py          OnRay: what a run sees. It owns a director, and reads and writes checkpoints.
-    director.py          Director: a thread in the run's process. It submits requests and handles replies.
-    actors_director.py   ActorsDirector: a director of a pool of actors, which asks them for chunks in turn.
-    sharded_replay.py    ShardedReplay: the director's view of a replay in shards.
-    rate_limiter.py      RateLimiter: which learner steps are due, and whether the actors must wait.
+    director.py          Director: a thread in the run's process, which submits calls and hears replies.
+    machine_director.py  MachineDirector: a director that carries out what a state machine decides.
     supervisor.py        Supervisor: starts, watches and replaces processes. The only file that calls methods in them.
     references.py        Reference: an array that stays where it was made until a process needs it.
     calls.py             Call, Reply, Inbox: what is sent to a process, and what is heard of it.
@@ -14,6 +12,15 @@
     cluster.py           connected: the connection to Ray.
     ray_internals.py     Everything that qfleet uses of Ray's private modules.
 
+What decides, without Ray, clock, thread or file:
+
+    messages.py          The events that a state machine hears, and the requests that it makes.
+    machine.py           FleetMachine: base class of the machines, each of which is in its topology's package.
+    pooled_actors.py     PooledActors: whose turn it is to act.
+    rate_limiter.py      RateLimiter: which learner steps are due, and whether the actors must wait.
+    replay_requests.py   ShardedReplay: which shard stores what, and how much of a batch each draws.
+    stats.py             What has happened since the last record.
+
 In remote processes:
 
     remote.py            RemoteReplayShard: a shard as a process, whose methods take references.
@@ -22,17 +29,21 @@ In remote processes:
     replay_shares.py     How a replay is shared out over its shards, and joined again.
     env_and_agent.py     Environment, network and agent, which each process builds once.
 
-How a chunk travels; every arrow from or to a remote process crosses a process border:
+How a decision becomes a call, and its reply the next event:
 
-    ActorsDirector._issue_chunks --call--> Actor.collect
-    Actor.collect --ChunkStats, by value--> ActorsDirector._count
-                  --Chunk, by reference--> ShardedReplay.store --reference--> ReplayShard.insert
-    ReplayShard.insert --ShardStats, by value--> ShardedReplay
+    FleetMachine.handle(Turn) --Sample--> MachineDirector._call --> ReplayShard.sample, in another process
+    FleetMachine.handle(Replied(Sample, reply)) <-- MachineDirector._tell <-- its reply
+
+How a chunk travels; each line is a request of the machine, and crosses a process border:
+
+    request to act      Actor.collect returns ChunkStats by value, and a Chunk by reference
+    Insert              ReplayShard.insert gets the reference, and returns ShardStats
 
 How a batch travels:
 
-    ShardedReplay.draw --DrawShare for each shard--> ReplayShard.sample --transitions--> the process that learns
-    the process that learns --priorities-> ShardedReplay.return_priorities --reference--> ReplayShard.set_priorities
+    Sample              ReplayShard.sample draws one share, and returns a reference to its transitions
+    request to learn    the process that learns gets the references of all shares, and returns priorities by reference
+    SetPriorities       ReplayShard.set_priorities gets those of its own share
 
 Chunks, transitions and TD errors go directly between the remote processes: through memory that the processes of one
 machine share, or through Ray's object store in a cluster. Where they are learned from is up to each topology.

@@ -18,12 +18,14 @@ The way of a gradient, and of the parameters that it makes:
 
 The process that started the run coordinates the others, in a thread of its own. It never touches an array:
 
-- `director.ServerDirector` asks workers for chunks (at most two at a time each) and replaces workers that are lost.
-- `gradient_requests.GradientRequests` asks workers for gradients (one at a time each) and pushes them to the server.
-- `sharded_server.ShardedServer` sends learner steps to the shards, knows the newest parameters, takes snapshots, and
-  goes back to a snapshot when a shard is lost. Its decisions are in `step_queue` and `gradient_filter`.
-- `worker_pool.PooledWorker` is what the director knows of each worker.
-- `remote` has the methods that this process calls in workers and server shards.
+- `machine.ServerMachine` decides, as a pure state machine: it asks workers for chunks (at most two at a time each) and
+  for gradients (one at a time each).
+- `sharded_server.ShardedServer` is its half that decides about the server: it pushes gradients, knows the newest
+  parameters, takes snapshots, and goes back to a snapshot when a shard is lost. Parts of it are `step_queue` and
+  `gradient_filter`.
+- `requests` has what the machine requests of workers and shards.
+- `director.ServerDirector` calls the methods of `remote` that belong to the requests, and tells the machine of replies
+  and losses.
 
 What crosses the border between two processes. Arrays go directly from one to the other, by references: through memory
 that the processes of one machine share (`fleet/channel.py`), or through Ray's object store (`fleet/ray_calls.py`).
