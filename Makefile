@@ -30,7 +30,10 @@ demo: $(VENV)/.installed-core
 
 # Most of a test's time is compilation, so XLA leaves out what makes programs fast, and not what makes them right.
 # `make test XLA_FLAGS=` compiles them as in a user's run.
-test: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
+	--xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1
+# Nor does it note for each operation which lines of Python it comes from, which only profiles show.
+test: export JAX_TRACEBACK_IN_LOCATIONS_LIMIT ?= 0
 # The tests start hundreds of processes. Without Python's own cache, each would compile the whole package.
 test: export PYTHONDONTWRITEBYTECODE :=
 test: $(VENV)/.installed-dev

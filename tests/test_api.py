@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,20 @@ def tiny(run_dir: Path, preset: str = "pqn", env: str = "Corner-v0", **settings:
     return qfleet.make_config(env, preset, **defaults | settings)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of `tiny`. Tests leave it as it is."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    qfleet.train(tiny(path))
+    return path
+
+
+@pytest.fixture
+def own_copy(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the folder, which a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
 def assert_same(tree: Any, other: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, tree, other)
 
@@ -124,7 +139,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, preset: str
     assert any(np.any(x != y) for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
 
 
-def test_leaving_the_loop_stops_the_run_cleanly_and_it_can_go_on(tmp_path: Path) -> None:
+def test_leaving_the_loop_stops_the_run_cleanly_and_it_can_go_on(tmp_path: Path, trained: Path) -> None:
     run = qfleet.iterate(tiny(tmp_path / "run"))
     for progress in run:
         assert progress.env_steps == 64  # one iteration, because it isn't known yet how long an iteration takes
@@ -132,8 +147,7 @@ def test_leaving_the_loop_stops_the_run_cleanly_and_it_can_go_on(tmp_path: Path)
     assert (run.summary["stopped"], run.summary["env_steps"]) == ("interrupted", 64)
     assert checkpoints(tmp_path / "run") == [64]
     assert follow(qfleet.resume(tmp_path / "run"))["stopped"] == "env steps"
-    qfleet.train(tiny(tmp_path / "whole"))
-    assert_same(qfleet.load(tmp_path / "run").params, qfleet.load(tmp_path / "whole").params)
+    assert_same(qfleet.load(tmp_path / "run").params, qfleet.load(trained).params)
 
 
 def test_leaving_the_loop_at_its_last_record_is_no_interruption(tmp_path: Path) -> None:
@@ -163,24 +177,22 @@ def test_an_older_checkpoint_can_be_resumed_and_newer_ones_are_set_aside(tmp_pat
     assert_same(qfleet.load(tmp_path / "run").params, finished)
 
 
-def test_a_run_at_its_end_is_not_resumed(tmp_path: Path) -> None:
-    qfleet.train(tiny(tmp_path / "run"))
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+def test_a_run_at_its_end_is_not_resumed(trained: Path) -> None:
+    before = (trained / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="env_steps=256.*larger --env-steps"):
-        qfleet.resume(tmp_path / "run")
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+        qfleet.resume(trained)
+    assert (trained / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_mistake_in_resuming_is_found_before_anything_is_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qfleet.train(tiny(tmp_path / "run"))
     monkeypatch.setattr(Fused, "start", lambda _: pytest.fail("compiled"))
     with pytest.raises(ConfigError, match="larger --env-steps"):
-        qfleet.resume(tmp_path / "run")
+        qfleet.resume(trained)
     own = qfleet.Network(lambda key: {}, lambda params, obs: obs @ jnp.ones((1, 2)))
     with pytest.raises(ConfigError, match="`network`"):
-        qfleet.resume(tmp_path / "run", env_steps=512, network=own)
+        qfleet.resume(trained, env_steps=512, network=own)
 
 
 def test_two_processes_can_not_train_one_run(tmp_path: Path) -> None:
@@ -246,9 +258,9 @@ def test_a_deterministic_game_is_one_episode_unless_evaluations_explore(tmp_path
     assert_same(qfleet.load(tmp_path / "strict").params, policy.params)  # exploring in evaluations changes nothing else
 
 
-def test_a_stopped_run_keeps_the_evaluation_that_it_had(tmp_path: Path) -> None:
-    first = qfleet.train(tiny(tmp_path / "run"))
-    run = qfleet.resume(tmp_path / "run", env_steps=10**6)
+def test_a_stopped_run_keeps_the_evaluation_that_it_had(own_copy: Path) -> None:
+    first = json.loads((own_copy / "summary.json").read_text())
+    run = qfleet.resume(own_copy, env_steps=10**6)
     for _ in run:
         break
     assert run.summary["stopped"] == "interrupted" and run.summary["env_steps"] > 256
@@ -341,24 +353,22 @@ def pictures() -> qfleet.InGraphEnv:
 
 
 def test_a_run_whose_network_read_observations_otherwise_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, own_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qfleet.register_env("Pictures-v0", pictures)
     qfleet.train(tiny(tmp_path / "pictures", env="Pictures-v0", torso="auto"))
-    qfleet.train(tiny(tmp_path / "numbers"))
     monkeypatch.setattr("qfleet.training.resuming._FIRST_THAT_READS_AS_NOW", SCHEMA_VERSION + 1)  # both are older now
     rule = r"^a network must read .* float32\[2, 5, 5\] .* first axis for the height, .* train anew, or use the version"
     for use in (qfleet.load, lambda run: qfleet.resume(run, env_steps=512)):
         with pytest.raises(ConfigError, match=rule):
             use(tmp_path / "pictures")
-    assert qfleet.load(tmp_path / "numbers").q_values(np.zeros((1, 1), np.float32)).shape == (1, 2)
-    assert follow(qfleet.resume(tmp_path / "numbers", env_steps=512))["stopped"] == "env steps"
+    assert qfleet.load(own_copy).q_values(np.zeros((1, 1), np.float32)).shape == (1, 2)
+    assert follow(qfleet.resume(own_copy, env_steps=512))["stopped"] == "env steps"
 
 
-def test_a_network_given_to_a_run_with_a_built_in_one_is_refused(tmp_path: Path) -> None:
-    qfleet.train(tiny(tmp_path / "run"))
+def test_a_network_given_to_a_run_with_a_built_in_one_is_refused(trained: Path) -> None:
     with pytest.raises(ConfigError, match="this run has a built-in network; leave it out"):
-        qfleet.load(tmp_path / "run", network=list_network(8))
+        qfleet.load(trained, network=list_network(8))
 
 
 def test_a_reward_that_is_not_finite_fails_the_run_and_keeps_its_checkpoint(tmp_path: Path) -> None:
@@ -372,9 +382,8 @@ def test_a_reward_that_is_not_finite_fails_the_run_and_keeps_its_checkpoint(tmp_
     assert qfleet.load(tmp_path / "run").q_values(np.zeros((1, 1), np.float32)).shape == (1, 2)
 
 
-def test_a_policy_acts_on_batches(tmp_path: Path) -> None:
-    qfleet.train(tiny(tmp_path / "run"))
-    policy = qfleet.load(tmp_path / "run")
+def test_a_policy_acts_on_batches(trained: Path) -> None:
+    policy = qfleet.load(trained)
     obs = np.linspace(-1, 1, 7, dtype=np.float32)[:, None]
     q, actions = policy.q_values(obs), policy(obs)
     assert (q.shape, q.dtype, actions.shape, actions.dtype) == ((7, 2), np.float32, (7,), np.int32)

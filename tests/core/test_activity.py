@@ -48,18 +48,18 @@ def test_every_hidden_layer_is_measured_and_the_values_are_the_same(
     spec: EnvSpec, settings: dict, sizes: tuple[int, ...]
 ) -> None:
     network = make_network(spec, AgentConfig(**settings))
-    params = network.init(jax.random.key(0))
+    params = jax.jit(network.init)(jax.random.key(0))
     obs = jax.random.randint(jax.random.key(1), (3, *spec.observation_shape), 0, 255).astype(spec.observation_dtype)
-    q, activity = make_with_activity(network)(params, obs)
-    np.testing.assert_array_equal(q, network.apply(params, obs))
+    q, activity = jax.jit(make_with_activity(network))(params, obs)
+    np.testing.assert_allclose(q, jax.jit(network.apply)(params, obs), rtol=1e-6, atol=1e-6)
     assert tuple(layer.shape for layer in activity) == tuple((3, size) for size in sizes)
 
 
 def test_a_unit_that_never_fires_is_found() -> None:
     network = make_network(VECTOR, AgentConfig(hidden_sizes=(8,)))
-    params = network.init(jax.random.key(0))
+    params = jax.jit(network.init)(jax.random.key(0))
     params["hidden"]["layers"]["0"]["linear"]["bias"] = jnp.zeros(8).at[3].set(-1e3)
-    _, (layer,) = make_with_activity(network)(params, jax.random.normal(jax.random.key(1), (64, 4)))
+    _, (layer,) = jax.jit(make_with_activity(network))(params, jax.random.normal(jax.random.key(1), (64, 4)))
     assert layer.sum(axis=0)[3] == 0
     assert dormant_fraction((np.asarray(layer.sum(axis=0)),)) == 1 / 8
 

@@ -61,7 +61,7 @@ def descend(loss, params, rate):
 
 def losses_of(config, transition, params, target_params):
     agent = make_agent(tabular(heads.make_head(config).num_outputs), config)
-    return agent.loss(params, target_params, transition)[1]
+    return jax.jit(agent.loss)(params, target_params, transition)[1]
 
 
 def categorical(rng, *, double):
@@ -85,9 +85,9 @@ def test_c51_equals_rlax(rng, double):
     given = (atoms, q_tm1, transition.action, transition.reward, transition.discount, atoms, q_t)
     if double:
         selector = jax.nn.softmax(params[BATCH:]) @ ATOMS
-        theirs = jax.vmap(rlax.categorical_double_q_learning)(*given, selector)
+        theirs = jax.jit(jax.vmap(rlax.categorical_double_q_learning))(*given, selector)
     else:
-        theirs = jax.vmap(rlax.categorical_q_learning)(*given)
+        theirs = jax.jit(jax.vmap(rlax.categorical_q_learning))(*given)
     np.testing.assert_allclose(ours.loss, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -95,11 +95,12 @@ def test_the_priority_of_c51_is_the_divergence_which_is_zero_on_the_target(rng):
     probability = jax.nn.softmax(normal(rng, BATCH, NUM_ACTIONS, NUM_ATOMS))
     head, action = heads.categorical_head(ATOMS), jnp.zeros(BATCH, int)
     same = Values(jnp.broadcast_to(ATOMS, (BATCH, NUM_ATOMS)), probability[:, 0])
-    found = head.loss(jnp.log(probability), action, same)
+    loss = jax.jit(head.loss)
+    found = loss(jnp.log(probability), action, same)
     np.testing.assert_allclose(found.priority, 0, atol=1e-5)
     np.testing.assert_allclose(found.td_error, 0, atol=1e-5)
     assert np.all(np.asarray(found.loss) > 0.1), "which is the entropy of the target"
-    assert np.all(np.asarray(head.loss(jnp.log(probability), action + 1, same).priority) > 0)
+    assert np.all(np.asarray(loss(jnp.log(probability), action + 1, same).priority) > 0)
 
 
 def test_a_projection_keeps_the_mean_within_the_atoms_and_moves_what_is_beyond_to_the_ends():
@@ -107,7 +108,7 @@ def test_a_projection_keeps_the_mean_within_the_atoms_and_moves_what_is_beyond_t
     expected = np.zeros((2, NUM_ATOMS))
     expected[0, [4, 5, 7]] = 0.375, 0.125, 0.5
     expected[1, [0, -1]] = 0.25, 0.75
-    np.testing.assert_allclose(heads.project(values, ATOMS), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(heads.project)(values, ATOMS), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -118,11 +119,12 @@ def test_qr_equals_rlax(rng, double):
     ours = losses_of(config, transition, params, target_params)
     q_tm1, q_t, selector = params[:BATCH], target_params[BATCH:], (params if double else target_params)[BATCH:]
     q_tm1, q_t, selector = (jnp.moveaxis(each, 1, 2) for each in (q_tm1, q_t, selector))  # rlax: [quantiles, actions]
-    theirs = jax.vmap(
+    equation = jax.vmap(
         lambda q_tm1, a, r, discount, selector, q_t: rlax.quantile_q_learning(
             q_tm1, jnp.asarray(FRACTIONS), a, r, discount, selector, q_t, huber_param=0.7
         )
-    )(q_tm1, transition.action, transition.reward, transition.discount, selector, q_t)
+    )
+    theirs = jax.jit(equation)(q_tm1, transition.action, transition.reward, transition.discount, selector, q_t)
     np.testing.assert_allclose(0.7 * ours.loss, theirs, rtol=1e-5, atol=1e-5)  # theirs isn't divided by kappa
     np.testing.assert_array_equal(ours.priority, ours.loss)
 
@@ -131,12 +133,13 @@ def test_iqn_equals_rlax_at_its_own_fractions(rng):
     values, fraction = normal(rng, BATCH, NUM_ACTIONS, 5), jnp.asarray(rng.random((BATCH, 5)), jnp.float32)
     target, action = normal(rng, BATCH, 7), jnp.asarray(rng.integers(NUM_ACTIONS, size=BATCH))
     head = heads.implicit_quantile_head(1.0)
-    ours = head.loss(Quantiles(values, fraction), action, Values(target, jnp.full_like(target, 1 / 7)))
-    theirs = jax.vmap(
+    ours = jax.jit(head.loss)(Quantiles(values, fraction), action, Values(target, jnp.full_like(target, 1 / 7)))
+    equation = jax.vmap(
         lambda q_tm1, fraction, a, q_t: rlax.quantile_q_learning(
             q_tm1.T, fraction, a, 0.0, 1.0, jnp.zeros((7, NUM_ACTIONS)), jnp.stack([q_t] * NUM_ACTIONS, 1), 1.0
         )
-    )(values, fraction, action, target)
+    )
+    theirs = jax.jit(equation)(values, fraction, action, target)
     np.testing.assert_allclose(ours.loss, theirs, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(head.q_values(Quantiles(values, fraction)), values.mean(-1), rtol=1e-6)
 
@@ -205,7 +208,7 @@ def test_no_gradient_flows_through_a_target(rng, head, munchausen):
     transition, config = make_transition(rng), AgentConfig(head=head, munchausen=munchausen, num_quantiles=NUM_ATOMS)
     network = tabular(heads.make_head(config).num_outputs)
     agent, params = make_agent(network, config), network.init(jax.random.key(0))
-    gradient = jax.grad(lambda *given: agent.loss(*given, transition)[0], (0, 1))(params, params + 1)
+    gradient = jax.jit(jax.grad(lambda *given: agent.loss(*given, transition)[0], (0, 1)))(params, params + 1)
     np.testing.assert_array_equal(gradient[1], 0)
     np.testing.assert_array_equal(gradient[0][BATCH:], 0)
     taken = np.zeros((BATCH, NUM_ACTIONS), bool)

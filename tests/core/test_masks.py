@@ -209,7 +209,7 @@ def test_munchausens_policy_takes_valid_actions_only():
         munchausen_clip=-100.0,
     )
     agent = make_agent(masked(TABLE, make_spec()), config)
-    _, found = agent.loss(jnp.asarray(Q), jnp.asarray(Q), make_batch())
+    _, found = jax.jit(agent.loss)(jnp.asarray(Q), jnp.asarray(Q), make_batch())
     for i, (state, action, reward) in enumerate([(0, 0, 1.0), (1, 1, 2.0)]):
 
         def policy_of(state):
@@ -245,9 +245,9 @@ def test_what_a_network_says_of_invalid_actions_enters_no_target_of_any_head(hea
     agent = make_agent(masked(outputs_network(head), make_spec()), config)
     params = jax.random.normal(jax.random.key(0), (2, NUM_ACTIONS) + (() if head == "scalar" else (NUM_ATOMS,)))
     is_invalid = jnp.asarray(~MASKS).reshape(*MASKS.shape, *(1,) * (params.ndim - 2))
+    loss, batch = jax.jit(agent.loss), make_batch()
     losses = [
-        agent.loss(params + is_invalid * change, params + is_invalid * change, make_batch())[1]
-        for change in (0.0, 100.0, -100.0)
+        loss(params + is_invalid * change, params + is_invalid * change, batch)[1] for change in (0.0, 100.0, -100.0)
     ]
     for other in losses[1:]:
         jax.tree.map(np.testing.assert_array_equal, losses[0], other)
@@ -259,7 +259,7 @@ def test_a_terminal_state_without_valid_actions_leaves_losses_and_gradients_fini
     agent = make_agent(masked(TABLE, make_spec()), AgentConfig(munchausen=munchausen, double=not munchausen))
     batch = make_batch(discount=0.0)
     batch = batch._replace(next_obs=batch.next_obs.at[:, -NUM_ACTIONS:].set(0.0))
-    (_, found), gradient = jax.value_and_grad(agent.loss, has_aux=True)(jnp.asarray(Q), jnp.asarray(Q), batch)
+    (_, found), gradient = jax.jit(jax.value_and_grad(agent.loss, has_aux=True))(jnp.asarray(Q), jnp.asarray(Q), batch)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((found, gradient)))
     if not munchausen:
         np.testing.assert_allclose(found.td_error, [1.0 - Q[0, 0], 2.0 - Q[1, 1]])
@@ -271,13 +271,13 @@ def test_the_replay_keeps_masks_and_a_truncated_episode_is_valued_by_that_of_its
     network = masked(TABLE, spec)
     config = AgentConfig(n_step=1, double=False, replay_capacity=8, batch_size=16, replay="uniform")
     replay = make_replay(stored_spec(spec, network.to_storage_layout), config, num_lanes=1)
-    state = replay.init()
+    state, insert = jax.jit(replay.init)(), jax.jit(replay.insert)
     for number, outcome in ((0, TRUNCATED), (1, NO_STEP), (0, CONTINUED), (0, TERMINATED), (1, NO_STEP)):
         obs = join(STATES[[number]], MASKS[[number]] if outcome != NO_STEP else np.array([[False, True, False]]), 1)
         row = Row(jnp.asarray(obs), jnp.zeros(1, jnp.int32), jnp.ones(1), jnp.full(1, outcome))
-        state = replay.insert(state, row)
-    transition = replay.sample(state, jax.random.key(0), jnp.float32(1)).transition
-    _, found = make_agent(network, config).loss(jnp.asarray(Q), jnp.asarray(Q), transition)
+        state = insert(state, row)
+    transition = jax.jit(replay.sample)(state, jax.random.key(0), jnp.float32(1)).transition
+    _, found = jax.jit(make_agent(network, config).loss)(jnp.asarray(Q), jnp.asarray(Q), transition)
     is_cut = (transition.discount > 0) & (transition.next_obs[:, 1] == 1)
     assert is_cut.any()
     # The only valid action of the final state is 1, the worst one.
@@ -315,11 +315,12 @@ def test_what_a_network_says_of_invalid_actions_enters_no_target_of_a_sequence()
         weight=jnp.ones(4),
     )
     params = jnp.asarray(random.normal(size=(2, 3)).astype(np.float32))
-    found = [agent.loss(params.at[:, 2].add(more), params.at[:, 2].add(more), batch)[1] for more in (0.0, 100.0)]
+    loss = jax.jit(agent.loss)
+    found = [loss(params.at[:, 2].add(more), params.at[:, 2].add(more), batch)[1] for more in (0.0, 100.0)]
     jax.tree.map(np.testing.assert_array_equal, *found)
-    unmasked = make_agent(remembering(), config)
+    unmasked = jax.jit(make_agent(remembering(), config).loss)
     changed = [
-        unmasked.loss(params.at[:, 2].add(more), params.at[:, 2].add(more), batch._replace(obs=jnp.asarray(obs)))[0]
+        unmasked(params.at[:, 2].add(more), params.at[:, 2].add(more), batch._replace(obs=jnp.asarray(obs)))[0]
         for more in (0.0, 100.0)
     ]
     assert changed[0] != changed[1]

@@ -76,8 +76,13 @@ def parts_of(learner, lanes, replay):
     return {name: jax.tree.leaves(part) for name, part in parts.items() if jax.tree.leaves(part)}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh.data}x{mesh.model}")
-@pytest.mark.parametrize("kind", AGENTS)
+CASES = [("prioritised", mesh) for mesh in MESHES]  # the agent with every part
+CASES += [(kind, MeshConfig(data=2, model=2)) for kind in ("pqn", "uniform")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"), CASES, ids=lambda case: case if isinstance(case, str) else f"{case.data}x{case.model}"
+)
 @pytest.mark.parametrize(
     ("make", "kept_by"),
     [(make_fused, kept_by_fused), (make_overlapped, kept_by_overlapped)],

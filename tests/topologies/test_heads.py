@@ -92,6 +92,20 @@ def make(kind, topology, seed=3):
     return made
 
 
+@functools.cache
+def started(kind):
+    """Returns a run in the fused topology that all tests of this agent share, and its first state."""
+    fused = make(kind, FusedConfig(num_envs=NUM_ENVS))
+    return fused, jax.tree.map(jnp.copy, fused.state), fused.counters
+
+
+def fresh(kind):
+    """Returns the shared run at its start again: it is traced and compiled only once."""
+    fused, state, counters = started(kind)
+    fused.restore(jax.tree.map(jnp.copy, state), counters)
+    return fused
+
+
 def advance(topology, num_iterations):
     for _ in range(num_iterations):
         topology.advance(topology.env_steps + 1)
@@ -105,7 +119,7 @@ def assert_close(x, y):
 @pytest.mark.parametrize("kind", AGENTS)
 def test_overlapped_in_lock_step_draws_what_the_fused_program_does(kind):
     """With `profile` the learner step is compiled in parts, which must draw the same too."""
-    fused = make(kind, FusedConfig(num_envs=NUM_ENVS))
+    fused = fresh(kind)
     first = jax.device_get(fused.params)
     learned = advance(fused, 6)
     assert fused.learner_steps > 0
@@ -121,15 +135,14 @@ def test_overlapped_in_lock_step_draws_what_the_fused_program_does(kind):
 @pytest.mark.parametrize("kind", ["noisy_pqn", "recurrent_pqn"])
 def test_a_mesh_draws_what_one_device_does(kind):
     """Without a replay all of a run is the same on any mesh: noise, episodes and minibatches."""
-    one, mesh = FusedConfig(num_envs=NUM_ENVS), FusedConfig(num_envs=NUM_ENVS, mesh=MeshConfig(data=2, model=2))
-    assert_close(advance(make(kind, mesh), 4), advance(make(kind, one), 4))
+    mesh = FusedConfig(num_envs=NUM_ENVS, mesh=MeshConfig(data=2, model=2))
+    assert_close(advance(make(kind, mesh), 4), advance(fresh(kind), 4))
 
 
 def test_a_mesh_stores_the_states_that_one_device_does_and_learns_from_them():
     """The rows before the first learner step are the same on any mesh."""
     rings = []
-    for mesh in (MeshConfig(), MeshConfig(data=2)):
-        fused = make("r2d2", FusedConfig(num_envs=NUM_ENVS, mesh=mesh))
+    for fused in (fresh("r2d2"), make("r2d2", FusedConfig(num_envs=NUM_ENVS, mesh=MeshConfig(data=2)))):
         advance(fused, 1)
         rings.append(jax.device_get(fused.state["replay"].ring))
     assert np.any(rings[0].rows.carry[:ROWS] != 0)
@@ -140,7 +153,7 @@ def test_a_mesh_stores_the_states_that_one_device_does_and_learns_from_them():
 
 @pytest.mark.parametrize("kind", ["rainbow", "munchausen_iqn", "recurrent_pqn", "r2d2"])
 def test_a_resumed_run_draws_what_the_whole_one_does(kind):
-    whole, resumed = (make(kind, FusedConfig(num_envs=NUM_ENVS), seed) for seed in (3, 9))
+    whole, resumed = fresh(kind), make(kind, FusedConfig(num_envs=NUM_ENVS), seed=9)
     advance(whole, 4)
     resumed.restore(jax.tree.map(jnp.copy, whole.state), whole.counters)
     jax.tree.map(np.testing.assert_array_equal, advance(resumed, 4), advance(whole, 4))

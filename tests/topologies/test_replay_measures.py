@@ -1,5 +1,6 @@
 """What a replay tells about itself and about the episodes in it: numbers worked by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def make(replay: str = "uniform") -> Replay:
 
 def insert(replay: Replay, state: ReplayState, rewards: list[float], outcomes: list[np.uint8]) -> ReplayState:
     row = Row(jnp.zeros((2, 1)), jnp.zeros(2, jnp.int32), jnp.array(rewards), jnp.array(outcomes))
-    return replay.insert(state, row)
+    return jax.jit(replay.insert)(state, row)
 
 
 def test_an_empty_replay_has_a_size_and_nothing_else() -> None:

@@ -133,8 +133,9 @@ def test_whatever_leaves_the_loop_is_noted_and_what_was_learned_is_saved(tmp_pat
     summary = summary_of(tmp_path / "run")
     assert (summary["stopped"], summary["env_steps"]) == ("failed", 128)
     assert str(error) in summary["error"] and type(error).__name__ in summary["error"]
-    register()
-    assert follow(qfleet.resume(tmp_path / "run"))["stopped"] == "env steps"
+    if isinstance(error, ValueError):  # what is saved is the same whatever the error
+        register()
+        assert follow(qfleet.resume(tmp_path / "run"))["stopped"] == "env steps"
 
 
 def test_a_run_that_its_environments_end_says_how_many_failed(tmp_path: Path) -> None:

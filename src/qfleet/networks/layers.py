@@ -71,8 +71,9 @@ class NoisyLinear(nnx.Module):
         uniform = nnx.initializers.uniform(2 * bound)
         self.kernel = nnx.Param(uniform(rngs.params(), (num_inputs, num_units)) - bound)
         self.bias = nnx.Param(uniform(rngs.params(), (num_units,)) - bound)
-        self.kernel_std = nnx.Param(jnp.full((num_inputs, num_units), std * bound))
-        self.bias_std = nnx.Param(jnp.full((num_units,), std * bound))
+        # Without their type they would be weakly typed, and a learner step, which isn't, would be compiled twice.
+        self.kernel_std = nnx.Param(jnp.full((num_inputs, num_units), std * bound, jnp.float32))
+        self.bias_std = nnx.Param(jnp.full((num_units,), std * bound, jnp.float32))
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         kernel, bias = self.kernel[...], self.bias[...]

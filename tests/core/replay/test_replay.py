@@ -325,7 +325,7 @@ def test_seeds_side_by_side_in_one_scan_equal_loops_of_donated_calls(kind):
 
     rows = jax.tree.map(lambda *x: np.stack(x)[:, :num_rows], *(subject.rows for subject in subjects))
     run = jax.jit(jax.vmap(lambda rows, keys: jax.lax.scan(step, replay.init(), (rows, keys))))
-    together = run(rows, jnp.stack(keys))
+    together = jax.device_get(run(rows, jnp.stack(keys)))
 
     donated_step = jax.jit(step, donate_argnums=0)
     for i in range(2):

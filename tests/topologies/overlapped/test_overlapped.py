@@ -100,9 +100,11 @@ def advance(topology, env_steps):
     return records
 
 
+WITHOUT_OR_WITH_A_REPLAY = ("pqn", "prioritised")
+"""`uniform` is `prioritised` without the priorities."""
+
 LOCK_STEP_CASES = [(kind, MeshConfig()) for kind in AGENTS]
-# On a mesh too, `uniform` is `prioritised` without the priorities.
-LOCK_STEP_CASES += [(kind, MeshConfig(data=2, model=2)) for kind in ("pqn", "prioritised")]
+LOCK_STEP_CASES += [(kind, MeshConfig(data=2, model=2)) for kind in WITHOUT_OR_WITH_A_REPLAY]
 
 
 @pytest.mark.parametrize(("kind", "mesh"), LOCK_STEP_CASES, ids=str)
@@ -146,36 +148,35 @@ def test_how_frames_are_stored_changes_nothing_that_is_learned(kind):
     picky = Network(
         plain.init, apply, to_storage_layout=lambda obs: jnp.expand_dims(2 * obs, -1 - len(env.spec.observation_shape))
     )
-    for make in (
-        lambda network: Fused(config_of(kind, FusedConfig(num_envs=NUM_ENVS)), env, network),
-        lambda network: make_overlapped(kind, env, network=network),
-    ):
+
+    def make_fused(network):
+        fused = Fused(config_of(kind, FusedConfig(num_envs=NUM_ENVS)), env, network)
+        fused.start()
+        return fused
+
+    for make in (make_fused, lambda network: make_overlapped(kind, env, network=network)):
         learned = []
         for network in (plain, picky):
             topology = make(network)
-            topology.start()
             advance(topology, 400)
             learned.append((topology.params, topology.evaluate(5).returns))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *learned)
-        policies = [Policy(env, network, learned[0][0], "") for network in (plain, picky)]
-        seen = np.random.default_rng(0).normal(size=(3, *env.spec.agent_observation_shape)).astype(np.float32)
-        np.testing.assert_allclose(*(policy.q_values(seen) for policy in policies), rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(*(policy.evaluate(5) for policy in policies))
-        episodes = (
-            play(
-                env._replace(render=lambda *_: np.zeros((2, 2, 3), np.uint8)),
-                make_player(network, env.spec.frame_stack),
-                learned[0][0],
-                1,
-                0,
-            )
-            for network in (plain, picky)
-        )
-        returns = [[moment.episode_return for moment in next(each)] for each in episodes]
-        assert returns[0] == returns[1]
+    if kind == "uniform":  # policies know nothing of how their parameters were learned
+        assert_policies_do_the_same(env, plain, picky, learned[0][0])
 
 
-@pytest.mark.parametrize("kind", AGENTS)
+def assert_policies_do_the_same(env, plain, picky, params):
+    policies = [Policy(env, network, params, "") for network in (plain, picky)]
+    seen = np.random.default_rng(0).normal(size=(3, *env.spec.agent_observation_shape)).astype(np.float32)
+    np.testing.assert_allclose(*(policy.q_values(seen) for policy in policies), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(*(policy.evaluate(5) for policy in policies))
+    env = env._replace(render=lambda *_: np.zeros((2, 2, 3), np.uint8))
+    players = [make_player(network, env.spec.frame_stack) for network in (plain, picky)]
+    returns = [[moment.episode_return for moment in next(play(env, player, params, 1, 0))] for player in players]
+    assert returns[0] == returns[1]
+
+
+@pytest.mark.parametrize("kind", WITHOUT_OR_WITH_A_REPLAY)
 def test_lock_step_is_deterministic(kind):
     first, second = (make_overlapped(kind, probes.random_walk(frame_stack=2)) for _ in range(2))
     for each in (first, second):
@@ -183,7 +184,7 @@ def test_lock_step_is_deterministic(kind):
     jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
 
 
-@pytest.mark.parametrize("kind", AGENTS)
+@pytest.mark.parametrize("kind", WITHOUT_OR_WITH_A_REPLAY)
 def test_a_profiled_run_learns_what_one_in_lock_step_does(kind):
     env = probes.random_walk(frame_stack=2)
     plain, profiled = make_overlapped(kind, env), make_overlapped(kind, env, lock_step=False, profile=True)
@@ -199,7 +200,7 @@ def test_a_profiled_run_learns_what_one_in_lock_step_does(kind):
         assert mine.loss is None or mine.loss == pytest.approx(other.loss, rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", AGENTS)
+@pytest.mark.parametrize("kind", WITHOUT_OR_WITH_A_REPLAY)
 def test_a_profiled_runs_time_splits_into_its_parts(kind):
     profiled = make_overlapped(kind, probes.random_walk(), profile=True)
     batches = "returns" if kind == "pqn" else "replay"
@@ -288,8 +289,7 @@ def random_script(seed, num_rows, num_lanes):
     return rng.choice(["go", "end", "cut", "fail"], (num_rows, num_lanes), p=[0.7, 0.1, 0.1, 0.1]).tolist()
 
 
-@pytest.mark.parametrize("lock_step", [True, False])
-@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize(("n_step", "lock_step"), [(1, True), (3, False)])
 def test_nothing_is_stitched_where_environments_fail(lock_step, n_step):
     """Every transition in the replay starts and ends in one episode of one environment, and sums only its rewards."""
     num_lanes, num_rows, discount = 3, 160, 0.5
