@@ -37,8 +37,8 @@ class Placement:
                 f"{num_devices} for {len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}; "
                 f"try a smaller mesh"
             )
-        is_cheap_to_join = devices[0].platform == "cpu" and config.model == 1
-        self.replicas: Replicas = over_axis(DATA_AXIS, config.data, as_vector=is_cheap_to_join)
+        is_on_cpus = devices[0].platform == "cpu" and config.model == 1
+        self.replicas: Replicas = over_axis(DATA_AXIS, config.data, has_slow_messages=is_on_cpus)
         self.is_one_device = num_devices == 1
         """Whether the mesh is one device, so that `jit` is plain `jax.jit`."""
         self._network, self._num_model = network, config.model
