@@ -6,9 +6,9 @@ have the same core, as they do when each process has one core, the system takes 
 receiver. So the receiver waits for a thread that can't run, until the system's next tick: up to 4 ms for a message that
 takes 0.1 ms.
 
-Gloo has no setting for it. But in Linux a thread with the policy SCHED_BATCH doesn't take a core from another thread when
-it wakes up, and a thread has the policy of the one that started it. JAX has no function that only starts Gloo, so this
-module changes a private one.
+Gloo has no setting for it. But in Linux a thread with the policy SCHED_BATCH doesn't take a core from another thread
+when it wakes up, and a thread has the policy of the one that started it. JAX has no function that only starts Gloo, so
+this module changes a private one.
 """
 
 import functools
