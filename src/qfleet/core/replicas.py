@@ -112,8 +112,8 @@ def _in_few_messages(name: str, size: int) -> dict[str, Callable]:
         return jax.tree.map(lambda x: x / size, summed), whole
 
     def deal(tree: Any, is_mine: Array, known: Any) -> tuple[Any, Any]:
-        # `psum_scatter` would send half as much. But between processes on CPUs, JAX 0.10 to 0.12 can return wrong
-        # numbers from it if a share has megabytes, and it fails if a process comes 30 s after another.
+        # `psum_scatter` would send half as much. But between processes on CPUs it is reported to return wrong numbers
+        # for shares of megabytes, in a development version of JAX 0.12, and to fail if a process comes 30 s late.
         words, unpack = _as_words((tree, known))
         share, known = unpack(jax.lax.psum(_only(is_mine, words), name))
         num_own = len(is_mine) // size
