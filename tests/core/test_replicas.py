@@ -8,7 +8,11 @@ import pytest
 from qfleet.core.replicas import over_axis
 
 SIZE, SHARE = 2, 3
-STYLES = pytest.mark.parametrize("has_slow_messages", [False, True], ids=["array by array", "few messages"])
+STYLES = pytest.mark.parametrize(
+    "style",
+    [{}, {"has_slow_messages": True}, {"has_slow_messages": True, "max_gather_bytes": 2**18}],
+    ids=["array by array", "few messages", "few messages, gathered"],
+)
 
 
 def in_each(function, *arguments):
@@ -17,7 +21,7 @@ def in_each(function, *arguments):
 
 
 @STYLES
-def test_a_batch_is_dealt_in_order_whatever_its_dtypes_and_all_get_what_all_are_to_know(has_slow_messages):
+def test_a_batch_is_dealt_in_order_whatever_its_dtypes_and_all_get_what_all_are_to_know(style):
     rng, batch = np.random.default_rng(0), SIZE * SHARE
     whole = {
         "obs": rng.integers(256, size=(batch, 5), dtype=np.uint8),
@@ -29,7 +33,7 @@ def test_a_batch_is_dealt_in_order_whatever_its_dtypes_and_all_get_what_all_are_
     is_mine = owner == np.arange(SIZE)[:, None]
     # What a replica has in the place of another's element is arbitrary.
     held = jax.tree.map(lambda x: np.stack([np.where(_like(mine, x), x, x[::-1]) for mine in is_mine]), whole)
-    replicas = over_axis("data", SIZE, has_slow_messages=has_slow_messages)
+    replicas = over_axis("data", SIZE, **style)
     shares, known = in_each(lambda tree, mine: replicas.deal(tree, mine, tree["action"]), held, is_mine)
     for name, found in shares.items():
         assert found.dtype == whole[name].dtype
@@ -42,11 +46,11 @@ def _like(mine, x):
 
 
 @STYLES
-def test_gradients_are_averaged_and_priorities_gathered(has_slow_messages):
+def test_gradients_are_averaged_and_priorities_gathered(style):
     rng = np.random.default_rng(1)
     grads = {"w": rng.normal(size=(SIZE, 4, 2)).astype(np.float32), "b": rng.normal(size=(SIZE, 2)).astype(np.float32)}
     priority = rng.normal(size=(SIZE, SHARE)).astype(np.float32)
-    replicas = over_axis("data", SIZE, has_slow_messages=has_slow_messages)
+    replicas = over_axis("data", SIZE, **style)
     mean, gathered = in_each(replicas.mean_and_gather, grads, priority)
     for name, found in mean.items():
         np.testing.assert_array_equal(found, np.stack([(grads[name][0] + grads[name][1]) / np.float32(2)] * SIZE))

@@ -49,7 +49,7 @@ ALONE = Replicas(
 """A single learner."""
 
 
-def over_axis(name: str, size: int, *, has_slow_messages: bool = False) -> Replicas:
+def over_axis(name: str, size: int, *, has_slow_messages: bool = False, max_gather_bytes: int = 0) -> Replicas:
     """Returns the replicas along a mesh axis of `size` devices, for use under `jax.shard_map` over that axis.
 
     Args:
@@ -58,10 +58,12 @@ def over_axis(name: str, size: int, *, has_slow_messages: bool = False) -> Repli
       has_slow_messages: whether all arrays of an exchange are joined into one vector first, as is best on CPUs. Between
         processes there each array would be a message of its own, and a message takes longer than what it carries. But
         arrays that are divided over another axis can't be joined.
+      max_gather_bytes: size, over all replicas, up to which a joined vector is summed by an all-gather, after which
+        each replica adds up by itself. With more than two replicas this sends more bytes than an all-reduce.
     """
     if size == 1:
         return ALONE
-    functions = _in_few_messages(name, size) if has_slow_messages else _array_by_array(name)
+    functions = _in_few_messages(name, size, max_gather_bytes) if has_slow_messages else _array_by_array(name)
     return Replicas(
         size=size,
         rank=lambda: jax.lax.axis_index(name).astype(jnp.uint32),
@@ -90,16 +92,20 @@ def _array_by_array(name: str) -> dict[str, Callable]:
     }
 
 
-def _in_few_messages(name: str, size: int) -> dict[str, Callable]:
-    """Returns the functions of replicas on CPUs, each of which is a single all-reduce of one vector."""
+def _in_few_messages(name: str, size: int, max_gather_bytes: int) -> dict[str, Callable]:
+    """Returns the functions of replicas on CPUs, each of which sums a single vector."""
 
-    def mean(tree: Any) -> Any:
-        vector, unravel = ravel_pytree(tree)
-        return unravel(jax.lax.pmean(vector, name))
+    def add_up(x: Array) -> Array:
+        if size * x.nbytes > max_gather_bytes:
+            return jax.lax.psum(x, name)
+        return jnp.sum(jax.lax.all_gather(x, name), axis=0, dtype=x.dtype)
 
     def total(tree: Any) -> Any:
         vector, unravel = ravel_pytree(tree)
-        return unravel(jax.lax.psum(vector, name)) if vector.size else tree
+        return unravel(add_up(vector)) if vector.size else tree
+
+    def mean(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x / size, total(tree))
 
     def mean_and_gather(tree: Any, shares: Any) -> tuple[Any, Any]:
         rank = jax.lax.axis_index(name)
@@ -115,7 +121,7 @@ def _in_few_messages(name: str, size: int) -> dict[str, Callable]:
         # `psum_scatter` would send half as much. But between processes on CPUs it is reported to return wrong numbers
         # for shares of megabytes, in a development version of JAX 0.12, and to fail if a process comes 30 s late.
         words, unpack = _as_words((tree, known))
-        share, known = unpack(jax.lax.psum(_only(is_mine, words), name))
+        share, known = unpack(add_up(_only(is_mine, words)))
         num_own = len(is_mine) // size
         first = jax.lax.axis_index(name) * num_own
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, num_own), share), known
