@@ -353,15 +353,30 @@ def all_reduces(program):
 
 
 def test_a_fused_run_reduces_gradients_once_a_learner_step():
-    """The text of the compiled program has one all-reduce as large as the parameters: in the loop of learner steps."""
+    """The compiled program has one all-reduce of gradients, in the loop of learner steps. Priorities go with them."""
     fused, _ = started("prioritised", MeshConfig(data=4))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(fused.params))
+    size_of_step = num_params + AGENTS["prioritised"].batch_size
     sizes = [
         sum(map(elements, re.findall(r"f32\[([\d,]*)\]", line.split(" all-reduce")[0])))
         for line in all_reduces(fused._run.as_text())
     ]
-    assert sizes.count(num_params) == 1
-    assert all(size <= 8 for size in sizes if size != num_params)  # counts and sums over a chunk, or for sampling
+    assert sizes.count(size_of_step) == 1
+    assert all(size <= 8 for size in sizes if size != size_of_step)  # counts and sums over a chunk, or for sampling
+
+
+@pytest.mark.parametrize(("kind", "num_messages"), [("pqn", 1), ("uniform", 3), ("prioritised", 3)])
+def test_a_learner_step_takes_few_messages(kind, num_messages):
+    """Between processes on CPUs each exchange is a message, which takes longer than what it carries.
+
+    With a replay there is one for the draw, one that deals the batch, and one for gradients and priorities. Only a
+    uniform draw that often hits no step takes more. The end of a chunk takes three.
+    """
+    fused, _ = started(kind, MeshConfig(data=4))
+    exchanges = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
+    found = re.findall(rf"^.* = .* ({exchanges})(?:-start)?\(.*$", fused._run.as_text(), flags=re.MULTILINE)
+    assert len(found) <= num_messages + 3, found
+    assert "reduce-scatter" not in found
 
 
 def elements(dimensions):

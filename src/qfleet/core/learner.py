@@ -140,7 +140,13 @@ def init_from_seed(learner: Learner, agent: Agent, seed: Array) -> LearnerState:
 
 
 def update(
-    learner: Learner, state: LearnerState, batch: Batch, key: Array | None = None, replicas: Replicas = ALONE
+    learner: Learner,
+    state: LearnerState,
+    batch: Batch,
+    key: Array | None = None,
+    replicas: Replicas = ALONE,
+    *,
+    gathers_priorities: bool = False,
 ) -> tuple[LearnerState, UpdateInfo]:
     """Takes one learner step.
 
@@ -150,9 +156,14 @@ def update(
       batch: this replica's share of the batch, `[batch / replicas, ...]`.
       key: the key of this step, the same in all replicas. Learners that draw nothing need none.
       replicas: replicas whose gradients are averaged.
+      gathers_priorities: whether the priorities in the result are those of the whole batch, which the replicas exchange
+        together with their gradients.
     """
     grads, info = learner.gradients(state, batch, draws_of_step(learner, key, batch.action.shape[-1], replicas))
-    return learner.apply(state, replicas.mean(grads)), info
+    if not gathers_priorities:
+        return learner.apply(state, replicas.mean(grads)), info
+    grads, priority = replicas.mean_and_gather(grads, info.priority)
+    return learner.apply(state, grads), info._replace(priority=priority)
 
 
 def draws_of_step(learner: Learner, key: Array | None, batch_size: int, replicas: Replicas = ALONE) -> Draws | None:

@@ -66,12 +66,18 @@ def learn_from_replay(
       The new states of the learner and the replay, and the losses with those of these steps added.
     """
     noise_key = jax.random.fold_in(key, NOISE)
+    is_prioritised = not isinstance(state[1].tree, tuple)
 
     def learn(i: Array, carry: tuple) -> tuple:
         learner_state, replay_state, losses = carry
         sample = replay.sample(replay_state, jax.random.fold_in(key, i), importance_exponent)
         learner_state, info = update(
-            learner, learner_state, sample.transition, jax.random.fold_in(noise_key, i), replicas
+            learner,
+            learner_state,
+            sample.transition,
+            jax.random.fold_in(noise_key, i),
+            replicas,
+            gathers_priorities=is_prioritised,
         )
         return learner_state, replay.set_priorities(replay_state, sample, info.priority), add_losses(losses, info)
 

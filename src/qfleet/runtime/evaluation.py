@@ -36,6 +36,9 @@ PIECE_SECONDS = 0.25
 FIRST_PIECE_STEPS = 32
 """Environment steps of the first call. Later calls take more, as far as `PIECE_SECONDS` allows."""
 
+STEPS_PER_CHECK = 16
+"""Environment steps after which replicas ask each other whether all episodes have ended. Each time takes a message."""
+
 
 def never() -> bool:
     """Returns False: nobody asks to stop."""
@@ -150,6 +153,7 @@ def make_evaluation(
       discount: of the discounted returns, per environment step.
     """
     num_own = -(-num_episodes // replicas.size)
+    check_period = 1 if replicas.size == 1 else STEPS_PER_CHECK
     nobody: Any = np.zeros(num_own, bool)  # of NumPy, because JAX would compile a program for it here
 
     def keys_of(key: Array, first_number: Array) -> Array:
@@ -186,7 +190,10 @@ def make_evaluation(
             then = _after_step(now, result, jnp.max(q, axis=-1), discount)
             then = then._replace(memory=player.observe(memory, result.observation, nobody))
             activity = jax.tree.map(jnp.add, activity, sum_where(active, ~now.has_ended))
-            return time + 1, then, activity, has_any_left(then.has_ended)
+            any_left = jax.lax.cond(
+                time % check_period == 0, lambda: has_any_left(then.has_ended), lambda: jnp.bool_(True)
+            )
+            return time + 1, then, activity, any_left
 
         def is_running(carry: tuple[Array, EpisodesUnderWay, Activity, Array]) -> Array:
             time, _, _, any_left = carry

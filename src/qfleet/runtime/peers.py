@@ -21,6 +21,7 @@ import numpy as np
 from qfleet.config import ConfigError
 from qfleet.runtime.workarounds.gloo_address import listen_on
 from qfleet.runtime.workarounds.gloo_send_buffers import widen_send_buffers
+from qfleet.runtime.workarounds.gloo_thread import keep_from_interrupting
 
 
 def is_first() -> bool:
@@ -141,6 +142,7 @@ def join(coordinator: str, num_processes: int, index: int, num_devices: int, tim
 
     if is_local := _is_loopback(coordinator):
         listen_on(coordinator.rpartition(":")[0].strip("[]"))
+    keep_from_interrupting()
     jax.config.update("jax_num_cpu_devices", num_devices)
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, which asks for a checkpoint
     jax.distributed.initialize(

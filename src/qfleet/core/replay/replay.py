@@ -17,7 +17,7 @@ import qfleet.core.replay.priorities as priorities
 from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.replay import ring as rings
 from qfleet.core.replay import sampling
-from qfleet.core.replay.importance import normalise_weights
+from qfleet.core.replay.importance import are_normalised, normalise_weights
 from qfleet.core.replay.ring import Ring, Row, is_overwritten, later_slot, take
 from qfleet.core.replay.sequences import sequences
 from qfleet.core.replay.window import Window, num_ring_rows, window_of
@@ -104,8 +104,8 @@ class Replay(NamedTuple):
     It needs prioritised replay, without replicas."""
     set_priorities: Callable[[ReplayState, Sample, Array], ReplayState]
     """`set_priorities(state, sample, priority) -> state`, with what the loss says of `sample.transition`, such as its
-    TD errors, of which the absolute value counts. Rows that have
-    been overwritten since the draw are left as they are."""
+    TD errors, of which the absolute value counts; or of the whole batch, if the replicas have exchanged it already.
+    Rows that have been overwritten since the draw are left as they are."""
     leaves: Callable[[ReplayState], Array | tuple[()]]
     """`leaves(state)` returns `SavedReplay.leaves`. The other fields of `SavedReplay` are in the state as they are."""
     restore: Callable[[SavedReplay], ReplayState]
@@ -297,7 +297,11 @@ def _sample(settings: _Settings, state: ReplayState, key: Array, importance_expo
     else:
         slot, is_mine, weight = sampling.draw_uniformly(state.ring, key, config.batch_size, settings.window, replicas)
     transition = _samples(settings, state.ring, slot, weight)
-    share = normalise_weights(replicas.deal(transition, is_mine), config, replicas)
+    if not are_normalised(config):
+        share, _ = replicas.deal(transition, is_mine, ())
+        return Sample(share, slot, is_mine, state.ring.insertions)
+    share, weights = replicas.deal(transition, is_mine, transition.weight)
+    share = normalise_weights(share, config, weights=weights)
     return Sample(share, slot, is_mine, state.ring.insertions)
 
 
@@ -353,7 +357,9 @@ def _samples(settings: _Settings, ring: Ring, slot: Array, weight: Array) -> Tra
 def _set_priorities(settings: _Settings, state: ReplayState, sample: Sample, priority: Array) -> ReplayState:
     if not isinstance(state.tree, priorities.SumTree):
         return state
-    value = _priority_of(settings, settings.replicas.gather(priority).reshape(-1))
+    if len(priority) < len(sample.slot):
+        priority = settings.replicas.gather(priority).reshape(-1)
+    value = _priority_of(settings, priority)
     # A transition whose oldest stacked frame has been overwritten can't be drawn any more, so it must keep priority 0.
     oldest = later_slot(state.ring, sample.slot, settings.num_rows - settings.spec.frame_stack + 1)
     is_late = is_overwritten(state.ring, oldest, sample.insertions)

@@ -13,6 +13,9 @@ MAX_DRAWS = 64
 """Rounds of rejection before a draw is given up, with weight 0. Usually at most every second row holds no step, so this
 happens to a draw with a probability of 2**-64."""
 
+DRAWS_PER_MESSAGE = 4
+"""Rounds of rejection for which replicas ask each other at once whether a draw hit a step. A divisor of `MAX_DRAWS`."""
+
 
 def first_row(ring: Ring, window: Window) -> Array:
     """Returns each segment's oldest row at which a sample may start, `[segments]` int32.
@@ -72,8 +75,9 @@ def draw_uniformly(
     num_first = jnp.maximum(ends[-1], 1)
     starts = jnp.concatenate([jnp.zeros(1, jnp.uint32), ends[:-1]])
 
-    def draw(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        attempt, slot, is_mine, is_step = carry
+    num_at_once = 1 if replicas.size == 1 else DRAWS_PER_MESSAGE
+
+    def candidates(attempt: Array) -> tuple[Array, Array, Array]:
         # The remainder favours some slots by num_slots / 2**32. A float would have too few bits for 1M slots.
         bits = jax.random.bits(jax.random.fold_in(key, attempt), (batch_size,), jnp.uint32)
         place = bits % (num_first * jnp.uint32(replicas.size))
@@ -82,11 +86,19 @@ def draw_uniformly(
         offset -= starts[segment]
         row = first[segment] + _in_rows(offset // num_together, window)
         row = jnp.where(row >= num_rows, row - num_rows, row)
-        drawn = row * num_lanes + segment * num_together + offset % num_together
-        slot = jnp.where(is_step, slot, drawn)
-        is_mine = jnp.where(is_step, is_mine, place // num_first == replicas.rank())
-        holds_step = is_mine & _holds_a_step(ring, slot, window)
-        return attempt + 1, slot, is_mine, replicas.sum(holds_step.astype(jnp.uint8)) > 0
+        slot = row * num_lanes + segment * num_together + offset % num_together
+        is_mine = place // num_first == replicas.rank()
+        return slot, is_mine, is_mine & _holds_a_step(ring, slot, window)
+
+    def draw(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        attempt, slot, is_mine, is_step = carry
+        tried = [candidates(attempt + i) for i in range(num_at_once)]
+        hold_step = replicas.sum(jnp.stack([holds_step for _, _, holds_step in tried]).astype(jnp.uint8)) > 0
+        for (new_slot, is_new_mine, _), holds_step in zip(tried, hold_step, strict=True):
+            slot = jnp.where(is_step, slot, new_slot)
+            is_mine = jnp.where(is_step, is_mine, is_new_mine)
+            is_step |= holds_step
+        return attempt + num_at_once, slot, is_mine, is_step
 
     def has_rejected(carry: tuple[Array, Array, Array, Array]) -> Array:
         attempt, _, _, is_step = carry
