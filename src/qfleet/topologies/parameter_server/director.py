@@ -146,12 +146,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         while True:
             answer: concurrent.futures.Future[list[Reference[T]] | None] = concurrent.futures.Future()
             self._post(functools.partial(self._server.ask_all, method, answer.set_result))
-            while not answer.done():
-                concurrent.futures.wait([answer], timeout=0.1)
-                self.raise_error()
-                if gives_up:
-                    self._check_have_places(self._server.processes)
-            references = answer.result()
+            references = self._wait_for(answer, [*self._server.processes] if gives_up else [])
             if references is not None:
                 with contextlib.suppress(ValueIsLost):
                     return [self._supervisor.value(reference) for reference in references]
