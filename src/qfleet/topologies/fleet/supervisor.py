@@ -232,15 +232,19 @@ class Supervisor:
           num_references: number of references in the reply.
           is_repeated: whether to make the call again if the process is replaced.
           on_dropped: called instead of `on_reply` if there will be no reply: the process was replaced, or the value of
-            a reference among the arguments is lost.
+            a reference among the arguments is lost. It is never called before this method has returned.
         """
         data, references = dump(arguments)
         results = [Reference[Any]() for _ in range(num_references)]
         call = Call(
             method.__name__, data, references, results, on_reply, on_dropped, is_repeated, self.clock()
         )  # fmt: skip
+        has_to_wait = process.calls and not process.calls[-1].is_sent
         process.calls.append(call)
-        self._send_calls(process)
+        if has_to_wait or not all(reference.is_there for reference in references):
+            self._waiting[process] = None
+        else:
+            self._send(process, call)
         return results
 
     def wait(self, seconds: float) -> None:
@@ -287,24 +291,27 @@ class Supervisor:
 
     def _send_calls(self, process: RemoteProcess) -> None:
         """Sends the calls whose arguments are there, up to the first whose arguments aren't."""
-        self._waiting.pop(process, None)
-        for call in [call for call in process.calls if not call.is_sent]:
+        while (call := next((call for call in process.calls if not call.is_sent), None)) is not None:
             if any(reference.is_lost for reference in call.references):
                 process.calls.remove(call)
-                self._drop(call)
+                self._drop(call)  # which may submit other calls to the same process
             elif not all(reference.is_there for reference in call.references):
                 self._waiting[process] = None
                 return
             else:
-                call.is_sent, call.since = True, self.clock()
-                assert process.connection is not None
-                process.connection.send(call)
+                self._send(process, call)
+        self._waiting.pop(process, None)
+
+    def _send(self, process: RemoteProcess, call: Call) -> None:
+        call.is_sent, call.since = True, self.clock()
+        assert process.connection is not None
+        process.connection.send(call)
 
     def _process_news(self, process: RemoteProcess) -> None:
         """Deals with the news of a process's calls, in the order of the calls."""
         while process.calls and (news := process.calls[0].news) is not None:
             call = process.calls[0]
-            if isinstance(news, Failure) and not any(map(self.is_lost, call.references)):
+            if isinstance(news, Failure) and not (news.is_alive and any(map(self.is_lost, call.references))):
                 self.replace(process, news.cause, news.error, is_alive=news.is_alive)
                 return
             process.calls.popleft()
