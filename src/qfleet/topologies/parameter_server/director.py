@@ -205,12 +205,14 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
 
     def _ask_for_chunk(self, i: int, writer: Writer) -> None:
         worker = self._actors[i]
-        pull = worker.next_pull(self._server.newest)
+        newest = self._server.newest
+        pull = worker.next_pull(newest)
 
         def ended() -> None:
             worker.num_chunks -= 1
 
         def arrived(answer: ChunkAnswer) -> None:
+            worker.has_pulled(newest)
             count = functools.partial(self._count, i, answer.chunk_stats)
             if self._replay is not None:
                 assert answer.chunk is not None

@@ -88,9 +88,11 @@ class GradientRequests:
                 return False
         worker.is_learning = True
         self._on_request(worker)
-        pull = worker.next_pull(self._server.newest)
+        newest = self._server.newest
+        pull = worker.next_pull(newest)
 
         def replied(reply: GradientAnswer) -> None:
+            worker.has_pulled(newest)
             worker.is_learning = False
             admission = self._server.push(reply.pieces, pull.version, reply.result.unweighted_loss)
             self._on_gradient(reply.result, admission)

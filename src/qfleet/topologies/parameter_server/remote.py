@@ -29,9 +29,9 @@ class Pull(NamedTuple):
 
     version: int
     params: Pieces = ()
-    """Empty if the worker has this version already."""
+    """Empty if the worker is known to have this version already."""
     target_params: Pieces = ()
-    """The same of the target network; empty if the worker has that already."""
+    """The same of the target network; empty if the worker is known to have that already."""
 
 
 class ChunkAnswer(NamedTuple):
@@ -82,9 +82,9 @@ class RemoteWorker(InRemoteProcess, Worker):
         return self.restore(saved.value)
 
     def _pull(self, pull: Pull) -> None:
-        self.pull(
-            pull.version, [piece.value for piece in pull.params], [piece.value for piece in pull.target_params]
-        )  # fmt: skip
+        if pull.version != self.version:
+            params, target_params = ([piece.value for piece in pieces] for pieces in (pull.params, pull.target_params))
+            self.pull(pull.version, params, target_params)
 
 
 def _referring(reply: GradientReply) -> GradientAnswer:

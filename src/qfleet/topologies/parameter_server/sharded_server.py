@@ -319,5 +319,11 @@ class ShardedServer:
         self._submit_restore([Reference(leaves) for leaves in self._learner.split(learner)])
 
     def _submit_restore(self, leaves: Sequence[Reference[StateLeaves]]) -> None:
+        version = self.version
+
+        def lost() -> None:
+            if self._queue.is_current(version):  # not if the shard was lost, for then the server has gone back already
+                self.go_back("the state of a shard was lost on its way")
+
         for process, own in zip(self.processes, leaves, strict=True):
-            self._supervisor.submit(process, RemoteServerShard.go_on_from, own)
+            self._supervisor.submit(process, RemoteServerShard.go_on_from, own, on_dropped=lost)

@@ -26,24 +26,30 @@ class PooledWorker(PooledActor):
     is_learning: bool = False
     """Whether it was asked for a gradient that has not arrived yet."""
     version: int = -1
-    """Version of the parameters that it was sent last."""
+    """Version of the parameters that it is known to have."""
     target_version: int = -1
     """The same of the target network."""
     stats: ShardStats = EMPTY_SHARD
     """Contents of its own replay."""
 
     def next_pull(self, newest: NewestParameters) -> Pull:
-        """Returns what the worker must pull to have the newest parameters. From now on it counts as having them."""
+        """Returns what the worker must pull to have the newest parameters: all that it isn't known to have.
+
+        What was sent to it and not answered yet may still be lost on its way, and a later pull must not rely on it.
+        """
         pull = Pull(newest.version)
         if self.version != newest.version:
             pull = pull._replace(params=newest.params)
             if self.target_version != newest.target_version:
                 pull = pull._replace(target_params=newest.target_params)
-        self.version, self.target_version = newest.version, newest.target_version
         return pull
 
+    def has_pulled(self, newest: NewestParameters) -> None:
+        """Notes that the worker has these parameters."""
+        self.version, self.target_version = newest.version, newest.target_version
+
     def pull_all_again(self) -> None:
-        """Has `next_pull` include everything, because the worker may not have got what it was sent."""
+        """Has `next_pull` include everything, because it isn't known what the worker has."""
         self.version = self.target_version = -1
 
 
