@@ -258,6 +258,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
             origin = f"from the newest checkpoint, at learner step {self.learner_steps}"
         if self._broadcast is not None:  # otherwise no broadcast would be due before the old number of steps is reached
             self._broadcast = self._broadcast._replace(learner_steps=self.learner_steps)
+        self._warm_up_if_empty()
         logger.warning("the learner had taken %d steps, and goes on %s", before, origin)
 
     def _give_learner(self, state: LearnerState) -> None:

@@ -157,9 +157,21 @@ class ActorsDirector(Director[S], Generic[S, A]):
     def _shard_is_lost(self, i: int) -> None:
         assert self._replay is not None
         newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
-        if not self._replay.refill(i, newest):
-            # Without a new warm-up, the first few transitions would be learned from over and over.
+        self._replay.refill(i, newest)
+        self._warm_up_if_empty()
+
+    def _warm_up_if_empty(self) -> None:
+        """Begins a new warm-up if there is nothing to learn from: after a loss of transitions or of learner steps.
+
+        Without one, the first few transitions would be learned from over and over. And if learner steps are due, the
+        actors would wait for the learner, and the learner for the actors.
+        """
+        if not self._can_learn():
             self.rate_limiter.begin_anew(self.env_steps, self.learner_steps)
+
+    def _can_learn(self) -> bool:
+        """Returns whether there are transitions to learn from."""
+        return self._replay is not None and self._replay.num_transitions > 0
 
     def _in_turn(self) -> list[int]:
         return sorted(range(len(self._actors)), key=lambda i: self._actors[i].asked_last)

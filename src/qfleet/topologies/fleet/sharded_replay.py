@@ -73,7 +73,7 @@ class ShardedReplay:
 
     @property
     def num_transitions(self) -> int:
-        """Number of transitions that can be drawn."""
+        """Number of transitions, with those that a shard is about to get from a checkpoint."""
         return sum(shard.stats.num_transitions for shard in self._shards)
 
     @property
@@ -119,11 +119,10 @@ class ShardedReplay:
 
     def draw(self, size: int, importance_exponent: float) -> Drawn | None:
         """Requests `size` transitions, drawn over all shards as if from one replay; None if there are none."""
-        num_transitions = self.num_transitions
-        if not num_transitions:
+        num_transitions, priorities = self.num_transitions, np.array([shard.stats.priority for shard in self._shards])
+        if not priorities.any():
             return None
         number, self._num_drawn = self._num_drawn, self._num_drawn + 1
-        priorities = np.array([shard.stats.priority for shard in self._shards])
         counts, shares = deal(size, priorities, self._random)
         order = self._random.permutation(size).astype(np.uint32)
         drawn = Drawn(number, [place for place in np.split(order, np.cumsum(counts)[:-1]) if len(place)], [], [])
@@ -162,23 +161,21 @@ class ShardedReplay:
 
     def give(self, i: int, saved: SavedReplay) -> int:
         """Has a shard go on from its share of a saved replay, and returns how many transitions the share holds."""
-        shard = self._shards[i]
-        own = share_of(saved, self._pool, i)
+        shard, own = self._shards[i], share_of(saved, self._pool, i)
+        num_found = int(np.sum(np.asarray(own.leaves) > 0))
+        shard.stats = EMPTY_SHARD._replace(num_transitions=num_found)  # nothing can be drawn until it has replied
         self._supervisor.submit(
             shard.process, RemoteReplayShard.go_on_from, Reference(own),
             on_reply=functools.partial(self._note_stats, shard),
         )  # fmt: skip
-        return int(np.sum(np.asarray(own.leaves) > 0))
+        return num_found
 
-    def refill(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> bool:
+    def refill(self, i: int, newest: tuple[SavedReplay, dict[str, Any]] | None) -> None:
         """Has the replacement of a lost shard go on from the newest checkpoint, or empty if there is none.
 
         Args:
           i: number of the shard.
           newest: replay and counters of the newest checkpoint.
-
-        Returns:
-          Whether there are any transitions now, in this shard or another.
         """
         shard, num_lost = self._shards[i], self._shards[i].stats.num_transitions
         shard.stats = EMPTY_SHARD
@@ -188,7 +185,6 @@ class ShardedReplay:
             num_found = self.give(i, saved)
             origin = f"from the checkpoint at environment step {counters['env_steps']}"
         logger.warning("%s held %d transitions; %d are back: %s", shard.process.name, num_lost, num_found, origin)
-        return bool(num_found or self.num_transitions)
 
     def _note_stats(self, shard: _Shard, stats: ShardStats) -> None:
         shard.stats = stats

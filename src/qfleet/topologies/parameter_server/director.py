@@ -192,6 +192,7 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
     def _server_went_back(self, num_dropped: int) -> None:
         self.learner_steps = self._server.learner_steps
         self._stats.num_gradients["stale"] += num_dropped
+        self._warm_up_if_empty()
 
     def _newest_learner(self) -> tuple[LearnerState, int] | None:
         newest = self._of_newest_checkpoint(self._read_learner)
@@ -255,6 +256,10 @@ class ServerDirector(ActorsDirector[ServerStats, PooledWorker]):
         if isinstance(self._replays, WorkerReplays):
             newest = self._of_newest_checkpoint(self._read_replay) if self._config.checkpoint_replay else None
             self._replays.refill(i, newest)
+            self._warm_up_if_empty()
+
+    def _can_learn(self) -> bool:
+        return any(map(self._gradient_requests.is_warm, self._actors)) if self._replay is None else super()._can_learn()
 
     def _start_processes(self) -> None:
         topology, make, add, config = self._topology, self._make_process, self._supervisor.add, self._config

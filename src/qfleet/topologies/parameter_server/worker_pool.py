@@ -94,10 +94,10 @@ class WorkerReplays:
           newest: replay and counters of that checkpoint; None if there is none, and the worker begins with nothing.
         """
         worker, num_lost = self._workers[i], self._workers[i].stats.num_transitions
-        worker.stats = EMPTY_SHARD
         num_found, source = 0, "there is no checkpoint that has them"
         if newest:
             saved, counters = newest
             num_found = self.give(i, saved)
             source = f"from the checkpoint at environment step {counters['env_steps']}"
+        worker.stats = EMPTY_SHARD._replace(num_transitions=num_found)
         logger.warning("%s held %d transitions; %d are back: %s", worker.process.name, num_lost, num_found, source)
