@@ -170,7 +170,7 @@ class ActorLearnerDirector(ActorsDirector[ActorLearnerStats, PooledActor]):
             stats, rows = reply
             staleness = max(0, self.learner_steps - broadcast.learner_steps)
             chunk = _Chunk(i, writer, rows, stats, staleness)
-            if self._is_paused:
+            if self._is_paused or self._arrived:  # behind those that wait, because an actor's chunks keep their order
                 self._arrived.append(chunk)
             else:
                 self._store(chunk)
