@@ -148,9 +148,9 @@ class MachineDirector(Director[S], Generic[S, M]):
 
     def quiesce(self) -> None:
         """Waits until nothing is under way that would change what a checkpoint holds, as `Director.quiesce` does."""
-        with self._lock:
+        with self._lock:  # until the base class has noted the pause, too: no turn may come in between
             self._tell(Paused())
-        super().quiesce()
+            super().quiesce()
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Makes all processes go on from a checkpoint, before the first `resume`.

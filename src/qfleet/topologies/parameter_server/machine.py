@@ -201,12 +201,11 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
     # --- Chunks ---
 
     def _start_chunks(self) -> list[Act]:
-        exploration, newest = self.fixed_exploration, self.server.newest
-        if exploration is None:
-            exploration = float(exploration_at(self.config.agent, np.array(self.actors.env_steps)))
-        requests = []
+        newest, requests = self.server.newest, list[Act]()
         for i, writer in self.actors.next_chunks(self.learner_steps):
-            worker = self.actors.each[i]
+            worker, exploration = self.actors.each[i], self.fixed_exploration
+            if exploration is None:
+                exploration = float(exploration_at(self.config.agent, np.array(self.actors.env_steps)))
             results = [Reference[Chunk]()] if self.shares_replay else []
             pull = worker.next_pull(newest)
             requests.append(Act(worker.process, newest, pull, exploration, writer, results=results))
