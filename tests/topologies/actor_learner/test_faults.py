@@ -1,6 +1,5 @@
 """What happens to a fleet that loses processes: it goes on, its replay stays sound, and it ends in order."""
 
-import collections
 import json
 import math
 import os
@@ -32,9 +31,6 @@ from qfleet.topologies.restoring import saved_replay
 pytest.importorskip("ray")
 
 from qfleet.topologies.fleet import director as director_module
-from qfleet.topologies.fleet import supervisor as supervisor_module
-from qfleet.topologies.fleet.calls import Call
-from qfleet.topologies.fleet.supervisor import Supervisor
 
 TESTS = Path(__file__).resolve().parents[2]
 
@@ -90,62 +86,6 @@ def test_the_judge_finds_what_a_fault_could_do_to_a_replay():
     assert "another actor's or lane's" in faults("obs", put(slice(0, 40), 2, obs[:40, 3]))
     assert "had been left" in faults("obs", put(slice(32, 40), 2, obs[:8, 2]))
     assert "another reward" in faults("reward", put(slice(0, 1), 2, 7.0))
-
-
-# --- The watchdog ---
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class Silent:
-    """A process that never replies to a call."""
-
-    def __init__(self, method: str, *, is_sent: bool) -> None:
-        self.name, self.is_ready, self.replied_at, self.has_replied_to = "part", True, 1000.0, {"insert"}
-        call = Call(method, b"", [], [], print, print, is_repeated=False, since=1000.0, is_sent=is_sent)
-        self.calls = collections.deque([call])
-
-
-@pytest.fixture
-def silence_of(monkeypatch) -> Callable[..., float | None]:
-    """Returns after how many seconds such a process is replaced, with 10 s of patience; `at` happens at its second."""
-
-    def seconds(method: str, at: dict[int, Callable[[Clock, Call], None]], *, is_sent: bool = True) -> float | None:
-        clock, part, replaced = Clock(), Silent(method, is_sent=is_sent), []
-        monkeypatch.setattr(supervisor_module, "time", clock)
-        parts: Any = Supervisor(silence_seconds=10.0, max_restarts=5)
-        parts._processes.append(part)
-        monkeypatch.setattr(parts, "replace", lambda *_, **__: replaced.append(clock.now - 1000))
-        for second in range(200):
-            clock.now += 1.0
-            at.get(second, lambda *_: None)(clock, part.calls[0])
-            parts._look_for_silence()
-            if replaced:
-                return replaced[0]
-        return None
-
-    return seconds
-
-
-def test_a_process_is_silent_only_by_its_own_fault(silence_of):
-    assert silence_of("insert", {}) == pytest.approx(11, abs=1)
-    assert silence_of("sample", {}) == pytest.approx(51, abs=1), "a first time compiles"
-
-    def come(clock: Clock, call: Call) -> None:
-        call.is_sent, call.since = True, clock.now
-
-    assert silence_of("insert", {40: come}, is_sent=False) == pytest.approx(51, abs=1), "what it needs came after 40 s"
-
-    def stall(clock: Clock, _: Call) -> None:
-        clock.now += 60.0
-
-    assert silence_of("insert", {5: stall}) == pytest.approx(77, abs=2), "nobody listened for 60 s"
 
 
 # --- Fleets ---

@@ -72,10 +72,12 @@ class Calls:
     """A supervisor whose calls are made one after the other."""
 
     def __init__(self, *, is_one_machine: bool) -> None:
-        from qfleet.topologies.fleet.supervisor import Supervisor
+        from qfleet.topologies.fleet.calls import Inbox
+        from qfleet.topologies.fleet.supervisor import Supervisor, carrier_of
 
+        inbox = Inbox()
         self.supervisor = Supervisor(silence_seconds=60.0, max_restarts=0)
-        self.supervisor.open(is_one_machine=is_one_machine)
+        self.supervisor.open(inbox, carrier_of(inbox, is_one_machine=is_one_machine))
 
     def process(self, kind: type, *arguments: Any) -> Any:
         from qfleet.topologies.fleet.supervisor import IN_LINE, RemoteProcess

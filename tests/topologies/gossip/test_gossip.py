@@ -9,11 +9,9 @@ from small_gossip import config_of
 
 from qfleet.cli.train_command import parse
 from qfleet.config import ConfigError, FusedConfig, GossipConfig, OverlappedConfig, TrainConfig
-from qfleet.core.replay import NO_STEP
 from qfleet.topologies.fleet.replay_shares import join_shards, share_of
 from qfleet.topologies.gossip.averaging import average_step, consensus_distance, mean_of, split_evenly
-from qfleet.topologies.gossip.decisions import PeerRecord, Snapshot
-from qfleet.topologies.gossip.peer import GossipPeer, PeerChunkStats, StartingPoint, peer_config
+from qfleet.topologies.gossip.peer import GossipPeer, StartingPoint, peer_config
 from qfleet.topologies.gossip.topology import env_steps_per_chunk
 from qfleet.topologies.mesh import leaves_of
 from qfleet.training.assembly import footprint, make_own_learner
@@ -59,116 +57,6 @@ def test_the_distance_is_relative_and_of_all_leaves_together():
 
 def test_shares_differ_by_one_at_most_and_add_up_to_the_total():
     assert split_evenly(10, 4) == [3, 3, 2, 2] and split_evenly(2, 4) == [1, 1, 0, 0]
-
-
-# --- The director, with peers that answer in any order ---
-
-
-class World:
-    """Peers whose parameters are one number each, and which do what they are asked for one by one, at random."""
-
-    def __init__(self, num_peers: int, drift: float, seed: int) -> None:
-        director = pytest.importorskip("qfleet.topologies.gossip.director")
-        config = config_of(num_processes=num_peers, num_envs=2 * num_peers, env_steps=10**9, seed=seed)
-        self.random, self.drift, self.learned = np.random.default_rng(seed), drift, 0.0
-        self.director = director.GossipDirector(config, make_own_learner, 100, lambda *_: [], None, is_in_graph=True)
-        self.director._supervisor = self
-        self.numbers = self.random.normal(size=num_peers)
-        self.steps = np.zeros(num_peers, int)
-        self.asked: list[list] = [[] for _ in range(num_peers)]
-        self.director._peers = [PeerRecord(i, stage="training") for i in range(num_peers)]
-        self.director._processes = list(range(num_peers))
-
-    def submit(self, number: int, method: str, *arguments, on_reply, **_) -> None:
-        if method == "prepare":
-            return
-        assert method == "advance" and len(self.asked[number]) < 2
-        self.asked[number].append((arguments, on_reply))
-
-    def go_on(self, num_chunks: int) -> None:
-        for _ in range(num_chunks):
-            self.director._issue()
-            i = self.random.choice([i for i, asked in enumerate(self.asked) if asked])
-            (_, *met), on_reply = self.asked[i].pop(0)
-            if met:
-                _, own, other = met
-                self.numbers[i] = average_step([self.numbers[i]], [own], [other])[0]
-            step = self.drift * self.random.normal()
-            self.numbers[i] += step
-            self.learned += step
-            self.steps[i] += 20
-            on_reply(PeerChunkStats([], int(self.steps[i]), 0 if met else None, 0), self.numbers[i])
-
-
-@pytest.mark.parametrize("num_peers", [2, 3, 8])
-def test_the_sum_is_what_all_have_learned_whichever_is_slow_and_peers_that_learn_nothing_come_together(num_peers):
-    world = World(num_peers, drift=0.1, seed=num_peers)
-    before = world.numbers.sum()
-    world.go_on(2_000)
-    waiting = [peer.exchange for peer in world.director._peers if peer.exchange]
-    pending = sum((exchange.other - exchange.own.reference) / 2 for exchange in waiting)
-    for arguments in (arguments for asked in world.asked for arguments, _ in asked if len(arguments) > 1):
-        pending += (arguments[3] - arguments[2]) / 2
-    np.testing.assert_allclose(world.numbers.sum() + pending, before + world.learned, atol=1e-9)
-    assert world.director._stats.num_exchanges > 100
-    world.drift = 0.0
-    world.go_on(2_000)
-    assert np.ptp(world.numbers) < 1e-9, "two averaging steps from the same snapshot would drive them apart"
-
-
-def test_a_partner_need_not_be_due_and_a_peer_without_a_partner_goes_on_alone():
-    world = World(2, drift=0.0, seed=0)
-    first, second = world.director._peers
-    first.snapshot = second.snapshot = snapshot = Snapshot(0, 1.0)
-    first.learner_steps = 31
-    world.director._start_exchanges()
-    assert not first.is_averaging, "nobody is due"
-    first.learner_steps = 32
-    second.is_averaging = True
-    world.director._start_exchanges()
-    assert not first.is_averaging and first.exchange is None, "the other's snapshot lacks its last exchange"
-    second.is_averaging = False
-    world.director._start_exchanges()
-    assert first.exchange.other == second.exchange.other == snapshot.reference
-    assert first.exchanged_at == 32 and second.exchanged_at == 0
-
-
-def test_an_exchange_of_a_peer_that_is_lost_is_not_passed_on_to_its_replacement():
-    world = World(2, drift=0.0, seed=0)
-    world.go_on(8)
-    peer = world.director._peers[0]
-    peer.env_steps = 700
-    world.director._on_lost(0)
-    assert (peer.stage, peer.snapshot, peer.exchange, peer.can_exchange) == ("absent", None, None, False)
-    assert peer.env_steps == 700, "what was counted stays counted"
-
-
-def test_a_peer_whose_share_is_empty_warms_up_anew_and_one_that_has_steps_goes_on_from_them(monkeypatch):
-    """Or it would learn from nothing, which isn't a number."""
-    config = config_of()
-    empty = prepared(config, 0)
-    empty.begin(StartingPoint(0, 0, 0), empty.learner()[1], None)
-    world = World(2, drift=0.0, seed=0)
-    world.director.begin_with([], None)
-    asked: list[StartingPoint] = []
-    monkeypatch.setattr(world, "submit", lambda _process, _method, start, *_, **__: asked.append(start))
-    for num_env_steps in (0, 64):
-        if num_env_steps:
-            empty.advance(num_env_steps)
-        share = empty.state()[2]
-        monkeypatch.setattr(world.director, "share_of_newest_checkpoint", lambda _, share=share: share)
-        peer = world.director._peers[0]
-        peer.env_steps, peer.replay_starts_at, world.director._processes[0] = 5_000, 0, RemoteProcess()
-        world.director._begin(peer, None)
-    num_steps = int(np.sum(share.ring.rows.outcome[: int(share.ring.size[0])] != NO_STEP))
-    assert 48 < num_steps < 64, "the rest are final observations"
-    assert asked == [StartingPoint(5_000, 0, 5_000), StartingPoint(5_000, 0, 5_000 - num_steps)]
-
-
-class RemoteProcess:
-    """A process that has been replaced."""
-
-    name, failed_at = "peer 0", (0.0,)
 
 
 # --- A peer ---

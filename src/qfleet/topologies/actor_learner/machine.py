@@ -165,8 +165,8 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
                 if self._broadcast is not None and self._broadcast.params in lost:  # with the node that kept them
                     self._broadcast = None
 
-            case Lost(ProcessId("replay shard", i) as process):
-                return [ReadReplay(process, i)]
+            case Lost(ProcessId("replay shard") as process):
+                return [ReadReplay(process)]
             case ReplayFound():
                 return self.refill_shard(event)
             case Replied(Insert() as request) | Dropped(Insert() as request):

@@ -19,11 +19,11 @@ from qfleet.config import ConfigError
 from qfleet.runtime.checkpoint_files import NotSaved
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import StateIsLost
-from qfleet.topologies.fleet.calls import ValueIsLost
+from qfleet.topologies.fleet.calls import Inbox, ValueIsLost
 from qfleet.topologies.fleet.cluster import connected, in_words, is_local, room
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.stats import DirectorStats
-from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor, cpus_for
+from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor, carrier_of, cpus_for
 
 _CHUNK_SECONDS = 0.5
 """Longest time that `resume` takes, and so the longest time that Ctrl-C waits."""
@@ -138,7 +138,8 @@ class Director(abc.ABC, Generic[S]):
         num_cpus = cpus_for(self._resources())
         inherits = self._stack.enter_context(connected(self._ray_address, num_cpus, "ray_address"))
         self._make_process = functools.partial(RemoteProcess, inherits=inherits)
-        self._supervisor.open(is_one_machine=is_local())
+        inbox = Inbox()
+        self._supervisor.open(inbox, carrier_of(inbox, is_one_machine=is_local()))
         self._stack.callback(self._supervisor.terminate)
         self._start_processes()
         self._thread = threading.Thread(target=self._direct, name="qfleet-director", daemon=True)
@@ -263,7 +264,7 @@ class Director(abc.ABC, Generic[S]):
 
     def _check_have_places(self, processes: Sequence[RemoteProcess]) -> None:
         for process in processes:
-            if not process.is_ready and time.monotonic() - process.started_at > _LOST_SECONDS:
+            if not process.is_ready and self._supervisor.clock() - process.started_at > _LOST_SECONDS:
                 raise StateIsLost(f"{process.name} is lost, and found no node with {in_words(process.resources)} yet")
 
     def _post(self, function: Callable[[], None]) -> None:
@@ -281,10 +282,7 @@ class Director(abc.ABC, Generic[S]):
                 with self._lock:
                     if self._must_terminate:
                         return
-                    while self._requests:
-                        self._requests.popleft()()
-                    if not self._is_paused:
-                        self._issue()
+                    self._ask()
                 self._supervisor.wait(_WAIT_SECONDS)
                 with self._lock:
                     self._supervisor.process_replies()
@@ -295,6 +293,13 @@ class Director(abc.ABC, Generic[S]):
             with self._lock:
                 self._error = error
                 self._lock.notify_all()
+
+    def _ask(self) -> None:
+        """Does what other threads have asked for, and submits all requests that may be under way now."""
+        while self._requests:
+            self._requests.popleft()()
+        if not self._is_paused:
+            self._issue()
 
     def _of_newest_checkpoint(self, read: Callable[[Checkpoints, int], Any]) -> tuple[Any, dict[str, Any]] | None:
         """Returns what `read` reads of the newest checkpoint, and its counters; None if there is none or lacks it."""

@@ -148,9 +148,9 @@ class MachineDirector(Director[S], Generic[S, M]):
 
     def quiesce(self) -> None:
         """Waits until nothing is under way that would change what a checkpoint holds, as `Director.quiesce` does."""
-        with self._lock:
+        with self._lock:  # until the base class has noted the pause, too: no turn may come in between
             self._tell(Paused())
-        super().quiesce()
+            super().quiesce()
 
     def restore(self, state: dict[str, Any], counters: dict[str, Any]) -> None:
         """Makes all processes go on from a checkpoint, before the first `resume`.
@@ -208,8 +208,8 @@ class MachineDirector(Director[S], Generic[S, M]):
                     logger.warning("%s", text)
                 case ReadLearner():
                     self._tell(self._find_learner())
-                case ReadReplay(process, number):
-                    self._tell(self._find_replay(process, number))
+                case ReadReplay(process):
+                    self._tell(self._find_replay(process))
                 case CheckValues(references):
                     self._tell(ValuesChecked(any(map(self._supervisor.is_lost, references))))
                 case CallRequest():
@@ -251,13 +251,13 @@ class MachineDirector(Director[S], Generic[S, M]):
         learner, counters = newest
         return LearnerFound(counters["learner_steps"], self._saved_learner(learner))
 
-    def _find_replay(self, process: ProcessId, number: int) -> ReplayFound:
+    def _find_replay(self, process: ProcessId) -> ReplayFound:
         can_read = self.machine.config.checkpoint_replay
         newest = self._of_newest_checkpoint(self._read_replay) if can_read else None
         if newest is None:
             return ReplayFound(process, None, 0)
         saved, counters = newest
-        return ReplayFound(process, self._saved_share(saved, number), counters["env_steps"])
+        return ReplayFound(process, self._saved_share(saved, process.number), counters["env_steps"])
 
     def _saved_share(self, saved: SavedReplay, number: int) -> SavedShare:
         share = share_of(saved, self._pool, number)

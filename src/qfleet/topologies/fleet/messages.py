@@ -56,8 +56,6 @@ class ReadReplay(NamedTuple):
     """Read a process's share of the replay in the newest checkpoint: the director answers with `ReplayFound`."""
 
     process: ProcessId
-    number: int
-    """Number of the share."""
 
 
 class CheckValues(NamedTuple):

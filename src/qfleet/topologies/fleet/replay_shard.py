@@ -61,6 +61,27 @@ class Writer(NamedTuple):
     """Number of chunks that this incarnation has sent."""
 
 
+class Admission(NamedTuple):
+    """How a segment takes a chunk."""
+
+    is_cut: bool
+    """Whether the chunk does not continue the newest row: another actor begins, or chunks are missing in between."""
+    writer: Writer
+    """The last writer from now on."""
+
+
+def admit(last: Writer, writer: Writer) -> Admission | None:
+    """Returns how a segment takes a chunk; None if the chunk is there already, or its actor has been replaced since.
+
+    Args:
+      last: the last writer of the segment.
+      writer: the actor's incarnation, and the number of chunks that this incarnation had sent before.
+    """
+    if writer < last:
+        return None
+    return Admission(writer != last, writer._replace(num_chunks=writer.num_chunks + 1))
+
+
 class ReplayShard:
     """Keeps what some of the actors produce, and draws from it."""
 
@@ -101,14 +122,13 @@ class ReplayShard:
           What the shard holds afterwards, and whether the chunk was stored.
         """
         started = time.perf_counter()
-        last = self._writers[segment]
-        is_new = writer >= last
-        if is_new:
-            if writer != last:  # another incarnation, or chunks are missing in between
+        admission = admit(self._writers[segment], writer)
+        if admission is not None:
+            if admission.is_cut:
                 self.state = self._cut(self.state, np.int32(segment))
             self.state, self._totals = self._insert_jitted(self.state, chunk, np.int32(segment))
-            self._writers[segment] = writer._replace(num_chunks=writer.num_chunks + 1)
-        return self.stats(started), is_new
+            self._writers[segment] = admission.writer
+        return self.stats(started), admission is not None
 
     def sample(
         self, number: int, seed: int, importance_exponent: float, share: DrawShare, most: int

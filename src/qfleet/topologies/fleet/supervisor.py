@@ -1,6 +1,7 @@
 """Supervises the processes of a run on Ray: starts them, passes on requests and replies, and replaces lost ones."""
 
 import collections
+import functools
 import logging
 import math
 import os
@@ -118,8 +119,7 @@ class RemoteProcess(Generic[P]):
         if not inherits:
             options["runtime_env"] = {"env_vars": variables()}
         self.name, self.resources = name, dict(resources)
-        self._make: Any = ray.remote(kind).options(**options)
-        self._arguments = (dict(environment), *arguments)
+        self._kind, self._options, self._arguments = kind, options, (dict(environment), *arguments)
         self.on_lost, self.on_ready = on_lost, on_ready
         self.calls: collections.deque[Call] = collections.deque()
         """Calls that have not been answered, in the order in which the process carries them out."""
@@ -139,11 +139,11 @@ class RemoteProcess(Generic[P]):
         """Whether the process has a node and its constructor has finished."""
         return self.place is not None
 
-    def start(self) -> None:
-        """Makes Ray start a process in this place."""
+    def start(self, now: float) -> None:
+        """Starts a process in this place; `now` is the time, in seconds."""
         self.place, self.has_replied_to = None, set()
-        self.started_at = self.replied_at = time.monotonic()
-        self.handle = self._make.remote(*self._arguments)
+        self.started_at = self.replied_at = now
+        self.handle = self._launch()
 
     def terminate(self, *, is_alive: bool = False) -> None:
         """Terminates the process.
@@ -157,13 +157,25 @@ class RemoteProcess(Generic[P]):
         if self.connection is not None:
             self.connection.close()
             self.connection = None
+        self._kill(is_alive=is_alive)
+        self.handle = None
+
+    @functools.cached_property
+    def _make(self) -> Any:
+        return ray.remote(self._kind).options(**self._options)
+
+    def _launch(self) -> Any:
+        """Makes Ray start a process, and returns its handle."""
+        return self._make.remote(*self._arguments)
+
+    def _kill(self, *, is_alive: bool) -> None:
+        """Kills the process that `handle` stands for."""
         ray.kill(self.handle)
         if is_alive and self.place is not None and self.place[1] == ray.get_runtime_context().get_node_id():
             try:
                 os.kill(self.place[0], signal.SIGKILL)
             except ProcessLookupError:
                 self.place = None
-        self.handle = None
 
 
 class Supervisor:
@@ -173,22 +185,25 @@ class Supervisor:
         self._silence_seconds, self._max_restarts = silence_seconds, max_restarts
         self._processes: list[RemoteProcess] = []
         self._owners: dict[Connection, RemoteProcess] = {}
-        self._waiting: set[RemoteProcess] = set()
-        """Processes with a call whose arguments have not all been made yet."""
+        self._waiting: dict[RemoteProcess, None] = {}
+        """Processes with a call whose arguments have not all been made yet. A set that keeps its order."""
         self._inbox: Inbox
         self._carrier: Carrier
-        self._looked_at = time.monotonic()
+        self.clock: Callable[[], float]
+        """Tells the time, in seconds."""
+        self._looked_at: float
         self.num_restarts = 0
 
-    def open(self, *, is_one_machine: bool) -> None:
-        """Decides who carries the calls. To be called before the first process is added.
+    def open(self, inbox: Inbox, carrier: Carrier, clock: Callable[[], float] = time.monotonic) -> None:
+        """Takes what it works with. To be called before the first process is added.
 
         Args:
-          is_one_machine: whether all processes run on this machine, so that they can share memory.
+          inbox: for what is heard of the processes.
+          carrier: carries the calls, and puts what it hears into the inbox.
+          clock: tells the time, in seconds.
         """
-        self._inbox = Inbox()
-        kind = Switchboard if is_one_machine and can_share() else RayCarrier
-        self._carrier = kind(self._inbox, _cause)
+        self._inbox, self._carrier, self.clock = inbox, carrier, clock
+        self._looked_at = clock()
 
     def add(self, process: RemoteProcess[P]) -> RemoteProcess[P]:
         """Starts a process and returns it."""
@@ -219,14 +234,18 @@ class Supervisor:
           results: the references that the reply will hold, in their order. Later calls may have them as arguments.
           is_repeated: whether to make the call again if the process is replaced.
           on_dropped: called instead of `on_reply` if there will be no reply: the process was replaced, or the value of
-            a reference among the arguments is lost.
+            a reference among the arguments is lost. It is never called before this method has returned.
         """
         data, references = dump(arguments)
         call = Call(
-            method.__name__, data, references, list(results), on_reply, on_dropped, is_repeated, time.monotonic()
+            method.__name__, data, references, list(results), on_reply, on_dropped, is_repeated, self.clock()
         )  # fmt: skip
+        has_to_wait = process.calls and not process.calls[-1].is_sent
         process.calls.append(call)
-        self._send_calls(process)
+        if has_to_wait or not all(reference.is_there for reference in references):
+            self._waiting[process] = None
+        else:
+            self._send(process, call)
 
     def wait(self, seconds: float) -> None:
         """Waits for news of a process, for at most so many seconds."""
@@ -272,28 +291,31 @@ class Supervisor:
 
     def _send_calls(self, process: RemoteProcess) -> None:
         """Sends the calls whose arguments are there, up to the first whose arguments aren't."""
-        self._waiting.discard(process)
-        for call in [call for call in process.calls if not call.is_sent]:
+        while (call := next((call for call in process.calls if not call.is_sent), None)) is not None:
             if any(reference.is_lost for reference in call.references):
                 process.calls.remove(call)
-                self._drop(call)
+                self._drop(call)  # which may submit other calls to the same process
             elif not all(reference.is_there for reference in call.references):
-                self._waiting.add(process)
+                self._waiting[process] = None
                 return
             else:
-                call.is_sent, call.since = True, time.monotonic()
-                assert process.connection is not None
-                process.connection.send(call)
+                self._send(process, call)
+        self._waiting.pop(process, None)
+
+    def _send(self, process: RemoteProcess, call: Call) -> None:
+        call.is_sent, call.since = True, self.clock()
+        assert process.connection is not None
+        process.connection.send(call)
 
     def _process_news(self, process: RemoteProcess) -> None:
         """Deals with the news of a process's calls, in the order of the calls."""
         while process.calls and (news := process.calls[0].news) is not None:
             call = process.calls[0]
-            if isinstance(news, Failure) and not any(map(self.is_lost, call.references)):
+            if isinstance(news, Failure) and not (news.is_alive and any(map(self.is_lost, call.references))):
                 self.replace(process, news.cause, news.error, is_alive=news.is_alive)
                 return
             process.calls.popleft()
-            process.replied_at = time.monotonic()
+            process.replied_at = self.clock()
             if isinstance(news, Failure):
                 self._drop(call)
                 continue
@@ -321,7 +343,7 @@ class Supervisor:
         Raises:
           RunFailed: if the process has failed too often.
         """
-        now = time.monotonic()
+        now = self.clock()
         process.failed_at.append(now)
         while now - process.failed_at[0] > _FORGOTTEN_SECONDS:
             process.failed_at.popleft()
@@ -346,7 +368,7 @@ class Supervisor:
         self._send_calls(process)
 
     def _start(self, process: RemoteProcess) -> None:
-        process.start()
+        process.start(self.clock())
         process.connection = self._carrier.connect(process.handle)
         self._owners[process.connection] = process
 
@@ -362,7 +384,7 @@ class Supervisor:
         process.terminate(is_alive=is_alive)
 
     def _look_for_silence(self) -> None:
-        now = time.monotonic()
+        now = self.clock()
         if now - self._looked_at < _LOOK_SECONDS:
             return
         has_listened = now - self._looked_at < 2 * _LOOK_SECONDS
@@ -393,6 +415,16 @@ class Supervisor:
             self._terminate(process)
         self._carrier.close()
         self._inbox.close()
+
+
+def carrier_of(inbox: Inbox, *, is_one_machine: bool) -> Carrier:
+    """Returns what carries the calls of a run.
+
+    Args:
+      inbox: for what is heard of the processes.
+      is_one_machine: whether all processes run on this machine, so that they can share memory.
+    """
+    return Switchboard(inbox, _cause) if is_one_machine and can_share() else RayCarrier(inbox, _cause)
 
 
 def _cause(error: Exception) -> str:

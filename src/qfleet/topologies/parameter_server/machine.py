@@ -149,7 +149,7 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
                 workers[i].is_ready = True
             case Lost(ProcessId("worker", i) as process):
                 workers[i].pull_all_again()
-                return [self.actors.replace(i), *([] if self.shares_replay else [ReadReplay(process, i)])]
+                return [self.actors.replace(i), *([] if self.shares_replay else [ReadReplay(process)])]
             case Replied(Act() as request, answer):
                 return self._acted(request, answer)
             case Dropped(Act() as request, lost):
@@ -165,8 +165,8 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
             case Replied(RestoreReplay(process=ProcessId("worker", i)), shard_stats):
                 workers[i].stats = shard_stats
 
-            case Lost(ProcessId("replay shard", i) as process):
-                return [ReadReplay(process, i)]
+            case Lost(ProcessId("replay shard") as process):
+                return [ReadReplay(process)]
             case ReplayFound():
                 return self.refill_shard(event) if self.shares_replay else self._refill_worker(event)
             case Replied(Insert() as request) | Dropped(Insert() as request):
@@ -201,12 +201,11 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
     # --- Chunks ---
 
     def _start_chunks(self) -> list[Act]:
-        exploration, newest = self.fixed_exploration, self.server.newest
-        if exploration is None:
-            exploration = float(exploration_at(self.config.agent, np.array(self.actors.env_steps)))
-        requests = []
+        newest, requests = self.server.newest, list[Act]()
         for i, writer in self.actors.next_chunks(self.learner_steps):
-            worker = self.actors.each[i]
+            worker, exploration = self.actors.each[i], self.fixed_exploration
+            if exploration is None:
+                exploration = float(exploration_at(self.config.agent, np.array(self.actors.env_steps)))
             results = [Reference[Chunk]()] if self.shares_replay else []
             pull = worker.next_pull(newest)
             requests.append(Act(worker.process, newest, pull, exploration, writer, results=results))

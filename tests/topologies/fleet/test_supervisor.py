@@ -1,0 +1,146 @@
+"""The supervisor, with processes of a simulated world."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+from fleet_simulator import SimulatedProcess, World
+
+from qfleet.config import RunFailed
+from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.supervisor import InRemoteProcess, RemoteProcess, Supervisor
+
+
+class Worker(InRemoteProcess):
+    """Does what it is asked for."""
+
+    def work(self) -> int:
+        return 1
+
+    def work_on(self, value: Reference[int]) -> int:
+        return value.value
+
+    def make(self) -> Reference[int]:
+        return Reference(7)
+
+
+class Model:
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    work, work_on, make = Worker.work, Worker.work_on, Worker.make
+
+
+class Bench:
+    """A supervisor with two processes in a world where nothing is left to chance."""
+
+    def __init__(self, max_restarts: int = 5) -> None:
+        self.world = World(0)
+        self.world.models[Worker] = Model
+        self.supervisor = Supervisor(silence_seconds=10.0, max_restarts=max_restarts)
+        self.supervisor.open(self.world, self.world, self.world.clock)
+        self.world.on_turn = self.supervisor.process_replies
+        self.first, self.second = (self.add(name) for name in ("first", "second"))
+        self.world.run_for(5.0)
+
+    def add(self, name: str) -> RemoteProcess[Worker]:
+        return self.supervisor.add(SimulatedProcess(self.world, name, Worker, (), {}, {}, lambda: None))
+
+    def ask(self, method: Any, *arguments: Any) -> list[Any]:
+        """Calls a method of the first process, and returns a list that its reply will be added to."""
+        replies: list[Any] = []
+        self.supervisor.submit(
+            self.first, method, *arguments, on_reply=replies.append, on_dropped=lambda: replies.append("dropped")
+        )
+        return replies
+
+    def seconds_until_replaced(self) -> float:
+        """Returns after how many seconds the first process is replaced, which has fallen silent."""
+        began = self.world.clock()
+        self.world.run(lambda: self.supervisor.num_restarts > 0, 10_000, "a silent process is replaced")
+        return self.world.clock() - began
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+def has_worked(bench: Bench) -> None:
+    replies = bench.ask(Worker.work)
+    bench.world.run_for(5.0)
+    assert replies == [1]
+
+
+def test_a_process_that_does_not_reply_is_replaced_later_if_it_has_to_compile(bench):
+    bench.first.handle.is_stuck = True
+    bench.ask(Worker.work)
+    assert bench.seconds_until_replaced() == pytest.approx(51, abs=2)
+    again = Bench()
+    has_worked(again)
+    again.first.handle.is_stuck = True
+    again.ask(Worker.work)
+    assert again.seconds_until_replaced() == pytest.approx(11, abs=2)
+
+
+def test_a_process_is_not_silent_while_it_waits_for_what_another_makes(bench):
+    made = Reference()
+    bench.supervisor.submit(bench.second, Worker.make, results=[made])
+    bench.ask(Worker.work_on, made)
+    has_worked(bench)
+    made = Reference()
+    bench.supervisor.submit(bench.second, Worker.make, results=[made])
+    bench.second.handle.is_stuck = True  # it made it for the first time, so it isn't replaced before 50 s
+    bench.second.has_replied_to.clear()
+    bench.ask(Worker.work_on, made)
+    assert bench.seconds_until_replaced() == pytest.approx(51, abs=2)
+    assert not bench.first.failed_at and len(bench.second.failed_at) == 1
+
+
+def test_time_in_which_nobody_listened_does_not_count(bench):
+    has_worked(bench)
+    bench.first.handle.is_stuck = True
+    bench.ask(Worker.work)
+    bench.world.after(5.0, lambda: bench.world.jump(60.0))
+    assert bench.seconds_until_replaced() == pytest.approx(77, abs=3)
+
+
+def test_nothing_is_dropped_before_submit_returns_and_no_call_is_sent_twice(bench):
+    """A call that is dropped may have other calls made, of the same process too, and they keep their order."""
+    never = Reference()
+    bench.supervisor.submit(bench.second, Worker.make, results=[never])
+    bench.second.handle.die()
+    heard: list[str] = []
+
+    def dropped() -> None:
+        heard.append("dropped")
+        bench.supervisor.submit(bench.first, Worker.work, on_reply=lambda _: heard.append("third"))
+
+    bench.supervisor.submit(bench.first, Worker.work_on, never, on_dropped=dropped)
+    bench.supervisor.submit(bench.first, Worker.work, on_reply=lambda _: heard.append("second"))
+    never.is_lost = True
+    bench.supervisor.submit(bench.first, Worker.work_on, never, on_dropped=lambda: heard.append("fourth"))
+    assert heard == []
+    bench.world.run_for(10.0)
+    assert heard == ["dropped", "fourth", "second", "third"]
+
+
+def test_a_process_that_has_ended_is_replaced_even_if_its_arguments_are_lost_too(bench):
+    bench.world.is_one_machine = False
+    made = Reference()
+    bench.supervisor.submit(bench.second, Worker.make, results=[made])
+    bench.world.run_for(5.0)
+    bench.ask(Worker.work_on, made)
+    bench.first.handle.die()
+    made.place.is_lost = True
+    bench.world.run_for(5.0)
+    assert bench.supervisor.num_restarts == 1
+
+
+def test_a_process_that_fails_too_often_ends_the_run():
+    bench = Bench(max_restarts=0)
+    bench.first.handle.die()
+    with pytest.raises(RunFailed, match="first died; it has failed 1 times"):
+        bench.world.run_for(5.0)
