@@ -25,10 +25,12 @@ from qfleet.topologies.actor_learner.machine import (
     RestoreLearner,
 )
 from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner
+from qfleet.topologies.fleet.actor import Actor
 from qfleet.topologies.fleet.machine_director import MachineDirector
-from qfleet.topologies.fleet.messages import CallRequest, Started
+from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
+from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess, default_resources
 
 
@@ -59,17 +61,31 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
 
     def _call(self, request: CallRequest[Any]) -> None:
         match request:
+            case Begin():
+                self._submit(request, Actor.begin, request.incarnation)
             case Collect(broadcast=broadcast):
                 collect = RemoteActor.fetch_and_collect
                 self._submit(request, collect, broadcast.version, broadcast.params, request.epsilon)
+            case Insert(segment=segment, chunk=chunk):
+                insert = RemoteReplayShard.insert_chunk
+                self._submit(request, insert, segment, chunk.writer, chunk.rows, is_repeated=True)
+            case Sample():
+                self._submit(
+                    request, RemoteReplayShard.sample_share, request.number, request.seed, request.importance_exponent,
+                    request.share, request.most,
+                )  # fmt: skip
             case Learn(drawn=drawn):
                 self._submit(request, RemoteLearner.learn_round, drawn.places, drawn.transitions)
+            case SetPriorities():
+                self._submit(request, RemoteReplayShard.take_priorities, request.number, request.priority)
             case Publish():
                 self._submit(request, RemoteLearner.publish)
             case RestoreLearner():
                 self._submit(request, RemoteLearner.go_on_from, request.learner_steps, request.leaves)
+            case RestoreReplay():
+                self._submit(request, RemoteReplayShard.go_on_from, request.saved)
             case _:
-                super()._call(request)
+                raise TypeError(f"no method belongs to {request}")
 
     # --- For other threads ---
 

@@ -127,16 +127,6 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
         """Chunks that arrived in a pause, when nothing may be stored."""
 
     @property
-    def num_transitions(self) -> int:
-        """Number of transitions that the replay holds."""
-        return self.replay.num_transitions
-
-    @property
-    def can_learn(self) -> bool:
-        """Whether there is anything to learn from."""
-        return self.replay.num_transitions > 0
-
-    @property
     def is_busy(self) -> bool:
         """Whether anything is on its way to the learner or to a shard."""
         return bool(self._rounds) or self.replay.is_busy

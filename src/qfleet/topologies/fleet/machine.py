@@ -58,14 +58,14 @@ class FleetMachine(abc.ABC, Generic[S, A]):
         """Whether anything is under way that would change what a checkpoint holds."""
 
     @property
-    @abc.abstractmethod
     def num_transitions(self) -> int:
-        """Number of transitions that can be drawn."""
+        """Number of transitions that the replay holds."""
+        return self.replay.num_transitions
 
     @property
-    @abc.abstractmethod
     def can_learn(self) -> bool:
         """Whether there is anything to learn from."""
+        return self.replay.num_transitions > 0
 
     @property
     def counters(self) -> dict[str, Any]:

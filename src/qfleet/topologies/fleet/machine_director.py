@@ -17,11 +17,9 @@ from qfleet.config.ray_topologies import RayTopologyConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.fleet.actor import Actor
 from qfleet.topologies.fleet.director import Director
 from qfleet.topologies.fleet.machine import FleetMachine, S
 from qfleet.topologies.fleet.messages import (
-    Begin,
     CallRequest,
     CheckValues,
     Dropped,
@@ -44,7 +42,6 @@ from qfleet.topologies.fleet.messages import (
 )
 from qfleet.topologies.fleet.references import Reference, dump
 from qfleet.topologies.fleet.remote import RemoteReplayShard
-from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.fleet.replay_shares import share_of
 from qfleet.topologies.fleet.supervisor import RemoteProcess
 
@@ -82,25 +79,9 @@ class MachineDirector(Director[S], Generic[S, M]):
 
     # --- What each topology implements ---
 
+    @abc.abstractmethod
     def _call(self, request: CallRequest[Any]) -> None:
-        """Calls the method that belongs to a request. A topology adds the requests that it makes itself."""
-        match request:
-            case Begin():
-                self._submit(request, Actor.begin, request.incarnation)
-            case Insert(segment=segment, chunk=chunk):
-                insert = RemoteReplayShard.insert_chunk
-                self._submit(request, insert, segment, chunk.writer, chunk.rows, is_repeated=True)
-            case Sample():
-                self._submit(
-                    request, RemoteReplayShard.sample_share, request.number, request.seed, request.importance_exponent,
-                    request.share, request.most,
-                )  # fmt: skip
-            case SetPriorities():
-                self._submit(request, RemoteReplayShard.take_priorities, request.number, request.priority)
-            case RestoreReplay():
-                self._submit(request, RemoteReplayShard.go_on_from, request.saved)
-            case _:
-                raise TypeError(f"no method belongs to {request}")
+        """Calls, by `_submit`, the method that belongs to a request."""
 
     @abc.abstractmethod
     def _needed(self) -> list[RemoteProcess]:

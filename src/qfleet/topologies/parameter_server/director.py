@@ -15,12 +15,13 @@ from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.core.sharded_learner import ShardedLearner, StateLeaves
 from qfleet.runtime.checkpoints import Checkpoints
+from qfleet.topologies.fleet.actor import Actor
 from qfleet.topologies.fleet.calls import ValueIsLost
 from qfleet.topologies.fleet.machine_director import MachineDirector
-from qfleet.topologies.fleet.messages import CallRequest, Started
+from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
-from qfleet.topologies.fleet.replay_requests import RestoreReplay
+from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.fleet.supervisor import IN_LINE, ONE_CPU, RemoteProcess
 from qfleet.topologies.parameter_server.machine import ServerMachine
 from qfleet.topologies.parameter_server.remote import RemoteServerShard, RemoteWorker
@@ -69,14 +70,26 @@ class ServerDirector(MachineDirector[ServerStats, ServerMachine]):
 
     def _call(self, request: CallRequest[Any]) -> None:
         match request:
+            case Begin():
+                self._submit(request, Actor.begin, request.incarnation)
             case Act():
                 self._submit(request, RemoteWorker.pull_and_act, request.pull, request.exploration)
+            case Insert(segment=segment, chunk=chunk):
+                insert = RemoteReplayShard.insert_chunk
+                self._submit(request, insert, segment, chunk.writer, chunk.rows, is_repeated=True)
+            case Sample():
+                self._submit(
+                    request, RemoteReplayShard.sample_share, request.number, request.seed, request.importance_exponent,
+                    request.share, request.most,
+                )  # fmt: skip
             case ComputeGradient():
                 compute = RemoteWorker.pull_and_differentiate
                 self._submit(request, compute, request.pull, request.importance_exponent)
             case ComputeGradientOf(pull=pull, drawn=drawn):
                 compute_of = RemoteWorker.pull_and_differentiate_batch
                 self._submit(request, compute_of, pull, drawn.places, drawn.transitions)
+            case SetPriorities():
+                self._submit(request, RemoteReplayShard.take_priorities, request.number, request.priority)
             case ApplyGradients():
                 self._submit(request, RemoteServerShard.take_steps, request.gradients)
             case AverageGradients():
@@ -93,8 +106,10 @@ class ServerDirector(MachineDirector[ServerStats, ServerMachine]):
                 self._submit(request, RemoteServerShard.reset)
             case RestoreReplay() if not self.machine.shares_replay:
                 self._submit(request, RemoteWorker.go_on_from, request.saved)
+            case RestoreReplay():
+                self._submit(request, RemoteReplayShard.go_on_from, request.saved)
             case _:
-                super()._call(request)
+                raise TypeError(f"no method belongs to {request}")
 
     # --- For other threads ---
 

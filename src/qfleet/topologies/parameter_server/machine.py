@@ -118,13 +118,13 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
     def num_transitions(self) -> int:
         """Transitions in the shared replay, or in the replays of all workers."""
         if self.shares_replay:
-            return self.replay.num_transitions
+            return super().num_transitions
         return sum(worker.stats.num_transitions for worker in self.actors.each)
 
     @property
     def can_learn(self) -> bool:
         """Whether there is anything to learn from."""
-        return self.replay.num_transitions > 0 if self.shares_replay else any(map(self.is_warm, self.actors.each))
+        return super().can_learn if self.shares_replay else any(map(self.is_warm, self.actors.each))
 
     @property
     def is_busy(self) -> bool:
