@@ -14,6 +14,8 @@ class Fault:
     def happen(self, world: World) -> None:
         """Makes it happen."""
         living = [host for host in world.hosts if not host.is_dead]
+        if not living:  # all have died, and nobody has heard of it yet
+            return
         host = world.random.choice(living)
         if self.kind == "dies":
             host.die()

@@ -25,7 +25,7 @@ from qfleet.topologies.fleet.supervisor import RemoteProcess
 MOST_EVENTS = 20_000
 """Number of events within which whatever is waited for must happen."""
 
-NUM_SEEDS = int(os.environ.get("QFLEET_TEST_SEEDS", "1000"))
+NUM_SEEDS = int(os.environ.get("QFLEET_TEST_SEEDS", "600"))
 """Seeds that the tests play for each topology."""
 
 
