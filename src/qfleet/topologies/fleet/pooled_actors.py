@@ -82,13 +82,15 @@ class PooledActors(Generic[A]):
         num_flying = sum(actor.num_chunks for actor in self.each)
         for _ in range(CHUNKS_AHEAD):
             for i in self.in_turn():
-                coming, actor = self.env_steps + num_flying * self.env_steps_per_chunk, self.each[i]
+                actor = self.each[i]
+                if actor.num_chunks >= CHUNKS_AHEAD or not actor.is_ready:
+                    continue
+                coming = self.env_steps + num_flying * self.env_steps_per_chunk
                 if coming >= self._end_env_steps or self.rate_limiter.is_far_ahead(coming, learner_steps):
                     return chunks
-                if actor.num_chunks < CHUNKS_AHEAD and actor.is_ready:
-                    chunks.append((i, Writer(actor.incarnation, actor.num_asked)))
-                    actor.num_asked += 1
-                    actor.num_chunks += 1
-                    num_flying += 1
-                    self.note_request(i)
+                chunks.append((i, Writer(actor.incarnation, actor.num_asked)))
+                actor.num_asked += 1
+                actor.num_chunks += 1
+                num_flying += 1
+                self.note_request(i)
         return chunks

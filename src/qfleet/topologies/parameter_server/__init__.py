@@ -20,7 +20,7 @@ The process that started the run coordinates the others, in a thread of its own.
 
 - `machine.ServerMachine` decides, as a pure state machine: it asks workers for chunks (at most two at a time each) and
   for gradients (one at a time each).
-- `sharded_server.ShardedServer` is its half that decides about the server: it pushes gradients, knows the newest
+- `sharded_server.ShardedServer` is the half of it for the server: it makes learner steps of gradients, knows the newest
   parameters, takes snapshots, and goes back to a snapshot when a shard is lost. Parts of it are `step_queue` and
   `gradient_filter`.
 - `requests` has what the machine requests of workers and shards.
