@@ -287,8 +287,9 @@ def insert(seconds: float) -> dict[str, Any]:
     from qfleet.topologies.fleet.cluster import connected, is_local
     from qfleet.topologies.fleet.references import Reference
     from qfleet.topologies.fleet.remote import RemoteReplayShard
+    from qfleet.topologies.fleet.remote_process import InRemoteProcess, RemoteProcess
     from qfleet.topologies.fleet.replay_shard import Writer
-    from qfleet.topologies.fleet.supervisor import InRemoteProcess, RemoteProcess, Supervisor, carrier_of
+    from qfleet.topologies.fleet.supervisor import Supervisor, carrier_of
 
     class Producer(InRemoteProcess):
         """Stands for an actor whose environments and network cost nothing."""

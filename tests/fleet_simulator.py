@@ -22,7 +22,7 @@ from invariants import Violation, require
 
 from qfleet.topologies.fleet.calls import Call, Failure, Reply, ValueIsLost
 from qfleet.topologies.fleet.references import Reference, dump, load
-from qfleet.topologies.fleet.supervisor import RemoteProcess
+from qfleet.topologies.fleet.remote_process import RemoteProcess
 
 SECONDS = {"start": 2.0, "reply": 0.05, "turn": 0.02, "call": 0.5}
 """Time that things take: a process to start, a reply to arrive, the director to notice it, and a call. A method's own

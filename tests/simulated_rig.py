@@ -20,7 +20,7 @@ from simulated_faults import FAULTS, Fault
 from qfleet.config import TrainConfig
 from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.fleet.director import Director
-from qfleet.topologies.fleet.supervisor import RemoteProcess
+from qfleet.topologies.fleet.remote_process import RemoteProcess
 
 MOST_EVENTS = 20_000
 """Number of events within which whatever is waited for must happen."""

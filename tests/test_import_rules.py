@@ -28,14 +28,18 @@ TOPOLOGIES = {"fused", "overlapped", "actor_learner", "parameter_server", "all_r
 
 TOPOLOGY_CONFIGS = {kind.__name__ for kind in qfleet.config.TOPOLOGIES.values()}
 
-IMPORT_RAY = {"fleet.cluster", "fleet.ray_calls", "fleet.ray_internals", "fleet.supervisor", "all_reduce.ray_processes"}
+IMPORT_RAY = {
+    "fleet.cluster", "fleet.ray_calls", "fleet.ray_internals", "fleet.remote_process", "fleet.supervisor",
+    "all_reduce.ray_processes",
+}  # fmt: skip
 """Modules of `topologies/` that may import Ray, besides every `remote`."""
 
 DIRECTING = ("topology", "director", "remote")
 """Modules of a package that may import each other, but only later ones in this list."""
 
 DIRECTING_ON_RAY = {
-    "topology", "director", "machine_director", "remote", "supervisor", "cluster", "ray_calls", "ray_internals",
+    "topology", "director", "machine_director", "remote", "remote_process", "supervisor", "cluster", "ray_calls",
+    "ray_internals",
 }  # fmt: skip
 """Modules that workers, learners, server shards and peers must not import."""
 

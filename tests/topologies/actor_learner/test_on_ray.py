@@ -80,7 +80,7 @@ class Calls:
         self.supervisor.open(inbox, carrier_of(inbox, is_one_machine=is_one_machine))
 
     def process(self, kind: type, *arguments: Any) -> Any:
-        from qfleet.topologies.fleet.supervisor import IN_LINE, RemoteProcess
+        from qfleet.topologies.fleet.remote_process import IN_LINE, RemoteProcess
 
         return self.supervisor.add(RemoteProcess(kind.__name__, kind, arguments, {"CPU": 1}, IN_LINE, list))
 

@@ -10,7 +10,8 @@ from fleet_simulator import SimulatedProcess, World
 
 from qfleet.config import RunFailed
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.supervisor import InRemoteProcess, RemoteProcess, Supervisor
+from qfleet.topologies.fleet.remote_process import InRemoteProcess, RemoteProcess
+from qfleet.topologies.fleet.supervisor import Supervisor
 
 
 class Worker(InRemoteProcess):

@@ -6,7 +6,7 @@ from qfleet.core.types import Transition
 from qfleet.topologies.actor_learner.learner import GlobalLearner, Leaves, UpdateResult
 from qfleet.topologies.fleet.actor import Actor, Chunk, ChunkStats
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.supervisor import InRemoteProcess
+from qfleet.topologies.fleet.remote_process import InRemoteProcess
 
 
 class RemoteActor(InRemoteProcess, Actor):

@@ -4,6 +4,7 @@
     director.py          Director: a thread in the run's process, which submits calls and hears replies.
     machine_director.py  MachineDirector: a director that carries out what a state machine decides.
     supervisor.py        Supervisor: starts, watches and replaces processes. The only file that calls methods in them.
+    remote_process.py    RemoteProcess: a place in the run, and InRemoteProcess: what runs there.
     references.py        Reference: an array that stays where it was made until a process needs it.
     calls.py             Call, Reply, Inbox: what is sent to a process, and what is heard of it.
     channel.py           Switchboard: carries calls within one machine, by sockets and shared memory.

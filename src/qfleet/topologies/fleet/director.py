@@ -22,8 +22,9 @@ from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.fleet.calls import Inbox, ValueIsLost
 from qfleet.topologies.fleet.cluster import connected, in_words, is_local, room
 from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.remote_process import RemoteProcess, cpus_for
 from qfleet.topologies.fleet.stats import DirectorStats
-from qfleet.topologies.fleet.supervisor import RemoteProcess, Supervisor, carrier_of, cpus_for
+from qfleet.topologies.fleet.supervisor import Supervisor, carrier_of
 
 _CHUNK_SECONDS = 0.5
 """Longest time that `resume` takes, and so the longest time that Ctrl-C waits."""

@@ -42,8 +42,8 @@ from qfleet.topologies.fleet.messages import (
 )
 from qfleet.topologies.fleet.references import Reference, dump
 from qfleet.topologies.fleet.remote import RemoteReplayShard
+from qfleet.topologies.fleet.remote_process import RemoteProcess
 from qfleet.topologies.fleet.replay_shares import share_of
-from qfleet.topologies.fleet.supervisor import RemoteProcess
 
 logger = logging.getLogger("qfleet")
 

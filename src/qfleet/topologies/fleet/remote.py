@@ -6,8 +6,8 @@ from qfleet.core.replay import DrawShare, SavedReplay
 from qfleet.core.types import Transition
 from qfleet.topologies.fleet.actor import Chunk
 from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.remote_process import InRemoteProcess
 from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer
-from qfleet.topologies.fleet.supervisor import InRemoteProcess
 
 
 class RemoteReplayShard(InRemoteProcess, ReplayShard):

@@ -1,24 +1,20 @@
 """Supervises the processes of a run on Ray: starts them, passes on requests and replies, and replaces lost ones."""
 
 import collections
-import functools
 import logging
-import math
-import os
-import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Generic, TypeVar, TypeVarTuple
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, TypeVarTuple
 
 import ray
 
 from qfleet.config import RunFailed
-from qfleet.runtime.devices import compute_in_line, use_cpu_only
 from qfleet.topologies.fleet.calls import Call, Carrier, Connection, Failure, Inbox
-from qfleet.topologies.fleet.channel import Switchboard, Welcome, serve
-from qfleet.topologies.fleet.cluster import in_words, last_line, variables
+from qfleet.topologies.fleet.channel import Switchboard
+from qfleet.topologies.fleet.cluster import in_words, last_line
 from qfleet.topologies.fleet.ray_calls import RayCarrier
 from qfleet.topologies.fleet.references import Reference, dump, load
+from qfleet.topologies.fleet.remote_process import InRemoteProcess, RemoteProcess
 from qfleet.topologies.fleet.shared_memory import can_share
 
 P = TypeVar("P")
@@ -36,146 +32,6 @@ _SLOW_STARTS = 5
 
 _LOOK_SECONDS = 1.0
 """Time between two checks for silent processes."""
-
-
-class InRemoteProcess:
-    """Base class of everything that runs in a remote process, in front of the class that does the work.
-
-    It prepares the process before that class uses JAX: `class RemoteActor(InRemoteProcess, Actor)`.
-    """
-
-    def __init__(self, variables: Mapping[str, str], *arguments: Any) -> None:
-        """Sets up the process, in which JAX must not have been used yet.
-
-        Args:
-          variables: environment variables to set first, because Ray may have started the process in advance.
-          *arguments: of the class that does the work.
-        """
-        os.environ.pop("OMP_NUM_THREADS", None)  # set by Ray to the number of CPUs that the process takes
-        os.environ.update(variables)
-        if variables.get("JAX_PLATFORMS") == "cpu":
-            use_cpu_only()
-        if variables.get("JAX_CPU_ENABLE_ASYNC_DISPATCH") == "false":
-            compute_in_line()
-        super().__init__(*arguments)
-
-    def where(self) -> tuple[int, str]:
-        """Returns process ID and node ID. The reply also says that the constructor has finished."""
-        return os.getpid(), ray.get_runtime_context().get_node_id()
-
-    def call(self, method: str, data: bytes, *values: Any) -> Any:
-        """Calls a method, for `RayConnection`.
-
-        Args:
-          method: its name.
-          data: its arguments, from `references.dump`.
-          *values: the values that the references among the arguments refer to.
-
-        Returns:
-          The reply, from `references.dump`, and then the values of its references.
-        """
-        reply, results = dump(getattr(self, method)(*load(data, [Reference(value) for value in values])))
-        return (reply, *(result.value for result in results)) if results else reply
-
-    def serve(self, welcome: Welcome) -> None:
-        """Carries out the calls that come through a channel, until its other end is closed."""
-        serve(self, welcome)
-
-
-class RemoteProcess(Generic[P]):
-    """A place in the run, and the process that holds it at the moment. Its methods are those of `kind`."""
-
-    def __init__(
-        self,
-        name: str,
-        kind: type[P],
-        arguments: tuple,
-        resources: Mapping[str, float],
-        environment: Mapping[str, str],
-        on_lost: Callable[[], None],
-        on_ready: Callable[[], None] = lambda: None,
-        *,
-        inherits: bool = False,
-    ) -> None:
-        """Describes the process; `start` starts it.
-
-        Args:
-          name: for messages.
-          kind: class of the object that runs in the process.
-          arguments: of its constructor.
-          resources: that the process takes, by Ray's names.
-          environment: environment variables to set in the process.
-          on_lost: called when the process has been replaced, before the replacement gets its first request.
-          on_ready: called when the process has found a node and its constructor has finished.
-          inherits: whether Ray's processes inherit `variables` from this one. If not, Ray must set them, and takes
-            twice as long to start a process.
-        """
-        amounts = dict(resources)
-        options: dict[str, Any] = {
-            "num_cpus": amounts.pop("CPU", 0),
-            "num_gpus": amounts.pop("GPU", 0),
-            "resources": amounts,
-        }
-        if not inherits:
-            options["runtime_env"] = {"env_vars": variables()}
-        self.name, self.resources = name, dict(resources)
-        self._kind, self._options, self._arguments = kind, options, (dict(environment), *arguments)
-        self.on_lost, self.on_ready = on_lost, on_ready
-        self.calls: collections.deque[Call] = collections.deque()
-        """Calls that have not been answered, in the order in which the process carries them out."""
-        self.has_replied_to: set[str] = set()
-        """Methods that the current process has replied to, and so has compiled."""
-        self.replied_at = self.started_at = 0.0
-        """Time of the last reply, or of the last moment when no reply could have arrived."""
-        self.place: tuple[int, str] | None = None
-        """Process ID and node ID; None until the process has been made."""
-        self.failed_at: collections.deque[float] = collections.deque()
-        """Times of the failures that still count."""
-        self.handle: Any = None
-        self.connection: Connection | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the process has a node and its constructor has finished."""
-        return self.place is not None
-
-    def start(self, now: float) -> None:
-        """Starts a process in this place; `now` is the time, in seconds."""
-        self.place, self.has_replied_to = None, set()
-        self.started_at = self.replied_at = now
-        self.handle = self._launch()
-
-    def terminate(self, *, is_alive: bool = False) -> None:
-        """Terminates the process.
-
-        Args:
-          is_alive: whether the process may still be at work, or be stopped so that it doesn't hear Ray. If it is on
-            this node, it is then killed by a signal.
-        """
-        if self.handle is None:
-            return
-        if self.connection is not None:
-            self.connection.close()
-            self.connection = None
-        self._kill(is_alive=is_alive)
-        self.handle = None
-
-    @functools.cached_property
-    def _make(self) -> Any:
-        return ray.remote(self._kind).options(**self._options)
-
-    def _launch(self) -> Any:
-        """Makes Ray start a process, and returns its handle."""
-        return self._make.remote(*self._arguments)
-
-    def _kill(self, *, is_alive: bool) -> None:
-        """Kills the process that `handle` stands for."""
-        ray.kill(self.handle)
-        if is_alive and self.place is not None and self.place[1] == ray.get_runtime_context().get_node_id():
-            try:
-                os.kill(self.place[0], signal.SIGKILL)
-            except ProcessLookupError:
-                self.place = None
 
 
 class Supervisor:
@@ -433,24 +289,3 @@ def _cause(error: Exception) -> str:
     if isinstance(error, ray.exceptions.ActorDiedError) and error.actor_init_failed:
         return f"could not be made ({last_line(error)})"
     return "died"
-
-
-ONE_CPU = {"CPU": 1.0}
-"""Resources that a process takes by default."""
-
-ON_CPU = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "OMP_NUM_THREADS": "1"}
-"""Environment variables of a process that computes on the CPU, with one thread."""
-
-IN_LINE = {**ON_CPU, "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
-"""Variables of such a process if it has nothing else to do while it computes."""
-
-
-def default_resources(num_devices: int) -> dict[str, float]:
-    """Returns the resources of a learner by default: a GPU for each of its devices, if the cluster has as many."""
-    has_gpus = ray.cluster_resources().get("GPU", 0) >= num_devices
-    return {**ONE_CPU, "GPU": num_devices} if has_gpus else ONE_CPU
-
-
-def cpus_for(processes: list[Mapping[str, float]]) -> int:
-    """Returns the number of CPUs that a local Ray must claim to have, so that all of these processes find a place."""
-    return max(os.cpu_count() or 1, math.ceil(sum(resources.get("CPU", 0) for resources in processes)))

@@ -21,9 +21,9 @@ from qfleet.topologies.base import OwnLearner
 from qfleet.topologies.fleet.calls import ValueIsLost
 from qfleet.topologies.fleet.director import Director
 from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.remote_process import ON_CPU, ONE_CPU, RemoteProcess, default_resources
 from qfleet.topologies.fleet.replay_shares import share_of
 from qfleet.topologies.fleet.stats import DirectorStats
-from qfleet.topologies.fleet.supervisor import ON_CPU, ONE_CPU, RemoteProcess, default_resources
 from qfleet.topologies.gossip.averaging import Leaves, split_evenly
 from qfleet.topologies.gossip.decisions import (
     PeerRecord,

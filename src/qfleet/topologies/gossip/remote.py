@@ -2,7 +2,7 @@
 
 from qfleet.core.replay import SavedReplay
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.supervisor import InRemoteProcess
+from qfleet.topologies.fleet.remote_process import InRemoteProcess
 from qfleet.topologies.gossip.averaging import Leaves
 from qfleet.topologies.gossip.peer import GossipPeer, PeerChunkStats, StartingPoint
 

@@ -11,8 +11,8 @@ from qfleet.core.replay import SavedReplay
 from qfleet.core.sharded_learner import StateLeaves
 from qfleet.core.types import Transition
 from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.remote_process import InRemoteProcess
 from qfleet.topologies.fleet.replay_shard import ShardStats
-from qfleet.topologies.fleet.supervisor import InRemoteProcess
 from qfleet.topologies.parameter_server.requests import ChunkAnswer, GradientAnswer, PublishedAnswer, Pull
 from qfleet.topologies.parameter_server.server_shard import PublishedParameters, ServerShard
 from qfleet.topologies.parameter_server.worker import GradientReply, Worker
