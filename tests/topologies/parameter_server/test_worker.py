@@ -24,6 +24,9 @@ def test_a_worker_learns_from_its_own_replay_and_sets_its_priorities():
         report, stats, chunk = worker.act(1.0)
         assert chunk is None
     assert report.received_bytes == 0 and stats.num_transitions > 40
+    for shard in server:  # so that TD errors aren't those by which the worker has acted
+        shard.apply_gradients([np.ones(len(shard.publish().params), np.float32)])
+    worker.pull(4, *pulled(server))
     store = worker._own_replay
     before = jax.tree.map(np.array, store.state)
     result, gradient, _ = worker.compute_gradient(0.4)
