@@ -1,24 +1,20 @@
 """Carries calls between processes of one machine: a socket for what is to be done, shared memory for arrays.
 
-Each process that Ray has started connects to the director's `Switchboard` by a Unix socket. The director sends it calls
-of a few hundred bytes there, in the order in which it must carry them out, and it answers them one by one. Arrays lie
-in an `Arena`: the process reads those that a call names, and writes those that it makes to the block that came with the
-call. Its answer is sent after its arrays are written, so nobody reads an array that is half written. A round trip costs
-microseconds where a call of Ray costs a millisecond of CPU.
+Each process that Ray has started connects to the director's `Switchboard` by a Unix socket. There it gets calls, which
+it carries out and answers one by one. Arrays lie in an `Arena`: the process reads those that a call names, and writes
+those that it makes to the block that came with the call. Its answer is sent after that, so nobody reads an array that
+is half written. A round trip costs microseconds where a call of Ray costs a millisecond of CPU.
 
     director                                          process
     ChannelConnection.send   -- call, blocks, room -->  serve: reads arguments, calls the method,
                              <------ reply, blocks ---         writes the arrays of the reply into the room
     or, if the room is too small or there is none:
                              <---- more room wanted --
-                             -------- room ---------->
-                             <------ reply, blocks ---
+                             -------- room ---------->  then it replies
 
-The socket's end is the process's end. Then the blocks that it may have been writing to are given to others, and not
-before. A process of another user can't connect, and one without the run's token isn't heard.
-
-A value is never changed once it is written, so there is nothing to lock: parameters of each version lie in a block of
-their own, which all readers share, and which is used again when the last of them has answered.
+The socket's end is the process's end. Only then are the blocks reused that it may have been writing to. A process of
+another user can't connect, and one without the run's token isn't heard. A value is never changed once it is written, so
+there is nothing to lock: all readers share a block, which is used again when the last of them has answered.
 """
 
 import collections
@@ -51,7 +47,6 @@ _SPARE_ROOM = 1.25
 
 _MOST_ROOM_IN_ADVANCE = 64_000_000
 """Bytes. A larger reply, such as a whole replay, has to ask for its room."""
-
 
 _HELLO = struct.Struct("32sQ")
 """The first message of a process: the run's token, and the number of the connection."""
