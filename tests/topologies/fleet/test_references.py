@@ -30,6 +30,14 @@ def test_a_value_is_read_when_it_is_first_asked_for_and_not_again():
     assert reference.value == reference.value == 5 and len(reads) == 1
 
 
+def test_a_copy_may_be_kept_and_changed():
+    array = np.zeros(3)
+    array.setflags(write=False)
+    copied = Reference([array]).copy()[0]
+    copied += 1
+    assert array.tolist() == [0, 0, 0] and copied.tolist() == [1, 1, 1]
+
+
 def test_a_reference_is_there_once_its_value_has_been_made():
     reference = Reference()
     assert not reference.is_there

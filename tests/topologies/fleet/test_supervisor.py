@@ -9,9 +9,12 @@ pytest.importorskip("ray")
 from fleet_simulator import SimulatedProcess, World
 
 from qfleet.config import RunFailed
+from qfleet.topologies.fleet import channel, supervisor
+from qfleet.topologies.fleet.calls import Inbox
+from qfleet.topologies.fleet.ray_calls import RayCarrier
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote_process import InRemoteProcess, RemoteProcess
-from qfleet.topologies.fleet.supervisor import Supervisor
+from qfleet.topologies.fleet.supervisor import Supervisor, carrier_of
 
 
 class Worker(InRemoteProcess):
@@ -32,6 +35,20 @@ class Model:
         pass
 
     work, work_on, make = Worker.work, Worker.work_on, Worker.make
+
+
+def test_ray_carries_all_where_memory_cannot_be_shared(monkeypatch, caplog):
+    """A small piece may be had where the whole can't, such as under a limit of the process's memory."""
+
+    def too_much(*_: Any) -> None:
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(supervisor, "can_share", lambda: True)
+    monkeypatch.setattr(channel, "Arena", too_much)
+    inbox = Inbox()
+    assert isinstance(carrier_of(inbox, is_one_machine=True), RayCarrier)
+    assert "can't share memory (Cannot allocate memory), so Ray carries all" in caplog.text
+    inbox.close()
 
 
 class Bench:

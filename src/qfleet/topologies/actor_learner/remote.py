@@ -53,4 +53,4 @@ class RemoteLearner(InRemoteProcess, GlobalLearner):
 
     def go_on_from(self, learner_steps: int, leaves: Reference[Leaves]) -> None:
         """Does what `restore` does."""
-        self.restore(learner_steps, leaves.value)
+        self.restore(learner_steps, leaves.copy())

@@ -19,6 +19,7 @@ there is nothing to lock: all readers share a block, which is used again when th
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import hmac
@@ -195,7 +196,7 @@ class ChannelConnection:
         self._socket.close()
         self._socket = None
         self._in_flight.clear()
-        self._switchboard.note_connected(self, is_connected=False)
+        self._switchboard.connected.discard(self)
 
     def accept(self, connected: socket.socket) -> None:
         """Takes the socket of the process, which has connected."""
@@ -205,7 +206,7 @@ class ChannelConnection:
         socket.send_fds(connected, [b"!"], [self._switchboard.arena.file])
         connected.setblocking(False)
         self._socket = connected
-        self._switchboard.note_connected(self, is_connected=True)
+        self._switchboard.connected.add(self)
         self._flush()
 
     def _send(self, message: _Request | _Room) -> None:
@@ -302,7 +303,7 @@ class Switchboard:
         self._token = secrets.token_bytes(32)
         self._expected: dict[int, ChannelConnection] = {}
         """Connections whose processes have not come yet, by number."""
-        self._connected: set[ChannelConnection] = set()
+        self.connected: set[ChannelConnection] = set()
         self._num_connections = 0
         self._strangers: set[socket.socket] = set()
         """Sockets of processes that have not said yet who they are."""
@@ -329,7 +330,7 @@ class Switchboard:
 
     def read(self, place: Stored) -> Any:
         """Returns a copy of a value."""
-        return pickle.loads(pickle.dumps(self.arena.read(place.address)))
+        return copy.deepcopy(self.arena.read(place.address))
 
     def is_lost(self, place: Stored) -> bool:
         """Returns False: this process keeps all values."""
@@ -341,10 +342,6 @@ class Switchboard:
             reference.place = self.arena.put(reference.value)
         stored: Stored = reference.place
         return stored
-
-    def note_connected(self, connection: ChannelConnection, *, is_connected: bool) -> None:
-        """Notes whether a process is connected."""
-        (self._connected.add if is_connected else self._connected.discard)(connection)
 
     def lease_room(self, call: Call) -> Block | None:
         """Leases room for a reply; None if it is not known how much it will need, or if it is much."""
@@ -358,7 +355,7 @@ class Switchboard:
     def close(self) -> None:
         """Ends all connections and frees the memory. The processes that are still there carry out no more calls."""
         self._expected.clear()
-        for connection in list(self._connected):
+        for connection in list(self.connected):
             connection.end()
         for each in [self._socket, *self._strangers]:
             self.inbox.listen(each, 0, self._accept)

@@ -6,6 +6,7 @@ meanwhile is the business of whoever carries the calls: in memory that the proce
 or in Ray's object store (`ray_calls`).
 """
 
+import copy
 import io
 import pickle
 from collections.abc import Callable, Sequence
@@ -44,6 +45,10 @@ class Reference(Generic[T]):
             assert self._read is not None, "the director has no values"
             self._value = self._read()
         return self._value
+
+    def copy(self) -> T:
+        """Returns a copy of the value, which may be kept and changed."""
+        return copy.deepcopy(self.value)
 
     @property
     def has_value(self) -> bool:

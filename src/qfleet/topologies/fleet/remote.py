@@ -34,4 +34,4 @@ class RemoteReplayShard(InRemoteProcess, ReplayShard):
 
     def go_on_from(self, saved: Reference[SavedReplay]) -> ShardStats:
         """Does what `restore` does."""
-        return self.restore(saved.value)
+        return self.restore(saved.copy())

@@ -280,7 +280,12 @@ def carrier_of(inbox: Inbox, *, is_one_machine: bool) -> Carrier:
       inbox: for what is heard of the processes.
       is_one_machine: whether all processes run on this machine, so that they can share memory.
     """
-    return Switchboard(inbox, _cause) if is_one_machine and can_share() else RayCarrier(inbox, _cause)
+    if is_one_machine and can_share():
+        try:
+            return Switchboard(inbox, _cause)
+        except OSError as error:  # such as a limit of this process's memory that is below that of the machine
+            logger.warning("the processes can't share memory (%s), so Ray carries all, which takes longer", error)
+    return RayCarrier(inbox, _cause)
 
 
 def _cause(error: Exception) -> str:

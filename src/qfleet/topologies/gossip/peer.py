@@ -118,8 +118,8 @@ class GossipPeer:
           replay: this peer's share of a replay, in one segment; None for an empty replay and a new warm-up.
         """
         state: dict[str, Any] = {"learner": self._on_devices(learner, self._run.learner)}
-        if replay is not None:  # `cut`, because all lanes begin new episodes; copies, because it may be lent
-            state["replay"] = jax.tree.map(np.array, replay._replace(ring=cut(replay.ring)))
+        if replay is not None:  # `cut`, because all lanes begin new episodes
+            state["replay"] = replay._replace(ring=jax.tree.map(np.asarray, cut(replay.ring)))
         self._run.restore(state, start._asdict())
         self._has_begun = True
 

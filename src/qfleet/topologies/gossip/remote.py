@@ -14,7 +14,7 @@ class RemotePeer(InRemoteProcess, GossipPeer):
         self, start: StartingPoint, learner: Reference[Leaves], replay: Reference[SavedReplay | None]
     ) -> None:
         """Does what `begin` does."""
-        self.begin(start, learner.value, replay.value)
+        self.begin(start, learner.copy(), replay.copy())
 
     def take_chunk(self, num_env_steps: int) -> tuple[PeerChunkStats, Reference[Leaves]]:
         """Does what `advance` does without an averaging step."""

@@ -48,7 +48,7 @@ class RemoteWorker(InRemoteProcess, Worker):
 
     def go_on_from(self, saved: Reference[SavedReplay]) -> ShardStats:
         """Does what `restore` does."""
-        return self.restore(saved.value)
+        return self.restore(saved.copy())
 
     def _pull(self, pull: Pull) -> None:
         if pull.version != self.version:
@@ -97,7 +97,7 @@ class RemoteServerShard(InRemoteProcess, ServerShard):
 
     def go_on_from(self, leaves: Reference[StateLeaves]) -> None:
         """Does what `restore` does."""
-        self.restore(leaves.value)
+        self.restore(leaves.copy())
 
     def _arrays(self, gradients: Sequence[Reference[np.ndarray]]) -> list[np.ndarray]:
         return [gradient.value.view(self.gradient_dtype) for gradient in gradients]
