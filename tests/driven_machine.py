@@ -27,7 +27,7 @@ from qfleet.topologies.fleet.messages import (
     Warn,
 )
 from qfleet.topologies.fleet.references import Reference, dump
-from qfleet.topologies.fleet.replay_requests import Insert
+from qfleet.topologies.fleet.sharded_replay import Insert
 
 NOT_SENT = {"results", "newest", "snapshot"}
 """Fields of requests that the director doesn't pass on."""

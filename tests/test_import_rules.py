@@ -44,7 +44,7 @@ DIRECTING_ON_RAY = {
 """Modules that workers, learners, server shards and peers must not import."""
 
 DECIDING = {
-    "fleet.machine", "fleet.messages", "fleet.pooled_actors", "fleet.rate_limiter", "fleet.replay_requests",
+    "fleet.machine", "fleet.messages", "fleet.pooled_actors", "fleet.rate_limiter", "fleet.sharded_replay",
     "fleet.stats", "actor_learner.machine", "gossip.decisions", "parameter_server.gradient_filter",
     "parameter_server.machine", "parameter_server.requests", "parameter_server.sharded_server",
     "parameter_server.stats", "parameter_server.step_queue",
@@ -196,7 +196,7 @@ def test_the_modules_that_do_the_work_on_ray_are_found() -> None:
         (5, "qfleet.envs.gymnasium", "qfleet.config.AgentConfig"),
         (5, "qfleet.envs.host", "qfleet.config.topologies.FusedConfig"),
         (6, "qfleet.topologies.actor_learner.machine", "time.monotonic"),
-        (6, "qfleet.topologies.fleet.replay_requests", "qfleet.topologies.fleet.remote.RemoteReplayShard"),
+        (6, "qfleet.topologies.fleet.sharded_replay", "qfleet.topologies.fleet.remote.RemoteReplayShard"),
     ],
 )
 def test_an_import_against_a_rule_is_found(rule: int, module: str, planted: str) -> None:

@@ -21,8 +21,8 @@ from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.messages import Begin, Dropped, LearnerFound, Paused, ProcessId, Restored, SavedShare
 from qfleet.topologies.fleet.rate_limiter import ROUNDS_AHEAD
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.fleet.replay_shard import ShardStats, Writer
+from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, Sample, SetPriorities
 
 NUM_BATCHES = 2
 ALL = ("actor", "replay shard", "learner")

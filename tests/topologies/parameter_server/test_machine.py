@@ -11,8 +11,8 @@ from small_servers import config_of
 from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.messages import CheckValues, Dropped, LearnerFound, Paused, ProcessId, Restored, SavedShare
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.fleet.replay_shard import ShardStats
+from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.parameter_server.machine import ServerMachine
 from qfleet.topologies.parameter_server.requests import (
     Act,

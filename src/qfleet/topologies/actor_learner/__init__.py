@@ -8,7 +8,7 @@
     who takes parameters     RemoteActor.fetch_and_collect: those that         remote.py
                              GlobalLearner.params returned last                learner.py
     who decides              ActorLearnerMachine, a pure state machine, with   machine.py
-                             ShardedReplay, which divides a batch              fleet/replay_requests.py
+                             ShardedReplay, which divides a batch              fleet/sharded_replay.py
     who carries it out       ActorLearnerDirector, in a thread of the run      director.py
     who checks and records   ActorLearner, in the run's process                topology.py
 

@@ -31,7 +31,7 @@ from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
 from qfleet.topologies.fleet.remote_process import IN_LINE, ONE_CPU, RemoteProcess, default_resources
-from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
+from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, Sample, SetPriorities
 
 
 class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachine]):

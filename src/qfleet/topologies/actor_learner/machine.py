@@ -37,7 +37,8 @@ from qfleet.topologies.fleet.messages import (
 from qfleet.topologies.fleet.pooled_actors import PooledActor
 from qfleet.topologies.fleet.rate_limiter import ROUNDS_AHEAD
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.replay_requests import (
+from qfleet.topologies.fleet.replay_shard import Writer
+from qfleet.topologies.fleet.sharded_replay import (
     ArrivedChunk,
     Drawn,
     Insert,
@@ -45,7 +46,6 @@ from qfleet.topologies.fleet.replay_requests import (
     Sample,
     SetPriorities,
 )
-from qfleet.topologies.fleet.replay_shard import Writer
 from qfleet.topologies.fleet.stats import PoolStats
 
 LEARNER = ProcessId("learner")

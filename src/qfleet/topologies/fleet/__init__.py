@@ -19,7 +19,7 @@ What decides, without Ray, clock, thread or file:
     machine.py           FleetMachine: base class of the machines, each of which is in its topology's package.
     pooled_actors.py     PooledActors: whose turn it is to act.
     rate_limiter.py      RateLimiter: which learner steps are due, and whether the actors must wait.
-    replay_requests.py   ShardedReplay: which shard stores what, and how much of a batch each draws.
+    sharded_replay.py    ShardedReplay: which shard stores what, and how much of a batch each draws.
     stats.py             What has happened since the last record.
 
 In remote processes:

@@ -12,7 +12,7 @@ from qfleet.config import ActorPool, TrainConfig
 from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.messages import Event, ReplayFound, Request, Restored, Warn
 from qfleet.topologies.fleet.pooled_actors import A, PooledActors
-from qfleet.topologies.fleet.replay_requests import ShardedReplay
+from qfleet.topologies.fleet.sharded_replay import ShardedReplay
 from qfleet.topologies.fleet.stats import PoolStats
 
 S = TypeVar("S", bound=PoolStats)

@@ -22,7 +22,7 @@ from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
 from qfleet.topologies.fleet.remote_process import IN_LINE, ONE_CPU, RemoteProcess
-from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
+from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.parameter_server.machine import ServerMachine
 from qfleet.topologies.parameter_server.remote import RemoteServerShard, RemoteWorker
 from qfleet.topologies.parameter_server.requests import (

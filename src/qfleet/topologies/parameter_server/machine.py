@@ -32,8 +32,8 @@ from qfleet.topologies.fleet.messages import (
 )
 from qfleet.topologies.fleet.pooled_actors import PooledActor
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.replay_requests import ArrivedChunk, Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats
+from qfleet.topologies.fleet.sharded_replay import ArrivedChunk, Insert, RestoreReplay, Sample, SetPriorities
 from qfleet.topologies.parameter_server.requests import (
     Act,
     ApplyAverages,

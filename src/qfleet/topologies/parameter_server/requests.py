@@ -13,8 +13,8 @@ from qfleet.core.sharded_learner import StateLeaves
 from qfleet.topologies.fleet.actor import Chunk, ChunkStats
 from qfleet.topologies.fleet.messages import CallRequest
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.replay_requests import Drawn
 from qfleet.topologies.fleet.replay_shard import ShardStats, Writer
+from qfleet.topologies.fleet.sharded_replay import Drawn
 from qfleet.topologies.parameter_server.worker import GradientStats
 
 Pieces = tuple[Reference[np.ndarray], ...]
