@@ -8,6 +8,7 @@ python benchmarks/fleet_limits.py soak        the memory of every process and of
 """
 
 import argparse
+import functools
 import os
 import statistics
 import subprocess
@@ -234,16 +235,14 @@ def chunks(num_actors: int, seconds: float) -> dict[str, Any]:
     """Returns how many chunks of a fleet are stored per second, if its actors return the same chunk again and again."""
     from qfleet.topologies.actor_learner import director as director_module
     from qfleet.topologies.actor_learner.remote import RemoteActor
-    from qfleet.topologies.fleet.actor import Chunk, ChunkStats
 
     class Stub(RemoteActor):
-        """An actor that acts once."""
+        """An actor that acts once, and returns its first chunk again and again."""
 
-        def collect(self, exploration: float) -> tuple[ChunkStats, Chunk]:
-            """Returns the first chunk again and again."""
-            if not hasattr(self, "_first"):
-                self._first = super().collect(exploration)
-            return self._first
+        def __init__(self, variables: dict[str, str], config: qfleet.TrainConfig, number: int) -> None:
+            """Has the actor remember its chunk, which depends on its epsilon only."""
+            super().__init__(variables, config, number)
+            setattr(self._actor, "collect", functools.cache(self._actor.collect))  # noqa: B010, mypy knows a method
 
     setattr(director_module, "RemoteActor", Stub)  # noqa: B010, the module imports this name from another
     config = qfleet.make_config(
@@ -326,7 +325,7 @@ def insert(seconds: float) -> dict[str, Any]:
             def produced(made: Reference[Chunk]) -> None:
                 writer = Writer(0, counts[i])
                 counts[i] += 1
-                insert = RemoteReplayShard.insert_chunk
+                insert = RemoteReplayShard.insert
                 supervisor.submit(shards[i], insert, 0, writer, made, on_reply=lambda answer: inserted(i))
 
             supervisor.submit(producers[i], Producer.produce, on_reply=produced, results=[Reference()])

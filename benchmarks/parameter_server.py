@@ -27,8 +27,9 @@ from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.messages import ProcessId
 from qfleet.topologies.fleet.replay_shard import ShardStats
 from qfleet.topologies.parameter_server import director as director_module
-from qfleet.topologies.parameter_server.remote import RemoteWorker
-from qfleet.topologies.parameter_server.worker import ActReply, GradientReply, GradientStats
+from qfleet.topologies.parameter_server.remote import RemoteWorker, gradient_answer
+from qfleet.topologies.parameter_server.requests import ActAnswer, GradientAnswer, Pull
+from qfleet.topologies.parameter_server.worker import GradientReply, GradientStats
 
 CHUNK = ChunkStats([], [], 0.0, 0, 0.0, 0)
 
@@ -41,25 +42,27 @@ class StubWorker(RemoteWorker):
         super().__init__(variables, config, number)
         dtype = jnp.dtype(config.topology_as(ParameterServerConfig).gradient_dtype)
         self._pulls: collections.deque[float] = collections.deque(maxlen=1000)
-        self._pieces: Any = [np.full(end - start, 1e-3, dtype) for start, end in self._learner.piece_bounds]
+        self._pieces = [np.full(end - start, 1e-3, dtype) for start, end in self._worker._learner.piece_bounds]
 
-    def act(self, exploration: float) -> ActReply:
+    def act(self, pull: Pull, exploration: float) -> ActAnswer:
         """Returns a chunk that took no time."""
-        return ActReply(CHUNK, ShardStats(1.0, 10**6, 0.0), None)
+        self._pull(pull)
+        return ActAnswer(CHUNK, ShardStats(1.0, 10**6, 0.0), None)
 
-    def compute_gradient(self, importance_exponent: float) -> GradientReply:
+    def compute_gradient(self, pull: Pull, importance_exponent: float) -> GradientAnswer:
         """Returns a gradient that took no time."""
-        return GradientReply(GradientStats(1.0, 1.0, 1.0, 0.0), self._pieces, [])
+        self._pull(pull)
+        return gradient_answer(GradientReply(GradientStats(1.0, 1.0, 1.0, 0.0), self._pieces, []))
 
-    def pull(self, version: int, params: Any, target_params: Any = ()) -> None:
+    def _pull(self, pull: Pull) -> None:
         """Notes how many seconds it takes until the parameters can be used."""
-        started = time.perf_counter()
-        super().pull(version, params, target_params)
-        if params:
+        is_new, started = pull.version != self._worker.version, time.perf_counter()
+        super()._pull(pull)
+        if is_new:
             self._pulls.append(time.perf_counter() - started)
 
     def pull_seconds(self) -> float:
-        """Returns the median of the seconds that `pull` has noted."""
+        """Returns the median of the seconds that `_pull` has noted."""
         return statistics.median(self._pulls)
 
 

@@ -118,7 +118,7 @@ class Host:
             self.is_ready = True
             return (self.number, str(self.node))
         arguments = load(call.data, [Reference(reference.place.value) for reference in call.references])
-        if call.method == "insert_chunk":
+        if call.method == "insert":
             self._inserted.append(arguments)
         return getattr(self.model, call.method)(*arguments)
 
@@ -183,7 +183,7 @@ class Host:
     def repeat_insertion(self) -> None:
         """Carries out a call again that stores a chunk, as a network does that doesn't know whether a call arrived."""
         if self._inserted and not self.is_dead:
-            self.model.insert_chunk(*self.world.random.choice(self._inserted))
+            self.model.insert(*self.world.random.choice(self._inserted))
 
 
 class SimulatedConnection:

@@ -21,7 +21,7 @@ from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.rate_limiter import CHUNKS_AHEAD, ROUNDS_AHEAD
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
-from qfleet.topologies.fleet.replay_shard import ShardStats, Writer, admit
+from qfleet.topologies.fleet.replay_shard import InsertReply, SampleReply, ShardStats, Writer, admit
 from qfleet.topologies.fleet.replay_shares import join_shards
 
 NUM_SAVED_ROWS = 512
@@ -105,7 +105,7 @@ class ActingModel:
 
 
 class ActorModel(ActingModel):
-    def fetch_and_collect(self, version: int, params: Reference, exploration: float) -> tuple[ChunkStats, Reference]:
+    def collect(self, version: int, params: Reference, exploration: float) -> tuple[ChunkStats, Reference]:
         if version != self.version:
             self.ledger.note_params(version, params.value)
             self.take_version(version)
@@ -160,24 +160,24 @@ class ShardModel:
         num_transitions = self._steps * sum(len(segment.chunks) for segment in self.segments)
         return ShardStats(float(num_transitions), num_transitions, 0.1)
 
-    def insert_chunk(self, segment: int, writer: Writer, chunk: Reference) -> tuple[ShardStats, bool]:
+    def insert(self, segment: int, writer: Writer, chunk: Reference) -> InsertReply:
         is_stored = self.segments[segment].insert(writer, chunk.value)
         if is_stored:
             self.ledger.stored.add(chunk.value)
-        return self.stats, is_stored
+        return InsertReply(self.stats, is_stored)
 
-    def sample_share(self, number: int, seed: int, importance_exponent: float, share: Any, most: int) -> tuple:
+    def sample_share(self, number: int, seed: int, importance_exponent: float, share: Any, most: int) -> SampleReply:
         self._draws.add(number)
-        return self.stats, Reference(Share(self.number, number, int(share.num_draws)))
+        return SampleReply(self.stats, Reference(Share(self.number, number, int(share.num_draws))))
 
-    def take_priorities(self, number: int, priority: Reference) -> ShardStats:
+    def set_priorities(self, number: int, priority: Reference) -> ShardStats:
         require("priorities come to the shard that drew", priority.value[:2] == (self.number, number), priority.value)
         return self.stats
 
-    def saved(self) -> Reference:
+    def snapshot(self) -> Reference:
         return Reference(saved_replay([[chunk.encoded() for chunk in segment.chunks] for segment in self.segments]))
 
-    def go_on_from(self, saved: Reference) -> ShardStats:
+    def restore(self, saved: Reference) -> ShardStats:
         for segment, codes in zip(self.segments, lanes_of(saved.value), strict=True):
             segment.restore(codes)
         return self.stats
@@ -188,24 +188,24 @@ class LearnerModel:
         self.ledger, self.host, self.size = ledger, host, ledger.num_batches * config.agent.batch_size
         self.steps = 0
 
-    def learn_round(self, places: list[np.ndarray], parts: list[Reference]) -> tuple[UpdateResult, list[Reference]]:
-        shares = [part.value for part in parts]
-        require("a round is of one draw", len({share.number for share in shares}) == 1, shares)
-        require("each share fills its places", [share.num_draws for share in shares] == list(map(len, places)))
+    def learn(self, places: list[np.ndarray], shares: list[Reference]) -> tuple[UpdateResult, list[Reference]]:
+        drawn = [share.value for share in shares]
+        require("a round is of one draw", len({share.number for share in drawn}) == 1, drawn)
+        require("each share fills its places", [share.num_draws for share in drawn] == list(map(len, places)))
         require("a round is whole", sorted(np.concatenate(places).tolist()) == list(range(self.size)))
         self.steps += self.ledger.num_batches
-        return UpdateResult(0.0, 0.0, self.steps, 0.5), [Reference(share) for share in shares]
+        return UpdateResult(0.0, 0.0, self.steps, 0.5), [Reference(share) for share in drawn]
 
     def publish(self) -> tuple[int, Reference]:
         return self.steps, Reference((self.steps, self.host.number))
 
-    def saved_params(self) -> Reference:
+    def params(self) -> Reference:
         return Reference((self.steps, [np.array(self.steps)]))
 
-    def saved(self) -> Reference:
+    def state(self) -> Reference:
         return Reference((self.steps, [np.array(self.steps)]))
 
-    def go_on_from(self, learner_steps: int, leaves: Reference) -> None:
+    def restore(self, learner_steps: int, leaves: Reference) -> None:
         require("counts and state belong together", learner_steps == leaves.value[0], learner_steps, leaves.value)
         self.steps = learner_steps
 
@@ -249,7 +249,7 @@ class ReplayRig(Rig):
     def check_actors_wait(self, num_chunks_before: int, most_rounds: int) -> None:
         """Requires that actors that were just asked for a chunk aren't far ahead of the learner."""
         director, limiter = self.director, self.director.machine.actors.rate_limiter
-        num_chunks = sum(actor.num_chunks for actor in director.machine.actors.each)
+        num_chunks = sum(actor.num_chunks_under_way for actor in director.machine.actors.each)
         if num_chunks > num_chunks_before:
             pool, agent = self.config.topology.actor_pool, self.config.agent
             coming = director.env_steps + (num_chunks - 1) * self.env_steps_per_chunk
@@ -282,7 +282,7 @@ class ReplayRig(Rig):
     def check_replay(self) -> None:
         """Requires that what is thought to be under way to the shards is under way."""
         replay = self.director.machine.replay
-        num_inserting, num_returning = self.under_way["insert_chunk"], self.under_way["take_priorities"]
+        num_inserting, num_returning = self.under_way["insert"], self.under_way["set_priorities"]
         require(
             "what is thought to be under way is under way",
             (replay._num_inserting, replay._num_returning) == (num_inserting, num_returning), num_inserting,
@@ -294,17 +294,16 @@ class ReplayRig(Rig):
         """Requires that as many chunks are under way as is thought, and no more than there may be."""
         num_chunks = 0
         for actor in self.director.machine.actors.each:
-            num_chunks += actor.num_chunks
-            is_bounded = (
-                self.under_way[self.director._processes[actor.process], method] <= actor.num_chunks <= CHUNKS_AHEAD
-            )
+            num_chunks += actor.num_chunks_under_way
+            num_acting = self.under_way[self.director._processes[actor.process], method]
+            is_bounded = num_acting <= actor.num_chunks_under_way <= CHUNKS_AHEAD
             require("nothing in flight exceeds its bound", is_bounded, actor)
         num_under_way = self.under_way[method] + num_elsewhere
         require("what is thought to be under way is under way", num_chunks == num_under_way, num_chunks, num_under_way)
 
     def check_no_row_is_forgotten(self, kept: set[ChunkId]) -> None:
         """Requires, at rest, that all that living actors have made is stored, waits to be stored, or was lost."""
-        waiting = {chunk.rows.place.value for chunk in getattr(self.director.machine, "_arrived", ())}
+        waiting = {arrived.chunk.place.value for arrived in getattr(self.director.machine, "_arrived", ())}
         current = {process.handle for process in self.director._actors}
         for chunk, host in self.ledger.made.items():
             if host in current and chunk not in self.ledger.stored and chunk not in waiting:
@@ -329,7 +328,7 @@ class ActorLearnerRig(ReplayRig):
         )
 
     def turn(self) -> None:
-        before = sum(actor.num_chunks for actor in self.director.machine.actors.each)
+        before = sum(actor.num_chunks_under_way for actor in self.director.machine.actors.each)
         super().turn()
         self.check_actors_wait(before, ROUNDS_AHEAD)
 
@@ -337,8 +336,8 @@ class ActorLearnerRig(ReplayRig):
         director = self.director
         self.check_replay()
         num_inserting = director.machine.replay._num_inserting
-        self.check_chunks("fetch_and_collect", num_inserting + len(director.machine._arrived))
-        num_rounds = self.under_way["learn_round"]
+        self.check_chunks("collect", num_inserting + len(director.machine._arrived))
+        num_rounds = self.under_way["learn"]
         require("what is thought to be under way is under way", num_rounds == len(director.machine._rounds), num_rounds)
         require("nothing in flight exceeds its bound", num_rounds <= ROUNDS_AHEAD, num_rounds)
         self.check_ratio(0)

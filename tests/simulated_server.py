@@ -19,11 +19,11 @@ from qfleet.topologies.fleet.replay_shard import ShardStats, Writer
 from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.parameter_server.director import ServerDirector
 from qfleet.topologies.parameter_server.remote import RemoteServerShard, RemoteWorker
-from qfleet.topologies.parameter_server.requests import ChunkAnswer, GradientAnswer, PublishedAnswer, Pull
+from qfleet.topologies.parameter_server.requests import ActAnswer, GradientAnswer, PublishedAnswer, Pull
 from qfleet.topologies.parameter_server.worker import GradientStats
 
-GRADIENTS = ("pull_and_differentiate", "pull_and_differentiate_batch")
-STEPS = ("take_steps", "take_clipped_steps")
+GRADIENTS = ("compute_gradient", "compute_gradient_of")
+STEPS = ("apply_gradients", "apply_averages")
 
 
 class ServerState(NamedTuple):
@@ -101,21 +101,21 @@ class WorkerModel(ActingModel):
             self._target = pull.target_params[0].value
         require("a worker has the server's target network", self._target == self._state.target, pull.version)
 
-    def pull_and_act(self, pull: Pull, exploration: float) -> ChunkAnswer:
+    def act(self, pull: Pull, exploration: float) -> ActAnswer:
         self._pull(pull)
         stats, chunk = self.make_chunk()
         if self.segment is None:
             self.ledger.references[chunk] = Reference(chunk)
-            return ChunkAnswer(stats, None, self.ledger.references[chunk])
+            return ActAnswer(stats, None, self.ledger.references[chunk])
         self.segment.insert(Writer(chunk.incarnation, chunk.number), chunk)
         self.ledger.stored.add(chunk)
-        return ChunkAnswer(stats, self.stats, None)
+        return ActAnswer(stats, self.stats, None)
 
-    def pull_and_differentiate(self, pull: Pull, importance_exponent: float) -> GradientAnswer:
+    def compute_gradient(self, pull: Pull, importance_exponent: float) -> GradientAnswer:
         require("a worker learns from what it has", bool(self.segment.chunks))
         return self._gradient(pull, [])
 
-    def pull_and_differentiate_batch(self, pull: Pull, places: Any, shares: Sequence[Reference]) -> GradientAnswer:
+    def compute_gradient_of(self, pull: Pull, places: Any, shares: Sequence[Reference]) -> GradientAnswer:
         values = [share.value for share in shares]
         require("a batch is of one draw", len({share.number for share in values}) == 1, values)
         require("a batch is whole", sum(map(len, places)) == self.config.agent.batch_size)
@@ -130,10 +130,10 @@ class WorkerModel(ActingModel):
         pieces = tuple(Reference(gradient) for _ in range(self._num_server_shards))
         return GradientAnswer(GradientStats(1.0, 1.0, 1.0, 0.5), pieces, tuple(map(Reference, shares)))
 
-    def saved(self) -> Reference:
+    def snapshot(self) -> Reference:
         return Reference(saved_replay([[chunk.encoded() for chunk in self.segment.chunks]]))
 
-    def go_on_from(self, saved: Reference) -> ShardStats:
+    def restore(self, saved: Reference) -> ShardStats:
         self.segment.restore(lanes_of(saved.value)[0])
         return self.stats
 
@@ -144,7 +144,7 @@ class ServerShardModel:
         self.state, self._averaged = ServerState(), None
         self._targets = TargetUpdateTracker(config.agent.target_update_period)
 
-    def take_steps(self, gradients: Sequence[Reference]) -> PublishedAnswer:
+    def apply_gradients(self, gradients: Sequence[Reference]) -> PublishedAnswer:
         each = self.config.topology.gradients_per_learner_step
         values, updates_target = [gradient.value for gradient in gradients], False
         for i in range(0, len(values), each):
@@ -163,25 +163,25 @@ class ServerShardModel:
         self.state = ServerState((*history, digest), target, self._targets.age)
         return is_update
 
-    def average(self, gradients: Sequence[Reference]) -> tuple[float, Reference]:
+    def average_gradients(self, gradients: Sequence[Reference]) -> tuple[float, Reference]:
         self._averaged = list(gradients)
         return 0.1, Reference(("squares", tuple(gradient.value for gradient in gradients)))
 
-    def take_clipped_steps(self, squared_norms: Sequence[Reference]) -> PublishedAnswer:
+    def apply_averages(self, squared_norms: Sequence[Reference]) -> PublishedAnswer:
         require("all norms are of the same gradients", len({norm.value for norm in squared_norms}) == 1)
         require("norms of all shards", len(squared_norms) == self.config.topology.num_server_shards)
-        return self.take_steps(self._averaged)
+        return self.apply_gradients(self._averaged)
 
-    def publish_all(self) -> tuple[Reference, Reference]:
+    def publish(self) -> tuple[Reference, Reference]:
         return Reference(self.state), Reference(self.state.target)
 
-    def saved_params(self) -> Reference:
+    def params(self) -> Reference:
         return Reference(self.state)
 
-    def saved(self) -> Reference:
+    def take_snapshot(self) -> Reference:
         return Reference(self.state)
 
-    def go_on_from(self, leaves: Reference) -> None:
+    def restore(self, leaves: Reference) -> None:
         self.state = leaves.value
         self._targets.age = self.state.target_age
 
@@ -211,7 +211,7 @@ class ServerRig(ReplayRig):
         return self.director.machine.shares_replay
 
     def turn(self) -> None:
-        before = sum(actor.num_chunks for actor in self.director.machine.actors.each)
+        before = sum(actor.num_chunks_under_way for actor in self.director.machine.actors.each)
         super().turn()
         self.check_actors_wait(before, 3)
 
@@ -219,10 +219,10 @@ class ServerRig(ReplayRig):
         director, under_way = self.director, self.under_way
         if director.machine.shares_replay:
             self.check_replay()
-            self.check_chunks("pull_and_act", director.machine.replay._num_inserting)
+            self.check_chunks("act", director.machine.replay._num_inserting)
         else:
-            self.check_chunks("pull_and_act", 0)
-            self.check_rows(self.kept(), under_way["pull_and_act"])
+            self.check_chunks("act", 0)
+            self.check_rows(self.kept(), under_way["act"])
         for worker in director.machine.actors.each:
             num_gradients = sum(under_way[director._processes[worker.process], method] for method in GRADIENTS)
             require("nothing in flight exceeds its bound", num_gradients <= 1, num_gradients)

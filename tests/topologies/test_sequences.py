@@ -67,14 +67,14 @@ def test_a_learner_learns_from_the_sequences_that_a_shard_draws_and_its_prioriti
     learner = GlobalLearner(config)
     size = learner._num_batches * BATCH
     share = DrawShare(np.int32(size), np.float32(1), np.float32(num_sequences))
-    _, batch = shard.sample(0, 1, 0.4, share, size)
+    _, batch = shard.sample_share(0, 1, 0.4, share, size)
     assert isinstance(batch, Sequences) and batch.obs.shape == (size, 10, 4)
-    before = learner.params()[1]
+    before = learner.publish()[1]
     result, (priority,) = learner.learn([np.arange(size)], batch)
     assert np.isfinite(result.loss) and result.learner_steps == learner._num_batches
-    assert any(np.any(x != y) for x, y in zip(before, learner.params()[1], strict=True))
-    total = shard.stats().priority
-    assert priority.shape == (size,) and shard.set_priorities(0, priority).priority != total
+    assert any(np.any(x != y) for x, y in zip(before, learner.publish()[1], strict=True))
+    total = shard.stats().total_priority
+    assert priority.shape == (size,) and shard.set_priorities(0, priority).total_priority != total
 
 
 def bytes_of(memory: str) -> dict[str, int]:

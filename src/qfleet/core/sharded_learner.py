@@ -23,7 +23,7 @@ from qfleet.config import AgentConfig, ConfigError
 from qfleet.core.agent import Agent
 from qfleet.core.learner import ELEMENTWISE, LearnerState, UpdateInfo, draws_of_step, init_from_seed, make_learner
 from qfleet.core.normalisation import NOWHERE, StatisticsPlace
-from qfleet.core.types import Batch, Params
+from qfleet.core.types import Batch, Params, count_params
 
 StateLeaves = list[np.ndarray]
 """A `LearnerState` as NumPy arrays, in the order of `jax.tree.leaves`."""
@@ -192,11 +192,6 @@ def _statistics_of_piece(like: Params, count: int) -> StatisticsPlace:
         take=lambda piece: to_tree(piece[-count:], like),
         replace=lambda piece, value: jnp.concatenate([piece[:-count], to_vector(value)]),
     )
-
-
-def count_params(params: Params) -> int:
-    """Returns how many numbers a tree of arrays, or of their shapes, has."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
 def to_vector(tree: Params) -> Array:

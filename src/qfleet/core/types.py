@@ -184,3 +184,8 @@ class Sequences(NamedTuple):
 
 
 Batch = Transition | Regression | Sequences
+
+
+def count_params(params: Params) -> int:
+    """Returns how many numbers a tree of arrays, or of their shapes, has."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

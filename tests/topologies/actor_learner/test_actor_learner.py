@@ -166,7 +166,7 @@ def test_errors_that_come_back_late_or_for_nothing_do_no_harm():
     for k in range(6):
         shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
     draws = DrawShare(np.int32(10), np.float32(1), np.float32(80))
-    shard_stats, transition = shard.sample(5, 1, 0.4, draws, BATCH)
+    shard_stats, transition = shard.sample_share(5, 1, 0.4, draws, BATCH)
     assert len(transition.obs) == 10 and shard_stats.num_transitions > 0
     for k in range(6, 40):  # round the ring and further
         shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
@@ -182,7 +182,7 @@ def test_errors_become_the_priorities_of_the_transitions_that_they_are_of(num_dr
     shard = ReplayShard(config, 0)
     for k in range(6):
         shard.insert(0, Writer(0, k), numbered(config, 0, 0, k))
-    _, transition = shard.sample(1, 3, 0.4, DrawShare(np.int32(num_draws), np.float32(1), np.float32(80)), BATCH)
+    _, transition = shard.sample_share(1, 3, 0.4, DrawShare(np.int32(num_draws), np.float32(1), np.float32(80)), BATCH)
     assert len(transition.obs) == num_draws
     errors = transition.obs[:, 2] + 1
     shard.set_priorities(1, errors)
@@ -208,12 +208,12 @@ def test_what_is_drawn_over_shards_is_as_from_one_replay(num_shards, kind):
     random, counts, weights = np.random.default_rng(0), {}, {}
     exponent = 0.6 if kind == "prioritised" else 0.0
     for number in range(300):
-        dealt, shares = deal(BATCH, np.array([each.priority for each in stats_of_shards]), random)
+        dealt, shares = deal(BATCH, np.array([each.total_priority for each in stats_of_shards]), random)
         assert dealt.sum() == BATCH
         for shard, count, share in zip(shards, dealt, shares, strict=True):
             if count:
                 draws = DrawShare(np.int32(count), np.float32(share), np.float32(num_transitions))
-                _, drawn = shard.sample(number, int(random.integers(2**32)), exponent, draws, BATCH)
+                _, drawn = shard.sample_share(number, int(random.integers(2**32)), exponent, draws, BATCH)
                 for obs, weight in zip(drawn.obs, drawn.weight, strict=True):
                     key = (int(obs[0]), int(obs[2]), int(obs[3]))
                     counts[key], weights[key] = counts.get(key, 0) + 1, weight
@@ -329,14 +329,14 @@ def test_a_round_is_so_many_steps_of_one_learner(monkeypatch, most_batches, num_
     for place, error in zip(places, errors, strict=True):
         np.testing.assert_allclose(error, td_error[place], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(result.loss, loss, rtol=1e-4)
-    for ours, theirs in zip(learner.params()[1], jax.tree.leaves(state.params), strict=True):
+    for ours, theirs in zip(learner.publish()[1], jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_a_learner_goes_on_where_another_stopped():
     config = config_of()
     first, second = GlobalLearner(config), GlobalLearner(dataclasses.replace(config, seed=1))
-    assert not np.array_equal(first.params()[1][-1], second.params()[1][-1])
+    assert not np.array_equal(first.publish()[1][-1], second.publish()[1][-1])
     second.restore(*first.state())
     jax.tree.map(np.testing.assert_array_equal, second.state(), first.state())
 

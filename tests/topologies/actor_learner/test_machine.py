@@ -21,8 +21,8 @@ from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.messages import Begin, Dropped, LearnerFound, Paused, ProcessId, Restored, SavedShare
 from qfleet.topologies.fleet.rate_limiter import ROUNDS_AHEAD
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.replay_shard import ShardStats, Writer
-from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, Sample, SetPriorities
+from qfleet.topologies.fleet.replay_shard import InsertReply, SampleReply, ShardStats, Writer
+from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, SampleShare, SetPriorities
 
 NUM_BATCHES = 2
 ALL = ("actor", "replay shard", "learner")
@@ -39,7 +39,8 @@ class Fleet(DrivenMachine):
         self.steps, self.held = 0, [0, 0]
         replies = {
             Collect: lambda request: (CHUNK, request.results[0]), Insert: self.insert, Learn: self.learn,
-            Sample: lambda request: (self.stats_of(request), request.results[0]), SetPriorities: self.stats_of,
+            SampleShare: lambda request: SampleReply(self.stats_of(request), request.results[0]),
+            SetPriorities: self.stats_of,
             Publish: lambda request: (self.steps, request.results[0]),
         }  # fmt: skip
         super().__init__(machine, replies, roles)
@@ -48,9 +49,9 @@ class Fleet(DrivenMachine):
         num_transitions = self.held[request.process.number]
         return ShardStats(float(num_transitions), num_transitions, 0.1)
 
-    def insert(self, request: Insert) -> tuple[ShardStats, bool]:
+    def insert(self, request: Insert) -> InsertReply:
         self.held[request.process.number] += 16
-        return self.stats_of(request), True
+        return InsertReply(self.stats_of(request), True)
 
     def learn(self, request: Learn) -> tuple[UpdateResult, Any]:
         self.steps += NUM_BATCHES
@@ -84,7 +85,7 @@ def test_a_chunk_is_counted_once_its_shard_has_stored_it():
     fleet.turn()
     assert fleet.answer(ProcessId("actor", 3)) and fleet.answer(ProcessId("actor", 3))  # begins, acts
     (insert,) = fleet.requested(Insert)
-    assert (insert.process, insert.segment, insert.chunk.writer) == (ProcessId("replay shard", 1), 1, Writer(0, 0))
+    assert (insert.process, insert.segment, insert.arrived.writer) == (ProcessId("replay shard", 1), 1, Writer(0, 0))
     assert fleet.machine.actors.env_steps == 0 and fleet.machine.is_busy
     fleet.answer_all("replay shard")
     assert fleet.machine.actors.env_steps == 16 and not fleet.machine.is_busy
@@ -240,7 +241,7 @@ def test_the_same_events_lead_to_the_same_requests(seed):
             fleet.answer(process)
             if random.random() < 0.01:
                 fleet.lose(process)
-        draws = [(each.seed, int(each.share.num_draws)) for each in fleet.requested(Sample)]
+        draws = [(each.seed, int(each.share.num_draws)) for each in fleet.requested(SampleShare)]
         return [*((type(each), getattr(each, "process", None)) for each in fleet.log), draws, fleet.machine.counters]
 
     assert played() == played()

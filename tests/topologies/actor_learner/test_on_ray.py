@@ -112,17 +112,17 @@ def test_the_numbers_are_the_same_whoever_carries_them(cluster):
         ask(actor, RemoteActor.begin, 0)
         for number in range(12):
             _, params = ask(learner, RemoteLearner.publish, num_references=1)
-            _, chunk = ask(actor, RemoteActor.fetch_and_collect, number, params, 0.5, num_references=1)
-            ask(shard, RemoteReplayShard.insert_chunk, 0, Writer(0, number), chunk)
+            _, chunk = ask(actor, RemoteActor.collect, number, params, 0.5, num_references=1)
+            ask(shard, RemoteReplayShard.insert, 0, Writer(0, number), chunk)
             if number < 6:
                 continue
             _, batch = ask(shard, RemoteReplayShard.sample_share, number, 7, 0.5, share, size, num_references=1)
-            _, (priority,) = ask(learner, RemoteLearner.learn_round, [np.arange(size)], [batch], num_references=1)
-            ask(shard, RemoteReplayShard.take_priorities, number, priority)
-        state = ask(learner, RemoteLearner.saved, num_references=1)
+            _, (priority,) = ask(learner, RemoteLearner.learn, [np.arange(size)], [batch], num_references=1)
+            ask(shard, RemoteReplayShard.set_priorities, number, priority)
+        state = ask(learner, RemoteLearner.state, num_references=1)
         found = (
             calls.supervisor.value(state),
-            calls.supervisor.value(ask(shard, RemoteReplayShard.saved, num_references=1)),
+            calls.supervisor.value(ask(shard, RemoteReplayShard.snapshot, num_references=1)),
         )
         calls.supervisor.terminate()
         return found

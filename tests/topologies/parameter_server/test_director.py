@@ -81,8 +81,8 @@ def test_a_lost_shard_has_all_go_back_to_one_snapshot_and_refuses_older_gradient
 
 def test_steps_that_wait_when_a_shard_is_lost_are_refused_and_learning_goes_on():
     rig = rig_of(
-        World(0, seconds={"average": 2.0}), num_workers=2, num_server_shards=2, snapshot_period_learner_steps=20,
-        max_gradient_norm=10.0,
+        World(0, seconds={"average_gradients": 2.0}), num_workers=2, num_server_shards=2,
+        snapshot_period_learner_steps=20, max_gradient_norm=10.0,
     )  # fmt: skip
     director, stats = rig.director, rig.director._stats
     train(rig, 50)
@@ -123,8 +123,8 @@ def test_a_state_that_is_lost_on_its_way_to_a_shard_has_all_go_back_again(caplog
 
 def test_a_worker_does_not_act_with_other_parameters_than_those_that_it_was_to_pull():
     """Its next chunk was asked for when it counted as having parameters that were then lost on their way."""
-    rig = rig_of(World(0, seconds={"publish_all": 5.0}), num_workers=1, num_server_shards=1)
-    run(rig, lambda: rig.under_way["pull_and_act"] == 2)
+    rig = rig_of(World(0, seconds={"publish": 5.0}), num_workers=1, num_server_shards=1)
+    run(rig, lambda: rig.under_way["act"] == 2)
     lose(rig, "server shard 0")
     train(rig, 20)
     assert rig.director.num_restarts == 1

@@ -11,15 +11,15 @@ from small_servers import config_of
 from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.messages import CheckValues, Dropped, LearnerFound, Paused, ProcessId, Restored, SavedShare
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.replay_shard import ShardStats
-from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, Sample, SetPriorities
+from qfleet.topologies.fleet.replay_shard import InsertReply, SampleReply, ShardStats
+from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, SampleShare, SetPriorities
 from qfleet.topologies.parameter_server.machine import ServerMachine
 from qfleet.topologies.parameter_server.requests import (
     Act,
+    ActAnswer,
     ApplyAverages,
     ApplyGradients,
     AverageGradients,
-    ChunkAnswer,
     ComputeGradient,
     ComputeGradientOf,
     GradientAnswer,
@@ -50,7 +50,8 @@ class Fleet(DrivenMachine):
         self.values: dict[Reference, Any] = {}
         replies = {
             Act: self.act, ComputeGradient: self.compute, ComputeGradientOf: self.compute, Insert: self.insert,
-            Sample: lambda request: (self.stats_of(request), request.results[0]), SetPriorities: self.stats_of,
+            SampleShare: lambda request: SampleReply(self.stats_of(request), request.results[0]),
+            SetPriorities: self.stats_of,
             ApplyGradients: self.apply, AverageGradients: self.average, ApplyAverages: self.apply,
             TakeSnapshot: self.copy, RestoreShard: self.restore, ResetShard: self.reset,
             Publish: lambda request: tuple(request.results),
@@ -67,15 +68,15 @@ class Fleet(DrivenMachine):
     def stats_of(self, request: Any) -> ShardStats:
         return ShardStats(float(self.held[request.process]), self.held[request.process], 0.1)
 
-    def insert(self, request: Insert) -> tuple[ShardStats, bool]:
+    def insert(self, request: Insert) -> InsertReply:
         self.held[request.process] += 16
-        return self.stats_of(request), True
+        return InsertReply(self.stats_of(request), True)
 
-    def act(self, request: Act) -> ChunkAnswer:
+    def act(self, request: Act) -> ActAnswer:
         if request.results:
-            return ChunkAnswer(CHUNK, None, request.results[0])
+            return ActAnswer(CHUNK, None, request.results[0])
         self.held[request.process] += 16
-        return ChunkAnswer(CHUNK, self.stats_of(request), None)
+        return ActAnswer(CHUNK, self.stats_of(request), None)
 
     def compute(self, request: Any) -> GradientAnswer:
         pieces, priorities = np.split(np.array(request.results, object), [len(self.servers)])

@@ -33,7 +33,7 @@ def test_gradients_of_workers_together_are_those_of_one_learner_on_the_joined_ba
     agent = make_agent(make_network(make_env(config.env).spec, config.agent), config.agent)
     learner = make_learner(agent, config.agent)
     sharded = learner_of(config)
-    expected: Any = learner.init(sharded.join([shard.state().leaves for shard in server]).params)
+    expected: Any = learner.init(sharded.join([shard.take_snapshot().leaves for shard in server]).params)
     one_step = jax.jit(functools.partial(update, learner))
     for step in range(50):
         batches = [batch_of(BATCH, 100 * step + i) for i in range(num_gradients)]
@@ -56,7 +56,7 @@ def test_gradients_of_workers_together_are_those_of_one_learner_on_the_joined_ba
         tolerance = 1e-6 if step == 0 else 1e-4
         assert distance(ours, expected.params) < tolerance, f"after step {step + 1}"
         assert (handed[0].target_params is not None) == ((step + 1) % config.agent.target_update_period == 0)
-    state = sharded.join([shard.state().leaves for shard in server])
+    state = sharded.join([shard.take_snapshot().leaves for shard in server])
     assert distance(state.target_params, expected.target_params) < 1e-4
     assert state.target_age == expected.target_age == 50 % 7
 
@@ -68,7 +68,7 @@ def test_a_server_goes_on_where_another_stopped():
     gradient = np.ones(len(first.publish().params), np.float32)
     for _ in range(5):
         first.apply_gradients([gradient])
-    second.restore(first.state().leaves)
+    second.restore(first.take_snapshot().leaves)
     for _ in range(4):
         ours, theirs = second.apply_gradients([gradient]), first.apply_gradients([gradient])
         np.testing.assert_array_equal(ours.params, theirs.params)
@@ -99,4 +99,4 @@ def test_steps_taken_at_once_are_those_taken_one_by_one(max_gradient_norm):
     for ours, theirs in zip(second, alone, strict=True):
         np.testing.assert_array_equal(ours.params, theirs.params)
     for ours, theirs in zip(together, apart, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, ours.state().leaves, theirs.state().leaves)
+        jax.tree.map(np.testing.assert_array_equal, ours.take_snapshot().leaves, theirs.take_snapshot().leaves)

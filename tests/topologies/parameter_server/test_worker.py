@@ -35,7 +35,7 @@ def test_a_worker_learns_from_its_own_replay_and_sets_its_priorities():
     # The same, by hand.
     key = functools.reduce(jax.random.fold_in, [6, 1, 0, 0], jax.random.key(config.seed))
     sample = store.replay.sample(jax.tree.map(jnp.array, before), key, np.float32(0.4))
-    state = sharded.join([shard.state().leaves for shard in server])
+    state = sharded.join([shard.take_snapshot().leaves for shard in server])
     expected, info = sharded.learner.gradients(jax.tree.map(jnp.array, state), sample.transition)
     np.testing.assert_allclose(np.concatenate(gradient), to_vector(expected), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(result.loss, info.loss, rtol=1e-5)

@@ -25,13 +25,12 @@ from qfleet.topologies.actor_learner.machine import (
     RestoreLearner,
 )
 from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner
-from qfleet.topologies.fleet.actor import Actor
 from qfleet.topologies.fleet.machine_director import MachineDirector
 from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
 from qfleet.topologies.fleet.remote_process import IN_LINE, ONE_CPU, RemoteProcess, default_resources
-from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, Sample, SetPriorities
+from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, SampleShare, SetPriorities
 
 
 class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachine]):
@@ -62,36 +61,35 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
     def _call(self, request: CallRequest[Any]) -> None:
         match request:
             case Begin():
-                self._submit(request, Actor.begin, request.incarnation)
+                self._submit(request, RemoteActor.begin, request.incarnation)
             case Collect(broadcast=broadcast):
-                collect = RemoteActor.fetch_and_collect
-                self._submit(request, collect, broadcast.version, broadcast.params, request.epsilon)
-            case Insert(segment=segment, chunk=chunk):
-                insert = RemoteReplayShard.insert_chunk
-                self._submit(request, insert, segment, chunk.writer, chunk.rows, is_repeated=True)
-            case Sample():
+                self._submit(request, RemoteActor.collect, broadcast.version, broadcast.params, request.epsilon)
+            case Insert(segment=segment, arrived=arrived):
+                insert = RemoteReplayShard.insert
+                self._submit(request, insert, segment, arrived.writer, arrived.chunk, is_repeated=True)
+            case SampleShare():
                 self._submit(
                     request, RemoteReplayShard.sample_share, request.number, request.seed, request.importance_exponent,
                     request.share, request.most,
                 )  # fmt: skip
             case Learn(drawn=drawn):
-                self._submit(request, RemoteLearner.learn_round, drawn.places, drawn.transitions)
+                self._submit(request, RemoteLearner.learn, drawn.places, drawn.transitions)
             case SetPriorities():
-                self._submit(request, RemoteReplayShard.take_priorities, request.number, request.priority)
+                self._submit(request, RemoteReplayShard.set_priorities, request.number, request.priority)
             case Publish():
                 self._submit(request, RemoteLearner.publish)
             case RestoreLearner():
-                self._submit(request, RemoteLearner.go_on_from, request.learner_steps, request.leaves)
+                self._submit(request, RemoteLearner.restore, request.learner_steps, request.leaves)
             case RestoreReplay():
-                self._submit(request, RemoteReplayShard.go_on_from, request.saved)
+                self._submit(request, RemoteReplayShard.restore, request.saved)
             case _:
                 raise TypeError(f"no method belongs to {request}")
 
     # --- For other threads ---
 
     def params(self) -> tuple[int, Leaves]:
-        """Returns what `GlobalLearner.params` returns, as soon as there is a learner."""
-        return self._value_of(self._learner, RemoteLearner.saved_params)
+        """Returns what `GlobalLearner.publish` returns, as soon as there is a learner."""
+        return self._value_of(self._learner, RemoteLearner.params)
 
     def learner_state(self) -> tuple[int, Leaves]:
         """Returns what `GlobalLearner.state` returns.
@@ -99,7 +97,7 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
         Raises:
           StateIsLost: if the learner is lost, and its replacement finds no node.
         """
-        return self._value_of(self._learner, RemoteLearner.saved, gives_up=True)
+        return self._value_of(self._learner, RemoteLearner.state, gives_up=True)
 
     def snapshots(self) -> Iterator[SavedReplay]:
         """Yields what each shard of the replay keeps, and so holds only one at a time in this process.
@@ -108,7 +106,7 @@ class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachin
           StateIsLost: if a shard is lost, and its replacement finds no node.
         """
         for process in self._shards:
-            yield self._value_of(process, RemoteReplayShard.saved, gives_up=True)
+            yield self._value_of(process, RemoteReplayShard.snapshot, gives_up=True)
 
     # --- Processes and checkpoints ---
 

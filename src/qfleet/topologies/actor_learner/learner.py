@@ -13,8 +13,7 @@ from qfleet.config import TrainConfig
 from qfleet.core.keys import Stream, key_of, key_shape
 from qfleet.core.learner import LearnerState, init_from_seed, make_learner, update
 from qfleet.core.replay import normalise_weights
-from qfleet.core.sharded_learner import count_params
-from qfleet.core.types import EnvSpec, Transition
+from qfleet.core.types import EnvSpec, Transition, count_params
 from qfleet.core.updates import Losses, add_losses, no_losses
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices
@@ -48,7 +47,7 @@ class UpdateResult(NamedTuple):
 
 
 class GlobalLearner:
-    """Takes learner steps on batches of transitions."""
+    """Takes learner steps on batches of the global replay, which all actors fill."""
 
     def __init__(self, config: TrainConfig) -> None:
         """Makes a learner with the first parameters of the run's seed.
@@ -92,20 +91,20 @@ class GlobalLearner:
         self._learner_state = self._placement.jit(init, (REPLICATED,), specs)(np.uint32(config.seed))
         self._learner_steps = 0
 
-    def learn(self, places: list[np.ndarray], *parts: Transition) -> tuple[UpdateResult, list[np.ndarray]]:
+    def learn(self, places: list[np.ndarray], *shares: Transition) -> tuple[UpdateResult, list[np.ndarray]]:
         """Takes the learner steps of one round.
 
         Args:
-          places: for each shard, the positions of its transitions in the round, `[num_draws]`. The positions of one
-            batch follow those of the batch before.
-          *parts: for each shard, its transitions, `[num_draws, ...]`, NumPy arrays.
+          places: for each share of the round, the positions of its transitions in the round, `[num_draws]`. The
+            positions of one batch follow those of the batch before.
+          *shares: for each share, its transitions, `[num_draws, ...]`, NumPy arrays.
 
         Returns:
-          The result, and for each shard the priorities of its transitions, `[num_draws]`.
+          The result, and for each share the priorities of its transitions, `[num_draws]`.
         """
         started = time.perf_counter()
         shape = (self._num_batches, self._config.batch_size)
-        batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), put_together(places, parts))
+        batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), put_together(places, shares))
         first = np.uint32(self._learner_steps % 2**32)
         self._learner_state, losses, priority = self._round(self._learner_state, batches, first)
         self._learner_steps += self._num_batches
@@ -115,7 +114,7 @@ class GlobalLearner:
         result = UpdateResult(float(losses.loss), float(losses.td_error), self._learner_steps, busy_seconds)
         return result, [flat[place] for place in places]
 
-    def params(self) -> tuple[int, Leaves]:
+    def publish(self) -> tuple[int, Leaves]:
         """Returns the learner steps taken so far, and the parameters, in the order of `jax.tree.leaves`."""
         return self._learner_steps, leaves_of(self._learner_state.params)
 

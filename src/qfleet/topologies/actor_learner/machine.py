@@ -43,7 +43,7 @@ from qfleet.topologies.fleet.sharded_replay import (
     Drawn,
     Insert,
     RestoreReplay,
-    Sample,
+    SampleShare,
     SetPriorities,
 )
 from qfleet.topologies.fleet.stats import PoolStats
@@ -77,7 +77,7 @@ class Collect(CallRequest[tuple[ChunkStats, Reference[Chunk]]]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Learn(CallRequest[tuple[UpdateResult, list[Reference[np.ndarray]]]]):
-    """Take the learner steps of a round, and return the TD errors of each share of it."""
+    """Take the learner steps of a round, and return the priorities of each share of it."""
 
     drawn: Drawn
 
@@ -148,10 +148,10 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
                 actors[i].is_ready = True
             case Lost(ProcessId("actor", i)):
                 return [self.actors.replace(i)]
-            case Replied(Collect() as request, (stats, rows)):
-                return self._collected(request, stats, rows)
+            case Replied(Collect() as request, (stats, chunk)):
+                return self._collected(request, stats, chunk)
             case Dropped(Collect() as request, lost):
-                actors[request.process.number].num_chunks -= 1
+                actors[request.process.number].num_chunks_under_way -= 1
                 if self._broadcast is not None and self._broadcast.params in lost:  # with the node that kept them
                     self._broadcast = None
 
@@ -161,8 +161,8 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
                 return self.refill_shard(event)
             case Replied(Insert() as request) | Dropped(Insert() as request):
                 replay.hear(event)
-                self._inserted(request.chunk, is_stored=isinstance(event, Replied) and event.reply[1])
-            case Replied(Sample() | SetPriorities() | RestoreReplay()) | Dropped(SetPriorities()):
+                self._inserted(request.arrived, is_stored=isinstance(event, Replied) and event.reply.is_stored)
+            case Replied(SampleShare() | SetPriorities() | RestoreReplay()) | Dropped(SetPriorities()):
                 replay.hear(event)
 
             case Ready(process) if process == LEARNER:
@@ -186,7 +186,7 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
         """Requests all that may be under way now."""
         self.is_paused = False
         arrived, self._arrived = self._arrived, []
-        stored = [self.replay.store(chunk) for chunk in arrived]
+        stored = [self.replay.store(each) for each in arrived]
         return [*stored, *self._publish(), *self._start_rounds(), *self._start_chunks()]
 
     # --- Chunks: from an actor to its shard ---
@@ -200,22 +200,22 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
             for i, writer in self.actors.next_chunks(self.learner_steps)
         ]
 
-    def _collected(self, request: Collect, stats: ChunkStats, rows: Reference[Chunk]) -> list[Request]:
+    def _collected(self, request: Collect, stats: ChunkStats, chunk: Reference[Chunk]) -> list[Request]:
         staleness = max(0, self.learner_steps - request.broadcast.learner_steps)
-        chunk = ArrivedChunk(request.process.number, request.writer, rows, stats, staleness)
+        arrived = ArrivedChunk(request.process.number, request.writer, chunk, stats, staleness)
         if self.is_paused:
-            self._arrived.append(chunk)
+            self._arrived.append(arrived)
             return []
-        return [self.replay.store(chunk)]
+        return [self.replay.store(arrived)]
 
-    def _inserted(self, chunk: ArrivedChunk, *, is_stored: bool) -> None:
-        self.actors.each[chunk.actor].num_chunks -= 1
+    def _inserted(self, arrived: ArrivedChunk, *, is_stored: bool) -> None:
+        self.actors.each[arrived.actor].num_chunks_under_way -= 1
         if is_stored:
-            self.count_chunk(chunk.actor, chunk.stats)
-            self.stats.staleness.append(chunk.staleness)
-            self.note_busy("actors", chunk.stats.busy_seconds)
+            self.count_chunk(arrived.actor, arrived.stats)
+            self.stats.staleness.append(arrived.staleness)
+            self.note_busy("actors", arrived.stats.busy_seconds)
 
-    # --- Rounds: from the shards to the learner, and TD errors back ---
+    # --- Rounds: from the shards to the learner, and priorities back ---
 
     def _start_rounds(self) -> list[Request]:
         agent, requests, env_steps = self.config.agent, list[Request](), self.actors.env_steps

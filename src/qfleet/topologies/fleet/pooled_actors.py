@@ -18,7 +18,7 @@ class PooledActor:
     is_ready: bool = False
     incarnation: int = 0
     """Number of actors that held its place before."""
-    num_chunks: int = 0
+    num_chunks_under_way: int = 0
     """Chunks that the actor was asked for and that are not in the replay yet."""
     num_asked: int = 0
     """Chunks that the current incarnation of the actor was asked for."""
@@ -73,24 +73,24 @@ class PooledActors(Generic[A]):
         self.each[i].asked_last = self._num_requests
 
     def next_chunks(self, learner_steps: int) -> list[tuple[int, Writer]]:
-        """Returns the chunks that may be under way from now on, as actor and number, and counts them as asked for.
+        """Returns the chunks to ask for now, each by its actor and its writer, and counts them as asked for.
 
         Args:
           learner_steps: taken so far.
         """
         chunks: list[tuple[int, Writer]] = []
-        num_flying = sum(actor.num_chunks for actor in self.each)
+        num_flying = sum(actor.num_chunks_under_way for actor in self.each)
         for _ in range(CHUNKS_AHEAD):
             for i in self.in_turn():
                 actor = self.each[i]
-                if actor.num_chunks >= CHUNKS_AHEAD or not actor.is_ready:
+                if actor.num_chunks_under_way >= CHUNKS_AHEAD or not actor.is_ready:
                     continue
                 coming = self.env_steps + num_flying * self.env_steps_per_chunk
                 if coming >= self._end_env_steps or self.rate_limiter.is_far_ahead(coming, learner_steps):
                     return chunks
                 chunks.append((i, Writer(actor.incarnation, actor.num_asked)))
                 actor.num_asked += 1
-                actor.num_chunks += 1
+                actor.num_chunks_under_way += 1
                 num_flying += 1
                 self.note_request(i)
         return chunks

@@ -1,37 +1,45 @@
 """A shard of a replay as a process of its own."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
+from qfleet.config import TrainConfig
 from qfleet.core.replay import DrawShare, SavedReplay
 from qfleet.core.types import Transition
 from qfleet.topologies.fleet.actor import Chunk
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote_process import InRemoteProcess
-from qfleet.topologies.fleet.replay_shard import ReplayShard, ShardStats, Writer
+from qfleet.topologies.fleet.replay_shard import InsertReply, ReplayShard, SampleReply, ShardStats, Writer
 
 
-class RemoteReplayShard(InRemoteProcess, ReplayShard):
-    """A shard in a process of its own. Its methods do what those of `ReplayShard` do, with references to arrays."""
+class RemoteReplayShard(InRemoteProcess):
+    """A `ReplayShard` in a process of its own. A method calls the shard's method of the same name."""
 
-    def insert_chunk(self, segment: int, writer: Writer, chunk: Reference[Chunk]) -> tuple[ShardStats, bool]:
-        """Does what `insert` does."""
-        return self.insert(segment, writer, chunk.value)
+    def __init__(self, variables: Mapping[str, str], config: TrainConfig, number: int) -> None:
+        """Makes an empty shard; `variables` are those of `InRemoteProcess`."""
+        super().__init__(variables)
+        self._shard = ReplayShard(config, number)
+
+    def insert(self, segment: int, writer: Writer, chunk: Reference[Chunk]) -> InsertReply:
+        """Stores a chunk."""
+        return self._shard.insert(segment, writer, chunk.value)
 
     def sample_share(
         self, number: int, seed: int, importance_exponent: float, share: DrawShare, most: int
-    ) -> tuple[ShardStats, Reference[Transition]]:
-        """Does what `sample` does."""
-        stats, transitions = self.sample(number, seed, importance_exponent, share, most)
-        return stats, Reference(transitions)
+    ) -> SampleReply[Reference[Transition]]:
+        """Draws this shard's share of a batch."""
+        reply = self._shard.sample_share(number, seed, importance_exponent, share, most)
+        return SampleReply(reply.stats, Reference(reply.transitions))
 
-    def take_priorities(self, number: int, priority: Reference[np.ndarray]) -> ShardStats:
-        """Does what `set_priorities` does."""
-        return self.set_priorities(number, priority.value)
+    def set_priorities(self, number: int, priority: Reference[np.ndarray]) -> ShardStats:
+        """Sets the priorities of a draw's transitions."""
+        return self._shard.set_priorities(number, priority.value)
 
-    def saved(self) -> Reference[SavedReplay]:
-        """Does what `snapshot` does."""
-        return Reference(self.snapshot())
+    def snapshot(self) -> Reference[SavedReplay]:
+        """Returns a copy of what the shard holds."""
+        return Reference(self._shard.snapshot())
 
-    def go_on_from(self, saved: Reference[SavedReplay]) -> ShardStats:
-        """Does what `restore` does."""
-        return self.restore(saved.copy())
+    def restore(self, saved: Reference[SavedReplay]) -> ShardStats:
+        """Goes on from a snapshot."""
+        return self._shard.restore(saved.copy())

@@ -20,9 +20,10 @@ P = TypeVar("P")
 
 
 class InRemoteProcess:
-    """Base class of everything that runs in a remote process, in front of the class that does the work.
+    """Base class of everything that runs in a remote process. It prepares the process before anything uses JAX.
 
-    It prepares the process before that class uses JAX: `class RemoteActor(InRemoteProcess, Actor)`.
+    A subclass, such as `RemoteActor`, then makes the plain object that does the work, and holds it. Its methods have
+    the names of the plain object's, and take and return references where those take and return large arrays.
     """
 
     def __init__(self, variables: Mapping[str, str], *arguments: Any) -> None:

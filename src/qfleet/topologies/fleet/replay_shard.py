@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import time
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,15 @@ _SPARE = 1.25
 """Size of one draw of a shard, as a multiple of its fair share of a batch. A larger share takes a second draw."""
 
 _KEPT_SAMPLES = 64
-"""Number of draws whose TD errors are still awaited. The errors of a learner that died never arrive."""
+"""Number of draws whose priorities are still awaited. Those from a learner that died never arrive."""
+
+T = TypeVar("T")
 
 
 class ShardStats(NamedTuple):
     """What a shard holds."""
 
-    priority: float
+    total_priority: float
     """Sum of the priorities of its transitions."""
     num_transitions: int
     """Number of transitions that can be drawn."""
@@ -50,6 +52,24 @@ class ShardStats(NamedTuple):
 Totals = tuple[Array, Array]
 
 EMPTY_SHARD = ShardStats(0.0, 0, 0.0)
+
+
+class InsertReply(NamedTuple):
+    """What becomes of a chunk that a shard is to store."""
+
+    stats: ShardStats
+    """What the shard holds afterwards."""
+    is_stored: bool
+    """Whether the chunk was stored: not if it was there already, or if its actor has been replaced since."""
+
+
+class SampleReply(NamedTuple, Generic[T]):
+    """A share of a draw."""
+
+    stats: ShardStats
+    """What the shard holds."""
+    transitions: T
+    """`[num_draws, ...]`: a `Transition` of NumPy arrays, or a reference to it."""
 
 
 class Writer(NamedTuple):
@@ -107,19 +127,16 @@ class ReplayShard:
         self._num_shards = pool.num_shards
         self._insert_jitted = jax.jit(self._insert_rows, donate_argnums=0)
         self._cut = jax.jit(self.replay.cut, donate_argnums=0)
-        self._draw = jax.jit(self._draw_share, static_argnums=5)
+        self._sample_jitted = jax.jit(self._sample_some, static_argnums=5)
         self._set_priorities_jitted = jax.jit(self._set_some_priorities, donate_argnums=0)
 
-    def insert(self, segment: int, writer: Writer, chunk: Chunk) -> tuple[ShardStats, bool]:
+    def insert(self, segment: int, writer: Writer, chunk: Chunk) -> InsertReply:
         """Stores a chunk, unless it is stored already or its actor has been replaced since.
 
         Args:
           segment: the actor's position among the actors of this shard.
           writer: the actor's incarnation, and the number of chunks that this incarnation had sent before.
           chunk: `[rows, lanes]`.
-
-        Returns:
-          What the shard holds afterwards, and whether the chunk was stored.
         """
         started = time.perf_counter()
         admission = admit(self._writers[segment], writer)
@@ -128,11 +145,11 @@ class ReplayShard:
                 self.state = self._cut(self.state, np.int32(segment))
             self.state, self._totals = self._insert_jitted(self.state, chunk, np.int32(segment))
             self._writers[segment] = admission.writer
-        return self.stats(started), admission is not None
+        return InsertReply(self.stats(started), admission is not None)
 
-    def sample(
+    def sample_share(
         self, number: int, seed: int, importance_exponent: float, share: DrawShare, most: int
-    ) -> tuple[ShardStats, Transition]:
+    ) -> SampleReply[Transition]:
         """Draws this shard's share of a batch.
 
         Args:
@@ -141,14 +158,12 @@ class ReplayShard:
           importance_exponent: beta.
           share: the share of the batch that this shard draws.
           most: the largest number of draws that one shard may get, which is the size of the whole batch.
-
-        Returns:
-          What the shard holds, and the transitions, `[share.num_draws, ...]` NumPy arrays.
         """
         started = time.perf_counter()
         num_draws, size = int(share.num_draws), min(most, math.ceil(_SPARE * most / self._num_shards))
+        seed_of_draw, exponent = np.uint32(seed), np.float32(importance_exponent)
         samples = [  # all of one size, because each size would need its own compiled program of about 10 MB
-            self._draw(self.state, np.uint32(seed), np.float32(importance_exponent), share, np.int32(first), size)
+            self._sample_jitted(self.state, seed_of_draw, exponent, share, np.int32(first), size)
             for first in range(0, num_draws, size)
         ]
         transition = jax.tree.map(
@@ -158,7 +173,7 @@ class ReplayShard:
         self._samples[number] = [sample._replace(transition=()) for sample in samples]
         if len(self._samples) > _KEPT_SAMPLES:
             self._samples.popitem(last=False)
-        return self.stats(started), transition
+        return SampleReply(self.stats(started), transition)
 
     def set_priorities(self, number: int, priority: np.ndarray) -> ShardStats:
         """Sets the priorities of a draw's transitions.
@@ -167,7 +182,7 @@ class ReplayShard:
         changes.
 
         Args:
-          number: of the draw, as given to `sample`.
+          number: of the draw, as given to `sample_share`.
           priority: `[num_draws]`, as for `Replay.set_priorities`.
 
         Returns:
@@ -186,9 +201,9 @@ class ReplayShard:
 
     def stats(self, started: float | None = None) -> ShardStats:
         """Returns what the shard holds; `started` is when the work began, by `time.perf_counter`."""
-        priority, num_transitions = jax.device_get(self._totals)
+        total_priority, num_transitions = jax.device_get(self._totals)
         busy_seconds = 0.0 if started is None else time.perf_counter() - started
-        return ShardStats(float(priority), int(num_transitions), busy_seconds)
+        return ShardStats(float(total_priority), int(num_transitions), busy_seconds)
 
     def snapshot(self) -> SavedReplay:
         """Returns everything that a checkpoint needs of this shard, as NumPy arrays."""
@@ -208,7 +223,7 @@ class ReplayShard:
         self._samples.clear()
         return self.stats()
 
-    # Each of these programs also returns the totals, because a program of their own would cost as much as this one.
+    # Each program that changes the state also returns its totals: a program that only adds them up would cost as much.
 
     def _restored(self, saved: SavedReplay) -> tuple[ReplayState, Totals]:
         state = self.replay.restore(saved)
@@ -217,6 +232,8 @@ class ReplayShard:
     def _insert_rows(self, state: ReplayState, chunk: Chunk, segment: Array) -> tuple[ReplayState, Totals]:
         def insert(state: ReplayState, inputs: tuple) -> tuple[ReplayState, None]:
             row, td_error = inputs
+            # A row without a step after one that goes on: the environment failed in between, so that step is cut short.
+            # After the end of an episode, `seal` changes nothing.
             state = self.replay.seal(state, row.outcome == NO_STEP, segment)
             return self.replay.insert(state, row, segment, td_error), None
 
@@ -227,7 +244,7 @@ class ReplayShard:
         state = self.replay.set_priorities(state, sample, priority)
         return state, _totals(state)
 
-    def _draw_share(
+    def _sample_some(
         self, state: ReplayState, seed: Array, exponent: Array, share: DrawShare, first: Array, size: int
     ) -> Sample:
         return self.replay.sample_share(state, key_of(seed, Stream.REPLAY_SHARD, first), exponent, share, first, size)

@@ -26,12 +26,12 @@ def deal(size: int, priorities: np.ndarray, random: np.random.Generator) -> tupl
     return np.diff(np.minimum(ends, size), prepend=0), shares
 
 
-def put_together(places: list[np.ndarray], parts: tuple[Transition, ...]) -> Transition:
-    """Joins the transitions that several shards have drawn, and puts each in its place.
+def put_together(places: list[np.ndarray], shares: tuple[Transition, ...]) -> Transition:
+    """Joins the shares of a draw, and puts each transition in its place. Shards without draws have no share.
 
     Args:
-      places: for each shard, the positions of its transitions in the result, `[num_draws]`.
-      parts: for each shard, its transitions, `[num_draws, ...]`, NumPy arrays.
+      places: for each share, the positions of its transitions in the result, `[num_draws]`.
+      shares: for each share, its transitions, `[num_draws, ...]`, NumPy arrays.
     """
     size = sum(map(len, places))
 
@@ -41,7 +41,7 @@ def put_together(places: list[np.ndarray], parts: tuple[Transition, ...]) -> Tra
             joined[place] = column
         return joined
 
-    together: Transition = jax.tree.map(join, *parts)
+    together: Transition = jax.tree.map(join, *shares)
     return together
 
 

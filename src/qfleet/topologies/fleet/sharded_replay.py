@@ -1,4 +1,4 @@
-"""A replay in shards, as a state machine knows it: it stores chunks, draws batches, and returns TD errors."""
+"""A replay in shards, as a state machine knows it: it stores chunks, draws batches, and returns their priorities."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from qfleet.core.types import Transition
 from qfleet.topologies.fleet.actor import Chunk, ChunkStats
 from qfleet.topologies.fleet.messages import CallRequest, Dropped, ProcessId, Replied, SavedShare
 from qfleet.topologies.fleet.references import Reference
-from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats, Writer
+from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, InsertReply, SampleReply, ShardStats, Writer
 from qfleet.topologies.fleet.replay_shares import deal
 
 
@@ -23,24 +23,24 @@ class ArrivedChunk(NamedTuple):
     actor: int
     writer: Writer
     """Incarnation of the actor, and the number of chunks that this incarnation had sent before."""
-    rows: Reference[Chunk]
+    chunk: Reference[Chunk]
     stats: ChunkStats
     staleness: int = 0
     """Learner steps between the parameters that acted and the newest, when the chunk arrived."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Insert(CallRequest[tuple[ShardStats, bool]]):
+class Insert(CallRequest[InsertReply]):
     """Store a chunk. If the shard is lost meanwhile, its replacement stores the chunk."""
 
     segment: int
     """The actor's position among the actors of the shard."""
-    chunk: ArrivedChunk
+    arrived: ArrivedChunk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Sample(CallRequest[tuple[ShardStats, Reference[Transition]]]):
-    """Draw a share of a batch, with the arguments of `ReplayShard.sample`."""
+class SampleShare(CallRequest[SampleReply[Reference[Transition]]]):
+    """Draw a share of a batch, with the arguments of `ReplayShard.sample_share`."""
 
     number: int
     seed: int
@@ -71,7 +71,7 @@ class Drawn(NamedTuple):
     """Identifies the draw at the shards."""
     places: list[np.ndarray]
     """For each share, the positions of its transitions in the whole, `[num_draws]`."""
-    samples: list[Sample]
+    samples: list[SampleShare]
     """For each share, the request to the shard that draws it."""
 
     @property
@@ -104,18 +104,19 @@ class ShardedReplay:
 
     @property
     def is_busy(self) -> bool:
-        """Whether chunks or TD errors are on their way to a shard."""
+        """Whether chunks or priorities are on their way to a shard."""
         return bool(self._num_inserting or self._num_returning)
 
-    def store(self, chunk: ArrivedChunk) -> Insert:
+    def store(self, arrived: ArrivedChunk) -> Insert:
         """Has a shard store an actor's chunk."""
         self._num_inserting += 1
-        segment, shard = divmod(chunk.actor, len(self.shards))
-        return Insert(self.shards[shard], segment, chunk)
+        segment, shard = divmod(arrived.actor, len(self.shards))
+        return Insert(self.shards[shard], segment, arrived)
 
     def draw(self, size: int, importance_exponent: float) -> Drawn | None:
         """Draws `size` transitions over all shards as if from one replay; None if there are none."""
-        num_transitions, priorities = self.num_transitions, np.array([stats.priority for stats in self._stats])
+        num_transitions = self.num_transitions
+        priorities = np.array([stats.total_priority for stats in self._stats])
         if not priorities.any():
             return None
         number, self._num_drawn = self._num_drawn, self._num_drawn + 1
@@ -126,12 +127,12 @@ class ShardedReplay:
             if count:
                 draws = DrawShare(np.int32(count), np.float32(share), np.float32(num_transitions))  # type: ignore[arg-type]
                 seed = int(self._random.integers(2**32))
-                sample = Sample(shard, number, seed, importance_exponent, draws, size, results=[Reference()])
+                sample = SampleShare(shard, number, seed, importance_exponent, draws, size, results=[Reference()])
                 drawn.samples.append(sample)
         return drawn
 
     def return_priorities(self, drawn: Drawn, priorities: Sequence[Reference[np.ndarray]]) -> list[SetPriorities]:
-        """Returns the TD errors of each share to the shard that has drawn it."""
+        """Has each shard set the priorities of the share that it has drawn."""
         self._num_returning += len(drawn.samples)
         return [
             SetPriorities(sample.process, drawn.number, priority)
@@ -139,13 +140,13 @@ class ShardedReplay:
         ]
 
     def hear(self, event: Replied | Dropped) -> None:
-        """Notes what became of a request to a shard. Chunks and TD errors are dropped with the node that kept them."""
+        """Notes what became of a request to a shard. Chunks and priorities are dropped with the node that kept them."""
         request = event.request
         self._num_inserting -= isinstance(request, Insert)
         self._num_returning -= isinstance(request, SetPriorities)
         if isinstance(event, Replied):
-            is_pair = isinstance(request, Insert | Sample)
-            stats: ShardStats = event.reply[0] if is_pair else event.reply
+            has_more = isinstance(request, Insert | SampleShare)
+            stats: ShardStats = event.reply.stats if has_more else event.reply
             self._stats[request.process.number] = stats
             self._note_busy(stats.busy_seconds)
 

@@ -15,14 +15,13 @@ from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.core.sharded_learner import ShardedLearner, StateLeaves
 from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.topologies.fleet.actor import Actor
 from qfleet.topologies.fleet.calls import ValueIsLost
 from qfleet.topologies.fleet.machine_director import MachineDirector
 from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
 from qfleet.topologies.fleet.remote_process import IN_LINE, ONE_CPU, RemoteProcess
-from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, Sample, SetPriorities
+from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, SampleShare, SetPriorities
 from qfleet.topologies.parameter_server.machine import ServerMachine
 from qfleet.topologies.parameter_server.remote import RemoteServerShard, RemoteWorker
 from qfleet.topologies.parameter_server.requests import (
@@ -71,43 +70,41 @@ class ServerDirector(MachineDirector[ServerStats, ServerMachine]):
     def _call(self, request: CallRequest[Any]) -> None:
         match request:
             case Begin():
-                self._submit(request, Actor.begin, request.incarnation)
+                self._submit(request, RemoteWorker.begin, request.incarnation)
             case Act():
-                self._submit(request, RemoteWorker.pull_and_act, request.pull, request.exploration)
-            case Insert(segment=segment, chunk=chunk):
-                insert = RemoteReplayShard.insert_chunk
-                self._submit(request, insert, segment, chunk.writer, chunk.rows, is_repeated=True)
-            case Sample():
+                self._submit(request, RemoteWorker.act, request.pull, request.exploration)
+            case Insert(segment=segment, arrived=arrived):
+                insert = RemoteReplayShard.insert
+                self._submit(request, insert, segment, arrived.writer, arrived.chunk, is_repeated=True)
+            case SampleShare():
                 self._submit(
                     request, RemoteReplayShard.sample_share, request.number, request.seed, request.importance_exponent,
                     request.share, request.most,
                 )  # fmt: skip
             case ComputeGradient():
-                compute = RemoteWorker.pull_and_differentiate
-                self._submit(request, compute, request.pull, request.importance_exponent)
+                self._submit(request, RemoteWorker.compute_gradient, request.pull, request.importance_exponent)
             case ComputeGradientOf(pull=pull, drawn=drawn):
-                compute_of = RemoteWorker.pull_and_differentiate_batch
-                self._submit(request, compute_of, pull, drawn.places, drawn.transitions)
+                self._submit(request, RemoteWorker.compute_gradient_of, pull, drawn.places, drawn.transitions)
             case SetPriorities():
-                self._submit(request, RemoteReplayShard.take_priorities, request.number, request.priority)
+                self._submit(request, RemoteReplayShard.set_priorities, request.number, request.priority)
             case ApplyGradients():
-                self._submit(request, RemoteServerShard.take_steps, request.gradients)
+                self._submit(request, RemoteServerShard.apply_gradients, request.gradients)
             case AverageGradients():
-                self._submit(request, RemoteServerShard.average, request.gradients)
+                self._submit(request, RemoteServerShard.average_gradients, request.gradients)
             case ApplyAverages():
-                self._submit(request, RemoteServerShard.take_clipped_steps, request.squared_norms)
+                self._submit(request, RemoteServerShard.apply_averages, request.squared_norms)
             case Publish():
-                self._submit(request, RemoteServerShard.publish_all)
+                self._submit(request, RemoteServerShard.publish)
             case TakeSnapshot():
-                self._submit(request, RemoteServerShard.saved)
+                self._submit(request, RemoteServerShard.take_snapshot)
             case RestoreShard():
-                self._submit(request, RemoteServerShard.go_on_from, request.leaves)
+                self._submit(request, RemoteServerShard.restore, request.leaves)
             case ResetShard():
                 self._submit(request, RemoteServerShard.reset)
             case RestoreReplay() if not self.machine.shares_replay:
-                self._submit(request, RemoteWorker.go_on_from, request.saved)
+                self._submit(request, RemoteWorker.restore, request.saved)
             case RestoreReplay():
-                self._submit(request, RemoteReplayShard.go_on_from, request.saved)
+                self._submit(request, RemoteReplayShard.restore, request.saved)
             case _:
                 raise TypeError(f"no method belongs to {request}")
 
@@ -115,7 +112,7 @@ class ServerDirector(MachineDirector[ServerStats, ServerMachine]):
 
     def params(self) -> list[Any]:
         """Returns each shard's piece of the newest parameters, all after the same step."""
-        return self._values_of_server(RemoteServerShard.saved_params, gives_up=False)
+        return self._values_of_server(RemoteServerShard.params, gives_up=False)
 
     def learner_state(self) -> list[StateLeaves]:
         """Returns what each shard of the server must keep, all after the same step.
@@ -123,7 +120,7 @@ class ServerDirector(MachineDirector[ServerStats, ServerMachine]):
         Raises:
           StateIsLost: if a shard was lost and has not found a place yet.
         """
-        return self._values_of_server(RemoteServerShard.saved, gives_up=True)
+        return self._values_of_server(RemoteServerShard.take_snapshot, gives_up=True)
 
     def snapshots(self) -> Iterator[SavedReplay]:
         """Yields the contents of each shard of the replay, or of each worker's own; only one at a time is held here.
@@ -131,7 +128,7 @@ class ServerDirector(MachineDirector[ServerStats, ServerMachine]):
         Raises:
           StateIsLost: if one was lost and has not found a place yet.
         """
-        method = RemoteReplayShard.saved if self.machine.shares_replay else RemoteWorker.saved
+        method = RemoteReplayShard.snapshot if self.machine.shares_replay else RemoteWorker.snapshot
         for process in self._replays:
             yield self._value_of(process, method, gives_up=True)
 

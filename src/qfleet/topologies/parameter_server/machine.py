@@ -33,13 +33,13 @@ from qfleet.topologies.fleet.messages import (
 from qfleet.topologies.fleet.pooled_actors import PooledActor
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.replay_shard import EMPTY_SHARD, ShardStats
-from qfleet.topologies.fleet.sharded_replay import ArrivedChunk, Insert, RestoreReplay, Sample, SetPriorities
+from qfleet.topologies.fleet.sharded_replay import ArrivedChunk, Insert, RestoreReplay, SampleShare, SetPriorities
 from qfleet.topologies.parameter_server.requests import (
     Act,
+    ActAnswer,
     ApplyAverages,
     ApplyGradients,
     AverageGradients,
-    ChunkAnswer,
     ComputeGradient,
     ComputeGradientOf,
     GradientAnswer,
@@ -129,7 +129,7 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
     @property
     def is_busy(self) -> bool:
         """Whether anything is under way that would change what a checkpoint holds."""
-        is_any_worker_busy = any(worker.num_chunks or worker.is_learning for worker in self.actors.each)
+        is_any_worker_busy = any(worker.num_chunks_under_way or worker.is_learning for worker in self.actors.each)
         return is_any_worker_busy or self.server.is_stepping or self.replay.is_busy
 
     def handle(self, event: Event) -> list[Request]:
@@ -153,7 +153,7 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
             case Replied(Act() as request, answer):
                 return self._acted(request, answer)
             case Dropped(Act() as request, lost):
-                workers[request.process.number].num_chunks -= 1
+                workers[request.process.number].num_chunks_under_way -= 1
                 workers[request.process.number].pull_all_again()
                 server.note_failed_pull(request.pull, lost)
             case Replied(ComputeGradient() | ComputeGradientOf() as request, answer):
@@ -171,9 +171,9 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
                 return self.refill_shard(event) if self.shares_replay else self._refill_worker(event)
             case Replied(Insert() as request) | Dropped(Insert() as request):
                 replay.hear(event)
-                is_stored = isinstance(event, Replied) and event.reply[1]
-                self._stored(request.chunk.actor, request.chunk.stats, is_stored=is_stored)
-            case Replied(Sample() | SetPriorities() | RestoreReplay()) | Dropped(SetPriorities()):
+                is_stored = isinstance(event, Replied) and event.reply.is_stored
+                self._stored(request.arrived.actor, request.arrived.stats, is_stored=is_stored)
+            case Replied(SampleShare() | SetPriorities() | RestoreReplay()) | Dropped(SetPriorities()):
                 replay.hear(event)
 
             case Lost(ProcessId("server shard") as process):
@@ -211,7 +211,7 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
             requests.append(Act(worker.process, newest, pull, exploration, writer, results=results))
         return requests
 
-    def _acted(self, request: Act, answer: ChunkAnswer) -> list[Request]:
+    def _acted(self, request: Act, answer: ActAnswer) -> list[Request]:
         i = request.process.number
         self.actors.each[i].has_pulled(request.newest)
         if answer.chunk is not None:
@@ -222,7 +222,7 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
         return []
 
     def _stored(self, i: int, stats: ChunkStats, *, is_stored: bool) -> None:
-        self.actors.each[i].num_chunks -= 1
+        self.actors.each[i].num_chunks_under_way -= 1
         if is_stored:
             self.count_chunk(i, stats)
             self.note_busy("workers", stats.busy_seconds)

@@ -46,7 +46,7 @@ class Pull(NamedTuple):
 # --- Workers ---
 
 
-class ChunkAnswer(NamedTuple):
+class ActAnswer(NamedTuple):
     """What a worker returns of a chunk: an `ActReply` with a reference."""
 
     chunk_stats: ChunkStats
@@ -64,7 +64,7 @@ class GradientAnswer(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Act(CallRequest[ChunkAnswer]):
+class Act(CallRequest[ActAnswer]):
     """Pull, and act for one chunk."""
 
     newest: NewestParameters

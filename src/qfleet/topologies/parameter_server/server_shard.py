@@ -155,7 +155,7 @@ class ServerShard:
 
     # --- State ---
 
-    def state(self) -> ShardState:
+    def take_snapshot(self) -> ShardState:
         """Returns a copy of all that the shard must keep."""
         started = time.perf_counter()
         leaves = [np.array(leaf) for leaf in jax.device_get(jax.tree.leaves(self._learner_state))]
