@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qfleet.envs import acrobot, cartpole, mountain_car
-from qfleet.envs.in_graph import Lanes, StepKeys, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, StepKeys, draw_step_keys, init_lanes, step_lanes
 from qfleet.envs.spec import InGraphEnv, StepResult
 
 Case = tuple[InGraphEnv, Any, float]
@@ -147,7 +147,7 @@ def test_the_time_limit_truncates_in_gymnasiums_step(case: Case) -> None:
         return after, (lanes.env_state, action[0], at_first_lane(step), after.final[0])
 
     lanes = init_lanes(env, jax.random.key(5), jnp.arange(1))
-    draws = draw(env, jax.random.key(6), limit + 2, jnp.arange(1))
+    draws = draw_step_keys(env, jax.random.key(6), limit + 2, jnp.arange(1))
     _, (states, actions, ours, final) = jax.jit(lambda lanes: jax.lax.scan(row, lanes, draws))(lanes)
     states, actions, ours = jax.tree.map(np.asarray, (states[:, 0], actions, ours))
 

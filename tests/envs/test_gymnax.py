@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qfleet.config import ConfigError
-from qfleet.envs.in_graph import Lanes, LaneStep, StepKeys, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, LaneStep, StepKeys, draw_step_keys, init_lanes, step_lanes
 from qfleet.envs.registry import _MINATAR, check_env, list_envs, make_env
 from qfleet.envs.spec import StepResult
 
@@ -55,7 +55,9 @@ def test_the_time_limit_shows_as_truncation() -> None:
         return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
 
     _, rows = jax.lax.scan(
-        row, init_lanes(env, jax.random.key(0), jnp.arange(1)), draw(env, jax.random.key(1), 210, jnp.arange(1))
+        row,
+        init_lanes(env, jax.random.key(0), jnp.arange(1)),
+        draw_step_keys(env, jax.random.key(1), 210, jnp.arange(1)),
     )
     assert not rows.terminated.any()
     assert np.flatnonzero(rows.truncated[:, 0]).tolist() == [199]
@@ -69,7 +71,9 @@ def test_termination_is_not_truncation() -> None:
         return step_lanes(env, lanes, jnp.ones(1, jnp.int32), draws)
 
     _, rows = jax.lax.scan(
-        row, init_lanes(env, jax.random.key(0), jnp.arange(1)), draw(env, jax.random.key(1), 12, jnp.arange(1))
+        row,
+        init_lanes(env, jax.random.key(0), jnp.arange(1)),
+        draw_step_keys(env, jax.random.key(1), 12, jnp.arange(1)),
     )
     assert np.flatnonzero(rows.terminated[:, 0]).tolist() == [8]
     assert not rows.truncated.any()

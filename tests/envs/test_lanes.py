@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qfleet.envs import cartpole
-from qfleet.envs.in_graph import Lanes, StepKeys, draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import Lanes, StepKeys, draw_step_keys, init_lanes, step_lanes
 from qfleet.envs.spec import EnvSpec, InGraphEnv, StepResult
 
 
@@ -45,7 +45,7 @@ def play(env: InGraphEnv, actions: Any) -> Any:
         return after, (lanes.observation, lanes.final, *step)
 
     return jax.lax.scan(
-        row, lanes, (actions, draw(env, jax.random.key(1), actions.shape[0], jnp.arange(actions.shape[1])))
+        row, lanes, (actions, draw_step_keys(env, jax.random.key(1), actions.shape[0], jnp.arange(actions.shape[1])))
     )[1]
 
 
@@ -108,7 +108,7 @@ def test_lanes_play_the_episodes_that_a_plain_loop_plays() -> None:
     env = env._replace(spec=EnvSpec(**{**vars(env.spec), "time_limit": 25}))
     actions = np.random.default_rng(0).integers(2, size=(200, 4))
     rows = [np.asarray(x) for x in play(env, actions)]
-    draws = draw(env, jax.random.key(1), 200, jnp.arange(4))
+    draws = draw_step_keys(env, jax.random.key(1), 200, jnp.arange(4))
     first = init_lanes(env, jax.random.key(0), jnp.arange(4))
     step = jax.jit(env.step)
     ends = set()
@@ -133,7 +133,7 @@ def test_lanes_play_the_episodes_that_a_plain_loop_plays() -> None:
 
 def test_a_lanes_draws_do_not_depend_on_how_many_lanes_there_are() -> None:
     env = cartpole.make()
-    few, many = (draw(env, jax.random.key(7), 3, jnp.arange(lanes)) for lanes in (2, 5))
+    few, many = (draw_step_keys(env, jax.random.key(7), 3, jnp.arange(lanes)) for lanes in (2, 5))
     np.testing.assert_array_equal(few.fresh[1], many.fresh[1][:, :2])
     np.testing.assert_array_equal(jax.random.key_data(few.keys), jax.random.key_data(many.keys[:, :2]))
     few_lanes, many_lanes = (init_lanes(env, jax.random.key(7), jnp.arange(lanes)) for lanes in (2, 5))
@@ -141,7 +141,7 @@ def test_a_lanes_draws_do_not_depend_on_how_many_lanes_there_are() -> None:
 
 
 def test_no_two_draws_are_alike() -> None:
-    draws = draw(cartpole.make(), jax.random.key(8), 16, jnp.arange(8))
+    draws = draw_step_keys(cartpole.make(), jax.random.key(8), 16, jnp.arange(8))
     starts = np.asarray(draws.fresh[1]).reshape(-1, 4)
     assert len(np.unique(starts[:, 0])) == len(starts)
     assert len(np.unique(np.asarray(jax.random.key_data(draws.keys)).reshape(128, -1), axis=0)) == 128
@@ -151,7 +151,7 @@ def test_no_two_draws_are_alike() -> None:
 def test_lanes_keep_shapes_and_dtypes_from_row_to_row(lanes: int) -> None:
     env = counting(time_limit=3)
     before = init_lanes(env, jax.random.key(0), jnp.arange(lanes))
-    draws = jax.tree.map(lambda x: x[0], draw(env, jax.random.key(1), 1, jnp.arange(lanes)))
+    draws = jax.tree.map(lambda x: x[0], draw_step_keys(env, jax.random.key(1), 1, jnp.arange(lanes)))
     after, step = step_lanes(env, before, jnp.zeros(lanes, jnp.int32), draws)
     assert isinstance(after, Lanes)
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)

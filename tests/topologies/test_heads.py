@@ -12,7 +12,7 @@ from small_servers import BATCH, batch_of, config_of, pulled
 import qfleet
 from qfleet.config import AgentConfig, FusedConfig, MeshConfig, OverlappedConfig, TrainConfig
 from qfleet.envs.host import HostEnv, HostStep
-from qfleet.envs.in_graph import draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import draw_step_keys, init_lanes, step_lanes
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
 from qfleet.topologies.actor_learner.learner import GlobalLearner
@@ -57,7 +57,7 @@ class InGraphLanes:
         self._env, self._num_lanes, self._row = env, num_lanes, 0
         _, lanes_key, self._key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
         self._lanes = init_lanes(env, lanes_key, jnp.arange(num_lanes))
-        self._draw = jax.jit(lambda key: draw(env, key, ROWS, jnp.arange(num_lanes)))
+        self._draw = jax.jit(lambda key: draw_step_keys(env, key, ROWS, jnp.arange(num_lanes)))
         self._step = jax.jit(functools.partial(step_lanes, env))
 
     def reset(self, seed):

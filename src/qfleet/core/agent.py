@@ -48,8 +48,8 @@ class Agent(NamedTuple):
     memory: Memory
     """What the agent remembers of each lane."""
     act_values: Callable[..., tuple[Array, MemoryState]]
-    """`act_values(params, memory, keys=None) -> q, memory`, as `q_values` for what each lane has come to. An agent that
-    has a recurrent network remembers the newest observation from now on."""
+    """`act_values(params, memory, keys=None) -> q, memory`, the values of each lane's newest observation, as `q_values`
+    returns them. The new memory of a recurrent network includes that observation."""
     act: Callable[..., Acted]
     """`act(params, memory, exploration, uniform, keys=None) -> acted` chooses an action in each lane. `exploration` is
     epsilon or the temperature, `[]`, `uniform` is one uniform number per lane, `[lanes]`, and `act_values` takes the

@@ -1,4 +1,4 @@
-"""The loss of a batch: what values should have been by both networks' outputs, and how far the online ones are off."""
+"""The loss of a batch: builds targets from both networks' outputs, and measures the online network's error."""
 
 from collections.abc import Callable
 from typing import NamedTuple

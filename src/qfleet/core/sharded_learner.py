@@ -92,7 +92,7 @@ class ShardedLearner:
         return [vector[start:end] for start, end in self.piece_bounds], info
 
     def squared_norm(self, piece: Array, shard: int) -> Array:
-        """Returns the sum of the squares of a shard's piece of a gradient, `[]` float32, without moments."""
+        """Returns the sum of the squares of a shard's piece of a gradient, `[]` float32. Statistics don't count."""
         return squared_norm(piece[: self._num_learned_of(shard)])
 
     def _num_learned_of(self, shard: int) -> int:

@@ -13,6 +13,7 @@ from qfleet.core.keys import NOISE
 from qfleet.core.learner import Learner, LearnerState, UpdateInfo, update
 from qfleet.core.normalisation import rewards_of_rollout
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, Replay, ReplayState, Row
+from qfleet.core.replay.priorities import SumTree
 from qfleet.core.replicas import ALONE, Replicas
 from qfleet.core.types import Regression
 
@@ -51,7 +52,7 @@ def learn_from_replay(
     num_updates: Array,
     replicas: Replicas = ALONE,
 ) -> tuple[LearnerState, ReplayState, Losses]:
-    """Takes `num_updates` learner steps, each on a new batch, and sets the priorities of each batch from its TD errors.
+    """Takes `num_updates` learner steps, each on a new batch, and sets the priorities of each batch.
 
     Args:
       learner: the learner.
@@ -66,7 +67,7 @@ def learn_from_replay(
       The new states of the learner and the replay, and the losses with those of these steps added.
     """
     noise_key = jax.random.fold_in(key, NOISE)
-    is_prioritised = not isinstance(state[1].tree, tuple)
+    is_prioritised = isinstance(state[1].tree, SumTree)
 
     def learn(i: Array, carry: tuple) -> tuple:
         learner_state, replay_state, losses = carry

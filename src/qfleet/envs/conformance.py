@@ -135,7 +135,7 @@ class InGraphLanes:
 
         @jax.jit
         def step(lanes: in_graph.Lanes, action: jax.Array, key: jax.Array) -> tuple[in_graph.Lanes, in_graph.LaneStep]:
-            draws = in_graph.draw(env, key, 1, jnp.arange(num_lanes))
+            draws = in_graph.draw_step_keys(env, key, 1, jnp.arange(num_lanes))
             return in_graph.step_lanes(env, lanes, action, jax.tree.map(lambda x: x[0], draws))
 
         self._step = step

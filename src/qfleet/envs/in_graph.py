@@ -52,7 +52,7 @@ def init_lanes(env: InGraphEnv, key: jax.Array, numbers: jax.Array) -> Lanes:
     return Lanes(env_state, observation, jnp.zeros(num_lanes, bool), jnp.zeros(num_lanes, jnp.int32))
 
 
-def draw(env: InGraphEnv, key: jax.Array, num_rows: int, numbers: jax.Array) -> StepKeys:
+def draw_step_keys(env: InGraphEnv, key: jax.Array, num_rows: int, numbers: jax.Array) -> StepKeys:
     """Returns the random inputs of `num_rows` rows, one for each call of `step_lanes` in a scan.
 
     They are made in bulk because on a CPU random bits are computed in a loop of their own. Inside the loop over rows,
@@ -72,7 +72,7 @@ def step_lanes(env: InGraphEnv, lanes: Lanes, action: jax.Array, step_keys: Step
       env: the environment of every lane.
       lanes: the lanes before this row.
       action: `[lanes]` int32, ignored where `lanes.final`.
-      step_keys: one row of `draw`.
+      step_keys: one row of `draw_step_keys`.
 
     Returns:
       The lanes after the row, and the results of the row.

@@ -21,8 +21,8 @@ class ReceivedRow(NamedTuple):
     failed: np.ndarray
     """bool, the environment failed and was replaced."""
     no_step: np.ndarray
-    """bool, the action led nowhere: the lane was at a final observation, or its environment failed. Either way, the
-    observation after the row starts a new episode."""
+    """bool, the row holds no step, because the lane was at a final observation or its environment failed. The action
+    counts for nothing, and the observation after the row starts a new episode."""
     episode_ended: np.ndarray
     """bool, the step was the last one of its episode."""
     episode_return: np.ndarray

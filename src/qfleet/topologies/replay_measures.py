@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from qfleet.core.replay import NO_STEP, TERMINATED, TRUNCATED, ReplayState
+from qfleet.core.replay.priorities import SumTree
 
 
 class ReplayMeasures:
@@ -48,7 +49,7 @@ class ReplayMeasures:
 
 
 def _of_priorities(replay: ReplayState) -> dict[str, float]:
-    if isinstance(replay.tree, tuple):
+    if not isinstance(replay.tree, SumTree):
         return {}
     total, count = (
         sum(float(share.sum()) for share in _shares(x)) for x in (replay.tree.levels[-1], replay.num_transitions)

@@ -1,4 +1,4 @@
-"""Decisions that the host takes ahead of a program: how much to explore and when to learn, in integers of any size."""
+"""The host's plan for a program: how much to explore, and when to learn. The host's counts have no upper limit."""
 
 import math
 from collections.abc import Mapping

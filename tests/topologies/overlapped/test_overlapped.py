@@ -15,7 +15,7 @@ from qfleet.core.player import make_player
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, TRUNCATED, make_replay
 from qfleet.core.types import Network
 from qfleet.envs.host import EnvSpec, HostEnv, HostStep
-from qfleet.envs.in_graph import draw, init_lanes, step_lanes
+from qfleet.envs.in_graph import draw_step_keys, init_lanes, step_lanes
 from qfleet.policy import Policy
 from qfleet.runtime.episodes import play
 from qfleet.runtime.stopwatch import TimeShares
@@ -49,7 +49,7 @@ class InGraphLanes:
         self._env, self._num_lanes, self._num_rows = env, num_lanes, num_rows
         _, lanes_key, self._key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 3)
         self._lanes = jax.jit(lambda key: init_lanes(env, key, jnp.arange(num_lanes)))(lanes_key)
-        self._draw = jax.jit(lambda key: draw(env, key, num_rows, jnp.arange(num_lanes)))
+        self._draw = jax.jit(lambda key: draw_step_keys(env, key, num_rows, jnp.arange(num_lanes)))
         self._step = jax.jit(functools.partial(step_lanes, env))
         self._row = 0
 

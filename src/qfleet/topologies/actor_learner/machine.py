@@ -1,7 +1,7 @@
 """The decisions of actor-learner: when actors act, the learner learns, and parameters are published.
 
-`ActorLearnerMachine.handle` has the whole of it: what happens when a process replies, gets lost or comes back, and what
-may be requested when it is the machine's turn. `director` carries out the requests.
+`ActorLearnerMachine.handle` handles each event: a process has replied, is lost or is back. When it is the machine's
+turn, `_take_turn` requests what is due. `director` carries out the requests.
 """
 
 import dataclasses
@@ -183,7 +183,7 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
         return []
 
     def _take_turn(self) -> list[Request]:
-        """Requests all that may be under way now."""
+        """Requests everything that is due."""
         self.is_paused = False
         arrived, self._arrived = self._arrived, []
         stored = [self.replay.store(each) for each in arrived]
@@ -257,7 +257,7 @@ class ActorLearnerMachine(FleetMachine[ActorLearnerStats, PooledActor]):
         self._is_publish_requested = True
         return [Publish(LEARNER, results=[Reference()])]
 
-    # --- Losses and checkpoints ---
+    # --- Lost processes and checkpoints ---
 
     def _replace_learner(self, found: LearnerFound) -> list[Request]:
         """Has the replacement of a lost learner go on from the newest checkpoint, or from the beginning."""

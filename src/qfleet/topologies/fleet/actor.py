@@ -19,7 +19,7 @@ from qfleet.core.replay import Row, outcome_of
 from qfleet.core.targets import take_action
 from qfleet.core.types import Params, stored_spec
 from qfleet.envs.host import HostEnv, LaneOptions
-from qfleet.envs.in_graph import draw
+from qfleet.envs.in_graph import draw_step_keys
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.cache import enable_compilation_cache
 from qfleet.runtime.host_acting import HostActing, ReceivedRow
@@ -33,8 +33,10 @@ class Chunk(NamedTuple):
     rows: Row
     """`[rows, lanes, ...]`, with stored observations."""
     td_error: np.ndarray
-    """`[rows, lanes]` float32, TD errors of the transitions that these rows complete, by the actor's own values. NaN
-    where the actor doesn't know them, and if they aren't the priorities of the agent's head."""
+    """`[rows, lanes]` float32, TD errors of the transitions that these rows complete, by the actor's own values.
+
+    They are NaN where the actor doesn't know them. They are all NaN if the agent's head has other priorities than TD
+    errors."""
 
 
 class ChunkStats(NamedTuple):
@@ -45,7 +47,7 @@ class ChunkStats(NamedTuple):
     lengths: list[int]
     """Lengths of the episodes that ended, in environment steps."""
     q_mean: float
-    """Mean of the greatest values of the observations that the actor acted on."""
+    """Mean, over all steps of the chunk, of the greatest action value of the observation."""
     num_failures: int
     """Environments that failed and were replaced."""
     busy_seconds: float
@@ -185,18 +187,21 @@ class _InGraphLanes:
 
         def take(params: Params, state: tuple[ActorState, Array], exploration: Array) -> tuple:
             actor, key = state
-            key, env_key, explore_key = jax.random.split(key, 3)
-            step_keys = draw(env, env_key, num_rows, lane_numbers)
+            next_key, env_key, explore_key = jax.random.split(key, 3)
+            step_keys = draw_step_keys(env, env_key, num_rows, lane_numbers)
             uniforms = jax.random.uniform(explore_key, (num_rows, num_lanes))
-            noise = noise_keys(agent, state[1], num_rows, lane_numbers)
+            # No second use of `key`: this folds `NOISE` into it, a number that is never among those of a split.
+            acting_keys = noise_keys(agent, key, num_rows, lane_numbers)
 
             def row(actor: ActorState, inputs: tuple) -> tuple:
-                keys, uniform, noise = inputs
-                actor, new_row, stats, q = act(env, agent, params, actor, keys, uniform, exploration, noise)
+                row_step_keys, uniform, row_acting_keys = inputs
+                actor, new_row, stats, q = act(
+                    env, agent, params, actor, row_step_keys, uniform, exploration, row_acting_keys
+                )
                 return actor, (new_row, stats, take_action(q, new_row.action))
 
-            scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (step_keys, uniforms, noise))
-            return (scanned[0], key), scanned[1]
+            scanned: tuple[ActorState, tuple] = jax.lax.scan(row, actor, (step_keys, uniforms, acting_keys))
+            return (scanned[0], next_key), scanned[1]
 
         self._take_jitted = jax.jit(take, donate_argnums=1)
         self._state = jax.jit(init)(key_of(*numbers))

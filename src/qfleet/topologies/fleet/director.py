@@ -110,7 +110,7 @@ class Director(abc.ABC, Generic[S]):
 
     @abc.abstractmethod
     def _issue(self) -> None:
-        """Submits all requests that may be under way now."""
+        """Submits all requests that are due."""
 
     @abc.abstractmethod
     def _is_busy(self) -> bool:
@@ -296,7 +296,7 @@ class Director(abc.ABC, Generic[S]):
                 self._lock.notify_all()
 
     def _ask(self) -> None:
-        """Does what other threads have asked for, and submits all requests that may be under way now."""
+        """Does what other threads have asked for, and submits all requests that are due."""
         while self._requests:
             self._requests.popleft()()
         if not self._is_paused:

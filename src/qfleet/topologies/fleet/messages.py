@@ -112,7 +112,7 @@ class Paused(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """The machine has heard all news, and the run isn't paused: it is time to request all that may be under way."""
+    """The machine has heard all news, and the run isn't paused: it is time to request everything that is due."""
 
 
 class LearnerFound(NamedTuple):

@@ -223,7 +223,7 @@ class ReplayShard:
         self._samples.clear()
         return self.stats()
 
-    # Each program that changes the state also returns its totals: a program that only adds them up would cost as much.
+    # Each program that changes the state also returns its totals. A second program for them would cost as much again.
 
     def _restored(self, saved: SavedReplay) -> tuple[ReplayState, Totals]:
         state = self.replay.restore(saved)

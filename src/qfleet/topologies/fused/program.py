@@ -18,14 +18,14 @@ from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_repla
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import Params, stored_spec
 from qfleet.core.updates import Losses, learn_from_replay, learn_from_rollout, no_losses, regression
-from qfleet.envs.in_graph import draw
+from qfleet.envs.in_graph import draw_step_keys
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.evaluation import EpisodeStats, EpisodesUnderWay, make_evaluation
 from qfleet.topologies.acting import ActorState, RowStats, act, init_actor
 from qfleet.topologies.schedule import Plan, rows_per_iteration
 
 NO_BAD_STEP = np.iinfo(np.int32).max
-"""`ChunkStats.bad_step` of a chunk whose numbers are all finite."""
+"""`ProgramStats.bad_step` of a chunk whose numbers are all finite."""
 
 
 class FusedState(NamedTuple):
@@ -37,7 +37,7 @@ class FusedState(NamedTuple):
     key: Array
 
 
-class ChunkStats(NamedTuple):
+class ProgramStats(NamedTuple):
     """Sums over a chunk, `[]` each."""
 
     num_episodes: Array
@@ -62,7 +62,7 @@ class Program(NamedTuple):
 
     init: Callable[[Array], FusedState]
     """`init(seed) -> state`, from a `[]` uint32."""
-    run: Callable[[FusedState, Plan, Array], tuple[FusedState, ChunkStats]]
+    run: Callable[[FusedState, Plan, Array], tuple[FusedState, ProgramStats]]
     """`run(state, plan, num_iterations) -> state, stats`."""
     begin_episodes: Callable[[Array, Array, Array], EpisodesUnderWay]
     """`begin_episodes(seed, evaluation_step, batch) -> episodes`, `eval_episodes` of them. Each seed, evaluation step
@@ -110,8 +110,8 @@ def make_program(
         actor = init_actor(env, agent, lanes_key, local_lane_ids(replicas, num_lanes))
         return FusedState(learner.init(agent.init(params_key)), actor, replay.init() if replay else (), state_key)
 
-    def run(state: FusedState, plan: Plan, num_iterations: Array) -> tuple[FusedState, ChunkStats]:
-        def iteration(i: Array, carry: tuple[FusedState, ChunkStats]) -> tuple[FusedState, ChunkStats]:
+    def run(state: FusedState, plan: Plan, num_iterations: Array) -> tuple[FusedState, ProgramStats]:
+        def iteration(i: Array, carry: tuple[FusedState, ProgramStats]) -> tuple[FusedState, ProgramStats]:
             state, stats = carry
             state, rows, losses = iterate(state, jax.tree.map(lambda x: x[i], plan))
             return state, _add_iteration(stats, rows, losses, i * num_rows, replicas)
@@ -155,25 +155,31 @@ def _replay_iteration(
     def iteration(state: FusedState, plan: Plan) -> tuple[FusedState, RowStats, Losses]:
         num_rows = plan.exploration.size
         key, env_key, explore_key, learn_key = jax.random.split(state.key, 4)
-        step_keys = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
+        step_keys = draw_step_keys(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
         uniforms = _uniforms(explore_key, num_rows, num_lanes, replicas)
-        noise = noise_keys(agent, state.key, num_rows, local_lane_ids(replicas, num_lanes))
+        # No second use of `state.key`: this folds `NOISE` into it, a number that is never among those of a split.
+        acting_keys = noise_keys(agent, state.key, num_rows, local_lane_ids(replicas, num_lanes))
 
         def row(carry: tuple, inputs: tuple) -> tuple[Any, RowStats]:
             learner_state, actor, replay_state, losses = carry
-            keys, uniform, noise, plan, learn_key = inputs
+            row_step_keys, uniform, row_acting_keys, row_plan, row_learn_key = inputs
             actor, new_row, stats, _ = act(
-                env, agent, learner_state.params, actor, keys, uniform, plan.exploration, noise
+                env, agent, learner_state.params, actor, row_step_keys, uniform, row_plan.exploration, row_acting_keys
             )
-
-            state = (learner_state, replay.insert(replay_state, new_row), losses)
+            replay_state = replay.insert(replay_state, new_row)
             learner_state, replay_state, losses = learn_from_replay(
-                learner, replay, state, learn_key, plan.importance_exponent, plan.num_updates, replicas
+                learner,
+                replay,
+                (learner_state, replay_state, losses),
+                row_learn_key,
+                row_plan.importance_exponent,
+                row_plan.num_updates,
+                replicas,
             )
             return (learner_state, actor, replay_state, losses), stats
 
         carry = (state.learner, state.actor, state.replay, no_losses())
-        inputs = (step_keys, uniforms, noise, plan, jax.random.split(learn_key, num_rows))
+        inputs = (step_keys, uniforms, acting_keys, plan, jax.random.split(learn_key, num_rows))
         (learner_state, actor, replay_state, losses), stats = jax.lax.scan(row, carry, inputs)
         return FusedState(learner_state, actor, replay_state, key), stats, losses
 
@@ -188,18 +194,21 @@ def _rollout_iteration(
     def iteration(state: FusedState, plan: Plan) -> tuple[FusedState, RowStats, Losses]:
         num_rows = plan.exploration.size
         key, env_key, explore_key, shuffle_key = jax.random.split(state.key, 4)
-        step_keys = draw(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
+        step_keys = draw_step_keys(env, env_key, num_rows, local_lane_ids(replicas, num_lanes))
         uniforms = _uniforms(explore_key, num_rows, num_lanes, replicas)
-        noise = noise_keys(agent, state.key, num_rows, local_lane_ids(replicas, num_lanes))
+        # No second use of `state.key`: this folds `NOISE` into it, a number that is never among those of a split.
+        acting_keys = noise_keys(agent, state.key, num_rows, local_lane_ids(replicas, num_lanes))
         params = state.learner.params
 
         def row(actor: ActorState, inputs: tuple) -> tuple[ActorState, tuple[Row, RowStats]]:
-            keys, uniform, noise, exploration = inputs
+            row_step_keys, uniform, row_acting_keys, exploration = inputs
             view = actor.memory.view
-            actor, new_row, stats, _ = act(env, agent, params, actor, keys, uniform, exploration, noise)
+            actor, new_row, stats, _ = act(
+                env, agent, params, actor, row_step_keys, uniform, exploration, row_acting_keys
+            )
             return actor, (new_row._replace(obs=view), stats)
 
-        actor, (rows, stats) = jax.lax.scan(row, state.actor, (step_keys, uniforms, noise, plan.exploration))
+        actor, (rows, stats) = jax.lax.scan(row, state.actor, (step_keys, uniforms, acting_keys, plan.exploration))
         last_value = jnp.max(agent.act_values(params, actor.memory)[0], axis=-1)
         batch = regression(rows, stats.q_max, last_value, config, state.actor.memory.carry)
         learner_state, losses = learn_from_rollout(learner, state.learner, batch, shuffle_key, config, replicas)
@@ -214,21 +223,21 @@ def _uniforms(key: Array, num_rows: int, num_lanes: int, replicas: Replicas) -> 
     return jax.lax.dynamic_slice_in_dim(uniforms, replicas.rank() * jnp.uint32(num_lanes), num_lanes, axis=1)
 
 
-def _no_stats() -> ChunkStats:
+def _no_stats() -> ProgramStats:
     zero = jnp.float32(0)
-    return ChunkStats(zero, zero, zero, zero, no_losses(), jnp.int32(NO_BAD_STEP))
+    return ProgramStats(zero, zero, zero, zero, no_losses(), jnp.int32(NO_BAD_STEP))
 
 
 def _add_iteration(
-    stats: ChunkStats, rows: RowStats, losses: Losses, first_row: Array, replicas: Replicas
-) -> ChunkStats:
+    stats: ProgramStats, rows: RowStats, losses: Losses, first_row: Array, replicas: Replicas
+) -> ProgramStats:
     """Returns the chunk's stats with one iteration's rows `[rows, lanes]`, which began at the chunk's `first_row`."""
     ended = rows.episode_ended
     num_lanes = ended.shape[1]
     bad_row, bad_lane = jnp.divmod(jnp.argmax(rows.is_bad), num_lanes)
     bad_step = (first_row + bad_row) * (num_lanes * replicas.size) + local_lane_ids(replicas, num_lanes)[bad_lane]
     bad_step = jnp.where(jnp.any(rows.is_bad), bad_step.astype(jnp.int32), NO_BAD_STEP)
-    return ChunkStats(
+    return ProgramStats(
         num_episodes=stats.num_episodes + jnp.sum(ended),
         episode_return=stats.episode_return + jnp.sum(jnp.where(ended, rows.episode_return, 0)),
         episode_steps=stats.episode_steps + jnp.sum(jnp.where(ended, rows.episode_steps, 0)),
@@ -238,12 +247,12 @@ def _add_iteration(
     )
 
 
-def _over_replicas(stats: ChunkStats, replicas: Replicas) -> ChunkStats:
+def _over_replicas(stats: ProgramStats, replicas: Replicas) -> ProgramStats:
     """Returns the stats over all replicas, from each replica's own."""
     num_episodes, episode_return, episode_steps = replicas.sum(
         (stats.num_episodes, stats.episode_return, stats.episode_steps)
     )
     q_max, losses = replicas.mean((stats.q_max, stats.losses))
-    return ChunkStats(
+    return ProgramStats(
         num_episodes, episode_return, episode_steps, q_max, losses, jnp.min(replicas.gather(stats.bad_step))
     )

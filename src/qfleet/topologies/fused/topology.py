@@ -24,7 +24,7 @@ from qfleet.runtime.records import Progress, Sum, make_progress
 from qfleet.topologies.acting import not_finite, restored_actor, saved_actor
 from qfleet.topologies.base import Layout, OwnLearner, check_loss
 from qfleet.topologies.footprint import Footprint
-from qfleet.topologies.fused.program import NO_BAD_STEP, ChunkStats, FusedState
+from qfleet.topologies.fused.program import NO_BAD_STEP, FusedState, ProgramStats
 from qfleet.topologies.fused.program_on_devices import ProgramOnDevices
 from qfleet.topologies.replay_measures import ReplayMeasures
 from qfleet.topologies.restoring import read_state
@@ -240,7 +240,7 @@ class Fused(OwnLearner):
             self.fixed,
         )
 
-    def _check_finite(self, stats: ChunkStats, env_steps_before: int) -> None:
+    def _check_finite(self, stats: ProgramStats, env_steps_before: int) -> None:
         bad_steps = np.atleast_1d(stats.bad_step)
         if np.any(bad_steps != NO_BAD_STEP):
             seed = int(np.argmax(bad_steps != NO_BAD_STEP))

@@ -29,7 +29,7 @@ class HostRow(NamedTuple):
     terminated: Any
     truncated: Any
     no_step: Any
-    """bool, the action led nowhere: the lane was at a final observation, or its environment failed."""
+    """bool, the row holds no step, because the lane was at a final observation or its environment failed."""
     carry: Any = ()
     """What a recurrent network remembered before the observation, on the devices; `()` in a rollout."""
 

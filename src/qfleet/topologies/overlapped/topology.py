@@ -37,7 +37,7 @@ CHUNK_SECONDS = 0.5
 """The longest that a chunk of several iterations should take: an interrupted run stops at the end of a chunk."""
 
 
-class ChunkStats:
+class RowsStats:
     """Statistics of one chunk's rows."""
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class Overlapped(OwnLearner):
         started = time.perf_counter()
         self._stopwatch.start()
         env_steps, learner_steps = self.env_steps, self.learner_steps
-        stats = ChunkStats()
+        stats = RowsStats()
         num_iterations = math.ceil((until_env_steps - self.env_steps) / self.env_steps_per_iteration)
         wanted = peers.firsts(CHUNK_SECONDS / self._seconds_per_iteration)
         num_iterations = max(1, min(num_iterations, math.ceil(wanted)))
@@ -209,7 +209,7 @@ class Overlapped(OwnLearner):
             part_seconds=self._stopwatch.split(seconds) if self._topology.profile else None,
         )
 
-    def _rows_with_replay(self, plan: Plan, inputs: RandomInputs, stats: ChunkStats) -> None:
+    def _rows_with_replay(self, plan: Plan, inputs: RandomInputs, stats: RowsStats) -> None:
         """Takes the rows of one iteration; the learner learns from each while the environments take the next."""
         uniforms, learn_keys = self._own_uniforms(inputs), list(inputs.learn_keys)
         noise_keys = list(inputs.noise_keys) or [()] * len(uniforms)
@@ -220,7 +220,7 @@ class Overlapped(OwnLearner):
             if self._topology.lock_step or self._topology.profile:
                 self._learning.learn_pending()
 
-    def _rollout(self, plan: Plan, inputs: RandomInputs, stats: ChunkStats) -> None:
+    def _rollout(self, plan: Plan, inputs: RandomInputs, stats: RowsStats) -> None:
         """Takes a rollout, then learns from it.
 
         Nothing overlaps, because the next action needs the parameters that the learner computes here.
@@ -247,7 +247,7 @@ class Overlapped(OwnLearner):
         return self._to_host(inputs.uniforms)[:, first : first + self._num_lanes]
 
     def _act_and_learn(
-        self, exploration: Any, uniform: Any, noise_key: jax.Array | tuple[()], stats: ChunkStats
+        self, exploration: Any, uniform: Any, noise_key: jax.Array | tuple[()], stats: RowsStats
     ) -> tuple[HostRow, jax.Array]:
         """Takes one step of all lanes; while the environments step, the learner learns from the pending row, if any.
 

@@ -1,7 +1,7 @@
 """The director of the parameter server: it carries out what `machine.ServerMachine` decides.
 
-It starts the processes, makes a call of each request (`_call` has the method of each kind of request), and reads what
-other threads ask for.
+It starts the processes, and calls the method that belongs to each request: see `_call`. It also reads parameters and
+snapshots for other threads.
 """
 
 import concurrent.futures

@@ -1,7 +1,7 @@
-"""The decisions of the parameter server: when workers act and compute gradients, and what becomes of these.
+"""The decisions of the parameter server: when workers act, when they compute gradients, and what the server applies.
 
-`ServerMachine.handle` has what happens when a process replies, gets lost or comes back, and `_take_turn` what may be
-requested otherwise. `sharded_server` has the server's half. `director` carries out the requests.
+`ServerMachine.handle` handles each event: a process has replied, is lost or is back. When it is the machine's turn,
+`_take_turn` requests what is due. `sharded_server` decides about the server. `director` carries out the requests.
 """
 
 import dataclasses
@@ -193,9 +193,9 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
         return []
 
     def _take_turn(self) -> list[Request]:
-        """Requests all that may be under way now."""
+        """Requests everything that is due."""
         self.is_paused = False
-        publish = self.server.publish()  # first, because the other requests pass on what it publishes
+        publish = self.server.ensure_published()  # first, because the other requests pass on what it publishes
         return [*publish, *self._start_chunks(), *self._start_gradients(), *self.server.take_snapshot()]
 
     # --- Chunks ---
@@ -288,7 +288,7 @@ class ServerMachine(FleetMachine[ServerStats, PooledWorker]):
             return steps
         return [*steps, *self.replay.return_priorities(request.drawn, answer.priorities)]
 
-    # --- Losses and checkpoints ---
+    # --- Lost processes and checkpoints ---
 
     def _refill_worker(self, found: ReplayFound) -> list[Request]:
         """Has a worker that was replaced continue with its lanes of the newest checkpoint, or with nothing."""

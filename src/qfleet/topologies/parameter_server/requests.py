@@ -47,7 +47,7 @@ class Pull(NamedTuple):
 
 
 class ActAnswer(NamedTuple):
-    """What a worker returns of a chunk: an `ActReply` with a reference."""
+    """A worker's answer to `Act`: an `ActReply` with a reference in place of the chunk."""
 
     chunk_stats: ChunkStats
     shard_stats: ShardStats | None
@@ -55,7 +55,7 @@ class ActAnswer(NamedTuple):
 
 
 class GradientAnswer(NamedTuple):
-    """What a worker returns of a gradient: a `GradientReply` with references."""
+    """A worker's answer to `ComputeGradient` and `ComputeGradientOf`: a `GradientReply` with references."""
 
     result: GradientStats
     pieces: Pieces
@@ -97,7 +97,7 @@ class ComputeGradientOf(CallRequest[GradientAnswer]):
 
 
 class PublishedAnswer(NamedTuple):
-    """What a shard publishes: `PublishedParameters` with references."""
+    """A shard's answer to the requests below: `PublishedParameters` with references."""
 
     busy_seconds: float
     params: Reference[np.ndarray]
@@ -127,7 +127,7 @@ class ApplyAverages(CallRequest[PublishedAnswer]):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Publish(CallRequest[tuple[Reference[np.ndarray], Reference[np.ndarray]]]):
-    """Publish the parameters and those of the target network, as they are."""
+    """Publish the parameters and those of the target network, as they are, when there are none to pull."""
 
 
 class Snapshot(NamedTuple):

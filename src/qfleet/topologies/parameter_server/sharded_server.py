@@ -141,8 +141,12 @@ class ShardedServer:
 
     # --- Parameters ---
 
-    def publish(self) -> list[Publish]:
-        """Requests the parameters of all shards if there are none to pull: at the start, and after a loss."""
+    def ensure_published(self) -> list[Publish]:
+        """Requests the parameters of all shards if there are none to pull, and nothing otherwise.
+
+        There are none at the start, and after the server has gone back or parameters were lost on their way. Otherwise
+        each learner step publishes the parameters that it makes.
+        """
         if self._newest is not None:
             return []
         requests = [Publish(shard, results=[Reference(), Reference()]) for shard in self.shards]
@@ -152,7 +156,7 @@ class ShardedServer:
 
     @property
     def newest(self) -> NewestParameters:
-        """The newest parameters, after `publish`."""
+        """The newest parameters, after `ensure_published`."""
         assert self._newest is not None
         return self._newest
 

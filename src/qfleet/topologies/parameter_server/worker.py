@@ -35,7 +35,7 @@ class GradientStats(NamedTuple):
 
 
 class ActReply(NamedTuple):
-    """What a worker returns of a chunk."""
+    """A worker's reply when it has acted for one chunk."""
 
     chunk_stats: ChunkStats
     shard_stats: ShardStats | None
@@ -45,7 +45,7 @@ class ActReply(NamedTuple):
 
 
 class GradientReply(NamedTuple):
-    """What a worker returns of a gradient."""
+    """A worker's reply when it has computed a gradient."""
 
     result: GradientStats
     pieces: list[np.ndarray]
