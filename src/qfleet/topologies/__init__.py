@@ -1,7 +1,7 @@
 """Where a run takes place. There is one algorithm, in `qfleet.core`; a topology decides which process does what.
 
-The map: each cell is a name in `qfleet`, and a test resolves all of them. Open the package of a topology for its data
-flow, and `topologies.fleet` for what all topologies on Ray share.
+The map: each cell is a name in `qfleet`, and a test resolves all of them. Open the package of a topology for each step
+from the environment to new parameters, and `topologies.fleet` for what all topologies on Ray share.
 
 | topology | who acts | who stores | who computes gradients | who applies them |
 |---|---|---|---|---|
@@ -29,6 +29,17 @@ topologies.parameter_server.server_shard.PublishedParameters |
 
 On Ray, pure code decides what each process does next: topologies.actor_learner.machine.ActorLearnerMachine,
 topologies.parameter_server.machine.ServerMachine, topologies.gossip.decisions. A director carries it out.
+
+Words, of which the glossary in `docs/` has more:
+
+    lane      one environment of the batch that is stepped at once
+    row       one step of all lanes. A lane whose episode has ended holds its final observation in the next row, and no
+              step: the outcome there is `NO_STEP`
+    slot      one lane of one row in the replay's ring, where a transition may start
+    segment   lanes that step together, such as those of one actor. The ring has one write head for each segment
+    chunk     the rows that a process takes before anything else is asked of it
+    round     the batches that the learner learns from in one call
+    share     the part of a batch, or of a round, that one shard of the replay draws
 
 Every topology has a config in `config.TOPOLOGIES`, and a class that is a `topologies.base.Topology`.
 `training.assembly` makes it, and `training.run.Run` drives it: it advances, evaluates, saves and stops.

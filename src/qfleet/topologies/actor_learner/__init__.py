@@ -1,37 +1,40 @@
 """The actor-learner topology (Ape-X), on Ray: many actors fill a replay, from which one learner learns.
 
-    who acts                 Actor.collect                                     fleet/actor.py
-    who stores               ReplayShard.insert                                fleet/replay_shard.py
-    who draws                ReplayShard.sample                                the same
-    who computes gradients   GlobalLearner.learn                               learner.py
-    who applies them         GlobalLearner.learn, in the same compiled step    learner.py
-    who takes parameters     RemoteActor.fetch_and_collect: those that         remote.py
-                             GlobalLearner.params returned last                learner.py
-    who decides              ActorLearnerMachine, a pure state machine, with   machine.py
-                             ShardedReplay, which divides a batch              fleet/sharded_replay.py
-    who carries it out       ActorLearnerDirector, in a thread of the run      director.py
-    who checks and records   ActorLearner, in the run's process                topology.py
+Each actor, each shard of the replay and the learner is a process of its own. The run's process decides what each does
+next: `machine.ActorLearnerMachine` is a state machine, which makes the requests below. For each request a thread of the
+run, `director.ActorLearnerDirector`, calls the remote method of that name (`remote.py`, `fleet/remote.py`), and that
+method calls the one below, with arrays in place of references. The steps, in the order in which a transition meets
+them:
 
-Each actor, each shard and the learner is a process of its own (`remote.py`, `fleet/remote.py`). Every arrow crosses a
-process border: arrays go directly from process to process (`fleet/channel.py`, `fleet/ray_calls.py`), and the director
-only hands on references.
+    step                                 who decides                 function                    file
+    -----------------------------------  --------------------------  --------------------------  -----------------------
+    learner: publishes its parameters    Publish: _publish           GlobalLearner.publish       learner.py
+    actor: receives them                 Collect: _start_chunks      Actor.receive               fleet/actor.py
+    actor: acts for one chunk            Collect                     Actor.collect               fleet/actor.py
+        one step of all lanes                                        act                         acting.py
+            chooses actions                                          Agent.act                   core/agent.py
+            steps environments                                       step_lanes                  envs/in_graph.py
+    which shard stores the chunk         Insert: _collected          ShardedReplay.store         fleet/sharded_replay.py
+    shard: stores it                     Insert                      ReplayShard.insert          fleet/replay_shard.py
+        row by row                                                   Replay.insert               core/replay/replay.py
+    how much each shard draws            SampleShare: _start_rounds  ShardedReplay.draw          fleet/sharded_replay.py
+    shard: draws its share of the round  SampleShare                 ReplayShard.sample_share    fleet/replay_shard.py
+        from ring and sum tree                                       Replay.sample_share         core/replay/replay.py
+    learner: learns from the round       Learn: _start_rounds        GlobalLearner.learn         learner.py
+        targets and loss                                             make_loss                   core/batch_loss.py
+        gradient                                                     Learner.gradients           core/learner.py
+        new parameters, target network                               Learner.apply               core/learner.py
+    shard: sets priorities of its share  SetPriorities: _learned     ReplayShard.set_priorities  fleet/replay_shard.py
+        in the sum tree                                              Replay.set_priorities       core/replay/replay.py
+    learner: publishes new parameters    Publish: _publish           GlobalLearner.publish       learner.py
 
-                            chunk: rows, with the actor's own TD errors
-          +-------------+ ------------------------------------------> +--------------+
-          | RemoteActor |                                             | Replay shard |
-          +-------------+                                             +--------------+
-                 ^                                                       |        ^
-                 | parameters, fetched                    each shard's   |        | TD errors of
-                 | when a chunk begins                    share of a     |        | that share
-                 |                                        round          v        |
-                 |                                                    +---------------+
-                 +--------------------------------------------------- | RemoteLearner |
-                                                                      +---------------+
+Indented functions are called by the function above them. Those of the core are the same in every topology: open their
+files only to see how they do it. Files are in this package, in `topologies/` or in `qfleet/`. `qfleet.topologies`
+explains the words.
 
-The requests of the machine, in the order in which a transition meets them. Each is answered before the next is made,
-except for `Learn`, which is made together with its `Sample`s:
-
-    Publish -> Collect -> Insert -> Sample + Learn -> SetPriorities
+A request carries references to arrays that another process has made, or is about to make: `Learn` is requested together
+with its `SampleShare`s, and begins once all have been answered. Arrays go directly from process to process
+(`fleet/channel.py`, `fleet/ray_calls.py`).
 
 A round is a few batches, drawn over all shards as if from one replay. A rate limiter (`fleet/rate_limiter.py`) keeps
 the learner from taking more steps than the replay ratio allows, and the actors from running far ahead of the learner.

@@ -30,24 +30,26 @@ In remote processes:
     replay_shares.py     How a replay is shared out over its shards, and joined again.
     env_and_agent.py     Environment, network and agent, which each process builds once.
 
-How a decision becomes a call, and its reply the next event:
+How a decision becomes a call, and its reply the next event. Request, remote method and plain method have one name:
 
-    FleetMachine.handle(Turn) --Sample--> MachineDirector._call --> ReplayShard.sample, in another process
-    FleetMachine.handle(Replied(Sample, reply)) <-- MachineDirector._tell <-- its reply
+    FleetMachine.handle(Turn) --SampleShare--> MachineDirector._call --> RemoteReplayShard.sample_share, in its process,
+                                                                         which calls ReplayShard.sample_share
+    FleetMachine.handle(Replied(SampleShare, reply)) <-- MachineDirector._tell <-- its reply
 
 How a chunk travels; each line is a request of the machine, and crosses a process border:
 
     request to act      Actor.collect returns ChunkStats by value, and a Chunk by reference
-    Insert              ReplayShard.insert gets the reference, and returns ShardStats
+    Insert              ReplayShard.insert gets the reference, and returns an InsertReply
 
 How a batch travels:
 
-    Sample              ReplayShard.sample draws one share, and returns a reference to its transitions
+    SampleShare         ReplayShard.sample_share draws one share, and returns a reference to its transitions
     request to learn    the process that learns gets the references of all shares, and returns priorities by reference
     SetPriorities       ReplayShard.set_priorities gets those of its own share
 
-Chunks, transitions and TD errors go directly between the remote processes: through memory that the processes of one
-machine share, or through Ray's object store in a cluster. Where they are learned from is up to each topology.
+Chunks, transitions and priorities go directly between the remote processes: through memory that the processes of one
+machine share, or through Ray's object store in a cluster. Where they are learned from is up to each topology, whose
+package says who asks for what. `qfleet.topologies` explains the words.
 
 How a call travels, within one machine:
 

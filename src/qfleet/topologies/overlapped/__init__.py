@@ -1,18 +1,35 @@
 """The overlapped topology: environments outside the compiled program step while the learner learns.
 
-Everything runs in one process, which drives the environments and the programs on its devices:
+Everything runs in one process, which drives the environments and the programs on its devices. The
+steps, in the order of time:
 
-    environments --observations--> act            `runtime.host_acting.HostActing`, `programs.act`
-    act          --actions-------> environments   they begin the next step
-    act          --row-----------> replay         `learning.Learning`, `programs.insert`
-    replay       --batches-------> gradient       `programs.learn`: as many learner steps as `schedule.Plan` says
-    gradient     --update--------> parameters     which the next call of `act` reads
+    step                                    who decides                   function                file
+    --------------------------------------  ----------------------------  ----------------------  ----------------------
+    plans exploration and learner steps     Overlapped.advance            make_plan               schedule.py
+    acts in all lanes                       Overlapped._act_and_learn     Programs.act            programs.py
+        chooses actions                                                   Agent.act               core/agent.py
+    begins a step of the environments       Overlapped._act_and_learn     HostActing.send         runtime/host_acting.py
+    learns from the row before, below       Overlapped._act_and_learn     Learning.learn_pending  learning.py
+    waits for the environments              Overlapped._act_and_learn     HostActing.receive      runtime/host_acting.py
+    has the row ready to learn from         Overlapped._rows_with_replay  Learning.add_row        learning.py
+    stores it, and learns                   Learning.learn_pending        Programs.learn          programs.py
+        stores the row                                                    Replay.insert           core/replay/replay.py
+        takes the learner steps of the row  Plan.num_updates              learn_from_replay       core/updates.py
+        draws a batch                                                     Replay.sample           core/replay/replay.py
+        targets and loss                                                  make_loss               core/batch_loss.py
+        gradient                                                          Learner.gradients       core/learner.py
+        new parameters, target network                                    Learner.apply           core/learner.py
+        new priorities of the batch                                       Replay.set_priorities   core/replay/replay.py
+    acts with the new parameters            Overlapped._act_and_learn     Programs.act            programs.py
 
-With a replay, the learner stores a row and learns from it while the environments take the next step. With `lock_step`
-the environments wait for the learner instead, and the run is deterministic if the environments are. Without a replay,
-the run takes a rollout, then learns from it, and nothing overlaps. `profile` is `lock_step` divided into parts, each of
-which is timed.
+Indented functions are called by the function above them. Those of the core are the same in every topology: open their
+files only to see how they do it. Files are in this package, in `topologies/` or in `qfleet/`. `qfleet.topologies`
+explains the words.
 
-Modules: `topology` drives a run; `programs` holds the pure functions, and `programs_on_mesh` compiles them for the
-devices of a mesh; `learning` holds the learner's state and the row that it learns from next; `profile` times the parts.
+So the learner stores a row and learns from it while the environments take the next step. With `lock_step` the
+environments wait for the learner instead, and the run is deterministic if the environments are. An agent without a
+replay takes a rollout, in `Overlapped._rollout`, then learns from it, and nothing overlaps.
+
+`profile` is `lock_step` divided into parts, each of which is timed. `programs_on_mesh` compiles the functions of
+`programs` for the devices of a mesh.
 """

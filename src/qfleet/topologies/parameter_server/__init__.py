@@ -1,47 +1,49 @@
-"""The parameter server (Gorila): workers compute gradients, and a sharded server applies them. Processes on Ray.
+"""The parameter server (Gorila), on Ray: workers act and compute gradients, and a sharded server applies them.
 
-The way of a gradient, and of the parameters that it makes:
+Each worker, each shard of the server and each shard of a replay that the workers share is a process of its own. The
+run's process decides what each does next: `machine.ServerMachine` is a state machine, which makes the requests below.
+For each request a thread of the run, `director.ServerDirector`, calls the remote method of that name (`remote.py`,
+`fleet/remote.py`), and that method calls the one below, with arrays in place of references. By default each worker has
+its own replay: "own". If `num_replay_shards` is above 0, all workers share one: "shared". The steps, in the order in
+which a transition meets them:
 
-      worker process                                             server shard process (one of several)
-      --------------                                             -------------------------------------
-      Worker.act                 acts in its lanes
-         | a chunk of steps
-      ReplayShard.insert         the worker's own replay, or a
-         | a batch               replay shard in its own process
-      Worker.compute_gradient
-         | one piece for each server shard
-         +------------------ a reference to it --------------->  ServerShard.apply_gradients
-                                                                    | a learner step on its piece
-         +<----------------- references to them ---------------  ServerShard returns PublishedParameters
-      Worker.pull
-         | acts and learns with them from now on
+    step                          who decides                       function                     file
+    ----------------------------  --------------------------------  ---------------------------  -----------------------
+    worker: acts for one chunk    Act: _start_chunks                Worker.act                   worker.py
+        makes the chunk                                             Actor.collect                fleet/actor.py
+        one step of all lanes                                       act                          acting.py
+            chooses actions                                         Agent.act                    core/agent.py
+            steps environments                                      step_lanes                   envs/in_graph.py
+    own: the worker stores it     Act                               ReplayShard.insert           fleet/replay_shard.py
+    shared: a shard stores it     Insert: _acted                    ReplayShard.insert           fleet/replay_shard.py
+        row by row                                                  Replay.insert                core/replay/replay.py
+    own: draws and learns         ComputeGradient: _start_gradient  Worker.compute_gradient      worker.py
+        draws a batch                                               Replay.sample                core/replay/replay.py
+        sets its priorities                                         Replay.set_priorities        core/replay/replay.py
+    shared: shards draw shares    SampleShare: _start_gradient      ReplayShard.sample_share     fleet/replay_shard.py
+        from ring and sum tree                                      Replay.sample_share          core/replay/replay.py
+    shared: a worker learns       ComputeGradientOf                 Worker.compute_gradient_of   worker.py
+    shared: priorities go back    SetPriorities: _gradient_arrived  ReplayShard.set_priorities   fleet/replay_shard.py
+    either: targets and loss                                        make_loss                    core/batch_loss.py
+        gradient                                                    Learner.gradients            core/learner.py
+        cuts it into pieces                                         ShardedLearner.gradients     core/sharded_learner.py
+    gathers gradients to a step   ServerMachine._gradient_arrived   StepQueue.push               step_queue.py
+    server shard: takes the step  ApplyGradients: _request_steps    ServerShard.apply_gradients  server_shard.py
+        on its piece                                                ShardedLearner.apply         core/sharded_learner.py
+        new parameters                                              Learner.apply                core/learner.py
+    notes the new parameters      ShardedServer._request_steps      ShardedServer.newest         sharded_server.py
+    what a worker lacks of them   Act, ComputeGradient              PooledWorker.next_pull       machine.py
+    worker: pulls that first      Act, ComputeGradient              Worker.pull                  worker.py
 
-The process that started the run coordinates the others, in a thread of its own. It never touches an array:
+Indented functions are called by the function above them. Those of the core are the same in every topology: open their
+files only to see how they do it. Files are in this package, in `topologies/` or in `qfleet/`. `qfleet.topologies`
+explains the words.
 
-- `machine.ServerMachine` decides, as a pure state machine: it asks workers for chunks (at most two at a time each) and
-  for gradients (one at a time each).
-- `sharded_server.ShardedServer` is the half of it for the server: it makes learner steps of gradients, knows the newest
-  parameters, takes snapshots, and goes back to a snapshot when a shard is lost. Parts of it are `step_queue` and
-  `gradient_filter`.
-- `requests` has what the machine requests of workers and shards.
-- `director.ServerDirector` calls the methods of `remote` that belong to the requests, and tells the machine of replies
-  and losses.
-
-What crosses the border between two processes. Arrays go directly from one to the other, by references: through memory
-that the processes of one machine share (`fleet/channel.py`), or through Ray's object store (`fleet/ray_calls.py`).
-
-| what | from | to |
-|---|---|---|
-| gradient, one piece per shard | worker | server shards |
-| parameters, one piece per shard | server shards | workers |
-| chunk, if the workers share a replay | worker | replay shard |
-| shares of a batch, if the workers share a replay | replay shards | worker |
-| TD errors, if the workers share a replay | worker | replay shards |
-| calls, losses, times | director | all, and back |
-
-If the agent clips gradients and the server has several shards, each shard needs the norm of the whole gradient. A step
-then takes two calls: `ServerShard.average_gradients`, which returns the square of its piece's norm, and
-`ServerShard.apply_averages`, which gets the squares of all shards.
+A request carries references to arrays that another process has made, or is about to make. Arrays go directly from
+process to process (`fleet/channel.py`, `fleet/ray_calls.py`). If the agent clips gradients and the server has
+several shards, each shard needs the norm of the whole gradient. A step then takes two requests instead of
+`ApplyGradients`: `AverageGradients` returns the square of its piece's norm, and `ApplyAverages` gets the squares of all
+shards.
 
 Three rules follow from the way in which calls are made:
 
@@ -49,13 +51,14 @@ Three rules follow from the way in which calls are made:
   same steps in the same order without any agreement between them. It is the order in which gradients arrive.
 - Parameters are passed on as references to what a learner step *will* return. The supervisor makes a call once the
   values of its references are there, so a worker that is asked for a gradient now gets the newest parameters.
-- A worker has one request for a gradient at a time. Parameters that came with a second request would grow old while the
-  worker is busy with the first.
+- A worker has one request for a gradient at a time, and two for chunks. Parameters that came with a second request for
+  a gradient would grow old while the worker is busy with the first.
 
-A gradient is dropped if its parameters are too many steps old, or if its loss is far above the usual. A rate limiter
-keeps the replay ratio. A worker that dies, raises or falls silent is replaced, and its replay continues with what the
-newest checkpoint has of it. If a shard of the server is lost, all shards go back to their newest snapshot. Gradients
-of earlier parameters are then refused. `qfleet.core.sharded_learner` has the mathematics.
+`sharded_server.ShardedServer` is the half of the machine that decides about the server. It knows the newest parameters,
+takes snapshots, and goes back to a snapshot when a shard is lost: gradients of earlier parameters are then refused.
+`gradient_filter` drops a gradient if its parameters are too many steps old, or if its loss is far above the usual. A
+rate limiter keeps the replay ratio. A worker that dies, raises or falls silent is replaced, and its replay continues
+with what the newest checkpoint has of it.
 
 If `gradients_per_learner_step` is the number of workers and `max_staleness` is 0, all workers are in step, and the
 parameters are those of one learner on the joined batch.
