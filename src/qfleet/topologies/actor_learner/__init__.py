@@ -3,29 +3,29 @@
 Each actor, each shard of the replay and the learner is a process of its own. The run's process decides what each does
 next: `machine.ActorLearnerMachine` is a state machine, which makes the requests below. For each request a thread of the
 run, `director.ActorLearnerDirector`, calls the remote method of that name (`remote.py`, `fleet/remote.py`), and that
-method calls the one below, with arrays in place of references. The steps, in the order in which a transition meets
-them:
+method calls the one below, with arrays in place of references. The steps, in the order in which a
+transition meets them:
 
     step                                 who decides                 function                    file
     -----------------------------------  --------------------------  --------------------------  -----------------------
     learner: publishes its parameters    Publish: _publish           GlobalLearner.publish       learner.py
     actor: receives them                 Collect: _start_chunks      Actor.receive               fleet/actor.py
     actor: acts for one chunk            Collect                     Actor.collect               fleet/actor.py
-        one step of all lanes                                        act                         acting.py
-            chooses actions                                          Agent.act                   core/agent.py
-            steps environments                                       step_lanes                  envs/in_graph.py
+      one step of all lanes                                          act                         acting.py
+        chooses actions                                              Agent.act                   core/agent.py
+        steps environments                                           step_lanes                  envs/in_graph.py
     which shard stores the chunk         Insert: _collected          ShardedReplay.store         fleet/sharded_replay.py
     shard: stores it                     Insert                      ReplayShard.insert          fleet/replay_shard.py
-        row by row                                                   Replay.insert               core/replay/replay.py
+      row by row                                                     Replay.insert               core/replay/replay.py
     how much each shard draws            SampleShare: _start_rounds  ShardedReplay.draw          fleet/sharded_replay.py
     shard: draws its share of the round  SampleShare                 ReplayShard.sample_share    fleet/replay_shard.py
-        from ring and sum tree                                       Replay.sample_share         core/replay/replay.py
+      from ring and sum tree                                         Replay.sample_share         core/replay/replay.py
     learner: learns from the round       Learn: _start_rounds        GlobalLearner.learn         learner.py
-        targets and loss                                             make_loss                   core/batch_loss.py
-        gradient                                                     Learner.gradients           core/learner.py
-        new parameters, target network                               Learner.apply               core/learner.py
+      targets and loss                                               make_loss                   core/batch_loss.py
+      gradient                                                       Learner.gradients           core/learner.py
+      new parameters, target network                                 Learner.apply               core/learner.py
     shard: sets priorities of its share  SetPriorities: _learned     ReplayShard.set_priorities  fleet/replay_shard.py
-        in the sum tree                                              Replay.set_priorities       core/replay/replay.py
+      in the sum tree                                                Replay.set_priorities       core/replay/replay.py
     learner: publishes new parameters    Publish: _publish           GlobalLearner.publish       learner.py
 
 Indented functions are called by the function above them. Those of the core are the same in every topology: open their

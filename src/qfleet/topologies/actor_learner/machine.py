@@ -67,7 +67,7 @@ class Broadcast(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Collect(CallRequest[tuple[ChunkStats, Reference[Chunk]]]):
-    """Fetch parameters, and act for one chunk."""
+    """Receive parameters, and act for one chunk."""
 
     broadcast: Broadcast
     epsilon: float

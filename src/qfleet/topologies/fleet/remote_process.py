@@ -31,7 +31,7 @@ class InRemoteProcess:
 
         Args:
           variables: environment variables to set first, because Ray may have started the process in advance.
-          *arguments: of the class that does the work.
+          *arguments: of the class that does the work, if a subclass inherits from that one instead of holding it.
         """
         os.environ.pop("OMP_NUM_THREADS", None)  # set by Ray to the number of CPUs that the process takes
         os.environ.update(variables)

@@ -9,15 +9,15 @@ of many rows. The steps, in the order in which a transition meets them:
     runs some iterations of 16 rows each  Fused.advance     Program.run            program.py
     takes the rows of one iteration       Program.run       _replay_iteration      program.py
     acts in all lanes                     every row         act                    acting.py
-        chooses actions                                     Agent.act              core/agent.py
-        steps environments                                  step_lanes             envs/in_graph.py
+      chooses actions                                       Agent.act              core/agent.py
+      steps environments                                    step_lanes             envs/in_graph.py
     stores the row                        every row         Replay.insert          core/replay/replay.py
     takes the learner steps of the row    Plan.num_updates  learn_from_replay      core/updates.py
-        draws a batch                                       Replay.sample          core/replay/replay.py
-        targets and loss                                    make_loss              core/batch_loss.py
-        gradient                                            Learner.gradients      core/learner.py
-        new parameters, target network                      Learner.apply          core/learner.py
-        new priorities of the batch                         Replay.set_priorities  core/replay/replay.py
+      draws a batch                                         Replay.sample          core/replay/replay.py
+      targets and loss                                      make_loss              core/batch_loss.py
+      gradient                                              Learner.gradients      core/learner.py
+      new parameters, target network                        Learner.apply          core/learner.py
+      new priorities of the batch                           Replay.set_priorities  core/replay/replay.py
     acts with the new parameters          the next row      act                    acting.py
 
 Indented functions are called by the function above them. Those of the core are the same in every topology: open their

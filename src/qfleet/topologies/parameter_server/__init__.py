@@ -10,27 +10,27 @@ which a transition meets them:
     step                          who decides                       function                     file
     ----------------------------  --------------------------------  ---------------------------  -----------------------
     worker: acts for one chunk    Act: _start_chunks                Worker.act                   worker.py
-        makes the chunk                                             Actor.collect                fleet/actor.py
+      makes the chunk                                               Actor.collect                fleet/actor.py
         one step of all lanes                                       act                          acting.py
-            chooses actions                                         Agent.act                    core/agent.py
-            steps environments                                      step_lanes                   envs/in_graph.py
+          chooses actions                                           Agent.act                    core/agent.py
+          steps environments                                        step_lanes                   envs/in_graph.py
     own: the worker stores it     Act                               ReplayShard.insert           fleet/replay_shard.py
     shared: a shard stores it     Insert: _acted                    ReplayShard.insert           fleet/replay_shard.py
-        row by row                                                  Replay.insert                core/replay/replay.py
+      row by row                                                    Replay.insert                core/replay/replay.py
     own: draws and learns         ComputeGradient: _start_gradient  Worker.compute_gradient      worker.py
-        draws a batch                                               Replay.sample                core/replay/replay.py
-        sets its priorities                                         Replay.set_priorities        core/replay/replay.py
+      draws a batch                                                 Replay.sample                core/replay/replay.py
+      sets its priorities                                           Replay.set_priorities        core/replay/replay.py
     shared: shards draw shares    SampleShare: _start_gradient      ReplayShard.sample_share     fleet/replay_shard.py
-        from ring and sum tree                                      Replay.sample_share          core/replay/replay.py
+      from ring and sum tree                                        Replay.sample_share          core/replay/replay.py
     shared: a worker learns       ComputeGradientOf                 Worker.compute_gradient_of   worker.py
     shared: priorities go back    SetPriorities: _gradient_arrived  ReplayShard.set_priorities   fleet/replay_shard.py
     either: targets and loss                                        make_loss                    core/batch_loss.py
-        gradient                                                    Learner.gradients            core/learner.py
-        cuts it into pieces                                         ShardedLearner.gradients     core/sharded_learner.py
+      gradient                                                      Learner.gradients            core/learner.py
+      cuts it into pieces                                           ShardedLearner.gradients     core/sharded_learner.py
     gathers gradients to a step   ServerMachine._gradient_arrived   StepQueue.push               step_queue.py
     server shard: takes the step  ApplyGradients: _request_steps    ServerShard.apply_gradients  server_shard.py
-        on its piece                                                ShardedLearner.apply         core/sharded_learner.py
-        new parameters                                              Learner.apply                core/learner.py
+      on its piece                                                  ShardedLearner.apply         core/sharded_learner.py
+      new parameters                                                Learner.apply                core/learner.py
     notes the new parameters      ShardedServer._request_steps      ShardedServer.newest         sharded_server.py
     what a worker lacks of them   Act, ComputeGradient              PooledWorker.next_pull       machine.py
     worker: pulls that first      Act, ComputeGradient              Worker.pull                  worker.py
