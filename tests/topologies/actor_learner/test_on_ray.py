@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,31 +100,51 @@ def test_the_numbers_are_the_same_whoever_carries_them(cluster):
     """From an actor to its shard, to the learner and back: by sockets and shared memory, and by Ray."""
     from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner
     from qfleet.topologies.fleet.remote import RemoteReplayShard
+    from qfleet.topologies.fleet.remote_process import InRemoteProcess
 
     config = config_of(num_actors=1, num_replay_shards=1)
     size = BATCH * batches_per_round(config, make_env(config.env).spec)
     share = DrawShare(np.int32(size), np.float32(1.0), np.float32(100))
 
+    class AllInOne(InRemoteProcess):
+        """An actor, a shard and a learner in one process. What one makes for another leaves the process all the same.
+
+        A process for each would take as long to start as all the rest of this test.
+        """
+
+        def __init__(self, variables: Mapping[str, str], config: TrainConfig) -> None:
+            super().__init__(variables)
+            self.parts = {
+                RemoteActor: RemoteActor(variables, config, 0),
+                RemoteReplayShard: RemoteReplayShard(variables, config, 0),
+                RemoteLearner: RemoteLearner(variables, config),
+            }
+
+        def ask(self, part: type, method: Any, *arguments: Any) -> Any:
+            return method(self.parts[part], *arguments)
+
     def learned(*, is_one_machine: bool) -> tuple[list[np.ndarray], SavedReplay]:
         calls = Calls(is_one_machine=is_one_machine)
-        ask, process = calls.ask, calls.process
-        actor, shard = process(RemoteActor, config, 0), process(RemoteReplayShard, config, 0)
-        learner = process(RemoteLearner, config)
-        ask(actor, RemoteActor.begin, 0)
+        process = calls.process(AllInOne, config)
+
+        def ask(part: type, method: Any, *arguments: Any, num_references: int = 0) -> Any:
+            return calls.ask(process, AllInOne.ask, part, method, *arguments, num_references=num_references)
+
+        ask(RemoteActor, RemoteActor.begin, 0)
         for number in range(12):
-            _, params = ask(learner, RemoteLearner.publish, num_references=1)
-            _, chunk = ask(actor, RemoteActor.collect, number, params, 0.5, num_references=1)
-            ask(shard, RemoteReplayShard.insert, 0, Writer(0, number), chunk)
+            _, params = ask(RemoteLearner, RemoteLearner.publish, num_references=1)
+            _, chunk = ask(RemoteActor, RemoteActor.collect, number, params, 0.5, num_references=1)
+            ask(RemoteReplayShard, RemoteReplayShard.insert, 0, Writer(0, number), chunk)
             if number < 6:
                 continue
-            _, batch = ask(shard, RemoteReplayShard.sample_share, number, 7, 0.5, share, size, num_references=1)
-            _, (priority,) = ask(learner, RemoteLearner.learn, [np.arange(size)], [batch], num_references=1)
-            ask(shard, RemoteReplayShard.set_priorities, number, priority)
-        state = ask(learner, RemoteLearner.state, num_references=1)
-        found = (
-            calls.supervisor.value(state),
-            calls.supervisor.value(ask(shard, RemoteReplayShard.snapshot, num_references=1)),
-        )
+            draw = (number, 7, 0.5, share, size)
+            _, batch = ask(RemoteReplayShard, RemoteReplayShard.sample_share, *draw, num_references=1)
+            round_ = ([np.arange(size)], [batch])
+            _, (priority,) = ask(RemoteLearner, RemoteLearner.learn, *round_, num_references=1)
+            ask(RemoteReplayShard, RemoteReplayShard.set_priorities, number, priority)
+        state = ask(RemoteLearner, RemoteLearner.state, num_references=1)
+        replay = ask(RemoteReplayShard, RemoteReplayShard.snapshot, num_references=1)
+        found = calls.supervisor.value(state), calls.supervisor.value(replay)
         calls.supervisor.terminate()
         return found
 
