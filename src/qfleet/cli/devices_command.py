@@ -31,7 +31,10 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     as_json = len(rest) < len(arguments)
     with only_the_answer_on_stdout(as_json):  # the environment's module may print when it is imported
-        config = parse(rest, prog="qfleet devices").config if rest else None
+        request = parse(rest, prog="qfleet devices") if rest else None
+    if request is not None and request.print_config:
+        raise ConfigError("--print-config belongs to `qfleet train`, whose flags these are; leave it out")
+    config = None if request is None else request.config
     from qfleet.runtime.signals import interrupts_held_back
 
     with interrupts_held_back():
