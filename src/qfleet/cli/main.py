@@ -25,6 +25,7 @@ _COMMANDS = {
     "watch": "write videos of what a run has learned",
     "resume": "continue a run from its newest checkpoint",
     "diagnose": "say what is wrong with a run that doesn't learn",
+    "doctor": "say whether this machine is ready for runs, and what to do if it isn't",
     "devices": "list the devices, or show what a run would keep on each of them",
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract that learning relies on",

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from qfleet.runtime.process import total_memory_bytes
 from qfleet.runtime.run_directory import RunDirectory, write_atomically
 from qfleet.runtime.run_files import read_json, shortened
 
@@ -50,7 +51,7 @@ def describe_environment() -> dict[str, Any]:
         "system": platform.platform(),
         "processor": _processor(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": total_memory_bytes(),
         "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "flags": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("JAX_", "XLA_"))},
         "git_commit": git_commit(Path.cwd()),
@@ -109,10 +110,3 @@ def _processor() -> str | None:
         return platform.processor() or None
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
