@@ -1,4 +1,4 @@
-"""Probes of the machine, on machines that are made up: each finds what is there, and its remedy fits."""
+"""Checks of the machine, on machines that are made up: each finds what is there, and its remedy fits."""
 
 import os
 import resource

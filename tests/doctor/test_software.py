@@ -1,4 +1,4 @@
-"""Probes of what is installed."""
+"""Checks of what is installed."""
 
 import importlib.metadata
 import os

@@ -20,7 +20,7 @@ class _DoctorFlags:
     """Says whether this machine is ready for runs: what is there, a verdict, and what to do if it isn't good.
 
     It looks at devices, packages and extras, threads, memory, shared memory, open files, the disk, the compile cache,
-    Ray, and video. Each probe runs in a process of its own and for at most 20 seconds. The exit code is 1 if something
+    Ray, and video. Each check runs in a process of its own and for at most 30 seconds. The exit code is 1 if something
     is bad, and 0 otherwise.
     """
 

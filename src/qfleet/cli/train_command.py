@@ -72,11 +72,11 @@ def parse(arguments: Sequence[str], prog: str = "qfleet train") -> TrainRequest:
     """
     if {"-h", "--help"} & set(arguments):
         _show_help(replace_alias(arguments), prog)
-    kinds, path = flag_kinds(), value_of("--config", arguments)
-    if path is not None:
+    kinds = flag_kinds()
+    if value_of("--config", arguments) is not None:
         kinds["env"] = _Env  # the file may name it
     given = read_flags(kinds, arguments, prog)  # what is absent here comes from make_config
-    given.pop("config", None)
+    path = given.pop("config", None)
     request = {name: given.pop(name) for name in ("log", "quiet", "num_seeds_at_once", "print_config") if name in given}
     trust = given.pop("trust", False)
     if path is not None:

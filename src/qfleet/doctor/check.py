@@ -1,4 +1,4 @@
-"""What a probe says."""
+"""What a check says."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ VERDICTS: tuple[Verdict, ...] = ("good", "warn", "bad")
 
 
 class Check(NamedTuple):
-    """The result of one probe."""
+    """The result of a check."""
 
     name: str
     verdict: Verdict

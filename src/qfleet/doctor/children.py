@@ -1,4 +1,4 @@
-"""Runs the probes, each in a process of its own and for a limited time."""
+"""Runs the checks, each in a process of its own and for a limited time."""
 
 import contextlib
 import json
@@ -10,22 +10,22 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from qfleet.doctor.all_checks import CHECKS
 from qfleet.doctor.check import Check
-from qfleet.doctor.probes import PROBES
 from qfleet.runtime.run_files import shortened
 
-LIMIT_SECONDS = 20.0
-"""Time that a probe has. On two idle cores all of them take two seconds; a GPU takes a few more to start."""
+LIMIT_SECONDS = 30.0
+"""Time that a check has. On two idle cores all of them take two seconds. Importing from a network disk takes longer."""
 
 _VARIABLES = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # a run under way on the GPU keeps its memory
 
 
-def examine(names: Sequence[str] = tuple(PROBES), limit_seconds: float = LIMIT_SECONDS) -> list[Check]:
-    """Returns what the probes say, in order. A probe that crashes or takes too long is a check too, and a bad one.
+def examine(names: Sequence[str] = tuple(CHECKS), limit_seconds: float = LIMIT_SECONDS) -> list[Check]:
+    """Returns what the checks say, in order. A check that crashes or takes too long is bad.
 
     Args:
-      names: names of probes.
-      limit_seconds: time after which the processes of probes are killed.
+      names: names of checks.
+      limit_seconds: time after which the processes of checks are killed.
     """
     running: list[subprocess.Popen[bytes]] = []
     with ThreadPoolExecutor(max_workers=len(names)) as pool:

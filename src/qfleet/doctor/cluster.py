@@ -1,4 +1,4 @@
-"""The probe of Ray: whether it works here, whether a cluster answers, and whether there is a token for it."""
+"""The check of Ray: whether it works here, whether a cluster answers, and whether there is a token for it."""
 
 import importlib.metadata
 import importlib.util

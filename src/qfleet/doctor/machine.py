@@ -1,4 +1,4 @@
-"""Probes of the machine: threads, memory, open files, disk, shared memory."""
+"""Checks of the machine: threads, memory, open files, disk, shared memory."""
 
 import math
 import os

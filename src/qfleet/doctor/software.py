@@ -1,4 +1,4 @@
-"""Probes of what is installed: packages, extras, devices, the compilation cache, video."""
+"""Checks of what is installed: packages, extras, devices, the compilation cache, video."""
 
 import importlib.metadata
 import os
@@ -136,7 +136,7 @@ def video() -> Check:
 
 def _requirements(package: str, extra: str = "") -> "Iterator[Requirement]":
     """Yields what an installed package requires on this system: by itself, or only for one of its extras."""
-    from packaging.requirements import Requirement  # here, because only some probes need it
+    from packaging.requirements import Requirement  # here, because only some checks need it
 
     try:
         lines = importlib.metadata.requires(package) or ()

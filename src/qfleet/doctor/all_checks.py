@@ -1,11 +1,11 @@
-"""All probes, by name, in the order in which they are shown."""
+"""All checks, by name, in the order in which they are shown."""
 
 from collections.abc import Callable
 
 from qfleet.doctor import cluster, machine, software
 from qfleet.doctor.check import Check
 
-PROBES: dict[str, Callable[[], Check]] = {
+CHECKS: dict[str, Callable[[], Check]] = {
     "devices": software.devices,
     "packages": software.packages,
     "extras": software.extras,
