@@ -1,17 +1,17 @@
 """The family of agents on MinAtar's games: returns after the same number of environment steps.
 
     python benchmarks/family.py [--games Breakout Asterix SpaceInvaders] [--agents dqn rainbow iqn m_iqn pqn]
-                                [--seeds 3] [--env-steps 1000000]
+                                [--seeds 3] [--env-steps 1000000] [--runs FOLDER] [--results FILE]
 
 All seeds of a row train in one program. Then each plays 100 fresh episodes with one random action in a thousand, as it
 was evaluated on the way. A row has the interquartile mean over the seeds' means and its 95 % bootstrap interval, the
-mean of each seed, and the wall time. `pqn` trains five times as many steps, because it has no replay. With
-`--results FILE`, finished rows are kept there, and the same command goes on after the last one.
+mean of each seed, and the training's wall time. `pqn` trains five times as many steps, because it has no replay. The
+table takes many hours on a CPU. With `--results FILE`, finished rows are kept there, and with `--runs FOLDER` the runs
+themselves, so that the same command goes on where an earlier one was stopped, be it in the middle of a run.
 """
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--env-steps", type=int, default=1_000_000)
     parser.add_argument("--results", type=Path, help="keeps finished rows, as JSON lines")
+    parser.add_argument("--runs", type=Path, help="keeps the runs")
     arguments = parser.parse_args()
     kept = arguments.results.read_text().splitlines() if arguments.results and arguments.results.exists() else []
     rows = {(row["game"], row["agent"]): row for row in map(json.loads, kept)}
@@ -61,30 +62,19 @@ def main() -> None:
         for agent in arguments.agents:
             if (game, agent) in rows:
                 continue
-            rows[game, agent] = row = train(game, agent, arguments.seeds, arguments.env_steps)
+            rows[game, agent] = row = row_of(game, agent, arguments)
             if arguments.results:
                 with arguments.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
     common.report("family", list(rows.values()))
 
 
-def train(game: str, agent: str, num_seeds: int, env_steps: int) -> dict[str, Any]:
+def row_of(game: str, agent: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains the seeds of one row, and plays fresh episodes with each."""
-    preset, settings = AGENTS[agent]
-    if preset == "pqn":
-        env_steps *= 5
-    else:
-        explores = {} if agent == "rainbow" else {"exploration_fraction": 0.1, "exploration_end": 0.01}
-        settings = {**REPLAY, **explores, **settings}
+    num_seeds: int = arguments.seeds
     with common.scratch() as folder:
-        run_dir = f"{folder}/run"
-        config = qfleet.make_config(
-            f"gymnax:{game}-MinAtar", preset, env_steps=env_steps, num_seeds=num_seeds, run_dir=run_dir,
-            eval_period_env_steps=env_steps, checkpoint_best=False, report=False, **settings,
-        )  # fmt: skip
-        started = time.monotonic()
-        summary = qfleet.train(config)
-        seconds = time.monotonic() - started
+        run_dir = Path(arguments.runs or folder) / f"{game}-{agent}"
+        summary = train(game, agent, num_seeds, arguments.env_steps, run_dir)
         policies = [qfleet.load(run_dir, seed=i if num_seeds > 1 else None) for i in range(num_seeds)]
         returns = np.array([policy.evaluate(100, seed=1000) for policy in policies])
     means = returns.mean(axis=1)
@@ -98,8 +88,30 @@ def train(game: str, agent: str, num_seeds: int, env_steps: int) -> dict[str, An
         "low": low.item(),
         "high": high.item(),
         "of_each_seed": " ".join(f"{mean:.1f}" for mean in means),
-        "seconds": round(seconds, 1),
+        "seconds": round(summary["wall_seconds"], 1),
     }
+
+
+def train(game: str, agent: str, num_seeds: int, env_steps: int, run_dir: Path) -> dict[str, Any]:
+    """Trains the seeds of one row, or goes on with their run, and returns the summary."""
+    if (run_dir / "config.json").exists():
+        run = qfleet.resume(run_dir)
+        for _ in run:
+            pass
+        return dict(run.summary)
+    preset, settings = AGENTS[agent]
+    if preset == "pqn":
+        env_steps *= 5
+    else:
+        explores = {} if agent == "rainbow" else {"exploration_fraction": 0.1, "exploration_end": 0.01}
+        settings = {**REPLAY, **explores, **settings}
+    return qfleet.train(
+        qfleet.make_config(
+            f"gymnax:{game}-MinAtar", preset, env_steps=env_steps, num_seeds=num_seeds, run_dir=str(run_dir),
+            eval_period_env_steps=env_steps, checkpoint_best=False, report=False, checkpoint_period_seconds=600,
+            **settings,
+        )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ TIMEOUT_SECONDS = 90.0
 
 SILENCE_SECONDS = 5.0
 
+PAUSE_SECONDS = 60.0
+"""Shorter than the time after which a silent process is replaced by default."""
+
 WITNESS = {
     "preset": "rainbow_lite",
     "hidden-sizes": (32, 32),
@@ -182,6 +185,19 @@ def kill_all(kind: str) -> Callable[[Driver, random.Random], int]:
     return happen
 
 
+def pause_one(kind: str) -> Callable[[Driver, random.Random], int]:
+    """Returns a fault that stops one process of that kind for `PAUSE_SECONDS`, after which it goes on."""
+
+    def happen(driver: Driver, rng: random.Random) -> int:
+        pid = rng.choice(driver.remote_processes(kind))
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(PAUSE_SECONDS)
+        os.kill(pid, signal.SIGCONT)
+        return 0
+
+    return happen
+
+
 NEVER = 1e6
 IMPATIENT = {"silence-seconds": SILENCE_SECONDS}
 OF_FLEETS = {
@@ -195,6 +211,9 @@ OF_FLEETS = {
     "stop an actor": Fault(kill_one("RemoteActor", signal.SIGSTOP), flags=IMPATIENT),
     "stop a shard": Fault(kill_one("RemoteReplayShard", signal.SIGSTOP), flags=IMPATIENT),
     "stop the learner": Fault(kill_one("RemoteLearner", signal.SIGSTOP), flags=IMPATIENT),
+    "pause an actor": Fault(pause_one("RemoteActor")),
+    "pause a shard": Fault(pause_one("RemoteReplayShard"), flags={"num-replay-shards": 2}),
+    "pause the learner": Fault(pause_one("RemoteLearner")),
 }
 OF_SERVERS = {
     "kill a worker": Fault(kill_one("RemoteWorker")),
@@ -208,6 +227,8 @@ OF_SERVERS = {
     "stop a server shard": Fault(
         kill_one("RemoteServerShard", signal.SIGSTOP), flags={"num-server-shards": 2, **IMPATIENT}
     ),
+    "pause a worker": Fault(pause_one("RemoteWorker")),
+    "pause a server shard": Fault(pause_one("RemoteServerShard"), flags={"num-server-shards": 2}),
 }
 FAULTS = OF_FLEETS | OF_SERVERS
 

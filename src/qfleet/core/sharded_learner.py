@@ -38,7 +38,9 @@ class ShardedLearner:
         Raises:
           ConfigError: if there are several shards, but the optimiser must see the whole network at once.
         """
-        if num_shards > 1 and config.optimiser not in ELEMENTWISE:
+        self.keeps_tree = config.optimiser not in ELEMENTWISE
+        """Whether the only shard keeps the parameters as a tree, and not as a vector."""
+        if num_shards > 1 and self.keeps_tree:
             raise ConfigError(
                 f"num_server_shards must be 1 with an optimiser that looks at more than one parameter at once, got "
                 f"num_server_shards={num_shards} and optimiser={config.optimiser}; choose one of "
@@ -58,7 +60,7 @@ class ShardedLearner:
         """Start and end of each shard's piece in the vector of parameters. All statistics are in the last one."""
         self._learners = [self.learner] * num_shards
         """Each shard's learner, for its piece."""
-        if num_shards > 1 and agent.statistics is not None:
+        if not self.keeps_tree and agent.statistics is not None:
             place = _statistics_of_piece(agent.statistics.take(self.shapes.params), num_statistics)
             self._learners = [make_learner(agent, config, None, NOWHERE)] * (num_shards - 1)
             self._learners.append(make_learner(agent, config, None, place))
@@ -72,10 +74,10 @@ class ShardedLearner:
     def init_shard(self, seed: Array, shard: int) -> LearnerState:
         """Returns the initial state of one shard.
 
-        With a single shard, the parameters stay a tree. With several, they are that shard's piece of the vector.
+        Its parameters are its piece of the vector, or the whole tree if the optimiser must see the whole network.
         """
         whole = self.init(seed)
-        if self.num_shards == 1:
+        if self.keeps_tree:
             return whole
         start, end = self.piece_bounds[shard]
         return self._learners[shard].init(to_vector(whole.params)[start:end])
@@ -114,7 +116,7 @@ class ShardedLearner:
             norm, (learned, rest) = jnp.sqrt(squared_norm), jnp.split(piece, [self._num_learned_of(shard)])
             learned = jnp.where(norm < self._max_gradient_norm, learned, learned / norm * self._max_gradient_norm)
             piece = jnp.concatenate([learned, rest]) if rest.size else learned
-        return self._learners[shard].apply(state, to_tree(piece, state.params) if self.num_shards == 1 else piece)
+        return self._learners[shard].apply(state, to_tree(piece, state.params) if self.keeps_tree else piece)
 
     def assemble_params(self, pieces: Sequence[np.ndarray]) -> Params:
         """Returns the parameters, as a tree, from the pieces of all shards, `[piece]` float32 each."""
@@ -135,11 +137,15 @@ class ShardedLearner:
         ]
         return jax.tree.unflatten(structure, assembled)
 
+    def vector_of(self, params: Params) -> Array:
+        """Returns a shard's piece of the vector, `[piece]` float32, from the parameters of its state."""
+        return to_vector(params) if self.keeps_tree else params
+
     # --- The whole state and the states of its shards ---
 
     def split(self, whole: LearnerState) -> list[StateLeaves]:
         """Returns the state of each shard, as leaves, from the state of the whole learner in NumPy arrays."""
-        if self.num_shards == 1:
+        if self.keeps_tree:
             return [[np.asarray(leaf) for leaf in jax.tree.leaves(whole)]]
         return [
             jax.tree.leaves(_cut_piece(whole, like, bounds, self.num_params))
@@ -149,7 +155,7 @@ class ShardedLearner:
     def join(self, leaves: list[StateLeaves]) -> LearnerState:
         """Returns the state of the whole learner from the leaves of all shards: the inverse of `split`."""
         states = [self.shard_state(own, shard) for shard, own in enumerate(leaves)]
-        return states[0] if self.num_shards == 1 else _join_pieces(states, self.shapes)
+        return states[0] if self.keeps_tree else _join_pieces(states, self.shapes)
 
     def shard_state(self, leaves: StateLeaves, shard: int) -> LearnerState:
         """Returns one shard's state from its leaves."""

@@ -18,7 +18,6 @@ from qfleet.core.sharded_learner import (
     StateLeaves,
     TargetUpdateTracker,
     mean_gradient,
-    to_vector,
 )
 from qfleet.core.types import Params
 from qfleet.runtime.cache import enable_compilation_cache
@@ -84,7 +83,7 @@ class ServerShard:
         self._step = jax.jit(step, donate_argnums=0)
         self._average = jax.jit(average)
         self._apply = jax.jit(functools.partial(learner.apply, shard=number), donate_argnums=0)
-        self._to_vector = jax.jit(to_vector)
+        self._vector_of = jax.jit(learner.vector_of) if learner.keeps_tree else learner.vector_of
         self._init = jax.jit(functools.partial(learner.init_shard, shard=number))
         self._seed = np.uint32(config.seed)
         self._learner_state: LearnerState = self._init(self._seed)
@@ -151,7 +150,7 @@ class ServerShard:
         return PublishedParameters(time.perf_counter() - started, params, target)
 
     def _as_vector(self, params: Params) -> np.ndarray:
-        return np.asarray(params if self._learner.num_shards > 1 else self._to_vector(params))
+        return np.asarray(self._vector_of(params))
 
     # --- State ---
 

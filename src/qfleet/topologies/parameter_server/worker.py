@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from qfleet.config import ParameterServerConfig, TrainConfig
-from qfleet.core.keys import Stream, make_key
+from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import UpdateInfo
 from qfleet.core.replay import ReplayState, SavedReplay, normalise_weights
 from qfleet.core.sharded_learner import ShardedLearner
@@ -127,13 +127,11 @@ class Worker(Actor):
         """
         assert self._own_replay is not None
         started = time.perf_counter()
-        path = (self._seed, Stream.WORKER_BATCHES, self._number, self._writer.incarnation, self._num_gradients % 2**32)
         self._own_replay.state, pieces, losses = self._gradient_of_own_replay(
             self._own_replay.state,
             self._params,
             self._target_params,
-            make_key(*path),
-            self._learning_key(),
+            self._next_gradient_path(),
             np.float32(importance_exponent),
         )
         arrays = [np.asarray(piece) for piece in pieces]
@@ -149,41 +147,43 @@ class Worker(Actor):
         started = time.perf_counter()
         batch = put_together(list(places), tuple(shares))
         pieces, losses, priority = self._gradient_of_batch(
-            self._params, self._target_params, batch, self._learning_key()
+            self._params, self._target_params, batch, self._next_gradient_path()
         )
         priority, arrays = np.asarray(priority), [np.asarray(piece) for piece in pieces]
         return GradientReply(_gradient_stats(started, losses), arrays, [priority[place] for place in places])
 
-    def _learning_key(self) -> Array:
-        """Returns the key of the next gradient's noise. Each gradient has one of its own."""
-        path = (self._number, self._writer.incarnation, self._num_gradients % 2**32)
+    def _next_gradient_path(self) -> np.ndarray:
+        """Returns the numbers from which the keys of the next gradient follow, `[4]` uint32; no two are the same."""
+        path = (self._seed, self._number, self._writer.incarnation, self._num_gradients % 2**32)
         self._num_gradients += 1
-        return make_key(self._seed, Stream.LEARNING, *path)
+        return np.array(path, np.uint32)
 
     def _sample_and_differentiate(
         self,
         state: ReplayState,
         params: Params,
         target_params: Params,
-        key: Array,
-        learning_key: Array,
+        path: Array,
         importance_exponent: Array,
     ) -> tuple[ReplayState, list[Array], Array]:
         """Returns the replay with new priorities, the pieces of a gradient, and its losses, `[3]`. To be compiled."""
         assert self._own_replay is not None
-        sample = self._own_replay.replay.sample(state, key, importance_exponent)
+        sample = self._own_replay.replay.sample(
+            state, _key_of_gradient(Stream.WORKER_BATCHES, path), importance_exponent
+        )
         pieces, info = self._learner.gradients(
-            params, target_params, sample.transition, learning_key, self._gradient_dtype
+            params, target_params, sample.transition, _key_of_gradient(Stream.LEARNING, path), self._gradient_dtype
         )
         state = self._own_replay.replay.set_priorities(state, sample, info.priority)
         return state, pieces, self._losses(info)
 
     def _differentiate(
-        self, params: Params, target_params: Params, batch: Transition, learning_key: Array
+        self, params: Params, target_params: Params, batch: Transition, path: Array
     ) -> tuple[list[Array], Array, Array]:
         """Returns the pieces of a gradient, its losses, `[3]`, and its priorities, `[batch]`. To be compiled."""
         batch = normalise_weights(batch, self._agent_config)
-        pieces, info = self._learner.gradients(params, target_params, batch, learning_key, self._gradient_dtype)
+        key = _key_of_gradient(Stream.LEARNING, path)
+        pieces, info = self._learner.gradients(params, target_params, batch, key, self._gradient_dtype)
         return pieces, self._losses(info), info.priority
 
     def _losses(self, info: UpdateInfo) -> Array:
@@ -201,6 +201,12 @@ class Worker(Actor):
         """Continues with the replay of a snapshot, and returns what it contains."""
         assert self._own_replay is not None
         return self._own_replay.restore(saved)
+
+
+def _key_of_gradient(stream: Stream, path: Array) -> Array:
+    """Returns a key of the gradient with this path. It is part of a program, because one of its own takes as long."""
+    seed, *numbers = path
+    return key_of(seed, stream, *numbers)
 
 
 def _gradient_stats(started: float, losses: Array) -> GradientStats:
