@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, MeshConfig, TrainConfig
+
 WORDS = (
     "",
     "cartpole",
@@ -102,3 +104,31 @@ class Draw:
         if depth and way < 0.4:
             return {name: self.anything(depth - 1) for name in self.random.sample(WORDS, self.random.randrange(3))}
         return self.random.choice([*plain, *WORDS, np.arange(4.0).reshape(2, 2), ("a", 1), float("-inf"), "1" * 5000])
+
+
+def make(kind: type, draw: Draw, **others: Any) -> Any:
+    """Returns a config with some random fields, all valid; each field that is refused is left out."""
+    hints = typing.get_type_hints(kind)
+    settings, defaults = dict(others), kind(**others)
+    for field in dataclasses.fields(kind):
+        if field.name in others or dataclasses.is_dataclass(hints[field.name]) or draw.random.random() < 0.5:
+            continue
+        value = draw.value(hints[field.name], getattr(defaults, field.name))
+        try:
+            config = kind(**settings, **{field.name: value})
+        except ConfigError:
+            continue
+        settings[field.name] = getattr(config, field.name)
+    return kind(**settings)
+
+
+def random_config(seed: int) -> TrainConfig:
+    """Returns a config with random fields of its agent, topology and run."""
+    draw = Draw(seed)
+    agent, kind = make(AgentConfig, draw), draw.random.choice(list(TOPOLOGIES.values()))
+    mesh = {"mesh": make(MeshConfig, draw)} if "mesh" in {f.name for f in dataclasses.fields(kind)} else {}
+    topology = make(kind, draw, **mesh)
+    try:
+        return make(TrainConfig, draw, env="E", agent=agent, topology=topology)
+    except ConfigError:  # the agent doesn't go with the topology, so try it with the default one
+        return make(TrainConfig, draw, env="E", topology=kind())

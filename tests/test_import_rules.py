@@ -15,7 +15,7 @@ LAYERS = (
     {"presets"},
     {"runtime"},
     {"topologies"},
-    {"runs"},
+    {"runs", "doctor"},
     {"policy"},
     {"training"},
     {"api"},

@@ -106,7 +106,8 @@ def _train_command() -> list[str]:
             "flags of each topology. `--quiet` prints nothing but errors. `--log wandb` and `--log mlflow` log to "
             "[trackers](../logging.md#trackers) too. `--num-seeds-at-once N` bounds how many seeds are trained at the "
             "same time, if each has a process of its own. `qfleet train ENV --preset P --help` shows the defaults of "
-            "that run."
+            "that run. `--config FILE` reads settings from a [file](../guide.md#settings-in-a-file), `--print-config` "
+            "prints one and trains nothing, and `--trust` lets FILE name modules to import."
         ),
         table(["flag", "value", "meaning"], rows),
     ]

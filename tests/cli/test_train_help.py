@@ -22,7 +22,8 @@ def test_every_setting_is_in_exactly_one_group() -> None:
     fields = [field.name for config in (TrainConfig, AgentConfig) for field in dataclasses.fields(config)]
     grouped = [name for names in groups().values() for name in names]
     assert {name for names in GROUPS.values() for name in names} <= set(grouped)
-    assert sorted(grouped) == sorted({*fields, "log", "quiet", "num_seeds_at_once"} - {"env", "agent", "topology"})
+    more = {"log", "quiet", "num_seeds_at_once", "config", "trust", "print_config"}
+    assert sorted(grouped) == sorted({*fields, *more} - {"env", "agent", "topology"})
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

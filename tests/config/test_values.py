@@ -1,21 +1,18 @@
 """What constructors accept: plain values, which a run's record gives back as what they were."""
 
-import dataclasses
 import enum
 import json
 import os
 import pathlib
-import typing
 from fractions import Fraction
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_settings import Draw
+from random_settings import random_config
 
 from qfleet.config import (
-    TOPOLOGIES,
     ActorLearnerConfig,
     AgentConfig,
     ConfigError,
@@ -141,33 +138,10 @@ def test_a_config_does_not_change_with_the_mapping_that_it_was_made_from() -> No
     assert config.env_options == {"sizes": [1]}
 
 
-def make(kind: type, draw: Draw, **others: Any) -> Any:
-    """Returns a config with some random fields, all valid; each field that is refused is left out."""
-    hints = typing.get_type_hints(kind)
-    settings, defaults = dict(others), kind(**others)
-    for field in dataclasses.fields(kind):
-        if field.name in others or dataclasses.is_dataclass(hints[field.name]) or draw.random.random() < 0.5:
-            continue
-        value = draw.value(hints[field.name], getattr(defaults, field.name))
-        try:
-            config = kind(**settings, **{field.name: value})
-        except ConfigError:
-            continue
-        settings[field.name] = getattr(config, field.name)
-    return kind(**settings)
-
-
 @pytest.mark.parametrize("seed", range(0, NUM_EXAMPLES, 50))
 def test_every_config_comes_back_from_json_as_it_was(seed: int) -> None:
     for number in range(seed, min(seed + 50, NUM_EXAMPLES)):
-        draw = Draw(number)
-        agent, kind = make(AgentConfig, draw), draw.random.choice(list(TOPOLOGIES.values()))
-        mesh = {"mesh": make(MeshConfig, draw)} if "mesh" in {f.name for f in dataclasses.fields(kind)} else {}
-        topology = make(kind, draw, **mesh)
-        try:
-            config = make(TrainConfig, draw, env="E", agent=agent, topology=topology)
-        except ConfigError:  # the agent doesn't go with the topology, so try it with the default one
-            config = make(TrainConfig, draw, env="E", topology=kind())
+        config = random_config(number)
         back = decode(json.loads(json.dumps(encode(config), allow_nan=False)))
         assert back == config and repr(back) == repr(config)  # 1, 1.0 and True are equal, but print as what they are
 

@@ -8,7 +8,7 @@ import pytest
 
 from qfleet.config import ConfigError, TrainConfig
 from qfleet.runtime import environment_record
-from qfleet.runtime.environment_record import git_commit, record_start
+from qfleet.runtime.environment_record import describe_environment, differences, git_commit, record_start
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.saved_run import SavedRun
 
@@ -69,3 +69,29 @@ def test_the_commit_is_read_without_running_git(tmp_path: Path) -> None:
     assert git_commit(inner) == COMMIT
     (git / "HEAD").write_text("nonsense\n")
     assert git_commit(inner) is None
+
+
+def test_what_may_change_a_result_is_compared_and_nothing_else() -> None:
+    now = describe_environment()
+    assert differences(now, now) == differences(json.loads(json.dumps(now)), now) == []
+    then = {
+        **now,
+        "time": "long ago",
+        "memory_bytes": 1,
+        "packages": {**now["packages"], "jax": "0.1", "envy": "2"},
+        "flags": {**now["flags"], "XLA_OF_THEN": "1", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"},
+        "devices": {**now["devices"], "kind": "H100"},
+        "git_commit": COMMIT,
+    }
+    assert [(each.what, each.then) for each in differences(then, now)] == [
+        ("envy", "2"), ("jax", "0.1"), ("device kind", "H100"), ("XLA_OF_THEN", "1"), ("git commit", COMMIT),
+    ]  # fmt: skip
+    del now["devices"]
+    assert "device kind" not in [each.what for each in differences(then, now)]
+
+
+@pytest.mark.parametrize("then", [{}, {"packages": 3, "flags": None, "devices": ["x"], "python": {"a": "y" * 9_000}}])
+def test_a_record_that_somebody_has_changed_is_compared_all_the_same(then: dict) -> None:
+    found = differences(then, describe_environment())
+    assert {"packages", "flags", "devices", "python"} <= {each.what for each in found}
+    assert max(len(each.then) for each in found) < 200

@@ -14,8 +14,8 @@ from qfleet.core.replay import make_replay
 from qfleet.core.types import stored_spec
 from qfleet.envs.host import HostEnv
 from qfleet.networks import make_network
+from qfleet.runtime.process import show_bytes
 from qfleet.topologies import footprint as footprint_module
-from qfleet.topologies.footprint import show_bytes
 from qfleet.topologies.fused.topology import Fused
 from qfleet.topologies.overlapped.topology import Overlapped
 

@@ -31,7 +31,10 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     as_json = len(rest) < len(arguments)
     with only_the_answer_on_stdout(as_json):  # the environment's module may print when it is imported
-        config = parse(rest, prog="qfleet devices").config if rest else None
+        request = parse(rest, prog="qfleet devices") if rest else None
+    if request is not None and request.print_config:
+        raise ConfigError("--print-config belongs to `qfleet train`, whose flags these are; leave it out")
+    config = None if request is None else request.config
     from qfleet.runtime.signals import interrupts_held_back
 
     with interrupts_held_back():
@@ -71,22 +74,12 @@ def _footprint(config: TrainConfig) -> tuple["Footprint", str | None]:
 
 
 def _machine_as_dict() -> dict[str, Any]:
-    import jax
-
     from qfleet.config.lane_options import num_cores
-    from qfleet.runtime.devices import memory_bytes
+    from qfleet.runtime.devices import describe_devices
     from qfleet.runtime.process import available_memory_bytes
 
-    kinds: dict[tuple[str, str, int | None], int] = {}
-    for device in jax.devices():
-        is_ours = device.process_index == jax.process_index()  # only a process itself knows its devices' memory
-        kind = (device.platform, device.device_kind, memory_bytes(device) if is_ours else None)
-        kinds[kind] = kinds.get(kind, 0) + 1
     return {
-        "devices": [
-            {"platform": platform, "kind": kind, "count": count, "memory_bytes": memory}
-            for (platform, kind, memory), count in kinds.items()
-        ],
+        "devices": describe_devices(),
         "cpu_cores": num_cores(),
         "host_memory_available_bytes": available_memory_bytes(),
     }
@@ -112,7 +105,7 @@ def _run_as_dict(config: TrainConfig, footprint: "Footprint", refusal: str | Non
 
 
 def _print_machine(machine: dict[str, Any]) -> None:
-    from qfleet.topologies.footprint import show_bytes
+    from qfleet.runtime.process import show_bytes
 
     rows = [
         (
@@ -143,7 +136,7 @@ def _how_to_get_more(platforms: set[str]) -> str:
 
 
 def _print_run(result: dict[str, Any]) -> None:
-    from qfleet.topologies.footprint import show_bytes
+    from qfleet.runtime.process import show_bytes
 
     mesh = " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
     print(f"{result['env']} with {result['preset']}, {result['topology']}: mesh of {mesh}, {result['platform']}\n")
@@ -175,7 +168,7 @@ def _print_run(result: dict[str, Any]) -> None:
 
 
 def _known(count: int | None) -> str:
-    from qfleet.topologies.footprint import show_bytes
+    from qfleet.runtime.process import show_bytes
 
     return "unknown" if count is None else show_bytes(count)
 

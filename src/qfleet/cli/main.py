@@ -24,7 +24,9 @@ _COMMANDS = {
     "dashboard": "show the reports of runs in a browser, as their metrics arrive",
     "watch": "write videos of what a run has learned",
     "resume": "continue a run from its newest checkpoint",
+    "rerun": "train a run again, and say whether the result is the same",
     "diagnose": "say what is wrong with a run that doesn't learn",
+    "doctor": "say whether this machine is ready for runs, and what to do if it isn't",
     "devices": "list the devices, or show what a run would keep on each of them",
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract that learning relies on",
@@ -153,7 +155,7 @@ def _dispatch(arguments: list[str], is_process: bool) -> int:
 
 def _signals(command: str, is_process: bool) -> contextlib.AbstractContextManager[Any]:
     """Returns a context in which signals ask the command to stop, if it is one that trains."""
-    if command not in ("train", "resume"):
+    if command not in ("train", "resume", "rerun"):
         return contextlib.nullcontext()
     from qfleet.runtime.signals import StopFlag
 

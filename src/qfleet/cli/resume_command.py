@@ -10,10 +10,9 @@ import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES, LOG, read_flags
 from qfleet.cli.show import follow
-from qfleet.cli.topology_flags import take_mesh, topology_flags
-from qfleet.config import TOPOLOGIES, TopologyConfig
+from qfleet.cli.topology_flags import topology_flags, topology_with
+from qfleet.config import TopologyConfig
 from qfleet.config.checks import check_checkpoint, check_count
-from qfleet.config.topologies import check_suits, check_topology_name, field_names, without_alias
 from qfleet.runtime.finding_runs import RUN_HELP, find_run
 
 
@@ -53,12 +52,19 @@ class _ResumeFlags:
     """Tracker to log to, as for `qfleet train`. Several if it is given several times."""
     quiet: bool = False
     """Print nothing but errors."""
+    print_config: bool = False
+    """Print the configuration that the run would go on with, as `qfleet train --print-config` does, and stop."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Continues the run that the flags name."""
     flags, others = parse(arguments)
     run_dir = find_run(flags.run)
+    from qfleet.runtime.run_directory import RunDirectory
+
+    topology = topology_with(RunDirectory.open(run_dir).config.topology, others) if others else None
+    if flags.print_config:
+        return _print_config(flags, run_dir, topology)
     from qfleet.api import resume
 
     start = functools.partial(
@@ -67,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         env_steps=flags.env_steps,
         stop_return=flags.stop_return,
         checkpoint=flags.checkpoint,
-        topology=_topology_of(run_dir, others) if others else None,
+        topology=topology,
         num_processes=flags.num_processes,
         coordinator=flags.coordinator,
         process_id=flags.process_id,
@@ -98,23 +104,13 @@ def parse(arguments: Sequence[str]) -> tuple[_ResumeFlags, dict[str, Any]]:
     return flags, given
 
 
-def _topology_of(run_dir: str, settings: dict[str, Any]) -> TopologyConfig:
-    """Returns the topology that the settings describe; what they leave out is as the run began.
-
-    Raises:
-      ConfigError: if there is no such run or topology, or a setting belongs to another one.
-    """
+def _print_config(flags: _ResumeFlags, run_dir: str, topology: TopologyConfig | None) -> int:
+    from qfleet.cli.config_file import config_text, print_config
     from qfleet.runtime.run_directory import RunDirectory
+    from qfleet.training.resuming import config_to_resume
 
-    recorded = RunDirectory.open(run_dir).config.topology
-    name = without_alias(settings.pop("topology", None), settings.pop("exchange", None)) or recorded.name
-    check_topology_name(name)
-    kind, mesh = TOPOLOGIES[name], take_mesh(settings)
-    for setting in (*settings, *(["mesh"] if mesh else [])):
-        check_suits(setting, name)
-    default = recorded
-    if name != recorded.name:
-        default = kind(**({"num_envs": recorded.num_envs} if "num_envs" in field_names(kind) else {}))
-    if mesh:
-        settings["mesh"] = dataclasses.replace(default.mesh, **mesh)
-    return dataclasses.replace(default, **settings)
+    names = ("env_steps", "stop_return", "num_processes", "coordinator", "process_id", "ray_address")
+    given = {name: getattr(flags, name) for name in names}
+    config = config_to_resume(RunDirectory.open(run_dir).config, topology=topology, **given)
+    print_config(config_text(config, f"run {run_dir} would go on with"))
+    return 0

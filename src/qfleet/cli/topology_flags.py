@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from qfleet.config import TOPOLOGIES, MeshConfig
-from qfleet.config.topologies import RENAMED, without_alias
+from qfleet.config import TOPOLOGIES, MeshConfig, TopologyConfig
+from qfleet.config.topologies import RENAMED, check_suits, check_topology_name, field_names, without_alias
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -47,6 +47,30 @@ def topology_flags() -> dict[str, Any]:
 def take_mesh(given: dict[str, Any]) -> dict[str, int]:
     """Takes the settings of a mesh out of the flags that a command line gives, and returns them."""
     return {name: given.pop(f"mesh.{name}") for name in ("data", "model") if f"mesh.{name}" in given}
+
+
+def topology_with(recorded: TopologyConfig, given: dict[str, Any]) -> TopologyConfig:
+    """Returns a topology as `recorded`, but with the settings that flags give; another topology keeps its lanes.
+
+    Args:
+      recorded: the topology of a run or of a file.
+      given: names and values of flags of topologies.
+
+    Raises:
+      ConfigError: if there is no such topology, or a setting belongs to another one.
+    """
+    settings = dict(given)
+    name = without_alias(settings.pop("topology", None), settings.pop("exchange", None)) or recorded.name
+    check_topology_name(name)
+    kind, mesh = TOPOLOGIES[name], take_mesh(settings)
+    for setting in (*settings, *(["mesh"] if mesh else [])):
+        check_suits(setting, name)
+    default = recorded
+    if name != recorded.name:
+        default = kind(**({"num_envs": recorded.num_envs} if "num_envs" in field_names(kind) else {}))
+    if mesh:
+        settings["mesh"] = dataclasses.replace(default.mesh, **mesh)
+    return dataclasses.replace(default, **settings)
 
 
 def _without(arguments: list[str], flag: str) -> list[str]:

@@ -16,7 +16,7 @@ from qfleet.config import TOPOLOGIES, AgentConfig, TrainConfig
 GROUPS: dict[str, tuple[str, ...]] = {
     "run": (
         "env_options", "preset", "seed", "num_seeds", "num_seeds_at_once", "env_steps", "stop_return", "run_dir",
-        "report", "log", "quiet",
+        "report", "log", "quiet", "config", "trust", "print_config",
     ),
     "evaluation": (
         "eval_period_env_steps", "eval_episodes", "eval_exploration", "eval_max_episode_steps",
@@ -63,6 +63,17 @@ _TOPOLOGY = (
 )
 
 
+FILE_TEXTS = {
+    "config": "File of settings in TOML or JSON, such as --print-config prints, or the config.json of a run. ENV may "
+    "then be left out. Flags that are given too win. Settings that neither gives are chosen as without a file.",
+    "trust": "Import modules (MODULE:NAME, of the environment or the agent's parts) that only the file names. "
+    "Importing runs their code.",
+    "print_config": "Print the configuration that would run, with what each setting means, as a file for --config, and "
+    "train nothing.",
+}
+"""What the help says about the flags that read and print the config of a run."""
+
+
 def show_help(config: TrainConfig, prog: str, **more: Any) -> None:
     """Prints the help, and ends the process with exit code 0.
 
@@ -84,7 +95,9 @@ def show_help(config: TrainConfig, prog: str, **more: Any) -> None:
         "Number of seeds trained at the same time, if each has a process of its own. "
         "By default as many as the cores, the memory and the GPUs of this machine allow."
     )
+    texts |= FILE_TEXTS
     values: dict[str, Any] = {"log": (LOG, ()), "quiet": (bool, False), "num_seeds_at_once": (int | None, None)}
+    values |= {"config": (str | None, None), "trust": (bool, False), "print_config": (bool, False)}
     for owner in (config.agent, config):
         values |= {field.name: (field.type, getattr(owner, field.name)) for field in dataclasses.fields(owner)}
     env = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ENV", help=texts["env"])]

@@ -36,12 +36,21 @@ def decode(content: Any, schema_version: int = SCHEMA_VERSION) -> TrainConfig:
     Raises:
       ConfigError: if `content` isn't a valid config, or has an unknown version.
     """
-    if schema_version not in range(1, SCHEMA_VERSION + 1):
-        raise ConfigError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {schema_version!r}")
+    config: TrainConfig = _decode(TrainConfig, migrated(content, schema_version), "config")
+    return config
+
+
+def migrated(content: Any, schema_version: int) -> Any:
+    """Returns what an earlier version of qfleet wrote as the newest one writes it.
+
+    Raises:
+      ConfigError: if there is no such version.
+    """
+    if type(schema_version) is not int or schema_version not in range(1, SCHEMA_VERSION + 1):
+        raise ConfigError(f"schema_version must be 1 to {SCHEMA_VERSION}, got {show(schema_version)}")
     for version in range(schema_version, SCHEMA_VERSION):
         content = _MIGRATIONS[version](content)
-    config: TrainConfig = _decode(TrainConfig, content, "config")
-    return config
+    return content
 
 
 def decode_topology(content: Any, name: str = "topology") -> TopologyConfig:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from qfleet.config.agent import AgentConfig
 from qfleet.config.checks import (
     MAX_PROCESSES,
     MAX_SIZE,
@@ -37,6 +38,10 @@ class FusedConfig(TopologyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("num_envs", self.num_envs, maximum=MAX_SIZE)
+
+    def is_repeatable(self, agent: AgentConfig) -> bool:
+        """Returns True, because there is one program."""
+        return True
 
     def describe_lanes(self, backend: str) -> str:
         """Returns "in-graph", because the environments are part of the program."""
@@ -73,6 +78,10 @@ class OverlappedConfig(LaneOptions, TopologyConfig):
             not self.profile or self.mesh.num_devices == 1,
             "mesh.data x mesh.model", "1 with profile, which times one device", self.mesh.num_devices,
         )  # fmt: skip
+
+    def is_repeatable(self, agent: AgentConfig) -> bool:
+        """Returns whether the environments and the learner wait for each other."""
+        return self.lock_step or self.profile or agent.replay == "none"
 
     def describe_lanes(self, backend: str) -> str:
         """Returns the number of lanes, and what steps them."""

@@ -104,6 +104,10 @@ class TopologyConfig(Config):
         """What each batch divides over."""
         return self.lane_division
 
+    def is_repeatable(self, agent: AgentConfig) -> bool:
+        """Returns whether the same seed gives the same result on one kind of device, if the environments do too."""
+        return False
+
     def check_agent(self, agent: AgentConfig) -> None:
         """Checks that this topology can train the agent.
 

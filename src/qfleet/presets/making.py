@@ -148,11 +148,11 @@ def _assemble(env: str, preset: str, topology: str, given: Mapping[str, Any], me
         **settings_of(TrainConfig),
     )
     check_new_run(config)
-    _check_lane_options(config)
+    check_lane_options(config)
     return config
 
 
-def _check_lane_options(config: TrainConfig) -> None:
+def check_lane_options(config: TrainConfig) -> None:
     """Checks that how an environment is stepped has its defaults if it is part of the compiled program.
 
     Raises:

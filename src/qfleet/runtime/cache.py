@@ -10,15 +10,20 @@ from qfleet.runtime.workarounds.jax_cache_entries import keep_cache_entries_whol
 _log = logging.getLogger("qfleet")
 
 
+class CacheUnusable(Exception):
+    """There can be no compilation cache. The message gives the reason."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.remedy = remedy
+
+
 def enable_compilation_cache() -> Path | None:
     """Keeps compiled programs on disk for later processes. Call this before the first compilation.
 
     Processes may share the folder and may be killed at any moment: an entry is there whole or not at all.
 
-    The programs go to `$QFLEET_CACHE_DIR`. If it is not set, they go to qfleet's folder in the user's cache folder. The
-    folder never shrinks; it can be deleted at any time. A cache that the user has configured in JAX is left as it is.
-    Whoever writes to the folder decides what this process runs. So it must be the user's own, and nobody else may write
-    to it; one that is made here has mode 0700.
+    A cache that the user has configured in JAX is left as it is.
 
     Returns:
       The folder in use. None if it can't be written to, or others can write to it; the run then logs a warning and
@@ -29,8 +34,33 @@ def enable_compilation_cache() -> Path | None:
     configured: str | None = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if configured:
         return Path(configured)
+    try:
+        directory = usable_cache_folder()
+    except CacheUnusable as error:
+        _log.warning("qfleet: there is no compilation cache, so every start compiles anew: %s; %s", error, error.remedy)
+        return None
+    keep_cache_entries_whole()
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory
+
+
+def usable_cache_folder() -> Path:
+    """Returns the folder for compiled programs, which is made if there is none. This doesn't import JAX.
+
+    The programs go to the folder that the user has named to JAX, or to `$QFLEET_CACHE_DIR`. If neither is set, they go
+    to qfleet's folder in the user's cache folder. The folder never shrinks; it can be deleted at any time. Whoever
+    writes to the folder decides what this process runs. So it must be the user's own, and nobody else may write to it;
+    one that is made here has mode 0700.
+
+    Raises:
+      CacheUnusable: if the folder can't be written to, or others can write to it.
+    """
+    if configured := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return Path(configured)
     chosen = os.environ.get("QFLEET_CACHE_DIR")
-    directory = Path(chosen or "the user's cache folder")  # for the warning, if there is no such folder
+    directory = Path(chosen or "the user's cache folder")  # for the message, if there is no such folder
     try:
         if chosen:
             directory = Path(chosen).expanduser().absolute()
@@ -42,23 +72,14 @@ def enable_compilation_cache() -> Path | None:
         directory.mkdir(mode=0o700, exist_ok=True)
         if reason := _why_unsafe(directory):
             remedy = f"delete {directory}, or set QFLEET_CACHE_DIR to a folder of your own with mode 0700"
-            _warn(f"{directory} {reason}, and who writes there can run code here", remedy)
-            return None
+            raise CacheUnusable(f"{directory} {reason}, and who writes there can run code here", remedy)
         with tempfile.TemporaryFile(dir=directory):
             pass  # only writing a file shows whether one can: root, read-only mounts and quotas defy permission bits
     except (OSError, RuntimeError) as error:  # the second one says that the user has no home folder
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
-        _warn(f"can't write to {directory} ({reason})", "set QFLEET_CACHE_DIR to a writable folder")
-        return None
-    keep_cache_entries_whole()
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        remedy = "set QFLEET_CACHE_DIR to a writable folder"
+        raise CacheUnusable(f"can't write to {directory} ({reason})", remedy) from error
     return directory
-
-
-def _warn(reason: str, remedy: str) -> None:
-    _log.warning("qfleet: there is no compilation cache, so every start compiles anew: %s; %s", reason, remedy)
 
 
 def _why_unsafe(directory: Path) -> str:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 
@@ -158,6 +159,19 @@ def compute_in_line() -> None:
     waits for its action, and its step then takes 1.6 times as much CPU time.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def describe_devices() -> list[dict[str, Any]]:
+    """Returns the kinds of devices that JAX sees, as JSON can hold them: platform, kind, count, and memory of each."""
+    kinds: dict[tuple[str, str, int | None], int] = {}
+    for device in jax.devices():
+        is_ours = device.process_index == jax.process_index()  # only a process itself knows its devices' memory
+        kind = (device.platform, device.device_kind, memory_bytes(device) if is_ours else None)
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return [
+        {"platform": platform, "kind": kind, "count": count, "memory_bytes": memory}
+        for (platform, kind, memory), count in kinds.items()
+    ]
 
 
 def memory_bytes(device: jax.Device) -> int | None:

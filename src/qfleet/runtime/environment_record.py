@@ -7,11 +7,14 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from qfleet.config.lane_options import num_cores
+from qfleet.runtime.process import total_memory_bytes
 from qfleet.runtime.run_directory import RunDirectory, write_atomically
 from qfleet.runtime.run_files import read_json, shortened
 
@@ -39,9 +42,45 @@ def record_start(run: RunDirectory) -> None:
         logger.warning("%s can't be written (%s); the run goes on without it", run.environment_path, error.strerror)
 
 
+class Difference(NamedTuple):
+    """Something that isn't as it was when a run was started. Each value is in words; "none" is no value."""
+
+    what: str
+    then: str
+    now: str
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    """Returns what differs between two descriptions of environments, of what may change a result.
+
+    Args:
+      then: what a run's environment.json holds of a start, which somebody may have changed.
+      now: what `describe_environment` returns. What is absent here isn't compared.
+    """
+    names = ("python", "packages", "system", "processor", "num_cores", "devices", "flags", "git_commit")
+    found = []
+    for name in (name for name in names if name in now):
+        before, after = then.get(name), now[name]
+        if not isinstance(before, Mapping) or not isinstance(after, Mapping):
+            pairs = [(name.replace("_", " "), before, after)]
+        else:
+            if name == "flags":  # those that only say how memory is taken change no result
+                before, after = (_without_memory_flags(flags) for flags in (before, after))
+            label = {"packages": "", "flags": "", "devices": "device "}[name]
+            pairs = [(f"{label}{each}", before.get(each), after.get(each)) for each in sorted({*before, *after})]
+        found += [Difference(what, _in_words(old), _in_words(new)) for what, old, new in pairs if old != new]
+    return found
+
+
 def describe_environment() -> dict[str, Any]:
     """Returns versions, devices, hardware, flags, git commit and command of this process, as JSON can hold them."""
     devices = jax.devices()
+    first = {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)}
+    return {**describe_process(), "devices": first}
+
+
+def describe_process() -> dict[str, Any]:
+    """Returns the same without the devices, which need not be started for this."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [shortened(argument, 200) for argument in sys.argv[:100]],
@@ -49,12 +88,19 @@ def describe_environment() -> dict[str, Any]:
         "packages": {name: version for name in _PACKAGES if (version := _version_of(name))},
         "system": platform.platform(),
         "processor": _processor(),
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
-        "devices": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "num_cores": num_cores(),
+        "memory_bytes": total_memory_bytes(),
         "flags": {name: value for name, value in sorted(os.environ.items()) if name.startswith(("JAX_", "XLA_"))},
         "git_commit": git_commit(Path.cwd()),
     }
+
+
+def _without_memory_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flags.items() if not name.startswith("XLA_PYTHON_CLIENT_")}
+
+
+def _in_words(value: Any) -> str:
+    return "none" if value is None else shortened(str(value), 100)
 
 
 def git_commit(folder: Path) -> str | None:
@@ -109,10 +155,3 @@ def _processor() -> str | None:
         return platform.processor() or None
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None

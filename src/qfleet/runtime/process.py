@@ -73,27 +73,90 @@ def available_memory_bytes(root: Path = Path("/")) -> int | None:
     return max(0, min([available, *_left_by_control_groups(root)]))
 
 
+def total_memory_bytes() -> int | None:
+    """Returns the memory of this machine in bytes. None if it is unknown."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+
+
+def memory_limit_bytes(root: Path = Path("/")) -> int | None:
+    """Returns the lowest memory limit of the process's control groups in bytes. None if there is none.
+
+    Args:
+      root: as for `available_memory_bytes`.
+    """
+    limits = []
+    for folder, name, _, _ in _memory_groups(root):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int((folder / name).read_text()))
+    lowest = min(limits, default=_NO_LIMIT)
+    return None if lowest >= _NO_LIMIT else lowest
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Returns the number of cores whose time the process's control groups allow. None if they don't limit it.
+
+    Args:
+      root: as for `available_memory_bytes`.
+    """
+    quotas = []
+    for folder in _groups(root, "cpu"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = (folder / "cpu.max").read_text().split()
+            quotas.append(int(quota) / int(period))
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quotas.append(int(quota) / int(period))
+    return min((quota for quota in quotas if quota > 0), default=None)  # version 1 writes -1 for no limit
+
+
+def show_bytes(count: int) -> str:
+    """Returns a number of bytes in words: three digits, in units of powers of 1000."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.{0 if unit == 'B' or size >= 99.95 else 1 if size >= 9.995 else 2}f} {unit}"
+
+
+_NO_LIMIT = 2**60
+"""Bytes from which on a limit is none. Control groups of version 1 write the largest number of pages."""
+
+
 def _left_by_control_groups(root: Path) -> Iterator[int]:
     """Yields the bytes that each memory limit on this process leaves free, from control groups version 2 and 1."""
+    for group in _memory_groups(root):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            yield _left_by(*group)
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[Path, str, str, str]]:
+    """Yields each control group with the names of its limit, its usage, and its cached files in memory.stat."""
+    for folder in _groups(root, "memory"):
+        if (folder / "memory.limit_in_bytes").exists():
+            yield folder, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            yield folder, "memory.max", "memory.current", "inactive_file"
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yields the control groups of this process with a controller, and those further up, whose limits apply too."""
     try:
         groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
         return
     for _, controllers, path in groups:
         if controllers == "":
-            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            top, names = (
-                root / "sys/fs/cgroup/memory",
-                ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-            )
+            top = root / "sys/fs/cgroup"  # version 2
+        elif controller in controllers.split(","):
+            top = root / "sys/fs/cgroup" / controller
         else:
             continue
         group = top / path.lstrip("/")
-        for folder in (group, *group.parents):  # the limits of groups further up apply as well
-            if folder == top or top in folder.parents:
-                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                    yield _left_by(folder, *names)
+        yield from (folder for folder in (group, *group.parents) if folder == top or top in folder.parents)
 
 
 def _left_by(folder: Path, limit: str, usage: str, cached: str) -> int:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qfleet.config import ConfigError
-from qfleet.runtime.episodes import Moment
 from qfleet.runtime.run_files import temporary_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from qfleet.runtime.episodes import Moment
 
 GIF_FRAMES = 300  # at most
 GIF_COLOURS = 64
@@ -50,7 +51,7 @@ def video_name(label: str, seed: int, episode: int) -> str:
     return f"{label}-seed{seed}-episode{episode}"
 
 
-def film(moments: Iterator[Moment], path: Path, frames_per_second: int) -> Video:
+def film(moments: "Iterator[Moment]", path: Path, frames_per_second: int) -> Video:
     """Writes an episode to two files, `path` with `.mp4` and `.gif` added.
 
     Files that have these names already are replaced once the episode is over.
@@ -78,6 +79,26 @@ def film(moments: Iterator[Moment], path: Path, frames_per_second: int) -> Video
     finally:
         mp4.close()
     return Video(mp4.path, gif.path, moment.episode_return, moment.episode_steps)
+
+
+def write_sample(folder: Path) -> None:
+    """Writes a small video into a folder, to find out whether that works.
+
+    Raises:
+      OSError, ValueError, RuntimeError: if it doesn't.
+    """
+    from PIL import Image
+
+    frame = Image.new("RGB", (64, 64))
+    mp4, gif = _Mp4(folder / "sample.mp4", frame.size, 30), _Gif(folder / "sample.gif", 30)
+    try:
+        for _ in range(3):
+            mp4.add(frame)
+            gif.add(frame)
+        mp4.finish()
+        gif.finish()
+    finally:
+        mp4.close()
 
 
 class _Mp4:

@@ -22,6 +22,7 @@ from qfleet.core.types import Batch, EnvSpec, Regression, Sequences, Transition
 from qfleet.envs.spec import InGraphEnv
 from qfleet.networks.partition import MODEL_AXIS
 from qfleet.runtime.devices import available_bytes, describe_memory
+from qfleet.runtime.process import show_bytes
 from qfleet.topologies.schedule import rows_per_iteration
 
 HEADROOM = 0.1
@@ -282,13 +283,3 @@ def _with_more_devices(config: TrainConfig) -> _Others:
 def _rounded_down(number: int, num_digits: int = 2) -> int:
     unit = 10 ** max(0, len(str(number)) - num_digits)
     return number // unit * unit
-
-
-def show_bytes(count: int) -> str:
-    """Returns a number of bytes in words: three digits, in units of powers of 1000."""
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 999.5:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.{0 if unit == 'B' or size >= 99.95 else 1 if size >= 9.995 else 2}f} {unit}"
