@@ -19,13 +19,14 @@ What crosses the border between two processes, and the name of what is sent or o
 
 | topology | crosses a border |
 |---|---|
-| fused | |
+| fused | nothing |
 | overlapped | envs.worker_lanes.WorkerLanes |
 | all_reduce | core.replicas.Replicas, runtime.peers.Reporter |
 | gossip | topologies.gossip.peer.PeerChunkStats, topologies.gossip.averaging.average_step |
-| actor_learner | topologies.fleet.actor.Chunk, core.types.Transition, topologies.actor_learner.learner.UpdateResult |
-| parameter_server | topologies.fleet.actor.Chunk, topologies.parameter_server.requests.GradientAnswer, \
-topologies.parameter_server.server_shard.PublishedParameters |
+| actor_learner | to actors: topologies.actor_learner.machine.Broadcast. To shards: topologies.fleet.actor.Chunk, and \
+priorities from topologies.actor_learner.learner.GlobalLearner. To the learner: core.types.Transition |
+| parameter_server | to the server: topologies.parameter_server.requests.GradientAnswer. To workers: \
+topologies.parameter_server.requests.PublishedAnswer. With a shared replay, what crosses in actor_learner as well |
 
 On Ray, pure code decides what each process does next: topologies.actor_learner.machine.ActorLearnerMachine,
 topologies.parameter_server.machine.ServerMachine, topologies.gossip.decisions. A director carries it out.

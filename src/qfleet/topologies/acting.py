@@ -63,7 +63,9 @@ def act(
     exploration: Array,
     noise_keys: Array | None = None,
 ) -> tuple[ActorState, Row, RowStats, Array]:
-    """Takes one step of all lanes. `noise_keys` are one for each lane, `[lanes]`, if the agent acts with keys.
+    """Takes one step of all lanes. The row that it returns has no next observation: the next row has it.
+
+    `noise_keys` are one for each lane, `[lanes]`, if the agent acts with keys.
 
     Returns:
       The actor after the step, the row, its stats, and the values that chose the actions, `[lanes, num_actions]`.

@@ -10,7 +10,7 @@ transition meets them:
     -----------------------------------  --------------------------  --------------------------  -----------------------
     learner: publishes its parameters    Publish: _publish           GlobalLearner.publish       learner.py
     actor: receives them                 Collect: _start_chunks      Actor.receive               fleet/actor.py
-    actor: acts for one chunk            Collect                     Actor.collect               fleet/actor.py
+    actor: acts, and values what it did  Collect                     Actor.collect               fleet/actor.py
       one step of all lanes                                          act                         acting.py
         chooses actions                                              Agent.act                   core/agent.py
         steps environments                                           step_lanes                  envs/in_graph.py
@@ -21,16 +21,18 @@ transition meets them:
     shard: draws its share of the round  SampleShare                 ReplayShard.sample_share    fleet/replay_shard.py
       from ring and sum tree                                         Replay.sample_share         core/replay/replay.py
     learner: learns from the round       Learn: _start_rounds        GlobalLearner.learn         learner.py
-      targets and loss                                               make_loss                   core/batch_loss.py
-      gradient                                                       Learner.gradients           core/learner.py
-      new parameters, target network                                 Learner.apply               core/learner.py
+      from each of its batches                                       update                      core/learner.py
+        gradient                                                     Learner.gradients           core/learner.py
+          of the loss, made by                                       make_loss                   core/batch_loss.py
+        new parameters, target network                               Learner.apply               core/learner.py
     shard: sets priorities of its share  SetPriorities: _learned     ReplayShard.set_priorities  fleet/replay_shard.py
       in the sum tree                                                Replay.set_priorities       core/replay/replay.py
     learner: publishes new parameters    Publish: _publish           GlobalLearner.publish       learner.py
 
-Indented functions are called by the function above them. Those of the core are the same in every topology: open their
-files only to see how they do it. Files are in this package, in `topologies/` or in `qfleet/`. `qfleet.topologies`
-explains the words.
+Indented functions are called by the function above them; those of the core are the same in every topology. "Insert:
+_collected" is the request, and the method of the machine that makes it. Files are in this package, in `topologies/` or
+in `qfleet/`. `qfleet.topologies` explains the words. Environments that aren't written in JAX are stepped by
+`runtime.host_acting.HostActing` instead of `act` and `step_lanes`.
 
 A request carries references to arrays that another process has made, or is about to make: `Learn` is requested together
 with its `SampleShare`s, and begins once all have been answered. Arrays go directly from process to process

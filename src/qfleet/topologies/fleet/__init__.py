@@ -17,7 +17,7 @@ What decides, without Ray, clock, thread or file:
 
     messages.py          The events that a state machine hears, and the requests that it makes.
     machine.py           FleetMachine: base class of the machines, each of which is in its topology's package.
-    pooled_actors.py     PooledActors: whose turn it is to act.
+    pooled_actors.py     PooledActors: which actor acts next.
     rate_limiter.py      RateLimiter: which learner steps are due, and whether the actors must wait.
     sharded_replay.py    ShardedReplay: which shard stores what, and how much of a batch each draws.
     stats.py             What has happened since the last record.
@@ -30,7 +30,9 @@ In remote processes:
     replay_shares.py     How a replay is shared out over its shards, and joined again.
     env_and_agent.py     Environment, network and agent, which each process builds once.
 
-How a decision becomes a call, and its reply the next event. Request, remote method and plain method have one name:
+How a decision becomes a call, and its reply the next event. The director's thread sends the machine a `Turn` whenever
+it has heard all replies, unless the run pauses; then the machine requests all that may begin. Request, remote method
+and plain method have one name:
 
     FleetMachine.handle(Turn) --SampleShare--> MachineDirector._call --> RemoteReplayShard.sample_share, in its process,
                                                                          which calls ReplayShard.sample_share

@@ -26,7 +26,7 @@ from qfleet.topologies.fleet.remote_process import RemoteProcess, cpus_for
 from qfleet.topologies.fleet.stats import DirectorStats
 from qfleet.topologies.fleet.supervisor import Supervisor, carrier_of
 
-_CHUNK_SECONDS = 0.5
+_RESUME_SECONDS = 0.5
 """Longest time that `resume` takes, and so the longest time that Ctrl-C waits."""
 
 _WAIT_SECONDS = 0.1
@@ -175,7 +175,7 @@ class Director(abc.ABC, Generic[S]):
         Returns:
           What happened since the last call.
         """
-        deadline = time.monotonic() + _CHUNK_SECONDS
+        deadline = time.monotonic() + _RESUME_SECONDS
         with self._lock:
             if self._is_new:
                 self._take_stats()

@@ -1,6 +1,6 @@
 """Base class of directors that carry out what a state machine decides.
 
-The director makes calls of the machine's requests, and events of what it hears. It reads checkpoints and serves other
+The director turns requests into calls, and replies into events. It reads checkpoints and serves other
 threads. It decides nothing.
 """
 

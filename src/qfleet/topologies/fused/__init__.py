@@ -3,26 +3,27 @@
 The host plans how much to explore and how many learner steps follow each row, then calls the program once for a chunk
 of many rows. The steps, in the order in which a transition meets them:
 
-    step                                  who decides       function               file
-    ------------------------------------  ----------------  ---------------------  ---------------------
-    plans exploration and learner steps   Fused.advance     make_plan              schedule.py
-    runs some iterations of 16 rows each  Fused.advance     Program.run            program.py
-    takes the rows of one iteration       Program.run       _replay_iteration      program.py
-    acts in all lanes                     every row         act                    acting.py
-      chooses actions                                       Agent.act              core/agent.py
-      steps environments                                    step_lanes             envs/in_graph.py
-    stores the row                        every row         Replay.insert          core/replay/replay.py
-    takes the learner steps of the row    Plan.num_updates  learn_from_replay      core/updates.py
-      draws a batch                                         Replay.sample          core/replay/replay.py
-      targets and loss                                      make_loss              core/batch_loss.py
-      gradient                                              Learner.gradients      core/learner.py
-      new parameters, target network                        Learner.apply          core/learner.py
-      new priorities of the batch                           Replay.set_priorities  core/replay/replay.py
-    acts with the new parameters          the next row      act                    acting.py
+    step                                      who decides       function               file
+    ----------------------------------------  ----------------  ---------------------  ---------------------
+    takes a chunk of iterations               Fused.advance     Fused.advance          topology.py
+      plans exploration, learner steps                          make_plan              schedule.py
+      runs the iterations                                       Program.run            program.py
+        takes the rows of each                                  _replay_iteration      program.py
+          acts in all lanes                                     act                    acting.py
+            chooses actions                                     Agent.act              core/agent.py
+            steps environments                                  step_lanes             envs/in_graph.py
+          stores the row                                        Replay.insert          core/replay/replay.py
+          takes its learner steps             Plan.num_updates  learn_from_replay      core/updates.py
+            draws a batch                                       Replay.sample          core/replay/replay.py
+            learns from it                                      update                 core/learner.py
+              gradient                                          Learner.gradients      core/learner.py
+                of the loss, made by                            make_loss              core/batch_loss.py
+              new parameters, target network                    Learner.apply          core/learner.py
+            sets its priorities                                 Replay.set_priorities  core/replay/replay.py
+          acts in the next row with them                        act                    acting.py
 
-Indented functions are called by the function above them. Those of the core are the same in every topology: open their
-files only to see how they do it. Files are in this package, in `topologies/` or in `qfleet/`. `qfleet.topologies`
-explains the words.
+Indented functions are called by the function above them; those of the core are the same in every topology. Files are in
+this package, in `topologies/` or in `qfleet/`. `qfleet.topologies` explains the words.
 
 `_replay_iteration` scans over the rows, so the parameters of one row's learner steps are those with which the next row
 acts. An agent without a replay takes a rollout instead of a row, in `_rollout_iteration`, and learns from it by

@@ -1,4 +1,7 @@
-"""The pure functions that `qfleet.topologies.fused` compiles into one program: acting and learning on one state."""
+"""The pure functions that `qfleet.topologies.fused` compiles into one program: acting and learning on one state.
+
+The docstring of the package has the steps in order.
+"""
 
 import functools
 from collections.abc import Callable

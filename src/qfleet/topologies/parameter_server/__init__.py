@@ -7,37 +7,38 @@ For each request a thread of the run, `director.ServerDirector`, calls the remot
 its own replay: "own". If `num_replay_shards` is above 0, all workers share one: "shared". The steps, in the order in
 which a transition meets them:
 
-    step                          who decides                       function                     file
-    ----------------------------  --------------------------------  ---------------------------  -----------------------
-    worker: acts for one chunk    Act: _start_chunks                Worker.act                   worker.py
-      makes the chunk                                               Actor.collect                fleet/actor.py
-        one step of all lanes                                       act                          acting.py
-          chooses actions                                           Agent.act                    core/agent.py
-          steps environments                                        step_lanes                   envs/in_graph.py
-    own: the worker stores it     Act                               ReplayShard.insert           fleet/replay_shard.py
-    shared: a shard stores it     Insert: _acted                    ReplayShard.insert           fleet/replay_shard.py
-      row by row                                                    Replay.insert                core/replay/replay.py
-    own: draws and learns         ComputeGradient: _start_gradient  Worker.compute_gradient      worker.py
-      draws a batch                                                 Replay.sample                core/replay/replay.py
-      sets its priorities                                           Replay.set_priorities        core/replay/replay.py
-    shared: shards draw shares    SampleShare: _start_gradient      ReplayShard.sample_share     fleet/replay_shard.py
-      from ring and sum tree                                        Replay.sample_share          core/replay/replay.py
-    shared: a worker learns       ComputeGradientOf                 Worker.compute_gradient_of   worker.py
-    shared: priorities go back    SetPriorities: _gradient_arrived  ReplayShard.set_priorities   fleet/replay_shard.py
-    either: targets and loss                                        make_loss                    core/batch_loss.py
-      gradient                                                      Learner.gradients            core/learner.py
-      cuts it into pieces                                           ShardedLearner.gradients     core/sharded_learner.py
-    gathers gradients to a step   ServerMachine._gradient_arrived   StepQueue.push               step_queue.py
-    server shard: takes the step  ApplyGradients: _request_steps    ServerShard.apply_gradients  server_shard.py
-      on its piece                                                  ShardedLearner.apply         core/sharded_learner.py
-      new parameters                                                Learner.apply                core/learner.py
-    notes the new parameters      ShardedServer._request_steps      ShardedServer.newest         sharded_server.py
-    what a worker lacks of them   Act, ComputeGradient              PooledWorker.next_pull       machine.py
-    worker: pulls that first      Act, ComputeGradient              Worker.pull                  worker.py
+    step                        who decides                        function                      file
+    --------------------------  ---------------------------------  ----------------------------  -----------------------
+    worker: pulls parameters    Act: _start_chunks                 Worker.pull                   worker.py
+    worker: acts for one chunk  Act                                Worker.act                    worker.py
+      makes the chunk                                              Actor.collect                 fleet/actor.py
+        one step of all lanes                                      act                           acting.py
+          chooses actions                                          Agent.act                     core/agent.py
+          steps environments                                       step_lanes                    envs/in_graph.py
+    own: the worker stores it   Act                                ReplayShard.insert            fleet/replay_shard.py
+    shared: a shard stores it   Insert: _acted                     ReplayShard.insert            fleet/replay_shard.py
+      row by row                                                   Replay.insert                 core/replay/replay.py
+    own: worker's gradient      ComputeGradient: _start_gradients  Worker.compute_gradient       worker.py
+      draws a batch                                                Replay.sample                 core/replay/replay.py
+      gradient, in pieces                                          ShardedLearner.gradients      core/sharded_learner.py
+        gradient                                                   Learner.gradients             core/learner.py
+          of the loss, made by                                     make_loss                     core/batch_loss.py
+      sets its priorities                                          Replay.set_priorities         core/replay/replay.py
+    shared: shards draw shares  SampleShare: _start_gradients      ReplayShard.sample_share      fleet/replay_shard.py
+    shared: worker's gradient   ComputeGradientOf                  Worker.compute_gradient_of    worker.py
+    shared: priorities go back  SetPriorities: _gradient_arrived   ReplayShard.set_priorities    fleet/replay_shard.py
+    makes a step of gradients   ServerMachine._gradient_arrived    StepQueue.push                step_queue.py
+    notes what it will return   ApplyGradients: _request_steps     ShardedServer._request_steps  sharded_server.py
+    each server shard: a step   ApplyGradients                     ServerShard.apply_gradients   server_shard.py
+      on its piece                                                 ShardedLearner.apply          core/sharded_learner.py
+        new parameters                                             Learner.apply                 core/learner.py
+    what a worker lacks of it   Act, ComputeGradient               PooledWorker.next_pull        machine.py
+    worker: pulls that first    Act, ComputeGradient               Worker.pull                   worker.py
 
-Indented functions are called by the function above them. Those of the core are the same in every topology: open their
-files only to see how they do it. Files are in this package, in `topologies/` or in `qfleet/`. `qfleet.topologies`
-explains the words.
+Indented functions are called by the function above them; those of the core are the same in every topology. "Insert:
+_acted" is the request, and the method of `ServerMachine` or `ShardedServer` that makes it. Files are in this package,
+in `topologies/` or in `qfleet/`. `qfleet.topologies` explains the words. Environments that aren't written in JAX are
+stepped by `runtime.host_acting.HostActing` instead of `act` and `step_lanes`.
 
 A request carries references to arrays that another process has made, or is about to make. Arrays go directly from
 process to process (`fleet/channel.py`, `fleet/ray_calls.py`). If the agent clips gradients and the server has

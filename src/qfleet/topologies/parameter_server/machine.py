@@ -1,7 +1,8 @@
 """The decisions of the parameter server: when workers act, when they compute gradients, and what the server applies.
 
-`ServerMachine.handle` handles each event: a process has replied, is lost or is back. When it is the machine's turn,
-`_take_turn` requests what is due. `sharded_server` decides about the server. `director` carries out the requests.
+`ServerMachine.handle` handles each event: a process has replied, is lost or is back. After each round of
+replies it gets a `Turn`, and `_take_turn` requests what is due. `sharded_server` decides about the server. `director`
+carries out the requests.
 """
 
 import dataclasses

@@ -69,7 +69,7 @@ class Act(CallRequest[ActAnswer]):
 
     newest: NewestParameters
     pull: Pull
-    """What is missing of the newest parameters."""
+    """The newest parameters that a worker doesn't have."""
     exploration: float
     writer: Writer
     """Incarnation of the worker, and the number of chunks that it was asked for before."""

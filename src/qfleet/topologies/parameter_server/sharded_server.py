@@ -1,6 +1,6 @@
 """The decisions about the server: when its shards take steps, publish, take snapshots, and go back to one of them.
 
-It is a part of `machine.ServerMachine`, and as pure. `step_queue` decides which gradients make a step.
+It is a part of `machine.ServerMachine`, and like it pure. `step_queue` decides which gradients make a step.
 """
 
 from collections.abc import Callable, Sequence

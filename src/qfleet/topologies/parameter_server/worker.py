@@ -204,7 +204,7 @@ class Worker(Actor):
 
 
 def _key_of_gradient(stream: Stream, path: Array) -> Array:
-    """Returns a key of the gradient with this path. It is part of a program, because one of its own takes as long."""
+    """Returns a key of the gradient with this path. To be compiled into another program."""
     seed, *numbers = path
     return key_of(seed, stream, *numbers)
 
