@@ -16,8 +16,10 @@ LAYERS = (
     {"runtime"},
     {"topologies"},
     {"runs"},
+    {"exporting"},
     {"policy"},
     {"training"},
+    {"loading"},
     {"api"},
     {"cli"},
 )
