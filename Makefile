@@ -77,7 +77,7 @@ $(VENV)/.installed-core: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	@echo "Installing qfleet and its development tools into $(VENV): about 1.5 GB, a minute or two ..."
+	@echo "Installing qfleet and its development tools into $(VENV): about 1.8 GB, a minute or two ..."
 	@$(PIP) --constraint constraints.txt --editable '.[dev]'
 	@$(FIRST_RUN)
 	@touch $(VENV)/.installed-core $@

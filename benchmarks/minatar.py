@@ -18,7 +18,7 @@ import common
 
 import qfleet
 from qfleet.networks import make_network
-from qfleet.policy import EvaluationOptions
+from qfleet.runtime.evaluation import EvaluationOptions
 from qfleet.topologies.fused.topology import Fused
 
 ENV = "gymnax:Breakout-MinAtar"

@@ -16,8 +16,10 @@ LAYERS = (
     {"runtime"},
     {"topologies"},
     {"runs", "doctor"},
+    {"exporting"},
     {"policy"},
     {"training"},
+    {"loading"},
     {"api"},
     {"cli"},
 )

@@ -16,7 +16,8 @@ import qfleet
 from qfleet.config import ConfigError
 from qfleet.core.types import Network
 from qfleet.envs import gymnasium as backend
-from qfleet.policy import EvaluationOptions, Policy
+from qfleet.policy import Policy
+from qfleet.runtime.evaluation import EvaluationOptions
 
 
 def policy_of(env: Any, choose: Any) -> Policy:

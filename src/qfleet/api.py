@@ -8,47 +8,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
 from qfleet.config.checks import check_checkpoint
 from qfleet.config.new_run import check_new_run
-from qfleet.config.own_parts import check_parts_trusted, parts_of_policy
-from qfleet.config.values import show, to_plain
-from qfleet.core.keys import key_shape
-from qfleet.core.masks import masked
-from qfleet.core.types import Network, Params
+from qfleet.config.values import show
+from qfleet.core.types import Network
 from qfleet.envs.factory import name_of_factory, remember_factory
-from qfleet.envs.host import HostEnv
-from qfleet.envs.names import check_trusted
-from qfleet.envs.recorded import RecordedEnv
-from qfleet.envs.registry import make_env
-from qfleet.envs.spec import InGraphEnv
-from qfleet.networks import check_network, make_network
-from qfleet.runtime.best_checkpoint import BestCheckpoint
-from qfleet.runtime.cache import enable_compilation_cache
-from qfleet.runtime.checkpoints import Checkpoints
-from qfleet.runtime.devices import clear_platform_errors, limit_cpu_threads
+from qfleet.runtime.devices import clear_platform_errors
 from qfleet.runtime.notebook import shown_while_starting
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag
 from qfleet.training.assembly import check_is_built_in
 from qfleet.training.callbacks import check_observers
-from qfleet.training.metadata import read_metadata
 from qfleet.training.resuming import (
-    check_network_is_given,
-    check_reads_the_same,
     check_run_trusted,
     check_same_place_for_seeds,
     config_to_resume,
 )
 from qfleet.training.seed_places import check_num_at_once
-from qfleet.training.seed_summary import check_seed, open_seed
 
 if TYPE_CHECKING:
     import optax
 
-    from qfleet.policy import EvaluationOptions, Policy
+    from qfleet.policy import Policy
     from qfleet.runtime.loggers import Logger
     from qfleet.runtime.video import Video
     from qfleet.training.launched import LaunchedRun
@@ -251,14 +233,14 @@ def load(
     network: Network | None = None,
     trust: bool = False,
 ) -> "Policy":
-    """Returns the greedy policy of a run.
+    """Returns the greedy policy of a run, or of a folder that `Policy.export` or `qfleet export` has written.
 
     Acting and Q-values need only what the checkpoint records of the environment, so the environment isn't made, nor its
     module imported, until it is needed: to evaluate or to film. It is made at once if `env` is given, or if the
     checkpoint is of an older version, which recorded nothing.
 
     Args:
-      run_dir: a run's folder.
+      run_dir: a run's folder, or that of a policy exported as safetensors, which is one checkpoint of one seed.
       checkpoint: environment step of the checkpoint to load, or "best" for that of the best evaluation. The default is
         the newest one.
       seed: seed to load, of a run with several seeds. The default is the first one.
@@ -271,68 +253,9 @@ def load(
         qfleet began it, whose networks read such observations otherwise. The policy raises it once it makes the
         environment, if that has changed or is in a module that isn't trusted.
     """
-    from qfleet.policy import Policy
-    from qfleet.runtime.video import params_label
+    from qfleet.loading import load_policy
 
-    directory = RunDirectory.open(run_dir)
-    config = directory.config
-    checkpoint, seed = check_checkpoint(checkpoint), to_plain(int | None, seed, "seed")
-    index = 0 if seed is None else seed - config.seed
-    if seed is not None:
-        check_seed(config, seed)
-    if config.has_seed_processes:
-        directory = open_seed(directory, seed)
-    kind: type[BestCheckpoint] | type[Checkpoints] = BestCheckpoint if checkpoint == "best" else Checkpoints
-    with kind(directory.checkpoints_path, run_id=directory.run_id) as checkpoints:
-        number = checkpoint if isinstance(checkpoint, int) else checkpoints.latest()
-        if isinstance(checkpoints, BestCheckpoint):
-            number = checkpoints.check_exists()
-        if number is None:  # what needs trust is told first
-            check_trusted(config.env, directory.path, trust=trust)
-        check_parts_trusted({} if network else parts_of_policy(config.agent), directory.path, trust=trust)
-        metadata = read_metadata(checkpoints, number, directory.config)
-        check_network_is_given(network is not None, metadata["has_own_network"])
-        source = _environment_of(directory, metadata.get("environment"), env, trust=trust)
-        spec = source.interface.spec if isinstance(source, RecordedEnv) else source.spec
-        if network is None:
-            check_reads_the_same(directory, spec)
-        network_in_use = make_network(spec, config.agent, network)
-        limit_cpu_threads(check_network(network_in_use, spec, directory.config.agent))
-        enable_compilation_cache()
-        params = checkpoints.restore_item("learner", env_steps=number)["params"]
-    if directory.config.num_seeds > 1:
-        params = jax.tree.map(lambda x: x[index], params)
-    label = params_label(metadata["counters"]["env_steps"], config.seed + index if config.num_seeds > 1 else None)
-    rule = "`network` must be the one that the run was trained with"
-    if network is None:
-        sizes = f"observations {list(spec.agent_observation_shape)} and {spec.num_actions} actions"
-        rule = f"the environment {config.env} must be as it was in training; it has {sizes} now"
-        if isinstance(source, RecordedEnv):
-            rule = f"a checkpoint must hold the network for the environment that it records, which has {sizes}"
-    params = _params_of(network_in_use, params, rule)
-    return Policy(source, masked(network_in_use, spec), params, label, _evaluation_options(config, metadata))
-
-
-def _environment_of(
-    directory: RunDirectory, record: dict[str, Any] | None, env: Callable[..., Any] | None, *, trust: bool
-) -> InGraphEnv | HostEnv | RecordedEnv:
-    """Returns what a checkpoint records of its environment, or the environment if the caller gives it or there is none.
-
-    Raises:
-      ConfigError: if the environment can't be made, has changed, or is in a module that isn't trusted.
-    """
-    config = directory.config
-    if env is not None:
-        remember_factory(config.env, env)
-
-    def make() -> InGraphEnv | HostEnv:
-        check_trusted(config.env, directory.path, trust=trust)
-        return make_env(config.env, **config.env_options)
-
-    if record is None:
-        return make()
-    recorded = RecordedEnv(config.env, record, make)
-    return recorded if env is None else recorded.make()
+    return load_policy(run_dir, checkpoint=checkpoint, seed=seed, env=env, network=network, trust=trust)
 
 
 def watch(
@@ -353,48 +276,14 @@ def watch(
     Args:
       run_dir, checkpoint, env, network, trust: as for `load`.
       train_seed: seed to watch, of a run with several seeds. The default is the first one.
-      out_dir: folder for the videos. The default is `videos` in the run's folder.
+      out_dir: folder for the videos. The default is `videos` in the folder of the run or the exported policy.
       num_episodes, seed, frames_per_second: as for `Policy.film`.
 
     Raises:
       ConfigError, RunFailed: under the same conditions as `load` and `Policy.film`.
     """
+    from qfleet.loading import videos_folder
+
     policy = load(run_dir, checkpoint=checkpoint, seed=train_seed, env=env, network=network, trust=trust)
-    out_dir = RunDirectory.open(run_dir).videos_path if out_dir is None else out_dir
+    out_dir = videos_folder(run_dir) if out_dir is None else out_dir
     return list(policy.film(out_dir, num_episodes, seed, frames_per_second))
-
-
-def _evaluation_options(config: TrainConfig, metadata: dict[str, Any]) -> "EvaluationOptions":
-    """Returns how a run evaluated itself when it saved a checkpoint with this metadata."""
-    from qfleet.policy import EvaluationOptions
-
-    limit = config.eval_max_episode_steps
-    if limit is None:
-        limit = metadata.get("evaluation_rounds", {}).get("newest", {}).get("eval_episode_limit")
-    return EvaluationOptions(
-        exploration=config.eval_exploration,
-        max_episode_steps=limit,
-        num_env_workers=config.topology.lane_options.num_env_workers,
-        step_timeout_seconds=config.topology.lane_options.step_timeout_seconds,
-    )
-
-
-def _params_of(network: Network, stored: Any, rule: str) -> Params:
-    """Returns a checkpoint's parameters, which are nested dictionaries, in the structure of `network`'s parameters.
-
-    Raises:
-      ConfigError: if they don't fit. The message begins with the rule that the user has broken.
-    """
-
-    def find(path: tuple, wanted: jax.ShapeDtypeStruct) -> Any:
-        names = [jax.tree_util.keystr((entry,), simple=True) for entry in path]
-        leaf = functools.reduce(lambda node, name: node.get(name, {}) if isinstance(node, dict) else {}, names, stored)
-        if getattr(leaf, "shape", None) != wanted.shape:
-            got = "none" if not hasattr(leaf, "shape") else f"{list(leaf.shape)}"
-            raise ConfigError(
-                f"{rule}: params/{'/'.join(names)} should have shape {list(wanted.shape)}, and the checkpoint has "
-                f"{got}; give what the run was trained with, or train anew"
-            )
-        return leaf
-
-    return jax.tree.map_with_path(find, jax.eval_shape(network.init, key_shape()))

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -15,18 +16,13 @@ from qfleet.config import ConfigError, RunFailed
 from qfleet.config.checks import (
     MAX_EPISODES,
     MAX_FRAMES_PER_SECOND,
-    MAX_PROCESSES,
-    MAX_SECONDS,
     MAX_SEED,
     MAX_SIZE,
-    check,
     check_count,
-    check_positive,
 )
-from qfleet.config.values import Config, show
+from qfleet.config.values import show
 from qfleet.core.exploration import greedy
 from qfleet.core.frame_stack import stack_to_storage_layout
-from qfleet.core.keys import Stream, make_key
 from qfleet.core.masks import shown
 from qfleet.core.memory import MemoryState
 from qfleet.core.player import make_player
@@ -34,44 +30,22 @@ from qfleet.core.types import EnvSpec, Network, Params
 from qfleet.envs.action_masks import ActionMask
 from qfleet.envs.actions import numbered
 from qfleet.envs.contract import BrokenContract
-from qfleet.envs.host import HostEnv, LaneOptions, seed_of
+from qfleet.envs.host import HostEnv
 from qfleet.envs.observations import encoder_of_arrays
 from qfleet.envs.recorded import RecordedEnv, interface_of
 from qfleet.envs.spec import InGraphEnv
 from qfleet.runtime.devices import check_not_forked
 from qfleet.runtime.episodes import play
-from qfleet.runtime.evaluation import Episodes, Pieces, episode_limit, join_episodes, make_evaluation
-from qfleet.runtime.host_evaluation import MAX_LOST, HostAction, play_host_episodes
+from qfleet.runtime.evaluation import Episodes, EvaluationOptions, episode_limit
+from qfleet.runtime.policy_evaluation import WholeEpisodes
 from qfleet.runtime.video import Video, check_extra, film, video_name
 
-EVAL_LANES = 8
-"""Least number of lanes for the evaluation of an environment that is not written in JAX."""
-
-MAX_TOGETHER = 1024
-"""Most episodes that the compiled program plays at once; more of them are played in turn, with the same results."""
+if TYPE_CHECKING:
+    from qfleet.exporting.formats import PolicyParts
+    from qfleet.exporting.record import Origin
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(Config):
-    """How episodes are played to evaluate a policy."""
-
-    exploration: float = 0.0
-    """Probability of a uniformly random action."""
-    max_episode_steps: int | None = None
-    """Environment steps after which an episode is cut; None leaves it to the environment's time limit. Without one it
-    means 27,000."""
-    num_env_workers: int = 0
-    """Processes that step an environment that is not written in JAX; with 0, this process does."""
-    step_timeout_seconds: float = LaneOptions.step_timeout_seconds
-    """Longest time that one step or reset may take in such a process."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(0 <= self.exploration < 1, "exploration", "at least 0 and below 1", self.exploration)
-        if self.max_episode_steps is not None:
-            check_count("max_episode_steps", self.max_episode_steps, maximum=MAX_SIZE)
-        check_count("num_env_workers", self.num_env_workers, minimum=0, maximum=MAX_PROCESSES)
-        check_positive(self, "step_timeout_seconds", maximum=MAX_SECONDS)
+logger = logging.getLogger("qfleet")
 
 
 class PolicyMemory(NamedTuple):
@@ -97,6 +71,7 @@ class Policy:
         params: Params,
         label: str,
         options: EvaluationOptions | None = None,
+        origin: "Origin | None" = None,
     ) -> None:
         self.params = params
         """Parameters of the network, a tree of arrays."""
@@ -107,15 +82,16 @@ class Policy:
         """Name among the policies of its run: the checkpoint, and the seed if the run trained many."""
         self.options = options or EvaluationOptions()
         """How `evaluate` plays: as the run evaluated itself."""
+        self._origin = origin
         self._given_env = env
         mask = ActionMask(actions or numbered(spec.num_actions), False) if spec.has_action_mask else None
         self._encoder = encoder or encoder_of_arrays(spec.agent_observation_shape, spec.observation_dtype, mask)
         self._frame_encoder = encoder or encoder_of_arrays(spec.observation_shape, spec.observation_dtype, mask)
         self._actions = actions
         self._network = network
-        self._in_graph = functools.cache(self._make_in_graph)  # the compiled programs live as long as the policy
         player = make_player(network._replace(with_activations=None), spec.frame_stack)  # nobody asks for the activity
         self._player = player._replace(values=jax.jit(player.values))
+        self._whole_episodes = WholeEpisodes(self._player)
         self._take_step = jax.jit(self._observe_and_choose)
         self._apply_network = jax.jit(network.apply)
         self._to_view = jax.jit(lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, spec.frame_stack))
@@ -267,54 +243,7 @@ class Policy:
         num_episodes = check_count("num_episodes", num_episodes, maximum=MAX_EPISODES)
         seed = check_count("seed", seed, minimum=0, maximum=MAX_SEED)
         options = self.options if options is None else options
-        if isinstance(self._env, HostEnv):
-            return self._play_host(self._env, num_episodes, seed, options)
-        return self._play_in_graph(self._env, num_episodes, seed, options)
-
-    def _play_host(self, env: HostEnv, num_episodes: int, seed: int, options: EvaluationOptions) -> Episodes:
-        num_lanes = min(num_episodes, max(EVAL_LANES, options.num_env_workers))
-        lane_options = LaneOptions(
-            max_failures=MAX_LOST * num_episodes,
-            num_env_workers=min(options.num_env_workers, num_lanes),
-            step_timeout_seconds=options.step_timeout_seconds,
-        )
-        lanes = env.make_eval_lanes(num_lanes, lane_options)
-        try:
-            episodes = play_host_episodes(
-                lanes,
-                env.spec,
-                self._player,
-                self._greedy,
-                num_episodes,
-                seed_of(seed, Stream.POLICY),
-                exploration=options.exploration,
-                max_episode_steps=options.max_episode_steps,
-            )
-        finally:
-            lanes.close()
-        assert episodes is not None  # nobody asks it to stop
-        return episodes
-
-    def _play_in_graph(self, env: InGraphEnv, num_episodes: int, seed: int, options: EvaluationOptions) -> Episodes:
-        num_together = min(num_episodes, MAX_TOGETHER)
-        begin, play = self._in_graph(num_together, options.exploration)
-        key, pieces, batches = make_key(seed, Stream.POLICY), Pieces(), []
-        for number in range(0, num_episodes, num_together):
-            first = np.uint32(number)
-            batch = pieces.play(
-                functools.partial(begin, key, first),
-                functools.partial(play, self.params, key, first),
-                env.spec,
-                options.max_episode_steps,
-            )
-            assert batch is not None  # nobody asks it to stop
-            batches.append(batch)
-        return join_episodes(batches, num_episodes)
-
-    def _make_in_graph(self, num_together: int, exploration: float) -> tuple[Callable, Callable]:
-        assert isinstance(self._env, InGraphEnv)
-        evaluation = make_evaluation(self._env, self._player, num_together, exploration)
-        return jax.jit(evaluation.begin), jax.jit(evaluation.play)
+        return self._whole_episodes.play(self._env, self.params, num_episodes, seed, options)
 
     def episode_limit(self, options: EvaluationOptions | None = None) -> int:
         """Returns the environment steps after which an episode of an evaluation ends at the latest."""
@@ -359,6 +288,74 @@ class Policy:
                     ) from error
                 yield video
 
+    def export(
+        self, path: str | os.PathLike[str], format: Literal["safetensors", "stablehlo", "onnx"] = "safetensors"
+    ) -> Path:
+        """Writes the policy into a new folder, for other programs or for `load`, and returns the folder's path.
+
+        The folder has a `config.json`, which says what goes in and comes out, and one file: the parameters
+        (`safetensors`), or a program with the parameters inside, for a batch of any size (`stablehlo`, `onnx`).
+
+        Args:
+          path: the folder, which must be absent or empty.
+          format: what the file is. `load` takes `safetensors`. `onnx` needs the extra of that name.
+
+        Raises:
+          ConfigError: if the format is unknown or lacks its extra, the folder is there already, or the network can't be
+            expressed in the format.
+          RunFailed: if the folder can't be written.
+        """
+        from qfleet.exporting.formats import export_policy
+
+        check_not_forked()
+        return export_policy(self._parts(), path, format)
+
+    def export_hub_folder(self, path: str | os.PathLike[str], num_episodes: int = 100, seed: int = 0) -> Path:
+        """Writes the policy into a new folder as Hugging Face's hub expects it, and returns the folder's path.
+
+        Beside what `export` writes as safetensors, the folder has a model card, `README.md`, with the mean return of an
+        evaluation, and a video of one episode, if one can be recorded. Nothing is uploaded: `hf upload` does that.
+
+        Args:
+          path: the folder, which must be absent or empty.
+          num_episodes: number of episodes of the evaluation.
+          seed: seed of its episodes, and of the one in the video.
+
+        Raises:
+          ConfigError: as `export` and `play_episodes` do.
+          RunFailed: as they do, or if the environment fails in every episode.
+        """
+        from qfleet.exporting.folders import check_new_folder, new_folder
+        from qfleet.exporting.formats import check_origin, write_policy
+        from qfleet.exporting.hub import CARD, VIDEO, model_card, result_of
+
+        folder, origin = check_new_folder(path), check_origin(self._origin)
+        episodes = self.play_episodes(num_episodes, seed)
+        if not episodes.returns.size:
+            raise RunFailed(f"{self.spec.name} failed in every episode")
+        with new_folder(folder) as temporary:
+            interface = write_policy(self._parts(), temporary, "safetensors")["policy"]["interface"]
+            has_video = self._film_into(temporary / VIDEO, seed)
+            card = model_card(origin, interface, result_of(episodes), self.options, has_video=has_video)
+            (temporary / CARD).write_text(card, encoding="utf-8")
+        return folder
+
+    def _film_into(self, path: Path, seed: int) -> bool:
+        """Writes a video of one episode, and returns True; or warns and returns False if there can be none."""
+        try:
+            (video,) = self.film(path.parent, 1, seed)
+        except ConfigError as error:
+            logger.warning("the folder gets no video: %s", error)
+            return False
+        video.gif.unlink()
+        video.mp4.rename(path)
+        return True
+
+    def _parts(self) -> "PolicyParts":
+        from qfleet.exporting.formats import PolicyParts
+
+        return PolicyParts(self._network, self.params, self.spec, self.options, self._origin)
+
     def _to_batch(self, obs: Any, mask: Any, *, is_frame: bool = False) -> tuple[np.ndarray, bool]:
         """Returns observations as the agent sees them, `[batch, ...]`, and whether there was a batch."""
         spec, encoder = self.spec, self._encoder
@@ -372,10 +369,6 @@ class Policy:
                 f"the policy takes one observation of {spec.name} ({'; '.join(rules)}) or a batch of them, with "
                 f"one more axis in front: {error}"
             ) from error
-
-    def _greedy(self, memory: MemoryState) -> HostAction:
-        q, memory, _ = self._player.values(self.params, memory)
-        return HostAction(greedy(q), q.max(axis=-1), memory)
 
 
 def _at_least_one(batch: np.ndarray) -> np.ndarray:

@@ -17,9 +17,8 @@ import qfleet.api
 from qfleet.cli.main import main
 from qfleet.cli.show import status_line
 from qfleet.cli.streams import only_the_answer_on_stdout
-from qfleet.policy import EvaluationOptions
 from qfleet.runtime.activity import announce
-from qfleet.runtime.evaluation import Episodes
+from qfleet.runtime.evaluation import Episodes, EvaluationOptions
 
 QFLEET = f"{sys.executable} -m qfleet"
 

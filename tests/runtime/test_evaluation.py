@@ -15,9 +15,9 @@ from qfleet.core.types import EnvSpec, Params
 from qfleet.envs.host import HostStep
 from qfleet.envs.registry import make_env
 from qfleet.envs.spec import InGraphEnv, StepResult
-from qfleet.policy import EvaluationOptions, Policy
+from qfleet.policy import Policy
 from qfleet.runtime import evaluation
-from qfleet.runtime.evaluation import Episodes, Pieces, make_evaluation
+from qfleet.runtime.evaluation import Episodes, EvaluationOptions, Pieces, make_evaluation
 from qfleet.runtime.host_evaluation import HostAction, play_host_episodes
 
 DISCOUNT = 0.5
@@ -189,7 +189,7 @@ def test_more_episodes_than_are_played_at_once_are_the_same_episodes(monkeypatch
     network = probes.linear_network(env.spec)
     policy = Policy(env, network, network.init(jax.random.key(1)), "", EvaluationOptions(exploration=0.1))
     at_once = policy.play_episodes(10, seed=3)
-    monkeypatch.setattr("qfleet.policy.MAX_TOGETHER", 4)
+    monkeypatch.setattr("qfleet.runtime.policy_evaluation.MAX_TOGETHER", 4)
     for mine, other in zip(policy.play_episodes(10, seed=3), at_once, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-6)
 

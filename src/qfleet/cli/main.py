@@ -23,6 +23,7 @@ _COMMANDS = {
     "report": "write the report of a run, or of several side by side, as one page for a browser",
     "dashboard": "show the reports of runs in a browser, as their metrics arrive",
     "watch": "write videos of what a run has learned",
+    "export": "write what a run has learned for other programs: weights, StableHLO, ONNX, a folder for a hub",
     "resume": "continue a run from its newest checkpoint",
     "rerun": "train a run again, and say whether the result is the same",
     "diagnose": "say what is wrong with a run that doesn't learn",

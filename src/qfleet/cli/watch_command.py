@@ -47,14 +47,13 @@ def run(arguments: Sequence[str]) -> int:
 
     with interrupts_held_back():
         from qfleet.api import load
-        from qfleet.runtime.run_directory import RunDirectory
+        from qfleet.loading import videos_folder
         from qfleet.runtime.video import check_extra
 
     check_extra()  # before loading the checkpoint, which takes a while
-    directory = RunDirectory.open(run_dir)
+    folder = Path(flags.out) if flags.out else videos_folder(run_dir)
     policy = load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
-    videos = policy.film(flags.out or directory.videos_path, flags.episodes, flags.seed, flags.frames_per_second)
-    folder = Path(flags.out) if flags.out else directory.as_named(directory.videos_path)
+    videos = policy.film(folder, flags.episodes, flags.seed, flags.frames_per_second)
     for i, video in enumerate(videos):
         print(f"episode {i}: return {video.episode_return:.1f} in {video.episode_steps} steps", flush=True)
         print(f"  {folder / video.mp4.name}\n  {folder / video.gif.name}", flush=True)

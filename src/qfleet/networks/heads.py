@@ -148,8 +148,8 @@ class QNetwork(nnx.Module):
     def _outputs(self, observations: jax.Array, forward: ForwardPass) -> jax.Array | Quantiles:
         x = self._features(observations, forward)
         if self.memory is not None:
-            is_first = jnp.ones(len(x), bool)
-            _, x = self.memory.step(self.memory.initial_carry(len(x)), x, is_first)
+            is_first = jnp.ones(x.shape[0], bool)
+            _, x = self.memory.step(self.memory.initial_carry(x.shape[0]), x, is_first)
         return self._outputs_of(x, forward)
 
     def _features(self, observations: jax.Array, forward: ForwardPass) -> jax.Array:
@@ -157,11 +157,11 @@ class QNetwork(nnx.Module):
 
     def _outputs_of(self, x: jax.Array, forward: ForwardPass) -> jax.Array | Quantiles:
         if self.embedding is not None:
-            fraction = self._fractions(len(x), forward)
+            fraction = self._fractions(x.shape[0], forward)
             values = self._last_layers(x[:, None, :] * self.embedding(fraction), forward)
             return Quantiles(jnp.moveaxis(values, 1, 2), fraction)
         x = self._last_layers(x, forward)
-        return x if self.num_outputs is None else x.reshape(len(x), self.num_actions, self.num_outputs)
+        return x if self.num_outputs is None else x.reshape(x.shape[0], self.num_actions, self.num_outputs)
 
     def _fractions(self, batch_size: int, forward: ForwardPass) -> jax.Array:
         """Returns random quantile fractions, or evenly spaced ones, `[batch, fractions]`."""

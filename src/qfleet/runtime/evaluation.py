@@ -7,6 +7,7 @@ With `exploration` above 0 the policy takes a uniformly random action with that 
 deterministic games do. There, a strictly greedy policy plays one episode again and again.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from qfleet.config.checks import MAX_PROCESSES, MAX_SECONDS, MAX_SIZE, check, check_count, check_positive
+from qfleet.config.values import Config
 from qfleet.core.activity import Activity, dormant_fraction, sum_where
 from qfleet.core.exploration import explorer, greedy
 from qfleet.core.memory import MemoryState
 from qfleet.core.player import Player
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import EnvSpec, Params
+from qfleet.envs.host import LaneOptions
 from qfleet.envs.spec import EnvState, InGraphEnv, StepResult
 from qfleet.runtime import peers
 from qfleet.runtime.activity import announce
@@ -43,6 +47,29 @@ STEPS_PER_CHECK = 16
 def never() -> bool:
     """Returns False: nobody asks to stop."""
     return False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(Config):
+    """How episodes are played to evaluate a policy."""
+
+    exploration: float = 0.0
+    """Probability of a uniformly random action."""
+    max_episode_steps: int | None = None
+    """Environment steps after which an episode is cut; None leaves it to the environment's time limit. Without one it
+    means 27,000."""
+    num_env_workers: int = 0
+    """Processes that step an environment that is not written in JAX; with 0, this process does."""
+    step_timeout_seconds: float = LaneOptions.step_timeout_seconds
+    """Longest time that one step or reset may take in such a process."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.exploration < 1, "exploration", "at least 0 and below 1", self.exploration)
+        if self.max_episode_steps is not None:
+            check_count("max_episode_steps", self.max_episode_steps, maximum=MAX_SIZE)
+        check_count("num_env_workers", self.num_env_workers, minimum=0, maximum=MAX_PROCESSES)
+        check_positive(self, "step_timeout_seconds", maximum=MAX_SECONDS)
 
 
 class Episodes(NamedTuple):

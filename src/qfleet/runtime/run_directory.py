@@ -9,6 +9,7 @@ runs/<name>/
   environment.json versions, devices and command of each start
   report.html      what happened, as one page for a browser
   videos/          what `qfleet watch` has written, and the run itself if asked to
+  exports/         policies that `qfleet export` has written
   peers/           what the processes of an all-reduce run have printed
   seeds/           the runs of single seeds, where each has a process of its own
   .lock            held by the process that trains the run
@@ -78,7 +79,7 @@ class RunDirectory:
         check_can_open_files()
         run_id = secrets.token_hex(8)
         content = {
-            "qfleet_version": _version(),
+            "qfleet_version": qfleet_version(),
             "schema_version": SCHEMA_VERSION,
             "run_id": run_id,
             "config": encode(config),
@@ -114,7 +115,7 @@ class RunDirectory:
                 f"a new run needs an absent or empty folder, got {name}, which holds files already; "
                 f"give another --run-dir{resume}"
             )
-        return cls(name, config, _version(), run_id, is_new=is_new, base=base)
+        return cls(name, config, qfleet_version(), run_id, is_new=is_new, base=base)
 
     def discard(self) -> None:
         """Deletes what `create` made, if nothing has come of the run. Call it without holding the lock."""
@@ -143,21 +144,26 @@ class RunDirectory:
             ) from error
         except ValueError as error:  # a file of another kind, or a path that no file can have
             raise ConfigError(f"a run's config.json must be JSON, got {file} ({error}); {_RESTORE}") from error
+        if isinstance(content, dict) and "policy" in content:
+            raise ConfigError(
+                f"a run is wanted here, got {path}, an exported policy; `qfleet eval`, `watch` and `export`, and "
+                f"qfleet.load, take one"
+            )
         needed = {"qfleet_version", "config"}
         if not isinstance(content, dict) or not needed <= set(content) <= {"schema_version", "run_id", *needed}:
             raise ConfigError(f"a run's config.json must hold qfleet_version and config, {file} doesn't; {_RESTORE}")
         version, schema_version = shortened(str(content["qfleet_version"]), 50), content.get("schema_version", 1)
         try:
             config = decode(content["config"], schema_version)
-            if len(config.env) > _MAX_NAME_LENGTH:
-                raise ConfigError(f"config.env must be a name of at most {_MAX_NAME_LENGTH} characters")
+            if len(config.env) > MAX_NAME_LENGTH:
+                raise ConfigError(f"config.env must be a name of at most {MAX_NAME_LENGTH} characters")
             run_id = content.get("run_id", "") if schema_version < _FIRST_WITH_ID else content.get("run_id")
             if not isinstance(run_id, str) or not re.fullmatch("[0-9a-f]{16}|", run_id):
                 raise ConfigError(f"run_id must be 16 hexadecimal digits, got {run_id!r}")
         except Exception as error:  # numbers that nobody thought of may raise anything
             raise ConfigError(
                 f"a run's config.json must hold a valid configuration, got {file}: {shortened(str(error))}; it was "
-                f"written by qfleet {version}, and this is {_version()}: use that version, or {_RESTORE}"
+                f"written by qfleet {version}, and this is {qfleet_version()}: use that version, or {_RESTORE}"
             ) from error
         return cls(path, config, version, run_id, schema_version)
 
@@ -257,7 +263,8 @@ def strict_json(value: Any, indent: int | None = None) -> str:
 
 _MAX_CONFIG_BYTES = 2**20
 
-_MAX_NAME_LENGTH = 500
+MAX_NAME_LENGTH = 500
+"""Largest length of an environment's name in a config.json."""
 
 _FIRST_WITH_ID = 3
 """Schema version from which on config.json holds the run's id."""
@@ -348,7 +355,8 @@ def _make_default_folder(config: TrainConfig, base: Path) -> Path:
             path = first.with_name(f"{first.name}-{number}")
 
 
-def _version() -> str:
+def qfleet_version() -> str:
+    """Returns the version of qfleet that is installed."""
     try:
         return importlib.metadata.version("qfleet")
     except importlib.metadata.PackageNotFoundError:
