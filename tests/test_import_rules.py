@@ -18,6 +18,7 @@ LAYERS = (
     {"runs"},
     {"exporting"},
     {"policy"},
+    {"serving"},
     {"training"},
     {"loading"},
     {"api"},
