@@ -50,6 +50,19 @@ def test_a_run_is_served_until_sigterm_and_anew_after_sighup(tmp_path: Path) -> 
             process.kill()
 
 
+def test_the_dashboard_ends_in_order_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qfleet", "dashboard", str(tmp_path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = re.findall(r"http://127.0.0.1:\d+/", process.stdout.readline())[0]
+            assert urllib.request.urlopen(url, timeout=60).status == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+
+
 def test_bad_flags_are_refused_before_anything_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     assert main(["serve", str(tmp_path / "run"), "--max-batch", "100", "--max-waiting", "10"]) == 2

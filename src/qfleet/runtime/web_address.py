@@ -3,12 +3,18 @@
 Whoever is on this machine may ask under a loopback address. On another address every request must bear a token.
 """
 
+import contextlib
 import hmac
 import ipaddress
 import secrets
+import signal
 import socket
+from typing import TYPE_CHECKING
 
 from qfleet.config import ConfigError
+
+if TYPE_CHECKING:
+    import uvicorn
 
 
 class WebAddress:
@@ -48,6 +54,17 @@ class WebAddress:
     def is_token(self, given: str) -> bool:
         """Returns whether a request bears the token."""
         return hmac.compare_digest(given.encode(), (self.token or "").encode())
+
+
+def run_until_stopped(server: "uvicorn.Server", address: WebAddress) -> None:
+    """Runs a server in the main thread until SIGINT or SIGTERM. It answers what is under way, and then returns."""
+    # uvicorn ends in order, and then raises the signal again, as if nobody had heard it.
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[address.socket])
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _listen(host: str, port: int, server: str) -> socket.socket:

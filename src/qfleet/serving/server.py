@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qfleet.config import ConfigError, RunFailed
 from qfleet.policy import Policy
 from qfleet.runtime.run_directory import strict_json
-from qfleet.runtime.web_address import WebAddress
+from qfleet.runtime.web_address import WebAddress, run_until_stopped
 from qfleet.serving.batcher import Batcher, Overloaded
 from qfleet.serving.engine import Engine, UnknownSession
 from qfleet.serving.limits import Rate, ServingLimits
@@ -75,13 +75,7 @@ class PolicyServer:
 
     def serve(self) -> None:
         """Answers requests until a signal asks to stop; SIGHUP loads the policy anew."""
-        # uvicorn ends in order, and then raises the signal again, which would look like a failure.
-        before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        try:
-            with contextlib.suppress(KeyboardInterrupt):
-                self.server().run(sockets=[self._address.socket])
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        run_until_stopped(self.server(), self._address)
 
     def server(self) -> "uvicorn.Server":
         """Returns the server, which answers on the address's socket once it runs."""

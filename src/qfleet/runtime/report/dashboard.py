@@ -22,7 +22,7 @@ from qfleet.runtime.metrics_reading import MetricsReader
 from qfleet.runtime.report.page import LIVE_POLICY, plotly_script, render_live, report_data
 from qfleet.runtime.run_directory import SEEDS_FOLDER, strict_json
 from qfleet.runtime.saved_run import SavedRun
-from qfleet.runtime.web_address import WebAddress
+from qfleet.runtime.web_address import WebAddress, run_until_stopped
 
 if TYPE_CHECKING:
     import uvicorn
@@ -149,7 +149,7 @@ class Dashboard:
 
     def serve(self) -> None:
         """Answers requests until a signal asks to stop."""
-        self.server().run(sockets=[self.socket])
+        run_until_stopped(self.server(), self._web)
 
     def server(self) -> "uvicorn.Server":
         """Returns the server, which answers on this dashboard's socket once it runs."""
