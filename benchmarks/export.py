@@ -185,7 +185,7 @@ def _of_policy(policy: Policy, batches: list[list[np.ndarray]]) -> list[tuple[np
     if policy._network.recurrence is None:
         return [(policy.q_values(*batch),) for batch in batches]
     found: list[tuple[np.ndarray, ...]] = []
-    state, player = None, policy._player
+    state, player = None, policy.player
     for obs, *_, is_first in map(jax.device_put, batches):  # as `Policy.step` does, which doesn't return Q-values
         state = player.begin(obs) if state is None else player.observe(state, obs, is_first)
         q, state, _ = player.values(policy.params, state)

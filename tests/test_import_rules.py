@@ -18,6 +18,7 @@ LAYERS = (
     {"runs", "doctor"},
     {"exporting"},
     {"policy"},
+    {"serving"},
     {"training"},
     {"loading"},
     {"api"},

@@ -90,11 +90,21 @@ class Policy:
         self._actions = actions
         self._network = network
         player = make_player(network._replace(with_activations=None), spec.frame_stack)  # nobody asks for the activity
-        self._player = player._replace(values=jax.jit(player.values))
-        self._whole_episodes = WholeEpisodes(self._player)
+        self.player = player._replace(values=jax.jit(player.values))
+        """The functions that act on encoded observations, one frame at a time, with a memory."""
+        self._whole_episodes = WholeEpisodes(self.player)
         self._take_step = jax.jit(self._observe_and_choose)
         self._apply_network = jax.jit(network.apply)
         self._to_view = jax.jit(lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, spec.frame_stack))
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether actions depend on earlier observations, so that only `step` can act."""
+        return self._network.recurrence is not None
+
+    def values(self, batch: np.ndarray) -> jax.Array:
+        """Returns Q-values, `[batch, num_actions]` float32, of observations from `encode`, without any check."""
+        return self._apply_network(self.params, self._to_view(batch))
 
     @functools.cached_property
     def _env(self) -> InGraphEnv | HostEnv:
@@ -121,9 +131,9 @@ class Policy:
         """
         check_not_forked()
         self._check_stateless()
-        batch, is_batch = self._to_batch(obs, mask)
-        action = np.asarray(greedy(self._apply_network(self.params, self._to_view(_at_least_one(batch)))))[: len(batch)]
-        return self._as_environment_takes(action, is_batch)
+        batch, is_batch = self.encode(obs, mask)
+        action = np.asarray(greedy(self.values(_at_least_one(batch))))[: len(batch)]
+        return self.decode(action, is_batch)
 
     def start(self, num_lanes: int | None = None) -> PolicyMemory:
         """Returns the memory with which `step` begins, at the start of an episode in each lane.
@@ -166,7 +176,7 @@ class Policy:
                 f"memory = policy.start()"
             )
         num_lanes = memory.num_lanes
-        batch, is_batch = self._to_batch(obs, mask, is_frame=True)
+        batch, is_batch = self.encode(obs, mask, is_frame=True)
         if (len(batch) if is_batch else None) != num_lanes:
             wanted = "one observation without a batch axis" if num_lanes is None else f"{num_lanes} observations"
             raise ConfigError(
@@ -181,22 +191,23 @@ class Policy:
                 f"each lane whether its observation starts an episode"
             )
         action, state = self._take_step(self.params, memory.state, batch, np.atleast_1d(starts))
-        return self._as_environment_takes(np.asarray(action), is_batch), memory._replace(state=state)
+        return self.decode(np.asarray(action), is_batch), memory._replace(state=state)
 
     def _observe_and_choose(
         self, params: Params, state: MemoryState | None, obs: jax.Array, is_first: jax.Array
     ) -> tuple[jax.Array, MemoryState]:
-        state = self._player.begin(obs) if state is None else self._player.observe(state, obs, is_first)
-        q, state, _ = self._player.values(params, state)
+        state = self.player.begin(obs) if state is None else self.player.observe(state, obs, is_first)
+        q, state, _ = self.player.values(params, state)
         return greedy(q), state
 
-    def _as_environment_takes(self, action: np.ndarray, is_batch: bool) -> Any:
+    def decode(self, action: np.ndarray, is_batch: bool) -> Any:
+        """Returns actions as the environment takes them, from the numbers, `[batch]`, by which the agent knows them."""
         if is_batch:
             return np.array(action) if self._actions is None else self._actions.batch(action)
         return int(action[0]) if self._actions is None else self._actions.one(int(action[0]))
 
     def _check_stateless(self) -> None:
-        if self._network.recurrence is not None:
+        if self.is_recurrent:
             raise ConfigError(
                 "a policy with a recurrent network must be given its memory, because actions depend on earlier "
                 "observations, got observations alone; use memory = policy.start(num_lanes), then "
@@ -212,8 +223,8 @@ class Policy:
         """
         check_not_forked()
         self._check_stateless()
-        batch, is_batch = self._to_batch(obs, mask)
-        q = shown(np.asarray(self._apply_network(self.params, self._to_view(_at_least_one(batch)))))[: len(batch)]
+        batch, is_batch = self.encode(obs, mask)
+        q = shown(np.asarray(self.values(_at_least_one(batch))))[: len(batch)]
         return q if is_batch else q[0]
 
     def evaluate(self, num_episodes: int = 100, seed: int = 0) -> np.ndarray:
@@ -274,7 +285,7 @@ class Policy:
         check_extra()
         check_not_forked()
         base = Path.cwd()  # now, because the environment may change the current folder
-        episodes = play(self._env, self._player, self.params, num_episodes, seed)
+        episodes = play(self._env, self.player, self.params, num_episodes, seed)
         with contextlib.closing(episodes):  # this also closes the lanes that draw, even if the caller stops early
             for i, moments in enumerate(episodes):
                 name = video_name(self.label, seed, i)
@@ -356,8 +367,11 @@ class Policy:
 
         return PolicyParts(self._network, self.params, self.spec, self.options, self._origin)
 
-    def _to_batch(self, obs: Any, mask: Any, *, is_frame: bool = False) -> tuple[np.ndarray, bool]:
-        """Returns observations as the agent sees them, `[batch, ...]`, and whether there was a batch."""
+    def encode(self, obs: Any, mask: Any = None, *, is_frame: bool = False) -> tuple[np.ndarray, bool]:
+        """Returns observations as the agent sees them, `[batch, ...]`, with their masks, and whether there was a batch.
+
+        Args and Raises: as for calling the policy. `is_frame` says that they are single frames, as `step` takes them.
+        """
         spec, encoder = self.spec, self._encoder
         if is_frame:
             spec, encoder = dataclasses.replace(spec, frame_stack=1), self._frame_encoder

@@ -23,7 +23,7 @@ from qfleet.envs import registry
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
-THEIRS = ("# Stable-Baselines3", "# RLlib")
+THEIRS = ("# Stable-Baselines3", "# RLlib", "# Ray Serve", "# LitServe")
 """How blocks begin that show other libraries, which aren't installed here."""
 
 

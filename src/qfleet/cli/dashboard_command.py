@@ -1,6 +1,5 @@
 """`qfleet dashboard [RUNS ...]`."""
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -47,6 +46,5 @@ def run(arguments: Sequence[str]) -> int:
     print(f"dashboard: {dashboard.address} (Ctrl-C ends it)", flush=True)
     if dashboard.token is not None:
         print("qfleet: whoever has this address can read these runs; it isn't encrypted", file=sys.stderr)
-    with contextlib.suppress(KeyboardInterrupt):
-        dashboard.serve()
+    dashboard.serve()
     return 0

@@ -22,6 +22,7 @@ _COMMANDS = {
     "eval": "evaluate what a run has learned",
     "report": "write the report of a run, or of several side by side, as one page for a browser",
     "dashboard": "show the reports of runs in a browser, as their metrics arrive",
+    "serve": "answer observations with a policy's actions, over HTTP",
     "watch": "write videos of what a run has learned",
     "export": "write what a run has learned for other programs: weights, StableHLO, ONNX, a folder for a hub",
     "resume": "continue a run from its newest checkpoint",

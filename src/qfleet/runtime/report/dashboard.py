@@ -7,9 +7,6 @@ Whoever is on this machine may ask, under a loopback address. On another address
 """
 
 import contextlib
-import hmac
-import ipaddress
-import secrets
 import socket
 import threading
 import time
@@ -25,6 +22,7 @@ from qfleet.runtime.metrics_reading import MetricsReader
 from qfleet.runtime.report.page import LIVE_POLICY, plotly_script, render_live, report_data
 from qfleet.runtime.run_directory import SEEDS_FOLDER, strict_json
 from qfleet.runtime.saved_run import SavedRun
+from qfleet.runtime.web_address import WebAddress, run_until_stopped
 
 if TYPE_CHECKING:
     import uvicorn
@@ -144,19 +142,14 @@ class Dashboard:
         _check_extra()
         self._runs = LiveRuns(places)
         self._reading = threading.Lock()  # requests are answered in several threads
-        self._socket = _listen(host, port)
-        address, self.port = self._socket.getsockname()[:2]
-        self._is_local = ipaddress.ip_address(address).is_loopback
-        self.token = None if self._is_local else secrets.token_urlsafe(32)
-        """What every request must bear; None if only this machine can ask."""
-        shown = f"[{address}]" if ":" in address else address
-        self._own_hosts = {f"{name}:{self.port}" for name in (shown, "localhost", "127.0.0.1", "[::1]")}
-        self.address = f"http://{shown}:{self.port}/" + ("" if self.token is None else f"?token={self.token}")
+        self._web = WebAddress(host, port, "a dashboard")
+        self.port, self.token = self._web.port, self._web.token
+        self.address = self._web.url + ("" if self.token is None else f"?token={self.token}")
         """What to open in a browser."""
 
     def serve(self) -> None:
         """Answers requests until a signal asks to stop."""
-        self.server().run(sockets=[self._socket])
+        run_until_stopped(self.server(), self._web)
 
     def server(self) -> "uvicorn.Server":
         """Returns the server, which answers on this dashboard's socket once it runs."""
@@ -178,7 +171,7 @@ class Dashboard:
     @property
     def socket(self) -> socket.socket:
         """The socket that it listens on."""
-        return self._socket
+        return self._web.socket
 
     def app(self) -> Any:
         """Returns the ASGI application."""
@@ -188,12 +181,10 @@ class Dashboard:
         from starlette.routing import Route
 
         def refused(request: Request) -> Response | None:
-            if self._is_local:
-                # A page of somebody else's may have its name point to this machine, and then ask as if it were ours.
-                is_ours = request.headers.get("host", "").lower() in self._own_hosts
+            if self._web.is_local:
+                is_ours = self._web.is_own_name(request.headers.get("host", ""))
                 return None if is_ours else Response("unknown host", 421, _HEADERS)
-            given = _token_of(request.headers.get("cookie", ""), request.url.query)
-            is_right = hmac.compare_digest(given.encode(), (self.token or "").encode())
+            is_right = self._web.is_token(_token_of(request.headers.get("cookie", ""), request.url.query))
             return None if is_right else Response("a token is needed: open the printed address", 403, _HEADERS)
 
         def page(request: Request) -> Response:
@@ -238,29 +229,6 @@ def _check_extra() -> None:
             f"the dashboard needs Starlette and uvicorn ({error}); pip install 'qfleet[dashboard]'"
         ) from error
     del starlette, uvicorn
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens on an address.
-
-    Raises:
-      ConfigError: if that address can't be had.
-    """
-    made = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-        made.listen(128)
-    except (OSError, OverflowError, UnicodeError) as error:
-        if made is not None:
-            made.close()
-        raise ConfigError(
-            f"a dashboard must have an address of this machine to listen on, got {host} port {port} ({error}); give "
-            f"another --host or --port"
-        ) from error
-    return made
 
 
 def _token_of(cookies: str, query: str) -> str:
