@@ -28,7 +28,7 @@ What crosses the border between two processes, and the name of what is sent or o
 topologies.parameter_server.server_shard.PublishedParameters |
 
 On Ray, pure code decides what each process does next: topologies.actor_learner.machine.ActorLearnerMachine,
-topologies.parameter_server.machine.ServerMachine, topologies.gossip.decisions. A director carries it out.
+topologies.parameter_server.machine.ServerMachine, topologies.gossip.machine.GossipMachine. A director carries it out.
 
 Every topology has a config in `config.TOPOLOGIES`, and a class that is a `topologies.base.Topology`.
 `training.assembly` makes it, and `training.run.Run` drives it: it advances, evaluates, saves and stops.

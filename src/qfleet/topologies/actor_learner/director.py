@@ -26,7 +26,7 @@ from qfleet.topologies.actor_learner.machine import (
 )
 from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner
 from qfleet.topologies.fleet.actor import Actor
-from qfleet.topologies.fleet.machine_director import MachineDirector
+from qfleet.topologies.fleet.machine_director import FleetDirector
 from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
@@ -34,7 +34,7 @@ from qfleet.topologies.fleet.remote_process import IN_LINE, ONE_CPU, RemoteProce
 from qfleet.topologies.fleet.replay_requests import Insert, RestoreReplay, Sample, SetPriorities
 
 
-class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachine]):
+class ActorLearnerDirector(FleetDirector[ActorLearnerStats, ActorLearnerMachine]):
     """Coordinates the actors, the shards of the replay, and the learner."""
 
     _needs_in_words = "the learner, all shards of the replay and an actor"

@@ -2,7 +2,8 @@
 
     topology.py          OnRay: what a run sees. It owns a director, and reads and writes checkpoints.
     director.py          Director: a thread in the run's process, which submits calls and hears replies.
-    machine_director.py  MachineDirector: a director that carries out what a state machine decides.
+    machine_director.py  MachineDirector: a director that carries out what a state machine decides. FleetDirector: one
+                         that has actors.
     supervisor.py        Supervisor: starts, watches and replaces processes. The only file that calls methods in them.
     remote_process.py    RemoteProcess: a place in the run, and InRemoteProcess: what runs there.
     references.py        Reference: an array that stays where it was made until a process needs it.
@@ -16,7 +17,7 @@
 What decides, without Ray, clock, thread or file:
 
     messages.py          The events that a state machine hears, and the requests that it makes.
-    machine.py           FleetMachine: base class of the machines, each of which is in its topology's package.
+    machine.py           Machine: base class of the machines, each in its topology's package. FleetMachine: of actors.
     pooled_actors.py     PooledActors: whose turn it is to act.
     rate_limiter.py      RateLimiter: which learner steps are due, and whether the actors must wait.
     replay_requests.py   ShardedReplay: which shard stores what, and how much of a batch each draws.
@@ -32,8 +33,8 @@ In remote processes:
 
 How a decision becomes a call, and its reply the next event:
 
-    FleetMachine.handle(Turn) --Sample--> MachineDirector._call --> ReplayShard.sample, in another process
-    FleetMachine.handle(Replied(Sample, reply)) <-- MachineDirector._tell <-- its reply
+    Machine.handle(Turn) --Sample--> MachineDirector._call --> ReplayShard.sample, in another process
+    Machine.handle(Replied(Sample, reply)) <-- MachineDirector._tell <-- its reply
 
 How a chunk travels; each line is a request of the machine, and crosses a process border:
 
