@@ -45,7 +45,7 @@ DIRECTING_ON_RAY = {
 
 DECIDING = {
     "fleet.machine", "fleet.messages", "fleet.pooled_actors", "fleet.rate_limiter", "fleet.replay_requests",
-    "fleet.stats", "actor_learner.machine", "gossip.machine", "gossip.peer_records",
+    "fleet.stats", "actor_learner.machine", "all_reduce.machine", "gossip.machine", "gossip.peer_records",
     "parameter_server.gradient_filter", "parameter_server.machine", "parameter_server.requests",
     "parameter_server.sharded_server", "parameter_server.stats", "parameter_server.step_queue",
 }  # fmt: skip
