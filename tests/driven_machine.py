@@ -1,11 +1,11 @@
-"""Drives the state machine of a fleet without processes: it answers the requests, in any order that is possible.
+"""Drives a state machine without processes: it answers the requests, in any order that is possible.
 
 Each process answers its requests in their order, once the arguments are there. The values are made by the test.
 """
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qfleet.topologies.fleet.messages import (
@@ -21,6 +21,7 @@ from qfleet.topologies.fleet.messages import (
     Ready,
     ReplayFound,
     Replied,
+    SavedShare,
     Started,
     Turn,
     ValuesChecked,
@@ -36,13 +37,13 @@ NOT_SENT = {"results", "newest", "snapshot"}
 class DrivenMachine:
     """A machine, and the requests that nobody has answered yet."""
 
-    def __init__(self, machine: Any, replies: Mapping[type, Callable[[Any], Any]], roles: tuple[str, ...]) -> None:
-        """Starts it, and makes all processes of these roles ready.
+    def __init__(self, machine: Any, replies: Mapping[type, Callable[[Any], Any]], ready: Sequence[ProcessId]) -> None:
+        """Starts it, and makes some processes ready.
 
         Args:
           machine: the machine; its stats are set.
           replies: for each type of request, a function that returns the reply; None is the reply to other requests.
-          roles: of the processes that are ready at once.
+          ready: the processes that are ready at once.
         """
         self.machine, self._replies = machine, replies
         self.waiting: dict[ProcessId, collections.deque[CallRequest]] = collections.defaultdict(collections.deque)
@@ -50,13 +51,13 @@ class DrivenMachine:
         self.warnings: list[str] = []
         self.learner = LearnerFound(0, None)
         """The learner of the newest checkpoint."""
+        self.shares: dict[ProcessId, SavedShare] = {}
+        """The shares of its replay."""
         self.log: list[Any] = []
         """All requests, in their order."""
         self.tell(Started())
-        actors = [actor.process for actor in machine.actors.each]
-        for process in [*actors, *machine.replay.shards, ProcessId("learner")]:
-            if process.role in roles:
-                self.tell(Ready(process))
+        for process in ready:
+            self.tell(Ready(process))
 
     def tell(self, event: Event) -> None:
         """Tells the machine, and does what it requests."""
@@ -68,7 +69,7 @@ class DrivenMachine:
                 case ReadLearner():
                     self.tell(self.learner)
                 case ReadReplay(process):
-                    self.tell(ReplayFound(process, None, 0))
+                    self.tell(ReplayFound(process, self.shares.get(process), 0))
                 case CheckValues():
                     self.tell(ValuesChecked(is_lost=False))
                 case CallRequest():

@@ -14,11 +14,12 @@ from simulated_rig import Rig
 from qfleet.config import TrainConfig
 from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.fleet.remote_process import RemoteProcess
 from qfleet.topologies.fleet.replay_shares import join_shards
 from qfleet.topologies.gossip.averaging import Leaves, mean_of
-from qfleet.topologies.gossip.decisions import CHUNKS_AHEAD
 from qfleet.topologies.gossip.director import GossipDirector
 from qfleet.topologies.gossip.peer import PeerChunkStats, StartingPoint
+from qfleet.topologies.gossip.peer_records import CHUNKS_AHEAD, PeerRecord
 from qfleet.topologies.gossip.remote import RemotePeer
 
 ENV_STEPS_PER_CHUNK = 4
@@ -148,25 +149,30 @@ class GossipRig(Rig):
         director = GossipDirector(
             self.config, make_run, ENV_STEPS_PER_CHUNK, read_learner, read_replay, is_in_graph=True
         )
-        director.begin_with([np.float64(0.0), np.array(0)], None)  # type: ignore[list-item]
+        director.begin_with([np.float64(0.0), np.array(0)])  # type: ignore[arg-type]
         return director
+
+    @property
+    def peers(self) -> list[tuple[PeerRecord, RemoteProcess]]:
+        """What the machine knows of each peer, and its process."""
+        return [(peer, self.director._processes[peer.process]) for peer in self.director.machine.peers]
 
     def check(self) -> None:
         director, ledger = self.director, self.ledger
-        for peer, process in zip(director._peers, director._processes, strict=True):
+        for peer, process in self.peers:
             num_chunks = sum(self.under_way[process, method] for method in CHUNKS)
             require("what is thought to be under way is under way", num_chunks == peer.num_in_flight, num_chunks, peer)
             require("nothing in flight exceeds its bound", num_chunks <= CHUNKS_AHEAD, num_chunks)
-            require("versions never go back", peer.learner_steps >= self._steps[peer.number], peer)
-            self._steps[peer.number] = peer.learner_steps
+            require("versions never go back", peer.learner_steps >= self._steps[peer.process.number], peer)
+            self._steps[peer.process.number] = peer.learner_steps
         counted = (director.env_steps - self._began) / ENV_STEPS_PER_CHUNK
         require("no row counts that isn't there, or twice", counted <= ledger.num_chunks_made, counted)
-        env_steps = sum(peer.env_steps for peer in director._peers)
+        env_steps = sum(peer.env_steps for peer in director.machine.peers)
         require("env_steps are those of all peers", env_steps == director.env_steps, env_steps, director.env_steps)
 
     def check_at_rest(self) -> None:
         self.check_exchanges()
-        for peer, process in zip(self.director._peers, self.director._processes, strict=True):
+        for peer, process in self.peers:
             model = process.handle.model
             if peer.stage == "training":
                 num_counted = peer.env_steps - peer.replay_starts_at + model.more_rows
@@ -174,14 +180,13 @@ class GossipRig(Rig):
 
     def check_exchanges(self) -> None:
         """Requires that both sides of each exchange are applied, unless one of them was lost."""
-        processes = zip(self.director._peers, self.director._processes, strict=True)
-        hosts = {process.handle.number: peer for peer, process in processes}
+        hosts = {process.handle.number: peer for peer, process in self.peers}
         for (mine, theirs), model in self.ledger.applied.items():
             peer = hosts.get(theirs.host)
             if peer is None or model.host.number not in hosts or (theirs, mine) in self.ledger.applied:
                 continue
             exchange = peer.exchange
-            is_pending = exchange is not None and exchange.own.reference.place.value == theirs
+            is_pending = exchange is not None and exchange.own.params.place.value == theirs
             require("an exchange is applied on both sides", is_pending or not self.world.is_one_machine, mine, theirs)
 
     def progress(self) -> tuple[int, ...]:

@@ -48,9 +48,9 @@ DIRECTING_ON_RAY = {
 
 DECIDING = {
     "fleet.machine", "fleet.messages", "fleet.pooled_actors", "fleet.rate_limiter", "fleet.sharded_replay",
-    "fleet.stats", "actor_learner.machine", "gossip.decisions", "parameter_server.gradient_filter",
-    "parameter_server.machine", "parameter_server.requests", "parameter_server.sharded_server",
-    "parameter_server.stats", "parameter_server.step_queue",
+    "fleet.stats", "actor_learner.machine", "all_reduce.machine", "gossip.machine", "gossip.peer_records",
+    "parameter_server.gradient_filter", "parameter_server.machine", "parameter_server.requests",
+    "parameter_server.sharded_server", "parameter_server.stats", "parameter_server.step_queue",
 }  # fmt: skip
 """Modules of `topologies/` that decide what processes on Ray do. They are pure."""
 
@@ -199,6 +199,7 @@ def test_the_modules_that_do_the_work_on_ray_are_found() -> None:
         (5, "qfleet.envs.gymnasium", "qfleet.config.AgentConfig"),
         (5, "qfleet.envs.host", "qfleet.config.topologies.FusedConfig"),
         (6, "qfleet.topologies.actor_learner.machine", "time.monotonic"),
+        (6, "qfleet.topologies.gossip.machine", "qfleet.topologies.fleet.machine_director.MachineDirector"),
         (6, "qfleet.topologies.fleet.sharded_replay", "qfleet.topologies.fleet.remote.RemoteReplayShard"),
     ],
 )

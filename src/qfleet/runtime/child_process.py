@@ -164,8 +164,9 @@ class Messages:
 
 
 def cause_of(code: int | None) -> str:
-    """Returns in words how a process with this exit code ended, to follow its name."""
-    assert code is not None
+    """Returns in words how a process with this exit code ended, to follow its name; '' for one that runs."""
+    if code is None:
+        return ""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 

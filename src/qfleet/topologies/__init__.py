@@ -29,7 +29,7 @@ priorities from topologies.actor_learner.learner.GlobalLearner. To the learner: 
 topologies.parameter_server.requests.PublishedAnswer. With a shared replay, what crosses in actor_learner as well |
 
 On Ray, pure code decides what each process does next: topologies.actor_learner.machine.ActorLearnerMachine,
-topologies.parameter_server.machine.ServerMachine, topologies.gossip.decisions. A director carries it out.
+topologies.parameter_server.machine.ServerMachine, topologies.gossip.machine.GossipMachine. A director carries it out.
 
 Words, of which the glossary in `docs/` has more:
 

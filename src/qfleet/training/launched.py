@@ -123,9 +123,8 @@ class LaunchedRun(ShownRun):
             try:
                 self.summary = self.directory.read_summary() or {}
                 if self._lock and self.summary:
-                    self.summary |= {
-                        "num_restarts": launcher.num_restarts, "env_steps_repeated": launcher.env_steps_repeated
-                    }  # fmt: skip
+                    self.summary["num_restarts"] = launcher.machine.num_restarts
+                    self.summary["env_steps_repeated"] = launcher.machine.env_steps_repeated
                     if self.summary.get("stopped") == "interrupted":
                         self.summary |= failure
                     self.directory.write_summary(self.summary)

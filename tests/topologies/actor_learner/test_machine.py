@@ -43,7 +43,8 @@ class Fleet(DrivenMachine):
             SetPriorities: self.stats_of,
             Publish: lambda request: (self.steps, request.results[0]),
         }  # fmt: skip
-        super().__init__(machine, replies, roles)
+        processes = [*(actor.process for actor in machine.actors.each), *machine.replay.shards, LEARNER]
+        super().__init__(machine, replies, [process for process in processes if process.role in roles])
 
     def stats_of(self, request: Any) -> ShardStats:
         num_transitions = self.held[request.process.number]

@@ -11,7 +11,7 @@ import pytest
 from other_processes import lives, wait_until
 
 from qfleet.config import AllReduceConfig, ConfigError, RunFailed
-from qfleet.topologies.all_reduce import listener
+from qfleet.topologies.all_reduce import launcher as launcher_module
 from qfleet.topologies.all_reduce.launcher import Launcher
 
 STUB = """
@@ -73,7 +73,7 @@ class Stubs:
 def test_progress_is_passed_on_until_all_have_ended(tmp_path: Path) -> None:
     stubs = Stubs(tmp_path, "live(0.2)")
     assert stubs.run() == [10, 20, 30, 40]
-    assert stubs.launcher.num_restarts == 0
+    assert stubs.launcher.machine.num_restarts == 0
     stubs.assert_none_lives()
 
 
@@ -102,8 +102,8 @@ def test_one_that_is_lost_restarts_all_and_is_named(tmp_path: Path, caplog, line
             (tmp_path / "now").touch()
     assert env_steps[-10:] == list(range(10, 110, 10))  # of the second attempt
     first = env_steps[:-10]
-    assert stubs.launcher.num_restarts == 1
-    assert stubs.launcher.env_steps_repeated == first[-1] - 20 >= 30
+    assert stubs.launcher.machine.num_restarts == 1
+    assert stubs.launcher.machine.env_steps_repeated == first[-1] - 20 >= 30
     assert reason in caplog.text and "from environment step 20" in caplog.text and "(restart 1 of 3)" in caplog.text
     assert len(stubs.processes()) == 6
     stubs.assert_none_lives()
@@ -123,18 +123,18 @@ def test_the_process_that_was_killed_is_named_and_not_those_that_fail_without_it
     stubs = Stubs(tmp_path, lines)
 
     class Time:
-        """The launcher's, which waits for the others of a process that has ended: for as long as they take."""
-
-        monotonic = staticmethod(time.monotonic)
+        """The launcher's clock, which stands still until all have ended. The last waits for another one's end."""
 
         @staticmethod
-        def sleep(_: float) -> None:
-            (tmp_path / "now").touch()
-            wait_until(lambda: not any(map(lives, stubs.processes())))
+        def monotonic() -> float:
+            num_living = sum(map(lives, stubs.processes()))
+            if num_living < len(stubs.processes()):
+                (tmp_path / "now").touch()
+            return 0.0 if num_living else time.monotonic()
 
-    monkeypatch.setattr(listener, "time", Time)
+    monkeypatch.setattr(launcher_module, "time", Time)
     stubs.run()
-    assert "process 2 of 3 was killed by SIGKILL" in caplog.text and stubs.launcher.num_restarts == 1
+    assert "process 2 of 3 was killed by SIGKILL" in caplog.text and stubs.launcher.machine.num_restarts == 1
 
 
 def test_too_many_restarts_fail_the_run(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_an_error_of_the_run_itself_is_raised_and_not_tried_again(tmp_path: Path
     stubs = Stubs(tmp_path, f"if number == 1: tell('failed', error='it is so', is_config={is_config})\nlive(60)")
     with pytest.raises(error, match="it is so"):
         stubs.run()
-    assert stubs.launcher.num_restarts == 0
+    assert stubs.launcher.machine.num_restarts == 0
     stubs.assert_none_lives()
 
 
@@ -194,7 +194,7 @@ def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path) -> None:
         if len(env_steps) == 3:
             os.kill(os.getpid(), signal.SIGINT)
     assert env_steps[-1] == 1050
-    assert stubs.launcher.num_restarts == 0
+    assert stubs.launcher.machine.num_restarts == 0
     stubs.assert_none_lives()
 
 

@@ -140,7 +140,7 @@ def test_one_that_is_lost_restarts_all_and_is_named(
     """
     launcher = stubs(tmp_path, lines, silence_seconds=10 if "10 s" in reason else 60)
     assert env_steps_of(launcher)[-10:] == list(range(10))
-    assert launcher.num_restarts == 1
+    assert launcher.machine.num_restarts == 1
     assert "process 1 of 2 on " in caplog.text
     assert f"{reason}; all processes start again from environment step 20" in caplog.text
     assert len(started_in(tmp_path)) == 4
@@ -174,7 +174,7 @@ def test_a_request_to_stop_comes_to_the_processes_on_ray(cluster, tmp_path: Path
         env_steps.append(message["env_steps"])
         if len(env_steps) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-    assert env_steps[-1] == 1004 and launcher.num_restarts == 0
+    assert env_steps[-1] == 1004 and launcher.machine.num_restarts == 0
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from simulated_peers import ENV_STEPS_PER_CHUNK, GossipRig
 from simulated_replay import saved_replay
 from small_gossip import config_of
 
-from qfleet.topologies.gossip.decisions import Exchange, Snapshot
 from qfleet.topologies.gossip.peer import StartingPoint
+from qfleet.topologies.gossip.peer_records import Exchange
 
 
 def rig_of(num_peers: int, seed: int = 0) -> GossipRig:
@@ -31,19 +31,19 @@ def train(rig: GossipRig, num_chunks: int) -> None:
 
 
 def numbers_of(rig: GossipRig) -> list[float]:
-    return [process.handle.model.value for process in rig.director._processes]
+    return [process.handle.model.value for _, process in rig.peers]
 
 
 def pending(exchange: Exchange) -> float:
     """Returns what an exchange that was decided will add to a peer's number."""
-    return (exchange.other.place.value.value - exchange.own.reference.place.value.value) / 2
+    return (exchange.other.place.value.value - exchange.own.params.place.value.value) / 2
 
 
 @pytest.mark.parametrize("num_peers", [2, 3, 8])
 def test_the_sum_is_what_all_have_learned_whichever_is_slow_and_peers_that_learn_nothing_come_together(num_peers):
     rig = rig_of(num_peers, seed=num_peers)
     train(rig, 800)
-    to_come = sum(pending(peer.exchange) for peer in rig.director._peers if peer.exchange is not None)
+    to_come = sum(pending(peer.exchange) for peer, _ in rig.peers if peer.exchange is not None)
     np.testing.assert_allclose(sum(numbers_of(rig)) + to_come, rig.ledger.begun_with + rig.ledger.learned, atol=1e-9)
     assert len(rig.ledger.applied) > 100
     rig.ledger.drift = 0.0
@@ -51,27 +51,11 @@ def test_the_sum_is_what_all_have_learned_whichever_is_slow_and_peers_that_learn
     assert np.ptp(numbers_of(rig)) < 1e-9, "two averaging steps from the same snapshot would drive them apart"
 
 
-def test_a_partner_need_not_be_due_and_a_peer_without_a_partner_goes_on_alone():
-    director = rig_of(2).director
-    first, second = director._peers
-    first.snapshot = second.snapshot = snapshot = Snapshot(0, 1.0)
-    first.learner_steps = 3
-    director._start_exchanges()
-    assert not first.is_averaging, "nobody is due"
-    first.learner_steps = 4
-    second.is_averaging = True
-    director._start_exchanges()
-    assert not first.is_averaging and first.exchange is None, "the other's snapshot lacks its last exchange"
-    second.is_averaging = False
-    director._start_exchanges()
-    assert first.exchange.other == second.exchange.other == snapshot.reference
-    assert first.exchanged_at == 4 and second.exchanged_at == 0
-
-
 def test_an_exchange_of_a_peer_that_is_lost_is_not_passed_on_to_its_replacement():
     rig = rig_of(2)
     train(rig, 9)
-    peer, env_steps = rig.director._peers[0], rig.director._peers[0].env_steps
+    peer = rig.director.machine.peers[0]
+    env_steps = peer.env_steps
     rig.world.host("peer 0").die()
     rig.world.run(lambda: rig.director.num_restarts == 1, 100, "a peer that died is replaced")
     assert (peer.stage, peer.snapshot, peer.exchange, peer.can_exchange) == ("absent", None, None, False)
@@ -86,7 +70,7 @@ def test_a_peer_whose_share_is_empty_warms_up_anew_and_one_that_has_steps_goes_o
     train(rig, 40)
     share = saved_replay([[0] * num_held] * 2)
     rig.checkpoint = {"learner": [np.float64(0.0), np.array(0)], "replay": share}, {"env_steps": 0, "learner_steps": 0}
-    peer = rig.director._peers[0]
+    peer = rig.director.machine.peers[0]
     env_steps, learner_steps = peer.env_steps, peer.learner_steps
     rig.world.host("peer 0").die()
     train(rig, 20)

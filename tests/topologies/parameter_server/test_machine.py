@@ -56,7 +56,8 @@ class Fleet(DrivenMachine):
             TakeSnapshot: self.copy, RestoreShard: self.restore, ResetShard: self.reset,
             Publish: lambda request: tuple(request.results),
         }  # fmt: skip
-        super().__init__(machine, replies, roles)
+        processes = [*(worker.process for worker in machine.actors.each), *machine.replay.shards]
+        super().__init__(machine, replies, [process for process in processes if process.role in roles])
 
     @property
     def servers(self) -> list[ProcessId]:

@@ -25,7 +25,7 @@ from qfleet.topologies.actor_learner.machine import (
     RestoreLearner,
 )
 from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner
-from qfleet.topologies.fleet.machine_director import MachineDirector
+from qfleet.topologies.fleet.machine_director import FleetDirector
 from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
@@ -33,7 +33,7 @@ from qfleet.topologies.fleet.remote_process import IN_LINE, ONE_CPU, RemoteProce
 from qfleet.topologies.fleet.sharded_replay import Insert, RestoreReplay, SampleShare, SetPriorities
 
 
-class ActorLearnerDirector(MachineDirector[ActorLearnerStats, ActorLearnerMachine]):
+class ActorLearnerDirector(FleetDirector[ActorLearnerStats, ActorLearnerMachine]):
     """Coordinates the actors, the shards of the replay, and the learner."""
 
     _needs_in_words = "the learner, all shards of the replay and an actor"

@@ -9,10 +9,9 @@ process with all lanes would learn.
       iterates over progress                           acts          in its own lanes
         |                                              stores        its lanes' part of the replay
     launcher.Launcher                                  computes      the gradient of its part of the batch
-      starts all again after a loss                    exchanges     the mean of the gradients  <==>  other processes
-        |                                              applies       that mean to its own copy of the parameters
-    listener.Listener                                  reports       signs of life; process 0 also its progress
-      tells which process is lost                        |
+      does what machine.LauncherMachine decides:       exchanges     the mean of the gradients  <==>  other processes
+      which process is lost, whether all start         applies       that mean to its own copy of the parameters
+      again, and how the run ends                      reports       signs of life; process 0 also its progress
         |                                                |
     processes.ProcessGroup  <------- report, a pipe -----+
       local_processes.LocalProcessGroup                reads the pipes of child processes of this host
@@ -25,7 +24,7 @@ Ray. To the launcher: reports, which are lines of JSON of a few hundred bytes. F
 process to write a checkpoint and stop.
 
 How a loss is handled. A collective operation that one process has left never returns in the others, so no process can
-continue without the others. The listener raises `processes.ProcessLost` when a process dies, when one has reported
-nothing for `silence_seconds`, or when all are alive but none makes progress. The launcher then kills all
-processes of the group and starts a new group from the newest checkpoint, at most `max_restarts` times.
+continue without the others. The group counts as lost when a process dies, when one has reported nothing for
+`silence_seconds`, or when all are alive but none makes progress. The launcher then kills all processes of the group and
+starts a new group from the newest checkpoint, at most `max_restarts` times.
 """

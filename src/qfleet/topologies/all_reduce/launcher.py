@@ -1,22 +1,32 @@
-"""The launcher of an all-reduce run: starts the processes, and starts all of them again after a loss.
+"""The launcher of an all-reduce run: it starts and kills the processes as `machine.LauncherMachine` decides.
 
 It takes no part in learning. The package's docstring shows the data flow.
 """
 
+import collections
 import contextlib
 import importlib
 import logging
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from qfleet.config import AllReduceConfig, ConfigError, RunFailed
+from qfleet.config import AllReduceConfig, ConfigError
+from qfleet.runtime.child_process import Messages
 from qfleet.runtime.signals import StopFlag
-from qfleet.topologies.all_reduce.listener import Listener
 from qfleet.topologies.all_reduce.local_processes import LocalProcessGroup, check_gpus
+from qfleet.topologies.all_reduce.machine import AskToStop, End, GiveUp, LauncherMachine, PassOn, Request, StartGroup
 from qfleet.topologies.all_reduce.processes import JoinInfo, ProcessGroup, ProcessLost
+from qfleet.topologies.fleet.messages import Warn
 
 logger = logging.getLogger("qfleet")
+
+_POLL_SECONDS = 0.05
+"""Longest wait for a report before the processes are looked at."""
+
+_LONGEST_SECONDS = 1.0
+"""Longest time that one wait counts for. If it takes longer, this process was stopped meanwhile."""
 
 
 def check_places(config: AllReduceConfig) -> None:
@@ -34,7 +44,7 @@ def check_places(config: AllReduceConfig) -> None:
 
 
 class Launcher:
-    """Starts the processes of a run, and watches them to their end."""
+    """Starts the processes of a run, and carries out what `machine` decides about them."""
 
     def __init__(
         self, config: AllReduceConfig, make_command: Callable[[JoinInfo], list[str]], log_folder: Path
@@ -47,11 +57,7 @@ class Launcher:
           log_folder: folder for the output of the processes, one file each; made if it does not exist.
         """
         self._config, self._make_command, self._log_folder = config, make_command, log_folder
-        self.num_restarts = 0
-        self.env_steps_repeated = 0
-        """Environment steps that were taken again because of the restarts."""
-        self._env_steps = 0
-        """Environment steps of the newest message of progress."""
+        self.machine = LauncherMachine(config, str(log_folder))
 
     def run(self, newest_checkpoint: Callable[[], int]) -> Generator[dict[str, Any], None, None]:
         """Yields the progress that the first process reports, until all processes have ended.
@@ -72,26 +78,35 @@ class Launcher:
                 f"permissions, or move away what is there"
             ) from error
         with self._open_groups() as make_group, StopFlag() as stop:
-            while True:
-                group = make_group()
-                listener = Listener(self._config, group)
-                try:
-                    for message in listener.messages(stop):
-                        self._env_steps = message["env_steps"]
-                        yield message
-                    return
-                except GeneratorExit:  # the caller has left its loop
-                    listener.stop()
-                    raise
-                except ProcessLost as lost:
-                    if stop.requested:
-                        raise RunFailed(
-                            f"a run that is asked to stop must write a checkpoint, but {lost} before it had; resume "
-                            f"from environment step {newest_checkpoint()} with `qfleet resume`"
-                        ) from lost
-                    self._restart_after(lost, newest_checkpoint())
-                finally:
-                    group.kill()
+            group, reports = make_group(), Messages()
+            try:
+                requests = collections.deque(self._start(group, stop))
+                while True:
+                    while not requests:
+                        requests += self._listen(group, reports, stop)
+                    match requests.popleft():
+                        case StartGroup():
+                            group, reports = make_group(), Messages()
+                            requests += self._start(group, stop)
+                        case PassOn(message):
+                            try:
+                                yield message
+                            except GeneratorExit:  # the caller has left its loop
+                                requests = collections.deque(each for each in requests if isinstance(each, AskToStop))
+                                requests += self.machine.left()
+                        case AskToStop():
+                            group.ask_to_stop()
+                        case GiveUp():
+                            group.kill()
+                            requests += self.machine.checkpoint_found(newest_checkpoint())
+                        case Warn(text):
+                            logger.warning("%s", text)
+                        case End(failure):
+                            if failure is None:
+                                return
+                            raise failure
+            finally:
+                group.kill()
 
     def _open_groups(self) -> contextlib.AbstractContextManager[Callable[[], ProcessGroup]]:
         """Returns a context with a function that makes a group of processes; after a loss it is called again."""
@@ -101,26 +116,21 @@ class Launcher:
 
         return groups_on_ray(self._config, self._make_command, self._log_folder)
 
-    def _restart_after(self, lost: ProcessLost, checkpoint: int) -> None:
-        """Counts a restart from a checkpoint, and says so.
+    def _start(self, group: ProcessGroup, stop: StopFlag) -> list[Request]:
+        try:
+            group.start(lambda: stop.requested)
+        except ProcessLost as lost:
+            return self.machine.lost(str(lost))
+        return []
 
-        Raises:
-          RunFailed: if there were `max_restarts` restarts already.
-        """
-        max_restarts = self._config.max_restarts
-        if self.num_restarts == max_restarts:
-            raise RunFailed(
-                f"an all-reduce run may lose a process max_restarts={max_restarts} times, and {lost}; see "
-                f"{self._log_folder}, then resume from environment step {checkpoint} with `qfleet resume`"
-            )
-        repeated = max(0, self._env_steps - checkpoint)
-        self.num_restarts += 1
-        self.env_steps_repeated += repeated
-        logger.warning(
-            "%s; all processes start again from environment step %d and repeat %d steps (restart %d of %d)",
-            lost,
-            checkpoint,
-            repeated,
-            self.num_restarts,
-            max_restarts,
-        )
+    def _listen(self, group: ProcessGroup, reports: Messages, stop: StopFlag) -> list[Request]:
+        """Waits for a short time, and tells the machine what has happened to the processes by then."""
+        requests = list[Request]()
+        # The states come first: everything that a process reported before its end is read after that.
+        states, began = group.states(), time.monotonic()
+        for i, data in group.read(_POLL_SECONDS):
+            for message in reports.add(i, data):
+                requests += self.machine.reported(i, message)
+        seconds, have_ended = min(time.monotonic() - began, _LONGEST_SECONDS), group.reports_have_ended()
+        look = self.machine.looked(seconds, states, have_reports_ended=have_ended, must_stop=stop.requested)
+        return requests + look

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qfleet.config import AllReduceConfig, ConfigError
 from qfleet.runtime.child_process import ChildProcesses, cause_of, share_cores, visible_gpus
-from qfleet.topologies.all_reduce.processes import JoinInfo, free_port
+from qfleet.topologies.all_reduce.processes import JoinInfo, ProcessState, free_port
 
 
 class LocalProcessGroup(ChildProcesses):
@@ -33,11 +33,9 @@ class LocalProcessGroup(ChildProcesses):
             _keep_to_its_cores(child.pid, place, len(numbers))
             self.watch(i)
 
-    def name(self, number: int) -> str:
-        return f"process {number} of {self._config.num_processes}"
-
-    def cause(self, number: int) -> str:
-        return cause_of(self._children[number].poll())
+    def states(self) -> dict[int, ProcessState]:
+        of_all = f"of {self._config.num_processes}"
+        return {i: ProcessState(f"process {i} {of_all}", code, cause_of(code)) for i, code in self.exit_codes().items()}
 
 
 def _keep_to_its_cores(pid: int, place: int, num_here: int) -> None:

@@ -18,8 +18,19 @@ class JoinInfo(NamedTuple):
     """Python interpreter on its host."""
 
 
+class ProcessState(NamedTuple):
+    """What is known about a process."""
+
+    name: str
+    """Which process it is, in words."""
+    code: int | None
+    """Exit code, as `subprocess` has it: None for one that runs, negative for a signal."""
+    cause: str
+    """How it ended, in words, to follow its name; '' for one that runs."""
+
+
 class ProcessLost(Exception):
-    """A process died or fell silent; the message says which one, and how."""
+    """A group can't be started because a process or its node is lost; the message says how."""
 
 
 class ProcessGroup(Protocol):
@@ -43,14 +54,8 @@ class ProcessGroup(Protocol):
     def reports_have_ended(self) -> bool:
         """Returns whether everything that the processes will ever report has been read."""
 
-    def exit_codes(self) -> dict[int, int | None]:
-        """Returns the exit codes, as `subprocess` has them: None for one that runs, negative for a signal."""
-
-    def name(self, number: int) -> str:
-        """Returns in words which process it is."""
-
-    def cause(self, number: int) -> str:
-        """Returns in words how a process ended, to follow its name."""
+    def states(self) -> dict[int, ProcessState]:
+        """Returns what is known about each process. Call it after `start`."""
 
     def ask_to_stop(self) -> None:
         """Sends SIGTERM to the processes that run."""

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qfleet.config import AllReduceConfig, ConfigError
 from qfleet.runtime.child_process import ChildProcess, cause_of, share_cores
-from qfleet.topologies.all_reduce.processes import JoinInfo, ProcessGroup, ProcessLost, free_port
+from qfleet.topologies.all_reduce.processes import JoinInfo, ProcessGroup, ProcessLost, ProcessState, free_port
 from qfleet.topologies.fleet.cluster import connected, in_words, last_line, room, variables
 
 _LISTEN_SECONDS = 0.2
@@ -284,14 +284,12 @@ class RayProcessGroup:
     def reports_have_ended(self) -> bool:
         return len(self._ended_reports) == len(self._actors)
 
-    def exit_codes(self) -> dict[int, int | None]:
-        return self._codes
-
-    def name(self, number: int) -> str:
-        return f"process {number} of {self._config.num_processes} on {self._placements[number].address}"
-
-    def cause(self, number: int) -> str:
-        return self._causes.get(number) or cause_of(self._codes[number])
+    def states(self) -> dict[int, ProcessState]:
+        states = {}
+        for i, code in self._codes.items():
+            name = f"process {i} of {self._config.num_processes} on {self._placements[i].address}"
+            states[i] = ProcessState(name, code, self._causes.get(i) or cause_of(code))
+        return states
 
     def ask_to_stop(self) -> None:
         for actor in self._actors:

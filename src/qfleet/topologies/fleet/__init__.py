@@ -2,7 +2,8 @@
 
     topology.py          OnRay: what a run sees. It owns a director, and reads and writes checkpoints.
     director.py          Director: a thread in the run's process, which submits calls and hears replies.
-    machine_director.py  MachineDirector: a director that carries out what a state machine decides.
+    machine_director.py  MachineDirector: a director that carries out what a state machine decides. FleetDirector: one
+                         that has actors.
     supervisor.py        Supervisor: starts, watches and replaces processes. The only file that calls methods in them.
     remote_process.py    RemoteProcess: a place in the run, and InRemoteProcess: what runs there.
     references.py        Reference: an array that stays where it was made until a process needs it.
@@ -16,7 +17,7 @@
 What decides, without Ray, clock, thread or file:
 
     messages.py          The events that a state machine hears, and the requests that it makes.
-    machine.py           FleetMachine: base class of the machines, each of which is in its topology's package.
+    machine.py           Machine: base class of the machines, each in its topology's package. FleetMachine: of actors.
     pooled_actors.py     PooledActors: which actor acts next.
     rate_limiter.py      RateLimiter: which learner steps are due, and whether the actors must wait.
     sharded_replay.py    ShardedReplay: which shard stores what, and how much of a batch each draws.
@@ -34,9 +35,9 @@ How a decision becomes a call, and its reply the next event. The director's thre
 it has heard all replies, unless the run pauses; then the machine requests all that may begin. Request, remote method
 and plain method have one name:
 
-    FleetMachine.handle(Turn) --SampleShare--> MachineDirector._call --> RemoteReplayShard.sample_share, in its process,
-                                                                         which calls ReplayShard.sample_share
-    FleetMachine.handle(Replied(SampleShare, reply)) <-- MachineDirector._tell <-- its reply
+    Machine.handle(Turn) --SampleShare--> MachineDirector._call --> RemoteReplayShard.sample_share, in its process;
+                                                                    it calls ReplayShard.sample_share
+    Machine.handle(Replied(SampleShare, reply)) <-- MachineDirector._tell <-- its reply
 
 How a chunk travels; each line is a request of the machine, and crosses a process border:
 

@@ -1,4 +1,4 @@
-"""Base class of the state machines that decide what the processes of a fleet do.
+"""Base classes of the state machines that decide what the processes of a run do.
 
 A machine is told what has happened, and returns what to request. It knows nothing of Ray, threads, clocks and files, so
 it decides the same whenever it hears the same. `machine_director` is the shell around it.
@@ -13,16 +13,47 @@ from qfleet.topologies.fleet.actor import ChunkStats
 from qfleet.topologies.fleet.messages import Event, ReplayFound, Request, Restored, Warn
 from qfleet.topologies.fleet.pooled_actors import A, PooledActors
 from qfleet.topologies.fleet.sharded_replay import ShardedReplay
-from qfleet.topologies.fleet.stats import PoolStats
+from qfleet.topologies.fleet.stats import DirectorStats, PoolStats
 
+D = TypeVar("D", bound=DirectorStats)
 S = TypeVar("S", bound=PoolStats)
 
 
-class FleetMachine(abc.ABC, Generic[S, A]):
-    """What the machines of all topologies have in common: actors, and a replay that they share."""
+class Machine(abc.ABC, Generic[D]):
+    """What a director asks of every machine."""
 
-    stats: S
+    config: TrainConfig
+    """The run's."""
+    stats: D
     """Counts what happens. The director replaces it for each record, and the machine never reads it."""
+
+    @abc.abstractmethod
+    def handle(self, event: Event) -> list[Request]:
+        """Takes notice of an event, and returns what to request, in this order."""
+
+    @property
+    @abc.abstractmethod
+    def env_steps(self) -> int:
+        """Environment steps taken so far."""
+
+    @property
+    @abc.abstractmethod
+    def learner_steps(self) -> int:
+        """Learner steps taken so far, without those that were lost since."""
+
+    @property
+    @abc.abstractmethod
+    def is_busy(self) -> bool:
+        """Whether anything is under way that would change what a checkpoint holds."""
+
+    @property
+    @abc.abstractmethod
+    def counters(self) -> dict[str, Any]:
+        """The counts of a checkpoint, beside the numbers of steps."""
+
+
+class FleetMachine(Machine[S], Generic[S, A]):
+    """What machines of actors have in common: the actors, and a replay that they share."""
 
     def __init__(self, config: TrainConfig, pool: ActorPool, num_batches: int, actors: Sequence[A]) -> None:
         """Begins with processes that aren't ready.
@@ -38,24 +69,15 @@ class FleetMachine(abc.ABC, Generic[S, A]):
         self.replay = ShardedReplay(config.seed, pool, lambda seconds: self.note_busy("shards", seconds))
         self.is_paused = True
 
-    @abc.abstractmethod
-    def handle(self, event: Event) -> list[Request]:
-        """Takes notice of an event, and returns what to request, in this order."""
-
     @property
-    @abc.abstractmethod
-    def learner_steps(self) -> int:
-        """Learner steps taken so far, without those that were lost since."""
+    def env_steps(self) -> int:
+        """Environment steps taken so far: those of chunks that the replay has stored."""
+        return self.actors.env_steps
 
     @property
     @abc.abstractmethod
     def version(self) -> int:
         """Version of the newest parameters that actors can fetch; it never decreases."""
-
-    @property
-    @abc.abstractmethod
-    def is_busy(self) -> bool:
-        """Whether anything is under way that would change what a checkpoint holds."""
 
     @property
     def num_transitions(self) -> int:

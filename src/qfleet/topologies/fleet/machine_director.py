@@ -1,7 +1,7 @@
-"""Base class of directors that carry out what a state machine decides.
+"""Base classes of directors that carry out what a state machine decides.
 
-The director turns requests into calls, and replies into events. It reads checkpoints and serves other
-threads. It decides nothing.
+They turn requests into calls, and replies into events. They read checkpoints and serve other threads. They decide
+nothing.
 """
 
 import abc
@@ -18,7 +18,7 @@ from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fleet.director import Director
-from qfleet.topologies.fleet.machine import FleetMachine, S
+from qfleet.topologies.fleet.machine import D, FleetMachine, Machine, S
 from qfleet.topologies.fleet.messages import (
     CallRequest,
     CheckValues,
@@ -47,13 +47,14 @@ from qfleet.topologies.fleet.replay_shares import share_of
 
 logger = logging.getLogger("qfleet")
 
-M = TypeVar("M", bound=FleetMachine)
+M = TypeVar("M", bound=Machine)
+F = TypeVar("F", bound=FleetMachine)
 P = TypeVar("P")
 R = TypeVar("R")
 As = TypeVarTuple("As")
 
 
-class MachineDirector(Director[S], Generic[S, M]):
+class MachineDirector(Director[D], Generic[D, M]):
     """Stands between a state machine and the processes of a run."""
 
     def __init__(
@@ -68,7 +69,7 @@ class MachineDirector(Director[S], Generic[S, M]):
 
         Args:
           topology: of the run.
-          pool: the actors.
+          pool: the processes that act, and the shards that keep their transitions.
           machine: decides.
           read_learner: reads the learner of a checkpoint.
           read_replay: reads the replay of a checkpoint, as one replay for all shards.
@@ -84,15 +85,11 @@ class MachineDirector(Director[S], Generic[S, M]):
         """Calls, by `_submit`, the method that belongs to a request."""
 
     @abc.abstractmethod
-    def _needed(self) -> list[RemoteProcess]:
-        """Returns the processes without which the run can't begin, besides an actor."""
-
-    @abc.abstractmethod
     def _saved_learner(self, learner: LearnerState) -> Any:
         """Returns the learner of a checkpoint, in the form in which the machine passes it on."""
 
     @abc.abstractmethod
-    def _make_stats(self) -> S:
+    def _make_stats(self) -> D:
         """Returns empty stats."""
 
     # --- For other threads ---
@@ -100,27 +97,12 @@ class MachineDirector(Director[S], Generic[S, M]):
     @property
     def env_steps(self) -> int:
         """Environment steps taken so far."""
-        return self.machine.actors.env_steps
+        return self.machine.env_steps
 
     @property
     def learner_steps(self) -> int:
         """Learner steps taken so far, without those that were lost since."""
         return self.machine.learner_steps
-
-    @property
-    def version(self) -> int:
-        """Version of the newest parameters that actors can fetch; it never decreases."""
-        return self.machine.version
-
-    @property
-    def num_transitions(self) -> int:
-        """Number of transitions that can be drawn."""
-        return self.machine.num_transitions
-
-    @property
-    def num_ready_actors(self) -> int:
-        """Number of actors that are ready."""
-        return sum(actor.is_ready for actor in self.machine.actors.each)
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -155,20 +137,8 @@ class MachineDirector(Director[S], Generic[S, M]):
 
     # --- What its own thread does ---
 
-    @property
-    def _actors(self) -> list[RemoteProcess[Any]]:
-        return [self._processes[actor.process] for actor in self.machine.actors.each]
-
-    @property
-    def _shards(self) -> list[RemoteProcess[RemoteReplayShard]]:
-        return [self._processes[shard] for shard in self.machine.replay.shards]
-
-    def _missing(self) -> RemoteProcess | None:
-        missing = next((process for process in self._needed() if not process.is_ready), None)
-        return missing or (None if self.num_ready_actors else self._actors[0])
-
-    def _new_stats(self) -> S:
-        stats: S = self._make_stats()
+    def _new_stats(self) -> D:
+        stats: D = self._make_stats()
         self.machine.stats = stats
         return stats
 
@@ -242,4 +212,43 @@ class MachineDirector(Director[S], Generic[S, M]):
 
     def _saved_share(self, saved: SavedReplay, number: int) -> SavedShare:
         share = share_of(saved, self._pool, number)
-        return SavedShare(Reference(share), int(np.sum(np.asarray(share.leaves) > 0)))
+        return SavedShare(Reference(share), self._num_transitions_in(share))
+
+    def _num_transitions_in(self, share: SavedReplay) -> int:
+        """Returns how many transitions a share of a saved replay has: here, those that can be drawn."""
+        return int(np.sum(np.asarray(share.leaves) > 0))
+
+
+class FleetDirector(MachineDirector[S, F], Generic[S, F]):
+    """Stands between the machine of a fleet of actors and its processes."""
+
+    @abc.abstractmethod
+    def _needed(self) -> list[RemoteProcess]:
+        """Returns the processes without which the run can't begin, besides an actor."""
+
+    @property
+    def version(self) -> int:
+        """Version of the newest parameters that actors can fetch; it never decreases."""
+        return self.machine.version
+
+    @property
+    def num_transitions(self) -> int:
+        """Number of transitions that can be drawn."""
+        return self.machine.num_transitions
+
+    @property
+    def num_ready_actors(self) -> int:
+        """Number of actors that are ready."""
+        return sum(actor.is_ready for actor in self.machine.actors.each)
+
+    @property
+    def _actors(self) -> list[RemoteProcess[Any]]:
+        return [self._processes[actor.process] for actor in self.machine.actors.each]
+
+    @property
+    def _shards(self) -> list[RemoteProcess[RemoteReplayShard]]:
+        return [self._processes[shard] for shard in self.machine.replay.shards]
+
+    def _missing(self) -> RemoteProcess | None:
+        missing = next((process for process in self._needed() if not process.is_ready), None)
+        return missing or (None if self.num_ready_actors else self._actors[0])

@@ -1,4 +1,4 @@
-"""What the state machine of a fleet hears and what it asks for: events in, requests out. All of them are records.
+"""What a state machine hears and what it asks for: events in, requests out. All of them are records.
 
 A request is a call of a method in another process, or something that the director itself does. Which method belongs to
 a request is the director's business. Arrays are references, and a request makes the references that its reply will
@@ -128,7 +128,7 @@ class SavedShare(NamedTuple):
 
     replay: Reference[SavedReplay]
     num_transitions: int
-    """Transitions that can be drawn from it."""
+    """Transitions in it, as the director counts them."""
 
 
 class ReplayFound(NamedTuple):

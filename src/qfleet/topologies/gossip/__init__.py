@@ -8,13 +8,12 @@ Ray. No peer waits for another. The process that started the run directs the pee
       advance, state, evaluate                                acts, stores, computes gradients, applies them
         |                                                     (all inside its own run)
     director.GossipDirector  (a thread)                          ^        |
-      asks decisions.*                                           |        |
+      machine.GossipMachine decides, and peer_records            |        |
         chunks_to_request: which peers to ask next               |        |
         draw_pairs: which peers exchange parameters              |        |
-        choose_donor: whom a new peer copies                     |        |
-      submits  GossipPeer.advance(steps, own, other) ------------+        |
-      receives PeerChunkStats, and a reference to a snapshot <------------+
-      submits  GossipPeer.begin, learner, state
+      TakeChunk: GossipPeer.advance(steps, own, other) ----------+        |
+        answered by PeerChunkStats, and a reference to a snapshot <-------+
+      Prepare, CopyLearner, BeginFrom: for new peers
 
     peer i --- snapshot of its parameters, by reference ---> peer j
       averaging.average_step, in both: parameters += (the other's snapshot - its own snapshot) / 2

@@ -29,7 +29,8 @@ from qfleet.topologies.mesh import leaves_of
 from qfleet.topologies.schedule import rows_per_iteration
 
 if TYPE_CHECKING:
-    from qfleet.topologies.gossip.director import GossipDirector, GossipStats
+    from qfleet.topologies.gossip.director import GossipDirector
+    from qfleet.topologies.gossip.machine import GossipStats
 
 
 class Gossip(OnRay):
@@ -65,8 +66,8 @@ class Gossip(OnRay):
             config,
             make_run,
             env_steps_per_chunk(self._own, self._topology.gossip_period_learner_steps),
-            lambda checkpoints, checkpoint: leaves_of(self._read_learner(checkpoints, checkpoint)),
-            self._read_replay if self._has_replay else None,
+            self._read_learner,
+            self._read_replay,
             is_in_graph=isinstance(env, InGraphEnv),
         )
         self._mean_params: Leaves = []  # newest mean over the peers that is known
@@ -86,7 +87,7 @@ class Gossip(OnRay):
         seconds = super().start()
         learner = jax.jit(self._init)(np.uint32(self._config.seed))
         self._mean_params = leaves_of(learner.params)
-        self._director.begin_with(leaves_of(learner), None)
+        self._director.begin_with(learner)
         return seconds
 
     def advance(self, until_env_steps: int) -> Progress:

@@ -16,7 +16,7 @@ from qfleet.core.replay import SavedReplay
 from qfleet.core.sharded_learner import ShardedLearner, StateLeaves
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.fleet.calls import ValueIsLost
-from qfleet.topologies.fleet.machine_director import MachineDirector
+from qfleet.topologies.fleet.machine_director import FleetDirector
 from qfleet.topologies.fleet.messages import Begin, CallRequest, Started
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote import RemoteReplayShard
@@ -42,7 +42,7 @@ from qfleet.topologies.parameter_server.stats import ServerStats
 T = TypeVar("T")
 
 
-class ServerDirector(MachineDirector[ServerStats, ServerMachine]):
+class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
     """Coordinates the workers, the parameter server, and the replay if the workers share one."""
 
     _needs_in_words = "all shards of the server and of the replay, and a worker"

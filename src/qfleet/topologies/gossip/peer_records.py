@@ -1,14 +1,14 @@
-"""Decides which peers exchange parameters, whom a new peer copies, and which peers to ask for chunks.
-
-These are functions of what is known about the peers, and of a random generator. They know nothing of Ray, threads or
-clocks. References to parameters are opaque here.
-"""
+"""The peers as the machine of gossip knows them: which pairs exchange parameters, and whom to ask for chunks."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from qfleet.topologies.fleet.messages import ProcessId, SavedShare
+from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.gossip.averaging import Leaves
 
 CHUNKS_AHEAD = 2
 """Chunks of one peer in flight at most: while the peer works on one, the next is already decided. An exchange travels
@@ -21,8 +21,8 @@ class Snapshot(NamedTuple):
 
     learner_steps: int
     """Learner steps that the peer had taken by then."""
-    reference: Any
-    """Reference to the leaves of the parameters."""
+    params: Reference[Leaves]
+    """Leaves of the parameters."""
 
 
 class Exchange(NamedTuple):
@@ -30,19 +30,25 @@ class Exchange(NamedTuple):
 
     own: Snapshot
     """The peer's own snapshot."""
-    other: Any
-    """Reference to the leaves of the other peer's snapshot."""
+    other: Reference[Leaves]
+    """The other peer's."""
 
 
 @dataclasses.dataclass(eq=False)
 class PeerRecord:
-    """What is known about a peer."""
+    """What the machine knows about a peer."""
 
-    number: int
+    process: ProcessId
     stage: Literal["absent", "prepared", "beginning", "training"] = "absent"
+    was_lost: bool = False
+    """Whether its process is a replacement."""
     env_steps: int = 0
     """Environment steps that it has taken; they stay counted if it is replaced."""
     learner_steps: int = 0
+    donor: ProcessId | None = None
+    """The peer whose learner its process begins with; None if there was none."""
+    share: SavedShare | None = None
+    """The saved replay that its process begins with; None for an empty one, or once it has begun."""
     replay_starts_at: int = 0
     """Its environment steps when its replay was last empty."""
     num_in_flight: int = 0
@@ -66,9 +72,21 @@ class PeerRecord:
         """
         return self.snapshot is not None and not self.is_averaging
 
-    def forget_process(self) -> None:
-        """Forgets what belonged to its process, which is lost. Its counts stay."""
+    def lose_process(self) -> None:
+        """Forgets what belonged to its process. Its counts stay.
+
+        Its half of a pending exchange is dropped. If the other peer has been given its half already, it still moves
+        half of the way towards what the lost peer had learned, which does no harm. The sum over the peers changes in
+        any case, because the replacement begins with another peer's parameters.
+        """
+        self.was_lost = True
         self.stage, self.snapshot, self.exchange, self.is_averaging = "absent", None, None, False
+
+    def refill(self, share: SavedShare | None) -> None:
+        """Has its process begin with a saved replay, or with an empty one."""
+        self.share = share
+        # The warm-up counts only the steps that the replay holds: the loss of a batch from an empty one is NaN.
+        self.replay_starts_at = max(0, self.env_steps - (share.num_transitions if share else 0))
 
 
 def draw_pairs(
@@ -102,16 +120,10 @@ def draw_pairs(
 def begin_exchange(first: PeerRecord, second: PeerRecord) -> None:
     """Has two peers exchange: each takes its averaging step at the start of its next chunk."""
     assert first.snapshot is not None and second.snapshot is not None
-    first.exchange = Exchange(first.snapshot, second.snapshot.reference)
-    second.exchange = Exchange(second.snapshot, first.snapshot.reference)
+    first.exchange = Exchange(first.snapshot, second.snapshot.params)
+    second.exchange = Exchange(second.snapshot, first.snapshot.params)
     for peer in (first, second):
         peer.is_averaging, peer.exchanged_at = True, peer.learner_steps
-
-
-def choose_donor(peers: Sequence[PeerRecord], random: np.random.Generator) -> PeerRecord | None:
-    """Returns the peer whose learner a new peer copies: one at random of those that have trained, None without any."""
-    donors = [peer for peer in peers if peer.snapshot is not None]
-    return donors[random.integers(len(donors))] if donors else None
 
 
 def chunks_to_request(peers: Sequence[PeerRecord], num_wanted: int) -> list[PeerRecord]:

@@ -1,9 +1,11 @@
-"""What gossip's director decides, worked by hand: pairs, donors and the order of chunks."""
+"""Which peers exchange and which are asked for chunks, worked by hand."""
 
 import numpy as np
 import pytest
 
-from qfleet.topologies.gossip.decisions import PeerRecord, Snapshot, choose_donor, chunks_to_request, draw_pairs
+from qfleet.topologies.fleet.messages import ProcessId
+from qfleet.topologies.fleet.references import Reference
+from qfleet.topologies.gossip.peer_records import PeerRecord, Snapshot, chunks_to_request, draw_pairs
 
 
 class Scripted(np.random.Generator):
@@ -24,12 +26,13 @@ class Scripted(np.random.Generator):
 
 def trained(number: int, learner_steps: int = 0, **settings) -> PeerRecord:
     """A peer that has sent a snapshot."""
-    snapshot = Snapshot(learner_steps, f"parameters of {number}")
-    return PeerRecord(number, stage="training", learner_steps=learner_steps, snapshot=snapshot, **settings)
+    snapshot = Snapshot(learner_steps, Reference())
+    process = ProcessId("peer", number)
+    return PeerRecord(process, stage="training", learner_steps=learner_steps, snapshot=snapshot, **settings)
 
 
 def numbers(pairs: list[tuple[PeerRecord, PeerRecord]]) -> list[tuple[int, int]]:
-    return [(first.number, second.number) for first, second in pairs]
+    return [(first.process.number, second.process.number) for first, second in pairs]
 
 
 # --- Pairs ---
@@ -64,27 +67,22 @@ def test_the_last_of_an_odd_number_finds_no_partner():
     assert draw_pairs(peers[:1], 10, Scripted(order=(0,))) == []
 
 
-# --- Donors ---
-
-
-def test_a_donor_has_trained_and_without_one_nothing_is_drawn():
-    random = Scripted(draws=(1,))
-    peers = [PeerRecord(0, stage="prepared"), trained(1), PeerRecord(2, stage="training"), trained(3)]
-    assert choose_donor(peers, random) is peers[3] and random.highs == [2]
-    assert choose_donor(peers[:1], random) is None and random.highs == [2]
-
-
 # --- Chunks ---
 
 
 def test_the_peer_asked_longest_ago_comes_first_and_each_gets_a_first_chunk_before_any_a_second():
     peers = [trained(0, last_requested=7), trained(1, last_requested=5), trained(2, last_requested=6)]
-    assert [peer.number for peer in chunks_to_request(peers, 5)] == [1, 2, 0, 1, 2]
+    assert [peer.process.number for peer in chunks_to_request(peers, 5)] == [1, 2, 0, 1, 2]
 
 
 def test_no_more_than_two_chunks_of_a_peer_are_in_flight_and_only_of_those_that_train():
-    peers = [trained(0, num_in_flight=2), trained(1, num_in_flight=1), PeerRecord(2, stage="beginning"), trained(3)]
-    assert [peer.number for peer in chunks_to_request(peers, 100)] == [1, 3, 3]
+    peers = [
+        trained(0, num_in_flight=2),
+        trained(1, num_in_flight=1),
+        PeerRecord(ProcessId("peer", 2), stage="beginning"),
+        trained(3),
+    ]
+    assert [peer.process.number for peer in chunks_to_request(peers, 100)] == [1, 3, 3]
 
 
 @pytest.mark.parametrize("num_wanted", [0, -3])
