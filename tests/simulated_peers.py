@@ -71,7 +71,7 @@ class PeerModel:
         require("a peer is prepared once", self.stage == "made")
         self.stage = "prepared"
 
-    def begin_from(self, start: StartingPoint, learner: Reference, replay: Reference) -> None:
+    def begin(self, start: StartingPoint, learner: Reference, replay: Reference) -> None:
         require("a peer begins once, when it is prepared", self.stage == "prepared", self.stage)
         self.stage, self.start, self.steps = "training", start, start.learner_steps
         self.value = float(learner.value[0])
@@ -116,13 +116,13 @@ class PeerModel:
     def _learner(self) -> Leaves:
         return [np.float64(self.value), np.array(self.steps)]  # type: ignore[list-item]
 
-    def newest_learner(self) -> Reference:
+    def learner(self) -> Reference:
         return Reference((self.steps, self._learner()))
 
-    def leaves_of_learner(self) -> Reference:
+    def copy_learner(self) -> Reference:
         return Reference(self._learner())
 
-    def newest_state(self) -> Reference:
+    def state(self) -> Reference:
         is_training = self.stage == "training"
         return Reference((self.steps, self._learner(), saved_replay([self.rows])) if is_training else None)
 

@@ -124,20 +124,23 @@ def test_who_decides_in_a_package_s_table_exists(package: str) -> None:
 def test_a_request_has_the_name_of_the_remote_method_and_of_the_plain_one() -> None:
     """`SetPriorities` is `set_priorities`. Where the class says what is meant, the verb is enough: `RestoreReplay`."""
     pytest.importorskip("ray")
-    importlib.import_module("qfleet.topologies.actor_learner.machine")  # has requests
+    for package in ("actor_learner", "gossip"):
+        importlib.import_module(f"qfleet.topologies.{package}.machine")  # has requests
     from qfleet.topologies.actor_learner.learner import GlobalLearner
     from qfleet.topologies.actor_learner.remote import RemoteActor, RemoteLearner
     from qfleet.topologies.fleet.actor import Actor
     from qfleet.topologies.fleet.messages import CallRequest
     from qfleet.topologies.fleet.remote import RemoteReplayShard
     from qfleet.topologies.fleet.replay_shard import ReplayShard
+    from qfleet.topologies.gossip.peer import GossipPeer
+    from qfleet.topologies.gossip.remote import RemotePeer
     from qfleet.topologies.parameter_server.remote import RemoteServerShard, RemoteWorker
     from qfleet.topologies.parameter_server.server_shard import ServerShard
     from qfleet.topologies.parameter_server.worker import Worker
 
     pairs = [
         (RemoteActor, Actor), (RemoteLearner, GlobalLearner), (RemoteReplayShard, ReplayShard),
-        (RemoteWorker, Worker), (RemoteServerShard, ServerShard),
+        (RemoteWorker, Worker), (RemoteServerShard, ServerShard), (RemotePeer, GossipPeer),
     ]  # fmt: skip
     requests = {kind.__name__ for kind in CallRequest.__subclasses__() if kind.__module__.startswith("qfleet")}
     assert len(requests) > 12

@@ -109,19 +109,19 @@ def test_a_peer_goes_on_where_another_stopped_and_takes_half_of_the_way_to_it(pr
     config = config_of(preset, env)
     first, second = (prepared(config, i, is_in_graph=":" not in env) for i in range(2))
     assert first.state() is None, "it hasn't begun"
-    _, start = second.learner()
+    _, start = second.copy_learner()
     for peer in (first, second):
         peer.begin(StartingPoint(0, 0, 0), start, None)
-    (stats, own), (_, other) = first.advance(512), second.advance(512)
+    (stats, own), (_, other) = first.take_chunk(512), second.take_chunk(512)
     assert sum(progress.new_env_steps for progress in stats.progress) == 512 and stats.staleness is None
     assert stats.learner_steps == stats.progress[-1].learner_steps > 0
     assert consensus_distance([own, other]) > 0, "they begin alike, and see other episodes"
 
     learner_steps_then = stats.learner_steps
-    first.advance(64)
+    first.take_chunk(64)
     before = leaves_of(first._run.params)
     learner_steps, first._run.advance = first._run.learner_steps, None  # type: ignore[method-assign]
-    stats, after = first.advance(0, learner_steps_then, own, other)
+    stats, after = first.take_chunk(0, learner_steps_then, own, other)
     assert stats.staleness == learner_steps - learner_steps_then > 0
     assert stats.received_bytes == sum(leaf.nbytes for leaf in other)
     jax.tree.map(np.testing.assert_array_equal, after, average_step(before, own, other))
@@ -130,8 +130,8 @@ def test_a_peer_goes_on_where_another_stopped_and_takes_half_of_the_way_to_it(pr
     assert (replay is None) == (preset == "pqn")
     assert replay is None or int(replay.ring.size[0]) * 2 == 576
     second.begin(StartingPoint(576, learner_steps, 0), learner, replay)
-    jax.tree.map(np.testing.assert_array_equal, second.learner()[1], learner)
-    stats, _ = second.advance(64)
+    jax.tree.map(np.testing.assert_array_equal, second.copy_learner()[1], learner)
+    stats, _ = second.take_chunk(64)
     assert stats.progress[-1].env_steps == 640 and stats.learner_steps > learner_steps
     for peer in (first, second):
         peer._run.close()
@@ -143,8 +143,8 @@ def test_replays_are_joined_lane_by_lane_and_divided_again(preset):
     pool = config.topology.actor_pool
     peers = [prepared(config, i) for i in range(2)]
     for i, peer in enumerate(peers):
-        peer.begin(StartingPoint(0, 0, 0), peer.learner()[1], None)
-        peer.advance(64 + 128 * i)
+        peer.begin(StartingPoint(0, 0, 0), peer.copy_learner()[1], None)
+        peer.take_chunk(64 + 128 * i)
     replays = [peer.state()[2] for peer in peers]
     whole = join_shards(replays, pool)
     assert whole.ring.rows.action.shape == (512, 4) and whole.ring.size.tolist() == [32, 96]

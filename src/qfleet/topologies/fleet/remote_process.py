@@ -26,12 +26,11 @@ class InRemoteProcess:
     the names of the plain object's, and take and return references where those take and return large arrays.
     """
 
-    def __init__(self, variables: Mapping[str, str], *arguments: Any) -> None:
+    def __init__(self, variables: Mapping[str, str]) -> None:
         """Sets up the process, in which JAX must not have been used yet.
 
         Args:
           variables: environment variables to set first, because Ray may have started the process in advance.
-          *arguments: of the class that does the work, if a subclass inherits from that one instead of holding it.
         """
         os.environ.pop("OMP_NUM_THREADS", None)  # set by Ray to the number of CPUs that the process takes
         os.environ.update(variables)
@@ -39,7 +38,6 @@ class InRemoteProcess:
             use_cpu_only()
         if variables.get("JAX_CPU_ENABLE_ASYNC_DISPATCH") == "false":
             compute_in_line()
-        super().__init__(*arguments)
 
     def where(self) -> tuple[int, str]:
         """Returns process ID and node ID. The reply also says that the constructor has finished."""

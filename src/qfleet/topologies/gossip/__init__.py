@@ -11,7 +11,7 @@ Ray. No peer waits for another. The process that started the run directs the pee
       machine.GossipMachine decides, and peer_records            |        |
         chunks_to_request: which peers to ask next               |        |
         draw_pairs: which peers exchange parameters              |        |
-      TakeChunk: GossipPeer.advance(steps, own, other) ----------+        |
+      TakeChunk: GossipPeer.take_chunk(steps, own, other) -------+        |
         answered by PeerChunkStats, and a reference to a snapshot <-------+
       Prepare, CopyLearner, BeginFrom: for new peers
 

@@ -66,9 +66,9 @@ class GossipDirector(MachineDirector[GossipStats, GossipMachine]):
             case Prepare():
                 self._submit(request, RemotePeer.prepare)
             case CopyLearner():
-                self._submit(request, RemotePeer.leaves_of_learner)
+                self._submit(request, RemotePeer.copy_learner)
             case BeginFrom():
-                self._submit(request, RemotePeer.begin_from, request.start, request.learner, request.replay)
+                self._submit(request, RemotePeer.begin, request.start, request.learner, request.replay)
             case TakeChunk(exchange=None):
                 self._submit(request, RemotePeer.take_chunk, request.env_steps)
             case TakeChunk(exchange=Exchange(own, other)):
@@ -111,10 +111,10 @@ class GossipDirector(MachineDirector[GossipStats, GossipMachine]):
         for peer in self.machine.peers:
             process = self._processes[peer.process]
             is_there = peer.stage != "absent"
-            yield self._value_of(process, RemotePeer.newest_state, gives_up=True) if is_there else None
+            yield self._value_of(process, RemotePeer.state, gives_up=True) if is_there else None
 
     def learners(self) -> Iterator[tuple[int, Leaves] | None]:
-        """Yields what `GossipPeer.learner` returns, for each peer; None for a peer that doesn't train.
+        """Yields what `GossipPeer.copy_learner` returns, for each peer; None for a peer that doesn't train.
 
         Raises:
           StateIsLost: as `states` does.
@@ -122,7 +122,7 @@ class GossipDirector(MachineDirector[GossipStats, GossipMachine]):
         for peer in self.machine.peers:
             process = self._processes[peer.process]
             trains = peer.stage == "training"
-            yield self._value_of(process, RemotePeer.newest_learner, gives_up=True) if trains else None
+            yield self._value_of(process, RemotePeer.learner, gives_up=True) if trains else None
 
     def share_of_newest_checkpoint(self, number: int) -> SavedReplay | None:
         """Returns a peer's share of the replay in the newest checkpoint; None if there is no such replay."""

@@ -123,7 +123,7 @@ class GossipPeer:
         self._run.restore(state, start._asdict())
         self._has_begun = True
 
-    def advance(
+    def take_chunk(
         self, num_env_steps: int, learner_steps_then: int = 0, own: Leaves | None = None, other: Leaves | None = None
     ) -> tuple[PeerChunkStats, Leaves]:
         """Takes one chunk of environment steps, after an averaging step if there is an exchange.
@@ -151,8 +151,8 @@ class GossipPeer:
         params = average_step(leaves_of(learner.params), own, other)
         self._run.set_learner(learner._replace(params=self._on_devices(params, learner.params)))
 
-    def learner(self) -> tuple[int, Leaves]:
-        """Returns the learner steps so far and the leaves of the `LearnerState`, for another peer to begin with."""
+    def copy_learner(self) -> tuple[int, Leaves]:
+        """Returns the learner steps so far and the leaves of the `LearnerState`."""
         return self._run.learner_steps, leaves_of(self._run.learner)
 
     def state(self) -> tuple[int, Leaves, SavedReplay | None] | None:
