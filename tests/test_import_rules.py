@@ -19,6 +19,7 @@ LAYERS = (
     {"policy"},
     {"training"},
     {"api"},
+    {"sweeps"},
     {"cli"},
 )
 """A module may import from its own package and from earlier layers; `qfleet` itself and `__main__` from all."""

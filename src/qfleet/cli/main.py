@@ -24,6 +24,7 @@ _COMMANDS = {
     "dashboard": "show the reports of runs in a browser, as their metrics arrive",
     "watch": "write videos of what a run has learned",
     "resume": "continue a run from its newest checkpoint",
+    "sweep": "train with different settings, to find the best ones",
     "rerun": "train a run again, and say whether the result is the same",
     "diagnose": "say what is wrong with a run that doesn't learn",
     "doctor": "say whether this machine is ready for runs, and what to do if it isn't",
@@ -155,7 +156,7 @@ def _dispatch(arguments: list[str], is_process: bool) -> int:
 
 def _signals(command: str, is_process: bool) -> contextlib.AbstractContextManager[Any]:
     """Returns a context in which signals ask the command to stop, if it is one that trains."""
-    if command not in ("train", "resume", "rerun"):
+    if command not in ("train", "resume", "rerun", "sweep"):
         return contextlib.nullcontext()
     from qfleet.runtime.signals import StopFlag
 
