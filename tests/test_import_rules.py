@@ -22,6 +22,7 @@ LAYERS = (
     {"training"},
     {"loading"},
     {"api"},
+    {"sweeps"},
     {"cli"},
 )
 """A module may import from its own package and from earlier layers; `qfleet` itself and `__main__` from all."""

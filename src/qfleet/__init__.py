@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from qfleet.runtime.records import Progress
     from qfleet.runtime.saved_run import SavedRun
     from qfleet.runtime.video import Video
+    from qfleet.sweeps.records import TrialRecord
+    from qfleet.sweeps.sweep import SweepResult, sweep
     from qfleet.training.callbacks import RunControl, SavedCheckpoint
     from qfleet.training.run import Run
 
@@ -44,6 +46,8 @@ _HOMES = {
     "qfleet.policy": ("Policy",),
     "qfleet.presets": ("PRESETS", "make_config"),
     "qfleet.runs": ("compare", "diagnose", "open_run", "read_metrics"),
+    "qfleet.sweeps.records": ("TrialRecord",),
+    "qfleet.sweeps.sweep": ("SweepResult", "sweep"),
     "qfleet.training.callbacks": ("RunControl", "SavedCheckpoint"),
     "qfleet.training.run": ("Run",),
     "qfleet.runtime.comparison": ("Comparison",),
@@ -84,7 +88,9 @@ __all__ = [
     "SavedCheckpoint",
     "SavedRun",
     "StepResult",
+    "SweepResult",
     "TrainConfig",
+    "TrialRecord",
     "Video",
     "compare",
     "diagnose",
@@ -98,6 +104,7 @@ __all__ = [
     "read_metrics",
     "register_env",
     "resume",
+    "sweep",
     "train",
     "watch",
 ]

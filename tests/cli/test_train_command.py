@@ -16,11 +16,11 @@ from random_settings import WORDS, Draw
 import qfleet
 from qfleet.cli import resume_command, train_command
 from qfleet.cli.check_env_command import run as main_of_check_env
-from qfleet.cli.flag_types import read_option
 from qfleet.cli.main import main
 from qfleet.cli.train_command import parse
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, GossipConfig, OverlappedConfig, TrainConfig
 from qfleet.config.encoding import decode, encode
+from qfleet.config.option_text import read_option
 from qfleet.presets import PRESETS, make_config
 
 NUM_EXAMPLES = int(os.environ.get("QFLEET_TEST_COMMAND_LINES", "30"))

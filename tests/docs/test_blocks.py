@@ -105,6 +105,8 @@ def test_every_command_is_one_and_has_flags_that_there_are(page: str) -> None:
         if command == "resume":
             module.parse(arguments)
             continue
+        if command == "sweep":
+            arguments, _ = module.divide(arguments)
         (flags,) = (kind for name, kind in vars(module).items() if name.endswith("Flags"))
         tyro.cli(flags, args=arguments, registry=FLAG_TYPES)
 

@@ -1,9 +1,6 @@
 """How the text of a flag becomes a value: whole numbers as 1000 or 1e3, and options as what they look like."""
 
-import ast
 import collections.abc
-import contextlib
-import json
 import math
 import types
 import typing
@@ -14,6 +11,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from qfleet.config import ConfigError
+from qfleet.config.option_text import read_option
 
 FLAG_TYPES = ConstructorRegistry()
 """Rules for `tyro.cli(..., registry=FLAG_TYPES)`."""
@@ -25,8 +23,6 @@ LOG_HELP = (
     "Tracker to log the run's metrics to, beside its folder and TensorBoard; several if it is given several times. "
     "Each needs the extra of its name."
 )
-
-_WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 def read_flags(kinds: Mapping[str, Any], arguments: Sequence[str], prog: str) -> dict[str, Any]:
@@ -125,20 +121,3 @@ def _to_dict(texts: list[str], read: Callable[[str], Any]) -> dict[str, Any]:
     if len(texts) % 2 or len(set(names)) < len(names):
         raise ValueError(f"it must be pairs of a NAME and a VALUE, each name once, got {' '.join(texts)[:200]}")
     return {name: read(text) for name, text in zip(names, texts[1::2], strict=True)}
-
-
-def read_option(text: str) -> Any:
-    """Returns the value of an option that is written as in JSON or in Python; any other text is itself.
-
-    `50` is a whole number, `0.5` and `1e-3` are numbers, `true` and `False` flags, `none` and `null` None, `[1, 2]` and
-    `('a', 'b')` lists, `8x8` and `"50"` text.
-    """
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    readers: tuple[Callable[[str], Any], ...] = (json.loads, ast.literal_eval)
-    if not text.startswith(tuple("\"'[({")):
-        readers = () if "_" in text else (int, float)
-    for read in readers:
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return read(text)
-    return text

@@ -26,6 +26,7 @@ _COMMANDS = {
     "watch": "write videos of what a run has learned",
     "export": "write what a run has learned for other programs: weights, StableHLO, ONNX, a folder for a hub",
     "resume": "continue a run from its newest checkpoint",
+    "sweep": "train with different settings, to find the best ones",
     "rerun": "train a run again, and say whether the result is the same",
     "diagnose": "say what is wrong with a run that doesn't learn",
     "doctor": "say whether this machine is ready for runs, and what to do if it isn't",
@@ -157,7 +158,7 @@ def _dispatch(arguments: list[str], is_process: bool) -> int:
 
 def _signals(command: str, is_process: bool) -> contextlib.AbstractContextManager[Any]:
     """Returns a context in which signals ask the command to stop, if it is one that trains."""
-    if command not in ("train", "resume", "rerun"):
+    if command not in ("train", "resume", "rerun", "sweep"):
         return contextlib.nullcontext()
     from qfleet.runtime.signals import StopFlag
 

@@ -61,7 +61,7 @@ def extras() -> Check:
     if partly:
         words += f"; in another version than qfleet needs: {', '.join(partly)}"
         return Check("extras", "warn", words, f"pip install 'qfleet[{','.join(partly)}]'", facts)
-    remedy = f"to add one: pip install 'qfleet[{absent[0]}]'" if absent else ""
+    remedy = "to add one: pip install 'qfleet[NAME]'" if absent else ""
     return Check("extras", "good", words, remedy, facts)
 
 

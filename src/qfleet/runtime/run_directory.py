@@ -214,21 +214,11 @@ class RunDirectory:
           ConfigError: if another process is training this run, there can be no lock, or this process may open too few
             files.
         """
-        check_can_open_files()
-        lock = filelock.FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise ConfigError(
-                f"a run is trained by one process at a time, and another one is training {self.path}; wait for it, or "
-                f"stop it: it leaves a checkpoint"
-            ) from error
-        except OSError as error:  # a folder that can't be written to, or something else of that name
-            raise ConfigError(
-                f"a run's folder must be writable, and its lock a regular file, got {lock.lock_file} "
-                f"({error.strerror}); fix the permissions, or move it away"
-            ) from error
-        return lock
+        return lock_folder(
+            self.folder,
+            f"a run is trained by one process at a time, and another one is training {self.path}; wait for it, or "
+            f"stop it: it leaves a checkpoint",
+        )
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces summary.json as a whole. A reader finds either the old one or the new one, never half of one."""
@@ -251,6 +241,30 @@ class RunDirectory:
         if not isinstance(summary, dict):
             raise ConfigError(f"summary.json must be a JSON object, got {self.summary_path}; delete it")
         return summary
+
+
+def lock_folder(folder: Path, rule: str) -> filelock.BaseFileLock:
+    """Returns a lock of a folder that no other process can take while this one holds it.
+
+    Args:
+      folder: the folder, in which the lock is the file `.lock`.
+      rule: message of the error if another process holds it.
+
+    Raises:
+      ConfigError: if another process holds it, there can be no lock, or this process may open too few files.
+    """
+    check_can_open_files()
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ConfigError(rule) from error
+    except OSError as error:  # a folder that can't be written to, or something else of that name
+        raise ConfigError(
+            f"a run's folder must be writable, and its lock a regular file, got {lock.lock_file} "
+            f"({error.strerror}); fix the permissions, or move it away"
+        ) from error
+    return lock
 
 
 def strict_json(value: Any, indent: int | None = None) -> str:

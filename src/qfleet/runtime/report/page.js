@@ -1,7 +1,8 @@
 "use strict";
 // Draws the report from the data in the page, and again whenever `draw` is called with newer data.
 const NUM_COLOURS = 8;
-const AXES = { env_steps: "Environment steps", wall_seconds: "Wall time, seconds" };
+const AXES_OF_RUNS = { env_steps: "Environment steps", wall_seconds: "Wall time, seconds" };
+let axes = AXES_OF_RUNS;
 let axis = "env_steps";
 let shown = null;
 
@@ -19,6 +20,7 @@ const STYLES = {
   line: (c) => ({ mode: "lines", line: { color: c, width: 2.25 } }),
   faint: (c) => ({ mode: "lines", line: { color: faint(c, 0.55), width: 1.25 } }),
   seed: (c) => ({ mode: "lines", line: { color: faint(c, 0.3), width: 1 }, showlegend: false }),
+  points: (c) => ({ mode: "markers", marker: { color: c, size: 7 }, line: {} }),
   steps: (c) => ({ mode: "lines", line: { color: c, width: 2, shape: "hv" } }),
   area: (c) => ({ mode: "lines", line: { color: c, width: 0.5 }, stackgroup: "parts", fillcolor: faint(c, 0.6) }),
 };
@@ -44,7 +46,7 @@ function layout(figure) {
     margin: { l: 50, r: 12, t: 8, b: 38 }, showlegend: many,
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11.5, color: css("--ink") } },
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
-    xaxis: { ...line, title: { text: figure.kind === "bars" ? figure.unit : AXES[axis], standoff: 6 } },
+    xaxis: { ...line, title: { text: figure.kind === "bars" ? figure.unit : axes[axis], standoff: 6 } },
     yaxis: figure.kind === "bars" ? { ...line, autorange: "reversed" } :
       { ...line, title: { text: figure.unit, standoff: 6 }, type: isLog(figure) ? "log" : "-" },
   };
@@ -54,10 +56,31 @@ function layout(figure) {
 const isLog = (figure) => figure.log && figure.traces.every((trace) =>
   ["y", "low"].every((name) => (trace.data[axis][name] || []).every((y) => y === null || y > 0)));
 
+// One axis beside the other, with a line for each trial. Positions on the axes are in [0, 1].
+function drawParallel(figure, plot) {
+  const axes = figure.coordinates, last = axes.length - 1, best = figure.lines.length && figure.lines[0].name;
+  const traces = [...figure.lines].reverse().map((line) => ({
+    x: axes.map((_, i) => i), y: line.y, name: line.name, mode: "lines+markers", marker: { size: 5 },
+    line: line.name === best ? { color: colour(1), width: 3 } : { color: faint(colour(0), 0.12 + 0.7 * line.share), width: 1.5 },
+    text: line.text.map((text, i) => `${axes[i].name} ${text}`), hovertemplate: "%{text}<extra>%{fullData.name}</extra>",
+  }));
+  const label = (x, y, text, bold) => ({ x, y, text: bold ? `<b>${text}</b>` : text, showarrow: false,
+    font: { size: 11, color: css(bold ? "--ink" : "--dim") }, bgcolor: bold ? undefined : faint(css("--card"), 0.8),
+    xanchor: bold ? "center" : x === last ? "left" : "right", xshift: bold ? 0 : x === last ? 8 : -8 });
+  const hidden = { showgrid: false, zeroline: false, showticklabels: false, fixedrange: true };
+  const all = { ...layout({ traces: [], unit: "" }), showlegend: false, margin: { l: 70, r: 70, t: 12, b: 12 },
+    xaxis: { ...hidden, range: [-0.05, last + 0.05] }, yaxis: { ...hidden, range: [-0.05, 1.15] },
+    shapes: axes.map((_, i) => ({ type: "line", x0: i, x1: i, y0: 0, y1: 1, line: { color: css("--line"), width: 1.5 } })),
+    annotations: axes.flatMap((axis, i) => [label(i, 1.1, axis.name, true),
+      ...axis.ticks.map(([y, text]) => label(i, y, text, false))]) };
+  return Plotly.react(plot, traces, all, { displaylogo: false, responsive: true, displayModeBar: false });
+}
+
 function drawFigure(figure, plot) {
+  if (figure.kind === "parallel") return drawParallel(figure, plot);
   const bars = figure.kind === "bars" ? [{
     type: "bar", orientation: "h", x: figure.bars.map((bar) => bar.value), y: figure.bars.map((bar) => bar.name),
-    marker: { color: figure.bars.map((bar, number) => colour(number)) }, hovertemplate: "%{x:.1f} s<extra></extra>",
+    marker: { color: figure.bars.map((bar, number) => colour(number)) }, hovertemplate: figure.hover || "%{x:.1f} s<extra></extra>",
   }] : [...figure.traces].sort((a, b) => (b.style === "faint") - (a.style === "faint")).flatMap(plotlyTraces);
   return Plotly.react(plot, bars, layout(figure), { displaylogo: false, responsive: true, displayModeBar: false });
 }
@@ -87,8 +110,9 @@ function folded(title, content, isOpen = false) {
 }
 
 function axisSwitch() {
+  if (Object.keys(axes).length < 2) return null;
   const made = element("div", { class: "switch", role: "group", "aria-label": "x axis of the curves" });
-  for (const [name, title] of Object.entries(AXES)) {
+  for (const [name, title] of Object.entries(axes)) {
     const button = element("button", { type: "button", "aria-pressed": String(name === axis) }, title.split(",")[0]);
     button.addEventListener("click", () => { axis = name; draw(shown); });
     made.append(button);
@@ -109,6 +133,8 @@ function findings(list) {
 // Draws all of the page, and resolves once every figure is drawn.
 async function draw(report) {
   shown = report;
+  axes = report.axes || AXES_OF_RUNS;
+  if (!(axis in axes)) axis = Object.keys(axes)[0];
   const facts = report.facts, old = document.getElementById("report");
   const open = new Set([...old.querySelectorAll("details[open]")].map((each) => each.dataset.name));
   document.title = facts.title;
@@ -130,12 +156,12 @@ async function draw(report) {
       element("div", { class: "card" }, element("b", {}, value), element("span", {}, name)))) : null,
     facts.notes.length ? element("ul", { class: "notes" }, ...facts.notes.map((note) => element("li", {}, note))) : null,
     ...section("Settings compared", groups || null, records(facts.differences)),
-    element("div", { class: "bar" }, element("h2", {}, "Curves"), axisSwitch()),
+    element("div", { class: "bar" }, element("h2", {}, facts.figures_title || "Curves"), axisSwitch() || ""),
     plots.length ? element("div", { class: "figures" }, ...plots.map((each) => each.box)) :
       element("p", { class: "dim" }, "There are no records to draw yet."),
     ...section("What may be wrong", (report.findings || []).length ? findings(report.findings) : null),
     ...section("The agent", video || null),
-    ...section("Runs", records(facts.runs, "many")),
+    ...section(facts.runs_title || "Runs", records(facts.runs, "many")),
     ...section("Details",
       folded("Settings", table(facts.settings)),
       folded("Versions and hardware", table(facts.environment)),

@@ -1,0 +1,227 @@
+"""The folder of a sweep.
+
+runs/<name>/
+  sweep.json       what varies, and the config of what doesn't
+  journal.log      what the study has proposed and heard, a line for each step; nothing in it is ever changed
+  trials/<number>/ the run of each trial
+  best.json        the best settings, as a file for `qfleet train --config`
+  sweep.html       what was found, as one page for a browser
+  .lock            held by the process that goes on with the sweep
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from qfleet.config import ConfigError, TrainConfig
+from qfleet.config.checks import check_count
+from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
+from qfleet.config.own_parts import own_parts
+from qfleet.config.values import to_plain
+from qfleet.runtime.run_directory import lock_folder, write_atomically
+from qfleet.runtime.run_files import read_json, shortened
+
+_FILE = "sweep.json"
+
+_MAX_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep does."""
+
+    config: TrainConfig
+    """The config of each trial, but for the settings that vary. Its `run_dir` is None."""
+    params: Mapping[str, str]
+    """How each setting varies, as `texts_of` returns it."""
+    num_trials: int
+    """Number of trials at which the sweep ends."""
+    prune: bool
+    """Whether a trial that does worse than the others is stopped early."""
+    request: str
+    """Digest of what the user asked for, by which the same command finds its sweep again."""
+
+    def __post_init__(self) -> None:
+        check_count("trials", self.num_trials)
+        if self.config.stop_return is not None:
+            raise ConfigError(
+                f"stop_return must be left out of a sweep, because it couldn't tell trials apart that reach it, got "
+                f"{self.config.stop_return:g}; leave it out, and give the env_steps after which to compare"
+            )
+
+
+def digest_of(*parts: Any) -> str:
+    """Returns 16 hexadecimal digits that stand for these values, which JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def default_folder(env: str, request: str) -> Path:
+    """Returns the folder of a sweep for which the user names none. The same request has the same folder."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{env}-sweep-{request[:8]}").lstrip(".-")
+    return Path("runs") / name
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepDirectory:
+    """The folder of one sweep, locked by this process until `release` is called."""
+
+    path: Path
+    """The folder as the user named it, for messages."""
+    folder: Path
+    """The same as an absolute path, because an environment may change the current folder."""
+    plan: SweepPlan
+    is_new: bool
+    _lock: filelock.BaseFileLock
+
+    @classmethod
+    def create_or_open(cls, path: Path, plan: SweepPlan) -> "SweepDirectory":
+        """Locks the folder of a sweep that this plan describes, and makes it if there is none.
+
+        A sweep that has begun keeps the config that it began with. Only the number of trials may be another one.
+
+        Raises:
+          ConfigError: if the folder holds something else, or another process goes on with the sweep.
+        """
+        folder = path.absolute()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path, folder)
+        except OSError as error:
+            raise ConfigError(
+                f"a sweep's folder must be one that can be made, got {path} ({error.strerror}); give another --run-dir"
+            ) from error
+        try:
+            is_new = not (folder / _FILE).exists()
+            if is_new and any(not each.name.startswith(".") for each in folder.iterdir()):
+                raise ConfigError(
+                    f"a new sweep needs an absent or empty folder, got {path}, which holds files already; give another "
+                    f"--run-dir"
+                )
+            if not is_new:
+                begun = _read_plan(path, folder)
+                # The user has named modules on the command line, and not those that the folder may name instead.
+                if begun.request != plan.request or _modules_of(begun.config) != _modules_of(plan.config):
+                    raise ConfigError(
+                        f"a sweep goes on with the settings that it began with, got others for {path}; repeat its "
+                        f"command, give `qfleet sweep --resume {shlex.quote(str(path))}`, or another --run-dir"
+                    )
+                plan = dataclasses.replace(begun, num_trials=plan.num_trials)
+            _write_plan(folder, plan)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, folder, plan, is_new, lock)
+
+    @classmethod
+    def open(cls, path: Path, num_trials: int | None) -> "SweepDirectory":
+        """Locks the folder of a sweep that has begun.
+
+        Args:
+          path: the folder.
+          num_trials: another number of trials at which it ends; None for that which it has.
+
+        Raises:
+          ConfigError: if the folder isn't a sweep's, or another process goes on with it.
+        """
+        folder = path.absolute()
+        plan = _read_plan(path, folder)
+        lock = _lock(path, folder)
+        try:
+            if num_trials is not None:
+                plan = dataclasses.replace(plan, num_trials=num_trials)
+                _write_plan(folder, plan)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, folder, plan, False, lock)
+
+    def release(self) -> None:
+        """Gives up the lock."""
+        self._lock.release()
+
+    def trial_folder(self, number: int) -> Path:
+        """Returns the absolute path of the run of a trial."""
+        return self.folder / "trials" / f"{number:04}"
+
+    def named(self, file: Path) -> Path:
+        """Returns the path of a file in the folder as the user would name it."""
+        return self.path / file.relative_to(self.folder)
+
+    @property
+    def journal_path(self) -> Path:
+        return self.folder / "journal.log"
+
+    @property
+    def best_path(self) -> Path:
+        return self.folder / "best.json"
+
+    @property
+    def page_path(self) -> Path:
+        return self.folder / "sweep.html"
+
+    def discard(self) -> None:
+        """Deletes a sweep that was refused before any trial began."""
+        self.journal_path.unlink(missing_ok=True)
+        (self.folder / _FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "trials", ignore_errors=True)
+        self.release()
+        (self.folder / ".lock").unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def _modules_of(config: TrainConfig) -> tuple[Any, ...]:
+    """Returns what of a config may name modules to import."""
+    return config.env, own_parts(config.agent)
+
+
+def _lock(path: Path, folder: Path) -> filelock.BaseFileLock:
+    return lock_folder(
+        folder, f"a sweep is run by one process at a time, and another one is running {path}; wait for it, or stop it"
+    )
+
+
+def _write_plan(folder: Path, plan: SweepPlan) -> None:
+    content = {
+        "qfleet_version": importlib.metadata.version("qfleet"),
+        "schema_version": SCHEMA_VERSION,
+        "config": encode(plan.config),
+        "params": dict(plan.params),
+        "num_trials": plan.num_trials,
+        "prune": plan.prune,
+        "request": plan.request,
+    }
+    write_atomically(folder / _FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def _read_plan(path: Path, folder: Path) -> SweepPlan:
+    file = folder / _FILE
+    rule = f"a sweep is a folder with a {_FILE}, got {path}"
+    try:
+        content = read_json(file, _MAX_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{rule} ({error.strerror}); give the folder that `qfleet sweep` named") from error
+    except ValueError as error:
+        raise ConfigError(f"{rule}, which must be JSON ({error}); restore it, or sweep into another folder") from error
+    try:
+        return SweepPlan(
+            config=decode(content["config"], content["schema_version"]),
+            params=to_plain(Mapping[str, str], content["params"], "params"),
+            num_trials=to_plain(int, content["num_trials"], "num_trials"),
+            prune=to_plain(bool, content["prune"], "prune"),
+            request=to_plain(str, content["request"], "request"),
+        )
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ConfigError(
+            f"a sweep's {_FILE} must hold a valid plan, got {path}: {shortened(str(error))}; use the version of qfleet "
+            f"that wrote it, or sweep into another folder"
+        ) from error

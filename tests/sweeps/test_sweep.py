@@ -1,0 +1,189 @@
+"""Sweeps as a whole. Most of them have trials that are made up; one is real, and killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from other_processes import wait_until
+
+import qfleet
+from qfleet.cli.main import main
+from qfleet.config import ConfigError, RunFailed, TrainConfig
+from qfleet.config.encoding import decode
+from qfleet.runtime.run_directory import RunDirectory
+from qfleet.sweeps import sweep as sweeps
+from qfleet.sweeps.directory import SweepDirectory
+from qfleet.sweeps.trial import PRUNED, Pruning, outcome_of
+from qfleet.training.callbacks import RunControl
+
+PARAMS = {"learning_rate": "1e-4..1e-2:log", "num_epochs": [1, 2]}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return qfleet.make_config("CartPole-v1", preset="pqn", run_dir=str(tmp_path / "sweep"))
+
+
+@pytest.fixture
+def numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of the trials that were trained. Their result is a hundred learning rates."""
+    trained: list[int] = []
+
+    def train_trial(directory: SweepDirectory, number: int, config: TrainConfig, **_: Any) -> dict[str, Any]:
+        trained.append(number)
+        return {"stopped": "env steps", "eval_return_mean": 100 * config.agent.learning_rate}
+
+    monkeypatch.setattr(sweeps, "train_trial", train_trial)
+    return trained
+
+
+def fail_with(error: Callable[[int], BaseException | None]) -> Callable[..., dict[str, Any]]:
+    def train_trial(directory: SweepDirectory, number: int, *_: Any, **__: Any) -> dict[str, Any]:
+        directory.trial_folder(number).mkdir(parents=True)
+        if failure := error(number):
+            raise failure
+        return {"stopped": "callback" if number == 3 else "env steps", "eval_return_mean": float(number)}
+
+    return train_trial
+
+
+def test_a_sweep_finds_the_best_settings_and_writes_them_down(config: TrainConfig, numbers: list[int]) -> None:
+    result = qfleet.sweep(config, PARAMS, trials=6)
+    assert numbers == [0, 1, 2, 3, 4, 5]
+    assert result.best is not None and result.best == result.trials[0] and result.config is not None
+    assert result.best.value == max(trial.value or 0 for trial in result.trials)
+    assert result.config.agent.learning_rate == result.best.settings["learning_rate"]
+    best = json.loads((result.path / "best.json").read_text())
+    assert best.pop("schema_version") and decode(best) == result.config
+    page = (result.path / "sweep.html").read_text()
+    assert "parallel" in page and "PED-ANOVA" in page
+
+
+def test_the_same_call_goes_on_and_trains_no_trial_twice(config: TrainConfig, numbers: list[int]) -> None:
+    qfleet.sweep(config, PARAMS, trials=2)
+    assert len(qfleet.sweep(config, PARAMS, trials=2).trials) == 2
+    assert len(qfleet.sweep(config, PARAMS, trials=4).trials) == 4
+    assert numbers == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match="goes on with the settings that it began with"):
+        qfleet.sweep(config, {**PARAMS, "num_epochs": [1, 3]})
+    with pytest.raises(ConfigError, match="needs an absent or empty folder"):
+        (Path(config.run_dir or "") / "sweep.json").unlink()
+        qfleet.sweep(config, PARAMS)
+
+
+def test_failures_are_noted_and_the_sweep_goes_on(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = {1: RunFailed("no memory"), 2: ConfigError("sizes don't divide")}
+    monkeypatch.setattr(sweeps, "train_trial", fail_with(errors.get))
+    result = qfleet.sweep(config, PARAMS, trials=5)
+    assert [(trial.number, trial.state) for trial in result.trials] == [
+        (4, "complete"), (0, "complete"), (3, "pruned"), (1, "failed"), (2, "failed"),
+    ]  # fmt: skip
+    assert result.trials[3].error == "no memory"
+
+
+def test_a_sweep_ends_if_nothing_but_failures_comes(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "train_trial", fail_with(lambda _: RunFailed("no memory")))
+    with pytest.raises(RunFailed, match="all 3 trials of the sweep have failed, the last one so: no memory"):
+        qfleet.sweep(config, PARAMS)
+
+
+def test_a_sweep_that_is_refused_leaves_no_folder(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ConfigError("the environment can't be made")
+
+    monkeypatch.setattr(sweeps, "train_trial", refuse)
+    with pytest.raises(ConfigError, match="can't be made"):
+        qfleet.sweep(config, PARAMS)
+    assert not Path(config.run_dir or "").exists()
+
+
+def test_a_folder_is_worked_in_by_one_process_at_a_time(config: TrainConfig, numbers: list[int]) -> None:
+    qfleet.sweep(config, PARAMS, trials=1)
+    holder = sweeps.reopen_sweep(Path(config.run_dir or ""), None, trust=False)
+    with pytest.raises(ConfigError, match="a sweep is run by one process at a time"):
+        qfleet.sweep(config, PARAMS, trials=2)
+    holder.release()
+    assert len(qfleet.sweep(config, PARAMS, trials=2).trials) == 2
+
+
+def test_an_interrupted_trial_is_taken_up_again(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = iter(["env steps", "interrupted", "env steps"])
+    trained = []
+
+    def train_trial(directory: SweepDirectory, number: int, config: TrainConfig, **_: Any) -> dict[str, Any]:
+        trained.append((number, config.agent.learning_rate))
+        return {"stopped": next(stopped), "eval_return_mean": 1.0}
+
+    monkeypatch.setattr(sweeps, "train_trial", train_trial)
+    with pytest.raises(KeyboardInterrupt, match="the same call goes on"):
+        qfleet.sweep(config, PARAMS, trials=2)
+    qfleet.sweep(config, PARAMS, trials=2)
+    assert [number for number, _ in trained] == [0, 1, 1] and trained[1] == trained[2]
+
+
+def test_returns_to_stop_at_are_refused(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="stop_return must be left out of a sweep"):
+        qfleet.sweep(qfleet.make_config("CartPole-v1", stop_return=475), PARAMS)
+    with pytest.raises(ConfigError, match="trials must be"):
+        qfleet.sweep(config, PARAMS, trials=0)
+    assert not Path(config.run_dir or "").exists()
+
+
+@pytest.mark.parametrize(("env_steps", "reports", "stops"), [(2048, [(2, 3.0)], True), (4096, [], False)])
+def test_every_evaluation_but_the_last_one_may_stop_a_trial(
+    tmp_path: Path, env_steps: int, reports: list[tuple[int, float]], stops: bool
+) -> None:
+    config = TrainConfig(env="CartPole-v1", env_steps=4096, eval_period_env_steps=1024)
+    control, heard = RunControl(config, tmp_path, None), []
+
+    def report(number: int, mean: float) -> bool:
+        heard.append((number, mean))
+        return True
+
+    progress: Any = types.SimpleNamespace(env_steps=env_steps, eval_return_mean=3.0)
+    Pruning(report).on_evaluation(control, progress)
+    assert heard == reports and control.stop_reason == (PRUNED if stops else None)
+
+
+TINY = (
+    "CartPole-v1 --preset pqn --num-envs 4 --hidden-sizes 8 --env-steps 4096 --eval-period-env-steps 256 "
+    "--eval-episodes 2 --checkpoint-period-seconds 0.01 --param learning_rate=1e-4..1e-2:log --trials 2 --seeds 2"
+)
+
+
+def test_a_sweep_that_is_killed_goes_on_with_the_trial_that_was_under_way(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweep"
+    arguments = ["sweep", *TINY.split(), "--run-dir", str(path)]
+    command = [sys.executable, "-m", "qfleet", *arguments, "--quiet"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    checkpoints = path / "trials" / "0001" / "checkpoints"
+    wait_until(lambda: process.poll() is not None or any(name.name.isdigit() for name in checkpoints.glob("*")))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    first = (path / "trials" / "0000" / "summary.json").read_bytes()
+    assert main(["sweep", "--resume", str(path)]) == 0
+    output = capsys.readouterr().out
+    assert "2 trials of 4,096 environment steps, of which 1 have ended" in output
+    assert "trial 1 (learning_rate=" in output and "trial 0 (" not in output
+    assert (path / "trials" / "0000" / "summary.json").read_bytes() == first
+    assert sorted(each.name for each in (path / "trials").iterdir()) == ["0000", "0001"]
+    starts = json.loads((path / "trials" / "0001" / "environment.json").read_text())
+    assert len(starts) == 2  # so it went on from its checkpoint
+    assert main(arguments) == 0  # the same command, with nothing left to do
+    again = capsys.readouterr().out
+    assert "of which 2 have ended" in again and f"next: qfleet train --config {path}/best.json --seed 2" in again
+    assert main(["train", "--config", str(path / "best.json"), "--print-config"]) == 0
+    assert "num_seeds = 2" in capsys.readouterr().out
+    ended = RunDirectory.open(path / "trials" / "0001")
+    value = outcome_of(ended)["eval_return_mean"]
+    ended.summary_path.unlink()  # as if killed between the last checkpoint and the summary
+    assert outcome_of(ended) == {**outcome_of(ended), "stopped": "env steps", "eval_return_mean": value}
