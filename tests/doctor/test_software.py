@@ -37,10 +37,10 @@ def test_packages_are_compared_with_what_qfleet_requires(monkeypatch: pytest.Mon
 
 
 def test_extras_are_installed_or_not_or_in_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, ale_py=None, starlette="0.1", uvicorn="0.40")
+    pretend(monkeypatch, ale_py=None, av="1.0", pillow="13.0")
     check = software.extras()
-    assert "atari" in check.facts["not_installed"] and check.facts["outdated"] == ["dashboard"]
-    assert check.verdict == "warn" and check.remedy == "pip install 'qfleet[dashboard]'"
+    assert "atari" in check.facts["not_installed"] and check.facts["outdated"] == ["video"]
+    assert check.verdict == "warn" and check.remedy == "pip install 'qfleet[video]'"
     pretend(monkeypatch, ale_py=None)
     check = software.extras()
     assert check.verdict == "good" and check.remedy.startswith("to add one: pip install 'qfleet[")
