@@ -92,6 +92,17 @@ def has_worked(bench: Bench) -> None:
     assert replies == [1]
 
 
+def test_a_call_of_a_process_that_has_nothing_to_do_is_sent_at_once(bench):
+    """And not when the supervisor next deals with news, which a quiet run may have to wait for."""
+    has_worked(bench)
+    assert not bench.first.calls
+    bench.ask(Worker.work)
+    assert [call.is_sent for call in bench.first.calls] == [True]
+    bench.ask(Worker.work_on, Reference())
+    bench.ask(Worker.work)
+    assert [call.is_sent for call in bench.first.calls] == [True, False, False], "calls keep their order"
+
+
 def test_a_process_that_does_not_reply_is_replaced_later_if_it_has_to_compile(bench):
     bench.first.handle.is_stuck = True
     bench.ask(Worker.work)

@@ -96,7 +96,7 @@ class Supervisor:
         call = Call(
             method.__name__, data, references, list(results), on_reply, on_dropped, is_repeated, self.clock()
         )  # fmt: skip
-        has_to_wait = process.calls and not process.calls[-1].is_sent
+        has_to_wait = len(process.calls) > 0 and not process.calls[-1].is_sent
         process.calls.append(call)
         if has_to_wait or not all(reference.is_there for reference in references):
             self._waiting[process] = None
