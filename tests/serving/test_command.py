@@ -5,11 +5,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+from other_processes import wait_until
 
 import qfleet
 from qfleet.cli.main import main
@@ -42,8 +42,7 @@ def test_a_run_is_served_until_sigterm_and_anew_after_sighup(tmp_path: Path) -> 
                 qfleet.load(str(run))(obs)
             ]
             process.send_signal(signal.SIGHUP)
-            while 'qfleet_reloads_total{result="done"} 1.0' not in ask("metrics"):
-                time.sleep(0.05)
+            wait_until(lambda: 'qfleet_reloads_total{result="done"} 1.0' in ask("metrics"))
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         finally:

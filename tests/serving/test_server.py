@@ -1,6 +1,7 @@
 """A policy's server, asked over HTTP: it answers as the policy does, and refuses what it can't answer."""
 
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.masks import masked
 from qfleet.core.types import Network
 from qfleet.envs.registry import make_env
 from qfleet.networks import make_network
@@ -24,6 +26,7 @@ from qfleet.runtime.web_address import WebAddress
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
 
+from qfleet.serving.engine import Engine
 from qfleet.serving.limits import ServingLimits
 from qfleet.serving.messages import ARRAYS, JSON
 from qfleet.serving.server import PolicyServer
@@ -160,7 +163,12 @@ def test_nothing_that_strangers_write_fails_the_server(client: Client) -> None:
                 body = body[: rng.randrange(len(body))]
             status, answer = client.ask("POST", "/act", bytes(body), {"Content-Type": kind})
             assert status == 200 or (400 <= status < 500 and json.loads(answer)["error"])
-    for body in (b"[" * 100_000, b'{"observations": ' + b"[" * 100_000, b"1" * 5_000):
+    for body in (
+        b'{"observations": ' + b'{"a":' * 600 + b"1" + b"}" * 601,
+        b"[" * 100_000,
+        b'{"observations": ' + b"[" * 100_000,
+        b"1" * 5_000,
+    ):
         assert client.ask("POST", "/act", body, {"Content-Type": JSON})[0] == 400
     assert client.act(observations=OBS.tolist())[1]["actions"] == [1, 0, 0]
 
@@ -183,11 +191,6 @@ def test_a_newer_policy_takes_over_and_no_request_fails_meanwhile() -> None:
             raise newest
         return newest
 
-    def reload(client: Client) -> None:
-        # In a server's own process SIGHUP does this, in its thread.
-        loop = client.server._must_reload._loop  # type: ignore[union-attr]
-        loop.call_soon_threadsafe(client.server.reload)
-
     with serving(load) as client:
         answers: list[tuple[int, Any]] = []
         done = threading.Event()
@@ -200,15 +203,15 @@ def test_a_newer_policy_takes_over_and_no_request_fails_meanwhile() -> None:
         asking.start()
         try:
             policies.append(linear_policy(-1.0, "second"))
-            reload(client)
+            client.server.reload()
             while not answers or answers[-1][1].get("checkpoint") != "second":
                 done.wait(0.01)
-            policies.append(ConfigError("a checkpoint must be whole, got half of one"))
-            reload(client)
+            policies.append(ZeroDivisionError("of whatever a policy's own network does"))
+            client.server.reload()  # as SIGHUP does in a server's own process
             while not client.measure('qfleet_reloads_total{result="failed"}'):
                 done.wait(0.01)
             policies.append(linear_policy(1.0, "third", env="MountainCar-v0"))
-            reload(client)
+            client.server.reload()
             while client.measure('qfleet_reloads_total{result="failed"}') < 2:
                 done.wait(0.01)
         finally:
@@ -218,6 +221,34 @@ def test_a_newer_policy_takes_over_and_no_request_fails_meanwhile() -> None:
         assert {answer["checkpoint"] for _, answer in answers} == {"first", "second"}
         for _, answer in answers:
             assert answer["actions"] == ([1, 0, 0] if answer["checkpoint"] == "first" else [0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("env", "frame_stack"),
+    [("FrozenLake-v1", 1), ("Blackjack-v1", 1), ("gym:Taxi-v4", 1), ("gymnax:Breakout-MinAtar", 1),
+     ("gymnax:SpaceInvaders-MinAtar", 3)],
+)  # fmt: skip
+def test_every_kind_of_observation_is_compiled_beforehand(env: str, frame_stack: int) -> None:
+    """And then a request compiles nothing: its observations have the shapes of those that were made up."""
+    made = make_env(env)
+    made = made._replace(spec=dataclasses.replace(made.spec, frame_stack=frame_stack))
+    network = make_network(made.spec, AgentConfig(hidden_sizes=(8,)))
+    engine = Engine(Policy(made, masked(network, made.spec), network.init(jax.random.key(0)), "mine"), 2, 2, 60.0)
+    engine.warm_up()
+    obs = np.zeros((2, *made.spec.agent_observation_shape), made.spec.observation_dtype)
+    mask = np.ones((2, made.spec.num_actions), bool) if made.spec.has_action_mask else None
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        engine.act([engine.encode(obs, mask, (), None)])
+        if frame_stack > 1:
+            frames = np.zeros((2, *made.spec.observation_shape), made.spec.observation_dtype)
+            engine.act([engine.encode(frames, mask, ("a", "b"), [True, True])])
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert compiled == []
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qfleet.config.lane_options import num_cores
-from qfleet.doctor.check import Check
+from qfleet.doctor.check import Check, Verdict
 from qfleet.runtime.process import (
     MIN_OPEN_FILES,
     available_memory_bytes,
@@ -84,10 +84,10 @@ def memory(root: Path = Path("/")) -> Check:
         words += f", and the control group's limit is {show_bytes(limit)}"
     if available >= 2 * _MEMORY_BYTES:
         return Check("memory", "good", words, facts=facts)
-    verdict = "bad" if available < _MEMORY_BYTES else "warn"
+    verdict: Verdict = "bad" if available < _MEMORY_BYTES else "warn"
     text = f"{words}; a small run takes {show_bytes(_MEMORY_BYTES)}"
     remedy = "end other programs, raise the container's limit, or give a smaller --replay-capacity and --num-envs"
-    return Check("memory", verdict, text, remedy, facts)  # type: ignore[arg-type]
+    return Check("memory", verdict, text, remedy, facts)
 
 
 def open_files() -> Check:

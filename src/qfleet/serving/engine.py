@@ -105,14 +105,12 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compiles the programs of all sizes."""
-        shape, dtype = self._shape_of_frame if self.policy.is_recurrent else self._shape_of_obs
         for size in self._sizes:
             if not self.policy.is_recurrent:
-                np.asarray(self.policy.values(np.zeros((size, *shape), dtype)))
+                np.asarray(self.policy.values(self._blank(size)))
             if self.takes_sessions:
-                frame, frame_dtype = self._shape_of_frame
                 nobody = np.full(size, self._sessions.capacity, np.int32)
-                self._run_step(nobody, np.zeros((size, *frame), frame_dtype), np.ones(size, bool))
+                self._run_step(nobody, self._blank(size, is_frame=True), np.ones(size, bool))
 
     def act(self, questions: Sequence[Question]) -> list[Actions | UnknownSession]:
         """Returns for each question its actions, or why there are none. At most `max_batch` observations in all."""
@@ -143,14 +141,12 @@ class Engine:
         if self._table is not None and other._table is not None and _shapes(self._table) == _shapes(other._table):
             self._sessions, self._table = other._sessions, other._table
 
-    @property
-    def _shape_of_obs(self) -> tuple[tuple[int, ...], Any]:
+    def _blank(self, size: int, *, is_frame: bool = False) -> np.ndarray:
+        """Returns blank observations, or single frames, `[size, ...]`, encoded as those of a request are."""
         spec = self.policy.spec
-        return (*spec.lane_shape[:-1], spec.lane_shape[-1] * spec.frame_stack), spec.observation_dtype
-
-    @property
-    def _shape_of_frame(self) -> tuple[tuple[int, ...], Any]:
-        return self.policy.spec.lane_shape, self.policy.spec.observation_dtype
+        shape = spec.observation_shape if is_frame else spec.agent_observation_shape
+        mask = np.ones((size, spec.num_actions), bool) if spec.has_action_mask else None
+        return self.policy.encode(np.zeros((size, *shape), spec.observation_dtype), mask, is_frame=is_frame)[0]
 
     def _slots_of(self, question: Question) -> np.ndarray:
         starts = question.is_first
@@ -173,8 +169,8 @@ class Engine:
 
     def _run_step(self, rows: np.ndarray, obs: np.ndarray, is_first: np.ndarray) -> np.ndarray:
         if self._table is None:
-            shape, dtype = self._shape_of_frame
-            self._table = jax.jit(self.policy.player.begin)(np.zeros((self._sessions.capacity + 1, *shape), dtype))
+            frames = self._blank(self._sessions.capacity + 1, is_frame=True)
+            self._table = jax.jit(self.policy.player.begin)(frames)
         q, self._table = self._step(self.policy.params, self._table, rows, obs, is_first)
         return np.asarray(q)
 

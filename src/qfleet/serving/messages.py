@@ -20,6 +20,8 @@ _FIELDS = ("observations", "mask", "sessions", "is_first", "q_values")
 
 _MAX_NAME_LENGTH = 200
 
+_MAX_DEPTH = 20
+
 
 class Request(NamedTuple):
     """What a request says."""
@@ -87,10 +89,12 @@ def _read_json(body: bytes) -> dict[str, Any]:
     return {name: _numbers(name, value) for name, value in fields.items()}
 
 
-def _numbers(name: str, value: Any) -> Any:
+def _numbers(name: str, value: Any, depth: int = 0) -> Any:
     """Returns lists as arrays, also those within an object."""
     if isinstance(value, dict):
-        return {key: _numbers(f"{name}.{key}", each) for key, each in value.items()}
+        if depth == _MAX_DEPTH:
+            raise ConfigError(f"observations must be nested at most {_MAX_DEPTH} deep, got more")
+        return {key: _numbers(f"{name}.{key}", each, depth + 1) for key, each in value.items()}
     if not isinstance(value, list):
         return value
     try:

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
-from qfleet.config import ConfigError, RunFailed
+from qfleet.config import ConfigError
 from qfleet.policy import Policy
 from qfleet.runtime.run_directory import strict_json
 from qfleet.runtime.web_address import WebAddress, run_until_stopped
@@ -67,6 +67,7 @@ class PolicyServer:
         self._measures, self._rate = Measures(), Rate(self.limits.max_observations_per_second)
         self._batcher: Batcher | None = None
         self._must_reload: asyncio.Event | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def label(self) -> str:
@@ -96,9 +97,9 @@ class PolicyServer:
         )
 
     def reload(self) -> None:
-        """Has the policy loaded anew, in the background. To be called in the server's thread, while it runs."""
-        if self._must_reload is not None:
-            self._must_reload.set()
+        """Has the policy loaded anew in the background, while the server runs. Any thread may call it."""
+        if self._loop is not None and self._must_reload is not None:
+            self._loop.call_soon_threadsafe(self._must_reload.set)
 
     def app(self) -> Any:
         """Returns the ASGI application."""
@@ -121,11 +122,11 @@ class PolicyServer:
         limits = self.limits
         self._batcher = Batcher(self._engine, limits.max_batch, limits.max_delay_seconds, limits.max_waiting)
         self._batcher.on_batch = self._measures.note_batch
-        self._must_reload = asyncio.Event()
+        self._must_reload, self._loop = asyncio.Event(), asyncio.get_running_loop()
         tasks = [asyncio.create_task(self._batcher.run()), asyncio.create_task(self._reload_when_asked())]
         # In another thread than the main one, nobody can ask by a signal.
         with contextlib.suppress(ValueError, RuntimeError, AttributeError):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
+            self._loop.add_signal_handler(signal.SIGHUP, self.reload)
         try:
             yield
         finally:
@@ -140,7 +141,7 @@ class PolicyServer:
             self._must_reload.clear()
             try:
                 engine = await asyncio.to_thread(self._make_engine, self._batcher.engine.policy)
-            except (ConfigError, RunFailed, OSError) as error:
+            except Exception as error:  # whatever it is, the policy that answers now is sound
                 self._measures.note_reload(is_done=False)
                 logger.warning("the policy could not be loaded anew, so the server keeps the one it has: %s", error)
                 continue
