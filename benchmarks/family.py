@@ -75,6 +75,10 @@ def row_of(game: str, agent: str, arguments: argparse.Namespace) -> dict[str, An
     with common.scratch() as folder:
         run_dir = Path(arguments.runs or folder) / f"{game}-{agent}"
         summary = train(game, agent, num_seeds, arguments.env_steps, run_dir)
+        if summary["stopped"] != "env steps":
+            raise SystemExit(
+                f"the run in {run_dir} ended early ({summary['stopped']}); give the same command again to go on"
+            )
         policies = [qfleet.load(run_dir, seed=i if num_seeds > 1 else None) for i in range(num_seeds)]
         returns = np.array([policy.evaluate(100, seed=1000) for policy in policies])
     means = returns.mean(axis=1)

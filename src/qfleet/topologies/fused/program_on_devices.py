@@ -80,9 +80,10 @@ class ProgramOnDevices:
     def _over_seeds(self) -> Any:
         """Returns the jitted program of many seeds. Each device trains its share of the seeds as one batch."""
         mesh, split, whole = self._mesh_of_seeds, _OVER_SEEDS, REPLICATED
+        over_share = _over_one if self._config.num_seeds == mesh.size else jax.vmap
 
         def over_seeds(function: Callable, *in_specs: PartitionSpec, donate_argnums: tuple[int, ...] = ()) -> Any:
-            batched = jax.vmap(function, in_axes=tuple(0 if spec == split else None for spec in in_specs))
+            batched = over_share(function, tuple(0 if spec == split else None for spec in in_specs))
             mapped = jax.shard_map(batched, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)
             return jax.jit(mapped, donate_argnums=donate_argnums)
 
@@ -146,3 +147,16 @@ class ProgramOnDevices:
         shapes = jax.eval_shape(self._first_program.init, np.uint32(0))
         learner = self._placement.partition_learner(shapes.learner)
         return shapes, partition_state(shapes, DATA_AXIS)._replace(learner=learner)
+
+
+def _over_one(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
+    """Returns what `jax.vmap` returns, for a batch of one. A step that is seldom due is then skipped, not masked."""
+
+    def over_one(*arguments: Any) -> Any:
+        own = [
+            argument if axis is None else jax.tree.map(lambda x: x[0], argument)
+            for argument, axis in zip(arguments, in_axes, strict=True)
+        ]
+        return jax.tree.map(lambda x: x[None], function(*own))
+
+    return over_one
