@@ -75,10 +75,6 @@ def row_of(game: str, agent: str, arguments: argparse.Namespace) -> dict[str, An
     with common.scratch() as folder:
         run_dir = Path(arguments.runs or folder) / f"{game}-{agent}"
         summary = train(game, agent, num_seeds, arguments.env_steps, run_dir)
-        if summary["stopped"] != "env steps":
-            raise SystemExit(
-                f"the run in {run_dir} ended early ({summary['stopped']}); give the same command again to go on"
-            )
         policies = [qfleet.load(run_dir, seed=i if num_seeds > 1 else None) for i in range(num_seeds)]
         returns = np.array([policy.evaluate(100, seed=1000) for policy in policies])
     means = returns.mean(axis=1)
@@ -99,10 +95,7 @@ def row_of(game: str, agent: str, arguments: argparse.Namespace) -> dict[str, An
 def train(game: str, agent: str, num_seeds: int, env_steps: int, run_dir: Path) -> dict[str, Any]:
     """Trains the seeds of one row, or goes on with their run, and returns the summary."""
     if (run_dir / "config.json").exists():
-        run = qfleet.resume(run_dir)
-        for _ in run:
-            pass
-        return dict(run.summary)
+        return go_on(run_dir)
     preset, settings = AGENTS[agent]
     if preset == "pqn":
         env_steps *= 5
@@ -116,6 +109,20 @@ def train(game: str, agent: str, num_seeds: int, env_steps: int, run_dir: Path) 
             **settings,
         )
     )  # fmt: skip
+
+
+def go_on(run_dir: Path) -> dict[str, Any]:
+    """Trains what is left of a run, if anything is, and returns its summary."""
+    path = run_dir / "summary.json"
+    summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if summary.get("stopped") != "env steps":
+        run = qfleet.resume(run_dir)
+        for _ in run:
+            pass
+        summary = dict(run.summary)
+        if summary["stopped"] != "env steps":
+            raise SystemExit(f"the run in {run_dir} was stopped early; give the same command again to go on")
+    return summary
 
 
 if __name__ == "__main__":
