@@ -238,16 +238,19 @@ def test_every_kind_of_observation_is_compiled_beforehand(env: str, frame_stack:
     obs = np.zeros((2, *made.spec.agent_observation_shape), made.spec.observation_dtype)
     mask = np.ones((2, made.spec.num_actions), bool) if made.spec.has_action_mask else None
     compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None
-    )
+
+    def listen(event: str, _: float, **__: Any) -> None:
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         engine.act([engine.encode(obs, mask, (), None)])
         if frame_stack > 1:
             frames = np.zeros((2, *made.spec.observation_shape), made.spec.observation_dtype)
             engine.act([engine.encode(frames, mask, ("a", "b"), [True, True])])
     finally:
-        jax.monitoring.clear_event_listeners()
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert compiled == []
 
 

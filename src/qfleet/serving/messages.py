@@ -93,7 +93,8 @@ def _numbers(name: str, value: Any, depth: int = 0) -> Any:
     """Returns lists as arrays, also those within an object."""
     if isinstance(value, dict):
         if depth == _MAX_DEPTH:
-            raise ConfigError(f"observations must be nested at most {_MAX_DEPTH} deep, got more")
+            field = name.partition(".")[0]
+            raise ConfigError(f"{field} must have objects at most {_MAX_DEPTH} deep, got more; send lists of numbers")
         return {key: _numbers(f"{name}.{key}", each, depth + 1) for key, each in value.items()}
     if not isinstance(value, list):
         return value

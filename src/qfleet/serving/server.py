@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any
 
-from qfleet.config import ConfigError
+from qfleet.config import ConfigError, RunFailed
 from qfleet.policy import Policy
 from qfleet.runtime.run_directory import strict_json
 from qfleet.runtime.web_address import WebAddress, run_until_stopped
@@ -143,7 +143,12 @@ class PolicyServer:
                 engine = await asyncio.to_thread(self._make_engine, self._batcher.engine.policy)
             except Exception as error:  # whatever it is, the policy that answers now is sound
                 self._measures.note_reload(is_done=False)
-                logger.warning("the policy could not be loaded anew, so the server keeps the one it has: %s", error)
+                is_known = isinstance(error, ConfigError | RunFailed | OSError)  # its message then says all
+                logger.warning(
+                    "the policy could not be loaded anew, so the server keeps the one it has: %s",
+                    error,
+                    exc_info=not is_known,
+                )
                 continue
             await self._batcher.replace(engine)
             self._measures.note_reload(is_done=True)
