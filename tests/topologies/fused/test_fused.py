@@ -15,6 +15,7 @@ from qfleet.core.types import EnvSpec, Regression
 from qfleet.envs.spec import InGraphEnv, StepResult
 from qfleet.runtime import evaluation
 from qfleet.runtime.checkpoint_trees import named_leaves
+from qfleet.topologies.fused import program_on_devices
 from qfleet.topologies.fused.topology import Fused
 
 NUM_ENVS = 4
@@ -133,10 +134,16 @@ def test_a_run_resumed_half_way_ends_bit_for_bit_where_the_whole_run_does(kind):
     assert_equal(resumed.state, expected)
 
 
-@pytest.mark.parametrize("kind", ["pqn", "prioritised"])
-def test_seeds_trained_side_by_side_equal_separate_runs(kind):
+@pytest.mark.parametrize(("kind", "num_devices"), [("pqn", 3), ("prioritised", 3), ("prioritised", 1)])
+def test_seeds_trained_side_by_side_equal_separate_runs(kind, num_devices, monkeypatch):
+    """Be it that each device has one seed, or that one device trains all of them as one batch."""
     steps = 8 * CHUNK
-    together = fresh(kind, started_with_seeds)
+    if num_devices == 1:
+        monkeypatch.setattr(program_on_devices, "num_shards", lambda num_seeds, available: 1)
+        together = make(kind, seed=5, num_seeds=3)
+    else:
+        together = fresh(kind, started_with_seeds)
+    assert len(jax.tree.leaves(together.params)[0].sharding.device_set) == num_devices
     advance(together, steps)
     params = []
     for i in (0, 2):

@@ -78,7 +78,7 @@ class ProgramOnDevices:
         )
 
     def _over_seeds(self) -> Any:
-        """Returns the jitted program of many seeds. Each device trains its share of the seeds as one batch."""
+        """Returns the jitted program of many seeds. Each device trains its share of them, several as one batch."""
         mesh, split, whole = self._mesh_of_seeds, _OVER_SEEDS, REPLICATED
         over_share = _over_one if self._config.num_seeds == mesh.size else jax.vmap
 
@@ -150,7 +150,11 @@ class ProgramOnDevices:
 
 
 def _over_one(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
-    """Returns what `jax.vmap` returns, for a batch of one. A step that is seldom due is then skipped, not masked."""
+    """Returns what `jax.vmap` would, for a batch of one.
+
+    Batching makes both branches of a `jax.lax.cond` run at each learner step, so the target network would be copied
+    each time. Here only the branch that is due runs.
+    """
 
     def over_one(*arguments: Any) -> Any:
         own = [
