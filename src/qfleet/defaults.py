@@ -15,6 +15,7 @@ import numpy as np
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError
 from qfleet.config.lane_options import num_cores
 from qfleet.envs.contract import RAISED_BY_USERS
+from qfleet.envs.names import is_of_suite
 from qfleet.envs.registry import make_env
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def choose(
     """Returns the preset and the settings for an environment and a topology, and the reason for them.
 
     It makes the environment to read its spec. One outside JAX is then played for a moment, with random actions from a
-    fixed seed. gymnax's environments are not made, because importing gymnax starts JAX, whose devices can't be divided
-    afterwards. Their names tell their family.
+    fixed seed. Environments of suites in JAX are not made, because importing a suite starts JAX, whose devices can't be
+    divided afterwards. Their names tell their family.
 
     An environment that can't be made is taken for one that shows vectors, and the run itself reports the error.
 
@@ -166,8 +167,9 @@ def choose(
       may_start_processes: whether worker processes may step a slow environment. Each of them imports the main module
         again, and a script may train there without `if __name__ == "__main__"`.
     """
-    if env_name.startswith("gymnax:"):
-        return _choice(FAMILIES["small images" if env_name.endswith("-MinAtar") else "vectors"], topology)
+    if is_of_suite(env_name):
+        is_small_image = env_name.endswith("-MinAtar") or env_name.startswith(("octax:", "pgx:minatar-"))
+        return _choice(FAMILIES["small images" if is_small_image else "vectors"], topology)
     try:
         env = make_env(env_name, **env_options)
     except RAISED_BY_USERS:  # a user's function may raise anything, and the run calls it again

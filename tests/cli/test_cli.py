@@ -389,3 +389,9 @@ def test_a_current_folder_that_is_gone_is_said(tmp_path: Path) -> None:
     found = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr == "qfleet: error: the current folder must exist, and it was deleted; change to another one\n"
+
+
+def test_the_names_of_a_suite_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gymnax")
+    assert main(["envs", "gymnax"]) == 0
+    assert "gymnax:Breakout-MinAtar" in capsys.readouterr().out.splitlines()

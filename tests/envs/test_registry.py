@@ -303,7 +303,7 @@ def test_our_own_version_comes_before_gymnasiums() -> None:
     [
         ("ale:Pong", "ale_py", r"ale:Pong needs ALE .*; pip install 'qfleet\[atari\]'"),
         ("envpool:Pong-v5", "envpool", r"envpool:Pong-v5 needs EnvPool .*; pip install 'qfleet\[envpool\]'"),
-        ("gymnax:Breakout-MinAtar", "gymnax", r"needs gymnax .*; pip install 'qfleet\[gymnax\]'"),
+        ("gymnax:Breakout-MinAtar", "gymnax", r"need the package gymnax .*; pip install 'qfleet\[gymnax\]'"),
         ("LunarLander-v3", "Box2D", r"gym:LunarLander-v3 needs .*; pip install 'qfleet\[box2d\]'"),
     ],
 )

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qfleet.config.errors import ConfigError, suggest
-from qfleet.envs.failures import describe
+from qfleet.config.errors import ConfigError
 from qfleet.envs.spec import EnvSpec, EnvState, InGraphEnv, StepResult
 
 
@@ -24,22 +23,13 @@ def make(name: str, /, **options: Any) -> InGraphEnv:
       **options: arguments of the environment's constructor, and fields of its parameters, such as `memory_length`.
 
     Raises:
-      ConfigError: if gymnax is missing or too old, the name is unknown, the environment can't be made, or its actions
-        are continuous.
+      ConfigError: if gymnax is too old, or the environment's actions are continuous.
+      Exception: anything that the constructor raises. MNISTBandit's reads files that gymnax doesn't ship.
     """
-    try:
-        import gymnax  # only here, because it loads plotting libraries, which takes seconds
-        from gymnax.environments import spaces
-    except ImportError as error:
-        raise ConfigError(f"gymnax:{name} needs gymnax ({error}); pip install 'qfleet[gymnax]'") from error
-    if name not in gymnax.registered_envs:
-        raise ConfigError(f"gymnax has no environment {name!r}.{suggest(name, gymnax.registered_envs)}")
-    try:
-        env, params = _make(gymnax.make, name, options)
-    except (TypeError, ConfigError):
-        raise  # the caller says that it doesn't take these options
-    except Exception as error:  # a constructor may raise anything; MNISTBandit downloads its pictures
-        raise ConfigError(f"gymnax:{name} must be one that gymnax.make can make, got {describe(error)}") from error
+    import gymnax  # only here, because it loads plotting libraries, which takes seconds
+    from gymnax.environments import spaces
+
+    env, params = _make(gymnax.make, name, options)
     if not hasattr(env, "is_truncated"):
         raise ConfigError(
             "gymnax must be 1.0 or newer, which keeps time limits apart from termination; pip install 'qfleet[gymnax]'"
@@ -72,6 +62,13 @@ def make(name: str, /, **options: Any) -> InGraphEnv:
         time_limit=int(params.max_steps_in_episode),
     )
     return InGraphEnv(spec, reset, step)
+
+
+def names() -> list[str]:
+    """Returns the names of gymnax's environments, also of those that have continuous actions."""
+    import gymnax
+
+    return list(gymnax.registered_envs)
 
 
 def _make(make: Callable[..., tuple[Any, Any]], name: str, options: dict[str, Any]) -> tuple[Any, Any]:

@@ -11,14 +11,23 @@ from pathlib import Path
 from qfleet.config.errors import ConfigError, suggest
 from qfleet.config.python_path import check_trusted_module, module_folder_searched
 
+SUITES = ("gymnax", "octax", "pgx")
+"""The backends that are suites written in JAX, each with an extra of its name."""
+
 BACKENDS = {
-    "gymnax": "qfleet.envs.gymnax",
+    **dict.fromkeys(SUITES, "qfleet.envs.suites"),
     "gym": "qfleet.envs.gymnasium",
     "ale": "qfleet.envs.ale",
     "envpool": "qfleet.envs.envpool",
     "factory": "qfleet.envs.factory",
 }
-"""The module of each backend. Its `make` takes the part of the name after the colon."""
+"""The module of each backend. Its `make` takes the part of the name after the colon; that of a suite, both parts."""
+
+
+def is_of_suite(name: str) -> bool:
+    """Returns whether a name stands for an environment of a suite written in JAX."""
+    prefix, separator, _ = name.partition(":")
+    return bool(separator) and prefix in SUITES
 
 
 def module_in(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Names of environments: qfleet's own, those of gymnax, Gymnasium, ALE and EnvPool, and those that users register.
+"""Names of environments: qfleet's own, those of suites in JAX, Gymnasium, ALE and EnvPool, and those of users.
 
 This module doesn't import JAX until an environment is made, so that the command line can list names at once.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from qfleet.config.errors import ConfigError, suggest
 from qfleet.envs.factory import FACTORY, factory_of
-from qfleet.envs.names import BACKENDS, import_module_of, module_that_registers, searched_for
+from qfleet.envs.names import BACKENDS, SUITES, import_module_of, is_of_suite, module_that_registers, searched_for
 
 if TYPE_CHECKING:
     import gymnasium
@@ -65,12 +65,29 @@ def list_envs() -> list[tuple[str, str]]:
         *((name, "registered by this program") for name in _registered),
         *((f"gymnax:{name}", "gymnax, in JAX (extra 'gymnax')") for name in _MINATAR),
         ("gymnax:NAME", "any other environment of gymnax with discrete actions"),
+        ("octax:GAME", "CHIP-8 games of octax in JAX, such as octax:pong (extra 'octax')"),
+        ("pgx:GAME", "games of pgx for one player in JAX, such as pgx:2048 (extra 'pgx')"),
         ("gym:NAME", "Gymnasium's with discrete actions, such as gym:LunarLander-v3 (extra 'box2d')"),
         ("NAME", "the same, if no environment above has that name"),
         ("ale:GAME", "Atari on ALE's threads, such as ale:Pong (extra 'atari')"),
         ("envpool:NAME", "EnvPool's, such as envpool:Pong-v5 (extra 'envpool')"),
         ("MODULE:NAME", "yours: the Python module MODULE registers NAME with qfleet or Gymnasium when imported"),
     ]
+
+
+def list_suite(suite: str) -> list[str]:
+    """Returns the names of a suite's environments, each with the suite's prefix. This imports the suite.
+
+    Those of gymnax include some with continuous actions, which can't be trained in.
+
+    Raises:
+      ConfigError: if there is no such suite, or it isn't installed.
+    """
+    if suite not in SUITES:
+        raise ConfigError(f"suite must be one of {', '.join(SUITES)}, got {suite!r}.{suggest(suite, SUITES)}")
+    from qfleet.envs import suites
+
+    return [f"{suite}:{name}" for name in suites.names(suite)]
 
 
 def make_env(name: str, /, **options: Any) -> "InGraphEnv | HostEnv":
@@ -98,7 +115,7 @@ def make_env(name: str, /, **options: Any) -> "InGraphEnv | HostEnv":
 
 
 def backend_of(name: str) -> str:
-    """Returns the backend of an environment: in-graph (built in), gymnax, registered, gymnasium, ale or envpool.
+    """Returns the backend of an environment: in-graph (built in), the suite, registered, gymnasium, ale or envpool.
 
     Raises:
       ConfigError: if there is no environment of that name, or its module can't be imported.
@@ -113,8 +130,10 @@ def _find(name: str) -> "tuple[str, Callable[..., InGraphEnv | HostEnv]]":
         return "in-graph", importlib.import_module(_OURS[name]).make
     prefix, separator, rest = name.partition(":")
     if separator and prefix in BACKENDS:
-        module_name = BACKENDS[prefix]
-        return module_name.rpartition(".")[2], functools.partial(importlib.import_module(module_name).make, rest)
+        backend = importlib.import_module(BACKENDS[prefix])
+        if prefix in SUITES:
+            return prefix, functools.partial(backend.make, prefix, rest)
+        return backend.__name__.rpartition(".")[2], functools.partial(backend.make, rest)
     module, local_name = import_module_of(name)
     if local_name in _registered:
         make = _registered[local_name]
@@ -174,7 +193,7 @@ def default_topology(name: str, /, **options: Any) -> str:
     these options, to see.
     """
     backend, separator, _ = name.partition(":")
-    if name in _OURS or backend == "gymnax":
+    if name in _OURS or is_of_suite(name):
         return "fused"
     if name.startswith(FACTORY):
         make = factory_of(name)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qfleet.envs.names import module_in
+from qfleet.envs.names import SUITES, module_in
 from qfleet.exporting.record import Origin
 from qfleet.runtime.evaluation import Episodes, EvaluationOptions
 from qfleet.runtime.run_directory import qfleet_version
@@ -17,8 +17,8 @@ VIDEO = "replay.mp4"
 
 _NORMAL_95 = 1.96
 
-_EXTRAS = {"ale": "atari", "envpool": "envpool", "gymnax": "gymnax"}
-"""Extra of each backend that has one."""
+_EXTRAS = {"ale": "atari", "envpool": "envpool"}
+"""Extra of each backend that has one, apart from suites, whose extras have the suites' names."""
 
 
 class Result(NamedTuple):
@@ -59,7 +59,8 @@ def model_card(
     config = origin.config
     name = f"{config.preset}-{config.env}"
     seed = config.seed if origin.trained_seed is None else origin.trained_seed
-    extra = _EXTRAS.get(config.env.partition(":")[0], "")
+    prefix = config.env.partition(":")[0]
+    extra = prefix if prefix in SUITES else _EXTRAS.get(prefix, "")
     install = f"pip install 'qfleet[{extra}]'" if extra else "pip install qfleet"
     parts = [
         _front_matter(name, origin, result),

@@ -11,6 +11,7 @@ from qfleet.config.values import to_plain
 from qfleet.defaults import Choice, accepts, adapted, choose, family_of, is_atari
 from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.factory import name_of_factory
+from qfleet.envs.names import is_of_suite
 from qfleet.envs.registry import default_topology, make_env
 from qfleet.presets.atari import ON_ATARI
 from qfleet.presets.named import OFF_ATARI, PRESETS
@@ -95,7 +96,7 @@ def _check_pixels(preset: str, env: str, env_options: Mapping[str, Any]) -> None
     """
     if not PRESETS[preset].for_pixels or is_atari(env):
         return
-    if env.startswith("gymnax:"):  # whose environments are not made here, see `choose`; none shows such pixels
+    if is_of_suite(env):  # whose environments are not made here, see `choose`; none shows such pixels
         shown = ""
     else:
         try:
@@ -171,13 +172,13 @@ def check_lane_options(config: TrainConfig) -> None:
 
 
 def _evaluation_of(env: str) -> Mapping[str, Any]:
-    """Returns how evaluations play in a family of environments: with a few random actions in MinAtar and on Atari.
+    """Returns how evaluations play: with a few random actions in MinAtar, in octax and on Atari, otherwise greedily.
 
     These games are deterministic or nearly so. MinAtar's Breakout has two beginnings and its Space Invaders one, so a
     greedy policy plays one or two episodes again and again. One action in a thousand is random, as in evaluations on
     Atari since van Hasselt et al. 2016; `atari_dqn` keeps the 5% of Mnih et al. 2015.
     """
-    return {"eval_exploration": 0.001} if env.endswith("-MinAtar") or is_atari(env) else {}
+    return {"eval_exploration": 0.001} if env.endswith("-MinAtar") or env.startswith("octax:") or is_atari(env) else {}
 
 
 def _starts_from(found: Mapping[str, Any], topology: str, settings: Mapping[str, Any]) -> dict[str, Any]:

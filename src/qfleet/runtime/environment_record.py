@@ -20,8 +20,8 @@ from qfleet.runtime.run_files import read_json, shortened
 
 logger = logging.getLogger("qfleet")
 
-_PACKAGES = ("qfleet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "gymnasium", "gymnax", "ale-py",
-             "envpool", "ray")  # fmt: skip
+_PACKAGES = ("qfleet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "gymnasium", "gymnax", "octax",
+             "pgx", "ale-py", "envpool", "ray")  # fmt: skip
 
 _MAX_STARTS = 100
 """Most starts that a run remembers: the first and the newest."""
