@@ -128,7 +128,9 @@ def text_files() -> Iterator[Path]:
         left = {"runs", "dist", "build", "site", "__pycache__"}
         subdirectories[:] = [d for d in subdirectories if d not in left and (d == ".ci" or not d.startswith("."))]
         yield from (
-            Path(directory) / name for name in names if not name.endswith((".png", ".gif", ".webp", ".mp4", ".gz"))
+            Path(directory) / name
+            for name in names
+            if not name.endswith((".png", ".gif", ".webp", ".mp4", ".gz", ".safetensors"))
         )
 
 

@@ -240,7 +240,8 @@ def load(
     checkpoint is of an older version, which recorded nothing.
 
     Args:
-      run_dir: a run's folder, or that of a policy exported as safetensors, which is one checkpoint of one seed.
+      run_dir: a run's folder, or that of a policy exported as safetensors, which is one checkpoint of one seed. Or an
+        agent that comes with qfleet, as "zoo:cartpole".
       checkpoint: environment step of the checkpoint to load, or "best" for that of the best evaluation. The default is
         the newest one.
       seed: seed to load, of a run with several seeds. The default is the first one.
@@ -276,7 +277,8 @@ def watch(
     Args:
       run_dir, checkpoint, env, network, trust: as for `load`.
       train_seed: seed to watch, of a run with several seeds. The default is the first one.
-      out_dir: folder for the videos. The default is `videos` in the folder of the run or the exported policy.
+      out_dir: folder for the videos. The default is `videos` in the folder of the run or the exported policy, or in
+        zoo/NAME for an agent of the zoo.
       num_episodes, seed, frames_per_second: as for `Policy.film`.
 
     Raises:

@@ -32,6 +32,7 @@ from qfleet.runtime.devices import limit_cpu_threads
 from qfleet.runtime.evaluation import EvaluationOptions
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.video import params_label
+from qfleet.runtime.zoo import folder_for_outputs, resolve_zoo
 from qfleet.training.metadata import read_metadata
 from qfleet.training.resuming import check_network_is_given, check_reads_the_same
 from qfleet.training.seed_summary import check_seed, open_seed
@@ -49,6 +50,7 @@ def load_policy(
     trust: bool,
 ) -> Policy:
     """Returns the policy of a run, or of the folder of an exported policy; see `qfleet.load`."""
+    run_dir = resolve_zoo(run_dir)
     exported = read_exported(run_dir)
     if exported is None:
         directory = RunDirectory.open(run_dir)
@@ -65,11 +67,14 @@ def load_policy(
 def videos_folder(run_dir: str | os.PathLike[str]) -> Path:
     """Returns the folder for the videos of a run or of an exported policy, as the user would name it.
 
+    It is in the folder of the run or the policy, or in the current folder for an agent of the zoo.
+
     Raises:
       ConfigError: if it is neither.
     """
+    run_dir = resolve_zoo(run_dir)
     if (exported := read_exported(run_dir)) is not None:
-        return exported.path / "videos"
+        return folder_for_outputs(exported.path) / "videos"
     directory = RunDirectory.open(run_dir)
     return directory.as_named(directory.videos_path)
 

@@ -12,14 +12,14 @@ from qfleet.cli.show import evaluation_in_words, status_line
 from qfleet.cli.streams import only_the_answer_on_stdout
 from qfleet.config import RunFailed
 from qfleet.config.checks import MAX_EPISODES, MAX_SEED, check_checkpoint, check_count
-from qfleet.runtime.finding_runs import RUN_HELP, find_run
+from qfleet.runtime.finding_runs import POLICY_HELP, find_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _EvalFlags:
     """Plays episodes with what a run has learned, on seeds that training does not use."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=POLICY_HELP)]
     episodes: int = 100
     """Number of episodes to play."""
     checkpoint: int | Literal["best"] | None = None

@@ -12,7 +12,8 @@ from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.cli.show import status_line
 from qfleet.config import ConfigError
 from qfleet.config.checks import MAX_EPISODES, check_checkpoint, check_count
-from qfleet.runtime.finding_runs import RUN_HELP, find_run
+from qfleet.runtime.finding_runs import POLICY_HELP, find_run
+from qfleet.runtime.zoo import folder_for_outputs
 
 _EPISODES = 100
 
@@ -24,7 +25,7 @@ class _ExportFlags:
     The folder has a config.json, which says what goes in and comes out, and one file in the format.
     """
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=POLICY_HELP)]
     format: Literal["safetensors", "stablehlo", "onnx"] = "safetensors"
     """What the file is. `safetensors` is the parameters, which qfleet loads again. `stablehlo` and `onnx` are programs
     with the parameters inside, for a batch of any size; `onnx` needs the extra of that name."""
@@ -35,7 +36,8 @@ class _ExportFlags:
     """With --hub-folder: number of episodes of the evaluation. The default is 100."""
     out: str | None = None
     """Folder to write, which must be absent or empty.
-    The default is `exports/<checkpoint>-<format>` in the folder of the run."""
+    The default is `exports/<checkpoint>-<format>` in the folder of the run,
+    or in zoo/NAME for an agent of the zoo."""
     checkpoint: int | Literal["best"] | None = None
     """Environment step of the checkpoint to export, or `best` for that of the best evaluation.
     The default is the newest one."""
@@ -64,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     if flags.out is not None:
         check_new_folder(flags.out)
     policy = load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
-    out = Path(flags.out) if flags.out else Path(run_dir) / "exports" / f"{policy.label}-{kind}"
+    out = Path(flags.out) if flags.out else folder_for_outputs(Path(run_dir)) / "exports" / f"{policy.label}-{kind}"
     if flags.hub_folder:
         with status_line():
             announce("evaluating")

@@ -34,6 +34,7 @@ _COMMANDS = {
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract that learning relies on",
     "presets": "list the presets",
+    "zoo": "list the trained agents that come with qfleet",
 }
 
 _HELP = """\

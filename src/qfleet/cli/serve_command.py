@@ -11,7 +11,7 @@ import tyro
 from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.cli.show import status_line
 from qfleet.config.checks import check_checkpoint, check_count
-from qfleet.runtime.finding_runs import RUN_HELP, find_run
+from qfleet.runtime.finding_runs import POLICY_HELP, find_run
 
 if TYPE_CHECKING:
     from qfleet.policy import Policy
@@ -26,7 +26,7 @@ class _ServeFlags:
     POST /act takes a batch of observations; GET /policy says what they look like. SIGHUP loads the policy anew.
     """
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=POLICY_HELP)]
     host: str = "127.0.0.1"
     """Address to listen on. On any but a loopback address, requests must bear a token: that of the variable
     QFLEET_SERVE_TOKEN, or one that is printed."""

@@ -9,14 +9,14 @@ import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.config.checks import MAX_EPISODES, MAX_FRAMES_PER_SECOND, MAX_SEED, check_checkpoint, check_count
-from qfleet.runtime.finding_runs import RUN_HELP, find_run
+from qfleet.runtime.finding_runs import POLICY_HELP, find_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _WatchFlags:
     """Plays greedy episodes with what a run has learned, and writes a video of each, as an mp4 and a GIF."""
 
-    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=RUN_HELP)]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN", help=POLICY_HELP)]
     episodes: int = 1
     """Number of episodes to play."""
     checkpoint: int | Literal["best"] | None = None
@@ -27,7 +27,7 @@ class _WatchFlags:
     seed: int = 0
     """Seed of the episodes."""
     out: str | None = None
-    """Folder for the videos. The default is `videos` in the run's folder."""
+    """Folder for the videos. The default is `videos` in the run's folder, or in zoo/NAME for an agent of the zoo."""
     frames_per_second: int = 30
     """Frames per second of the mp4, in which each step is one frame."""
     trust: bool = False

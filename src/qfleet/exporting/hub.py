@@ -15,6 +15,11 @@ CARD = "README.md"
 VIDEO = "replay.mp4"
 """Name under which the hub looks for a video."""
 
+VIDEO_SENTENCE = f"The video, `{VIDEO}`, is one episode."
+
+DOWNLOAD = "hf download USER/REPOSITORY --local-dir policy"
+"""The command that gets the folder from the hub."""
+
 _NORMAL_95 = 1.96
 
 _EXTRAS = {"ale": "atari", "envpool": "envpool"}
@@ -67,9 +72,9 @@ def model_card(
         f"# `{config.preset}` in `{config.env}`",
         f"A deep Q-network, trained with qfleet {qfleet_version()} for {origin.env_steps:,} environment steps.",
         _results(result, options),
-        *([f"The video, `{VIDEO}`, is one episode."] if has_video else []),
+        *([VIDEO_SENTENCE] if has_video else []),
         "## How to use it",
-        f"```bash\n{install}\nhf download USER/REPOSITORY --local-dir policy\nqfleet eval policy\n```",
+        f"```bash\n{install}\n{DOWNLOAD}\nqfleet eval policy\n```",
         f"```python\n{_python(origin)}\n```",
         *_own_code(origin),
         "`model.safetensors` has the parameters. `config.json` has all settings of the run and, below `interface`, "

@@ -22,7 +22,7 @@ def write_weights(params: Params, path: Path) -> None:
     Raises:
       ConfigError: if two of them would get one name, or a type isn't one of safetensors.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     leaves = named_leaves(params)
     arrays = {".".join(names): np.ascontiguousarray(leaf).reshape(np.shape(leaf)) for names, leaf in leaves.items()}
@@ -32,12 +32,13 @@ def write_weights(params: Params, path: Path) -> None:
             f"{len(arrays)} names; leave dots out of the names of your network"
         )
     try:
-        save_file(arrays, path, metadata={"format": "np"})
+        content = save(arrays, metadata={"format": "np"})
     except (KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"parameters must be of types that safetensors has, got {shortened(str(error))}; let your network keep "
             f"float32"
         ) from error
+    path.write_bytes(content)  # `save_file` would let nobody but its owner read the file
 
 
 def read_weights(network: Network, path: Path) -> Params:

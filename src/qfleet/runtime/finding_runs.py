@@ -5,9 +5,16 @@ import sys
 from pathlib import Path
 
 from qfleet.config import ConfigError
+from qfleet.runtime.zoo import resolve_zoo
 
 RUN_HELP = "The run's folder, the beginning of its name, or `latest`: the newest run in runs/."
 """What the help says about RUN."""
+
+POLICY_HELP = (
+    f"{RUN_HELP.removesuffix('.')}. Or the folder of an exported policy, or an agent that comes with qfleet, "
+    "as zoo:cartpole; `qfleet zoo` lists them."
+)
+"""What it says where a policy is all that is needed."""
 
 _RUNS = Path("runs")
 
@@ -16,11 +23,13 @@ def find_run(text: str) -> str:
     """Returns the folder of a run: `text` itself, or what it stands for among the runs below runs/.
 
     `latest` is the run that began last. Any other text may be the beginning of one run's name, with or without `runs/`.
-    What it stands for is said on stderr. A text that stands for nothing is returned as it is.
+    What it stands for is said on stderr. A text that stands for nothing is returned as it is. `zoo:` and a name stand
+    for an agent that comes with qfleet.
 
     Raises:
-      ConfigError: if it stands for several runs, or there is no run yet.
+      ConfigError: if it stands for several runs, there is no run yet, or the zoo has no such agent.
     """
+    text = str(resolve_zoo(text))
     try:
         if not text or Path(text).exists():
             return text
