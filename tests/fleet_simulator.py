@@ -217,8 +217,8 @@ class SimulatedConnection:
 class SimulatedProcess(RemoteProcess):
     """A place in the run, whose processes are hosts in a world."""
 
-    def __init__(self, world: "World", *arguments: Any) -> None:
-        super().__init__(*arguments, inherits=True)
+    def __init__(self, world: "World", *arguments: Any, labels: Mapping[str, str] | None = None) -> None:
+        super().__init__(*arguments, inherits=True, labels=labels)
         self._world = world
 
     def _launch(self) -> Host:

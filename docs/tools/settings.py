@@ -77,6 +77,7 @@ def unit_of(name: str) -> str:
     if name in _UNITS:
         return _UNITS[name]
     for ending, unit in (
+        ("node_labels", "labels"),
         ("env_steps", "environment steps"),
         ("learner_steps", "learner steps"),
         ("seconds", "seconds"),

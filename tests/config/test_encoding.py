@@ -29,9 +29,12 @@ AS_RUN = [
     OverlappedConfig(num_env_workers=2, profile=True),
     AllReduceConfig(num_processes=4, coordinator="host:1", process_id=2),
     GossipConfig(num_processes=4, gossip_period_learner_steps=7, lock_step=True),
-    ActorLearnerConfig(num_actors=3, actor_resources={"CPU": 2.0}, actor_epsilon_base=0.3),
+    ActorLearnerConfig(
+        num_actors=3, actor_resources={"CPU": 2.0}, actor_epsilon_base=0.3, ray_address="auto",
+        actor_node_labels={"market": "in(spot,preemptible)"},
+    ),
     ParameterServerConfig(num_workers=3, max_loss_deviations=None, gradient_dtype="bfloat16"),
-]
+]  # fmt: skip
 
 
 def test_the_tests_below_cover_every_topology():
@@ -66,9 +69,16 @@ def v4(config: TrainConfig) -> dict:
     return content
 
 
+def v6(config: TrainConfig) -> dict:
+    """Returns a run's config as the sixth version wrote it, when no process chose its node."""
+    content = json.loads(json.dumps(encode(config)))
+    topology = content["topology"]
+    return {**content, "topology": {name: topology[name] for name in topology if not name.endswith("_node_labels")}}
+
+
 def v5(config: TrainConfig) -> dict:
     """Returns a run's config as the fifth version wrote it, when all values were scalars."""
-    content = json.loads(json.dumps(encode(config)))
+    content = v6(config)
     for name in ADDED_IN_6:
         del content["agent"][name]
     return content
@@ -158,6 +168,15 @@ def test_a_run_of_the_fifth_version_keeps_its_scalar_values():
     config = qfleet.make_config("CartPole-v1", "rainbow_lite")
     assert decode(v5(config), schema_version=5) == config
     assert config.agent.head == "scalar" and not config.agent.noisy and not config.agent.munchausen
+
+
+@pytest.mark.parametrize("topology", [kind() for kind in TOPOLOGIES.values()], ids=lambda topology: topology.name)
+def test_processes_of_a_run_of_the_sixth_version_go_to_any_node(topology):
+    config = dataclasses.replace(qfleet.make_config("CartPole-v1", "double_dqn"), topology=topology)
+    assert decode(v6(config), schema_version=6) == config
+    if topology.name not in ("fused", "overlapped"):
+        with pytest.raises(ConfigError, match=r"config.topology must have .* missing .*_node_labels'"):
+            decode(v6(config))
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "2"])

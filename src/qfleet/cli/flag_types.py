@@ -96,7 +96,8 @@ def _option(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 def _mapping(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
     if info.type_origin is not collections.abc.Mapping:
         return None
-    read = float if typing.get_args(info.type)[1] is float else read_option
+    kind = typing.get_args(info.type)[1]
+    read = read_option if kind is Any else kind
     return PrimitiveConstructorSpec(
         nargs="*",
         metavar="[NAME VALUE ...]",

@@ -101,6 +101,8 @@ def parse(arguments: Sequence[str]) -> tuple[_ResumeFlags, dict[str, Any]]:
     if flags.env_steps is not None:
         check_count("env_steps", flags.env_steps)
     check_checkpoint(flags.checkpoint)
+    if flags.ray_address is not None and any(name.endswith("_node_labels") for name in given):
+        given["ray_address"] = flags.ray_address  # labels need an address of a cluster
     return flags, given
 
 

@@ -13,7 +13,7 @@ from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
 from qfleet.config.values import show
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 
 
 def encode(config: TrainConfig) -> dict[str, Any]:
@@ -120,6 +120,15 @@ def _migrate_from_5(content: Any) -> Any:
     return {**content, "agent": {**_ADDED_IN_6, **content["agent"]}}
 
 
+def _migrate_from_6(content: Any) -> Any:
+    """Adds the labels of nodes, which no process asked for."""
+    if not isinstance(content, dict) or not isinstance(content.get("topology"), dict):
+        return content  # decoding refuses it
+    topology = content["topology"]
+    new: dict[str, Any] = {name: {} for name in _ADDED_TO_TOPOLOGIES_IN_7.get(str(topology.get("name")), ())}
+    return {**content, "topology": {**new, **topology}}
+
+
 _ADDED_IN_6 = {
     "head": "scalar",
     "num_atoms": 51,
@@ -158,12 +167,21 @@ _ADDED_IN_6 = {
 }
 """Fields of `AgentConfig` that version 6 added, with values that change nothing."""
 
+_ADDED_TO_TOPOLOGIES_IN_7 = {
+    "all-reduce": ("process_node_labels",),
+    "gossip": ("process_node_labels",),
+    "actor-learner": ("actor_node_labels", "learner_node_labels", "replay_node_labels"),
+    "parameter-server": ("worker_node_labels", "server_node_labels", "replay_node_labels"),
+}
+"""Fields that version 7 added to topologies."""
+
 _MIGRATIONS: dict[int, Callable[[Any], Any]] = {
     1: _migrate_from_1,
     2: _migrate_from_2,
     3: _migrate_from_3,
     4: _migrate_from_4,
     5: _migrate_from_5,
+    6: _migrate_from_6,
 }
 """Functions that convert content to the next version, by the version that they convert from."""
 

@@ -17,6 +17,7 @@ from qfleet.config.checks import (
     check_silence,
 )
 from qfleet.config.lane_options import LaneOptions
+from qfleet.config.node_labels import check_node_labels
 from qfleet.config.topology import Division, MeshConfig, TopologyConfig, check_learns_while_others_act
 
 _EPSILON_PER_ACTOR = (
@@ -68,6 +69,7 @@ class RayTopologyConfig(TopologyConfig):
         check_ray_address(self.ray_address)
         check_silence(self.silence_seconds)
         check_count("max_restarts", self.max_restarts, minimum=0)
+        check_node_labels(self)
 
     @property
     def cpu_devices(self) -> int:
@@ -115,6 +117,13 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     learner_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Ray resources that the learner takes.
     The default is one CPU, and one GPU for each device of the learner's mesh if the cluster has that many."""
+    actor_node_labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the nodes for the actors, such as `market spot`; see `learner_node_labels`."""
+    learner_node_labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the node for the learner, as given to `ray start --labels`. Empty leaves the choice to Ray.
+    Each is VALUE, !VALUE (any other, or none), in(VALUE,VALUE) or !in(VALUE,VALUE). They need Ray 2.50 or newer."""
+    replay_node_labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the nodes for the shards of the replay; see `learner_node_labels`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -219,6 +228,13 @@ class ParameterServerConfig(RayTopologyConfig):
     worker_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """Ray resources that each worker takes.
     The default is one CPU, which is also what each shard of the server and of the replay takes."""
+    worker_node_labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the nodes for the workers, such as `market spot`; see `server_node_labels`."""
+    server_node_labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the nodes for the shards of the server, as given to `ray start --labels`. Empty leaves it to Ray.
+    Each is VALUE, !VALUE (any other, or none), in(VALUE,VALUE) or !in(VALUE,VALUE). They need Ray 2.50 or newer."""
+    replay_node_labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the nodes for the shards of a replay that all workers share; see `server_node_labels`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,6 +246,9 @@ class ParameterServerConfig(RayTopologyConfig):
         check(fits, "num_replay_shards", f"at most num_workers={self.num_workers}", self.num_replay_shards)
         check_positive(self, "max_loss_deviations", or_none=", or None")
         check_resources("worker_resources", self.worker_resources)
+        rule = "left out with num_replay_shards=0, because workers then keep their transitions themselves"
+        has_effect = self.num_replay_shards > 0 or not self.replay_node_labels
+        check(has_effect, "replay_node_labels", rule, dict(self.replay_node_labels))
 
     @property
     def num_busy_processes(self) -> int:
@@ -303,6 +322,9 @@ class GossipConfig(LaneOptions, RayTopologyConfig):
     """Devices of each peer. A CPU is divided into that many devices."""
     gossip_period_learner_steps: int = 100
     """Learner steps after its last exchange when a peer starts another exchange, with a peer chosen at random."""
+    process_node_labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the nodes for the peers, as given to `ray start --labels`. Empty leaves the choice to Ray.
+    Each is VALUE, !VALUE (any other, or none), in(VALUE,VALUE) or !in(VALUE,VALUE). They need Ray 2.50 or newer."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

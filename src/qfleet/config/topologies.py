@@ -17,6 +17,7 @@ from qfleet.config.checks import (
 )
 from qfleet.config.errors import ConfigError, suggest
 from qfleet.config.lane_options import LaneOptions
+from qfleet.config.node_labels import check_node_labels
 from qfleet.config.ray_topologies import ActorLearnerConfig, GossipConfig, ParameterServerConfig
 from qfleet.config.topology import Division, EnvironmentKind, MeshConfig, TopologyConfig
 
@@ -127,6 +128,9 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
     ray_address: str | None = None
     """Address of a Ray cluster that places the processes, one per host or GPU: `auto` or HOST:PORT.
     With `local`, a cluster is started on this machine and ends with the run. None does without Ray."""
+    process_node_labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Labels of the nodes on which Ray places the processes, as given to `ray start --labels`.
+    Each is VALUE, !VALUE (any other, or none), in(VALUE,VALUE) or !in(VALUE,VALUE). They need Ray 2.50 or newer."""
     silence_seconds: float = 60.0
     """Longest time that a process may be silent. One that is silent for longer counts as lost, like one that died.
     Then all processes stop, and start again from the newest checkpoint."""
@@ -155,6 +159,7 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
             rule = "given without coordinator and process_id, because Ray places all processes"
             check(not by_hand, "ray_address", rule, (self.ray_address, self.coordinator, self.process_id))
             check_ray_address(self.ray_address)
+        check_node_labels(self)
         if self.coordinator is not None and self.process_id is not None:
             check(is_host_and_port(self.coordinator), "coordinator", "HOST:PORT", self.coordinator)
             known = f"0 to num_processes - 1 = {self.num_processes - 1}"
@@ -213,9 +218,9 @@ class AllReduceConfig(LaneOptions, TopologyConfig):
                     f"ray_address, got {settings.get('process_id')} and {settings.get('ray_address')}; leave them out, "
                     f"or give HOST:PORT"
                 )
-            changes |= {"coordinator": None, "process_id": None, "ray_address": None}
+            changes |= {"coordinator": None, "process_id": None, "ray_address": None, "process_node_labels": {}}
         elif "coordinator" in settings or "process_id" in settings:
-            changes.setdefault("ray_address", None)
+            changes = {"ray_address": None, "process_node_labels": {}} | changes
         elif "ray_address" in settings:
             changes |= {"coordinator": None, "process_id": None}
         return super().with_processes(changes)

@@ -185,7 +185,7 @@ def _describe(kind: Any) -> str:
     if origin is tuple:
         return f"a tuple, each item {_describe(arguments[0])}"
     if origin is collections.abc.Mapping:
-        return "a mapping of names to values" if arguments[1] is Any else "a mapping of names to numbers"
+        return f"a mapping of names to {_PLURALS[arguments[1]]}"
     words = {
         int: "a whole number",
         float: "a number",
@@ -195,6 +195,8 @@ def _describe(kind: Any) -> str:
     }
     return words.get(kind) or f"of class {kind.__name__}"
 
+
+_PLURALS = {Any: "values", float: "numbers", str: "text"}
 
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 

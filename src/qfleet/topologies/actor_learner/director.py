@@ -132,12 +132,16 @@ class ActorLearnerDirector(FleetDirector[ActorLearnerStats, ActorLearnerMachine]
         return self._needed()
 
     def _start_processes(self) -> None:
-        resources = dict(self._topology.learner_resources) or default_resources(self._topology.mesh.num_devices)
-        actor_resources = dict(self._topology.actor_resources) or ONE_CPU
+        topology = self._topology
+        resources = dict(topology.learner_resources) or default_resources(topology.mesh.num_devices)
+        actor_resources = dict(topology.actor_resources) or ONE_CPU
         variables = {} if resources.get("GPU") else {"JAX_PLATFORMS": "cpu"}
-        self._start_process(LEARNER, RemoteLearner, (self._config,), resources, variables)
+        labels = topology.learner_node_labels
+        self._start_process(LEARNER, RemoteLearner, (self._config,), resources, variables, labels)
         for i, shard in enumerate(self.machine.replay.shards):
-            self._start_process(shard, RemoteReplayShard, (self._config, i), actor_resources, IN_LINE)
+            arguments, labels = (self._config, i), topology.replay_node_labels
+            self._start_process(shard, RemoteReplayShard, arguments, actor_resources, IN_LINE, labels)
         for i, actor in enumerate(self.machine.actors.each):
-            self._start_process(actor.process, RemoteActor, (self._config, i), actor_resources, IN_LINE)
+            arguments, labels = (self._config, i), topology.actor_node_labels
+            self._start_process(actor.process, RemoteActor, arguments, actor_resources, IN_LINE, labels)
         self._tell(Started())

@@ -20,9 +20,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from qfleet.config import AllReduceConfig, ConfigError
+from qfleet.config.node_labels import node_labels
 from qfleet.runtime.child_process import ChildProcess, cause_of, share_cores
 from qfleet.topologies.all_reduce.processes import JoinInfo, ProcessGroup, ProcessLost, ProcessState, free_port
-from qfleet.topologies.fleet.cluster import connected, in_words, last_line, room, variables
+from qfleet.topologies.fleet.cluster import check_can_choose_nodes, connected, in_words, last_line, room, variables
 
 _LISTEN_SECONDS = 0.2
 """Longest wait of an actor for its process to report. It handles no other call meanwhile."""
@@ -140,6 +141,7 @@ def groups_on_ray(
         return RayProcessGroup(config, make_command, log_folder, is_first=num_made == 1)
 
     with connected(config.ray_address, config.num_processes, "ray_address"):
+        check_can_choose_nodes(node_labels(config))
         yield make_group
 
 
@@ -204,22 +206,24 @@ class RayProcessGroup:
 
     def _reserve(self, must_stop: Callable[[], bool]) -> None:
         """Reserves room for each process, spread over as many nodes as possible, and starts an actor in each."""
-        patience, num_gpus = self._config.silence_seconds, 0
+        patience, labels, num_gpus = self._config.silence_seconds, self._config.process_node_labels, 0
         if ray.cluster_resources().get("GPU", 0) and os.environ.get("JAX_PLATFORMS") != "cpu":
             num_gpus = self._config.devices_per_process
         bundle = {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
-        self._reserved = placement_group([bundle] * self._config.num_processes, strategy="SPREAD")
+        num = self._config.num_processes
+        selectors = {"bundle_label_selector": [dict(labels)] * num} if labels else {}  # which an older Ray doesn't know
+        self._reserved = placement_group([bundle] * num, strategy="SPREAD", **selectors)
         deadline = time.monotonic() + patience
         while not self._reserved.wait(_LISTEN_SECONDS):
             if must_stop():
                 raise KeyboardInterrupt
             if time.monotonic() > deadline:
                 raise (ConfigError if self._is_first else ProcessLost)(
-                    f"a Ray cluster must have room for num_processes={self._config.num_processes} times "
-                    f"{in_words(bundle)}, got {room(bundle)} for {patience:g} s; add nodes, or give a smaller "
-                    f"--num-processes"
+                    f"a Ray cluster must have room for num_processes={num} times {in_words(bundle, labels)}, got "
+                    f"{room(bundle, labels)} for {patience:g} s; add nodes, or give a smaller "
+                    f"--num-processes{', or other labels' if labels else ''}"
                 )
-        for i in range(self._config.num_processes):
+        for i in range(num):
             strategy = PlacementGroupSchedulingStrategy(self._reserved, placement_group_bundle_index=i)
             actor = ray.remote(_ProcessActor).options(num_cpus=1, num_gpus=num_gpus, scheduling_strategy=strategy)
             self._actors.append(actor.remote())

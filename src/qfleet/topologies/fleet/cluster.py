@@ -5,6 +5,7 @@ alone and ends with the run.
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -16,7 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from qfleet.config import ConfigError
+from qfleet.config.node_labels import has_labels
 from qfleet.config.python_path import module_folder_variables
 
 try:
@@ -26,6 +30,11 @@ except ImportError as error:
 
 from qfleet.topologies.fleet.private_folder import private_folder
 from qfleet.topologies.fleet.ray_internals import on_loopback, path_of_this_process_only, read_variables_again
+
+logger = logging.getLogger("qfleet")
+
+_FIRST_WITH_LABELS = Version("2.50")
+"""Oldest version of Ray that chooses nodes by labels in the way that is asked for here."""
 
 _PASSED_ON = ("GLOO_", "JAX_", "NCCL_", "QFLEET_", "XLA_")
 """Prefixes of the variables that processes take from the launcher's environment instead of their node's."""
@@ -104,19 +113,56 @@ def variables() -> dict[str, str]:
     return found | {"PYTHONPATH": os.pathsep.join(own)}
 
 
-def room(resources: Iterable[str]) -> str:
-    """Returns in words how much of these resources the cluster has free, and how much it has in total."""
+def check_can_choose_nodes(wanted: Mapping[str, Mapping[str, str]]) -> None:
+    """Checks that Ray can choose nodes by labels. If no node has the labels yet, warns of that.
+
+    Args:
+      wanted: labels that nodes must have, by the setting that asks for them.
+
+    Raises:
+      ConfigError: if this version of Ray can't.
+    """
+    if wanted and Version(ray.__version__) < _FIRST_WITH_LABELS:
+        raise ConfigError(
+            f"{' and '.join(wanted)} must come with Ray {_FIRST_WITH_LABELS} or newer, got {ray.__version__}; "
+            f"pip install --upgrade ray"
+        )
+    for setting, labels in wanted.items():
+        if not _num_nodes(labels)[0]:
+            logger.warning(
+                "no node of the Ray cluster has %s yet, which %s asks for; waiting for one",
+                in_words({}, labels),
+                setting,
+            )
+
+
+def _num_nodes(labels: Mapping[str, str]) -> tuple[int, int]:
+    """Returns how many nodes of the cluster have these labels, and how many nodes there are."""
+    nodes = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    return sum(has_labels(node, labels) for node in nodes), len(nodes)
+
+
+def room(resources: Iterable[str], labels: Mapping[str, str]) -> str:
+    """Returns in words how much of these resources the cluster has free, how much it has, and where.
+
+    Args:
+      resources: names of resources.
+      labels: that a node must have.
+    """
     names = list(resources)
     free, total = (
         in_words({name: amounts.get(name, 0) for name in names})
         for amounts in (ray.available_resources(), ray.cluster_resources())
     )
-    return f"{free} free of {total}"
+    matching, num_nodes = _num_nodes(labels)
+    where = f", and {matching} of {num_nodes} nodes with {in_words({}, labels)}" if labels else ""
+    return f"{free} free of {total}{where}"
 
 
-def in_words(amounts: Mapping[str, float]) -> str:
-    """Returns amounts in words, such as `1 CPU and 2 GPU`."""
-    return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+def in_words(amounts: Mapping[str, float], labels: Mapping[str, str] | None = None) -> str:
+    """Returns what a process wants of a node in words, such as `1 CPU and 2 GPU and label zone=a`."""
+    wanted = [f"{amount:g} {name}" for name, amount in amounts.items()]
+    return " and ".join(wanted + [f"label {name}={value}" for name, value in (labels or {}).items()])
 
 
 def last_line(error: Exception) -> str:

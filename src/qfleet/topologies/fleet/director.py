@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from qfleet.config import ConfigError
+from qfleet.config.node_labels import node_labels
+from qfleet.config.ray_topologies import RayTopologyConfig
 from qfleet.runtime.checkpoint_files import NotSaved
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.topologies.base import StateIsLost
 from qfleet.topologies.fleet.calls import Inbox, ValueIsLost
-from qfleet.topologies.fleet.cluster import connected, in_words, is_local, room
+from qfleet.topologies.fleet.cluster import check_can_choose_nodes, connected, is_local, room
 from qfleet.topologies.fleet.references import Reference
 from qfleet.topologies.fleet.remote_process import RemoteProcess, cpus_for
 from qfleet.topologies.fleet.stats import DirectorStats
@@ -55,16 +57,15 @@ class Director(abc.ABC, Generic[S]):
     _resource_flags: str
     """The flags to make smaller if there is no room for these processes."""
 
-    def __init__(self, ray_address: str, silence_seconds: float, max_restarts: int) -> None:
+    def __init__(self, topology: RayTopologyConfig) -> None:
         """Starts nothing yet.
 
         Args:
-          ray_address: of the cluster.
-          silence_seconds: time without a reply after which a process that has been sent a request is replaced.
-          max_restarts: number of times that one process may be replaced within ten minutes.
+          topology: of the run: the cluster, and when a process is replaced.
         """
-        self._ray_address, self._silence_seconds = ray_address, silence_seconds
-        self._supervisor = Supervisor(silence_seconds, max_restarts)
+        self._ray_address, self._silence_seconds = topology.ray_address, topology.silence_seconds
+        self._labels = node_labels(topology)
+        self._supervisor = Supervisor(topology.silence_seconds, topology.max_restarts)
         self.checkpoints_path: Path | None = None
         """Folder of the checkpoints from which replaced processes go on; None makes them begin anew."""
         self._stats, self._counting_since = self._new_stats(), time.perf_counter()
@@ -138,6 +139,7 @@ class Director(abc.ABC, Generic[S]):
         """
         num_cpus = cpus_for(self._resources())
         inherits = self._stack.enter_context(connected(self._ray_address, num_cpus, "ray_address"))
+        check_can_choose_nodes(self._labels)
         self._make_process = functools.partial(RemoteProcess, inherits=inherits)
         inbox = Inbox()
         self._supervisor.open(inbox, carrier_of(inbox, is_one_machine=is_local()))
@@ -153,8 +155,8 @@ class Director(abc.ABC, Generic[S]):
                 if time.monotonic() > deadline:
                     raise ConfigError(
                         f"a Ray cluster must have room for {self._needs_in_words}, got none for {missing.name} with "
-                        f"{in_words(missing.resources)} in {patience:g} s, {room(missing.resources)}; add nodes, or "
-                        f"give smaller values for {self._resource_flags}"
+                        f"{missing.wants} in {patience:g} s, {room(missing.resources, missing.labels)}; add nodes, or "
+                        f"give smaller values for {self._resource_flags}{', or other labels' if missing.labels else ''}"
                     )
                 self._lock.wait(_WAIT_SECONDS)
 
@@ -266,7 +268,7 @@ class Director(abc.ABC, Generic[S]):
     def _check_have_places(self, processes: Sequence[RemoteProcess]) -> None:
         for process in processes:
             if not process.is_ready and self._supervisor.clock() - process.started_at > _LOST_SECONDS:
-                raise StateIsLost(f"{process.name} is lost, and found no node with {in_words(process.resources)} yet")
+                raise StateIsLost(f"{process.name} is lost, and found no node with {process.wants} yet")
 
     def _post(self, function: Callable[[], None]) -> None:
         """Makes the director's thread call a function."""

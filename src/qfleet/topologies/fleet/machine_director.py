@@ -75,7 +75,7 @@ class MachineDirector(Director[D], Generic[D, M]):
           read_replay: reads the replay of a checkpoint, as one replay for all shards.
         """
         self._pool, self.machine, self._read_learner, self._read_replay = pool, machine, read_learner, read_replay
-        super().__init__(topology.ray_address, topology.silence_seconds, topology.max_restarts)
+        super().__init__(topology)
         self._processes: dict[ProcessId, RemoteProcess[Any]] = {}
 
     # --- What each topology implements ---
@@ -188,10 +188,11 @@ class MachineDirector(Director[D], Generic[D, M]):
         arguments: tuple,
         resources: Mapping[str, float],
         variables: Mapping[str, str],
+        labels: Mapping[str, str],
     ) -> None:
         on_lost, on_ready = (functools.partial(self._tell, event) for event in (Lost(process), Ready(process)))
         made: RemoteProcess[Any] = self._make_process(
-            process.name, kind, arguments, resources, variables, on_lost, on_ready
+            process.name, kind, arguments, resources, variables, on_lost, on_ready, labels=labels
         )
         self._processes[process] = self._supervisor.add(made)
 

@@ -13,7 +13,7 @@ import ray
 from qfleet.runtime.devices import compute_in_line, use_cpu_only
 from qfleet.topologies.fleet.calls import Call, Connection
 from qfleet.topologies.fleet.channel import Welcome, serve
-from qfleet.topologies.fleet.cluster import variables
+from qfleet.topologies.fleet.cluster import in_words, variables
 from qfleet.topologies.fleet.references import Reference, dump, load
 
 P = TypeVar("P")
@@ -76,6 +76,7 @@ class RemoteProcess(Generic[P]):
         on_ready: Callable[[], None] = lambda: None,
         *,
         inherits: bool = False,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
         """Describes the process; `start` starts it.
 
@@ -89,6 +90,7 @@ class RemoteProcess(Generic[P]):
           on_ready: called when the process has found a node and its constructor has finished.
           inherits: whether Ray's processes inherit `variables` from this one. If not, Ray must set them, and takes
             twice as long to start a process.
+          labels: that the node must have.
         """
         amounts = dict(resources)
         options: dict[str, Any] = {
@@ -98,7 +100,9 @@ class RemoteProcess(Generic[P]):
         }
         if not inherits:
             options["runtime_env"] = {"env_vars": variables()}
-        self.name, self.resources = name, dict(resources)
+        if labels:  # which an older Ray doesn't know
+            options["label_selector"] = dict(labels)
+        self.name, self.resources, self.labels = name, dict(resources), dict(labels or {})
         self._kind, self._options, self._arguments = kind, options, (dict(environment), *arguments)
         self.on_lost, self.on_ready = on_lost, on_ready
         self.calls: collections.deque[Call] = collections.deque()
@@ -118,6 +122,11 @@ class RemoteProcess(Generic[P]):
     def is_ready(self) -> bool:
         """Whether the process has a node and its constructor has finished."""
         return self.place is not None
+
+    @property
+    def wants(self) -> str:
+        """What the process wants of a node, in words."""
+        return in_words(self.resources, self.labels)
 
     def start(self, now: float) -> None:
         """Starts a process in this place; `now` is the time, in seconds."""

@@ -11,7 +11,7 @@ import ray
 from qfleet.config import RunFailed
 from qfleet.topologies.fleet.calls import Call, Carrier, Connection, Failure, Inbox
 from qfleet.topologies.fleet.channel import Switchboard
-from qfleet.topologies.fleet.cluster import in_words, last_line
+from qfleet.topologies.fleet.cluster import last_line
 from qfleet.topologies.fleet.ray_calls import RayCarrier
 from qfleet.topologies.fleet.references import Reference, dump, load
 from qfleet.topologies.fleet.remote_process import InRemoteProcess, RemoteProcess
@@ -257,8 +257,8 @@ class Supervisor:
             patience = self._silence_seconds * (1 if call.method in process.has_replied_to else _SLOW_STARTS)
             if not process.is_ready:
                 if silence > self._silence_seconds:
-                    seconds, wanted = now - process.started_at, in_words(process.resources)
-                    logger.warning("%s has waited %.0f s for a node with %s", process.name, seconds, wanted)
+                    seconds = now - process.started_at
+                    logger.warning("%s has waited %.0f s for a node with %s", process.name, seconds, process.wants)
                     process.replied_at = now
             elif silence > patience:
                 cause = f"has not replied to {call.method} for {silence:.0f} s"

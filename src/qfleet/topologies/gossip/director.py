@@ -155,7 +155,8 @@ class GossipDirector(MachineDirector[GossipStats, GossipMachine]):
         resources, environment = _needs_of_one_peer(self._topology)
         for i, peer in enumerate(self.machine.peers):
             arguments = (peer_config(self._config, i, is_in_graph=self._is_in_graph), self._make_run)
-            self._start_process(peer.process, RemotePeer, arguments, resources, environment)
+            labels = self._topology.process_node_labels
+            self._start_process(peer.process, RemotePeer, arguments, resources, environment, labels)
         self._tell(Started())
 
 

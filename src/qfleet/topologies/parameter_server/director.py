@@ -196,12 +196,16 @@ class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
         return [*self._servers, *self._replays]
 
     def _start_processes(self) -> None:
-        resources = dict(self._topology.worker_resources) or ONE_CPU
+        topology = self._topology
+        resources = dict(topology.worker_resources) or ONE_CPU
         environment = {} if resources.get("GPU") else IN_LINE
         for i, shard in enumerate(self.machine.server.shards):
-            self._start_process(shard, RemoteServerShard, (self._config, i), ONE_CPU, IN_LINE)
+            arguments, labels = (self._config, i), topology.server_node_labels
+            self._start_process(shard, RemoteServerShard, arguments, ONE_CPU, IN_LINE, labels)
         for i, shard in enumerate(self.machine.replay.shards if self.machine.shares_replay else []):
-            self._start_process(shard, RemoteReplayShard, (self._config, i), ONE_CPU, IN_LINE)
+            arguments, labels = (self._config, i), topology.replay_node_labels
+            self._start_process(shard, RemoteReplayShard, arguments, ONE_CPU, IN_LINE, labels)
         for i, worker in enumerate(self.machine.actors.each):
-            self._start_process(worker.process, RemoteWorker, (self._config, i), resources, environment)
+            arguments, labels = (self._config, i), topology.worker_node_labels
+            self._start_process(worker.process, RemoteWorker, arguments, resources, environment, labels)
         self._tell(Started())
