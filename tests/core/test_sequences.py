@@ -64,7 +64,7 @@ def case():
         jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes) for _ in range(2)
     )
     ring = random_ring()
-    batch = sequences(ring, jnp.arange(LANES, dtype=jnp.uint32), WEIGHT, CONFIG, frame_stack=1)
+    batch = sequences(ring, jnp.arange(LANES, dtype=jnp.uint32), WEIGHT, CONFIG, CONFIG.discount, frame_stack=1)
     return network, params, target_params, ring.rows, batch
 
 

@@ -21,8 +21,8 @@ def open_study(journal: Path, space: list[Parameter] = SPACE) -> Study:
 
 def train(study: Study, num_trials: int) -> None:
     """Trains trials of which n_step alone decides the result."""
-    while trial := study.begin(num_trials):
-        study.tell("complete", float(trial.settings["n_step"]))
+    while trials := study.begin(num_trials):
+        study.tell(trials[0].number, "complete", float(trials[0].settings["n_step"]))
 
 
 def test_wherever_a_process_is_killed_the_study_goes_on_with_the_same_trial(tmp_path: Path) -> None:
@@ -34,11 +34,11 @@ def test_wherever_a_process_is_killed_the_study_goes_on_with_the_same_trial(tmp_
     for length in range(len(before), len(content) + 1, 13):
         journal.write_bytes(content[:length])
         study = open_study(journal)
-        trial = study.begin(3)
-        assert trial is not None and trial.number == 2
+        (trial,) = study.begin(3)
+        assert trial.number == 2
         assert 1e-4 <= trial.settings["learning_rate"] <= 1e-2 and trial.settings.keys() == trial.texts.keys()
-        study.tell("complete", 1.0)
-        assert open_study(journal).begin(3) is None
+        study.tell(2, "complete", 1.0)
+        assert not open_study(journal).begin(3)
         assert [record.state for record in open_study(journal).records] == ["complete"] * 3
 
 
@@ -54,17 +54,36 @@ def test_proposals_do_not_depend_on_restarts_and_do_not_repeat(tmp_path: Path) -
 
 def test_what_is_worse_than_the_median_is_stopped_but_not_too_early(tmp_path: Path) -> None:
     study = open_study(tmp_path / "journal.log")
-    for _ in range(5):
+    for number in range(5):
         study.begin(9)
-        assert not any(study.report(step, 10.0 * step) for step in range(1, 8))
-        study.tell("complete", 80.0)
+        assert not any(study.report(number, step, 10.0 * step) for step in range(1, 8))
+        study.tell(number, "complete", 80.0)
     study.begin(9)
-    assert [study.report(step, 1.0) for step in (1, 2)] == [False, True]
-    assert not study.report(2, 1.0)  # which was reported, before a kill for example
-    assert not study.report(3, float("nan"))
-    study.tell("pruned")
+    assert [study.report(5, step, 1.0) for step in (1, 2)] == [False, True]
+    assert not study.report(5, 2, 1.0)  # which was reported, before a kill for example
+    assert not study.report(5, 3, float("nan"))
+    study.tell(5, "pruned")
     pruned = study.records[5]
     assert (pruned.state, pruned.value) == ("pruned", 1.0)
+
+
+def test_a_batch_is_proposed_before_any_result_and_goes_on_as_a_whole(tmp_path: Path) -> None:
+    study = open_study(tmp_path / "journal.log")
+    first = study.begin(40, 16)
+    assert [trial.number for trial in first] == list(range(16))
+    assert len({trial.settings["learning_rate"] for trial in first}) == 16
+    for trial in first[:10]:
+        study.tell(trial.number, "complete", float(trial.settings["n_step"]))
+    restarted = open_study(tmp_path / "journal.log")
+    assert restarted.begin(40, 16) == first[10:]
+    for trial in first[10:]:
+        restarted.tell(trial.number, "complete", 1.0)
+    second = restarted.begin(20, 16)
+    assert [trial.number for trial in second] == [16, 17, 18, 19]
+    assert len({trial.settings["learning_rate"] for trial in [*first, *second]}) == 20
+    lists: list[Parameter] = [Choices("n_step", {"1": 1, "3": 3, "5": 5})]
+    (a, b, c) = open_study(tmp_path / "lists.log", lists).begin(9, 16)
+    assert {a.settings["n_step"], b.settings["n_step"], c.settings["n_step"]} == {1, 3, 5}
 
 
 def test_lists_are_tried_in_every_combination_once(tmp_path: Path) -> None:
@@ -92,11 +111,11 @@ def test_the_setting_that_decides_is_the_most_important(tmp_path: Path) -> None:
 
 def test_the_best_come_first_and_failures_last(tmp_path: Path) -> None:
     study = open_study(tmp_path / "journal.log")
-    for value in (1.0, 3.0, 2.0):
+    for number, value in enumerate((1.0, 3.0, 2.0)):
         study.begin(5)
-        study.tell("complete", value)
+        study.tell(number, "complete", value)
     study.begin(5)
-    study.tell("failed", error="no memory")
+    study.tell(3, "failed", error="no memory")
     study.begin(5)
     records = best_first(study.records)
     assert [record.number for record in records] == [1, 2, 0, 3, 4]

@@ -20,7 +20,8 @@ from qfleet.runtime.progress import can_move_cursor
 
 if TYPE_CHECKING:
     from qfleet.sweeps.directory import SweepDirectory
-    from qfleet.sweeps.sweep import SweepResult, SweepView
+    from qfleet.sweeps.sweep import SweepResult
+    from qfleet.sweeps.training import SweepView
 
 MAX_ROWS = 20
 """Most trials in the table at the end; sweep.html has all."""
@@ -28,14 +29,14 @@ MAX_ROWS = 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _SweepFlags:
-    """Trains with different settings, one trial after the other, and says which of them reach the highest return.
+    """Trains with different settings, and says which of them reach the highest return.
 
     Every flag of `qfleet train` is taken too, and holds for all trials. The result of a trial is the mean return of its
     last evaluation, over all episodes of all seeds. The sweep's folder (--run-dir) has the run of each trial, and at
     the end best.json with the best settings and sweep.html with what was found.
 
-    Whatever has ended a sweep, the same command goes on with it: without the trials that have ended, and with the one
-    that was under way from its newest checkpoint.
+    Whatever has ended a sweep, the same command goes on with it: without the trials that have ended, and with those
+    that were under way from their newest checkpoints.
     """
 
     env: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[ENV]")] = None
@@ -45,6 +46,9 @@ class _SweepFlags:
     NAME is a setting of the agent or the topology, or env_steps. A list may have numbers, words, yes and no."""
     trials: int | None = None
     """Number of trials, 50 by default. A sweep that has come to its end goes on if it is larger."""
+    trials_at_once: int | None = None
+    """Trials in a batch. Those that differ only in numbers such as the learning rate are trained in one program.
+    By default so many that they have 16 seeds in all, at least 2, if such a number varies; otherwise 1."""
     seeds: int | None = None
     """Number of seeds of each trial, as --num-seeds. One program trains them where the environment is in JAX."""
     prune: bool = True
@@ -74,7 +78,9 @@ def run(arguments: Sequence[str]) -> int:
 
 def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns the command's own flags with their values, and all other arguments, which are those of `qfleet train`."""
-    kinds = {field.name: field.type for field in dataclasses.fields(_SweepFlags) if field.name != "env"}
+    kinds = {
+        field.name.replace("_", "-"): field.type for field in dataclasses.fields(_SweepFlags) if field.name != "env"
+    }
     own: list[str] = []
     others: list[str] = []
     waiting = list(arguments)
@@ -115,19 +121,24 @@ def _opened(flags: _SweepFlags, others: list[str]) -> "tuple[SweepDirectory, tup
 
     digest = digest_of(_without_run_dir(others), params, flags.prune, _content(value_of("--config", others)))
     trials = 50 if flags.trials is None else flags.trials
-    return open_sweep(request.config, params, trials, prune=flags.prune, request=digest), request.log
+    directory = open_sweep(
+        request.config, params, trials, prune=flags.prune, request=digest, trials_at_once=flags.trials_at_once
+    )
+    return directory, request.log
 
 
 def _reopened(flags: _SweepFlags, others: list[str]) -> "tuple[SweepDirectory, tuple[str, ...]]":
     given = [*others, *(["--param"] if flags.param else []), *(["--seeds"] if flags.seeds is not None else [])]
     if given or not flags.prune:
         raise ConfigError(
-            f"--resume goes on with the settings that the sweep began with, so it takes only --trials, --trust and "
-            f"--quiet, got {shlex.join(given or ['--no-prune'])}; leave it out, or begin another sweep"
+            f"--resume goes on with the settings that the sweep began with, so it takes only --trials, "
+            f"--trials-at-once, --trust and --quiet, got {shlex.join(given or ['--no-prune'])}; leave it out, or begin "
+            f"another sweep"
         )
     from qfleet.sweeps.sweep import reopen_sweep
 
-    return reopen_sweep(Path(flags.resume or ""), flags.trials, trust=flags.trust), ()
+    path = Path(flags.resume or "")
+    return reopen_sweep(path, flags.trials, trust=flags.trust, trials_at_once=flags.trials_at_once), ()
 
 
 def _params(given: Sequence[str]) -> dict[str, str]:
@@ -172,7 +183,7 @@ def _view(*, quiet: bool) -> "SweepView":
     from qfleet.runtime.records import Progress
     from qfleet.sweeps.directory import SweepDirectory
     from qfleet.sweeps.records import TrialRecord
-    from qfleet.sweeps.sweep import SweepView
+    from qfleet.sweeps.training import SweepView
 
     if quiet:
         return SweepView()
@@ -183,7 +194,7 @@ def _view(*, quiet: bool) -> "SweepView":
         def __init__(self) -> None:
             self._is_live = can_move_cursor(sys.stderr)
             self._num_trials, self._config, self._best, self._evaluation = 0, TrainConfig(env=""), "", ""
-            self._trial: TrialRecord | None = None
+            self._trials: Sequence[TrialRecord] = ()
 
         def begin(self, directory: SweepDirectory, num_trials: int, records: Sequence[TrialRecord]) -> None:
             config, self._num_trials = directory.plan.config, num_trials
@@ -194,8 +205,8 @@ def _view(*, quiet: bool) -> "SweepView":
                 f"{before}, into {directory.path}"
             )
 
-        def begin_trial(self, trial: TrialRecord, config: TrainConfig) -> None:
-            self._trial, self._config, self._evaluation = trial, config, ""
+        def begin_trials(self, trials: Sequence[TrialRecord], config: TrainConfig) -> None:
+            self._trials, self._config, self._evaluation = trials, config, ""
             self._live("starting")
 
         def progress(self, progress: Progress) -> None:
@@ -211,8 +222,8 @@ def _view(*, quiet: bool) -> "SweepView":
             self._line(f"{_name(trial)}: {result.get(trial.state, trial.state)}{self._best}")
 
         def _live(self, text: str) -> None:
-            if self._is_live and self._trial is not None:
-                line = f"{_name(self._trial)} of {self._num_trials}: {text}{self._best}"
+            if self._is_live and self._trials:
+                line = f"{_names(self._trials)} of {self._num_trials}: {text}{self._best}"
                 width = shutil.get_terminal_size().columns - 1
                 print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
 
@@ -222,6 +233,11 @@ def _view(*, quiet: bool) -> "SweepView":
             print(text, flush=True)
 
     return View()
+
+
+def _names(trials: Sequence[Any]) -> str:
+    """Returns one trial with its settings, or how many there are, and the number of the last one."""
+    return _name(trials[0]) if len(trials) == 1 else f"{len(trials)} trials at once, up to {trials[-1].number}"
 
 
 def _name(trial: Any) -> str:

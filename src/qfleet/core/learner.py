@@ -14,6 +14,7 @@ from qfleet.config.values import show
 from qfleet.core.agent import Agent
 from qfleet.core.keys import NOISE, Draws, Stream, key_of, sample_keys
 from qfleet.core.normalisation import StatisticsPlace, apply_updates, with_moments, without_statistics
+from qfleet.core.numbers import Numbers, numbers_of
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import Batch, Params, Sequences
 
@@ -80,6 +81,7 @@ def make_learner(
     config: AgentConfig,
     optimiser: optax.GradientTransformation | None = None,
     statistics: StatisticsPlace | None = None,
+    numbers: Numbers | None = None,
 ) -> Learner:
     """Returns the learner of `agent`.
 
@@ -88,11 +90,13 @@ def make_learner(
       config: its config.
       optimiser: replaces the one that `config` names.
       statistics: where the parameters that `apply` changes hold statistics; by default, where the agent's do.
+      numbers: replace those of `config`.
 
     Raises:
       ConfigError: if the optimiser isn't one of Optax, or there is none of that name.
     """
-    optimiser = make_optimiser(config) if optimiser is None else optimiser
+    numbers = numbers_of(config) if numbers is None else numbers
+    optimiser = make_optimiser(config, numbers.learning_rate) if optimiser is None else optimiser
     if not (hasattr(optimiser, "init") and hasattr(optimiser, "update")):
         raise ConfigError(
             f"`optimiser` must be an optax.GradientTransformation, got {show(optimiser)}; give one, such as "
@@ -116,8 +120,8 @@ def make_learner(
         return grads, UpdateInfo(value, found.td_error, found.priority, found.loss)
 
     def next_target(target: Params, online: Params) -> Params:
-        rate = config.target_update_rate
-        return online if rate == 1.0 else jax.tree.map(lambda t, o: t + rate * (o - t), target, online)
+        copies, rate = config.target_update_rate == 1.0, numbers.target_update_rate
+        return online if copies else jax.tree.map(lambda t, o: t + rate * (o - t), target, online)
 
     def apply(state: LearnerState, grads: Params) -> LearnerState:
         seen_grads, seen_params = (without_statistics(tree, statistics) for tree in (grads, state.params))
@@ -178,8 +182,10 @@ def draws_of_step(learner: Learner, key: Array | None, batch_size: int, replicas
     return Draws(jax.random.fold_in(key, NOISE), sample_keys(key, local_lane_ids(replicas, batch_size)))
 
 
-def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
+def make_optimiser(config: AgentConfig, learning_rate: float | Array | None = None) -> optax.GradientTransformation:
     """Returns gradient clipping followed by the Optax optimiser that `config` names.
+
+    With `learning_rate`, that one is the rate at the first learner step.
 
     Raises:
       ConfigError: if Optax has no such optimiser, or the optimiser doesn't take these options or values.
@@ -200,7 +206,7 @@ def make_optimiser(config: AgentConfig) -> optax.GradientTransformation:
     if config.optimiser == "rmsprop" and config.optimiser_options.get("centered"):
         make = _centred_rmsprop
     try:
-        optimiser = make(learning_rate=_learning_rate(config), **config.optimiser_options)
+        optimiser = make(learning_rate=_schedule(config, learning_rate), **config.optimiser_options)
         params = {"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}  # an array would be made by a program of its own
         jax.eval_shape(lambda params: optimiser.update(params, optimiser.init(params), params), params)
     except Exception as error:  # whatever Optax makes of a value
@@ -278,8 +284,10 @@ def _parameters(function: object) -> list[str]:
     return list(inspect.signature(function).parameters) if inspect.isfunction(function) else []
 
 
-def _learning_rate(config: AgentConfig) -> float | optax.Schedule:
-    start, end_fraction = config.learning_rate, config.learning_rate_end_fraction
+def _schedule(config: AgentConfig, learning_rate: float | Array | None) -> Any:
+    """Returns the learning rate as Optax takes it: a number, or a function of the learner step."""
+    start = config.learning_rate if learning_rate is None else learning_rate
+    end_fraction = config.learning_rate_end_fraction
     num_steps = config.learning_rate_learner_steps
     if config.learning_rate_schedule == "constant":
         return start

@@ -12,6 +12,7 @@ from qfleet.core import targets
 from qfleet.core.keys import NOISE
 from qfleet.core.learner import Learner, LearnerState, UpdateInfo, update
 from qfleet.core.normalisation import rewards_of_rollout
+from qfleet.core.numbers import Numbers, numbers_of
 from qfleet.core.replay import CONTINUED, NO_STEP, TERMINATED, Replay, ReplayState, Row
 from qfleet.core.replay.priorities import SumTree
 from qfleet.core.replicas import ALONE, Replicas
@@ -136,7 +137,14 @@ def learn_from_minibatches(
     return state, losses
 
 
-def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig, carry: Any = ()) -> Regression:
+def regression(
+    rows: Row,
+    q_max: Array,
+    last_value: Array,
+    config: AgentConfig,
+    carry: Any = (),
+    numbers: Numbers | None = None,
+) -> Regression:
     """Returns a rollout, `[rows, lanes, ...]`, with its lambda-returns as targets.
 
     Args:
@@ -146,14 +154,16 @@ def regression(rows: Row, q_max: Array, last_value: Array, config: AgentConfig, 
       config: the discount and the decay of traces.
       carry: `[lanes, size]`, what a recurrent network remembered before the first row, where an episode may start:
         then it is zeros.
+      numbers: replace those of `config`.
     """
-    discount = jnp.where(rows.outcome == TERMINATED, 0.0, config.discount)
+    numbers = numbers_of(config) if numbers is None else numbers
+    discount = jnp.where(rows.outcome == TERMINATED, 0.0, numbers.discount)
     returns = targets.lambda_returns(
         r_t=rows.reward,
         discount_t=discount,
         v_t=jnp.concatenate([q_max[1:], last_value[None]]),
         # The row after a truncated step holds the final observation. The return bootstraps there and looks no further.
-        lambda_t=jnp.where(rows.outcome == CONTINUED, config.trace_decay, 0.0),
+        lambda_t=jnp.where(rows.outcome == CONTINUED, numbers.trace_decay, 0.0),
     )
     is_step = rows.outcome != NO_STEP
     more = rewards_of_rollout(rows.reward, discount, config)

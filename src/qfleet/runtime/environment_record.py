@@ -1,5 +1,6 @@
 """What a run was started with, beside its config: versions, devices, hardware, command."""
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -140,6 +141,7 @@ def _packed(path: Path, name: str) -> str | None:
     return next((line.split(" ")[0] for line in lines if line.endswith(f" {name}")), None)
 
 
+@functools.cache  # a sweep asks for every trial, and reading them takes 20 ms
 def _version_of(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

@@ -167,7 +167,7 @@ def make_evaluation(
     num_episodes: int,
     exploration: float = 0.0,
     replicas: Replicas = ALONE,
-    discount: float = 1.0,
+    discount: float | Array = 1.0,
 ) -> InGraphEvaluation:
     """Returns the functions that play `num_episodes` at once. Results don't depend on the lengths of the calls.
 
@@ -254,7 +254,7 @@ def _new_episodes(env_state: EnvState, obs: Array, memory: MemoryState) -> Episo
     )
 
 
-def _after_step(now: EpisodesUnderWay, result: StepResult, value: Array, discount: float) -> EpisodesUnderWay:
+def _after_step(now: EpisodesUnderWay, result: StepResult, value: Array, discount: float | Array) -> EpisodesUnderWay:
     """Returns the episodes after a step that observations of these values led to; what is remembered stays as it is."""
 
     def unless_ended(new: Array, old: Array) -> Array:

@@ -23,7 +23,7 @@ from typing import Any
 import filelock
 
 from qfleet.config import ConfigError, TrainConfig
-from qfleet.config.checks import check_count
+from qfleet.config.checks import MAX_PROCESSES, check_count
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
 from qfleet.config.own_parts import own_parts
 from qfleet.config.values import to_plain
@@ -49,9 +49,13 @@ class SweepPlan:
     """Whether a trial that does worse than the others is stopped early."""
     request: str
     """Digest of what the user asked for, by which the same command finds its sweep again."""
+    trials_at_once: int | None = None
+    """Number of trials in a batch; None leaves it to what varies."""
 
     def __post_init__(self) -> None:
         check_count("trials", self.num_trials)
+        if self.trials_at_once is not None:
+            check_count("trials_at_once", self.trials_at_once, maximum=MAX_PROCESSES // self.config.num_seeds)
         if self.config.stop_return is not None:
             raise ConfigError(
                 f"stop_return must be left out of a sweep, because it couldn't tell trials apart that reach it, got "
@@ -86,7 +90,7 @@ class SweepDirectory:
     def create_or_open(cls, path: Path, plan: SweepPlan) -> "SweepDirectory":
         """Locks the folder of a sweep that this plan describes, and makes it if there is none.
 
-        A sweep that has begun keeps the config that it began with. Only the number of trials may be another one.
+        A sweep that has begun keeps the config that it began with. Only the numbers of trials may be others.
 
         Raises:
           ConfigError: if the folder holds something else, or another process goes on with the sweep.
@@ -114,7 +118,7 @@ class SweepDirectory:
                         f"a sweep goes on with the settings that it began with, got others for {path}; repeat its "
                         f"command, give `qfleet sweep --resume {shlex.quote(str(path))}`, or another --run-dir"
                     )
-                plan = dataclasses.replace(begun, num_trials=plan.num_trials)
+                plan = dataclasses.replace(begun, num_trials=plan.num_trials, trials_at_once=plan.trials_at_once)
             _write_plan(folder, plan)
         except BaseException:
             lock.release()
@@ -122,12 +126,13 @@ class SweepDirectory:
         return cls(path, folder, plan, is_new, lock)
 
     @classmethod
-    def open(cls, path: Path, num_trials: int | None) -> "SweepDirectory":
+    def open(cls, path: Path, num_trials: int | None, trials_at_once: int | None = None) -> "SweepDirectory":
         """Locks the folder of a sweep that has begun.
 
         Args:
           path: the folder.
           num_trials: another number of trials at which it ends; None for that which it has.
+          trials_at_once: another number of trials in a batch; None for that which it has.
 
         Raises:
           ConfigError: if the folder isn't a sweep's, or another process goes on with it.
@@ -136,8 +141,10 @@ class SweepDirectory:
         plan = _read_plan(path, folder)
         lock = _lock(path, folder)
         try:
-            if num_trials is not None:
-                plan = dataclasses.replace(plan, num_trials=num_trials)
+            given = {"num_trials": num_trials, "trials_at_once": trials_at_once}
+            changes: Any = {name: value for name, value in given.items() if value is not None}
+            if changes:
+                plan = dataclasses.replace(plan, **changes)
                 _write_plan(folder, plan)
         except BaseException:
             lock.release()
@@ -197,6 +204,7 @@ def _write_plan(folder: Path, plan: SweepPlan) -> None:
         "config": encode(plan.config),
         "params": dict(plan.params),
         "num_trials": plan.num_trials,
+        "trials_at_once": plan.trials_at_once,
         "prune": plan.prune,
         "request": plan.request,
     }
@@ -219,6 +227,7 @@ def _read_plan(path: Path, folder: Path) -> SweepPlan:
             num_trials=to_plain(int, content["num_trials"], "num_trials"),
             prune=to_plain(bool, content["prune"], "prune"),
             request=to_plain(str, content["request"], "request"),
+            trials_at_once=to_plain(int | None, content.get("trials_at_once"), "trials_at_once"),
         )
     except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(

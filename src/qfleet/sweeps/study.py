@@ -55,7 +55,7 @@ class Study:
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(TRIALS_BEFORE_PRUNING, int(WARMUP_SHARE * num_evaluations)),
         )
-        self._trial: optuna.trial.Trial | None = None
+        self._under_way: dict[int, optuna.trial.Trial] = {}
 
     @property
     def records(self) -> list[TrialRecord]:
@@ -67,52 +67,61 @@ class Study:
         """Number of trials that differ, if every setting is varied over a list; otherwise None."""
         return None if self._combinations is None else len(self._combinations)
 
-    def begin(self, num_trials: int) -> TrialRecord | None:
-        """Returns the trial to train now: the one that was under way, or a new one. None if there are enough.
+    def begin(self, num_trials: int, num_at_once: int = 1) -> list[TrialRecord]:
+        """Returns the trials to train now: those that were under way, or new ones; none if there are enough.
 
         Args:
           num_trials: number of trials at which the sweep ends.
+          num_at_once: most trials that are returned. Their settings are chosen before any of them has a result.
         """
         trials = self._study.get_trials(deepcopy=False)
         limit = min(num_trials, self.num_combinations or num_trials)
-        left = [trial for trial in trials if not trial.state.is_finished()]
-        if not left and len(trials) >= limit:
-            return None
-        number = left[0].number if left else len(trials)
+        left = [trial.number for trial in trials if not trial.state.is_finished()]
+        numbers = left or range(len(trials), limit)
+        return [self._begin(number, limit) for number in numbers[:num_at_once]]
+
+    def _begin(self, number: int, limit: int) -> TrialRecord:
+        trials = self._study.get_trials(deepcopy=False)
         self._study.sampler = self._sampler(number, limit - number, trials)
         # One that was under way may lack settings, if the process was killed in the middle of proposing them.
-        self._trial = optuna.trial.Trial(self._study, left[0]._trial_id) if left else self._study.ask()
+        is_new = number == len(trials)
+        trial = self._study.ask() if is_new else optuna.trial.Trial(self._study, trials[number]._trial_id)
         for parameter in self._space:
-            _suggest(self._trial, parameter)
+            _suggest(trial, parameter)
+        self._under_way[number] = trial
         return self._record(self._study.get_trials(deepcopy=False)[number])
 
-    def report(self, step: int, value: float) -> bool:
-        """Notes an evaluation of the trial under way, and returns whether to stop the trial early.
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Notes an evaluation of a trial under way, and returns whether to stop the trial early.
 
         Args:
+          number: number of the trial.
           step: number of the evaluation. One that was noted before, by a process that was killed, is left as it was.
           value: its mean return.
         """
-        trial = self._under_way
+        trial = self._under_way[number]
         known = self._study.get_trials(deepcopy=False)[trial.number].intermediate_values
         if step in known or not math.isfinite(value):
             return False
         trial.report(value, step)
         return trial.should_prune()
 
-    def tell(self, state: Literal["complete", "pruned", "failed"], value: float | None = None, error: str = "") -> None:
-        """Ends the trial under way.
+    def tell(
+        self, number: int, state: Literal["complete", "pruned", "failed"], value: float | None = None, error: str = ""
+    ) -> None:
+        """Ends a trial under way.
 
         Args:
+          number: number of the trial.
           state: how it ended.
           value: mean return of its last evaluation, if it is complete.
           error: why it failed.
         """
-        trial, self._trial = self._under_way, None
+        trial = self._under_way.pop(number)
         if error:
             trial.set_user_attr(_ERROR, error)
         number_of = {words: code for code, words in _STATES.items() if code.is_finished()}
-        self._study.tell(trial.number, value, state=number_of[state])
+        self._study.tell(number, value, state=number_of[state])
 
     def importances(self) -> dict[str, float]:
         """Returns how much of the difference between trials each setting explains, in [0, 1], the greatest first.
@@ -129,11 +138,6 @@ class Study:
             found = optuna.importance.get_param_importances(self._study, evaluator=evaluator)
         return {name: float(share) for name, share in found.items() if math.isfinite(share)}
 
-    @property
-    def _under_way(self) -> optuna.trial.Trial:
-        assert self._trial is not None, "no trial is under way"
-        return self._trial
-
     def _sampler(self, number: int, num_left: int, trials: Sequence[FrozenTrial]) -> BaseSampler:
         """Returns what proposes the settings of a trial: what is left of all combinations if they are few, or TPE.
 
@@ -146,7 +150,10 @@ class Study:
             if untried and len(untried) <= num_left:
                 return _OneCombination(untried[0])
         seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
-        return TPESampler(seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is experimental in some versions
+            # The settings of the trials under way count as bad ones, so that a batch doesn't try the same twice.
+            return TPESampler(seed=seed, constant_liar=True)
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         known = [each for each in self._space if each.name in trial.params]

@@ -1,36 +1,25 @@
-"""`qfleet.sweep`: trains trial after trial, and says which settings did best.
-
-Trials run in this process, one after the other. A process for each would cost its start and the compilation of what
-trials share: a tiny trial took 6 s so, and takes 2 s here. It also couldn't use functions of the program, such as an
-environment's. Memory is no reason for it: it grew by less than 2 MiB per trial.
-"""
+"""`qfleet.sweep`: trains with different settings, and says which did best."""
 
 import dataclasses
-import gc
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qfleet.config import ConfigError, RunFailed, TrainConfig
+from qfleet.config import ConfigError, TrainConfig
 from qfleet.config.encoding import encode
 from qfleet.config.own_parts import check_parts_trusted, own_parts
 from qfleet.config.values import show
 from qfleet.envs.names import check_trusted
-from qfleet.runtime.records import Progress
-from qfleet.runtime.signals import StopFlag, StopRequested
+from qfleet.runtime.signals import StopFlag
 from qfleet.sweeps.directory import SweepDirectory, SweepPlan, default_folder, digest_of
 from qfleet.sweeps.records import TrialRecord, best_first, best_of
 from qfleet.sweeps.results import write_results
 from qfleet.sweeps.space import Parameter, read_space, texts_of, with_settings
-from qfleet.sweeps.trial import Pruning, train_trial
+from qfleet.sweeps.training import SweepTraining, SweepView
 
 if TYPE_CHECKING:
     from qfleet.runtime.loggers import Logger
     from qfleet.sweeps.study import Study
-
-MAX_FAILURES = 3
-"""Number of trials that may fail while none has come to its end. The others would fail too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,27 +41,12 @@ class SweepResult:
         return best_of(self.trials)
 
 
-class SweepView:
-    """What is told how a sweep goes. This one ignores it."""
-
-    def begin(self, directory: SweepDirectory, num_trials: int, records: Sequence[TrialRecord]) -> None:
-        """Hears of the sweep's folder, the trials at which it ends, and those that it has already."""
-
-    def begin_trial(self, trial: TrialRecord, config: TrainConfig) -> None:
-        """Hears of a trial that begins or goes on, and of its config."""
-
-    def progress(self, progress: Progress) -> None:
-        """Hears of a chunk of the trial under way."""
-
-    def end_trial(self, trial: TrialRecord, best: TrialRecord | None) -> None:
-        """Hears of a trial that has ended, and of the best one until now."""
-
-
 def sweep(
     config: TrainConfig,
     params: Mapping[str, Any],
     *,
     trials: int = 50,
+    trials_at_once: int | None = None,
     prune: bool = True,
     loggers: "Sequence[str | Logger]" = (),
 ) -> SweepResult:
@@ -80,8 +54,11 @@ def sweep(
 
     A trial's result is the mean return of its last evaluation, over all episodes of all seeds (`config.num_seeds`).
     Optuna proposes settings that look promising after the trials so far. A sweep survives whatever ends its process:
-    the same call goes on with it, without a trial that has ended, and with the one that was under way from its newest
-    checkpoint.
+    the same call goes on with it, without a trial that has ended, and with those that were under way from their newest
+    checkpoints.
+
+    Trials of a batch that differ only in numbers, such as the learning rate, are trained in one program where the
+    environment is in JAX. Others are trained one after the other.
 
     Args:
       config: config of all trials, but for the settings that vary. `config.run_dir` is the sweep's folder; by default
@@ -89,6 +66,9 @@ def sweep(
       params: how settings of the agent or the topology, or `env_steps`, vary: by their names, a range such as
         "1e-4..1e-2:log" or "8..64", or a list of values.
       trials: number of trials. Fewer are trained if all settings vary over lists that have fewer combinations.
+      trials_at_once: number of trials in a batch. Their settings are chosen before any of them has a result. By default
+        so many that they have 16 seeds in all, at least 2, if the topology is `fused` and a number varies that one
+        program can take different values of; otherwise 1.
       prune: stop a trial early if it does worse than the median of the others at the same evaluation. Trials whose
         seeds have processes of their own aren't stopped early.
       loggers: as for `train`, of each trial.
@@ -97,25 +77,33 @@ def sweep(
       ConfigError: on bad input, before any work starts, if another process goes on with this sweep, or without the
         extra `sweep`.
       RunFailed: if the first three trials fail.
-      KeyboardInterrupt: if a signal asks the sweep to stop, once the trial under way has a checkpoint.
+      KeyboardInterrupt: if a signal asks the sweep to stop, once the trials under way have checkpoints.
     """
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"`config` must be a TrainConfig, got {show(config)}; make one with qfleet.make_config")
     texts = texts_of(params)
     request = digest_of(encode(dataclasses.replace(config, run_dir=None)), texts, prune)
-    result = run_sweep(open_sweep(config, texts, trials, prune=prune, request=request), loggers=loggers)
+    result = run_sweep(
+        open_sweep(config, texts, trials, prune=prune, request=request, trials_at_once=trials_at_once), loggers=loggers
+    )
     if not result.is_complete:
         raise KeyboardInterrupt(f"a signal has stopped the sweep; the same call goes on with {result.path}")
     return result
 
 
 def open_sweep(
-    config: TrainConfig, texts: Mapping[str, str], trials: int, *, prune: bool, request: str
+    config: TrainConfig,
+    texts: Mapping[str, str],
+    trials: int,
+    *,
+    prune: bool,
+    request: str,
+    trials_at_once: int | None = None,
 ) -> SweepDirectory:
     """Returns the locked folder of the sweep that these arguments describe, which is made if there is none.
 
     Args:
-      config, trials, prune: as for `sweep`.
+      config, trials, prune, trials_at_once: as for `sweep`.
       texts: what varies, as `texts_of` returns it.
       request: digest of what the user asked for. The same one finds the sweep that it began.
 
@@ -126,23 +114,24 @@ def open_sweep(
     read_space(config, texts)
     path = default_folder(config.env, request) if config.run_dir is None else Path(config.run_dir)
     return SweepDirectory.create_or_open(
-        path, SweepPlan(dataclasses.replace(config, run_dir=None), texts, trials, prune, request)
+        path, SweepPlan(dataclasses.replace(config, run_dir=None), texts, trials, prune, request, trials_at_once)
     )
 
 
-def reopen_sweep(path: Path, trials: int | None, *, trust: bool) -> SweepDirectory:
+def reopen_sweep(path: Path, trials: int | None, *, trust: bool, trials_at_once: int | None = None) -> SweepDirectory:
     """Returns the locked folder of a sweep that has begun.
 
     Args:
       path: its folder.
       trials: another number of trials at which it ends.
       trust: whether the user trusts modules that only the sweep's folder names.
+      trials_at_once: another number of trials in a batch.
 
     Raises:
       ConfigError: if it isn't a sweep's folder, a module isn't trusted, or another process goes on with the sweep.
     """
     _import_study()
-    directory = SweepDirectory.open(path, trials)
+    directory = SweepDirectory.open(path, trials, trials_at_once)
     try:
         check_trusted(directory.plan.config.env, path, trust=trust)
         check_parts_trusted(own_parts(directory.plan.config.agent), path, trust=trust)
@@ -181,76 +170,10 @@ def run_sweep(
         )
         view.begin(directory, min(plan.num_trials, study.num_combinations or plan.num_trials), study.records)
         with StopFlag() as stop:
-            is_complete = _train(directory, study, view, loggers, stop)
+            is_complete = SweepTraining(directory, study, space, view, loggers, stop).train()
         return _result(directory, study, space, is_complete=is_complete)
     finally:
         directory.release()
-
-
-def _train(
-    directory: SweepDirectory, study: "Study", view: SweepView, loggers: "Sequence[str | Logger]", stop: StopFlag
-) -> bool:
-    """Trains trials until there are enough, and returns whether there are; a signal ends it before."""
-    plan = directory.plan
-    prunes = plan.prune and not plan.config.has_seed_processes
-    while not stop.requested:
-        trial = study.begin(plan.num_trials)
-        if trial is None:
-            return True
-        try:
-            config = with_settings(plan.config, trial.settings)
-            view.begin_trial(trial, config)
-            summary = train_trial(
-                directory,
-                trial.number,
-                config,
-                pruning=Pruning(study.report) if prunes else None,
-                loggers=loggers,
-                on_progress=view.progress,
-            )
-        except StopRequested:  # before the run had made its folder
-            return False
-        except (ConfigError, RunFailed) as error:
-            _tell_failure(directory, study, trial, error)
-        else:
-            if summary["stopped"] == "interrupted":
-                return False
-            _tell(study, summary)
-        gc.collect()  # what the run held, such as its replay, before the next one makes its own
-        records = study.records
-        view.end_trial(records[trial.number], best_of(records))
-    return False
-
-
-def _tell(study: "Study", summary: Mapping[str, Any]) -> None:
-    mean = summary.get("eval_return_mean")
-    if summary["stopped"] == "callback":
-        study.tell("pruned")
-    elif mean is None:
-        study.tell("failed", error="its last evaluation has no returns")
-    else:
-        study.tell("complete", float(mean))
-
-
-def _tell_failure(
-    directory: SweepDirectory, study: "Study", trial: TrialRecord, error: ConfigError | RunFailed
-) -> None:
-    """Notes that a trial has failed.
-
-    Raises:
-      ConfigError: if it is the first one, whose config a run refuses. Nothing has been trained then.
-      RunFailed: if too many have failed, and none has come to its end.
-    """
-    if isinstance(error, ConfigError) and trial.number == 0 and not directory.trial_folder(0).exists():
-        if directory.is_new:
-            directory.discard()
-        raise error
-    study.tell("failed", error=str(error))
-    records = study.records
-    failed = sum(record.state == "failed" for record in records)
-    if failed == len(records) and failed >= MAX_FAILURES:
-        again = f"`qfleet sweep --resume {shlex.quote(str(directory.path))}` tries further ones"
-        raise RunFailed(f"all {failed} trials of the sweep have failed, the last one so: {error}. {again}") from error
 
 
 def _result(directory: SweepDirectory, study: "Study", space: Sequence[Parameter], *, is_complete: bool) -> SweepResult:

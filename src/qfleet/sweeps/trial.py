@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qfleet.training.run import Run
     from qfleet.training.seeds import SeedsRun
 
-_ENDS = ("env steps", "callback")
+ENDS = ("env steps", "callback")
 """How a summary says that a run has ended by itself. Any other run goes on."""
 
 PRUNED = "the sweep has stopped it early"
@@ -34,6 +34,8 @@ class Pruning:
 
     def __init__(self, report: Callable[[int, float], bool]) -> None:
         self._report = report
+        self.has_stopped = False
+        """Whether it has stopped the run, which ends once it is asked for its next chunk."""
 
     def on_evaluation(self, control: RunControl, progress: Progress) -> None:
         """Reports the evaluation by its number, because trials may differ in their steps by a few."""
@@ -41,6 +43,7 @@ class Pruning:
         mean = progress.eval_return_mean
         is_last = progress.env_steps >= control.config.env_steps
         if not is_last and mean is not None and self._report(number, mean):
+            self.has_stopped = True
             control.stop(PRUNED)
 
 
@@ -87,23 +90,42 @@ def _start(
 ) -> "Run | LaunchedRun | SeedsRun | dict[str, Any]":
     """Returns the run of a trial, to iterate over, or the summary of one that has ended."""
     folder = directory.trial_folder(number)
-    if not (folder / "config.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)  # killed before the run had a config
+    begun = begun_run(directory, number, config)
+    if begun is None:
         # Reports of 3 MB each, of which few are looked at: `qfleet report` writes them at any time.
         return iterate(dataclasses.replace(config, run_dir=str(folder), report=False), **observers)
+    return outcome_of(begun) or resume(folder, trust=True, **observers)
+
+
+def begun_run(directory: SweepDirectory, number: int, config: TrainConfig) -> RunDirectory | None:
+    """Returns the run of a trial if it has begun. What else is in its folder is deleted.
+
+    Raises:
+      ConfigError: if the folder holds a run with other settings.
+    """
+    folder = directory.trial_folder(number)
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)  # killed before the run had a config
+        return None
     begun = RunDirectory.open(folder)
-    if dataclasses.replace(begun.config, run_dir=None, report=config.report) != config.with_schedule_lengths():
+    wanted = dataclasses.replace(config, run_dir=None, report=False).with_schedule_lengths()
+    if dataclasses.replace(begun.config, run_dir=None, report=False) != wanted:
         raise ConfigError(
             f"the run of trial {number} must have the trial's settings, got others in {directory.named(folder)}; "
             f"restore the folder from a copy, or delete it"
         )
-    return outcome_of(begun) or resume(folder, trust=True, **observers)
+    return begun
+
+
+def checkpoints_of(directory: SweepDirectory, number: int) -> list[int]:
+    """Returns the environment steps of the complete checkpoints of a trial, ascending."""
+    return Checkpoints(directory.trial_folder(number) / "checkpoints", run_id=None).all()
 
 
 def outcome_of(run: RunDirectory) -> dict[str, Any]:
     """Returns how a run has ended, as its summary says it or would have said it; nothing if it goes on."""
     summary = run.read_summary() or {}
-    if summary.get("stopped") in _ENDS:
+    if summary.get("stopped") in ENDS:
         return summary
     if run.config.has_seed_processes:
         seeds = seeds_of(run.folder, run.config)

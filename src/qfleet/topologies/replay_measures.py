@@ -60,6 +60,8 @@ def _of_priorities(replay: ReplayState) -> dict[str, float]:
 
 def _shares(array: Any) -> list[np.ndarray]:
     """Returns this process's shares of an array, without copies where they lie in the host's memory."""
+    if isinstance(array, (np.ndarray, np.generic)):
+        return [np.asarray(array)]
     return [np.asarray(shard.data) for shard in array.addressable_shards]
 
 

@@ -1,8 +1,8 @@
 """Makes the parts of a run (environment, network, topology), and computes what they take up on which devices."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qfleet.config import (
     ActorLearnerConfig,
@@ -25,10 +25,54 @@ from qfleet.envs.spec import InGraphEnv
 from qfleet.networks import check_network, check_own_parts, make_network
 from qfleet.runtime.devices import limit_cpu_threads, set_cpu_devices, split_cpu, use_cpu_only
 from qfleet.topologies.base import OwnLearner, Topology
-from qfleet.topologies.footprint import Footprint
+from qfleet.topologies.footprint import Footprint, check_fits
 
 if TYPE_CHECKING:
     import optax
+
+
+class RunParts(NamedTuple):
+    """The parts of one run."""
+
+    env: InGraphEnv | HostEnv
+    network: Network
+    topology: Topology
+
+
+def make_parts(
+    config: TrainConfig, network: Network | None, optimiser: "optax.GradientTransformation | None"
+) -> RunParts:
+    """Makes environment, network and topology, after dividing the CPU into the devices that the run wants.
+
+    Raises:
+      ConfigError: if they can't be made, or don't suit each other.
+    """
+    env, network = make_env_and_network(config, network)
+    return RunParts(env, network, make_topology(config, env, network, optimiser))
+
+
+def make_parts_of_trials(configs: Sequence[TrainConfig]) -> list[RunParts]:
+    """Makes the parts of several runs that one program trains. The runs must be iterated over in turn.
+
+    Args:
+      configs: their configs, with equal `program_key`.
+
+    Raises:
+      ConfigError: if one program can't train them, such as for lack of memory.
+    """
+    from qfleet.topologies.fused.trials import FusedTrial, FusedTrials
+
+    configs = [config.with_schedule_lengths() for config in configs]
+    whole = dataclasses.replace(configs[0], seed=0, num_seeds=len(configs) * configs[0].num_seeds)
+    env, network = make_env_and_network(whole, None)
+    if not isinstance(env, InGraphEnv) or (env.spec.time_limit is None and whole.eval_max_episode_steps is None):
+        raise ConfigError(
+            f"trials in one program need an environment that is written in JAX, with a time limit or "
+            f"eval_max_episode_steps, because they are evaluated together, got {whole.env}"
+        )
+    together = FusedTrials(whole, configs, env, network)
+    check_fits(whole, together.footprint(), footprint)
+    return [RunParts(env, network, FusedTrial(together, i)) for i in range(len(configs))]
 
 
 def footprint(

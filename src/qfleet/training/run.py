@@ -31,11 +31,11 @@ from qfleet.runtime.run_directory import RunDirectory
 from qfleet.runtime.signals import StopFlag, StopRequested
 from qfleet.topologies.footprint import check_fits
 from qfleet.training.account import RunAccount
-from qfleet.training.assembly import footprint, make_env_and_network, make_topology
+from qfleet.training.assembly import RunParts, footprint, make_parts
 from qfleet.training.callbacks import Callbacks, RunControl
 from qfleet.training.changes import Changes
 from qfleet.training.evaluation_rounds import EvaluationRounds
-from qfleet.training.leaving import failure_of_loop
+from qfleet.training.leaving import closed_at_exit, failure_of_loop
 from qfleet.training.metadata import best_evaluation, read_metadata
 from qfleet.training.outcome import Closing, evaluation_of, is_of_checkpoints, message_of
 from qfleet.training.resuming import check_goes_on, check_network_is_given, check_reads_the_same
@@ -62,6 +62,7 @@ class Run(ShownRun):
         checkpoint: int | Literal["best"] | None = None,
         callbacks: Sequence[Any] = (),
         loggers: Sequence[tuple[str, Logger]] = (),
+        parts: RunParts | None = None,
     ) -> None:
         self._account = RunAccount(config)
         self._has_own_network = network is not None
@@ -75,9 +76,8 @@ class Run(ShownRun):
         with StopFlag() as stop:
             # Mistakes are found before the folder is touched and before anything is compiled.
             with self._interrupting(stop):
-                env, network = make_env_and_network(config, network)
+                env, network, self._topology = parts or make_parts(config, network, optimiser)
                 self._env = env
-                self._topology = make_topology(config, env, network, optimiser)
                 self._rounds = EvaluationRounds(config, self._topology, env.spec.time_limit)
                 self.backend = backend_of(config.env)
                 """Backend that makes the environments: for a bare name, the fastest that there is."""
@@ -200,6 +200,19 @@ class Run(ShownRun):
                 self._topology.keep(i)
 
     def __iter__(self) -> Iterator[Progress]:
+        self._begin()
+        return iter(()) if self.summary else self._shown(self._train)
+
+    def in_turn(self) -> Generator[Progress | None, None, None]:
+        """Returns the iterator over a run that one program trains together with others, which take turns.
+
+        Before its first chunk it yields None, once an evaluation that a signal had interrupted has been played: the
+        first run that trains also trains the others, whose parameters would then be newer ones.
+        """
+        self._begin()
+        return closed_at_exit(self._train(waits=True))
+
+    def _begin(self) -> None:
         if not self._is_new:
             raise ConfigError(
                 f"a run can be iterated over only once, and this one has been already; continue with "
@@ -207,9 +220,10 @@ class Run(ShownRun):
             )
         self._is_new = False
         check_not_forked()
-        return iter(()) if self.summary else self._shown(self._train)  # stopped already, while it started
 
-    def _train(self) -> Generator[Progress, None, None]:
+    def _train(self, *, waits: bool = False) -> Generator[Any, None, None]:
+        if self.summary:  # stopped already, while it started
+            return
         stopped: str | None = None
         failure = ""
         self._reported = self._topology.env_steps  # of the newest record; a fleet goes on while it is evaluated
@@ -217,6 +231,8 @@ class Run(ShownRun):
             try:
                 try:
                     self._evaluate_if_pending(stop)
+                    if waits:
+                        yield None
                     stopped = "interrupted" if peers.any_of(stop.requested)[0] else self._reason_to_stop()
                     saved_at = time.monotonic()
                     while stopped is None:

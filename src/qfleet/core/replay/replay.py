@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 import qfleet.core.replay.priorities as priorities
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.core.numbers import Numbers, numbers_of
 from qfleet.core.replay import ring as rings
 from qfleet.core.replay import sampling
 from qfleet.core.replay.importance import are_normalised, normalise_weights
@@ -149,6 +150,7 @@ class _Settings:
     num_segments: int
     carry_size: int
     window: Window
+    numbers: Numbers
 
     @property
     def num_slots(self) -> int:
@@ -162,6 +164,7 @@ def make_replay(
     replicas: Replicas = ALONE,
     num_segments: int = 1,
     carry_size: int = 0,
+    numbers: Numbers | None = None,
 ) -> Replay:
     """Returns the replay that `config` describes, for `num_lanes` lanes of `spec`'s environment.
 
@@ -176,13 +179,16 @@ def make_replay(
       replicas: the replicas.
       num_segments: segments that are written each at its own pace.
       carry_size: numbers that the network remembers of each lane, and that are stored with each row; 0 without memory.
+      numbers: replace those of `config`.
 
     Raises:
       ConfigError: if the capacity is too small for one window of each lane.
     """
     num_rows, window = num_ring_rows(config, num_lanes), window_of(config, spec.frame_stack)
     _check_capacity(config, num_rows, num_lanes, window)
-    settings = _Settings(config, spec, replicas, num_rows, num_lanes // replicas.size, num_segments, carry_size, window)
+    numbers = numbers_of(config) if numbers is None else numbers
+    num_own = num_lanes // replicas.size
+    settings = _Settings(config, spec, replicas, num_rows, num_own, num_segments, carry_size, window, numbers)
     return Replay(
         init=functools.partial(_init, settings),
         insert=functools.partial(_insert, settings),
@@ -279,7 +285,7 @@ def _entry_priority(
 
 def _priority_of(settings: _Settings, priority: Array) -> Array:
     """Returns the leaf of a transition."""
-    return (jnp.abs(priority) + MIN_PRIORITY) ** settings.config.priority_exponent
+    return (jnp.abs(priority) + MIN_PRIORITY) ** settings.numbers.priority_exponent
 
 
 def _seal(state: ReplayState, lanes: Array, segment: Array | int = 0) -> ReplayState:
@@ -340,10 +346,10 @@ def _sample_share(
 
 def _samples(settings: _Settings, ring: Ring, slot: Array, weight: Array) -> Transition | Sequences:
     """Returns what starts at these slots, `[batch]`, with these importance weights."""
-    config, frame_stack = settings.config, settings.spec.frame_stack
+    config, frame_stack, discount = settings.config, settings.spec.frame_stack, settings.numbers.discount
     if config.learns_sequences:
-        return sequences(ring, slot, weight, config, frame_stack)
-    n_step_return, discount, num_steps = sampling.n_step_returns(ring, slot, config.n_step, config.discount)
+        return sequences(ring, slot, weight, config, discount, frame_stack)
+    n_step_return, discount, num_steps = sampling.n_step_returns(ring, slot, config.n_step, discount)
     return Transition(
         obs=sampling.stacked_observations(ring, slot, frame_stack),
         action=take(ring.rows.action, slot),

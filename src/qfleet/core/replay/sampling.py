@@ -123,7 +123,7 @@ def _holds_a_step(ring: Ring, slot: Array, window: Window) -> Array:
     return jnp.any(take(ring.rows.outcome, later_slot(ring, slot[:, None], learned)) != NO_STEP, axis=1)
 
 
-def n_step_returns(ring: Ring, slot: Array, n_step: int, discount: float) -> tuple[Array, Array, Array]:
+def n_step_returns(ring: Ring, slot: Array, n_step: int, discount: float | Array) -> tuple[Array, Array, Array]:
     """Returns the return, the discount and the number of steps of the transition that starts at each slot.
 
     Args:

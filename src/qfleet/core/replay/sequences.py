@@ -19,7 +19,9 @@ from qfleet.core.replay.ring import NO_STEP, Ring, later_slot, take
 from qfleet.core.types import Sequences
 
 
-def sequences(ring: Ring, slot: Array, weight: Array, config: AgentConfig, frame_stack: int) -> Sequences:
+def sequences(
+    ring: Ring, slot: Array, weight: Array, config: AgentConfig, discount: float | Array, frame_stack: int
+) -> Sequences:
     """Returns the sequences that start at these slots.
 
     Args:
@@ -27,15 +29,16 @@ def sequences(ring: Ring, slot: Array, weight: Array, config: AgentConfig, frame
       slot: `[batch]` uint32.
       weight: `[batch]` float32, the importance weights.
       config: the lengths of burn-in, sequence and return.
+      discount: per environment step.
       frame_stack: frames seen at once.
     """
     batch_size, num_learned = len(slot), config.sequence_length
     rows = later_slot(ring, slot[:, None], np.arange(config.rows_after_start + 1))
     learned = rows[:, config.burn_in : config.burn_in + num_learned]
     outcome = take(ring.rows.outcome, rows)
-    reward, discount, num_steps = (
+    reward, discount_t, num_steps = (
         x.reshape(batch_size, num_learned)
-        for x in sampling.n_step_returns(ring, learned.reshape(-1), config.n_step, config.discount)
+        for x in sampling.n_step_returns(ring, learned.reshape(-1), config.n_step, discount)
     )
     obs = sampling.stacked_observations(ring, rows.reshape(-1), frame_stack)
     follows_an_end = outcome[:, :-1] == NO_STEP
@@ -45,7 +48,7 @@ def sequences(ring: Ring, slot: Array, weight: Array, config: AgentConfig, frame
         carry=take(ring.rows.carry, slot),
         action=take(ring.rows.action, learned),
         reward=reward,
-        discount=discount,
+        discount=discount_t,
         num_steps=num_steps,
         is_step=outcome[:, config.burn_in : config.burn_in + num_learned] != NO_STEP,
         weight=weight,

@@ -33,4 +33,7 @@ Only the sums in `program.ProgramStats` return to the host, at the end of the ch
 could overflow on the device, in integers without a limit. One program serves chunks of any length up to
 `topology.MAX_ITERATIONS`, so nothing is compiled twice. `program_on_devices` spreads the functions of `program` over a
 mesh, or many seeds over the devices.
+
+Trials of a sweep that differ only in numbers are learners of one such program, beside each other like seeds:
+`trials_on_devices` makes the numbers inputs of the program, and `trials` shows each trial's run its own share.
 """

@@ -17,6 +17,7 @@ from qfleet.config import AgentConfig, TrainConfig
 from qfleet.core.agent import Agent, noise_keys
 from qfleet.core.keys import Stream, key_of
 from qfleet.core.learner import Learner, LearnerState
+from qfleet.core.numbers import Numbers, numbers_of
 from qfleet.core.replay import Replay, ReplayState, Row, SavedReplay, make_replay, partition
 from qfleet.core.replicas import ALONE, Replicas, local_lane_ids
 from qfleet.core.types import Params, stored_spec
@@ -93,18 +94,27 @@ def partition_state(state: FusedState, axis: str) -> Any:
 
 
 def make_program(
-    config: TrainConfig, env: InGraphEnv, agent: Agent, learner: Learner, replicas: Replicas = ALONE
+    config: TrainConfig,
+    env: InGraphEnv,
+    agent: Agent,
+    learner: Learner,
+    replicas: Replicas = ALONE,
+    numbers: Numbers | None = None,
 ) -> Program:
-    """Returns the program that trains one learner in `config.topology.num_envs` lanes of `env`."""
+    """Returns the program that trains one learner in `config.topology.num_envs` lanes of `env`.
+
+    The learner, and this program, have these `numbers` in place of those of the config.
+    """
+    numbers = numbers_of(config.agent) if numbers is None else numbers
     num_lanes = config.topology.num_envs // replicas.size
     has_replay = config.agent.replay != "none"
     spec = stored_spec(env.spec, agent.to_storage_layout)
     make = functools.partial(make_replay, spec, config.agent, config.topology.num_envs, replicas)
-    replay = make(carry_size=agent.carry_size) if has_replay else None
+    replay = make(carry_size=agent.carry_size, numbers=numbers) if has_replay else None
     iterate = (
         _replay_iteration(env, agent, learner, replay, num_lanes, replicas)
         if replay
-        else _rollout_iteration(config.agent, env, agent, learner, num_lanes, replicas)
+        else _rollout_iteration(config.agent, numbers, env, agent, learner, num_lanes, replicas)
     )
     num_rows = rows_per_iteration(config.agent)
 
@@ -128,7 +138,7 @@ def make_program(
         config.eval_episodes,
         config.eval_exploration,
         replicas,
-        config.agent.discount,
+        numbers.discount,
     )
 
     def begin_episodes(seed: Array, evaluation_step: Array, batch: Array) -> EpisodesUnderWay:
@@ -190,7 +200,13 @@ def _replay_iteration(
 
 
 def _rollout_iteration(
-    config: AgentConfig, env: InGraphEnv, agent: Agent, learner: Learner, num_lanes: int, replicas: Replicas
+    config: AgentConfig,
+    numbers: Numbers,
+    env: InGraphEnv,
+    agent: Agent,
+    learner: Learner,
+    num_lanes: int,
+    replicas: Replicas,
 ) -> Iteration:
     """Returns an iteration of one rollout, its lambda-returns, and some epochs of regression on them."""
 
@@ -213,7 +229,7 @@ def _rollout_iteration(
 
         actor, (rows, stats) = jax.lax.scan(row, state.actor, (step_keys, uniforms, acting_keys, plan.exploration))
         last_value = jnp.max(agent.act_values(params, actor.memory)[0], axis=-1)
-        batch = regression(rows, stats.q_max, last_value, config, state.actor.memory.carry)
+        batch = regression(rows, stats.q_max, last_value, config, state.actor.memory.carry, numbers)
         learner_state, losses = learn_from_rollout(learner, state.learner, batch, shuffle_key, config, replicas)
         return FusedState(learner_state, actor, (), key), stats, losses
 

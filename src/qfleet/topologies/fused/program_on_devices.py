@@ -21,7 +21,11 @@ from qfleet.topologies.footprint import Footprint, batch_shapes, make_footprint
 from qfleet.topologies.fused.program import FusedState, Program, make_program, partition_state
 from qfleet.topologies.mesh import DATA_AXIS, REPLICATED, Placement
 
-_OVER_SEEDS = PartitionSpec("seeds")
+OVER_SEEDS = PartitionSpec("seeds")
+
+
+def _is_spec(tree: Any) -> bool:
+    return isinstance(tree, PartitionSpec)
 
 
 class ProgramOnDevices:
@@ -39,7 +43,7 @@ class ProgramOnDevices:
         Raises:
           ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
         """
-        agent = make_agent(network, config.agent, env.spec.frame_stack)
+        agent = self._agent = make_agent(network, config.agent, env.spec.frame_stack)
         self._config = config
         self._placement = Placement(config.topology.mesh, network)
         self._stored_spec = stored_spec(env.spec, network.to_storage_layout)
@@ -54,7 +58,7 @@ class ProgramOnDevices:
         if self._config.num_seeds == 1:
             return np.uint32(self._config.seed)
         seeds = np.uint32(self._config.seed + np.arange(self._config.num_seeds))
-        return jax.device_put(seeds, NamedSharding(self._mesh_of_seeds, _OVER_SEEDS))
+        return jax.device_put(seeds, self.sharding_of_seeds)
 
     def jitted(self) -> Any:
         """Returns the program, as a `Program` of functions that are jitted for the devices."""
@@ -79,23 +83,29 @@ class ProgramOnDevices:
 
     def _over_seeds(self) -> Any:
         """Returns the jitted program of many seeds. Each device trains its share of them, several as one batch."""
-        mesh, split, whole = self._mesh_of_seeds, _OVER_SEEDS, REPLICATED
+        mesh, split, whole = self._mesh_of_seeds, OVER_SEEDS, REPLICATED
         over_share = _over_one if self._config.num_seeds == mesh.size else jax.vmap
 
-        def over_seeds(function: Callable, *in_specs: PartitionSpec, donate_argnums: tuple[int, ...] = ()) -> Any:
-            batched = over_share(function, tuple(0 if spec == split else None for spec in in_specs))
+        def over_seeds(function: Callable, *in_specs: Any, donate_argnums: tuple[int, ...] = ()) -> Any:
+            in_axes = jax.tree.map(lambda spec: 0 if spec == split else None, in_specs, is_leaf=_is_spec)
+            batched = over_share(function, in_axes)
             mapped = jax.shard_map(batched, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=False)
             return jax.jit(mapped, donate_argnums=donate_argnums)
 
-        program = self._program
+        program, plan = self._of_one_seed
         return Program(
             init=over_seeds(program.init, split),
-            run=over_seeds(program.run, split, whole, whole, donate_argnums=(0,)),
+            run=over_seeds(program.run, split, plan, whole, donate_argnums=(0,)),
             begin_episodes=over_seeds(program.begin_episodes, split, whole, whole),
             play_episodes=over_seeds(program.play_episodes, split, split, whole, whole, split, whole, whole),
             replay_leaves=over_seeds(program.replay_leaves, split),
             restore_replay=over_seeds(program.restore_replay, split),
         )
+
+    @property
+    def _of_one_seed(self) -> tuple[Program, Any]:
+        """The program of each of many seeds, and how the plans of all of them are divided, as `PartitionSpec`s."""
+        return self._program, REPLICATED
 
     def footprint(self) -> Footprint:
         """Returns what it keeps on which devices, before or after `start`."""
@@ -111,7 +121,7 @@ class ProgramOnDevices:
         axes, devices, batch_specs = mesh.shape, mesh.local_devices, PartitionSpec(DATA_AXIS)
         if self._config.num_seeds > 1:
             devices = self._devices_of_seeds
-            axes, share, split = {"seeds": len(devices)}, self._config.num_seeds // len(devices), _OVER_SEEDS
+            axes, share, split = {"seeds": len(devices)}, self._config.num_seeds // len(devices), OVER_SEEDS
             shapes, batch, episodes = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct((share, *x.shape), x.dtype), (shapes, batch, episodes)
             )
@@ -129,6 +139,11 @@ class ProgramOnDevices:
     @property
     def _devices_of_seeds(self) -> list[jax.Device]:
         return jax.local_devices()[: num_shards(self._config.num_seeds, jax.local_device_count())]
+
+    @property
+    def sharding_of_seeds(self) -> NamedSharding:
+        """How arrays with a leading axis `[seeds]` are divided among the devices."""
+        return NamedSharding(self._mesh_of_seeds, OVER_SEEDS)
 
     @functools.cached_property
     def _mesh_of_seeds(self) -> jax.sharding.Mesh:
@@ -149,18 +164,18 @@ class ProgramOnDevices:
         return shapes, partition_state(shapes, DATA_AXIS)._replace(learner=learner)
 
 
-def _over_one(function: Callable, in_axes: tuple[int | None, ...]) -> Callable:
+def _over_one(function: Callable, in_axes: Any) -> Callable:
     """Returns what `jax.vmap` would, for a batch of one.
 
     Batching makes both branches of a `jax.lax.cond` run at each learner step, so the target network would be copied
     each time. Here only the branch that is due runs.
     """
 
+    def own_of(axis: int | None, batch: Any) -> Any:
+        return batch if axis is None else jax.tree.map(lambda x: x[0], batch)
+
     def over_one(*arguments: Any) -> Any:
-        own = [
-            argument if axis is None else jax.tree.map(lambda x: x[0], argument)
-            for argument, axis in zip(arguments, in_axes, strict=True)
-        ]
+        own = jax.tree.map(own_of, in_axes, arguments, is_leaf=lambda axis: axis is None)
         return jax.tree.map(lambda x: x[None], function(*own))
 
     return over_one

@@ -1,6 +1,5 @@
 """Drives one fused run: the host plans a chunk, calls the compiled program once, and reads the chunk's sums."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from qfleet.config import TrainConfig
+from qfleet.config import AgentConfig, TrainConfig
 from qfleet.core.learner import LearnerState
 from qfleet.core.replay import SavedReplay
 from qfleet.core.types import Network, Params
@@ -20,11 +19,12 @@ from qfleet.runtime import peers
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.compiling import compilers
 from qfleet.runtime.evaluation import Episodes, Pieces, join_episodes, never
-from qfleet.runtime.records import Progress, Sum, make_progress
-from qfleet.topologies.acting import not_finite, restored_actor, saved_actor
-from qfleet.topologies.base import Layout, OwnLearner, check_loss
+from qfleet.runtime.records import Progress
+from qfleet.topologies.acting import restored_actor, saved_actor
+from qfleet.topologies.base import Layout, OwnLearner
 from qfleet.topologies.footprint import Footprint
-from qfleet.topologies.fused.program import NO_BAD_STEP, FusedState, ProgramStats
+from qfleet.topologies.fused.chunk import Chunk, progress_of
+from qfleet.topologies.fused.program import FusedState
 from qfleet.topologies.fused.program_on_devices import ProgramOnDevices
 from qfleet.topologies.replay_measures import ReplayMeasures
 from qfleet.topologies.restoring import read_state
@@ -40,24 +40,27 @@ CHUNK_SECONDS = 0.25
 class Fused(OwnLearner):
     """One or many independent learners in one program."""
 
+    _chunk_seconds = CHUNK_SECONDS
+
     def __init__(
         self,
         config: TrainConfig,
         env: InGraphEnv,
         network: Network,
         optimiser: optax.GradientTransformation | None = None,
+        on_devices: ProgramOnDevices | None = None,
     ) -> None:
-        """Checks the sizes; `start` does the work.
+        """Checks the sizes; `start` does the work. With `on_devices`, that program is run.
 
         Raises:
           ConfigError: if the sizes in `config` don't fit each other, or its optimiser isn't known.
         """
-        self._on_devices = ProgramOnDevices(config, env, network, optimiser)
+        self._on_devices = on_devices or ProgramOnDevices(config, env, network, optimiser)
         self._config = config
         self._env = env
         self._pieces, self._replay_measures = Pieces(), ReplayMeasures()
         self.env_steps = self.learner_steps = self._replay_starts_at = 0
-        self._seconds_per_iteration = CHUNK_SECONDS  # a guess that makes the first chunk one iteration
+        self._seconds_per_iteration = self._chunk_seconds  # a guess that makes the first chunk one iteration
         self.changeable = changeable(config.agent)
         self._kept_learners: dict[int, Any] = {}  # learners that stay as they are, by their seed's index
 
@@ -68,7 +71,7 @@ class Fused(OwnLearner):
         self._replay_leaves, self._restore_replay = program.replay_leaves, program.restore_replay
         state = jax.eval_shape(program.init, self._seeds)
         with compilers() as pool:  # XLA compiles one program, the largest first, while Python traces the next
-            compiled_run = pool.submit(program.run.lower(state, self._plan(), np.int32(0)).compile)
+            compiled_run = pool.submit(program.run.lower(state, self._to_program(self._plan()), np.int32(0)).compile)
             lowered = program.init.lower(self._seeds)
             # This program runs once, and the one that begins episodes takes next to no time. Optimising them would cost
             # more time than it saves. XLA can skip that on a CPU only.
@@ -137,40 +140,34 @@ class Fused(OwnLearner):
         Raises:
           RunFailed: if a reward, an observation or the loss isn't finite.
         """
+        return progress_of(self._run_chunk(until_env_steps), self._config, self._env.spec)
+
+    def _run_chunk(self, until_env_steps: int) -> Chunk:
         num_iterations = math.ceil((until_env_steps - self.env_steps) / self.env_steps_per_iteration)
-        wanted = peers.firsts(CHUNK_SECONDS / self._seconds_per_iteration)
+        wanted = peers.firsts(self._chunk_seconds / self._seconds_per_iteration)
         num_iterations = max(1, min(num_iterations, math.ceil(wanted), MAX_ITERATIONS))
 
         started = time.perf_counter()
         plan = self._plan()
-        self._fused_state, stats = self._run(self._fused_state, plan, np.int32(num_iterations))
+        self._fused_state, stats = self._run(self._fused_state, self._to_program(plan), np.int32(num_iterations))
         stats = jax.device_get(stats)
         seconds = time.perf_counter() - started
         self._seconds_per_iteration = seconds / num_iterations
 
-        env_steps_before = self.env_steps
+        new_env_steps = num_iterations * self.env_steps_per_iteration
         new_learner_steps = learner_steps(self._config.agent, plan, num_iterations)
-        self.env_steps += num_iterations * self.env_steps_per_iteration
+        self.env_steps += new_env_steps
         self.learner_steps += new_learner_steps
-        self._check_finite(stats, env_steps_before)
-        num_episodes = int(np.sum(stats.num_episodes))
-        progress = make_progress(
+        return Chunk(
+            stats=stats,
+            exploration=plan.exploration[..., num_iterations - 1, -1],
+            num_iterations=num_iterations,
             env_steps=self.env_steps,
             learner_steps=self.learner_steps,
-            train_seconds=seconds,
-            new_env_steps=self.env_steps - env_steps_before,
+            new_env_steps=new_env_steps,
             new_learner_steps=new_learner_steps,
-            episode_return=Sum(float(np.sum(stats.episode_return)), num_episodes),
-            episode_length=Sum(float(np.sum(stats.episode_steps)), num_episodes),
-            q_max=Sum(float(np.mean(stats.q_max)), num_iterations * rows_per_iteration(self._config.agent)),
-            loss=Sum(float(np.mean(stats.losses.loss)), new_learner_steps),
-            td_error=Sum(float(np.mean(stats.losses.td_error)), new_learner_steps),
-            exploration=float(plan.exploration[num_iterations - 1, -1]),
+            seconds=seconds,
         )
-        if self._config.num_seeds == 1:
-            return progress
-        sums = zip(np.ravel(stats.episode_return).tolist(), np.ravel(stats.num_episodes).tolist(), strict=True)
-        return dataclasses.replace(progress, seed_return_means=tuple(Sum(*each).mean for each in sums))
 
     def evaluate(
         self,
@@ -231,8 +228,11 @@ class Fused(OwnLearner):
         self._replay_starts_at = counters["replay_starts_at"] if "replay" in state else self.env_steps
 
     def _plan(self) -> Plan:
+        return self._plan_of(self._config.agent)
+
+    def _plan_of(self, agent: AgentConfig) -> Plan:
         return make_plan(
-            self._config.agent,
+            agent,
             self._config.topology.num_envs,
             MAX_ITERATIONS,
             self.env_steps,
@@ -240,14 +240,6 @@ class Fused(OwnLearner):
             self.fixed,
         )
 
-    def _check_finite(self, stats: ProgramStats, env_steps_before: int) -> None:
-        bad_steps = np.atleast_1d(stats.bad_step)
-        if np.any(bad_steps != NO_BAD_STEP):
-            seed = int(np.argmax(bad_steps != NO_BAD_STEP))
-            bad_step = int(bad_steps[seed])
-            lane = bad_step % self._config.topology.num_envs
-            raise not_finite(
-                self._env.spec,
-                f"at environment step {env_steps_before + bad_step} in lane {lane} of seed {self._config.seed + seed}",
-            )
-        check_loss(stats.losses.loss, self.learner_steps, self._config.agent)
+    def _to_program(self, plan: Plan) -> Any:
+        """Returns what the program takes as its plan."""
+        return plan
