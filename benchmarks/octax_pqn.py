@@ -110,7 +110,7 @@ def compare(game: str, peers_python: str, num_lanes: int, repeats: int) -> dict[
         command = [sys.executable, __file__, "--ours", game, "--lanes", str(num_lanes)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         mine.append(float(json.loads(output.splitlines()[-1])))
-        peer = common.peer(peers_python, "octax_pqn.py", game, str(num_lanes))
+        peer = common.peer(peers_python, "octax_speed.py", game, str(num_lanes))
         theirs.append(float(peer["env_steps_per_second"]))
     return {
         "game": game,
@@ -123,7 +123,9 @@ def compare(game: str, peers_python: str, num_lanes: int, repeats: int) -> dict[
 def ours(game: str, num_lanes: int) -> float:
     """Returns our environment steps/s in training."""
     rollout = num_lanes * ROLLOUT_LENGTH
-    lengths = dict.fromkeys(("exploration_env_steps", "env_steps", "eval_period_env_steps"), 2 * rollout)
+    lengths: dict[str, Any] = dict.fromkeys(
+        ("exploration_env_steps", "env_steps", "eval_period_env_steps"), 2 * rollout
+    )
     num_minibatches = rollout // MINIBATCH_SIZE
     config = qfleet.make_config(
         f"octax:{game}", "pqn", num_envs=num_lanes, num_minibatches=num_minibatches, **lengths, **SETTINGS
