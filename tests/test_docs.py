@@ -55,7 +55,7 @@ def test_every_link_to_a_section_of_ours_leads_there(name: str) -> None:
 def test_every_command_that_trains_has_flags_that_there_are(name: str) -> None:
     text = re.sub(r"\\\n[# ]*", "", (ROOT / name).read_text(encoding="utf-8"))
     shell = r"(?:\w*\$|RAY_AUTH_MODE=token)?"
-    commands = re.findall(rf"^[# ]*{shell} *qfleet (?:train|devices) ([^\[\n]+)$", text, re.MULTILINE)
+    commands = re.findall(rf"^[# ]*{shell} *qfleet (?:train|devices|plan) ([^\[\n]+)$", text, re.MULTILINE)
     for command in commands:
         env, *flags = shlex.split(command.partition(" > ")[0], comments=True)
         if env not in ("corridor:Corridor-v0", "--config"):  # the pages' own environment and file, which aren't there

@@ -20,6 +20,7 @@ LAYERS = (
     {"policy"},
     {"serving"},
     {"training"},
+    {"planning"},
     {"loading"},
     {"api"},
     {"sweeps"},

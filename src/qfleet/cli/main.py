@@ -30,6 +30,7 @@ _COMMANDS = {
     "rerun": "train a run again, and say whether the result is the same",
     "diagnose": "say what is wrong with a run that doesn't learn",
     "doctor": "say whether this machine is ready for runs, and what to do if it isn't",
+    "plan": "predict a run before it starts: its speed, its memory, and what limits it",
     "devices": "list the devices, or show what a run would keep on each of them",
     "envs": "list the environments",
     "check-env": "check that an environment keeps the contract that learning relies on",

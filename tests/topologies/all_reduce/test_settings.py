@@ -121,12 +121,12 @@ def test_where_gpus_are_hidden_there_may_be_any_number_of_processes_and_they_sta
     monkeypatch.setenv(variable, value)
     check_places(AllReduceConfig(num_processes=4))
     visible = os.environ["CUDA_VISIBLE_DEVICES"]
-    assert local_processes._environment(3, 4, 1)["CUDA_VISIBLE_DEVICES"] == visible
+    assert local_processes.environment_of(3, 4, 1)["CUDA_VISIBLE_DEVICES"] == visible
 
 
 def test_each_process_sees_gpus_of_its_own(gpus) -> None:
     def seen(*arguments: int) -> str:
-        return local_processes._environment(*arguments)["CUDA_VISIBLE_DEVICES"]
+        return local_processes.environment_of(*arguments)["CUDA_VISIBLE_DEVICES"]
 
     assert [seen(0, 2, 1), seen(1, 2, 1)] == ["4", "GPU-7"]
     assert seen(0, 1, 2) == "4,GPU-7"

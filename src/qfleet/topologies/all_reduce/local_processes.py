@@ -27,10 +27,10 @@ class LocalProcessGroup(ChildProcesses):
             child = self.add(i)
             child.start(
                 self._make_command(JoinInfo(i, coordinator, child.report_descriptor, sys.executable)),
-                _environment(place, len(numbers), self._config.devices_per_process),
+                environment_of(place, len(numbers), self._config.devices_per_process),
                 self._log_folder / f"{i}.log",
             )
-            _keep_to_its_cores(child.pid, place, len(numbers))
+            keep_to_its_cores(child.pid, place, len(numbers))
             self.watch(i)
 
     def states(self) -> dict[int, ProcessState]:
@@ -38,7 +38,7 @@ class LocalProcessGroup(ChildProcesses):
         return {i: ProcessState(f"process {i} {of_all}", code, cause_of(code)) for i, code in self.exit_codes().items()}
 
 
-def _keep_to_its_cores(pid: int, place: int, num_here: int) -> None:
+def keep_to_its_cores(pid: int, place: int, num_here: int) -> None:
     """Binds a process to its share of this host's cores, if there is at least one core for each process.
 
     The slowest process sets the pace of all, and a process is slow if the system moves it between cores. On two cores,
@@ -75,7 +75,7 @@ def _numbers_here(config: AllReduceConfig) -> Sequence[int]:
     return range(config.num_processes) if config.process_id is None else [config.process_id]
 
 
-def _environment(place: int, num_here: int, num_devices: int) -> dict[str, str]:
+def environment_of(place: int, num_here: int, num_devices: int) -> dict[str, str]:
     """Returns the environment variables of a process on this host, with its share of the cores and GPUs.
 
     Args:
