@@ -217,7 +217,7 @@ def test_a_connection_that_is_there_is_used_and_left(local, address: str) -> Non
 @pytest.mark.slow
 def test_a_local_ray_has_as_many_cpus_as_it_was_asked_for(local) -> None:
     num_cpus = max(3, os.cpu_count() or 1)
-    assert room(["CPU", "TPU"]).endswith(f" free of {num_cpus} CPU and 0 TPU")
+    assert room(["CPU", "TPU"], {}).endswith(f" free of {num_cpus} CPU and 0 TPU")
 
 
 def descendants(pid: int) -> list[int]:
