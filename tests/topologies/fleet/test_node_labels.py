@@ -28,7 +28,7 @@ def labelled() -> Iterator[str]:
     """Connects to a cluster of two nodes with 4 CPUs each, and yields the ID of the one that has labels."""
     from ray.cluster_utils import Cluster
 
-    with on_loopback():
+    with on_loopback(), connection.process_kept_as_it_is():
         cluster = Cluster()
         cluster.add_node(num_cpus=4, include_dashboard=False)
         cluster.add_node(num_cpus=4, labels=OWN)

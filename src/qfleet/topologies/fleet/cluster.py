@@ -188,13 +188,20 @@ def _connect(address: str, num_cpus: int, folder: Path | None) -> None:
 
 def _init(settings: dict[str, Any]) -> None:
     """Calls `ray.init`, and undoes what it does to this process."""
+    with process_kept_as_it_is():
+        ray.init(**settings, job_config=path_of_this_process_only())
+
+
+@contextlib.contextmanager
+def process_kept_as_it_is() -> Iterator[None]:
+    """Undoes what Ray does to this process when it starts its own ones, and hides warnings of its forks."""
     handler, group = signal.getsignal(signal.SIGTERM), os.getpgrp()
     try:
         with warnings.catch_warnings():
             # Ray forks to start its own processes. These exec at once, so they miss no thread of this process.
             warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)
             warnings.filterwarnings("ignore", r".*use of fork\w*\(\) may lead to deadlocks", DeprecationWarning)
-            ray.init(**settings, job_config=path_of_this_process_only())
+            yield
     finally:
         if threading.current_thread() is threading.main_thread() and handler is not None:
             signal.signal(signal.SIGTERM, handler)
