@@ -146,7 +146,7 @@ def slurm(tmp_path: Path) -> Slurm:
 def test_a_job_whose_time_is_up_saves_the_run_and_goes_on_in_another(slurm: Slurm) -> None:
     for _ in range(2):
         job = slurm.job()
-        wait_until(lambda: (slurm.run / "started").exists() or job.poll() is not None)  # noqa: B023
+        wait_until(lambda job=job: (slurm.run / "started").exists() or job.poll() is not None)
         job.send_signal(signal.SIGTERM)
         output, _ = job.communicate()
         assert job.returncode == 75, output

@@ -94,7 +94,9 @@ class Caller:
 
     def start(self, name: str, kind: type, arguments: tuple, variables: dict[str, str]) -> ServedProcess:
         """Starts a process."""
-        return self._supervisor.add(ServedProcess(self._children, name, kind, arguments, variables))  # type: ignore[return-value]
+        process = ServedProcess(self._children, name, kind, arguments, variables)
+        self._supervisor.add(process)
+        return process
 
     def measure(self, rounds: Callable[[], None], num_processes: int) -> None:
         """Has calls made, and made again while other processes keep the cores busy, if the run has more than cores.

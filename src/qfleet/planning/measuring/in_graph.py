@@ -115,7 +115,9 @@ class _Parts:
         return time_snapshots(self._state.learner.params)
 
     def _num_stored(self) -> int:
-        return int(np.min(self._placement.to_host(self._state.replay.ring.size)))  # type: ignore[union-attr]
+        stored = self._state.replay
+        assert stored, "only a replay stores rows"
+        return int(np.min(self._placement.to_host(stored.ring.size)))
 
     def _least(self) -> int:
         return 2 * (self._config.rows_after_start + 2)

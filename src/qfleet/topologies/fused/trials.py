@@ -185,9 +185,8 @@ class FusedTrial(Topology):
         chunk = self._together.chunk_after(self.env_steps, until_env_steps)
         self.env_steps, self.learner_steps = chunk.env_steps, chunk.learner_steps
         stats, exploration = self._together.share_of((chunk.stats, chunk.exploration), self._index)
-        own = chunk._replace(
-            stats=stats, exploration=np.ravel(exploration)[0]
-        )  # which is the same for all of its seeds
+        # The exploration is the same for all of a trial's seeds.
+        own = chunk._replace(stats=stats, exploration=np.ravel(exploration)[0])
         return progress_of(own, self._config, self._together.env.spec)
 
     def evaluate(
