@@ -57,6 +57,7 @@ def test_the_docs_show_the_agents_with_the_returns_of_their_cards() -> None:
 def test_an_agent_is_evaluated_and_exported_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "zoo:cartpole", "--episodes", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["return_mean"] > 400
+    assert qfleet.load(Path("zoo:cartpole")).spec.name == "CartPole-v1"
     assert main(["export", "zoo:cartpole"]) == 0
     (exported,) = Path("zoo/cartpole/exports").iterdir()
     assert qfleet.load(exported).evaluate(1).shape == (1,)

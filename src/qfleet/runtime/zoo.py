@@ -24,12 +24,13 @@ def resolve_zoo(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     Raises:
       ConfigError: if the zoo has no such agent.
     """
-    if not isinstance(path, str) or not path.startswith(_PREFIX):
+    text = str(path) if isinstance(path, (str, os.PathLike)) else ""  # whoever reads the path refuses anything else
+    if not text.startswith(_PREFIX):
         return path
-    name = path.removeprefix(_PREFIX)
+    name = text.removeprefix(_PREFIX)
     if name not in agents():
         raise ConfigError(
-            f"an agent of the zoo must be one of {', '.join(agents())}, got {path[:200]!r}.{suggest(name, agents())}"
+            f"an agent of the zoo must be one of {', '.join(agents())}, got {text[:200]!r}.{suggest(name, agents())}"
         )
     return FOLDER / name
 
