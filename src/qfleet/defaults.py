@@ -168,7 +168,7 @@ def choose(
         again, and a script may train there without `if __name__ == "__main__"`.
     """
     if is_of_suite(env_name):
-        is_small_image = env_name.endswith("-MinAtar") or env_name.startswith(("octax:", "pgx:minatar-"))
+        is_small_image = env_name.endswith("-MinAtar") or env_name.startswith(("octax:", "pgx:minatar-", "xminigrid:"))
         return _choice(FAMILIES["small images" if is_small_image else "vectors"], topology)
     try:
         env = make_env(env_name, **env_options)

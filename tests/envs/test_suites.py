@@ -1,4 +1,4 @@
-"""The table of suites, and the adapters of octax and pgx, compared with their own functions under the same keys."""
+"""The table of suites, and adapters compared with the suites' own functions under the same keys."""
 
 import sys
 import warnings
@@ -34,6 +34,7 @@ def made(name: str, **options: Any) -> InGraphEnv:
         ("octax:pong", {"max_num_steps_per_episodes": 15}),
         ("pgx:2048", {}),
         ("pgx:minatar-breakout", {"max_episode_steps": 15}),
+        ("xminigrid:MiniGrid-EmptyRandom-5x5", {"max_steps": 15}),
     ],
 )
 def test_environments_of_suites_conform(name: str, options: dict[str, Any]) -> None:
@@ -118,11 +119,37 @@ def test_a_limit_on_episodes_of_pgx_truncates_and_keeps_the_last_observation() -
     np.testing.assert_array_equal(observations[3], jax.tree.map(lambda x: x[3, 0], draws.fresh[1]))
 
 
-@pytest.mark.parametrize("suite", ["octax", "pgx"])
+def test_every_step_is_xminigrids_and_the_goal_is_no_time_limit() -> None:
+    env = made("xminigrid:MiniGrid-Empty-5x5", max_steps=6)
+    import xminigrid
+
+    reference, params = xminigrid.make("MiniGrid-Empty-5x5", max_steps=6)
+    step, their_step = jax.jit(env.step), jax.jit(lambda state, action: reference.step(params, state, action))
+    key = jax.random.key(0)
+    for actions, is_goal in (([0, 0, 1, 0, 0], True), ([1] * 6, False)):
+        state, observation = env.reset(key)
+        theirs = reference.reset(params, key)
+        for t, action in enumerate(actions, 1):
+            state, observation, reward, terminated, truncated = step(state, jnp.int32(action), key)
+            theirs = their_step(theirs, jnp.int32(action))
+            tile, colour = observation[..., :13].argmax(-1), observation[..., 13:].argmax(-1)
+            np.testing.assert_array_equal(np.stack([tile, colour], -1), theirs.observation)
+            assert float(reward) == float(theirs.reward)
+            is_last = t == 5 if is_goal else t == 6
+            assert (bool(terminated), bool(truncated)) == (is_last and is_goal, is_last and not is_goal)
+            if is_last:
+                break
+    assert env.render is not None
+    picture = env.render(jax.device_get(state), np.asarray(observation))
+    assert (picture.shape, picture.dtype) == ((160, 160, 3), np.uint8)
+
+
+@pytest.mark.parametrize("suite", ["octax", "pgx", "xminigrid"])
 def test_every_listed_name_keeps_the_contract(suite: str) -> None:
     pytest.importorskip(suite)
     names = list_suite(suite)
-    assert {"octax": "octax:space_flight10", "pgx": "pgx:minatar-seaquest"}[suite] in names
+    known = {"octax": "space_flight10", "pgx": "minatar-seaquest", "xminigrid": "MiniGrid-MemoryS8"}
+    assert f"{suite}:{known[suite]}" in names
     for name in names:
         env = make_env(name)
         if not env.spec.has_action_mask:  # of those that have masks, the conformance suite takes care
@@ -142,6 +169,8 @@ def test_gymnaxs_names_are_listed_too() -> None:
         ("pgx:chess", {}, "pgx has no environment 'chess' for a single agent"),
         ("octax:pong", {"frame_skip": 0}, "frame_skip must be a whole number, at least 1, got 0"),
         ("pgx:2048", {"max_episode_steps": 0}, "max_episode_steps must be a whole number, at least 1, got 0"),
+        ("xminigrid:MiniGrid-Empty-5x5", {"max_steps": 0}, "max_steps must be a whole number, at least 1, got 0"),
+        ("xminigrid:XLand-MiniGrid-R1-9x9", {}, "xminigrid has no environment 'XLand-MiniGrid-R1-9x9'"),
         ("pgx:2048", {"size": 5}, "env_options must be options that pgx:2048 takes"),
     ],
 )
@@ -151,7 +180,7 @@ def test_what_cannot_be_made_is_one_clear_error(name: str, options: dict[str, An
         make_env(name, **options)
 
 
-@pytest.mark.parametrize("suite", ["gymnax", "octax", "pgx"])
+@pytest.mark.parametrize("suite", ["gymnax", "octax", "pgx", "xminigrid"])
 def test_a_missing_suite_names_the_command_that_adds_it(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, suite, None)
     monkeypatch.setitem(sys.modules, f"{suite}.environments", None)
@@ -163,7 +192,9 @@ def test_a_missing_suite_names_the_command_that_adds_it(suite: str, monkeypatch:
 def test_suites_have_backends_and_topologies_of_their_own() -> None:
     assert [backend_of(name) for name in ("octax:pong", "pgx:2048")] == ["octax", "pgx"]
     assert {default_topology(name) for name in ("octax:pong", "pgx:2048")} == {"fused"}
-    with pytest.raises(ConfigError, match=r"suite must be one of gymnax, octax, pgx, got 'pgxx'.*Did you mean pgx"):
+    with pytest.raises(
+        ConfigError, match=r"suite must be one of gymnax, octax, pgx, xminigrid, got 'pgxx'.*Did you mean pgx"
+    ):
         list_suite("pgxx")
 
 
@@ -179,10 +210,11 @@ def test_a_game_of_octax_is_drawn_as_its_newest_frame() -> None:
 @pytest.mark.parametrize(
     ("name", "preset", "settings"),
     [
-        ("octax:pong", "pqn", {}),
+        ("octax:pong", "pqn", {"env_options": {"max_num_steps_per_episodes": 20}}),
         ("pgx:2048", "double_dqn", {"replay_capacity": 512, "warmup_env_steps": 64, "batch_size": 16}),
         ("pgx:2048", "pqn_rnn", {"memory_size": 8}),
-        ("pgx:minatar-seaquest", "pqn", {}),
+        ("pgx:minatar-seaquest", "pqn", {"env_options": {"max_episode_steps": 20}}),
+        ("xminigrid:MiniGrid-MemoryS8", "pqn_rnn", {"memory_size": 8, "env_options": {"max_steps": 20}}),
     ],
 )
 def test_a_short_training_runs(name: str, preset: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -190,9 +222,6 @@ def test_a_short_training_runs(name: str, preset: str, settings: dict[str, Any],
     sizes: dict[str, Any] = {"num_envs": 4, "torso": "mlp", "hidden_sizes": (16,), "env_steps": 256, **settings}
     if preset.startswith("pqn"):
         sizes |= {"rollout_length": 8, "num_minibatches": 2}
-    options: dict[str, Any] = {} if name == "pgx:2048" else {"env_options": {"max_episode_steps": 20}}
-    if name.startswith("octax:"):
-        options = {"env_options": {"max_num_steps_per_episodes": 20}}
-    config = qfleet.make_config(name, preset, run_dir=str(tmp_path / "run"), eval_episodes=2, **sizes, **options)
+    config = qfleet.make_config(name, preset, run_dir=str(tmp_path / "run"), eval_episodes=2, **sizes)
     summary = qfleet.train(config)
     assert summary["env_steps"] == 256 and summary["learner_steps"] > 0

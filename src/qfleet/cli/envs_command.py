@@ -11,7 +11,7 @@ class _EnvsFlags:
     """Lists the environments by name."""
 
     suite: tyro.conf.Positional[str] = ""
-    """gymnax, octax or pgx, to list the names of this suite instead."""
+    """gymnax, octax, pgx or xminigrid, to list the names of this suite instead."""
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from qfleet.config.errors import ConfigError, suggest
 from qfleet.config.python_path import check_trusted_module, module_folder_searched
 
-SUITES = ("gymnax", "octax", "pgx")
+SUITES = ("gymnax", "octax", "pgx", "xminigrid")
 """The backends that are suites written in JAX, each with an extra of its name."""
 
 BACKENDS = {

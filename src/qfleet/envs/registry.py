@@ -67,6 +67,7 @@ def list_envs() -> list[tuple[str, str]]:
         ("gymnax:NAME", "any other environment of gymnax with discrete actions"),
         ("octax:GAME", "CHIP-8 games of octax in JAX, such as octax:pong (extra 'octax')"),
         ("pgx:GAME", "games of pgx for one player in JAX, such as pgx:2048 (extra 'pgx')"),
+        ("xminigrid:NAME", "MiniGrid in JAX, such as xminigrid:MiniGrid-DoorKey-5x5 (extra 'xminigrid')"),
         ("gym:NAME", "Gymnasium's with discrete actions, such as gym:LunarLander-v3 (extra 'box2d')"),
         ("NAME", "the same, if no environment above has that name"),
         ("ale:GAME", "Atari on ALE's threads, such as ale:Pong (extra 'atari')"),

@@ -1,4 +1,4 @@
-"""Environments of suites written in JAX: gymnax, octax and pgx, each an extra of its name.
+"""Environments of suites written in JAX: gymnax, octax, pgx and xminigrid, each an extra of its name.
 
 Each suite has one function that lists its names and one that adapts an environment. Adapters call those functions of a
 suite that don't reset, because a step that starts the next episode by itself loses the final observation.
@@ -171,8 +171,59 @@ def _pgx(name: str, *, max_episode_steps: int | None = None, **options: Any) -> 
     return InGraphEnv(spec, reset, step, action_mask=(lambda state: state.legal_action_mask) if has_masks else None)
 
 
+def _xminigrid_names() -> list[str]:
+    """Returns xminigrid's ports of MiniGrid. Its XLand tasks come from benchmark files, which must be downloaded."""
+    import xminigrid
+
+    return [name for name in xminigrid.registered_environments() if name.startswith("MiniGrid-")]
+
+
+def _xminigrid(name: str, **options: Any) -> InGraphEnv:
+    """Adapts a task of xminigrid. An observation is the agent's view: the tile and the colour of each cell, one-hot.
+
+    Its shape is `[view_size, view_size, tiles + colours]`. The agent stands at the bottom and looks up.
+    """
+    import xminigrid
+    from xminigrid.core.constants import NUM_COLORS, NUM_TILES
+
+    for option in sorted({"max_steps", "view_size"} & options.keys()):
+        _check_count(option, options[option])
+    env: Any
+    params: Any
+    env, params = xminigrid.make(name, **options)
+
+    def observe(cells: jax.Array) -> jax.Array:
+        one_hot = (jax.nn.one_hot(cells[..., i], n, dtype=bool) for i, n in enumerate((NUM_TILES, NUM_COLORS)))
+        return jnp.concatenate([*one_hot], axis=-1)
+
+    def reset(key: jax.Array) -> tuple[EnvState, jax.Array]:
+        state = env.reset(params, key)
+        return state, observe(state.observation)
+
+    def step(state: EnvState, action: jax.Array, key: jax.Array) -> StepResult:
+        state = env.step(params, state, action)  # nothing is random after `reset`
+        terminated = state.discount == 0
+        return StepResult(
+            state, observe(state.observation), jnp.float32(state.reward), terminated, state.last() & ~terminated
+        )
+
+    def render(state: EnvState, observation: np.ndarray) -> np.ndarray:
+        picture: np.ndarray = env.render(params, state)
+        return picture
+
+    spec = EnvSpec(
+        name=f"xminigrid:{name}",
+        observation_shape=(params.view_size, params.view_size, NUM_TILES + NUM_COLORS),
+        observation_dtype=np.dtype(bool),
+        num_actions=env.num_actions(params),
+        time_limit=params.max_steps,
+    )
+    return InGraphEnv(spec, reset, step, render)
+
+
 _SUITES = {
     "gymnax": _Suite(gymnax.names, gymnax.make),
     "octax": _Suite(_octax_names, _octax),
     "pgx": _Suite(_pgx_names, _pgx),
+    "xminigrid": _Suite(_xminigrid_names, _xminigrid),
 }

@@ -22,7 +22,7 @@ from qfleet.runtime.run_files import read_json, shortened
 logger = logging.getLogger("qfleet")
 
 _PACKAGES = ("qfleet", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "gymnasium", "gymnax", "octax",
-             "pgx", "ale-py", "envpool", "ray")  # fmt: skip
+             "pgx", "xminigrid", "ale-py", "envpool", "ray")  # fmt: skip
 
 _MAX_STARTS = 100
 """Most starts that a run remembers: the first and the newest."""
