@@ -175,7 +175,7 @@ def _xminigrid_names() -> list[str]:
     """Returns xminigrid's ports of MiniGrid. Its XLand tasks come from benchmark files, which must be downloaded."""
     import xminigrid
 
-    return [name for name in xminigrid.registered_environments() if name.startswith("MiniGrid-")]
+    return [name for name in xminigrid.registration.registered_environments() if name.startswith("MiniGrid-")]
 
 
 def _xminigrid(name: str, **options: Any) -> InGraphEnv:
@@ -190,7 +190,7 @@ def _xminigrid(name: str, **options: Any) -> InGraphEnv:
         _check_count(option, options[option])
     env: Any
     params: Any
-    env, params = xminigrid.make(name, **options)
+    env, params = xminigrid.registration.make(name, **options)
 
     def observe(cells: jax.Array) -> jax.Array:
         one_hot = (jax.nn.one_hot(cells[..., i], n, dtype=bool) for i, n in enumerate((NUM_TILES, NUM_COLORS)))
