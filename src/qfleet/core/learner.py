@@ -1,4 +1,4 @@
-"""A learner: the gradients of a batch, and the step that they make the parameters take."""
+"""A learner: the gradients of a batch, and the step that changes the parameters by them."""
 
 import inspect
 from collections.abc import Callable

@@ -169,7 +169,7 @@ class ShardedLearner:
 
 
 class TargetUpdateTracker:
-    """Tracks target-network updates for processes that do not run `Learner.apply`."""
+    """Tracks when `Learner.apply` updates the target network, which its caller cannot see."""
 
     def __init__(self, period: int) -> None:
         """Begins with a target network that has just been updated; `period` is in learner steps."""

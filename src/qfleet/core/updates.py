@@ -57,7 +57,7 @@ def learn_from_replay(
 
     Args:
       learner: the learner.
-      replay: the replay. It must hold at least one whole window, unless `num_updates` is 0.
+      replay: the replay. It must hold at least one transition with all its `n_step` rows, unless `num_updates` is 0.
       state: the states of the learner and the replay, and the losses so far.
       key: the key of this round.
       importance_exponent: `[]` float32, beta of prioritised replay.
@@ -107,6 +107,7 @@ def learn_from_rollout(
 
     Returns:
       The new state of the learner, and the losses of these steps.
+
     Source: Gallici et al. 2024, arXiv 2407.04811, algorithm 1.
     """
 

@@ -49,8 +49,8 @@ class ReceivedRow(NamedTuple):
 class HostActing:
     """Lanes outside the compiled program, and where the episode of each lane stands.
 
-    The caller reads `obs` and `is_first`, chooses actions, and calls `send` and `receive` in turn. Whatever it does
-    between the two runs while the environments step.
+    The caller reads `obs` and `is_first`, chooses actions, and calls `send` and `receive` in turn. Between these two
+    calls the environments step, and the caller may do other work.
     """
 
     obs: Any

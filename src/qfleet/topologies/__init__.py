@@ -8,7 +8,7 @@ from the environment to new parameters, and `topologies.fleet` for what all topo
 | fused | topologies.acting.act | core.replay.ring.insert_row | core.learner.update | core.learner.update |
 | overlapped | runtime.host_acting.HostActing | core.replay.ring.insert_row | core.learner.update | \
 core.learner.update |
-| all_reduce | training.peer.run_peer | core.replay.ring.insert_row | core.learner.update | core.replicas.Replicas |
+| all_reduce | training.peer.run_peer | core.replay.ring.insert_row | core.learner.update | core.learner.update |
 | gossip | topologies.gossip.peer.GossipPeer | core.replay.ring.insert_row | core.learner.update | core.learner.update |
 | actor_learner | topologies.fleet.actor.Actor | topologies.fleet.replay_shard.ReplayShard | \
 topologies.actor_learner.learner.GlobalLearner | topologies.actor_learner.learner.GlobalLearner |
@@ -26,7 +26,8 @@ What crosses the border between two processes, and the name of what is sent or o
 | actor_learner | to actors: topologies.actor_learner.machine.Broadcast. To shards: topologies.fleet.actor.Chunk, and \
 priorities from topologies.actor_learner.learner.GlobalLearner. To the learner: core.types.Transition |
 | parameter_server | to the server: topologies.parameter_server.requests.GradientAnswer. To workers: \
-topologies.parameter_server.requests.PublishedAnswer. With a shared replay, what crosses in actor_learner as well |
+topologies.parameter_server.requests.Pull. With a shared replay also topologies.fleet.actor.Chunk and \
+core.types.Transition, and priorities from topologies.parameter_server.worker.Worker |
 
 On Ray, pure code decides what each process does next: topologies.actor_learner.machine.ActorLearnerMachine,
 topologies.parameter_server.machine.ServerMachine, topologies.gossip.machine.GossipMachine. A director carries it out.

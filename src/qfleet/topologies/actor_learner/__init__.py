@@ -2,15 +2,15 @@
 
 Each actor, each shard of the replay and the learner is a process of its own. The run's process decides what each does
 next: `machine.ActorLearnerMachine` is a state machine, which makes the requests below. For each request a thread of the
-run, `director.ActorLearnerDirector`, calls the remote method of that name (`remote.py`, `fleet/remote.py`), and that
-method calls the one below, with arrays in place of references. The steps, in the order in which a
-transition meets them:
+run, that of `director.ActorLearnerDirector`, calls the remote method of that name (`remote.py`, `fleet/remote.py`), and
+that method calls the one below, with arrays in place of references. The steps, in the order in which a transition meets
+them:
 
     step                                 who decides                 function                    file
     -----------------------------------  --------------------------  --------------------------  -----------------------
     learner: publishes its parameters    Publish: _publish           GlobalLearner.publish       learner.py
     actor: receives them                 Collect: _start_chunks      Actor.receive               fleet/actor.py
-    actor: acts, and values what it did  Collect                     Actor.collect               fleet/actor.py
+    actor: acts, computes TD errors      Collect                     Actor.collect               fleet/actor.py
       one step of all lanes                                          act                         acting.py
         chooses actions                                              Agent.act                   core/agent.py
         steps environments                                           step_lanes                  envs/in_graph.py
@@ -31,8 +31,10 @@ transition meets them:
 
 Indented functions are called by the function above them; those of the core are the same in every topology. "Insert:
 _collected" is the request, and the method of the machine that makes it. Files are in this package, in `topologies/` or
-in `qfleet/`. `qfleet.topologies` explains the words. Environments that aren't written in JAX are stepped by
-`runtime.host_acting.HostActing` instead of `act` and `step_lanes`.
+in `qfleet/`. `qfleet.topologies` explains the words. `Agent`, `Replay` and `Learner` are records of functions, which
+`make_agent` and so on bind in the same file: the code of `Replay.insert` is `_insert`. In environments that aren't
+written in JAX, an actor takes its steps by `_HostLanes.take` of `fleet/actor.py`, which chooses actions by `Agent.act`
+and steps the lanes by `runtime.host_acting.HostActing`.
 
 A request carries references to arrays that another process has made, or is about to make: `Learn` is requested together
 with its `SampleShare`s, and begins once all have been answered. Arrays go directly from process to process

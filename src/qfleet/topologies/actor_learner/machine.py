@@ -1,7 +1,8 @@
 """The decisions of actor-learner: when actors act, the learner learns, and parameters are published.
 
-`ActorLearnerMachine.handle` handles each event: a process has replied, is lost or is back. After each round of
-replies it gets a `Turn`, and `_take_turn` requests what is due. `director` carries out the requests.
+`ActorLearnerMachine.handle` handles each event: a process has replied, is lost or is back. After all replies that have
+come, it gets a `Turn` unless the run pauses, and `_take_turn` requests what is due. `director` carries out the
+requests.
 """
 
 import dataclasses

@@ -13,7 +13,9 @@ from qfleet.topologies.fleet.remote_process import InRemoteProcess
 
 
 class RemoteActor(InRemoteProcess):
-    """An `Actor` in a process of its own. A method calls the actor's method of the same name."""
+    """An `Actor` in a process of its own. A method calls the actor's method of the same name, and `collect` also
+    `receive`.
+    """
 
     def __init__(self, variables: Mapping[str, str], config: TrainConfig, number: int) -> None:
         """Makes an actor; `variables` are those of `InRemoteProcess`."""
@@ -41,7 +43,9 @@ class RemoteActor(InRemoteProcess):
 
 
 class RemoteLearner(InRemoteProcess):
-    """A `GlobalLearner` in a process of its own. A method calls the learner's method of the same name."""
+    """A `GlobalLearner` in a process of its own. A method calls the learner's method of the same name, and `params`
+    calls `publish`.
+    """
 
     def __init__(self, variables: Mapping[str, str], config: TrainConfig) -> None:
         """Makes a learner; `variables` are those of `InRemoteProcess`."""

@@ -1,7 +1,7 @@
 """Shared by all topologies whose processes run on Ray; names none of them.
 
     topology.py          OnRay: what a run sees. It owns a director, and reads and writes checkpoints.
-    director.py          Director: a thread in the run's process, which submits calls and hears replies.
+    director.py          Director: an object with a thread in the run's process, which submits calls and hears replies.
     machine_director.py  MachineDirector: a director that carries out what a state machine decides. FleetDirector: one
                          that has actors.
     supervisor.py        Supervisor: starts, watches and replaces processes. The only file that calls methods in them.

@@ -47,7 +47,7 @@ class ChunkStats(NamedTuple):
     lengths: list[int]
     """Lengths of the episodes that ended, in environment steps."""
     q_mean: float
-    """Mean, over all steps of the chunk, of the greatest action value of the observation."""
+    """Mean, over all rows and lanes of the chunk, of the greatest action value of the observation."""
     num_failures: int
     """Environments that failed and were replaced."""
     busy_seconds: float

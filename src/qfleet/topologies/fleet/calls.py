@@ -1,7 +1,7 @@
 """Calls of methods in other processes: what is sent, who carries it, and what the supervisor hears of it.
 
-A call names its method by the function itself, `submit(process, RemoteActor.collect, request)`, so that a type checker
-and "go to definition" can follow it. Its arguments and its reply are records, and arrays in them are references. Two
+A call names its method by the function itself, `submit(process, RemoteActor.collect, version, params, ...)`, so that a
+type checker and "go to definition" can follow it. Large arrays among its arguments and in its reply are references. Two
 modules carry calls: `channel` within one machine, and `ray_calls` anywhere in a Ray cluster. The numbers are the same.
 """
 

@@ -1,7 +1,7 @@
 """Base class of directors, which coordinate the processes of a run on Ray.
 
 A director has a thread that requests work from the processes, handles their replies, and replaces lost processes. The
-work under way is bounded. Arrays don't pass through the director: it hands on references to them.
+work under way is bounded. Large arrays don't pass through the director: it hands on references to them.
 """
 
 import abc

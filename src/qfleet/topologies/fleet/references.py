@@ -52,7 +52,7 @@ class Reference(Generic[T]):
 
     @property
     def has_value(self) -> bool:
-        """Whether this process has made the value itself."""
+        """Whether the value is in this process, which has made it or has read it."""
         return self._value is not _MISSING
 
     @property

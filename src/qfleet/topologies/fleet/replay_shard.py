@@ -150,14 +150,14 @@ class ReplayShard:
     def sample_share(
         self, number: int, seed: int, importance_exponent: float, share: DrawShare, most: int
     ) -> SampleReply[Transition]:
-        """Draws this shard's share of a batch.
+        """Draws this shard's share of a batch, or of a round of batches.
 
         Args:
           number: identifies the draw when its priorities come back.
           seed: 32 bits, different for each draw.
           importance_exponent: beta.
-          share: the share of the batch that this shard draws.
-          most: the largest number of draws that one shard may get, which is the size of the whole batch.
+          share: how much this shard draws, and from where.
+          most: the largest number of draws that one shard may get, which is the size of the whole batch or round.
         """
         started = time.perf_counter()
         num_draws, size = int(share.num_draws), min(most, math.ceil(_SPARE * most / self._num_shards))

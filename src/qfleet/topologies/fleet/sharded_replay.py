@@ -18,7 +18,7 @@ from qfleet.topologies.fleet.replay_shares import deal
 
 
 class ArrivedChunk(NamedTuple):
-    """A chunk on its way from an actor to a shard."""
+    """A chunk that an actor has returned, to be stored by a shard."""
 
     actor: int
     writer: Writer

@@ -1,14 +1,15 @@
 """The fused topology: acting and learning in one compiled program, for environments written in JAX.
 
-The host plans how much to explore and how many learner steps follow each row, then calls the program once for a chunk
-of many rows. The steps, in the order in which a transition meets them:
+The host plans how much to explore and how many learner steps follow each row, then calls the program once for a chunk.
+A chunk is a number of iterations, and an iteration is 16 rows, or one rollout of an agent without a replay. The steps,
+in the order in which a transition meets them:
 
     step                                      who decides       function               file
     ----------------------------------------  ----------------  ---------------------  ---------------------
     takes a chunk of iterations               Fused.advance     Fused.advance          topology.py
       plans exploration, learner steps                          make_plan              schedule.py
       runs the iterations                                       Program.run            program.py
-        takes the rows of each                                  _replay_iteration      program.py
+        takes the rows of an iteration                          _replay_iteration      program.py
           acts in all lanes                                     act                    acting.py
             chooses actions                                     Agent.act              core/agent.py
             steps environments                                  step_lanes             envs/in_graph.py
@@ -22,8 +23,10 @@ of many rows. The steps, in the order in which a transition meets them:
             sets its priorities                                 Replay.set_priorities  core/replay/replay.py
           acts in the next row with them                        act                    acting.py
 
-Indented functions are called by the function above them; those of the core are the same in every topology. Files are in
-this package, in `topologies/` or in `qfleet/`. `qfleet.topologies` explains the words.
+Indented functions are called by the function above them; those of the core are the same in every topology. `Program`,
+`Agent`, `Replay` and `Learner` are records of functions, which `make_program` and so on bind in the same file: the code
+of `Replay.insert` is `_insert`. Files are in this package, in `topologies/` or in `qfleet/`. `qfleet.topologies`
+explains the words.
 
 `_replay_iteration` scans over the rows, so the parameters of one row's learner steps are those with which the next row
 acts. An agent without a replay takes a rollout instead of a row, in `_rollout_iteration`, and learns from it by

@@ -2,13 +2,14 @@
 
 Each worker, each shard of the server and each shard of a replay that the workers share is a process of its own. The
 run's process decides what each does next: `machine.ServerMachine` is a state machine, which makes the requests below.
-For each request a thread of the run, `director.ServerDirector`, calls the remote method of that name (`remote.py`,
-`fleet/remote.py`), and that method calls the one below, with arrays in place of references. By default each worker has
-its own replay: "own". If `num_replay_shards` is above 0, all workers share one: "shared". The steps, in the order in
-which a transition meets them:
+For each request a thread of the run, that of `director.ServerDirector`, calls the remote method of that name
+(`remote.py`, `fleet/remote.py`), and that method calls the one below, with arrays in place of references. By default
+each worker has its own replay: "own". If `num_replay_shards` is above 0, all workers share one: "shared". The steps, in
+the order in which a transition meets them:
 
     step                        who decides                        function                      file
     --------------------------  ---------------------------------  ----------------------------  -----------------------
+    server shard: publishes     Publish: ensure_published          ServerShard.publish           server_shard.py
     worker: pulls parameters    Act: _start_chunks                 Worker.pull                   worker.py
     worker: acts for one chunk  Act                                Worker.act                    worker.py
       makes the chunk                                              Actor.collect                 fleet/actor.py
@@ -18,7 +19,7 @@ which a transition meets them:
     own: the worker stores it   Act                                ReplayShard.insert            fleet/replay_shard.py
     shared: a shard stores it   Insert: _acted                     ReplayShard.insert            fleet/replay_shard.py
       row by row                                                   Replay.insert                 core/replay/replay.py
-    own: worker's gradient      ComputeGradient: _start_gradients  Worker.compute_gradient       worker.py
+    own: worker's gradient      ComputeGradient: _start_gradient   Worker.compute_gradient       worker.py
       draws a batch                                                Replay.sample                 core/replay/replay.py
       gradient, in pieces                                          ShardedLearner.gradients      core/sharded_learner.py
         gradient                                                   Learner.gradients             core/learner.py
@@ -27,18 +28,21 @@ which a transition meets them:
     shared: shards draw shares  SampleShare: _start_gradients      ReplayShard.sample_share      fleet/replay_shard.py
     shared: worker's gradient   ComputeGradientOf                  Worker.compute_gradient_of    worker.py
     shared: priorities go back  SetPriorities: _gradient_arrived   ReplayShard.set_priorities    fleet/replay_shard.py
-    makes a step of gradients   ServerMachine._gradient_arrived    StepQueue.push                step_queue.py
-    notes what it will return   ApplyGradients: _request_steps     ShardedServer._request_steps  sharded_server.py
+    gathers a step's gradients  ServerMachine._gradient_arrived    StepQueue.push                step_queue.py
+    asks for a learner step     ApplyGradients: _request_steps     ShardedServer._request_steps  sharded_server.py
     each server shard: a step   ApplyGradients                     ServerShard.apply_gradients   server_shard.py
       on its piece                                                 ShardedLearner.apply          core/sharded_learner.py
         new parameters                                             Learner.apply                 core/learner.py
-    what a worker lacks of it   Act, ComputeGradient               PooledWorker.next_pull        machine.py
-    worker: pulls that first    Act, ComputeGradient               Worker.pull                   worker.py
+    finds what a worker lacks   the next request to the worker     PooledWorker.next_pull        machine.py
+    worker: pulls it            the next request to the worker     Worker.pull                   worker.py
 
 Indented functions are called by the function above them; those of the core are the same in every topology. "Insert:
-_acted" is the request, and the method of `ServerMachine` or `ShardedServer` that makes it. Files are in this package,
-in `topologies/` or in `qfleet/`. `qfleet.topologies` explains the words. Environments that aren't written in JAX are
-stepped by `runtime.host_acting.HostActing` instead of `act` and `step_lanes`.
+_acted" is the request, and the method of `ServerMachine` or `ShardedServer` that decides on it; requests to shards of
+the replay are made by `fleet.sharded_replay.ShardedReplay`. Files are in this package, in `topologies/` or in
+`qfleet/`. `qfleet.topologies` explains the words. `Agent`, `Replay` and `Learner` are records of functions, which
+`make_agent` and so on bind in the same file: the code of `Replay.insert` is `_insert`. In environments that aren't
+written in JAX, a worker takes its steps by `_HostLanes.take` of `fleet/actor.py`, which chooses actions by `Agent.act`
+and steps the lanes by `runtime.host_acting.HostActing`.
 
 A request carries references to arrays that another process has made, or is about to make. Arrays go directly from
 process to process (`fleet/channel.py`, `fleet/ray_calls.py`). If the agent clips gradients and the server has

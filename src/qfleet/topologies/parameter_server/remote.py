@@ -1,8 +1,8 @@
 """The processes of the parameter server, as Ray runs them.
 
-Each holds a plain `Worker` or `ServerShard`, and a method calls the plain object's method of the same name. The plain
-method returns a `...Reply` (or `PublishedParameters`) that holds arrays; the method here returns a `...Answer`, the
-same record with references in their place. The shards of a replay that the workers share are
+Each holds a plain `Worker` or `ServerShard`, and a method calls the plain object's method of the same name, after
+`Worker.pull` if the worker lacks parameters. The plain method returns arrays; the method here returns references to
+them, such as a `...Answer` in place of a `...Reply`. The shards of a replay that the workers share are
 `fleet.remote.RemoteReplayShard`.
 """
 

@@ -1,6 +1,7 @@
 """What the machine of the parameter server requests of workers and server shards, and what these reply.
 
-All are records, in which arrays are references. `ServerDirector._call` has the method that belongs to each request.
+All are records, in which large arrays are references. `ServerDirector._call` has the method that belongs to each
+request.
 """
 
 import dataclasses
@@ -59,7 +60,7 @@ class GradientAnswer(NamedTuple):
 
     result: GradientStats
     pieces: Pieces
-    """Bytes of each piece, whose type is the config's `gradient_dtype`."""
+    """For each shard of the server, the bytes of its piece, which has the type `gradient_dtype` of the config."""
     priorities: tuple[Reference[np.ndarray], ...]
 
 
@@ -69,7 +70,7 @@ class Act(CallRequest[ActAnswer]):
 
     newest: NewestParameters
     pull: Pull
-    """The newest parameters that a worker doesn't have."""
+    """What the worker lacks of `newest`."""
     exploration: float
     writer: Writer
     """Incarnation of the worker, and the number of chunks that it was asked for before."""
@@ -97,7 +98,7 @@ class ComputeGradientOf(CallRequest[GradientAnswer]):
 
 
 class PublishedAnswer(NamedTuple):
-    """A shard's answer to the requests below: `PublishedParameters` with references."""
+    """A shard's answer to `ApplyGradients` and `ApplyAverages`: `PublishedParameters` with references."""
 
     busy_seconds: float
     params: Reference[np.ndarray]
@@ -106,7 +107,7 @@ class PublishedAnswer(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ApplyGradients(CallRequest[PublishedAnswer]):
-    """Take learner steps, without clipping by the norm of other shards' pieces."""
+    """Take learner steps that need nothing of other shards: there are none, or the agent doesn't clip gradients."""
 
     gradients: Sequence[Reference[np.ndarray]]
 

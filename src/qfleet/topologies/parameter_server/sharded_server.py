@@ -61,7 +61,7 @@ class ShardedServer:
         self.queue: StepQueue[Pieces] = StepQueue(topology, config.agent.target_update_period)
         self._newest: NewestParameters | None = None
         self._num_stepping, self._version_of_steps = 0, 0
-        """Shards that have not taken the steps yet that were requested last, and the version after these steps."""
+        """How many shards have yet to take the newest steps, and the version of the parameters after these steps."""
         self._snapshot_period = topology.snapshot_period_learner_steps
         self._snapshot: Snapshot | None = None
         self._next_snapshot: Snapshot | None = None
@@ -88,7 +88,7 @@ class ShardedServer:
         return self.queue.push(gradient, version, loss), self._request_steps()
 
     def _request_steps(self) -> list[Request]:
-        """Requests all steps that have gathered while the shards took others, at once; also in a paused run.
+        """Requests all steps that have gathered while the shards took others. A paused run does this, too.
 
         There is one such request at a time. A server that falls behind thus takes several steps per request, and
         publishes the parameters once for all of them.
