@@ -69,9 +69,16 @@ def v4(config: TrainConfig) -> dict:
     return content
 
 
+def v7(config: TrainConfig) -> dict:
+    """Returns a run's config as the seventh version wrote it, when all actors computed the first priorities."""
+    content = json.loads(json.dumps(encode(config)))
+    content["topology"].pop("initial_priorities", None)
+    return content
+
+
 def v6(config: TrainConfig) -> dict:
     """Returns a run's config as the sixth version wrote it, when no process chose its node."""
-    content = json.loads(json.dumps(encode(config)))
+    content = v7(config)
     topology = content["topology"]
     return {**content, "topology": {name: topology[name] for name in topology if not name.endswith("_node_labels")}}
 
@@ -177,6 +184,13 @@ def test_processes_of_a_run_of_the_sixth_version_go_to_any_node(topology):
     if topology.name not in ("fused", "overlapped"):
         with pytest.raises(ConfigError, match=r"config.topology must have .* missing .*_node_labels'"):
             decode(v6(config))
+
+
+def test_actors_of_a_run_of_the_seventh_version_compute_the_first_priorities():
+    config = dataclasses.replace(qfleet.make_config("CartPole-v1", "rainbow_lite"), topology=ActorLearnerConfig())
+    assert decode(v7(config), schema_version=7) == config
+    with pytest.raises(ConfigError, match=r"config.topology must have .* missing \['initial_priorities'\]"):
+        decode(v7(config))
 
 
 @pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, "2"])

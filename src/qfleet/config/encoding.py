@@ -13,7 +13,7 @@ from qfleet.config.topology import TopologyConfig
 from qfleet.config.train import TrainConfig
 from qfleet.config.values import show
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 
 
 def encode(config: TrainConfig) -> dict[str, Any]:
@@ -129,6 +129,15 @@ def _migrate_from_6(content: Any) -> Any:
     return {**content, "topology": {**new, **topology}}
 
 
+def _migrate_from_7(content: Any) -> Any:
+    """Adds the priorities of new transitions, which were the TD errors of the actors."""
+    if not isinstance(content, dict) or not isinstance(content.get("topology"), dict):
+        return content  # decoding refuses it
+    topology = content["topology"]
+    new = {"initial_priorities": "td_error"} if topology.get("name") == "actor-learner" else {}
+    return {**content, "topology": {**new, **topology}}
+
+
 _ADDED_IN_6 = {
     "head": "scalar",
     "num_atoms": 51,
@@ -182,6 +191,7 @@ _MIGRATIONS: dict[int, Callable[[Any], Any]] = {
     4: _migrate_from_4,
     5: _migrate_from_5,
     6: _migrate_from_6,
+    7: _migrate_from_7,
 }
 """Functions that convert content to the next version, by the version that they convert from."""
 

@@ -34,6 +34,8 @@ class ActorPool(NamedTuple):
     rows_per_chunk: int
     """Steps of each lane in one chunk, which an actor takes without interruption."""
     num_shards: int
+    sends_td_errors: bool = True
+    """Whether the actors compute TD errors of their own, which are the first priorities of what they send."""
 
     @property
     def num_lanes(self) -> int:
@@ -110,6 +112,9 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     """Epsilon of the first actor; see `actor_epsilon_exponent`. 0 leaves exploration to noisy layers."""
     actor_epsilon_exponent: float = 7.0
     """Actor i of N explores with epsilon `actor_epsilon_base ** (1 + i / (N - 1) * actor_epsilon_exponent)`."""
+    initial_priorities: Literal["td_error", "greatest"] = "td_error"
+    """Priorities of new transitions: the actor's own TD errors, as in Ape-X, or the greatest priority so far.
+    Only a prioritised replay of a head with scalar values has a choice; C51, for example, always takes the greatest."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The learner's devices."""
     actor_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -157,7 +162,10 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     @property
     def actor_pool(self) -> ActorPool:
         """The actors, and the shards of the replay."""
-        return ActorPool(self.num_actors, self.lanes_per_actor, self.rows_per_chunk, self.num_replay_shards)
+        sends_td_errors = self.initial_priorities == "td_error"
+        return ActorPool(
+            self.num_actors, self.lanes_per_actor, self.rows_per_chunk, self.num_replay_shards, sends_td_errors
+        )
 
     @property
     def lane_division(self) -> Division:
@@ -182,6 +190,9 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
         check_learns_while_others_act(self.name, agent)
         rule = "epsilon_greedy, or one of your own, with topology actor-learner"
         check(agent.exploration != "softmax", "exploration", rule, agent.exploration)
+        has_effect = self.initial_priorities == "td_error" or agent.replay == "prioritised"
+        rule = "left out with a replay that isn't prioritised"
+        check(has_effect, "initial_priorities", rule, self.initial_priorities)
 
     def describe_lanes(self, backend: str) -> str:
         """Returns the number of lanes and of actors."""

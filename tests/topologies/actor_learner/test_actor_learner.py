@@ -70,6 +70,22 @@ def test_chunks_follow_each_other_whatever_makes_the_environments(env):
             np.testing.assert_allclose(error[t + 3, lane], own, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("initial_priorities", ["td_error", "greatest"])
+def test_new_transitions_enter_with_the_actors_errors_or_with_the_greatest_priority_so_far(initial_priorities):
+    config = config_of("CartPole-v1", num_actors=1, num_replay_shards=1, initial_priorities=initial_priorities)
+    actor, shard = actor_of(config), ReplayShard(config, 0)
+    for number in range(3):
+        shard.insert(0, Writer(0, number), actor.collect(1.0)[1])
+    actor.close()
+    priorities = np.unique(shard.state.tree.levels[0])
+    assert (set(priorities) == {0.0, 1.0}) == (initial_priorities == "greatest"), priorities
+
+
+def test_initial_priorities_are_refused_where_no_replay_has_any():
+    with pytest.raises(ConfigError, match=r"initial_priorities must be left out with a replay that isn't prioritised"):
+        config_of(replay="uniform", initial_priorities="greatest")
+
+
 def test_actors_explore_by_an_epsilon_each_of_a_ladder():
     topology = ActorLearnerConfig(num_actors=4)
     epsilons = [topology.epsilon(i) for i in range(4)]

@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
     """`[rows, lanes]` float32, TD errors of the transitions that these rows complete, by the actor's own values.
 
     They are NaN where the actor doesn't know them. They are all NaN if the agent's head has other priorities than TD
-    errors."""
+    errors, or if the config asks for the greatest priority so far."""
 
 
 class ChunkStats(NamedTuple):
@@ -104,7 +104,7 @@ class Actor:
         def errors(before: ValuedRows, new: ValuedRows) -> tuple[ValuedRows, Array]:
             rows = jax.tree.map(lambda *x: jnp.concatenate(x), before, new)
             td_error = initial_td_errors(rows, n_step, discount, is_rescaled=rescaled)
-            if not agent.priority_is_td_error:
+            if not (pool.sends_td_errors and agent.priority_is_td_error):
                 td_error = jnp.full_like(td_error, jnp.nan)
             return jax.tree.map(lambda x: x[-n_step:], rows), td_error
 
