@@ -21,14 +21,14 @@ import numpy as np
 import qfleet
 from qfleet.runtime.statistics import bootstrap_interval, interquartile_mean
 
-AGENTS: dict[str, tuple[str, dict[str, Any]]] = {
+AGENTS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "dqn": ("dqn", {}),
     "c51": ("c51", {}),
     "rainbow": ("rainbow", {}),
     "iqn": ("iqn", {}),
     "munchausen": ("munchausen", {}),
     "m_iqn": ("iqn", {"munchausen": True}),
-    "pqn": ("pqn", {}),
+    "pqn": (None, {}),  # as `qfleet train GAME` chooses it
 }
 
 REPLAY: dict[str, Any] = {
@@ -97,7 +97,7 @@ def train(game: str, agent: str, num_seeds: int, env_steps: int, run_dir: Path) 
     if (run_dir / "config.json").exists():
         return go_on(run_dir)
     preset, settings = AGENTS[agent]
-    if preset == "pqn":
+    if preset is None:
         env_steps *= 5
     else:
         explores = {} if agent == "rainbow" else {"exploration_fraction": 0.1, "exploration_end": 0.01}

@@ -22,15 +22,19 @@ from qfleet.exporting.hub import CARD, DOWNLOAD, VIDEO, VIDEO_SENTENCE
 from qfleet.runtime.zoo import FOLDER
 
 _TEN_MILLION = ("--env-steps", "10000000")
+_DENSE = (
+    *("--torso", "mlp", "--hidden-sizes", "128", "128", "--learning-rate", "1e-3"),
+    *("--exploration-env-steps", "800000", "--eval-period-env-steps", "400000"),
+)
 
 AGENTS: dict[str, tuple[str, ...]] = {
     "cartpole": ("CartPole-v1", "--stop-return", "475"),
     "lunarlander": ("LunarLander-v3", "--env-steps", "500000"),
     "breakout-minatar": ("gymnax:Breakout-MinAtar", *_TEN_MILLION),
-    "asterix-minatar": ("gymnax:Asterix-MinAtar", *_TEN_MILLION),
-    "freeway-minatar": ("gymnax:Freeway-MinAtar", *_TEN_MILLION),
-    "spaceinvaders-minatar": ("gymnax:SpaceInvaders-MinAtar", *_TEN_MILLION),
-    "seaquest-minatar": ("pgx:minatar-seaquest", *_TEN_MILLION, "--env-options", "max_episode_steps", "5000"),
+    "asterix-minatar": ("gymnax:Asterix-MinAtar",),
+    "freeway-minatar": ("gymnax:Freeway-MinAtar", *_TEN_MILLION, *_DENSE),
+    "spaceinvaders-minatar": ("gymnax:SpaceInvaders-MinAtar", *_TEN_MILLION, *_DENSE),
+    "seaquest-minatar": ("pgx:minatar-seaquest", *_TEN_MILLION, *_DENSE, "--env-options", "max_episode_steps", "5000"),
 }
 """Arguments of `qfleet train` for each agent."""
 

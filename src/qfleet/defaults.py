@@ -1,6 +1,6 @@
 """The choice of a preset and its settings for an environment, when the user names no preset.
 
-The environment's family decides: what it shows (pixels, a small image, one of a number of states, or numbers), and
+The environment's family decides: what it shows (pixels, a smaller image, one of a number of states, or numbers), and
 whether it is written in JAX. Settings are tuned for whole families rather than for single environments.
 """
 
@@ -32,6 +32,9 @@ RANDOM_PLAY_SECONDS = 1.0
 
 PIXEL_BYTES = 8 * 10**9
 """What a replay of pixels may take. A million frames of Atari fit."""
+
+MAX_SMALL_SIDE = 16
+"""Pixels of the longest side of a small image."""
 
 STATE_BYTES = 10**8
 """What a replay of one-hot states may take. A million steps of 100 states fit."""
@@ -87,15 +90,26 @@ _STATES: Mapping[str, Any] = {
 }
 
 _SMALL_IMAGES: Mapping[str, Any] = {
-    # Gallici et al. 2024 for MinAtar, but with dense layers, which a CPU computes faster than convolutions.
-    "torso": "mlp",
-    "hidden_sizes": (128, 128),
+    # Gallici et al. 2024 for MinAtar, with half of their environment steps.
+    "torso": "minatar",
+    "hidden_sizes": (128,),
     "num_envs": 128,
     "rollout_length": 32,
     "num_minibatches": 32,
-    "learning_rate": 1e-3,
+    "learning_rate": 5e-4,
     "learning_rate_schedule": "linear",
     "learning_rate_learner_steps": None,
+    "exploration_env_steps": 500_000,
+    "env_steps": 5_000_000,
+    "eval_period_env_steps": 250_000,
+}
+
+_MEDIUM_IMAGES: Mapping[str, Any] = {
+    # The dense layers after MinAtar's convolution would have thirty times as many weights as in a small image.
+    **_SMALL_IMAGES,
+    "torso": "mlp",
+    "hidden_sizes": (128, 128),
+    "learning_rate": 1e-3,
     "exploration_env_steps": 800_000,
     "env_steps": 8_000_000,
     "eval_period_env_steps": 400_000,
@@ -115,6 +129,9 @@ FAMILIES: dict[str, Family] = {
     "pixels": Family("the environment shows pixels", "atari_dqn", {}),
     "small images": Family(
         "the environment shows small images", "pqn", _SMALL_IMAGES, ("double_dqn", _SMALL_IMAGES_REPLAYED)
+    ),
+    "medium images": Family(
+        "the environment shows images of medium size", "pqn", _MEDIUM_IMAGES, ("double_dqn", _SMALL_IMAGES_REPLAYED)
     ),
     "states": Family("the environment shows which of its states it is in", "double_dqn", _STATES),
     "vectors": Family("the environment shows vectors of numbers", "rainbow_lite", _VECTORS),
@@ -168,8 +185,7 @@ def choose(
         again, and a script may train there without `if __name__ == "__main__"`.
     """
     if is_of_suite(env_name):
-        is_small_image = env_name.endswith("-MinAtar") or env_name.startswith(("octax:", "pgx:minatar-", "xminigrid:"))
-        return _choice(FAMILIES["small images" if is_small_image else "vectors"], topology)
+        return _choice(FAMILIES[_family_in_suites(env_name)], topology)
     try:
         env = make_env(env_name, **env_options)
     except RAISED_BY_USERS:  # a user's function may raise anything, and the run calls it again
@@ -210,16 +226,26 @@ def adapted(settings: Mapping[str, Any], env_steps: int | None, num_envs: int | 
     return {**settings, **{name: min(settings.get(name, defaults[name]), most) for name, most in longest.items()}}
 
 
+def _family_in_suites(env_name: str) -> str:
+    """Returns the name of the family of an environment of a suite in JAX."""
+    if env_name.startswith("octax:"):
+        return "medium images"
+    is_small_image = env_name.endswith("-MinAtar") or env_name.startswith(("pgx:minatar-", "xminigrid:"))
+    return "small images" if is_small_image else "vectors"
+
+
 def family_of(spec: "EnvSpec") -> str:
     """Returns the name of an environment's family, one of `FAMILIES`, by the shape and type of its observations."""
-    from qfleet.networks.torsos import choose_torso
+    from qfleet.networks.torsos import choose_torso, image_shape
 
     try:
         torso = choose_torso(spec, "auto")
     except ConfigError:
         return "vectors"  # the run reports what is wrong with them
-    if torso != "mlp":
-        return "pixels" if torso == "nature" else "small images"
+    if torso == "nature":
+        return "pixels"
+    if torso != "mlp" and (image := image_shape(spec)):
+        return "small images" if max(image[:2]) <= MAX_SMALL_SIDE else "medium images"
     is_state = len(spec.agent_observation_shape) == 1 and spec.observation_dtype == np.bool_
     return "states" if is_state else "vectors"
 
