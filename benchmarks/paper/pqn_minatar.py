@@ -33,7 +33,7 @@ def main() -> None:
         rows += [
             table.Row(game, "qfleet", table.ours(env, None, arguments.env_steps)),
             table.Row(game, "purejaxql", theirs),
-            table.Row(game, "untrained", untrained),
+            table.Row(game, "untrained", untrained, together=True),
         ]
     table.run("pqn_minatar", rows, arguments)
 
