@@ -57,7 +57,7 @@ class Host:
         self.model: Any = None
         self._make, self._calls = make, collections.deque[Call]()
         self.connection: SimulatedConnection | None = None
-        self._is_busy = self.is_ready = self.is_dead = self.is_stuck = False
+        self._is_busy = self.is_placed = self.is_dead = self.is_stuck = False
         self._is_about_to_raise = self._has_raised = False
         self._unheard: list[list[Any]] = []
         """News on their way: each is a list of one, so that it can be taken out."""
@@ -115,8 +115,10 @@ class Host:
 
     def _carry_out(self, call: Call) -> Any:
         if call.method == "where":
-            self.is_ready = True
+            self.is_placed = True
             return (self.number, str(self.node))
+        if call.method == "make_object":
+            return None
         arguments = load(call.data, [Reference(reference.place.value) for reference in call.references])
         if call.method == "insert":
             self._inserted.append(arguments)

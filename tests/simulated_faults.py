@@ -22,8 +22,8 @@ class Fault:
         elif self.kind == "dies while it starts":
             world.random.choice([each for each in living if each.model is None] or [host]).die()
         elif self.kind == "falls silent":
-            # Not before it is ready: until then nobody can tell whether a process is stuck or waits for a node.
-            host.is_stuck = host.is_ready
+            # Not before it has a node: until then nobody can tell whether a process is stuck or waits for one.
+            host.is_stuck = host.is_placed
         elif self.kind == "raises":
             host.raise_soon()
         elif self.kind == "is heard late":

@@ -68,18 +68,14 @@ def test_ray_reads_rules_as_we_do(labelled, rule, is_met):
     suiting = {node for node, labels in nodes.items() if has_labels(labels, {"market": rule})}
     assert suiting == ({labelled} if is_met else set()) | (set(nodes) - {labelled} if rule.startswith("!") else set())
 
-    class Placed(InRemoteProcess):
-        def node(self) -> str:
-            return ray.get_runtime_context().get_node_id()
-
-    process = RemoteProcess("one", Placed, (), {"CPU": 1}, {}, list, labels={"market": rule})
+    process = RemoteProcess("one", InRemoteProcess, (), {"CPU": 1}, {}, list, labels={"market": rule})
     process.start(0.0)
     try:
-        node = process.handle.node.remote()
+        place = process.handle.where.remote()
         if suiting:
-            assert ray.get(node) in suiting
+            assert ray.get(place)[1] in suiting
         else:
-            assert ray.wait([node], timeout=1)[0] == []
+            assert ray.wait([place], timeout=1)[0] == []
     finally:
         process.terminate()
 

@@ -114,6 +114,25 @@ def test_a_process_that_does_not_reply_is_replaced_later_if_it_has_to_compile(be
     assert again.seconds_until_replaced() == pytest.approx(11, abs=2)
 
 
+def test_a_process_that_hangs_while_its_object_is_made_is_replaced(bench):
+    third = bench.add("third")
+    bench.world.run(lambda: third.place is not None, 100, "the process says where it is")
+    assert not third.is_ready
+    third.handle.is_stuck = True
+    assert bench.seconds_until_replaced() == pytest.approx(51, abs=2)
+    bench.world.run(lambda: third.is_ready, 100, "its replacement is ready")
+    assert len(third.failed_at) == 1
+
+
+def test_a_process_that_waits_for_a_node_is_not_replaced(bench, caplog):
+    bench.world.starved_until = bench.world.active + 1_000.0
+    third = bench.add("third")
+    bench.world.run_for(900.0)
+    assert third.place is None and "third has waited" in caplog.text
+    bench.world.run_for(200.0)
+    assert third.is_ready and bench.supervisor.num_restarts == 0
+
+
 def test_a_process_is_not_silent_while_it_waits_for_what_another_makes(bench):
     made = Reference()
     bench.supervisor.submit(bench.second, Worker.make, results=[made])

@@ -5,7 +5,7 @@
     machine_director.py  MachineDirector: a director that carries out what a state machine decides. FleetDirector: one
                          that has actors.
     supervisor.py        Supervisor: starts, watches and replaces processes. The only file that calls methods in them.
-    remote_process.py    RemoteProcess: a place in the run, and InRemoteProcess: what runs there.
+    remote_process.py    RemoteProcess: a place in the run, and ProcessHost: what Ray runs there.
     references.py        Reference: an array that stays where it was made until a process needs it.
     calls.py             Call, Reply, Inbox: what is sent to a process, and what is heard of it.
     channel.py           Switchboard: carries calls within one machine, by sockets and shared memory.

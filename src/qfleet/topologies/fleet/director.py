@@ -152,7 +152,7 @@ class Director(abc.ABC, Generic[S]):
         with self._lock:
             while missing := self._missing():
                 self.raise_error()
-                if time.monotonic() > deadline:
+                if missing.place is None and time.monotonic() > deadline:
                     raise ConfigError(
                         f"a Ray cluster must have room for {self._needs_in_words}, got none for {missing.name} with "
                         f"{missing.wants} in {patience:g} s, {room(missing.resources, missing.labels)}; add nodes, or "
@@ -267,7 +267,7 @@ class Director(abc.ABC, Generic[S]):
 
     def _check_have_places(self, processes: Sequence[RemoteProcess]) -> None:
         for process in processes:
-            if not process.is_ready and self._supervisor.clock() - process.started_at > _LOST_SECONDS:
+            if process.place is None and self._supervisor.clock() - process.started_at > _LOST_SECONDS:
                 raise StateIsLost(f"{process.name} is lost, and found no node with {process.wants} yet")
 
     def _post(self, function: Callable[[], None]) -> None:

@@ -19,6 +19,49 @@ from qfleet.topologies.fleet.references import Reference, dump, load
 P = TypeVar("P")
 
 
+class ProcessHost:
+    """What Ray runs in a process: it makes an object of another class, and carries out the calls of its methods.
+
+    It makes the object in a call of its own, not in its constructor. So a process whose object takes long to make, or
+    hangs while it is made, has already said where it runs, and can be told from one that waits for a node.
+    """
+
+    def __init__(self, kind: type, arguments: tuple) -> None:
+        """Remembers what to make; `arguments` are those of the constructor."""
+        self._kind, self._arguments = kind, arguments
+        self._object: Any = None
+
+    def where(self) -> tuple[int, str]:
+        """Returns process ID and node ID."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
+
+    def make_object(self) -> None:
+        """Makes the object."""
+        self._object = self._kind(*self._arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns a method of the object."""
+        return getattr(self._object, name)
+
+    def call(self, method: str, data: bytes, *values: Any) -> Any:
+        """Calls a method, for `RayConnection`.
+
+        Args:
+          method: its name.
+          data: its arguments, from `references.dump`.
+          *values: the values that the references among the arguments refer to.
+
+        Returns:
+          The reply, from `references.dump`, and then the values of its references.
+        """
+        reply, results = dump(getattr(self, method)(*load(data, [Reference(value) for value in values])))
+        return (reply, *(result.value for result in results)) if results else reply
+
+    def serve(self, welcome: Welcome) -> None:
+        """Carries out the calls that come through a channel, until its other end is closed."""
+        serve(self, welcome)
+
+
 class InRemoteProcess:
     """Base class of everything that runs in a remote process. It prepares the process before anything uses JAX.
 
@@ -38,28 +81,6 @@ class InRemoteProcess:
             use_cpu_only()
         if variables.get("JAX_CPU_ENABLE_ASYNC_DISPATCH") == "false":
             compute_in_line()
-
-    def where(self) -> tuple[int, str]:
-        """Returns process ID and node ID. The reply also says that the constructor has finished."""
-        return os.getpid(), ray.get_runtime_context().get_node_id()
-
-    def call(self, method: str, data: bytes, *values: Any) -> Any:
-        """Calls a method, for `RayConnection`.
-
-        Args:
-          method: its name.
-          data: its arguments, from `references.dump`.
-          *values: the values that the references among the arguments refer to.
-
-        Returns:
-          The reply, from `references.dump`, and then the values of its references.
-        """
-        reply, results = dump(getattr(self, method)(*load(data, [Reference(value) for value in values])))
-        return (reply, *(result.value for result in results)) if results else reply
-
-    def serve(self, welcome: Welcome) -> None:
-        """Carries out the calls that come through a channel, until its other end is closed."""
-        serve(self, welcome)
 
 
 class RemoteProcess(Generic[P]):
@@ -87,7 +108,7 @@ class RemoteProcess(Generic[P]):
           resources: that the process takes, by Ray's names.
           environment: environment variables to set in the process.
           on_lost: called when the process has been replaced, before the replacement gets its first request.
-          on_ready: called when the process has found a node and its constructor has finished.
+          on_ready: called when the process has found a node and its object has been made.
           inherits: whether Ray's processes inherit `variables` from this one. If not, Ray must set them, and takes
             twice as long to start a process.
           labels: that the node must have.
@@ -112,16 +133,13 @@ class RemoteProcess(Generic[P]):
         self.replied_at = self.started_at = 0.0
         """Time of the last reply, or of the last moment when no reply could have arrived."""
         self.place: tuple[int, str] | None = None
-        """Process ID and node ID; None until the process has been made."""
+        """Process ID and node ID; None until the process has started."""
+        self.is_ready = False
+        """Whether the process has a node and its object has been made."""
         self.failed_at: collections.deque[float] = collections.deque()
         """Times of the failures that still count."""
         self.handle: Any = None
         self.connection: Connection | None = None
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the process has a node and its constructor has finished."""
-        return self.place is not None
 
     @property
     def wants(self) -> str:
@@ -130,7 +148,7 @@ class RemoteProcess(Generic[P]):
 
     def start(self, now: float) -> None:
         """Starts a process in this place; `now` is the time, in seconds."""
-        self.place, self.has_replied_to = None, set()
+        self.place, self.is_ready, self.has_replied_to = None, False, set()
         self.started_at = self.replied_at = now
         self.handle = self._launch()
 
@@ -151,11 +169,11 @@ class RemoteProcess(Generic[P]):
 
     @functools.cached_property
     def _make(self) -> Any:
-        return ray.remote(self._kind).options(**self._options)
+        return ray.remote(ProcessHost).options(**self._options)
 
     def _launch(self) -> Any:
         """Makes Ray start a process, and returns its handle."""
-        return self._make.remote(*self._arguments)
+        return self._make.remote(self._kind, self._arguments)
 
     def _kill(self, *, is_alive: bool) -> None:
         """Kills the process that `handle` stands for."""

@@ -14,7 +14,7 @@ from qfleet.topologies.fleet.channel import Switchboard
 from qfleet.topologies.fleet.cluster import last_line
 from qfleet.topologies.fleet.ray_calls import RayCarrier
 from qfleet.topologies.fleet.references import Reference, dump, load
-from qfleet.topologies.fleet.remote_process import InRemoteProcess, RemoteProcess
+from qfleet.topologies.fleet.remote_process import ProcessHost, RemoteProcess
 from qfleet.topologies.fleet.shared_memory import can_share
 
 P = TypeVar("P")
@@ -228,11 +228,15 @@ class Supervisor:
         process.connection = self._carrier.connect(process.handle)
         self._owners[process.connection] = process
 
-        def is_ready(place: tuple[int, str]) -> None:
+        def is_placed(place: tuple[int, str]) -> None:
             process.place = place
+
+        def is_made(_: None) -> None:
+            process.is_ready = True
             process.on_ready()
 
-        self.submit(process, InRemoteProcess.where, on_reply=is_ready)
+        self.submit(process, ProcessHost.where, on_reply=is_placed)
+        self.submit(process, ProcessHost.make_object, on_reply=is_made)
 
     def _terminate(self, process: RemoteProcess, *, is_alive: bool = False) -> None:
         if process.connection is not None:
@@ -255,7 +259,7 @@ class Supervisor:
                 continue
             silence = now - max(call.since, process.replied_at)
             patience = self._silence_seconds * (1 if call.method in process.has_replied_to else _SLOW_STARTS)
-            if not process.is_ready:
+            if process.place is None:
                 if silence > self._silence_seconds:
                     seconds = now - process.started_at
                     logger.warning("%s has waited %.0f s for a node with %s", process.name, seconds, process.wants)
