@@ -288,3 +288,20 @@ def test_no_video_is_no_reason_to_fail(
 def test_the_help_does_not_wait_for_jax() -> None:
     code = "import sys; from qfleet.cli import export_command; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("env", "extra"),
+    [
+        ("CartPole-v1", ""),
+        ("LunarLander-v3", "box2d"),
+        ("gym:LunarLander-v3", "box2d"),
+        ("gymnax:Breakout-MinAtar", "gymnax"),
+        ("xminigrid:MiniGrid-Empty-5x5", "xminigrid"),
+        ("ale:Pong", "atari"),
+        ("highway_env:highway-fast-v0", "driving"),
+        ("my_module:MyEnv-v0", ""),
+    ],
+)
+def test_a_model_card_names_the_extra_that_its_environment_needs(env: str, extra: str) -> None:
+    assert hub.extra_of(env) == extra

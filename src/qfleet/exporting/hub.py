@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 
 from qfleet.envs.names import SUITES, module_in
@@ -22,8 +23,8 @@ DOWNLOAD = "hf download USER/REPOSITORY --local-dir policy"
 
 _NORMAL_95 = 1.96
 
-_EXTRAS = {"ale": "atari", "envpool": "envpool"}
-"""Extra of each backend that has one, apart from suites, whose extras have the suites' names."""
+_EXTRAS = {"ale": "atari", "envpool": "envpool", "highway_env": "driving", **dict(zip(SUITES, SUITES, strict=True))}
+"""Extra of each backend, and of each package of Gymnasium environments, that has one."""
 
 
 class Result(NamedTuple):
@@ -36,6 +37,14 @@ class Result(NamedTuple):
     deviation: float
     half_width: float
     """Half of the width of the 95 % interval of the mean; 0 if all episodes are the same, so that the mean is exact."""
+
+
+def extra_of(env: str) -> str:
+    """Returns the extra of qfleet that an environment needs, by the environment's name; empty if it needs none."""
+    name = env.removeprefix("gym:")
+    entry_point = getattr(gymnasium.registry.get(name), "entry_point", None)
+    is_box2d = isinstance(entry_point, str) and entry_point.startswith("gymnasium.envs.box2d")
+    return "box2d" if is_box2d else _EXTRAS.get(name.partition(":")[0], "")
 
 
 def result_of(episodes: Episodes) -> Result:
@@ -64,8 +73,7 @@ def model_card(
     config = origin.config
     name = f"{config.preset}-{config.env}"
     seed = config.seed if origin.trained_seed is None else origin.trained_seed
-    prefix = config.env.partition(":")[0]
-    extra = prefix if prefix in SUITES else _EXTRAS.get(prefix, "")
+    extra = extra_of(config.env)
     install = f"pip install 'qfleet[{extra}]'" if extra else "pip install qfleet"
     parts = [
         _front_matter(name, origin, result),
