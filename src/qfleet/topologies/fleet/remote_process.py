@@ -169,7 +169,9 @@ class RemoteProcess(Generic[P]):
 
     @functools.cached_property
     def _make(self) -> Any:
-        return ray.remote(ProcessHost).options(**self._options)
+        # `ps` and Ray's dashboard call a process by the name of this class.
+        named = type(self._kind.__name__, (ProcessHost,), {})
+        return ray.remote(named).options(**self._options)
 
     def _launch(self) -> Any:
         """Makes Ray start a process, and returns its handle."""
