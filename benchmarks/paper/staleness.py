@@ -5,7 +5,7 @@
 All rows apply the same number of gradients, and take the same environment steps. A bound of b drops gradients whose
 parameters are more than b learner steps old. "in step" averages one gradient of each worker for each learner step, so
 it takes fewer steps, each of a batch that is as many times as large; "large batch" is one learner that does the same,
-and the control for it. The negative control learns nothing. It takes about half an hour on two cores.
+and the control for it. The negative control learns nothing. It takes about three quarters of an hour on two cores.
 """
 
 from typing import Any

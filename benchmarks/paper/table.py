@@ -81,7 +81,7 @@ def parser(description: str | None, num_seeds: int) -> argparse.ArgumentParser:
     """Returns a parser of the flags that all tables have."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seeds", type=int, default=num_seeds)
-    made.add_argument("--again", action="store_true", help="forget the returns that are there")
+    made.add_argument("--again", action="store_true", help="forget the returns that are there, of all groups")
     made.add_argument("--only", nargs="+", metavar="GROUP", help="groups of rows to train; all are printed")
     return made
 
@@ -94,13 +94,16 @@ def run(table: str, rows: Sequence[Row], arguments: argparse.Namespace) -> None:
       rows: all rows, in the order in which they are printed.
       arguments: the flags of `parser`.
     """
-    path = RESULTS / f"{table}.csv"
+    path, wanted = RESULTS / f"{table}.csv", arguments.only or [row.group for row in rows]
+    if unknown := set(wanted) - {row.group for row in rows}:
+        raise SystemExit(f"--only must name groups of the table, got {', '.join(sorted(unknown))}")
+    if arguments.again and arguments.only:
+        raise SystemExit("--again must be given without --only, because it forgets the whole table")
     if arguments.again:
         path.unlink(missing_ok=True)
     for first in range(arguments.seeds):
         for row in rows:
-            is_wanted = row.group in (arguments.only or [row.group])
-            if is_wanted and len(read(path).get((row.group, row.name), [])) <= first:
+            if row.group in wanted and len(read(path).get((row.group, row.name), [])) <= first:
                 seeds = range(first, arguments.seeds if row.together else first + 1)
                 _append(path, row, seeds, row.measure(seeds))
     found = read(path)

@@ -299,6 +299,7 @@ def test_the_help_does_not_wait_for_jax() -> None:
         ("gymnax:Breakout-MinAtar", "gymnax"),
         ("xminigrid:MiniGrid-Empty-5x5", "xminigrid"),
         ("ale:Pong", "atari"),
+        ("gym:ale_py:ALE/Pong-v5", "atari"),
         ("highway_env:highway-fast-v0", "driving"),
         ("my_module:MyEnv-v0", ""),
     ],

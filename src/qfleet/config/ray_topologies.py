@@ -114,7 +114,7 @@ class ActorLearnerConfig(LaneOptions, RayTopologyConfig):
     """Actor i of N explores with epsilon `actor_epsilon_base ** (1 + i / (N - 1) * actor_epsilon_exponent)`."""
     initial_priorities: Literal["td_error", "greatest"] = "td_error"
     """Priorities of new transitions: the actor's own TD errors, as in Ape-X, or the greatest priority so far.
-    Only a prioritised replay of a head with scalar values has a choice; C51, for example, always takes the greatest."""
+    Agents with a memory, or with a head such as C51, always take the greatest: their actors have no TD errors."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     """The learner's devices."""
     actor_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -23,7 +23,7 @@ DOWNLOAD = "hf download USER/REPOSITORY --local-dir policy"
 
 _NORMAL_95 = 1.96
 
-_EXTRAS = {"ale": "atari", "envpool": "envpool", "highway_env": "driving", **dict(zip(SUITES, SUITES, strict=True))}
+_EXTRAS = {name: name for name in (*SUITES, "envpool")} | {"ale": "atari", "ale_py": "atari", "highway_env": "driving"}
 """Extra of each backend, and of each package of Gymnasium environments, that has one."""
 
 
