@@ -148,11 +148,11 @@ class Director(abc.ABC, Generic[S]):
         self._thread = threading.Thread(target=self._direct, name="qfleet-director", daemon=True)
         self._thread.start()
         patience = _PATIENCE * self._silence_seconds
-        deadline = time.monotonic() + patience
         with self._lock:
             while missing := self._missing():
                 self.raise_error()
-                if missing.place is None and time.monotonic() > deadline:
+                # Since this process was started, which may be in the place of one that had a node, and was lost.
+                if missing.place is None and self._supervisor.clock() - missing.started_at > patience:
                     raise ConfigError(
                         f"a Ray cluster must have room for {self._needs_in_words}, got none for {missing.name} with "
                         f"{missing.wants} in {patience:g} s, {room(missing.resources, missing.labels)}; add nodes, or "
