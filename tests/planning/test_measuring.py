@@ -17,8 +17,6 @@ from qfleet.planning.measuring.parts import measure_parts
 from qfleet.presets import make_config
 
 IN_STEP = {"learn", "snapshot", "memory"}
-SERVED = {"act", "act, new parameters", "compute_gradient", "compute_gradient, new parameters", "apply", "call", "turn",
-          "decide", "wake"}  # fmt: skip
 
 
 def config_of(env: str, preset: str, topology: Any) -> TrainConfig:
@@ -35,10 +33,10 @@ def config_of(env: str, preset: str, topology: Any) -> TrainConfig:
         ("gym:CartPole-v1", "pqn", OverlappedConfig(num_envs=4), {"act", "environment", "draw", *IN_STEP}),
         ("CartPole-v1", "pqn", AllReduceConfig(num_envs=4), {"row", *IN_STEP}),
         ("CartPole-v1", "dqn", GossipConfig(num_envs=4), {"chunk", "chunk after averaging", "call", "turn"}),
-        ("CartPole-v1", "dqn", ParameterServerConfig(num_workers=1), SERVED),
         (
             "CartPole-v1", "dqn", ParameterServerConfig(num_workers=2, num_server_shards=2, num_replay_shards=2),
-            {"insert", "sample_share", "set_priorities", "average_gradients", *SERVED},
+            {"insert", "sample_share", "set_priorities", "average_gradients", "act", "act, new parameters",
+             "compute_gradient", "compute_gradient, new parameters", "apply", "call", "turn", "decide", "wake"},
         ),
     ],
 )  # fmt: skip

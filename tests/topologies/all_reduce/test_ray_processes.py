@@ -237,7 +237,7 @@ def test_a_node_that_can_not_run_qfleet_is_an_error_with_its_reason(cluster, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ending", ["its end", "SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("ending", ["its end", "SIGKILL"])
 def test_processes_on_a_local_ray_learn_what_one_does_and_nothing_is_left_behind(tmp_path: Path, ending: str) -> None:
     pytest.importorskip("ray")
     run_dir = tmp_path / "run"
@@ -253,10 +253,7 @@ def test_processes_on_a_local_ray_learn_what_one_does_and_nothing_is_left_behind
         if ending != "its end":
             wait_until(lambda: has_begun(run_dir) or launcher.poll() is not None)
             assert launcher.poll() is None, output.read_text()
-            if ending == "SIGINT":
-                os.killpg(launcher.pid, signal.SIGINT)
-            else:
-                launcher.kill()
+            launcher.kill()
         code = launcher.wait()
     finally:
         launcher.kill()
