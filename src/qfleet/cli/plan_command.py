@@ -16,9 +16,9 @@ _HELP = """\
 usage: qfleet plan ENV [FLAGS OF qfleet train] [--measure] [--cluster FILE] [--json]
 
 Predicts a run before it starts: environment steps/s, learner steps/s, the time that all steps take, the memory of each
-process, the bytes between them, what limits the run, and what one more actor, lane or core would bring. The first plan
-measures the parts of the run on this machine, which takes some seconds; later ones read what they cost from the disk.
-No run is started.
+process, the bytes between them, what limits the run, and what one more actor, lane, core or GPU would bring. The first
+plan measures the parts of the run on this machine, which takes some seconds; later ones read what they cost from the
+disk. No run is started. Where the learner has GPUs, one more is assumed to be linked at 20 GB/s, as over PCIe 4.0.
 
   --measure        measure the parts again
   --cluster FILE   predict for the nodes that a TOML or JSON file describes; see docs/plan.md

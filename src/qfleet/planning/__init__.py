@@ -8,6 +8,8 @@
     actor_learner, parameter_server, gossip
                    what the processes of each of these topologies reply, and which part each reply costs
     in_step        the speed of runs whose processes take every step together: fused, overlapped, all-reduce
+    one_more_device
+                   what each device would do if there were one more, and what the devices would send each other
     prediction     the records that a plan consists of
     planner        makes the plan of a run
     advice         what the literature says about the run's settings

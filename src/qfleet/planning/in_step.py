@@ -59,7 +59,7 @@ def iteration_of(
     waiting = 0.0
     for number, share in zip(numbers.tolist(), (counts / len(updates)).tolist(), strict=True):
         learning = costs["insert"].seconds + number * costs["learn"].seconds
-        hidden = _overlap(costs) * min(learning, costs["environment"].seconds)
+        hidden = overlap(costs) * min(learning, costs["environment"].seconds)
         waiting += share * num_rows * (learning - hidden)
     seconds = {
         "inference": parts["inference"].seconds,
@@ -70,7 +70,7 @@ def iteration_of(
     return Iteration(sum(seconds.values()), env_steps, num_steps, seconds)
 
 
-def _overlap(costs: Costs) -> float:
+def overlap(costs: Costs) -> float:
     """Returns the share of the shorter of two parts that the longer one hides, as measured for a step and learning."""
     learning = costs["insert"].seconds + BESIDE_UPDATES * costs["learn"].seconds
     environment = costs["environment"].seconds
@@ -86,13 +86,19 @@ def _one_after_the_other(parts: dict[str, Cost], env_steps: int, num_steps: floa
 def with_messages(
     costs: Costs, num_processes: int, num_bytes: int, latency_seconds: float, bytes_per_second: float
 ) -> Costs:
-    """Returns the costs of processes on different nodes, whose every learner step adds up so many bytes over all.
-
-    An all-reduce in a ring moves twice the bytes past each node, but for the share that a node has itself. It takes at
-    least two messages for each doubling of the number of nodes.
-    """
+    """Returns the costs of processes on different nodes, whose every learner step adds up so many bytes over all."""
     if num_processes == 1:
         return costs
-    moved = 2 * num_bytes * (num_processes - 1) / num_processes
-    seconds = moved / bytes_per_second + 2 * math.ceil(math.log2(num_processes)) * latency_seconds
-    return {**costs, "learn": costs["learn"].plus(Cost(0.0, wait_seconds=seconds))}
+    exchange = all_reduce(num_processes, num_bytes, latency_seconds, bytes_per_second)
+    return {**costs, "learn": costs["learn"].plus(exchange)}
+
+
+def all_reduce(number: int, num_bytes: int, latency_seconds: float, bytes_per_second: float) -> Cost:
+    """Returns the cost of adding up so many bytes over a number of processes or devices.
+
+    An all-reduce in a ring moves twice the bytes past each, but for the share that it has itself. It takes at least two
+    messages for each doubling of their number.
+    """
+    moved = 2 * num_bytes * (number - 1) / number
+    seconds = moved / bytes_per_second + 2 * math.ceil(math.log2(number)) * latency_seconds
+    return Cost(0.0, wait_seconds=seconds)

@@ -25,10 +25,18 @@ from qfleet.planning.fleet import GIGABIT, FleetModel
 from qfleet.planning.gossip import GossipModel
 from qfleet.planning.in_step import iteration_of, with_messages
 from qfleet.planning.measuring.parts import measure_parts
+from qfleet.planning.one_more_device import (
+    SHARE,
+    OneMoreDevice,
+    costs_of_shares,
+    with_costs_of_shares,
+    with_one_more_device,
+)
 from qfleet.planning.parameter_server import ParameterServerModel
 from qfleet.planning.prediction import Plan, Speed, WhatIf
 from qfleet.planning.simulated_run import Budget, endless, simulate
 from qfleet.runtime.activity import announce
+from qfleet.runtime.child_process import visible_gpus
 from qfleet.topologies.footprint import Footprint
 from qfleet.training.assembly import footprint
 
@@ -50,10 +58,16 @@ def make_plan(config: TrainConfig, cluster: Cluster | None = None, *, measure: b
     config = config.with_schedule_lengths()
     announce("computing shapes")
     kept = footprint(config)
-    costs, were_measured = _costs(_measurable(config, cluster), kept, measure=measure)
+    platform, kind = _learning_devices(config, kept)
+    costs, were_measured = _costs(_measurable(config, cluster), kind, measure=measure)
+    if more := with_one_more_device(config, platform):
+        of_share, share_was_measured = _costs(more.share, kind, measure=measure)
+        were_measured |= share_was_measured
+        batches = _batches_per_learn(more.config), _batches_per_learn(more.share)
+        costs = {**costs, **costs_of_shares(more, costs, of_share, kept, batches)}
     cluster = cluster or this_machine()
-    check_factors(cluster.factors, [name for name in costs if not name.endswith(COLD)])
-    costs = {name: cost.times(cluster.factors.get(name.removesuffix(COLD), 1.0)) for name, cost in costs.items()}
+    check_factors(cluster.factors, [name for name in costs if not name.endswith((COLD, SHARE))])
+    costs = {name: cost.times(cluster.factors.get(_without_case(name), 1.0)) for name, cost in costs.items()}
     announce("simulating")
     speed = _predict(config, costs, cluster, Budget())
     return Plan(
@@ -67,16 +81,28 @@ def make_plan(config: TrainConfig, cluster: Cluster | None = None, *, measure: b
         process_memory_bytes=_memory(costs),
         num_processes=_num_processes(config),
         device_memory_bytes={part.name: part.bytes_per_device for part in kept.parts},
-        what_if=tuple(_what_ifs(config, costs, cluster, speed)),
+        what_if=tuple(_what_ifs(config, costs, cluster, speed, more)),
         advice=advice_for(config, _num_params(kept)),
         costs=costs,
         were_measured=were_measured,
     )
 
 
-def _costs(config: TrainConfig, kept: Footprint, *, measure: bool) -> tuple[Costs, bool]:
+def _learning_devices(config: TrainConfig, kept: Footprint) -> tuple[str, str]:
+    """Returns platform and kind of the devices that learn. A process that directs others sees only CPUs itself."""
+    if isinstance(config.topology, RayTopologyConfig) and visible_gpus():
+        return "gpu", "gpu"
+    return kept.devices[0].platform, kept.devices[0].device_kind
+
+
+def _without_case(name: str) -> str:
+    """Returns the name of a part without the case in which it costs so much."""
+    return name.removesuffix(SHARE).removesuffix(COLD)
+
+
+def _costs(config: TrainConfig, devices: str, *, measure: bool) -> tuple[Costs, bool]:
     """Returns the costs of a run's parts, and whether they were measured now."""
-    key = key_of(config, kept.devices[0].device_kind)
+    key = key_of(config, devices)
     costs = None if measure else read_costs(key)
     if costs is not None:
         return costs, False
@@ -121,13 +147,19 @@ def _speed_on_ray(config: TrainConfig, costs: Costs, cluster: Cluster, budget: B
 def _model(config: TrainConfig, costs: Costs) -> FleetModel[Any]:
     match config.topology:
         case ActorLearnerConfig():
-            from qfleet.topologies.actor_learner.learner import batches_per_round
-
-            spec = make_env(config.env, **config.env_options).spec
-            return ActorLearnerModel(config, costs, batches_per_round(config, spec))
+            return ActorLearnerModel(config, costs, _batches_per_learn(config))
         case ParameterServerConfig():
             return ParameterServerModel(config, costs)
     return GossipModel(config, costs)
+
+
+def _batches_per_learn(config: TrainConfig) -> int:
+    """Returns the number of batches in the part that is named `learn`."""
+    if not isinstance(config.topology, ActorLearnerConfig):
+        return 1
+    from qfleet.topologies.actor_learner.learner import batches_per_round
+
+    return batches_per_round(config, make_env(config.env, **config.env_options).spec)
 
 
 def _speed_in_step(config: TrainConfig, costs: Costs, cluster: Cluster, _: Budget) -> Speed:
@@ -175,10 +207,18 @@ def _waits(busy: dict[str, float], num_processes: int) -> tuple[str, ...]:
 # --- What a change would bring ---
 
 
-def _what_ifs(config: TrainConfig, costs: Costs, cluster: Cluster, speed: Speed) -> list[WhatIf]:
-    """Returns what one more process that acts, one more lane in each, and one more core would bring."""
-    found = []
-    for change, other, its_costs, its_cluster in _changes(config, costs, cluster):
+_Change = tuple[str, TrainConfig, Costs, Cluster]
+
+
+def _what_ifs(
+    config: TrainConfig, costs: Costs, cluster: Cluster, speed: Speed, more: OneMoreDevice | None
+) -> list[WhatIf]:
+    """Returns what one more process that acts, one more lane in each, one more core and one more GPU would bring."""
+    found, changes = [], _changes(config, costs, cluster)
+    if more:
+        lane_growth = more.config.topology.num_envs / config.topology.num_envs
+        changes.append((more.change, more.config, with_costs_of_shares(costs, lane_growth), cluster))
+    for change, other, its_costs, its_cluster in changes:
         try:
             rate = _predict(other, its_costs, its_cluster, Budget(cpu_seconds=6.0)).env_steps_per_second
         except (ConfigError, RunFailed):  # the cluster has no room for it, or it takes too long to simulate
@@ -188,9 +228,9 @@ def _what_ifs(config: TrainConfig, costs: Costs, cluster: Cluster, speed: Speed)
     return found
 
 
-def _changes(config: TrainConfig, costs: Costs, cluster: Cluster) -> list[tuple[str, TrainConfig, Costs, Cluster]]:
+def _changes(config: TrainConfig, costs: Costs, cluster: Cluster) -> list[_Change]:
     topology: Any = config.topology
-    changes: list[tuple[str, TrainConfig, Costs, Cluster]] = []
+    changes: list[_Change] = []
 
     def with_topology(**fields: Any) -> TrainConfig:
         return dataclasses.replace(config, topology=dataclasses.replace(topology, **fields))
