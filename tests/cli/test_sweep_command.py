@@ -14,6 +14,8 @@ GOOD = ["CartPole-v1", "--param", "learning_rate=1e-4..1e-2:log"]
         (["CartPole-v1", "--param", "learning_rate"], "--param must be NAME=LOW..HIGH"),
         (["CartPole-v1", "--param=learning_rat=1,2"], "Did you mean learning_rate"),
         ([*GOOD, "--param", "learning-rate=1,2"], "got learning_rate twice"),
+        ([*GOOD, "--learning-rate", "1e-3"], "both --param learning_rate=... and --learning-rate; leave one"),
+        (["CartPole-v1", "--param", "double=yes,no", "--no-double"], "both --param double=... and --double"),
         ([*GOOD, "--seeds", "2", "--num-seeds", "3"], "give one of the two"),
         ([*GOOD, "--stop-return", "475"], "stop_return must be left out"),
         ([*GOOD, "--print-config"], "--print-config is a flag of `qfleet train`"),

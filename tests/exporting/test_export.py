@@ -164,6 +164,8 @@ def test_code_that_only_the_folder_names_is_not_run(
     ("name", "value"),
     [
         ("version", 2),
+        ("format", []),
+        ("format", "pickle"),
         ("env_steps", -1),
         ("env_steps", "../../x"),
         ("trained_seed", 1.5),

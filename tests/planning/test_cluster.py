@@ -65,6 +65,8 @@ def test_json_will_do(tmp_path: Path) -> None:
         ("", "must have at least one table"),
         ("nodes = 3", "must have at least one table"),
         ("[[nodes]\n", "must be TOML"),
+        (f"nodes = {1000 * '['}{1000 * ']'}", "must be TOML, got an error in it .*nested too deeply"),
+        ("# " + 2**20 * "x", "must be a file that can be read, got .* at most 1,048,576 bytes"),
         ("[[nodes]]\ncores = 0", r"nodes\[0\].cores must be a number above 0, got 0"),
         ("[[nodes]]\ncores = true", r"nodes\[0\].cores must be a number above 0, got True"),
         ("[[nodes]]\ncount = 1.5", r"nodes\[0\].count must be a whole number from 1, got 1.5"),

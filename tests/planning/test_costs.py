@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,12 +59,39 @@ def test_costs_are_kept_until_a_part_changes(cache: Path) -> None:
     assert read_costs(key_of(config, "another device")) is None
 
 
-def test_costs_that_are_not_whole_are_measured_anew(cache: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:50],
+        lambda text: "[]",
+        lambda text: 100_000 * "[",
+        lambda text: text.replace('"width": 2.0', '"width": 0.0'),
+        lambda text: text.replace('"width"', '"breadth"'),
+    ],
+)
+def test_costs_that_are_damaged_are_measured_anew(cache: Path, damage: Callable[[str], str]) -> None:
+    key = key_of(make_config("CartPole-v1"), "cpu")
+    write_costs(key, {"learn": Cost(1.0, width=2.0)})
+    (path,) = (cache / "plans").iterdir()
+    assert read_costs(key) is not None
+    path.write_text(damage(path.read_text()))
+    assert read_costs(key) is None
+
+
+def test_costs_that_are_no_file_are_measured_anew(cache: Path) -> None:
     key = key_of(make_config("CartPole-v1"), "cpu")
     write_costs(key, {})
     (path,) = (cache / "plans").iterdir()
-    path.write_text(path.read_text()[:50])
+    path.unlink()
+    os.mkfifo(path)
     assert read_costs(key) is None
+
+
+def test_costs_that_cannot_be_kept_are_a_warning(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache.mkdir()
+    (cache / "plans").touch()
+    write_costs(key_of(make_config("CartPole-v1"), "cpu"), {})
+    assert "can't be kept in" in caplog.text
 
 
 def test_the_file_says_what_its_costs_depend_on(cache: Path) -> None:

@@ -13,6 +13,8 @@ from other_processes import wait_until
 
 import qfleet
 from qfleet.cli.main import main
+from qfleet.cli.serve_command import TOKEN_VARIABLE, given_token
+from qfleet.config import ConfigError
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
@@ -68,3 +70,21 @@ def test_bad_flags_are_refused_before_anything_is_loaded(tmp_path: Path, capsys:
     assert "max_waiting must be" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "run"), "--port", "70000"]) == 2
     assert "port must be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "token"), [(None, None), ("", None), (" \n", None), ("secret\n", "secret")])
+def test_the_users_token_is_taken_without_white_space(
+    given: str | None, token: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    if given is not None:
+        monkeypatch.setenv(TOKEN_VARIABLE, given)
+    assert given_token() == token
+
+
+@pytest.mark.parametrize("given", ["two words", "müll", "a\x7fb"])
+def test_a_token_that_no_header_can_bear_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, given)
+    with pytest.raises(ConfigError, match="QFLEET_SERVE_TOKEN must be printable ASCII without spaces") as raised:
+        given_token()
+    assert given not in str(raised.value)

@@ -1,9 +1,11 @@
 """The study goes on from whatever a killed process has left of its journal."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from qfleet.config import ConfigError
 from qfleet.sweeps.records import best_first, bests_so_far
 from qfleet.sweeps.space import Choices, Parameter, Range
 from qfleet.sweeps.study import Study
@@ -121,3 +123,20 @@ def test_the_best_come_first_and_failures_last(tmp_path: Path) -> None:
     assert [record.number for record in records] == [1, 2, 0, 3, 4]
     assert records[3].error == "no memory" and records[4].state == "under way"
     assert list(bests_so_far(study.records)) == [(0, 1.0), (1, 3.0), (2, 3.0)]
+
+
+@pytest.mark.parametrize("line", ["[]", '{"op_code": 999}', "noise", 10_000 * "["])
+def test_a_journal_with_a_line_of_something_else_is_refused(line: str, tmp_path: Path) -> None:
+    journal = tmp_path / "journal.log"
+    train(open_study(journal), 2)
+    with journal.open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(ConfigError, match=r"journal must hold what the sweep has written, got .*journal.log .*restore"):
+        open_study(journal)
+
+
+def test_a_journal_that_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(ConfigError, match="journal must hold what the sweep has written"):
+            open_study(path)

@@ -87,6 +87,18 @@ def test_the_same_call_goes_on_and_trains_no_trial_twice(config: TrainConfig, nu
         qfleet.sweep(config, PARAMS, trials_at_once=1)
 
 
+def test_a_sweep_whose_journal_is_gone_is_left_as_it_is(config: TrainConfig, numbers: list[int]) -> None:
+    path = qfleet.sweep(config, PARAMS, trials_at_once=1, trials=2).path
+    (path / "trials" / "0000").mkdir(parents=True)
+    before = (path / "best.json").read_bytes()
+    for spoil in (lambda: (path / "journal.log").write_text(""), (path / "journal.log").unlink):
+        spoil()
+        with pytest.raises(ConfigError, match=r"must have its journal.log, got .* missing or empty; restore"):
+            qfleet.sweep(config, PARAMS, trials_at_once=1, trials=3)
+        assert main(["sweep", "--resume", str(path)]) == 2
+    assert (path / "best.json").read_bytes() == before and len(numbers) == 2
+
+
 def test_failures_are_noted_and_the_sweep_goes_on(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = {1: RunFailed("no memory"), 2: ConfigError("sizes don't divide")}
     monkeypatch.setattr(training, "train_trial", fail_with(errors.get))

@@ -19,10 +19,7 @@ from qfleet.config.topologies import field_names
 from qfleet.config.values import show
 from qfleet.envs.names import check_trusted, module_in
 from qfleet.presets.making import check_lane_options
-from qfleet.runtime.run_files import parse_json, shortened
-
-MAX_BYTES = 2**20
-"""Largest size of a file of settings."""
+from qfleet.runtime.run_files import parse_json, read_given, shortened
 
 _WIDTH = 100
 """Characters of a line of a comment."""
@@ -68,13 +65,10 @@ def read_config_file(path: str) -> ConfigFile:
     """
     rule = "--config must be a file of settings in TOML or JSON"
     try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # the second one is of a path that no file can have
+        content = read_given(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{rule}, got {path} ({getattr(error, 'strerror', error)}); give another") from error
     try:
-        if len(content) > MAX_BYTES:
-            raise ConfigError(f"it must hold at most {MAX_BYTES:,} bytes, got more")
         text = content.decode()
         found = parse_json(content) if text.lstrip().startswith("{") else from_toml(text)
         if not isinstance(found, dict):

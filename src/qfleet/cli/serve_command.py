@@ -10,6 +10,7 @@ import tyro
 
 from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.cli.show import status_line
+from qfleet.config import ConfigError
 from qfleet.config.checks import check_checkpoint, check_count
 from qfleet.runtime.finding_runs import POLICY_HELP, find_run
 
@@ -79,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     from qfleet.runtime.signals import interrupts_held_back
     from qfleet.runtime.web_address import WebAddress
 
-    address = WebAddress(flags.host, flags.port, "a server", os.environ.get(TOKEN_VARIABLE) or None)
+    address = WebAddress(flags.host, flags.port, "a server", token := given_token())
     with interrupts_held_back():
         from qfleet.api import load
         from qfleet.runtime.activity import announce
@@ -93,8 +94,23 @@ def run(arguments: Sequence[str]) -> int:
         server = PolicyServer(load_policy, address, limits)
     print(f"serving {server.label} at {address.url} (Ctrl-C ends it, SIGHUP loads the policy anew)", flush=True)
     if address.token is not None:
-        if TOKEN_VARIABLE not in os.environ:
+        if token is None:
             print(f"token: {address.token}", flush=True)
         print("qfleet: the connection isn't encrypted; let a proxy with TLS stand before it", file=sys.stderr)
     server.serve()
     return 0
+
+
+def given_token() -> str | None:
+    """Returns the token of the user's environment, without white space around it; None if there is none.
+
+    Raises:
+      ConfigError: if no request could bear it.
+    """
+    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    if not (token.isascii() and token.isprintable()) or " " in token:
+        raise ConfigError(
+            f"{TOKEN_VARIABLE} must be printable ASCII without spaces, as a header can bear it, got other characters; "
+            f"choose another, or leave it out and the server makes one"
+        )
+    return token or None

@@ -106,6 +106,12 @@ def _opened(flags: _SweepFlags, others: list[str]) -> "tuple[SweepDirectory, tup
     from qfleet.cli.train_command import parse
 
     params = _params(flags.param)
+    given = {_setting_of(argument) for argument in others if argument.startswith("--")}
+    if twice := sorted(given & params.keys()):
+        raise ConfigError(
+            f"a setting must either vary or be given for all trials, got both --param {twice[0]}=... and "
+            f"--{twice[0].replace('_', '-')}; leave one of them out"
+        )
     if flags.seeds is not None:
         if any(argument.partition("=")[0].replace("_", "-") == "--num-seeds" for argument in others):
             raise ConfigError(
@@ -125,6 +131,11 @@ def _opened(flags: _SweepFlags, others: list[str]) -> "tuple[SweepDirectory, tup
         request.config, params, trials, prune=flags.prune, request=digest, trials_at_once=flags.trials_at_once
     )
     return directory, request.log
+
+
+def _setting_of(flag: str) -> str:
+    """Returns the name of the setting that a flag gives."""
+    return flag.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
 
 
 def _reopened(flags: _SweepFlags, others: list[str]) -> "tuple[SweepDirectory, tuple[str, ...]]":

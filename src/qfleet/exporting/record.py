@@ -92,7 +92,7 @@ def read_exported(path: str | os.PathLike[str]) -> ExportedPolicy | None:
         return None
     policy = content["policy"]
     file_format = policy.get("format") if isinstance(policy, dict) else None
-    if file_format in FILES and file_format != "safetensors":
+    if isinstance(file_format, str) and file_format in FILES and file_format != "safetensors":
         raise ConfigError(
             f"a policy can be loaded if its format is safetensors, got {folder}, whose format is {file_format}; read "
             f"its {FILES[file_format]} with another program, or export the run again with --format safetensors"
@@ -117,6 +117,7 @@ def _read(folder: Path, content: dict[str, Any]) -> ExportedPolicy:
         "env_steps": type(steps) is int and 0 <= steps <= MAX_COUNT,
         "trained_seed": seed is None or (type(seed) is int and 0 <= seed <= MAX_SEED),
         "environment": environment is None or is_record(environment),
+        "format": policy.get("format") == "safetensors",
         "has_own_network": isinstance(policy.get("has_own_network"), bool),
     }.items():
         if not holds:

@@ -1,15 +1,14 @@
 """The nodes of a run: this machine, or those that a file describes."""
 
 import dataclasses
-import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from qfleet.config import ConfigError, suggest
 from qfleet.config.lane_options import num_cores
 from qfleet.config.values import show
+from qfleet.runtime.run_files import parse_json, read_given, shortened
 
 MOST_NODES = 20_000
 
@@ -134,14 +133,16 @@ def read_cluster(path: str) -> Cluster:
     Raises:
       ConfigError: if the file can't be read, or doesn't describe a cluster.
     """
+    kind = "JSON" if path.endswith(".json") else "TOML"
     try:
-        text = Path(path).read_text()
-        content = json.loads(text) if path.endswith(".json") else tomllib.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_given(path)
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--cluster must be a file that can be read, got {path} ({error}); check the path") from error
-    except ValueError as error:
-        kind = "JSON" if path.endswith(".json") else "TOML"
-        raise ConfigError(f"{path} must be {kind}, got an error in it ({error}); mend it, see docs/plan.md") from error
+    try:
+        content = parse_json(text) if kind == "JSON" else tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        cause = "it is nested too deeply" if isinstance(error, RecursionError) else shortened(str(error))
+        raise ConfigError(f"{path} must be {kind}, got an error in it ({cause}); mend it, see docs/plan.md") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a table with `nodes`, got {show(content)}; see docs/plan.md")
     return _cluster(path, content)

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import statistics
@@ -16,9 +17,11 @@ from qfleet.config import TrainConfig
 from qfleet.config.encoding import encode
 from qfleet.config.lane_options import num_cores
 from qfleet.runtime.cache import CacheUnusable, usable_cache_folder
-from qfleet.runtime.run_files import temporary_of
+from qfleet.runtime.run_files import UnusableFile, read_json, temporary_of
 
-_FORMAT = 1
+logger = logging.getLogger("qfleet")
+
+_FORMAT = 2
 """Version of the parts and of their file: a higher one makes every machine measure anew."""
 
 _CHANGE_NO_COST = {
@@ -129,22 +132,30 @@ def read_costs(key: Mapping[str, Any]) -> Costs | None:
     """Returns the costs that were kept for a key; None if there are none."""
     try:
         path = _path_of(key)
-        kept = json.loads(path.read_text()) if path else None
-    except (OSError, ValueError):  # none yet, or not whole: they are measured anew
+        kept = read_json(path) if path else None
+    except (OSError, UnusableFile):  # none yet, or not whole: they are measured anew
         return None
-    if kept is None or kept.get("key") != json.loads(json.dumps(key)):
+    if not isinstance(kept, dict) or kept.get("digest") != _digest([key, kept.get("costs")]):
         return None
     return {name: Cost(**cost) for name, cost in kept["costs"].items()}
 
 
 def write_costs(key: Mapping[str, Any], costs: Costs) -> None:
-    """Keeps costs for a key, unless there is no folder for them."""
+    """Keeps costs for a key. Where that can't be, a warning says so, and they are measured again next time."""
     if path := _path_of(key):
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        kept = {"key": key, "costs": {name: dataclasses.asdict(cost) for name, cost in costs.items()}}
+        content = {name: dataclasses.asdict(cost) for name, cost in costs.items()}
+        kept = {"key": key, "costs": content, "digest": _digest([key, content])}
         temporary = temporary_of(path)  # so that the file is there whole or not at all
-        temporary.write_text(json.dumps(kept, indent=1) + "\n")
-        os.replace(temporary, path)
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            try:
+                temporary.write_text(json.dumps(kept, indent=1) + "\n")
+                os.replace(temporary, path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            logger.warning("what the parts cost can't be kept in %s, and is measured again next time: %s", path, error)
 
 
 def _path_of(key: Mapping[str, Any]) -> Path | None:
@@ -152,8 +163,11 @@ def _path_of(key: Mapping[str, Any]) -> Path | None:
         folder = usable_cache_folder()
     except CacheUnusable:
         return None
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
-    return folder / "plans" / f"{digest}.json"
+    return folder / "plans" / f"{_digest(key)[:20]}.json"
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

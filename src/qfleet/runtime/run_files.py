@@ -18,6 +18,9 @@ from typing import Any, BinaryIO
 MAX_BYTES = 16 * 2**20
 """Largest size of a JSON file. What its parser makes of it takes some 20 times as much memory."""
 
+MAX_GIVEN_BYTES = 2**20
+"""Largest size of a file of settings that the user has written."""
+
 MAX_LINE_BYTES = 2**20
 """Largest length of a line in a file of many lines."""
 
@@ -63,6 +66,20 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     if len(content) > max_bytes:
         raise UnusableFile(f"it must hold at most {max_bytes:,} bytes, got more")
     return parse_json(content)
+
+
+def read_given(path: str) -> bytes:
+    """Returns what a file that the user has named holds. It may be a pipe, or a link.
+
+    Raises:
+      OSError: if it can't be read.
+      ValueError: if no file can have such a path, or it holds more than `MAX_GIVEN_BYTES`.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MAX_GIVEN_BYTES + 1)
+    if len(content) > MAX_GIVEN_BYTES:
+        raise UnusableFile(f"it must hold at most {MAX_GIVEN_BYTES:,} bytes, got more")
+    return content
 
 
 def parse_json(content: bytes) -> Any:

@@ -30,7 +30,7 @@ from qfleet.config.values import to_plain
 from qfleet.runtime.run_directory import lock_folder, write_atomically
 from qfleet.runtime.run_files import read_json, shortened
 
-_FILE = "sweep.json"
+_FILE, _JOURNAL, _TRIALS = "sweep.json", "journal.log", "trials"
 
 _MAX_BYTES = 2**20
 
@@ -118,6 +118,7 @@ class SweepDirectory:
                         f"a sweep goes on with the settings that it began with, got others for {path}; repeat its "
                         f"command, give `qfleet sweep --resume {shlex.quote(str(path))}`, or another --run-dir"
                     )
+                _check_journal(path, folder)
                 plan = dataclasses.replace(begun, num_trials=plan.num_trials, trials_at_once=plan.trials_at_once)
             _write_plan(folder, plan)
         except BaseException:
@@ -141,6 +142,7 @@ class SweepDirectory:
         plan = _read_plan(path, folder)
         lock = _lock(path, folder)
         try:
+            _check_journal(path, folder)
             given = {"num_trials": num_trials, "trials_at_once": trials_at_once}
             changes: Any = {name: value for name, value in given.items() if value is not None}
             if changes:
@@ -157,7 +159,7 @@ class SweepDirectory:
 
     def trial_folder(self, number: int) -> Path:
         """Returns the absolute path of the run of a trial."""
-        return self.folder / "trials" / f"{number:04}"
+        return self.folder / _TRIALS / f"{number:04}"
 
     def named(self, file: Path) -> Path:
         """Returns the path of a file in the folder as the user would name it."""
@@ -165,7 +167,7 @@ class SweepDirectory:
 
     @property
     def journal_path(self) -> Path:
-        return self.folder / "journal.log"
+        return self.folder / _JOURNAL
 
     @property
     def best_path(self) -> Path:
@@ -179,7 +181,7 @@ class SweepDirectory:
         """Deletes a sweep that was refused before any trial began."""
         self.journal_path.unlink(missing_ok=True)
         (self.folder / _FILE).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "trials", ignore_errors=True)
+        shutil.rmtree(self.folder / _TRIALS, ignore_errors=True)
         self.release()
         (self.folder / ".lock").unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
@@ -195,6 +197,21 @@ def _lock(path: Path, folder: Path) -> filelock.BaseFileLock:
     return lock_folder(
         folder, f"a sweep is run by one process at a time, and another one is running {path}; wait for it, or stop it"
     )
+
+
+def _check_journal(path: Path, folder: Path) -> None:
+    """Checks that a sweep that has trials has the journal that says how they went.
+
+    Raises:
+      ConfigError: if it doesn't.
+    """
+    journal, trials = folder / _JOURNAL, folder / _TRIALS
+    has_trials = trials.is_dir() and any(trials.iterdir())
+    if has_trials and not (journal.exists() and journal.stat().st_size):
+        raise ConfigError(
+            f"a sweep that has trials must have its {_JOURNAL}, got {path}, where it is missing or empty; restore it "
+            f"from a copy, or sweep into another folder"
+        )
 
 
 def _write_plan(folder: Path, plan: SweepPlan) -> None:

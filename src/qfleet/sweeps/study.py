@@ -15,6 +15,8 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock, JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from qfleet.config import ConfigError
+from qfleet.runtime.run_files import open_regular, shortened
 from qfleet.sweeps.records import WARMUP_SHARE, TrialRecord
 from qfleet.sweeps.space import Choices, Parameter, Range, combinations
 
@@ -43,18 +45,28 @@ class Study:
           space: the settings that vary.
           seed: seed of what is proposed. The same seed and results give the same proposals.
           num_evaluations: number of evaluations of a trial.
+
+        Raises:
+          ConfigError: if the journal holds something else.
         """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        _drop_torn_line(journal)
         self._space, self._seed = space, seed
         self._combinations = combinations(space)
-        self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(journal), _NoLock(str(journal)))),
-            study_name="sweep",
-            direction="maximize",
-            load_if_exists=True,
-            pruner=optuna.pruners.MedianPruner(TRIALS_BEFORE_PRUNING, int(WARMUP_SHARE * num_evaluations)),
-        )
+        try:
+            _drop_torn_line(journal)
+            self._study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(journal), _NoLock(str(journal)))),
+                study_name="sweep",
+                direction="maximize",
+                load_if_exists=True,
+                pruner=optuna.pruners.MedianPruner(TRIALS_BEFORE_PRUNING, int(WARMUP_SHARE * num_evaluations)),
+            )
+        except Exception as error:  # Optuna may raise anything at a line that it hasn't written
+            raise ConfigError(
+                f"a sweep's journal must hold what the sweep has written, got {journal} "
+                f"({type(error).__name__}: {shortened(str(error), 200)}); restore it from a copy, or sweep into "
+                f"another folder"
+            ) from error
         self._under_way: dict[int, optuna.trial.Trial] = {}
 
     @property
@@ -181,12 +193,14 @@ def _suggest(trial: optuna.trial.Trial, parameter: Parameter) -> None:
 
 def _drop_torn_line(journal: Path) -> None:
     """Cuts off what a process that was killed has written of a line. The next line would be appended to it."""
-    if not journal.exists():
+    try:
+        with open_regular(journal) as file:
+            content = file.read()
+    except FileNotFoundError:
         return
-    content = journal.read_bytes()
     if not content.endswith(b"\n"):
-        with journal.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+        with journal.open("r+b") as torn:
+            torn.truncate(content.rfind(b"\n") + 1)
 
 
 class _OneCombination(BaseSampler):
