@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.config.lane_options import num_cores
-from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.names import is_of_suite
 from qfleet.envs.registry import make_env
 

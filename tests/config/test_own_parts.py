@@ -93,10 +93,15 @@ def test_one_network_is_enough() -> None:
 def test_a_part_that_can_not_be_used_is_told_before_a_folder_is_made(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "half_parts.py").write_text("import no_such_module\n")
+    (tmp_path / "parts_that_exit.py").write_text(
+        "import sys\n\ndef at_once(*arguments): sys.exit(0)\n\n"
+        "def later(*arguments): return lambda *more: sys.exit(0)\n"
+    )
     for head, message in (
         ("no_parts:head", "No module named 'no_parts'.*start in the folder of no_parts.py"),
         ("half_parts:head", "No module named 'no_such_module'"),
         ("small_parts:head_that_is_not_finite", "must return finite numbers"),
+        ("parts_that_exit:at_once", "which raised SystemExit"),
     ):
         with pytest.raises(ConfigError, match=message):
             qfleet.train(make_config("CartPole-v1", "dqn", head=head, run_dir=tmp_path / "run", **SMALL))
@@ -104,6 +109,10 @@ def test_a_part_that_can_not_be_used_is_told_before_a_folder_is_made(tmp_path, m
             main(["train", "CartPole-v1", "--preset", "dqn", "--head", head, "--run-dir", str(tmp_path / "run")]) == 2
         )
         assert capsys.readouterr().err.count("\n") == 1
+    for setting, name in (("network", "at_once"), ("exploration", "at_once"), ("exploration", "later")):
+        with pytest.raises(ConfigError, match="SystemExit"):
+            part = {setting: f"parts_that_exit:{name}"}
+            qfleet.train(make_config("CartPole-v1", "dqn", run_dir=tmp_path / "run", **part, **SMALL))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""The two errors that tell users what to do, and suggestions for misspelt names."""
+"""The two errors that tell users what to do, what code of theirs may raise, and suggestions for misspelt names."""
 
 import difflib
 from collections.abc import Iterable
@@ -17,6 +17,11 @@ class RunFailed(RuntimeError):
         """Whether the learner did not cause the failure, so that what it has learned is worth a checkpoint."""
         self.num_env_failures = num_env_failures
         """Number of environments that have failed, if that caused the failure."""
+
+
+RAISED_BY_USERS = (Exception, SystemExit)
+"""What a user's code may raise, such as an environment, a network, or a module that is imported. Some environments end
+the process when their window is closed."""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qfleet.config.errors import ConfigError, suggest
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError, suggest
 from qfleet.config.python_path import check_trusted_module, module_folder_searched
 
 OWN_PARTS = ("network", "head", "target", "exploration")
@@ -74,7 +74,7 @@ def make_own_part(setting: str, name: str, *arguments: Any) -> Any:
             made = make(*arguments)
         except ConfigError:
             raise
-        except Exception as error:  # a user's function may raise anything
+        except RAISED_BY_USERS as error:  # a user's function may raise anything
             raise ConfigError(
                 f"{setting} must name a function that returns it, got {name}, which raised {short(error)}; mend it"
             ) from error
@@ -101,7 +101,7 @@ def _import(setting: str, name: str) -> Callable[..., Any]:
     module, _, attribute = name.rpartition(":")
     try:
         imported = importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
+    except RAISED_BY_USERS as error:  # a user's module may raise anything
         raise ConfigError(
             f"{setting} must be in a Python module that can be imported, got {name} ({short(error)}); start in the "
             f"folder of {module.replace('.', '/')}.py, or install the module"

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qfleet.config.errors import ConfigError
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError
 from qfleet.envs.actions import Actions
-from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, has_mask, reset_env, summary, to_numbers
+from qfleet.envs.contract import BrokenContract, has_mask, reset_env, summary, to_numbers
 
 if TYPE_CHECKING:
     import gymnasium

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qfleet.config.errors import RAISED_BY_USERS
+
 if TYPE_CHECKING:
     import gymnasium
 
 _TOO_LARGE = 2.0**128 * (1 - 2.0**-25)  # the least number that becomes infinity in float32
 
 _SIGNATURE = "reset(self, *, seed=None, options=None)"
-
-RAISED_BY_USERS = (Exception, SystemExit)
-"""What an environment, or a function that makes one, may raise. Some end the process when their window is closed."""
 
 
 class BrokenContract(ValueError):

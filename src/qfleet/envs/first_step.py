@@ -6,10 +6,9 @@ import logging
 
 import numpy as np
 
-from qfleet.config.errors import ConfigError
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError
 from qfleet.core.masks import random_valid, split_lanes
 from qfleet.envs.checked_lanes import checked
-from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import TooManyFailures, describe
 from qfleet.envs.host import HostEnv, LaneOptions
 

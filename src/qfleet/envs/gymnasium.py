@@ -11,10 +11,9 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec as GymnasiumSpec
 from gymnasium.vector import AutoresetMode
 
-from qfleet.config.errors import ConfigError, suggest
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError, suggest
 from qfleet.envs.action_masks import find_mask
 from qfleet.envs.actions import Actions, make_actions
-from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
 from qfleet.envs.host import EnvSpec, HostEnv, HostLanes, LaneOptions, RenderedLanes
 from qfleet.envs.lane_group import MakeNew, SingleEnv, make_single
@@ -201,7 +200,7 @@ def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -
     must = registered.entry_point is None
     try:
         env = _make_vector(registered, options, 1)
-    except Exception as error:
+    except RAISED_BY_USERS as error:
         if must:
             raise ConfigError(f"{name} has no version that can be made: {type(error).__name__}: {error}") from error
         return False  # it doesn't take the arguments that the single version takes

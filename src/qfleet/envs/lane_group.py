@@ -13,9 +13,9 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from qfleet.config.errors import ConfigError
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError
 from qfleet.envs.actions import Actions
-from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, at, explain, reset_env, step_env
+from qfleet.envs.contract import BrokenContract, at, explain, reset_env, step_env
 from qfleet.envs.failures import Failure, describe, lane_seed
 from qfleet.envs.observations import Encoder
 

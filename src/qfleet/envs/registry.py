@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from qfleet.config.errors import ConfigError, suggest
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError, suggest
 from qfleet.envs.factory import FACTORY, factory_of
 from qfleet.envs.names import BACKENDS, SUITES, import_module_of, is_of_suite, module_that_registers, searched_for
 
@@ -168,7 +168,6 @@ def make_by(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv |
 
 def _call(name: str, make: _Make, options: Mapping[str, Any]) -> "InGraphEnv | HostEnv | gymnasium.Env":
     """Returns what a user's maker returns, and says which environment it is if it fails."""
-    from qfleet.envs.contract import RAISED_BY_USERS
     from qfleet.envs.failures import describe
 
     try:
@@ -320,7 +319,7 @@ def _check_in_graph(env: "InGraphEnv", name: str) -> None:
     def trace(what: str, function: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return jax.eval_shape(function, *arguments)
-        except Exception as error:
+        except RAISED_BY_USERS as error:
             raise ConfigError(
                 f"environment {name}: {what} must be traceable by JAX, got {type(error).__name__}: {error}"
             ) from error

@@ -8,9 +8,10 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.envs.action_masks import KEY
 from qfleet.envs.actions import Actions
-from qfleet.envs.contract import RAISED_BY_USERS, BrokenContract, to_flags, to_lanes
+from qfleet.envs.contract import BrokenContract, to_flags, to_lanes
 from qfleet.envs.failures import Failure, FailureBudget, describe, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
 from qfleet.envs.observations import Encoder, first_not_finite

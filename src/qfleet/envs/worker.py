@@ -7,8 +7,8 @@ import multiprocessing
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.config.python_path import forget_safe_start, leave_module_folder
-from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
 from qfleet.envs.lane_group import LaneGroup, SingleEnv, make_arrays
 from qfleet.envs.worker_signals import leave_to_parent

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from qfleet.config import ConfigError
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.config.own_parts import short
 from qfleet.exporting.program import Program
 
@@ -25,7 +26,7 @@ def write_stablehlo(program: Program, path: Path) -> None:
     try:
         with _without_locations():
             exported = jax.export.export(jax.jit(program.function), platforms=PLATFORMS)(*inputs)
-    except Exception as error:  # a user's network may raise anything
+    except RAISED_BY_USERS as error:  # a user's network may raise anything
         raise ConfigError(
             f"a network must take a batch of any size to be exported, got {short(error)}; in a network of your own, "
             f"use x.shape[0] in place of len(x), and -1 for the batch in shapes"

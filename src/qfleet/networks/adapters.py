@@ -10,6 +10,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.config.own_parts import make_own_part
 from qfleet.core.heads import make_head
 from qfleet.core.keys import Draws, key_shape
@@ -174,7 +175,7 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
         q_values = jax.eval_shape(network.apply, params, observations)
     except ConfigError:
         raise
-    except Exception as error:  # a user's network may raise anything
+    except RAISED_BY_USERS as error:  # a user's network may raise anything
         raise ConfigError(
             f"a network must map {seen} to action values {wanted}, got {type(error).__name__}: {error}; fit its "
             "first layer to the observations (uint8 isn't divided by 255 yet, stacked frames are the last axis)"
@@ -217,7 +218,7 @@ def _check_outputs(
         outputs = jax.eval_shape(network.outputs, params, observations, None)
         num_outputs = None if head.num_outputs is None else outputs.shape[-1]
         fits = num_outputs == head.num_outputs and jax.eval_shape(head.q_values, outputs).shape == wanted
-    except Exception as error:  # a user's network may raise anything
+    except RAISED_BY_USERS as error:  # a user's network may raise anything
         raise ConfigError(
             f"the outputs of a network must suit {setting}, got {type(error).__name__}: {error}; {remedy}"
         ) from error

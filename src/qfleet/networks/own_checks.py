@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config import AgentConfig, ConfigError
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.config.own_parts import own_parts, short
 from qfleet.core.exploration import make_explore
 from qfleet.core.heads import Head, SampleLosses, Values, backed_up, make_head
@@ -168,7 +169,7 @@ def _traced(what: str, function: Callable[..., Any], *inputs: Any) -> Any:
     try:
         first, second = (jax.make_jaxpr(lambda *inputs: function(*inputs), return_shape=True)(*inputs) for _ in "12")
         consts = [[np.asarray(const) for const in jaxpr.consts] for jaxpr, _ in (first, second)]
-    except Exception as error:  # a user's function may raise anything
+    except RAISED_BY_USERS as error:  # a user's function may raise anything
         raise ConfigError(f"{what} must be traceable by JAX, got {short(error)}; {_PURE}") from error
     texts = [re.sub(r"0x[0-9a-f]+", "", str(jaxpr)) for jaxpr, _ in (first, second)]
     same = texts[0] == texts[1] and all(map(np.array_equal, *consts))

@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, LaneOptions, TrainConfig, suggest
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.config.new_run import check_new_run, settings_without_effect
 from qfleet.config.topologies import check_suits, check_topology_name, suits, without_alias
 from qfleet.config.values import to_plain
 from qfleet.defaults import Choice, accepts, adapted, choose, family_of, is_atari
-from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.factory import name_of_factory
 from qfleet.envs.names import is_of_suite
 from qfleet.envs.registry import default_topology, make_env

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config import ConfigError
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.core.keys import Stream, key_of
 from qfleet.core.masks import shown, split_lanes
 from qfleet.core.memory import MemoryState
@@ -79,7 +80,7 @@ def check_can_play(env: InGraphEnv | HostEnv) -> None:
             next(next(episodes))
     except ConfigError:
         raise
-    except Exception as error:  # a renderer may raise anything
+    except RAISED_BY_USERS as error:  # a renderer may raise anything
         raise ConfigError(
             f"{env.spec.name} must render for videos, got {describe(error)}; fix its renderer, or do without videos"
         ) from error

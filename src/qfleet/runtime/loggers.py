@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.envs.failures import describe
 
 logger = logging.getLogger("qfleet")
@@ -117,12 +118,12 @@ class BackgroundLogger:
             self._target.begin(run)
             try:
                 summary = self._log_until_end()
-            except (Exception, SystemExit):
-                with contextlib.suppress(Exception, SystemExit):  # the failure under way matters more
+            except RAISED_BY_USERS:
+                with contextlib.suppress(*RAISED_BY_USERS):  # the failure under way matters more
                     self._target.end({})  # which closes files
                 raise
             self._target.end(summary)
-        except (Exception, SystemExit) as error:  # whatever it is, it must not cost the run
+        except RAISED_BY_USERS as error:  # whatever it is, it must not cost the run
             self._turn_off(describe(error))
 
     def _log_until_end(self) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from qfleet.config import TrainConfig
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.core.player import make_player
 from qfleet.core.types import Network, Params
 from qfleet.envs.failures import describe
@@ -80,7 +81,7 @@ class Recorder:
                 film(_until(should_stop, next(episodes)), path, FRAMES_PER_SECOND)
         except _Abandoned:
             pass
-        except Exception as error:  # a renderer may raise anything, and that must not end the training run
+        except RAISED_BY_USERS as error:  # a renderer may raise anything, and that must not end the training run
             self._fail(env_steps, describe(error))
         else:
             self.num_videos += 1

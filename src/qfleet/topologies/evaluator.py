@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config import ConfigError, RunFailed, TrainConfig
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.core.activity import Activity
 from qfleet.core.agent import Agent
 from qfleet.core.exploration import greedy
 from qfleet.core.keys import Stream, make_key
 from qfleet.core.memory import MemoryState
 from qfleet.core.types import Params
-from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
 from qfleet.envs.host import HostEnv, HostLanes, LaneOptions, seed_of
 from qfleet.envs.spec import InGraphEnv

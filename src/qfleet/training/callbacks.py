@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qfleet.config import ConfigError, RunFailed, TrainConfig, suggest
+from qfleet.config.errors import RAISED_BY_USERS
 from qfleet.config.values import show
-from qfleet.envs.contract import RAISED_BY_USERS
 from qfleet.envs.failures import describe
 from qfleet.runtime.loggers import Logger
 from qfleet.runtime.records import Progress
