@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     from qfleet.runtime.cache import enable_compilation_cache
 
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # a plugin of pytest may have imported JAX before
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)  # so that meshes can be tried without any hardware
 
     enable_compilation_cache()  # most of a test's time is compilation, so a second run takes a third of the time

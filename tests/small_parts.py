@@ -153,3 +153,21 @@ def network_that_does_not_learn(spec, config):
 
 def network_of_wrong_shape(spec, config):
     return Network(init, lambda params, x: (x @ params)[:, :1])
+
+
+def head_of_three(config):
+    return scalar(config)._replace(
+        loss=lambda q, action, target: jax.tree.map(lambda x: x[:3], scalar(config).loss(q, action, target))
+    )
+
+
+def target_of_three(config):
+    return lambda head, batch, outputs: point_values(jnp.zeros(3))
+
+
+def explorer_of_three(config):
+    return lambda q, exploration, uniform: jnp.zeros(3, jnp.int32)
+
+
+def network_of_three(spec, config):
+    return Network(init, lambda params, x: (x @ params)[:3])

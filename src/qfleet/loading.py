@@ -61,7 +61,9 @@ def load_policy(
                 f"{name} must be left out for an exported policy, which is one checkpoint of one seed, got "
                 f"{show(value)} for {exported.path}; leave it out, or load the run"
             )
-    return _load_exported(exported, env=env, network=network, trust=trust)
+    policy = _load_exported(exported, env=env, network=network, trust=trust)
+    jax.devices()  # a policy can't act without any, and here their lack is one clear error
+    return policy
 
 
 def videos_folder(run_dir: str | os.PathLike[str]) -> Path:

@@ -58,6 +58,10 @@ BAD = [
     ("head", "head_that_draws", "the same each time that JAX traces it, got something else the second time"),
     ("head", "head_that_keeps_tracers", "must be traceable by JAX, got TracerArrayConversionError"),
     ("target", "target_of_wrong_shape", r"must return Values, .* float32\[3, values\] each, got float32\[3\]"),
+    ("target", "target_of_three", r"must return Values, .* float32\[5, values\] each, got .*float32\[3, 1\]"),
+    ("head", "head_of_three", r"must return SampleLosses, each of its fields float32\[5\] here, got .*float32\[3\]"),
+    ("exploration", "explorer_of_three", r"must return actions, int32\[5\] here, got int32\[3\]"),
+    ("network", "network_of_three", r"must map .* to action values float32\[5, 2\], got float32\[3, 2\]"),
     ("exploration", "explorer_of_floats", r"must return actions, int32\[3\] here, got float32\[3\]"),
     ("network", "network_of_wrong_shape", r"must map .* to action values float32\[3, 2\], got float32\[3, 1\]"),
 ]

@@ -94,6 +94,25 @@ def test_a_platform_that_is_not_there_is_one_clear_error_before_anything_is_made
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["export", "run"], ["eval", "run"], ["eval", "zoo:cartpole"]])
+def test_a_checkpoint_is_not_blamed_for_a_platform_that_is_not_there(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def find_no_devices(*_: object) -> None:
+        raise AssertionError
+
+    qfleet.train(
+        qfleet.make_config(
+            "CartPole-v1", "pqn", env_steps=512, hidden_sizes=(8,), eval_episodes=1, report=False,
+            run_dir=str(tmp_path / "run"),
+        )
+    )  # fmt: skip
+    monkeypatch.setattr(jax, "devices", find_no_devices)
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    assert "JAX must find the devices that it is told to use" in capsys.readouterr().err
+
+
 def test_other_errors_pass_unchanged() -> None:
     with pytest.raises(RuntimeError, match="of the environment"), devices.clear_platform_errors():
         raise RuntimeError("of the environment")

@@ -34,11 +34,13 @@ def run(arguments: Sequence[str]) -> int:
     flags = tyro.cli(_ReportFlags, prog="qfleet report", args=list(arguments), registry=FLAG_TYPES)
     if not flags.runs:
         raise ConfigError("RUN must name at least one run, got none; give a run's folder, or `latest`")
-    from qfleet.runtime.report.page import write_report
+    from qfleet.runtime.report.page import check_replaceable, write_report
     from qfleet.runtime.saved_run import SavedRun
 
     runs = [SavedRun(find_run(text)) for text in flags.runs]
     run = runs[0].directory
     default = run.as_named(run.report_path) if len(runs) == 1 else Path("report.html")
-    print(f"report: {write_report(runs, flags.out or default)}")
+    out = flags.out or default
+    check_replaceable(out)
+    print(f"report: {write_report(runs, out)}")
     return 0

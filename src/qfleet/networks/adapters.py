@@ -164,30 +164,33 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
       ConfigError: if it isn't a `Network`, can't be traced with such observations, or returns another shape or type.
     """
     _checked(network)
-    batch = 3  # a number that is hardly the size of anything else in the network
     # It is shown observations without masks.
     stored = stored_spec(dataclasses.replace(spec, has_action_mask=False), network.to_storage_layout)
-    observations = jax.ShapeDtypeStruct((batch, *stored.agent_observation_shape), stored.observation_dtype)
-    seen = f"observations {observations.dtype}{list(observations.shape)} of {spec.name}"
-    wanted = f"float32{[batch, spec.num_actions]}"
-    try:
-        params = jax.eval_shape(network.init, key_shape())
-        q_values = jax.eval_shape(network.apply, params, observations)
-    except ConfigError:
-        raise
-    except RAISED_BY_USERS as error:  # a user's network may raise anything
-        raise ConfigError(
-            f"a network must map {seen} to action values {wanted}, got {type(error).__name__}: {error}; fit its "
-            "first layer to the observations (uint8 isn't divided by 255 yet, stacked frames are the last axis)"
-        ) from error
-    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", q_values)
-    if shapes != wanted:
-        raise ConfigError(
-            f"a network must map {seen} to action values {wanted}, got {shapes}; fit its last layer to the "
-            f"{spec.num_actions} actions, and let it return float32"
-        )
-    _check_outputs(network, config, params, observations, spec.num_actions)
-    _check_recurrence(network, config, params, observations, spec.num_actions)
+    batches = [  # of sizes that hardly anything else in the network has
+        jax.ShapeDtypeStruct((size, *stored.agent_observation_shape), stored.observation_dtype) for size in (3, 5)
+    ]
+    params: Any = None
+    for observations in batches:
+        seen = f"observations {observations.dtype}{list(observations.shape)} of {spec.name}"
+        wanted = f"float32{[len(observations), spec.num_actions]}"
+        try:
+            params = jax.eval_shape(network.init, key_shape()) if params is None else params
+            q_values = jax.eval_shape(network.apply, params, observations)
+        except ConfigError:
+            raise
+        except RAISED_BY_USERS as error:  # a user's network may raise anything
+            raise ConfigError(
+                f"a network must map {seen} to action values {wanted}, got {type(error).__name__}: {error}; fit its "
+                "first layer to the observations (uint8 isn't divided by 255 yet, stacked frames are the last axis)"
+            ) from error
+        shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", q_values)
+        if shapes != wanted:
+            raise ConfigError(
+                f"a network must map {seen} to action values {wanted}, got {shapes}; fit its last layer to the "
+                f"{spec.num_actions} actions, and let it return float32"
+            )
+    _check_outputs(network, config, params, batches[0], spec.num_actions)
+    _check_recurrence(network, config, params, batches[0], spec.num_actions)
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

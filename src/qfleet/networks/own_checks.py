@@ -1,12 +1,13 @@
 """Checks of a user's own parts (MODULE:NAME), before training: shapes, types, purity, finite values, gradients.
 
 Each part is traced twice with inputs of a small batch. Both traces must be the same, because a compiled program holds
-what the first one found. Then it is computed once, on numbers from a fixed seed.
+what the first one found. Then it is computed once, on numbers from a fixed seed. With a batch of another size, it is
+only traced.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,8 +24,8 @@ from qfleet.core.own_targets import NetworkOutputs, make_own_target
 from qfleet.core.types import EnvSpec, Network, Transition, stored_spec
 from qfleet.networks.adapters import check_network, make_plain_network
 
-_BATCH = 3
-"""Samples of a batch. Hardly anything else has this size."""
+_BATCH_SIZES = (3, 5)
+"""Samples of a batch. Hardly anything else has these sizes, and nothing has both."""
 
 _PURE = "compute with jax.numpy alone, and draw from the keys and numbers that it is given"
 
@@ -44,30 +45,38 @@ def check_own_parts(spec: EnvSpec, config: AgentConfig, given: Network | None = 
     parts = own_parts(config)
     if not parts:
         return
-    spec, random = dataclasses.replace(spec, has_action_mask=False), np.random.default_rng(0)
+    spec = dataclasses.replace(spec, has_action_mask=False)
+    for batch_size in _BATCH_SIZES:
+        _check_parts(parts, spec, config, given, batch_size, computes and batch_size == _BATCH_SIZES[0])
+
+
+def _check_parts(
+    parts: Mapping[str, str], spec: EnvSpec, config: AgentConfig, given: Network | None, batch_size: int, computes: bool
+) -> None:
+    random = np.random.default_rng(0)
     if "exploration" in parts:
-        _check_explorer(parts["exploration"], spec.num_actions, config, random, computes)
+        _check_explorer(parts["exploration"], spec.num_actions, config, random, batch_size, computes)
     is_ours = given is None and "network" not in parts
     if "head" in parts and is_ours:  # before the built-in network, which calls it
-        _check_head(parts["head"], _outputs_of_ours(spec, config), config, random, computes)
+        _check_head(parts["head"], _outputs_of_ours(spec, config, batch_size), config, random, computes)
     network = make_plain_network(spec, config) if given is None else given
     check_network(network, spec, config)
     if "network" in parts:
-        _check_network(parts["network"], network, spec, random, computes)
+        _check_network(parts["network"], network, spec, random, batch_size, computes)
     if "head" in parts and not is_ours:
-        _check_head(parts["head"], _outputs_of(network, spec), config, random, computes)
+        _check_head(parts["head"], _outputs_of(network, spec, batch_size), config, random, computes)
     if "target" in parts:
-        _check_target(parts["target"], _outputs_of(network, spec), config, random, computes)
+        _check_target(parts["target"], _outputs_of(network, spec, batch_size), config, random, computes)
 
 
 def _check_explorer(
-    name: str, num_actions: int, config: AgentConfig, random: np.random.Generator, computes: bool
+    name: str, num_actions: int, config: AgentConfig, random: np.random.Generator, batch_size: int, computes: bool
 ) -> None:
     explore, what = make_explore(config), f"exploration {name}: explore(q, exploration, uniform)"
-    q = random.normal(size=(_BATCH, num_actions)).astype(np.float32)
+    q = random.normal(size=(batch_size, num_actions)).astype(np.float32)
     for exploration in (config.exploration_start, config.exploration_end):
-        inputs = (q, np.float32(exploration), random.random(_BATCH).astype(np.float32))
-        found, wanted = _describe(_traced(what, explore, *inputs)), f"int32[{_BATCH}]"
+        inputs = (q, np.float32(exploration), random.random(batch_size).astype(np.float32))
+        found, wanted = _describe(_traced(what, explore, *inputs)), f"int32[{batch_size}]"
         _check(found == wanted, what, f"return actions, {wanted} here", found)
         if computes:
             action = np.asarray(jax.jit(explore)(*inputs))
@@ -78,22 +87,22 @@ def _check_explorer(
 def _check_head(name: str, shapes: Any, config: AgentConfig, random: np.random.Generator, computes: bool) -> None:
     head = make_head(config)
     outputs, others = _random_like(shapes, random), _random_like(shapes, random)
-    num_actions = jax.tree.leaves(shapes)[0].shape[1]
-    what, wanted = f"head {name}", f"float32[{_BATCH}, {num_actions}]"
+    batch_size, num_actions = jax.tree.leaves(shapes)[0].shape[:2]
+    what, wanted = f"head {name}", f"float32[{batch_size}, {num_actions}]"
     q = _traced(f"{what}: q_values(outputs)", head.q_values, outputs)
     _check(_describe(q) == wanted, f"{what}: q_values(outputs)", f"return {wanted} here", _describe(q))
-    action, policy = np.arange(_BATCH, dtype=np.int32) % num_actions, np.full((_BATCH, num_actions), 1 / num_actions)
-    policy = policy.astype(np.float32)
+    action = np.arange(batch_size, dtype=np.int32) % num_actions
+    policy = np.full((batch_size, num_actions), 1 / num_actions, np.float32)
     _check_values(f"{what}: values_of(outputs, action)", head.values_of, computes, outputs, action)
     _check_values(f"{what}: mixture(outputs, policy, bonus)", head.mixture, computes, outputs, policy, policy)
 
     def losses(outputs: Any, others: Any, action: Any, reward: Any) -> SampleLosses:
         return head.loss(outputs, action, backed_up(reward, reward, head.values_of(others, action)))
 
-    what, reward = f"{what}: loss(outputs, action, target)", random.random(_BATCH).astype(np.float32)
+    what, reward = f"{what}: loss(outputs, action, target)", random.random(batch_size).astype(np.float32)
     found = _traced(what, losses, outputs, others, action, reward)
-    is_record = isinstance(found, SampleLosses) and set(map(_describe, found)) == {f"float32[{_BATCH}]"}
-    _check(is_record, what, f"return SampleLosses, each of its fields float32[{_BATCH}] here", _describe(found))
+    is_record = isinstance(found, SampleLosses) and set(map(_describe, found)) == {f"float32[{batch_size}]"}
+    _check(is_record, what, f"return SampleLosses, each of its fields float32[{batch_size}] here", _describe(found))
 
     def mean_loss(outputs: Any, *others: Any) -> tuple[Any, SampleLosses]:
         found = losses(outputs, *others)
@@ -102,12 +111,14 @@ def _check_head(name: str, shapes: Any, config: AgentConfig, random: np.random.G
     _check_gradient(what, "outputs", mean_loss, computes, outputs, others, action, reward)
 
 
-def _check_network(name: str, network: Network, spec: EnvSpec, random: np.random.Generator, computes: bool) -> None:
+def _check_network(
+    name: str, network: Network, spec: EnvSpec, random: np.random.Generator, batch_size: int, computes: bool
+) -> None:
     what = f"network {name}: apply(params, observations)"
     params = _traced(f"network {name}: init(key)", network.init, key_shape())
-    observations = _random_like(_observations(network, spec), random)
+    observations = _random_like(_observations(network, spec, batch_size), random)
     if network.outputs is not None:
-        draws = jax.eval_shape(lambda: Draws(jax.random.key(0), jax.random.split(jax.random.key(0), _BATCH)))
+        draws = jax.eval_shape(lambda: Draws(jax.random.key(0), jax.random.split(jax.random.key(0), batch_size)))
         _traced(f"network {name}: outputs(params, observations, draws)", network.outputs, params, observations, draws)
 
     def mean_square(params: Any, observations: Any) -> tuple[Any, Any]:
@@ -123,10 +134,10 @@ def _check_target(name: str, shapes: Any, config: AgentConfig, random: np.random
     target, head = make_own_target(config), make_head(config)
     assert target is not None
     outputs = NetworkOutputs(*(_random_like(shapes, random) for _ in range(4)))
-    numbers = [random.random(_BATCH).astype(np.float32) for _ in range(3)]
-    obs = np.zeros((_BATCH, 1), np.float32)
-    num_actions = jax.tree.leaves(shapes)[0].shape[1]
-    fields: Any = (obs, np.arange(_BATCH, dtype=np.int32) % num_actions, numbers[0], numbers[1], obs, numbers[2])
+    batch_size, num_actions = jax.tree.leaves(shapes)[0].shape[:2]
+    numbers = [random.random(batch_size).astype(np.float32) for _ in range(3)]
+    obs = np.zeros((batch_size, 1), np.float32)
+    fields: Any = (obs, np.arange(batch_size, dtype=np.int32) % num_actions, numbers[0], numbers[1], obs, numbers[2])
     what = f"target {name}: target(head, batch, outputs)"
     _check_values(what, lambda batch, outputs: target(head, batch, outputs), computes, Transition(*fields), outputs)
 
@@ -136,10 +147,10 @@ def _check_target(name: str, shapes: Any, config: AgentConfig, random: np.random
 
 def _check_values(what: str, function: Callable[..., Any], computes: bool, *inputs: Any) -> None:
     """Checks that a function returns distributions: finite values, with weights that add up to 1."""
-    found = _traced(what, function, *inputs)
+    found, batch_size = _traced(what, function, *inputs), jax.tree.leaves(inputs)[0].shape[0]
     descriptions = set(map(_describe, found)) if isinstance(found, Values) else set()
-    holds = len(descriptions) == 1 and bool(re.fullmatch(rf"float32\[{_BATCH}, \d+\]", min(descriptions)))
-    _check(holds, what, f"return Values, value and weight float32[{_BATCH}, values] each", _describe(found))
+    holds = len(descriptions) == 1 and bool(re.fullmatch(rf"float32\[{batch_size}, \d+\]", min(descriptions)))
+    _check(holds, what, f"return Values, value and weight float32[{batch_size}, values] each", _describe(found))
     if computes:
         computed: Values = jax.device_get(jax.jit(lambda *inputs: function(*inputs))(*inputs))
         _check(bool(np.all(np.isfinite(computed.value))), what, "return finite values", computed.value.tolist())
@@ -185,24 +196,24 @@ def _check(holds: bool, what: str, rule: str, got: Any) -> None:
 # --- Inputs ---
 
 
-def _outputs_of_ours(spec: EnvSpec, config: AgentConfig) -> Any:
+def _outputs_of_ours(spec: EnvSpec, config: AgentConfig, batch_size: int) -> Any:
     """Returns the shapes of what the built-in network returns to a head for a small batch."""
     head: Head = make_head(config)
     last = () if head.num_outputs is None else (head.num_outputs,)
-    return jax.ShapeDtypeStruct((_BATCH, spec.num_actions, *last), jnp.float32)
+    return jax.ShapeDtypeStruct((batch_size, spec.num_actions, *last), jnp.float32)
 
 
-def _outputs_of(network: Network, spec: EnvSpec) -> Any:
+def _outputs_of(network: Network, spec: EnvSpec, batch_size: int) -> Any:
     """Returns the shapes of what a network returns to the head for a small batch."""
-    params, observations = jax.eval_shape(network.init, key_shape()), _observations(network, spec)
+    params, observations = jax.eval_shape(network.init, key_shape()), _observations(network, spec, batch_size)
     if network.outputs is None:
         return jax.eval_shape(network.apply, params, observations)
     return jax.eval_shape(network.outputs, params, observations, None)
 
 
-def _observations(network: Network, spec: EnvSpec) -> jax.ShapeDtypeStruct:
+def _observations(network: Network, spec: EnvSpec, batch_size: int) -> jax.ShapeDtypeStruct:
     stored = stored_spec(spec, network.to_storage_layout)
-    return jax.ShapeDtypeStruct((_BATCH, *stored.agent_observation_shape), stored.observation_dtype)
+    return jax.ShapeDtypeStruct((batch_size, *stored.agent_observation_shape), stored.observation_dtype)
 
 
 def _random_like(shapes: Any, random: np.random.Generator) -> Any:

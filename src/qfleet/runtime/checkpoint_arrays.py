@@ -97,6 +97,7 @@ def read_arrays(
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns whatever Orbax raises meanwhile into a CheckpointError, because it may be asked to read anything."""
+    jax.devices()  # if there are none, the checkpoint isn't to blame
     try:
         yield
     except ConfigError:

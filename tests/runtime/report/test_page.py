@@ -1,6 +1,7 @@
 """The page of a report, in a real browser: everything is drawn, nothing is asked of the network, nothing runs."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,26 @@ def test_the_command_writes_into_the_run_or_where_it_is_told(
     assert main(["report", "runs/a", "b"]) == 0 and Path("report.html").exists()
     assert main(["report", "latest", "--out", "own.html"]) == 0 and Path("own.html").exists()
     assert "report: own.html\n" in capsys.readouterr().out
+
+
+def test_a_report_replaces_an_older_one_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_run(Path("runs/a")), make_run(Path("runs/b"), seed=1)
+    for name in ("new.html", "new.html", "empty.html"):
+        Path("empty.html").touch()
+        assert main(["report", "a", "--out", name]) == 0
+    Path("report.html").write_text("<!doctype html>\nmine")
+    Path("thesis.tex").write_text("mine")
+    Path("link.html").symlink_to("thesis.tex")
+    os.mkfifo("pipe.html")
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in ("runs/a/config.json", "thesis.tex", "link.html", "pipe.html", "runs"):
+        assert main(["report", "a", "--out", name]) == 2
+        assert f"an older report, got {name}, which is something else" in capsys.readouterr().err
+    assert main(["report", "a", "b"]) == 2  # by default it would be report.html
+    assert all(path.read_bytes() == content for path, content in files.items())
 
 
 def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from qfleet.runtime.diagnosis import diagnose, shown
 from qfleet.runtime.report.facts import make_facts
 from qfleet.runtime.report.figures import make_figures
 from qfleet.runtime.run_directory import write_atomically
-from qfleet.runtime.run_files import open_regular
+from qfleet.runtime.run_files import UnusableFile, open_regular
 from qfleet.runtime.saved_run import SavedRun
 
 MAX_VIDEO_BYTES = 2 * 2**20
@@ -76,6 +76,27 @@ def render_live() -> str:
     return _page(None, title="qfleet dashboard", policy=LIVE_POLICY, plotly=script, scripts=["page.js", "live.js"])
 
 
+def check_replaceable(path: str | os.PathLike[str]) -> None:
+    """Checks that a report wouldn't take the place of anything but an older report, or of an empty file.
+
+    Raises:
+      ConfigError: if it would.
+    """
+    head = _read("page.html").partition("{policy}")[0].encode()
+    try:
+        with open_regular(Path(path)) as file:
+            is_replaceable = file.read(len(head)) in (head, b"")
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, UnusableFile):
+        is_replaceable = False
+    if not is_replaceable:
+        raise ConfigError(
+            f"a report must not replace anything but an older report, got {path}, which is something else; give "
+            f"another --out, or move it away"
+        )
+
+
 def write_report(runs: Sequence[SavedRun], path: str | os.PathLike[str]) -> Path:
     """Writes the report of one or several runs as one file, which replaces an older one as a whole.
 
@@ -94,20 +115,19 @@ def write_report(runs: Sequence[SavedRun], path: str | os.PathLike[str]) -> Path
 
 
 def _page(data: dict[str, Any] | None, *, title: str, policy: str, plotly: str, scripts: Sequence[str]) -> str:
-    folder = files("qfleet.runtime.report")
-
-    def read(name: str) -> str:
-        return folder.joinpath(name).read_text(encoding="utf-8")
-
-    return read("page.html").format(
+    return _read("page.html").format(
         policy=html.escape(policy),
         title=html.escape(title),
-        css=read("page.css"),
+        css=_read("page.css"),
         # In a script's text only "</" and "<!--" have a meaning, and JSON may spell "<" otherwise.
         data=json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
         plotly=plotly,
-        js="\n".join(map(read, scripts)),
+        js="\n".join(map(_read, scripts)),
     )
+
+
+def _read(name: str) -> str:
+    return files("qfleet.runtime.report").joinpath(name).read_text(encoding="utf-8")
 
 
 @functools.cache
