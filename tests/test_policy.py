@@ -130,6 +130,18 @@ def test_a_step_that_does_not_fit_its_memory_is_refused(num_lanes: Any, obs: Any
         policy.step(None, obs)
 
 
+def test_the_memory_of_another_policy_is_refused() -> None:
+    plain = policy_of(probes.time_limit(), lambda x: 0.0)
+    recurrent = Policy(probes.time_limit(), probes.summing_network(), {}, "mine")
+    for one, other in ((plain, recurrent), (recurrent, plain)):
+        _, memory = other.step(other.start(2), np.ones((2, 1)))
+        for strange in (memory, memory._replace(num_lanes=3)):
+            with pytest.raises(
+                ConfigError, match="must be given a memory of this policy, got one of another policy or"
+            ):
+                one.step(strange, np.ones((strange.num_lanes, 1)))
+
+
 def test_steps_stack_single_frames_as_training_does() -> None:
     env = probes.random_walk(frame_stack=3)
     network = probes.linear_network(env.spec)

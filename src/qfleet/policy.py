@@ -94,6 +94,7 @@ class Policy:
         """The functions that act on encoded observations, one frame at a time, with a memory."""
         self._whole_episodes = WholeEpisodes(self.player)
         self._take_step = jax.jit(self._observe_and_choose)
+        self._memory_shapes: dict[int, Any] = {}  # by the number of lanes
         self._apply_network = jax.jit(network.apply)
         self._to_view = jax.jit(lambda obs: stack_to_storage_layout(network.to_storage_layout, obs, spec.frame_stack))
 
@@ -167,7 +168,7 @@ class Policy:
           One action, or `[num_lanes, ...]` of them, and the memory.
         Raises:
           ConfigError: if the observations aren't those of the environment, aren't finite, or are as many as the
-            lanes; if `is_first` isn't as `obs` is; or if `memory` isn't one.
+            lanes; if `is_first` isn't as `obs` is; or if `memory` isn't one of this policy's.
         """
         check_not_forked()
         if not isinstance(memory, PolicyMemory):
@@ -190,6 +191,11 @@ class Policy:
                 f"is_first must be bool, {'one' if num_lanes is None else [num_lanes]}, got {show(is_first)}; say for "
                 f"each lane whether its observation starts an episode"
             )
+        if memory.state is not None and _shapes_of(memory.state) != self._shapes_of_memory(batch):
+            raise ConfigError(
+                "step must be given a memory of this policy, got one of another policy or of other lanes; begin with "
+                "memory = policy.start()"
+            )
         action, state = self._take_step(self.params, memory.state, batch, np.atleast_1d(starts))
         return self.decode(np.asarray(action), is_batch), memory._replace(state=state)
 
@@ -199,6 +205,14 @@ class Policy:
         state = self.player.begin(obs) if state is None else self.player.observe(state, obs, is_first)
         q, state, _ = self.player.values(params, state)
         return greedy(q), state
+
+    def _shapes_of_memory(self, batch: np.ndarray) -> Any:
+        """Returns the shapes of what this policy remembers of so many lanes."""
+        if len(batch) not in self._memory_shapes:
+            is_first = jax.ShapeDtypeStruct(batch.shape[:1], np.bool_)
+            state = jax.eval_shape(self._observe_and_choose, self.params, None, batch, is_first)[1]
+            self._memory_shapes[len(batch)] = _shapes_of(state)
+        return self._memory_shapes[len(batch)]
 
     def decode(self, action: np.ndarray, is_batch: bool) -> Any:
         """Returns actions as the environment takes them, from the numbers, `[batch]`, by which the agent knows them."""
@@ -388,6 +402,11 @@ class Policy:
 def _at_least_one(batch: np.ndarray) -> np.ndarray:
     """Returns a batch, with a row of zeros if it has no row, because a network may not take an empty one."""
     return batch if len(batch) else np.zeros((1, *batch.shape[1:]), batch.dtype)
+
+
+def _shapes_of(state: MemoryState) -> tuple[Any, list[Any]]:
+    leaves, structure = jax.tree.flatten(state)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _make_folder(path: Path) -> Path:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from qfleet.config import RunFailed
+from qfleet.config.errors import short
 from qfleet.envs import gymnasium as backend
 from qfleet.envs.conformance import Recording, record
-from qfleet.envs.failures import lane_seed
+from qfleet.envs.failures import describe, lane_seed
 from qfleet.envs.host import HostLanes, LaneOptions
 
 LENGTH = 5
@@ -185,3 +186,12 @@ def test_closing_twice_is_harmless_and_leaves_no_process() -> None:
     lanes.send(zeros(1, 2)[0])  # this step hangs, and closing must not wait for it
     lanes.close()
     lanes.close()
+
+
+def test_an_error_that_can_not_say_what_it_is_is_described_by_its_type() -> None:
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert describe(Mute()) == "Mute: its message can't be shown"
+    assert short(Mute()) == "Mute: its message can't be shown"

@@ -290,7 +290,8 @@ def test_sessions_go_on_as_episodes_of_their_own(recurrent: Policy) -> None:
         status, answer = client.act(observations=[[0.0] * 4], sessions=["new"], is_first=[True])
         assert status == 409 and "3 of 3 in use" in answer["error"]
         assert client.ask("DELETE", "/sessions/a")[0] == 204 and client.ask("DELETE", "/sessions/a")[0] == 404
-        assert client.act(observations=[[0.0] * 4], sessions=["new"], is_first=[True])[0] == 200
+        assert client.act(observations=[[0.0] * 4], sessions=["new/1"], is_first=[True])[0] == 200
+        assert client.ask("DELETE", "/sessions/new%2F1")[0] == 204
         status, answer = client.act(observations=[[0.0] * 4])
         assert status == 400 and "a recurrent network must know the episode" in answer["error"]
         status, answer = client.act(observations=[[0.0] * 4] * 2, sessions=["b", "b"])

@@ -139,6 +139,7 @@ def test_a_policy_acts_by_masks(runs: dict[str, Path]) -> None:
             break
     batch, masks = np.array([[0], [1], [6]], np.float32), np.array([[0, 1, 0], [1, 0, 0], [0, 0, 1]])
     assert policy(batch, mask=masks).tolist() == [1, 0, 2] and policy(batch[1], mask=masks[1]) == 0
+    assert policy(batch[:0], mask=masks[:0]).tolist() == []
     q = policy.q_values(batch, mask=masks.astype(bool))
     np.testing.assert_array_equal(np.isneginf(q), masks == 0)
     joined = np.concatenate([batch, masks], axis=-1, dtype=np.float32)  # as lanes return them

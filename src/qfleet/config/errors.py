@@ -24,6 +24,20 @@ RAISED_BY_USERS = (Exception, SystemExit)
 the process when their window is closed."""
 
 
+def short(error: BaseException) -> str:
+    """Returns an error in one line: its type and the first line of its message."""
+    first = message_in(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+
+
+def message_in(error: BaseException) -> str:
+    """Returns the message of an error, which may be of a class of the user's that fails to write it."""
+    try:
+        return str(error)
+    except RAISED_BY_USERS:
+        return "its message can't be shown"
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Returns ' Did you mean ...?' with the names most similar to `word`, or '' if none is similar."""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.5)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qfleet.config.errors import RAISED_BY_USERS, ConfigError, suggest
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError, short, suggest
 from qfleet.config.python_path import check_trusted_module, module_folder_searched
 
 OWN_PARTS = ("network", "head", "target", "exploration")
@@ -147,9 +147,3 @@ def check_parts_can_travel(parts: Mapping[str, str]) -> None:
                 f"script that is run; put it into a module that they can import, or train in this process alone: one "
                 f"seed, in topology overlapped or fused"
             )
-
-
-def short(error: BaseException) -> str:
-    """Returns an error in one line: its type and the first line of its message."""
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__

@@ -4,6 +4,7 @@ Worker processes import this module, so it must not import JAX.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ class ActionMask:
 
 def join(obs: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Returns an observation and its mask as one vector, or a batch of them; see `qfleet.core.masks`."""
-    flat = obs.reshape(*mask.shape[:-1], -1)
+    flat = obs.reshape(*mask.shape[:-1], math.prod(obs.shape[mask.ndim - 1 :]))  # a batch may be empty
     return np.concatenate([flat, mask.astype(obs.dtype)], axis=-1)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qfleet.config.errors import RunFailed
+from qfleet.config.errors import RunFailed, message_in
 from qfleet.envs.contract import BrokenContract, is_between
 
 logger = logging.getLogger("qfleet")
@@ -79,7 +79,7 @@ def describe(error: BaseException) -> str:
 
     A broken contract names that place itself.
     """
-    message = " ".join(str(error).split())
+    message = " ".join(message_in(error).split())
     if isinstance(error, BrokenContract):
         return message
     frames = [

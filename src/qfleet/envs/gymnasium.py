@@ -11,7 +11,7 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec as GymnasiumSpec
 from gymnasium.vector import AutoresetMode
 
-from qfleet.config.errors import RAISED_BY_USERS, ConfigError, suggest
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError, short, suggest
 from qfleet.envs.action_masks import find_mask
 from qfleet.envs.actions import Actions, make_actions
 from qfleet.envs.failures import describe
@@ -202,7 +202,7 @@ def _use_vector(name: str, registered: GymnasiumSpec, options: dict[str, Any]) -
         env = _make_vector(registered, options, 1)
     except RAISED_BY_USERS as error:
         if must:
-            raise ConfigError(f"{name} has no version that can be made: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"{name} has no version that can be made: {short(error)}") from error
         return False  # it doesn't take the arguments that the single version takes
     with contextlib.suppress(*RAISED_BY_USERS):  # it may fail to close, but it has been made
         env.close()
@@ -267,7 +267,6 @@ def _make_rendered_lanes(kind: _Kind, options: dict[str, Any], lane_options: Lan
             env.render()  # some environments import their drawing library only here
     except RAISED_BY_USERS as error:  # a renderer may raise anything
         raise ConfigError(
-            f"{kind.spec.name} must render to be watched, got {type(error).__name__}: {error}; "
-            f"install the package that this error names"
+            f"{kind.spec.name} must render to be watched, got {short(error)}; install the package that this error names"
         ) from error
     return SingleLanes(single, 1, lane_options)

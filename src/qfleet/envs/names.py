@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from qfleet.config.errors import RAISED_BY_USERS, ConfigError, suggest
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError, short, suggest
 from qfleet.config.python_path import check_trusted_module, module_folder_searched
 
 SUITES = ("gymnax", "octax", "pgx", "xminigrid")
@@ -61,7 +61,7 @@ def import_module_of(name: str) -> tuple[str, str]:
         except RAISED_BY_USERS as error:  # a user's module may raise anything
             raise ConfigError(
                 f"the part before the colon must be {', '.join(BACKENDS)} or a Python module that can be imported, "
-                f"got {module!r} ({type(error).__name__}: {error}).{suggest(module, BACKENDS)}"
+                f"got {module!r} ({short(error)}).{suggest(module, BACKENDS)}"
             ) from error
     return module, local_name
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from qfleet.config.errors import RAISED_BY_USERS, ConfigError, suggest
+from qfleet.config.errors import RAISED_BY_USERS, ConfigError, short, suggest
 from qfleet.envs.factory import FACTORY, factory_of
 from qfleet.envs.names import BACKENDS, SUITES, import_module_of, is_of_suite, module_that_registers, searched_for
 
@@ -320,9 +320,7 @@ def _check_in_graph(env: "InGraphEnv", name: str) -> None:
         try:
             return jax.eval_shape(function, *arguments)
         except RAISED_BY_USERS as error:
-            raise ConfigError(
-                f"environment {name}: {what} must be traceable by JAX, got {type(error).__name__}: {error}"
-            ) from error
+            raise ConfigError(f"environment {name}: {what} must be traceable by JAX, got {short(error)}") from error
 
     def check_like(what: str, tree: Any, expected: str) -> None:
         _check(_describe(tree) == expected, name, what, expected, _describe(tree))

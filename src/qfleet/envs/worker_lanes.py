@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector.utils import CloudpickleWrapper
 
-from qfleet.config.errors import ConfigError
+from qfleet.config.errors import ConfigError, short
 from qfleet.config.python_path import is_module_folder_searched, starts_safely
 from qfleet.envs.failures import Failure, FailureBudget, lane_seed
 from qfleet.envs.host import HostStep, LaneOptions
@@ -49,7 +49,7 @@ class WorkerLanes:
         except Exception as error:  # what can't be pickled raises errors of many types
             raise ConfigError(
                 f"environment {env.name} must be one that can be sent to worker processes, got "
-                f"{type(error).__name__}: {error}; make what it holds inside the function that makes it, or train with "
+                f"{short(error)}; make what it holds inside the function that makes it, or train with "
                 f"num_env_workers=0"
             ) from error
         self._workers: list[_Worker] = []

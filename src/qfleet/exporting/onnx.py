@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from qfleet.config import ConfigError
-from qfleet.config.own_parts import short
+from qfleet.config.errors import short
 from qfleet.exporting.program import Program, random_input
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from pathlib import Path
 import jax
 
 from qfleet.config import ConfigError
-from qfleet.config.errors import RAISED_BY_USERS
-from qfleet.config.own_parts import short
+from qfleet.config.errors import RAISED_BY_USERS, short
 from qfleet.exporting.program import Program
 
 PLATFORMS = ("cpu", "cuda")

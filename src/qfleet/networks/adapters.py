@@ -10,7 +10,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from qfleet.config import AgentConfig, ConfigError
-from qfleet.config.errors import RAISED_BY_USERS
+from qfleet.config.errors import RAISED_BY_USERS, short
 from qfleet.config.own_parts import make_own_part
 from qfleet.core.heads import make_head
 from qfleet.core.keys import Draws, key_shape
@@ -180,7 +180,7 @@ def check_network(network: Network, spec: EnvSpec, config: AgentConfig = _SCALAR
             raise
         except RAISED_BY_USERS as error:  # a user's network may raise anything
             raise ConfigError(
-                f"a network must map {seen} to action values {wanted}, got {type(error).__name__}: {error}; fit its "
+                f"a network must map {seen} to action values {wanted}, got {short(error)}; fit its "
                 "first layer to the observations (uint8 isn't divided by 255 yet, stacked frames are the last axis)"
             ) from error
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", q_values)
@@ -222,9 +222,7 @@ def _check_outputs(
         num_outputs = None if head.num_outputs is None else outputs.shape[-1]
         fits = num_outputs == head.num_outputs and jax.eval_shape(head.q_values, outputs).shape == wanted
     except RAISED_BY_USERS as error:  # a user's network may raise anything
-        raise ConfigError(
-            f"the outputs of a network must suit {setting}, got {type(error).__name__}: {error}; {remedy}"
-        ) from error
+        raise ConfigError(f"the outputs of a network must suit {setting}, got {short(error)}; {remedy}") from error
     if not fits:
         shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", outputs)
         axes = [*wanted, *([] if head.num_outputs is None else [head.num_outputs])]
@@ -263,7 +261,7 @@ def _check_recurrence(
         found = shapes_of(recurrence.step, lanes), shapes_of(recurrence.unroll, rows, lanes)
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
-            f"the recurrence of a network must suit its observations, got {type(error).__name__}: {error}; {remedy}"
+            f"the recurrence of a network must suit its observations, got {short(error)}; {remedy}"
         ) from error
     wanted = (size, f"float32{[lanes, num_actions]}"), (size, f"float32{[rows, lanes, num_actions]}")
     if found != wanted:

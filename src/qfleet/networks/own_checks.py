@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qfleet.config import AgentConfig, ConfigError
-from qfleet.config.errors import RAISED_BY_USERS
-from qfleet.config.own_parts import own_parts, short
+from qfleet.config.errors import RAISED_BY_USERS, short
+from qfleet.config.own_parts import own_parts
 from qfleet.core.exploration import make_explore
 from qfleet.core.heads import Head, SampleLosses, Values, backed_up, make_head
 from qfleet.core.keys import Draws, key_shape

@@ -108,7 +108,7 @@ class PolicyServer:
 
         routes = [
             Route("/act", self._answering(self._act), methods=["POST"]),
-            Route("/sessions/{name}", self._answering(self._end_session), methods=["DELETE"]),
+            Route("/sessions/{name:path}", self._answering(self._end_session), methods=["DELETE"]),
             Route("/policy", self._answering(self._describe), methods=["GET"]),
             Route("/healthz", self._answering(self._tell_health), methods=["GET"]),
             Route("/metrics", self._answering(self._tell_measures), methods=["GET"]),
