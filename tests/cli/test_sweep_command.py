@@ -20,7 +20,9 @@ GOOD = ["CartPole-v1", "--param", "learning_rate=1e-4..1e-2:log"]
         ([*GOOD, "--stop-return", "475"], "stop_return must be left out"),
         ([*GOOD, "--print-config"], "--print-config is a flag of `qfleet train`"),
         (["--resume", "runs/none"], "a sweep is a folder with a sweep.json"),
-        (["--resume", "runs/none", "--env-steps", "5"], "takes only --trials, --trials-at-once, --trust and --quiet"),
+        (["--resume", "runs/none", "--env-steps", "5"], "takes only --trials, --trials-at-once, --trials-on-ray, "),
+        ([*GOOD, "--trials-on-ray", "there"], "trials_on_ray must be auto, local or HOST:PORT, got there"),
+        ([*GOOD, "--trial-resources", "CPU", "2", "GPU", "0.5", "--quiet"], "must come with trials_on_ray, got {'CPU'"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -127,7 +127,7 @@ def test_a_sweep_that_is_refused_leaves_no_folder(config: TrainConfig, monkeypat
 
 def test_a_folder_is_worked_in_by_one_process_at_a_time(config: TrainConfig, numbers: list[int]) -> None:
     qfleet.sweep(config, PARAMS, trials_at_once=1, trials=1)
-    holder = sweeps.reopen_sweep(Path(config.run_dir or ""), None, trust=False)
+    holder = sweeps.reopen_sweep(Path(config.run_dir or ""), trust=False)
     with pytest.raises(ConfigError, match="a sweep is run by one process at a time"):
         qfleet.sweep(config, PARAMS, trials_at_once=1, trials=2)
     holder.release()
@@ -225,7 +225,7 @@ def ended(path: Path) -> dict[str, bytes]:
 
 
 def records_of(path: Path) -> list[TrialRecord]:
-    directory = SweepDirectory.open(path, None)
+    directory = SweepDirectory.open(path)
     directory.release()
     space = read_space(directory.plan.config, directory.plan.params)
     return Study(directory.journal_path, space, seed=0, num_evaluations=4).records

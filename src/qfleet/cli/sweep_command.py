@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,7 +48,14 @@ class _SweepFlags:
     """Number of trials, 50 by default. A sweep that has come to its end goes on if it is larger."""
     trials_at_once: int | None = None
     """Trials in a batch. Those that differ only in numbers such as the learning rate are trained in one program.
-    By default so many that they have 16 seeds in all, at least 2, if such a number varies; otherwise 1."""
+    By default so many that they have 16 seeds in all, at least 2, if such a number varies; otherwise 1.
+    On Ray, the most trials under way at the same time; by default as many as there is room for."""
+    trials_on_ray: str | None = None
+    """Train each trial in a process of its own on Ray: `local` starts a Ray on this machine, `auto` or HOST:PORT joins
+    a cluster, whose nodes must all see the sweep's folder. For the topologies fused and overlapped."""
+    trial_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Ray resources that each of these processes takes, such as `CPU 2 GPU 0.25`. By default a CPU for each device of
+    the mesh and each environment worker, and a GPU for each device if there are GPUs."""
     seeds: int | None = None
     """Number of seeds of each trial, as --num-seeds. One program trains them where the environment is in JAX."""
     prune: bool = True
@@ -93,6 +100,8 @@ def divide(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         own.append(argument)
         if kinds[name] is not bool and "=" not in argument and waiting:
             own.append(waiting.pop(0))
+        while name == "trial-resources" and waiting and not waiting[0].startswith("-"):
+            own.append(waiting.pop(0))
     return own, others
 
 
@@ -128,7 +137,14 @@ def _opened(flags: _SweepFlags, others: list[str]) -> "tuple[SweepDirectory, tup
     digest = digest_of(_without_run_dir(others), params, flags.prune, _content(value_of("--config", others)))
     trials = 50 if flags.trials is None else flags.trials
     directory = open_sweep(
-        request.config, params, trials, prune=flags.prune, request=digest, trials_at_once=flags.trials_at_once
+        request.config,
+        params,
+        trials,
+        prune=flags.prune,
+        request=digest,
+        trials_at_once=flags.trials_at_once,
+        trials_on_ray=flags.trials_on_ray,
+        trial_resources=flags.trial_resources,
     )
     return directory, request.log
 
@@ -143,13 +159,21 @@ def _reopened(flags: _SweepFlags, others: list[str]) -> "tuple[SweepDirectory, t
     if given or not flags.prune:
         raise ConfigError(
             f"--resume goes on with the settings that the sweep began with, so it takes only --trials, "
-            f"--trials-at-once, --trust and --quiet, got {shlex.join(given or ['--no-prune'])}; leave it out, or begin "
-            f"another sweep"
+            f"--trials-at-once, --trials-on-ray, --trial-resources, --trust and --quiet, got "
+            f"{shlex.join(given or ['--no-prune'])}; leave it out, or begin another sweep"
         )
     from qfleet.sweeps.sweep import reopen_sweep
 
     path = Path(flags.resume or "")
-    return reopen_sweep(path, flags.trials, trust=flags.trust, trials_at_once=flags.trials_at_once), ()
+    directory = reopen_sweep(
+        path,
+        trust=flags.trust,
+        num_trials=flags.trials,
+        trials_at_once=flags.trials_at_once,
+        trials_on_ray=flags.trials_on_ray,
+        trial_resources=flags.trial_resources or None,
+    )
+    return directory, ()
 
 
 def _params(given: Sequence[str]) -> dict[str, str]:

@@ -100,9 +100,9 @@ def check_silence(seconds: float) -> None:
     check(seconds <= MAX_SECONDS, "silence_seconds", f"at most {MAX_SECONDS}", seconds)
 
 
-def check_ray_address(address: str) -> None:
-    """Checks the address of a Ray cluster."""
-    check(address in ("auto", "local") or is_host_and_port(address), "ray_address", "auto, local or HOST:PORT", address)
+def check_ray_address(address: str, name: str = "ray_address") -> None:
+    """Checks the address of a Ray cluster, which is the value of the setting `name`."""
+    check(address in ("auto", "local") or is_host_and_port(address), name, "auto, local or HOST:PORT", address)
 
 
 def is_host_and_port(address: str) -> bool:

@@ -23,16 +23,20 @@ from typing import Any
 import filelock
 
 from qfleet.config import ConfigError, TrainConfig
-from qfleet.config.checks import MAX_PROCESSES, check_count
+from qfleet.config.checks import MAX_PROCESSES, check, check_count, check_ray_address, check_resources
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode
 from qfleet.config.own_parts import own_parts
 from qfleet.config.values import to_plain
+from qfleet.envs.factory import FACTORY
 from qfleet.runtime.run_directory import lock_folder, write_atomically
 from qfleet.runtime.run_files import read_json, shortened
 
 _FILE, _JOURNAL, _TRIALS = "sweep.json", "journal.log", "trials"
 
 _MAX_BYTES = 2**20
+
+_MAY_CHANGE = ("num_trials", "trials_at_once", "trials_on_ray", "trial_resources")
+"""Fields of a plan that a command may change when it goes on with a sweep: they don't change what is learned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +54,11 @@ class SweepPlan:
     request: str
     """Digest of what the user asked for, by which the same command finds its sweep again."""
     trials_at_once: int | None = None
-    """Number of trials in a batch; None leaves it to what varies."""
+    """Number of trials in a batch, or most trials at once on Ray; None leaves it to what varies, or to the cluster."""
+    trials_on_ray: str | None = None
+    """Address of the Ray cluster on which each trial has a process of its own; None if this process trains them."""
+    trial_resources: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Ray resources that each of these processes takes; empty for the default."""
 
     def __post_init__(self) -> None:
         check_count("trials", self.num_trials)
@@ -61,6 +69,30 @@ class SweepPlan:
                 f"stop_return must be left out of a sweep, because it couldn't tell trials apart that reach it, got "
                 f"{self.config.stop_return:g}; leave it out, and give the env_steps after which to compare"
             )
+        if self.trials_on_ray is not None:
+            _check_on_ray(self.config, self.trials_on_ray, self.trial_resources)
+        elif self.trial_resources:
+            raise ConfigError(
+                f"trial_resources must come with trials_on_ray, got {dict(self.trial_resources)} without it; give "
+                f"trials_on_ray auto, local or HOST:PORT too"
+            )
+
+
+def _check_on_ray(config: TrainConfig, address: str, resources: Mapping[str, float]) -> None:
+    check_ray_address(address, "trials_on_ray")
+    check_resources("trial_resources", resources)
+    is_any = not resources or any(resources.values())
+    check(is_any, "trial_resources", "more than nothing, or left out for the default", dict(resources))
+    if config.topology.runs_in != "this process":
+        raise ConfigError(
+            f"with trials_on_ray, a learner must be in one process, got topology {config.topology.name}; give the "
+            f"topology fused or overlapped, or leave trials_on_ray out: then each trial has its topology's processes"
+        )
+    if config.env.startswith(FACTORY):
+        raise ConfigError(
+            f"with trials_on_ray, an environment must have a name that other processes can import, got {config.env}, "
+            f"a function of this program; register it with qfleet.register_env in a module, and give MODULE:NAME"
+        )
 
 
 def digest_of(*parts: Any) -> str:
@@ -84,13 +116,15 @@ class SweepDirectory:
     """The same as an absolute path, because an environment may change the current folder."""
     plan: SweepPlan
     is_new: bool
-    _lock: filelock.BaseFileLock
+    _lock: filelock.BaseFileLock | None
+    """None in a process that trains a trial for the one that holds the lock."""
 
     @classmethod
     def create_or_open(cls, path: Path, plan: SweepPlan) -> "SweepDirectory":
         """Locks the folder of a sweep that this plan describes, and makes it if there is none.
 
-        A sweep that has begun keeps the config that it began with. Only the numbers of trials may be others.
+        A sweep that has begun keeps the config that it began with. Only the numbers of trials, and where they are
+        trained, may be others.
 
         Raises:
           ConfigError: if the folder holds something else, or another process goes on with the sweep.
@@ -119,7 +153,7 @@ class SweepDirectory:
                         f"command, give `qfleet sweep --resume {shlex.quote(str(path))}`, or another --run-dir"
                     )
                 _check_journal(path, folder)
-                plan = dataclasses.replace(begun, num_trials=plan.num_trials, trials_at_once=plan.trials_at_once)
+                plan = dataclasses.replace(begun, **{name: getattr(plan, name) for name in _MAY_CHANGE})
             _write_plan(folder, plan)
         except BaseException:
             lock.release()
@@ -127,13 +161,13 @@ class SweepDirectory:
         return cls(path, folder, plan, is_new, lock)
 
     @classmethod
-    def open(cls, path: Path, num_trials: int | None, trials_at_once: int | None = None) -> "SweepDirectory":
+    def open(cls, path: Path, **changes: Any) -> "SweepDirectory":
         """Locks the folder of a sweep that has begun.
 
         Args:
           path: the folder.
-          num_trials: another number of trials at which it ends; None for that which it has.
-          trials_at_once: another number of trials in a batch; None for that which it has.
+          **changes: other values of fields of its plan: `num_trials`, `trials_at_once`, `trials_on_ray` and
+            `trial_resources`. None leaves a field as it is.
 
         Raises:
           ConfigError: if the folder isn't a sweep's, or another process goes on with it.
@@ -143,10 +177,9 @@ class SweepDirectory:
         lock = _lock(path, folder)
         try:
             _check_journal(path, folder)
-            given = {"num_trials": num_trials, "trials_at_once": trials_at_once}
-            changes: Any = {name: value for name, value in given.items() if value is not None}
-            if changes:
-                plan = dataclasses.replace(plan, **changes)
+            given = {name: value for name, value in changes.items() if value is not None}
+            if given:
+                plan = dataclasses.replace(plan, **given)
                 _write_plan(folder, plan)
         except BaseException:
             lock.release()
@@ -155,7 +188,12 @@ class SweepDirectory:
 
     def release(self) -> None:
         """Gives up the lock."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+
+    def without_lock(self) -> "SweepDirectory":
+        """Returns what a process needs that trains a trial for this one, which keeps the lock."""
+        return dataclasses.replace(self, _lock=None)
 
     def trial_folder(self, number: int) -> Path:
         """Returns the absolute path of the run of a trial."""
@@ -222,6 +260,8 @@ def _write_plan(folder: Path, plan: SweepPlan) -> None:
         "params": dict(plan.params),
         "num_trials": plan.num_trials,
         "trials_at_once": plan.trials_at_once,
+        "trials_on_ray": plan.trials_on_ray,
+        "trial_resources": dict(plan.trial_resources),
         "prune": plan.prune,
         "request": plan.request,
     }
@@ -245,6 +285,8 @@ def _read_plan(path: Path, folder: Path) -> SweepPlan:
             prune=to_plain(bool, content["prune"], "prune"),
             request=to_plain(str, content["request"], "request"),
             trials_at_once=to_plain(int | None, content.get("trials_at_once"), "trials_at_once"),
+            trials_on_ray=to_plain(str | None, content.get("trials_on_ray"), "trials_on_ray"),
+            trial_resources=to_plain(Mapping[str, float], content.get("trial_resources", {}), "trial_resources"),
         )
     except (KeyError, TypeError, ConfigError) as error:
         raise ConfigError(

@@ -79,8 +79,18 @@ class Study:
         """Number of trials that differ, if every setting is varied over a list; otherwise None."""
         return None if self._combinations is None else len(self._combinations)
 
+    def num_left(self, num_trials: int) -> int:
+        """Returns how many trials haven't ended, those included that haven't begun.
+
+        Args:
+          num_trials: number of trials at which the sweep ends.
+        """
+        trials = self._study.get_trials(deepcopy=False)
+        num_under_way = sum(not trial.state.is_finished() for trial in trials)
+        return num_under_way + max(0, min(num_trials, self.num_combinations or num_trials) - len(trials))
+
     def begin(self, num_trials: int, num_at_once: int = 1) -> list[TrialRecord]:
-        """Returns the trials to train now: those that were under way, or new ones; none if there are enough.
+        """Returns the trials to train now: those that another process had under way, or new ones; none if none is left.
 
         Args:
           num_trials: number of trials at which the sweep ends.
@@ -88,7 +98,7 @@ class Study:
         """
         trials = self._study.get_trials(deepcopy=False)
         limit = min(num_trials, self.num_combinations or num_trials)
-        left = [trial.number for trial in trials if not trial.state.is_finished()]
+        left = [each.number for each in trials if not each.state.is_finished() and each.number not in self._under_way]
         numbers = left or range(len(trials), limit)
         return [self._begin(number, limit) for number in numbers[:num_at_once]]
 

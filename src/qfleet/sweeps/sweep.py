@@ -1,6 +1,7 @@
 """`qfleet.sweep`: trains with different settings, and says which did best."""
 
 import dataclasses
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qfleet.config import ConfigError, TrainConfig
 from qfleet.config.encoding import encode
 from qfleet.config.own_parts import check_parts_trusted, own_parts
-from qfleet.config.values import show
+from qfleet.config.values import show, to_plain
 from qfleet.envs.names import check_trusted
 from qfleet.runtime.signals import StopFlag
 from qfleet.sweeps.directory import SweepDirectory, SweepPlan, default_folder, digest_of
@@ -47,6 +48,8 @@ def sweep(
     *,
     trials: int = 50,
     trials_at_once: int | None = None,
+    trials_on_ray: str | None = None,
+    trial_resources: Mapping[str, float] | None = None,
     prune: bool = True,
     loggers: "Sequence[str | Logger]" = (),
 ) -> SweepResult:
@@ -58,7 +61,7 @@ def sweep(
     checkpoints.
 
     Trials of a batch that differ only in numbers, such as the learning rate, are trained in one program where the
-    environment is in JAX. Others are trained one after the other.
+    environment is in JAX. Others are trained one after the other, or at the same time on Ray.
 
     Args:
       config: config of all trials, but for the settings that vary. `config.run_dir` is the sweep's folder; by default
@@ -82,10 +85,23 @@ def sweep(
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"`config` must be a TrainConfig, got {show(config)}; make one with qfleet.make_config")
     texts = texts_of(params)
+    if trials_on_ray is not None and (objects := [each for each in loggers if not isinstance(each, str)]):
+        raise ConfigError(
+            f"with trials_on_ray, loggers must be names, because an object stays in this process, got "
+            f"{show(objects[0])}; give for example 'wandb'"
+        )
     request = digest_of(encode(dataclasses.replace(config, run_dir=None)), texts, prune)
-    result = run_sweep(
-        open_sweep(config, texts, trials, prune=prune, request=request, trials_at_once=trials_at_once), loggers=loggers
+    directory = open_sweep(
+        config,
+        texts,
+        trials,
+        prune=prune,
+        request=request,
+        trials_at_once=trials_at_once,
+        trials_on_ray=trials_on_ray,
+        trial_resources=trial_resources,
     )
+    result = run_sweep(directory, loggers=loggers)
     if not result.is_complete:
         raise KeyboardInterrupt(f"a signal has stopped the sweep; the same call goes on with {result.path}")
     return result
@@ -99,11 +115,13 @@ def open_sweep(
     prune: bool,
     request: str,
     trials_at_once: int | None = None,
+    trials_on_ray: str | None = None,
+    trial_resources: Mapping[str, float] | None = None,
 ) -> SweepDirectory:
     """Returns the locked folder of the sweep that these arguments describe, which is made if there is none.
 
     Args:
-      config, trials, prune, trials_at_once: as for `sweep`.
+      config, trials, prune, trials_at_once, trials_on_ray, trial_resources: as for `sweep`.
       texts: what varies, as `texts_of` returns it.
       request: digest of what the user asked for. The same one finds the sweep that it began.
 
@@ -113,26 +131,42 @@ def open_sweep(
     _import_study()
     read_space(config, texts)
     path = default_folder(config.env, request) if config.run_dir is None else Path(config.run_dir)
-    return SweepDirectory.create_or_open(
-        path, SweepPlan(dataclasses.replace(config, run_dir=None), texts, trials, prune, request, trials_at_once)
+    plan = SweepPlan(
+        dataclasses.replace(config, run_dir=None),
+        texts,
+        trials,
+        prune,
+        request,
+        trials_at_once,
+        to_plain(str | None, trials_on_ray, "trials_on_ray"),
+        to_plain(Mapping[str, float], trial_resources or {}, "trial_resources"),
     )
+    _import_ray(plan.trials_on_ray)
+    return SweepDirectory.create_or_open(path, plan)
 
 
-def reopen_sweep(path: Path, trials: int | None, *, trust: bool, trials_at_once: int | None = None) -> SweepDirectory:
+def reopen_sweep(path: Path, *, trust: bool, **changes: Any) -> SweepDirectory:
     """Returns the locked folder of a sweep that has begun.
 
     Args:
       path: its folder.
-      trials: another number of trials at which it ends.
-      trust: whether the user trusts modules that only the sweep's folder names.
-      trials_at_once: another number of trials in a batch.
+      trust: whether the user trusts modules, and an address of a Ray cluster, that only the sweep's folder names.
+      **changes: those of `SweepDirectory.open`.
 
     Raises:
-      ConfigError: if it isn't a sweep's folder, a module isn't trusted, or another process goes on with the sweep.
+      ConfigError: if it isn't a sweep's folder, it names a module or an address that isn't trusted, or another process
+        goes on with the sweep.
     """
     _import_study()
-    directory = SweepDirectory.open(path, trials, trials_at_once)
+    directory = SweepDirectory.open(path, **changes)
     try:
+        address = directory.plan.trials_on_ray
+        _import_ray(address)
+        if address not in (None, "auto", "local", changes.get("trials_on_ray")) and not trust:
+            raise ConfigError(
+                f"an address of a Ray cluster that only a sweep's folder names must be trusted, because a cluster runs "
+                f"code, got {address} in {path}; give --trials-on-ray {address} if it is yours"
+            )
         check_trusted(directory.plan.config.env, path, trust=trust)
         check_parts_trusted(own_parts(directory.plan.config.agent), path, trust=trust)
     except BaseException:
@@ -148,6 +182,12 @@ def _import_study() -> "type[Study]":
     except ImportError as error:
         raise ConfigError(f"a sweep needs Optuna ({error}); pip install 'qfleet[sweep]'") from error
     return Study
+
+
+def _import_ray(address: str | None) -> None:
+    """Raises ConfigError if trials are to be trained on Ray, which is an extra, and there is none."""
+    if address is not None:
+        importlib.import_module("qfleet.topologies.fleet.cluster")
 
 
 def run_sweep(

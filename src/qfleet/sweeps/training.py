@@ -1,9 +1,9 @@
 """Trains the trials that a study proposes, batch after batch, and tells it how each has ended.
 
-Trials run in this process: those of a batch that one program can train at the same time, the others one after the
-other. A process for each would cost its start and the compilation of what trials share: a tiny trial took 6 s so, and
-takes 2 s here. It also couldn't use functions of the program, such as an environment's. Memory is no reason for it: it
-grew by less than 2 MiB per trial.
+Trials run in this process, unless the user wants them on Ray (`pool`): those of a batch that one program can train at
+the same time, the others one after the other. A process for each would cost its start and the compilation of what
+trials share: a tiny trial took 6 s so, and takes 2 s here. It also couldn't use functions of the program, such as an
+environment's. Memory is no reason for it: it grew by less than 2 MiB per trial.
 """
 
 import functools
@@ -19,9 +19,10 @@ from qfleet.runtime.records import Progress
 from qfleet.runtime.signals import StopFlag, StopRequested
 from qfleet.sweeps.batch import Outcome, batches, default_at_once, train_batch
 from qfleet.sweeps.directory import SweepDirectory
+from qfleet.sweeps.pool import TrialPool
 from qfleet.sweeps.records import TrialRecord, best_of
 from qfleet.sweeps.space import Parameter, with_settings
-from qfleet.sweeps.trial import ENDS, Pruning, train_trial
+from qfleet.sweeps.trial import ENDS, Pruning, saved_env_steps, train_trial
 
 if TYPE_CHECKING:
     from qfleet.runtime.loggers import Logger
@@ -85,6 +86,8 @@ class SweepTraining:
           RunFailed: if too many have failed, and none has come to its end.
         """
         plan = self._directory.plan
+        if plan.trials_on_ray is not None:
+            return self._train_on_ray()
         while not self._must_stop:
             trials = self._study.begin(plan.num_trials, self._num_at_once)
             if not trials:
@@ -95,7 +98,7 @@ class SweepTraining:
                 try:
                     configs[number] = with_settings(plan.config, trial.settings)
                 except ConfigError as error:
-                    self._end(number, error)
+                    self.end(number, error)
             for numbers in batches(self._directory, configs):
                 self._train_group({number: configs[number] for number in numbers}, records)
                 if self._must_stop:
@@ -105,6 +108,56 @@ class SweepTraining:
     @property
     def _must_stop(self) -> bool:
         return self._stop.requested or self._is_interrupted
+
+    def _train_on_ray(self) -> bool:
+        from qfleet.sweeps.remote import trial_processes  # here, because Ray is optional
+
+        names = [each for each in self._loggers if isinstance(each, str)]
+        try:
+            with trial_processes(self._directory, names, prunes=self._prunes) as processes:
+                most = self._directory.plan.trials_at_once
+                TrialPool(processes, self, most, lambda: self._must_stop).train()
+        except ConfigError:
+            is_there = self._directory.journal_path.exists()  # otherwise the first trial was refused, and all with it
+            if is_there and self._directory.is_new and not self._study.records:
+                self._directory.discard()
+            raise
+        return not self._must_stop
+
+    def num_left(self) -> int:
+        """Returns how many trials haven't ended, those included that haven't begun."""
+        return self._study.num_left(self._directory.plan.num_trials)
+
+    def next(self) -> tuple[int, TrainConfig] | None:
+        """Returns number and config of a trial to train now; None if each is under way or has ended.
+
+        Raises:
+          ConfigError, RunFailed: as `train` does.
+        """
+        plan = self._directory.plan
+        while trials := self._study.begin(plan.num_trials):
+            try:
+                return trials[0].number, with_settings(plan.config, trials[0].settings)
+            except ConfigError as error:
+                self.end(trials[0].number, error)
+        return None
+
+    def report(self, number: int, evaluation: int, mean: float) -> bool:
+        """Notes an evaluation of a trial, and returns whether to stop the trial early."""
+        return self._study.report(number, evaluation, mean)
+
+    def saved_env_steps(self, number: int) -> int:
+        """Returns the environment steps of a trial's newest checkpoint."""
+        return saved_env_steps(self._directory, number)
+
+    def show_under_way(self, configs: Mapping[int, TrainConfig]) -> None:
+        """Tells the view which trials are under way."""
+        records = self._study.records
+        self._view.begin_trials([records[number] for number in configs], next(iter(configs.values())))
+
+    def show(self, progress: Progress) -> None:
+        """Tells the view of a chunk of the first one of them."""
+        self._view.progress(progress)
 
     def _train_group(self, configs: Mapping[int, TrainConfig], records: Mapping[int, TrialRecord]) -> None:
         """Trains trials in one program if they are several, or one after the other where that can't be."""
@@ -130,7 +183,7 @@ class SweepTraining:
             if isinstance(outcome, RunFailed) and lack_of_memory(outcome):
                 too_large.append(number)
             else:
-                self._end(number, outcome)
+                self.end(number, outcome)
 
         try:
             with clear_platform_errors():
@@ -164,12 +217,12 @@ class SweepTraining:
             return
         except (ConfigError, RunFailed) as error:
             outcome = error
-        self._end(number, outcome)
+        self.end(number, outcome)
 
     def _pruning(self, number: int) -> Pruning:
         return Pruning(functools.partial(self._study.report, number))
 
-    def _end(self, number: int, outcome: Outcome) -> None:
+    def end(self, number: int, outcome: Outcome) -> None:
         """Tells the study and the view how a trial has ended, unless it was interrupted.
 
         Raises:

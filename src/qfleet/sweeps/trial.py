@@ -1,8 +1,9 @@
 """One trial of a sweep: an ordinary run in a folder of its own, in this process."""
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qfleet.api import iterate, resume
@@ -10,7 +11,7 @@ from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.runtime.checkpoints import Checkpoints
 from qfleet.runtime.devices import lack_of_memory
 from qfleet.runtime.records import Progress, mean
-from qfleet.runtime.run_directory import RunDirectory
+from qfleet.runtime.run_directory import SEEDS_FOLDER, RunDirectory
 from qfleet.sweeps.directory import SweepDirectory
 from qfleet.training.callbacks import RunControl
 from qfleet.training.metadata import read_metadata
@@ -34,6 +35,7 @@ class Pruning:
 
     def __init__(self, report: Callable[[int, float], bool]) -> None:
         self._report = report
+        self._control: RunControl | None = None
         self.has_stopped = False
         """Whether it has stopped the run, which ends once it is asked for its next chunk."""
 
@@ -42,9 +44,15 @@ class Pruning:
         number = progress.env_steps // control.config.eval_period_env_steps
         mean = progress.eval_return_mean
         is_last = progress.env_steps >= control.config.env_steps
+        self._control = control
         if not is_last and mean is not None and self._report(number, mean):
-            self.has_stopped = True
-            control.stop(PRUNED)
+            self.stop()
+
+    def stop(self) -> None:
+        """Stops the run. If the answer to a report comes later, call it then."""
+        assert self._control is not None
+        self.has_stopped = True
+        self._control.stop(PRUNED)
 
 
 def train_trial(
@@ -71,30 +79,45 @@ def train_trial(
       RunFailed: if it fails.
     """
     callbacks = [] if pruning is None else [pruning]
-    try:
-        run = _start(directory, number, config, {"callbacks": callbacks, "loggers": loggers})
+    with failing_without_memory():
+        run = start_trial(directory, number, config, {"callbacks": callbacks, "loggers": loggers})
         if isinstance(run, dict):
             return run
         for progress in run:
             on_progress(progress)
+    return run.summary
+
+
+@contextlib.contextmanager
+def failing_without_memory() -> Iterator[None]:
+    """Raises RunFailed if memory doesn't suffice, because other settings may need less."""
+    try:
+        yield
     except RuntimeError as error:  # of which RunFailed is one
         lack = None if isinstance(error, RunFailed) else lack_of_memory(error)
         if lack is None:
             raise
-        raise RunFailed(lack) from error  # other settings may need less
-    return run.summary
+        raise RunFailed(lack) from error
 
 
-def _start(
-    directory: SweepDirectory, number: int, config: TrainConfig, observers: dict[str, Any]
+def start_trial(
+    directory: SweepDirectory, number: int, config: TrainConfig, arguments: dict[str, Any]
 ) -> "Run | LaunchedRun | SeedsRun | dict[str, Any]":
-    """Returns the run of a trial, to iterate over, or the summary of one that has ended."""
+    """Returns the run of a trial, to iterate over, or the summary of one that has ended.
+
+    Args:
+      directory, number, config: as for `train_trial`.
+      arguments: `callbacks`, `loggers` and others that both `iterate` and `resume` take.
+
+    Raises:
+      ConfigError: if it can't be trained with this config.
+    """
     folder = directory.trial_folder(number)
     begun = begun_run(directory, number, config)
     if begun is None:
         # Reports of 3 MB each, of which few are looked at: `qfleet report` writes them at any time.
-        return iterate(dataclasses.replace(config, run_dir=str(folder), report=False), **observers)
-    return outcome_of(begun) or resume(folder, trust=True, **observers)
+        return iterate(dataclasses.replace(config, run_dir=str(folder), report=False), **arguments)
+    return outcome_of(begun) or resume(folder, trust=True, **arguments)
 
 
 def begun_run(directory: SweepDirectory, number: int, config: TrainConfig) -> RunDirectory | None:
@@ -120,6 +143,13 @@ def begun_run(directory: SweepDirectory, number: int, config: TrainConfig) -> Ru
 def checkpoints_of(directory: SweepDirectory, number: int) -> list[int]:
     """Returns the environment steps of the complete checkpoints of a trial, ascending."""
     return Checkpoints(directory.trial_folder(number) / "checkpoints", run_id=None).all()
+
+
+def saved_env_steps(directory: SweepDirectory, number: int) -> int:
+    """Returns the environment steps of a trial's newest checkpoint, the mean over seeds with runs of their own."""
+    folder = directory.trial_folder(number)
+    runs = list(folder.glob(f"{SEEDS_FOLDER}/[0-9]*/")) or [folder]
+    return sum(max(Checkpoints(run / "checkpoints", run_id=None).all(), default=0) for run in runs) // len(runs)
 
 
 def outcome_of(run: RunDirectory) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from qfleet.config.python_path import module_folder_variables
 try:
     import ray
 except ImportError as error:
-    raise ConfigError(f"this topology needs Ray ({error}); pip install 'qfleet[ray]'") from error
+    raise ConfigError(f"this run needs Ray ({error}); pip install 'qfleet[ray]'") from error
 
 from qfleet.topologies.fleet.private_folder import private_folder
 from qfleet.topologies.fleet.ray_internals import on_loopback, path_of_this_process_only, read_variables_again
