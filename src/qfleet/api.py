@@ -21,6 +21,7 @@ from qfleet.runtime.signals import StopFlag
 from qfleet.training.assembly import check_is_built_in
 from qfleet.training.callbacks import check_observers
 from qfleet.training.resuming import (
+    check_address_trusted,
     check_run_trusted,
     check_same_place_for_seeds,
     config_to_resume,
@@ -207,6 +208,7 @@ def resume(
         process_id=process_id,
         ray_address=ray_address,
     )
+    check_address_trusted(directory, config, ray_address, trust=trust)
     check_is_built_in(config, network, optimiser)
     num_seeds_at_once = check_num_at_once(config, num_seeds_at_once)
     check_same_place_for_seeds(directory.config, config, checkpoint)

@@ -183,6 +183,10 @@ def test_what_a_file_leaves_out_is_chosen_as_flags_are(tmp_path: Path) -> None:
         ('{"qfleet_version": "1", "schema_version": 6, "config": 3}', "config must be an object, got 3"),
         ('env = "no_module:E"', "must be trusted before it is imported.* names env no_module:E.* give --trust"),
         ('env = "E"\n[agent]\nhead = "os:abort"', "must be trusted before it is imported.* names head os:abort"),
+        (
+            'env = "E"\n[topology]\nname = "gossip"\nray_address = "head:6379"',
+            "must be trusted, because a cluster runs code: .* names head:6379.* give --ray-address head:6379, or",
+        ),
     ],
 )  # fmt: skip
 def test_a_file_that_is_none_is_one_clear_error(text: str, message: str, tmp_path: Path) -> None:

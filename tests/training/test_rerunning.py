@@ -1,5 +1,6 @@
 """Training a run again: what differs since then, and whether the result is the same."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from qfleet.runtime.environment_record import describe_process
 from qfleet.runtime.run_directory import RunDirectory
 from qfleet.training import rerunning
 from qfleet.training.rerunning import Comparison, compare, config_to_rerun, what_differs
+from qfleet.training.resuming import check_address_trusted
 
 SETTINGS = {
     "num_envs": 4, "hidden_sizes": (8,), "env_steps": 256, "eval_period_env_steps": 128, "eval_episodes": 5,
@@ -113,6 +115,7 @@ def test_only_what_can_be_made_from_the_folder_is_trained_again(
         (of("by hand", topology=by_hand), "were each started by hand; .* --process-id"),
         (of("module", "mazes:Maze-v0"), "must be trusted before it is imported.* mazes:Maze-v0.* give --trust"),
         (of("head", agent=AgentConfig(head="os:abort")), "must be trusted before it is imported.* head os:abort"),
+        (of("cluster", topology=GossipConfig(ray_address="head:6379")), "because a cluster runs code: .* head:6379"),
     ):
         with pytest.raises(ConfigError, match=message):
             config_to_rerun(refused, None, trust=False)
@@ -121,6 +124,16 @@ def test_only_what_can_be_made_from_the_folder_is_trained_again(
     monkeypatch.setattr(rerunning, "read_metadata", lambda *_: {"has_own_network": True})
     with pytest.raises(ConfigError, match="which was trained with one that a program gave"):
         config_to_rerun(run, None, trust=False)
+
+
+def test_a_cluster_that_only_the_folder_names_is_not_joined(tmp_path: Path) -> None:
+    config = qfleet.TrainConfig(env="CartPole-v1", topology=GossipConfig(ray_address="head:6379"))
+    directory = RunDirectory.create(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match="cluster runs code: .*run names head:6379; if it is yours, give --ray-addr"):
+        qfleet.resume(directory.path)
+    other = dataclasses.replace(config, topology=GossipConfig(ray_address="another:6379"))
+    for now, given, trust in ((config, "head:6379", False), (config, None, True), (other, None, False)):
+        check_address_trusted(directory, now, given, trust=trust)
 
 
 def test_what_differs_is_told_of_the_process_that_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from qfleet.cli.topology_flags import topology_flags, topology_with
 from qfleet.cli.train_help import field_texts
 from qfleet.config import TOPOLOGIES, AgentConfig, ConfigError, MeshConfig, TrainConfig
+from qfleet.config.checks import check_ray_address_trusted
 from qfleet.config.encoding import SCHEMA_VERSION, decode, encode, encode_topology, migrated
 from qfleet.config.new_run import check_new_run
 from qfleet.config.own_parts import OWN_PARTS, check_parts_trusted, is_own_name
@@ -164,11 +165,13 @@ def _flat(file: ConfigFile) -> dict[str, Any]:
 
 
 def _check_trusted(file: ConfigFile, found: Mapping[str, Any], given: Mapping[str, Any], *, trust: bool) -> None:
-    """Checks that the user wants the modules to be imported that only a file names.
+    """Checks that the user wants the modules to be imported, and the Ray cluster to be joined, that only a file names.
 
     Raises:
-      ConfigError: if a module isn't trusted, or would be looked for in a run's folder.
+      ConfigError: if one isn't trusted, or a module would be looked for in a run's folder.
     """
+    if isinstance(address := found.get("ray_address"), str) and "ray_address" not in given:
+        check_ray_address_trusted(address, file.path, "--ray-address", trust=trust)
     own = {name: found[name] for name in ("env", *OWN_PARTS) if name in found and name not in given}
     env = own.pop("env", "")
     named = {"env": env} if isinstance(env, str) and module_in(env) else {}

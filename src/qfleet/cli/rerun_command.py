@@ -33,8 +33,8 @@ class _RerunFlags:
     num_seeds_at_once: int | None = None
     """Number of seeds trained at the same time, if each has a process of its own, as for `qfleet train`."""
     trust: bool = False
-    """Import modules (MODULE:NAME, of the environment or the agent's parts) that only the run's folder names.
-    Importing runs their code."""
+    """Import modules (MODULE:NAME, of the environment or the agent's parts) that only the run's folder names, and join
+    the Ray cluster at an address that only it names. Both run their code."""
     quiet: bool = False
     """Print only the comparison and errors."""
 

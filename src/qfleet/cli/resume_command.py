@@ -46,8 +46,8 @@ class _ResumeFlags:
     num_seeds_at_once: int | None = None
     """Number of seeds trained at the same time, if each has a process of its own, as for `qfleet train`."""
     trust: bool = False
-    """Import modules (MODULE:NAME, of the environment or the agent's parts) that only the run's folder names.
-    Importing runs their code."""
+    """Import modules (MODULE:NAME, of the environment or the agent's parts) that only the run's folder names, and join
+    the Ray cluster at an address that only it names. Both run their code."""
     log: LOG = ()
     """Tracker to log to, as for `qfleet train`. Several if it is given several times."""
     quiet: bool = False

@@ -105,6 +105,27 @@ def check_ray_address(address: str, name: str = "ray_address") -> None:
     check(address in ("auto", "local") or is_host_and_port(address), name, "auto, local or HOST:PORT", address)
 
 
+def check_ray_address_trusted(address: str | None, where: str, flag: str | None, *, trust: bool) -> None:
+    """Checks that the user, rather than a file alone, wants this process to join a Ray cluster, which runs code.
+
+    Args:
+      address: of the cluster; None if there is none, or if the user has given it.
+      where: the file or folder that names it.
+      flag: by which the user may give it, if any.
+      trust: whether the user trusts what the file names.
+
+    Raises:
+      ConfigError: if the address is that of another machine, and isn't trusted.
+    """
+    if address in (None, "auto", "local") or trust:
+        return
+    remedy = "give --trust" if flag is None else f"give {flag} {address}, or --trust"
+    raise ConfigError(
+        f"the address of a Ray cluster that only a file names must be trusted, because a cluster runs code: {where} "
+        f"names {address}; if it is yours, {remedy}"
+    )
+
+
 def is_host_and_port(address: str) -> bool:
     """Returns whether an address is HOST:PORT."""
     host, _, port = address.rpartition(":")

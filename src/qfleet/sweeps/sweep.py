@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qfleet.config import ConfigError, TrainConfig
+from qfleet.config.checks import check_ray_address_trusted
 from qfleet.config.encoding import encode
 from qfleet.config.own_parts import check_parts_trusted, own_parts
 from qfleet.config.values import show, to_plain
@@ -162,11 +163,8 @@ def reopen_sweep(path: Path, *, trust: bool, **changes: Any) -> SweepDirectory:
     try:
         address = directory.plan.trials_on_ray
         _import_ray(address)
-        if address not in (None, "auto", "local", changes.get("trials_on_ray")) and not trust:
-            raise ConfigError(
-                f"an address of a Ray cluster that only a sweep's folder names must be trusted, because a cluster runs "
-                f"code, got {address} in {path}; give --trials-on-ray {address} if it is yours"
-            )
+        named = None if changes.get("trials_on_ray") else address
+        check_ray_address_trusted(named, str(path), "--trials-on-ray", trust=trust)
         check_trusted(directory.plan.config.env, path, trust=trust)
         check_parts_trusted(own_parts(directory.plan.config.agent), path, trust=trust)
     except BaseException:

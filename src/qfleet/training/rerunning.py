@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qfleet.config import ConfigError, TrainConfig
+from qfleet.config.checks import check_ray_address_trusted
 from qfleet.doctor.children import examine
 from qfleet.envs.factory import FACTORY
 from qfleet.runtime.checkpoint_files import CheckpointError
@@ -43,6 +44,7 @@ def config_to_rerun(directory: RunDirectory, run_dir: str | None, *, trust: bool
             f"{again} and a --process-id"
         )
     check_run_trusted(directory, trust=trust)
+    check_ray_address_trusted(getattr(config.topology, "ray_address", None), str(directory.path), None, trust=trust)
     if any(map(_has_own_network, _learners(directory).values())):
         raise ConfigError(
             f"rerun makes the network from the config, got {directory.path}, which was trained with one that a program "

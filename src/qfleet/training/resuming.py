@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from qfleet.config import ConfigError, TopologyConfig, TrainConfig
+from qfleet.config.checks import check_ray_address_trusted
 from qfleet.config.own_parts import check_parts_trusted, own_parts
 from qfleet.core.types import EnvSpec
 from qfleet.envs.names import check_trusted
@@ -82,6 +83,23 @@ def check_run_trusted(directory: RunDirectory, *, trust: bool) -> None:
     """
     check_trusted(directory.config.env, directory.path, trust=trust)
     check_parts_trusted(own_parts(directory.config.agent), directory.path, trust=trust)
+
+
+def check_address_trusted(directory: RunDirectory, config: TrainConfig, given: str | None, *, trust: bool) -> None:
+    """Checks that the user wants to join the Ray cluster that a run goes on in.
+
+    Args:
+      directory: the run's folder.
+      config: with which the run goes on.
+      given: the cluster's address, if the user has given it.
+      trust: whether the user trusts what the folder names.
+
+    Raises:
+      ConfigError: if only the folder names the cluster, and isn't trusted.
+    """
+    before, now = (getattr(each.topology, "ray_address", None) for each in (directory.config, config))
+    named = now if given is None and now == before else None
+    check_ray_address_trusted(named, str(directory.path), "--ray-address", trust=trust)
 
 
 def check_network_is_given(is_given: bool, is_needed: bool) -> None:
