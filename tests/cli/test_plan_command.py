@@ -64,6 +64,10 @@ def test_a_plan_is_printed(here: Path, capsys: pytest.CaptureFixture[str]) -> No
         (("--num-seeds", "2"), "a plan must be of one seed, got num_seeds=2; leave --num-seeds out"),
         (("--cluster",), "--cluster must be followed by a file"),
         (("--cluster", "nowhere.toml"), "--cluster must be a file that can be read, got nowhere.toml"),
+        (
+            ("--cluster", "a.toml", "--cluster", "b.toml"),
+            "--cluster must be given once, got it twice, first with a.toml",
+        ),
         (("--print-config",), "--print-config belongs to `qfleet train`"),
         (("--topology", "overlapped"), "a topology must suit the environment"),
     ],

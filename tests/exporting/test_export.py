@@ -97,6 +97,7 @@ def test_watch_films_an_exported_policy_into_its_folder(own_copy: Path, capsys: 
         (["--out", "."], "an export needs an absent or empty folder, got ., which is there already; move it away"),
         (["--out", "config.json"], "an export needs an absent or empty folder"),
         (["--out", "config.json/x"], "an export needs a folder that can be made"),
+        (["--out", "a\0b"], "an export needs a folder that can be made"),
         (["--checkpoint", "7"], "256"),
         (["--checkpoint", "best", "--train-seed", "9"], "seed must be one that the run trained"),
         (["--episodes", "3"], "--episodes must come with --hub-folder, which evaluates, got 3 without"),

@@ -74,6 +74,10 @@ def test_json_will_do(tmp_path: Path) -> None:
         ("[[nodes]]\nroles = ['pilot']", "must be a list of roles among director"),
         ("[[nodes]]\ncount = 1000000", "must describe at most 20000 nodes, got 1000000"),
         ("[[nodes]]\n[failures]\nrestart_seconds = -1", "failures.restart_seconds must be a number from 0, got -1"),
+        (
+            "[[nodes]]\n[failures]\nlost_per_process_hour = 1e11\nrestart_seconds = 1e11",
+            "must live for longer than its replacement takes to start, got 1e.11 losses per hour and 1e.11 seconds",
+        ),
         ("[[nodes]]\n[network]\nlatency = 1", "network must have only keys among latency_milliseconds"),
         ("[[nodes]]\n[costs]\nlearn = nan", "costs.learn must be a number above 0, got nan"),
         ("network = 1\n[[nodes]]", "network must be a table, got 1"),
@@ -105,3 +109,5 @@ def test_processes_are_placed_by_their_roles() -> None:
 def test_a_process_without_a_core_is_refused() -> None:
     with pytest.raises(ConfigError, match="none left for actor 4 of 5 with 8 cores on 3 nodes; add nodes or cores"):
         EXPECTED.place([("actor", i) for i in range(5)])
+    with pytest.raises(ConfigError, match="none left for director with 0.5 cores on 1 nodes"):
+        Cluster(groups=(NodeGroup(cores=0.5),)).place([("director", -1)])

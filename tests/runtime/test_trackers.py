@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qfleet.config import ConfigError
 from qfleet.runtime.loggers import LoggedRun, Loggers
 from qfleet.runtime.trackers import make_loggers
 
@@ -108,3 +109,8 @@ def test_mlflow_without_its_server_costs_a_warning(
         mlflow.set_tracking_uri(None)
     (record,) = (record for record in caplog.records if record.name == "qfleet")
     assert "mlflow can't log the run any more; the run goes on" in record.getMessage()
+
+
+def test_a_tracker_is_named_once() -> None:
+    with pytest.raises(ConfigError, match="each tracker must be named once, got wandb twice"):
+        make_loggers(["wandb", "wandb"])

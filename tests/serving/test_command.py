@@ -31,6 +31,8 @@ def test_a_run_is_served_until_sigterm_and_anew_after_sighup(tmp_path: Path) -> 
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
+            wait_until(lambda: hears_sighup(process.pid))
+            process.send_signal(signal.SIGHUP)  # while it still loads the policy
             line = process.stdout.readline()
             url = re.findall(r"http://127.0.0.1:\d+/", line)[0]
 
@@ -43,12 +45,20 @@ def test_a_run_is_served_until_sigterm_and_anew_after_sighup(tmp_path: Path) -> 
             assert json.loads(ask("act", json.dumps({"observations": [obs]}).encode()))["actions"] == [
                 qfleet.load(str(run))(obs)
             ]
-            process.send_signal(signal.SIGHUP)
             wait_until(lambda: 'qfleet_reloads_total{result="done"} 1.0' in ask("metrics"))
+            process.send_signal(signal.SIGHUP)
+            wait_until(lambda: 'qfleet_reloads_total{result="done"} 2.0' in ask("metrics"))
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         finally:
             process.kill()
+
+
+def hears_sighup(pid: int) -> bool:
+    """Whether a process has a function for SIGHUP, which would end it otherwise."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(caught >> (signal.SIGHUP - 1) & 1)
 
 
 def test_the_dashboard_ends_in_order_too(tmp_path: Path) -> None:
@@ -68,6 +78,8 @@ def test_bad_flags_are_refused_before_anything_is_loaded(tmp_path: Path, capsys:
     (tmp_path / "run").mkdir()
     assert main(["serve", str(tmp_path / "run"), "--max-batch", "100", "--max-waiting", "10"]) == 2
     assert "max_waiting must be" in capsys.readouterr().err
+    assert main(["serve", str(tmp_path / "run"), "--max-delay-ms", "-1"]) == 2
+    assert "max_delay_ms must be a number from 0 to" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "run"), "--port", "70000"]) == 2
     assert "port must be" in capsys.readouterr().err
 

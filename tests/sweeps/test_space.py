@@ -35,6 +35,7 @@ def test_a_setting_varies_as_its_text_says(name: str, text: str, expected: Any) 
         ({"learning_rat": "1e-4..1e-2"}, "Did you mean learning_rate"),
         ({"num_actors": "1,2"}, "num_actors must come with topology actor-learner"),
         ({"seed": "1,2,3"}, "got seed, which is the same in all trials; give --seed"),
+        ({"env": "A,B"}, "got env, which is the same in all trials; give ENV for all"),
         ({"stop_return": "1,2"}, "the same in all trials"),
         ({"learning_rate": "1e-2..1e-4"}, "with LOW below HIGH"),
         ({"learning_rate": "1e-4..1e-2:lin"}, "LOW..HIGH:log"),

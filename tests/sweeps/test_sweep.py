@@ -111,8 +111,21 @@ def test_failures_are_noted_and_the_sweep_goes_on(config: TrainConfig, monkeypat
 
 def test_a_sweep_ends_if_nothing_but_failures_comes(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "train_trial", fail_with(lambda _: RunFailed("no memory")))
-    with pytest.raises(RunFailed, match="all 3 trials of the sweep have failed, the last one so: no memory"):
+    with pytest.raises(
+        RunFailed, match="all 3 trials of the sweep that have ended have failed: no memory. They aren't"
+    ):
         qfleet.sweep(config, PARAMS, trials_at_once=1)
+
+
+def test_a_sweep_without_any_result_has_failed_and_so_has_what_goes_on_with_it(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "train_trial", fail_with(lambda _: RunFailed("no memory")))
+    for _ in range(2):  # the second time, there is nothing left to train
+        with pytest.raises(RunFailed, match=r"all 2 trials .* failed: no memory.*--resume .* --trials 5` tries others"):
+            qfleet.sweep(config, PARAMS, trials_at_once=1, trials=2)
+    assert main(["sweep", "--resume", str(config.run_dir)]) == 1
+    assert "all 2 trials of the sweep" in capsys.readouterr().err
 
 
 def test_a_sweep_that_is_refused_leaves_no_folder(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

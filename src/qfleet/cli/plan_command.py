@@ -68,6 +68,8 @@ def _taken(arguments: Sequence[str]) -> tuple[list[str], set[str], str | None]:
         elif name == "--cluster":
             if not has_value and not waiting:
                 raise ConfigError("--cluster must be followed by a file, got nothing; give a TOML or JSON file")
+            if path is not None:
+                raise ConfigError(f"--cluster must be given once, got it twice, first with {path}; leave one out")
             path = value if has_value else waiting.pop(0)
         else:
             rest.append(argument)

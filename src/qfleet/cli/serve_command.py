@@ -1,7 +1,9 @@
 """`qfleet serve RUN`."""
 
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -11,7 +13,7 @@ import tyro
 from qfleet.cli.flag_types import FLAG_TYPES
 from qfleet.cli.show import status_line
 from qfleet.config import ConfigError
-from qfleet.config.checks import check_checkpoint, check_count
+from qfleet.config.checks import MAX_SECONDS, check, check_checkpoint, check_count
 from qfleet.runtime.finding_runs import POLICY_HELP, find_run
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def run(arguments: Sequence[str]) -> int:
     flags = tyro.cli(_ServeFlags, prog="qfleet serve", args=list(arguments), registry=FLAG_TYPES)
     check_count("port", flags.port, minimum=0, maximum=65_535)
     check_checkpoint(flags.checkpoint)
+    is_delay = 0 <= flags.max_delay_ms <= 1000 * MAX_SECONDS
+    check(is_delay, "max_delay_ms", f"a number from 0 to {1000 * MAX_SECONDS}", flags.max_delay_ms)
     run_dir = find_run(flags.run)
     from qfleet.serving.limits import ServingLimits
     from qfleet.serving.needs import check_extra
@@ -89,6 +93,9 @@ def run(arguments: Sequence[str]) -> int:
     def load_policy() -> "Policy":
         return load(run_dir, checkpoint=flags.checkpoint, seed=flags.train_seed, trust=flags.trust)
 
+    hangups: list[int] = []
+    with contextlib.suppress(AttributeError):  # there is no such signal on Windows
+        signal.signal(signal.SIGHUP, lambda number, _: hangups.append(number))
     with status_line():
         announce("loading and compiling")
         server = PolicyServer(load_policy, address, limits)
@@ -97,7 +104,7 @@ def run(arguments: Sequence[str]) -> int:
         if token is None:
             print(f"token: {address.token}", flush=True)
         print("qfleet: the connection isn't encrypted; let a proxy with TLS stand before it", file=sys.stderr)
-    server.serve()
+    server.serve(reloads_first=lambda: bool(hangups))
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qfleet.config import ConfigError, RunFailed
-from qfleet.config.values import to_plain
+from qfleet.config.values import show, to_plain
 from qfleet.runtime.run_files import temporary_of
 
 
@@ -21,9 +21,10 @@ def check_new_folder(path: str | os.PathLike[str]) -> Path:
     try:
         is_free = not any(folder.iterdir()) if folder.is_dir() else not os.path.lexists(folder)
         parent = next(each for each in folder.parents if each.exists())
-    except OSError as error:  # too long a name, or a folder that can't be entered
+    except (OSError, ValueError) as error:  # a name that is too long or that none can have, a folder that is closed
+        reason = getattr(error, "strerror", error)
         raise ConfigError(
-            f"an export needs a folder that can be made, got {path} ({error.strerror}); give another (--out)"
+            f"an export needs a folder that can be made, got {show(path)} ({reason}); give another (--out)"
         ) from error
     if not is_free or folder.is_symlink():
         raise ConfigError(

@@ -101,10 +101,11 @@ class Cluster:
                     break
             else:
                 num_wanted = sum(each == role for each, _ in processes)
+                which = role if number < 0 else f"{role} {number} of {num_wanted}"
                 raise ConfigError(
-                    f"the cluster must have a core for each process, got none left for {role} {number} of "
-                    f"{num_wanted} with {self.num_cores:g} cores on {self.num_nodes} nodes; add nodes or cores that "
-                    f"may have the role {role!r}, or give fewer processes"
+                    f"the cluster must have a core for each process, got none left for {which} with "
+                    f"{self.num_cores:g} cores on {self.num_nodes} nodes; add nodes or cores that may have the role "
+                    f"{role!r}, or give fewer processes"
                 )
         return places
 
@@ -174,6 +175,12 @@ def _cluster(path: str, content: dict[str, Any]) -> Cluster:
         for key, value in given.items():
             field, unit = keys[key]
             fields[field] = unit * _number(f"{path}: {table}.{key}", value)
+    per_hour, seconds = fields.get("lost_per_process_hour", 0.0), fields.get("restart_seconds", 20.0)
+    if per_hour * seconds >= 3600.0:
+        raise ConfigError(
+            f"{path}: a process must live for longer than its replacement takes to start, got {per_hour:g} losses per "
+            f"hour and {seconds:g} seconds; give fewer losses, or a faster start"
+        )
     factors = content.get("costs", {})
     if not isinstance(factors, dict):
         raise ConfigError(f"{path}: costs must be a table, got {show(factors)}; see docs/plan.md")

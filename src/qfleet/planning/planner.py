@@ -74,7 +74,7 @@ def make_plan(config: TrainConfig, cluster: Cluster | None = None, *, measure: b
         env=config.env,
         preset=config.preset,
         topology=config.topology.name,
-        place=_place(cluster),
+        place=_place(config, cluster),
         env_steps=config.env_steps,
         seconds=speed.seconds_until(config.env_steps),
         speed=speed,
@@ -315,7 +315,13 @@ def _num_params(kept: Footprint) -> int:
     return next((part.total_bytes // 4 for part in kept.parts if part.name == "parameters"), 0)
 
 
-def _place(cluster: Cluster) -> str:
+def _place(config: TrainConfig, cluster: Cluster) -> str:
     if cluster.is_here:
         return f"this machine, {cluster.num_cores:g} cores"
-    return f"{cluster.num_nodes} nodes, {cluster.num_cores:g} cores"
+    if config.topology.runs_in == "this process":
+        first = cluster.groups[0]
+        return (
+            f"one of the {first.name}, as if with this machine's {num_cores()} cores at {first.speed:g} times the speed"
+        )
+    nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
+    return f"{nodes}, {cluster.num_cores:g} cores"

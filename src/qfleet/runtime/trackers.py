@@ -137,6 +137,9 @@ def make_loggers(loggers: Sequence[str | Logger]) -> list[tuple[str, Logger]]:
     if not isinstance(loggers, (list, tuple)):
         raise ConfigError(f"loggers must be a list of names and loggers, got {show(loggers)}; write [...] around it")
     made: list[tuple[str, Logger]] = []
+    names = [each for each in loggers if isinstance(each, str)]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ConfigError(f"each tracker must be named once, got {twice[0]} twice; leave one of them out")
     for each in loggers:
         if not isinstance(each, str):
             if missing := [name for name in ("begin", "log", "end") if not callable(getattr(each, name, None))]:

@@ -62,6 +62,7 @@ class PolicyServer:
         """
         check_extra()
         self._load, self._address = load, address
+        self._reloads_first: Callable[[], bool] = lambda: False
         self.limits = limits or ServingLimits()
         self._engine = self._make_engine()
         self._measures, self._rate = Measures(), Rate(self.limits.max_observations_per_second)
@@ -74,8 +75,13 @@ class PolicyServer:
         """The policy that it began with."""
         return self._engine.policy.label
 
-    def serve(self) -> None:
-        """Answers requests until a signal asks to stop; SIGHUP loads the policy anew."""
+    def serve(self, reloads_first: Callable[[], bool] = lambda: False) -> None:
+        """Answers requests until a signal asks to stop; SIGHUP loads the policy anew.
+
+        Args:
+          reloads_first: whether SIGHUP came before this, asked as soon as it is listened for here.
+        """
+        self._reloads_first = reloads_first
         run_until_stopped(self.server(), self._address)
 
     def server(self) -> "uvicorn.Server":
@@ -127,6 +133,8 @@ class PolicyServer:
         # In another thread than the main one, nobody can ask by a signal.
         with contextlib.suppress(ValueError, RuntimeError, AttributeError):
             self._loop.add_signal_handler(signal.SIGHUP, self.reload)
+        if self._reloads_first():
+            self.reload()
         try:
             yield
         finally:

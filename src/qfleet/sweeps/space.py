@@ -180,7 +180,7 @@ def _kinds_of(config: TrainConfig, name: str) -> tuple[Any, ...]:
     if name in of_runs or name == "mesh":
         raise ConfigError(
             f"a sweep varies settings of the agent or the topology, or env_steps, got {name}, which is the same in all "
-            f"trials; give --{name.replace('_', '-')} for all of them"
+            f"trials; give {'ENV' if name == 'env' else '--' + name.replace('_', '-')} for all of them"
         )
     check_suits(name, config.topology.name)
     if name not in known:

@@ -17,7 +17,7 @@ from qfleet.sweeps.directory import SweepDirectory, SweepPlan, default_folder, d
 from qfleet.sweeps.records import TrialRecord, best_first, best_of
 from qfleet.sweeps.results import write_results
 from qfleet.sweeps.space import Parameter, read_space, texts_of, with_settings
-from qfleet.sweeps.training import SweepTraining, SweepView
+from qfleet.sweeps.training import SweepTraining, SweepView, all_failed
 
 if TYPE_CHECKING:
     from qfleet.runtime.loggers import Logger
@@ -33,7 +33,7 @@ class SweepResult:
     trials: tuple[TrialRecord, ...]
     """All trials, the best first."""
     config: TrainConfig | None
-    """The config of the best trial, for `qfleet.train`; None if no trial is complete."""
+    """The config of the best trial, for `qfleet.train`; None if no trial was complete when it was interrupted."""
     is_complete: bool
     """Whether the sweep has come to its end. Otherwise it was interrupted."""
 
@@ -80,7 +80,7 @@ def sweep(
     Raises:
       ConfigError: on bad input, before any work starts, if another process goes on with this sweep, or without the
         extra `sweep`.
-      RunFailed: if the first three trials fail.
+      RunFailed: if the first three trials fail, or all of them.
       KeyboardInterrupt: if a signal asks the sweep to stop, once the trials under way have checkpoints.
     """
     if not isinstance(config, TrainConfig):
@@ -195,7 +195,7 @@ def run_sweep(
 
     Raises:
       ConfigError: if its first trial can't be trained with its config.
-      RunFailed: if the first three trials fail.
+      RunFailed: if the first three trials fail, or all of them.
     """
     plan, view = directory.plan, view or SweepView()
     try:
@@ -209,7 +209,10 @@ def run_sweep(
         view.begin(directory, min(plan.num_trials, study.num_combinations or plan.num_trials), study.records)
         with StopFlag() as stop:
             is_complete = SweepTraining(directory, study, space, view, loggers, stop).train()
-        return _result(directory, study, space, is_complete=is_complete)
+        result = _result(directory, study, space, is_complete=is_complete)
+        if is_complete and result.best is None:
+            raise all_failed(directory, result.trials)
+        return result
     finally:
         directory.release()
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qfleet.config import ConfigError, RunFailed, TrainConfig
 from qfleet.runtime.devices import clear_platform_errors, lack_of_memory
 from qfleet.runtime.records import Progress
+from qfleet.runtime.run_files import shortened
 from qfleet.runtime.signals import StopFlag, StopRequested
 from qfleet.sweeps.batch import Outcome, batches, default_at_once, train_batch
 from qfleet.sweeps.directory import SweepDirectory
@@ -258,7 +259,15 @@ class SweepTraining:
         failed = sum(record.state == "failed" for record in records)
         has_ended = sum(record.state != "under way" for record in records)
         if failed == has_ended and failed >= MAX_FAILURES:
-            again = f"`qfleet sweep --resume {shlex.quote(str(directory.path))}` tries further ones"
-            raise RunFailed(
-                f"all {failed} trials of the sweep have failed, the last one so: {error}. {again}"
-            ) from error
+            raise all_failed(directory, records) from error
+
+
+def all_failed(directory: SweepDirectory, records: Sequence[TrialRecord]) -> RunFailed:
+    """Returns the error of a sweep of which all trials that have ended have failed."""
+    failed = [record for record in records if record.state == "failed"]
+    further = f"qfleet sweep --resume {shlex.quote(str(directory.path))} --trials {len(failed) + MAX_FAILURES}"
+    causes = sorted({record.error for record in failed if record.error})
+    return RunFailed(
+        f"all {len(failed)} trials of the sweep that have ended have failed: {shortened('; '.join(causes), 500)}. They "
+        f"aren't trained again; `{further}` tries others with other settings, and another --run-dir begins anew"
+    )
