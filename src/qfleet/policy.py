@@ -412,8 +412,9 @@ def _shapes_of(state: MemoryState) -> tuple[Any, list[Any]]:
 def _make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second one is of a path that no folder can have
+        reason = getattr(error, "strerror", error)
         raise ConfigError(
-            f"videos need a folder that can be made, got {path} ({error.strerror}); give another"
+            f"videos need a folder that can be made, got {show(path)} ({reason}); give another"
         ) from error
     return path

@@ -19,6 +19,8 @@ def check_new_folder(path: str | os.PathLike[str]) -> Path:
     """
     folder = Path(to_plain(str, path, "path")).absolute()
     try:
+        if "\0" in str(folder):
+            raise ValueError("a null character in it")
         is_free = not any(folder.iterdir()) if folder.is_dir() else not os.path.lexists(folder)
         parent = next(each for each in folder.parents if each.exists())
     except (OSError, ValueError) as error:  # a name that is too long or that none can have, a folder that is closed
