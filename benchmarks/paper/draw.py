@@ -18,6 +18,9 @@ Rows = dict[str, tuple[float, float, float]]
 
 TITLES = {
     "memory": "Return in MemoryChain, by the length of the chain",
+    "equal_peers": "Return of equal peers in CartPole, by what they exchange",
+    "ape_x": "Return of Ape-X in MinAtar's Breakout, by what is changed",
+    "staleness": "Return of a parameter server in CartPole, by the number of workers and the bound on staleness",
     "pqn_minatar": "Return of PQN in MinAtar's games: qfleet's, purejaxql's, and an untrained network's",
 }
 WIDTH, LEFT, SCALE, ROW = 380, 110, 220, 22

@@ -1,6 +1,6 @@
 """Equal peers in CartPole: gradients averaged at each step, parameters averaged now and then, and one process alone.
 
-    python benchmarks/paper/equal_peers.py [--seeds 3] [--again]
+    python benchmarks/paper/equal_peers.py [--seeds 10] [--again]
 
 All rows take the same environment steps, over all peers. `all-reduce` averages the gradients of all peers at each
 learner step, and is one learner in several processes. With `gossip`, each peer learns on its own, takes the learner
@@ -24,7 +24,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Prints the table."""
-    arguments = table.parser(__doc__, num_seeds=3).parse_args()
+    arguments = table.parser(__doc__, num_seeds=10).parse_args()
     rows = [
         table.Row("CartPole", name, table.ours("CartPole-v1", "rainbow_lite", **{"env_steps": 60_000, **settings}))
         for name, settings in ROWS.items()
