@@ -119,10 +119,10 @@ class Watching(SweepView):
 @pytest.mark.usefixtures("cluster")
 def test_trials_on_ray_train_two_at_once(config: TrainConfig) -> None:
     view = Watching()
-    directory = open_sweep(config, SPACE, 4, prune=True, request="", trials_at_once=2, trials_on_ray="local")
+    directory = open_sweep(config, SPACE, 3, prune=True, request="", trials_at_once=2, trials_on_ray="local")
     result = run_sweep(directory, view=view)
-    assert result.is_complete and sorted(view.ended) == [0, 1, 2, 3] and max(view.num_at_once) == 2
-    assert len({tuple(trial.settings.items()) for trial in result.trials}) == 4
+    assert result.is_complete and sorted(view.ended) == [0, 1, 2] and max(view.num_at_once) == 2
+    assert len({tuple(trial.settings.items()) for trial in result.trials}) == 3
     for trial in result.trials:
         assert trial.state == "complete"
         summary = RunDirectory.open(result.path / "trials" / f"{trial.number:04}").read_summary() or {}
@@ -231,8 +231,8 @@ def test_a_sweep_on_ray_that_is_stopped_or_killed_leaves_no_process_and_goes_on(
         "--checkpoint-period-seconds 0.5 --param num_epochs=1,2 --trials 2 --trials-on-ray local --quiet"
     )
     command = [sys.executable, "-m", "qfleet", "sweep", *flags.split(), "--run-dir", str(path)]
-    runs, newest = [path / "trials" / name for name in ("0000", "0001")], [0, 0]
-    for number, expected in ((signal.SIGTERM, 0), (signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+    runs = [path / "trials" / name for name in ("0000", "0001")]
+    for number, expected in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
         before = [num_starts(run) for run in runs]
         process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
@@ -243,10 +243,9 @@ def test_a_sweep_on_ray_that_is_stopped_or_killed_leaves_no_process_and_goes_on(
         wait_until(have_begun)
         process.send_signal(number)
         assert process.wait() == expected
-        if number == signal.SIGTERM:
-            for i, run in enumerate(runs):
-                with filelock.FileLock(run.with_name(f".{run.name}.lock"), timeout=10):
-                    summary = RunDirectory.open(run).read_summary() or {}
-                assert summary["stopped"] == "interrupted" and summary["env_steps"] > newest[i]
-                newest[i] = summary["env_steps"]
-    assert [num_starts(run) for run in runs] == [3, 3]
+    for run in runs:
+        with filelock.FileLock(run.with_name(f".{run.name}.lock"), timeout=10):
+            summary = RunDirectory.open(run).read_summary() or {}
+        assert summary["stopped"] == "interrupted" and num_starts(run) == 2
+        steps = [json.loads(line)["env_steps"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert steps == sorted(set(steps)), "it went on where its checkpoint was"
