@@ -119,10 +119,10 @@ class Watching(SweepView):
 @pytest.mark.usefixtures("cluster")
 def test_trials_on_ray_train_two_at_once(config: TrainConfig) -> None:
     view = Watching()
-    directory = open_sweep(config, SPACE, 3, prune=True, request="", trials_at_once=2, trials_on_ray="local")
+    directory = open_sweep(config, SPACE, 4, prune=True, request="", trials_at_once=2, trials_on_ray="local")
     result = run_sweep(directory, view=view)
-    assert result.is_complete and sorted(view.ended) == [0, 1, 2] and max(view.num_at_once) == 2
-    assert len({tuple(trial.settings.items()) for trial in result.trials}) == 3
+    assert result.is_complete and sorted(view.ended) == [0, 1, 2, 3] and max(view.num_at_once) == 2
+    assert len({tuple(trial.settings.items()) for trial in result.trials}) == 4
     for trial in result.trials:
         assert trial.state == "complete"
         summary = RunDirectory.open(result.path / "trials" / f"{trial.number:04}").read_summary() or {}
