@@ -192,7 +192,7 @@ class GossipRig(Rig):
     def progress(self) -> tuple[int, ...]:
         return self.director.env_steps, self.director.learner_steps, len(self.ledger.applied)
 
-    def saved(self) -> dict[str, Any]:
+    def saved(self) -> tuple[int, dict[str, Any]]:
         states = list(self.director.states())
         learners = [state[:2] for state in states if state is not None]
         if not learners:
@@ -200,7 +200,7 @@ class GossipRig(Rig):
         shares = [self.director.share_of_newest_checkpoint(i) or saved_replay([[]]) for i in range(len(states))]
         parts = [share if state is None else state[2] for state, share in zip(states, shares, strict=True)]
         furthest = max(range(len(learners)), key=lambda i: learners[i][0])
-        return {
+        return self.director.learner_steps, {
             "learner": mean_of([leaves for _, leaves in learners], furthest),
             "replay": join_shards(parts, self.config.topology.actor_pool),
         }

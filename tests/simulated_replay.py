@@ -353,8 +353,7 @@ class ActorLearnerRig(ReplayRig):
     def progress(self) -> tuple[int, ...]:
         return self.director.env_steps, self.director.learner_steps, self.director.version
 
-    def saved(self) -> dict[str, Any]:
+    def saved(self) -> tuple[int, dict[str, Any]]:
         learner_steps, leaves = self.director.learner_state()
-        self.director.machine.learner_steps = learner_steps
         parts = list(self.director.snapshots())
-        return {"learner": leaves, "replay": join_shards(parts, self.config.topology.actor_pool)}
+        return learner_steps, {"learner": leaves, "replay": join_shards(parts, self.config.topology.actor_pool)}

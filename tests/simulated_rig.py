@@ -79,8 +79,8 @@ class Rig(abc.ABC):
         """Requires all that is true when nothing is under way."""
 
     @abc.abstractmethod
-    def saved(self) -> dict[str, Any]:
-        """Returns the state of a checkpoint, of a director that is quiet."""
+    def saved(self) -> tuple[int, dict[str, Any]]:
+        """Returns the learner steps and the state of a checkpoint, of a director that is quiet."""
 
     @abc.abstractmethod
     def progress(self) -> tuple[int, ...]:
@@ -124,11 +124,12 @@ class Rig(abc.ABC):
     def save(self) -> bool:
         """Takes a checkpoint of a quiet director; returns False if part of the state is lost."""
         self._lock.last_event = self.world.num_events + MOST_EVENTS
+        env_steps = self.director.env_steps
         try:
-            state = self.saved()
+            learner_steps, state = self.saved()
         except StateIsLost:
             return False
-        steps = {"env_steps": self.director.env_steps, "learner_steps": self.director.learner_steps}
+        steps = {"env_steps": env_steps, "learner_steps": learner_steps}
         self.checkpoint = state, {**self.director.counters, **steps}
         return True
 

@@ -250,8 +250,9 @@ class ServerRig(ReplayRig):
     def progress(self) -> tuple[int, ...]:
         return self.director.env_steps, self.director.learner_steps, self.director.version
 
-    def saved(self) -> dict[str, Any]:
-        leaves = self.director.learner_state()
+    def saved(self) -> tuple[int, dict[str, Any]]:
+        learner_steps, leaves = self.director.learner_state()
         require("all shards of the server are in the same state", len(set(leaves)) == 1, leaves)
+        require("a checkpoint counts the steps that it holds", learner_steps == leaves[0].learner_steps, learner_steps)
         parts = list(self.director.snapshots())
-        return {"learner": leaves[0], "replay": join_shards(parts, self.config.topology.actor_pool)}
+        return learner_steps, {"learner": leaves[0], "replay": join_shards(parts, self.config.topology.actor_pool)}

@@ -41,6 +41,9 @@ from qfleet.topologies.parameter_server.stats import ServerStats
 
 T = TypeVar("T")
 
+_Replies = tuple[int, list[Reference[T]]]
+"""The number of the learner step after which the shards have replied, and a reference to what each has replied."""
+
 
 class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
     """Coordinates the workers, the parameter server, and the replay if the workers share one."""
@@ -112,10 +115,12 @@ class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
 
     def params(self) -> list[Any]:
         """Returns each shard's piece of the newest parameters, all after the same step."""
-        return self._values_of_server(RemoteServerShard.params, gives_up=False)
+        return self._values_of_server(RemoteServerShard.params, gives_up=False)[1]
 
-    def learner_state(self) -> list[StateLeaves]:
-        """Returns what each shard of the server must keep, all after the same step.
+    def learner_state(self) -> tuple[int, list[StateLeaves]]:
+        """Returns the learner steps of the server's state, and what each shard must keep of it.
+
+        The steps are those of this state. The server may go back to an earlier one as soon as the shards have replied.
 
         Raises:
           StateIsLost: if a shard was lost and has not found a place yet.
@@ -132,25 +137,27 @@ class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
         for process in self._replays:
             yield self._value_of(process, method, gives_up=True)
 
-    def _values_of_server(self, method: Callable[[Any], Reference[T]], *, gives_up: bool) -> list[T]:
-        """Returns what each shard replies, all between the same two steps.
+    def _values_of_server(self, method: Callable[[Any], Reference[T]], *, gives_up: bool) -> tuple[int, list[T]]:
+        """Returns the number of the learner step after which all shards reply, and what each replies.
 
         If a shard is lost before it has replied, or its reply is lost with the node that kept it, all are asked again.
         """
         while True:
-            answer: concurrent.futures.Future[list[Reference[T]] | None] = concurrent.futures.Future()
+            answer: concurrent.futures.Future[_Replies[T] | None] = concurrent.futures.Future()
             self._post(functools.partial(self._ask_server, method, answer))
-            references = self._wait_for(answer, self._servers if gives_up else [])
-            if references is not None:
+            replies = self._wait_for(answer, self._servers if gives_up else [])
+            if replies is not None:
+                learner_steps, references = replies
                 with contextlib.suppress(ValueIsLost):
-                    return [self._supervisor.value(reference) for reference in references]
+                    return learner_steps, [self._supervisor.value(reference) for reference in references]
 
     def _ask_server(
         self,
         method: Callable[[RemoteServerShard], Reference[T]],
-        answer: concurrent.futures.Future[list[Reference[T]] | None],
+        answer: "concurrent.futures.Future[_Replies[T] | None]",
     ) -> None:
         """Calls a method of all shards; the answer is None if one of them is lost before it has replied."""
+        learner_steps = self.machine.server.queue.learner_steps  # of all steps that were requested before
         references = [Reference[T]() for _ in self._servers]
         num_left = len(references)
 
@@ -158,7 +165,7 @@ class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
             nonlocal num_left
             num_left -= 1
             if not num_left:
-                answer.set_result(references)
+                answer.set_result((learner_steps, references))
 
         def dropped() -> None:
             if not answer.done():

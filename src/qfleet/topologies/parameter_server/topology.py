@@ -114,8 +114,7 @@ class ParameterServer(OnRay):
         """The newest learner state, once nothing is in flight any more."""
         self._director.quiesce()
         self.env_steps = self._director.env_steps
-        leaves = self._director.learner_state()
-        self.learner_steps = self._director.learner_steps
+        self.learner_steps, leaves = self._director.learner_state()
         # The optimiser of `make_learner` may clip, and that of the shards does not. The structure of their states
         # differs, while the arrays are the same.
         learner: LearnerState = jax.tree.unflatten(
