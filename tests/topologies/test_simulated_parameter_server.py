@@ -6,7 +6,7 @@ pytest.importorskip("ray")
 
 import small_servers
 from fleet_simulator import World
-from simulated_rig import play_all
+from simulated_rig import play, play_all
 from simulated_server import ServerRig
 
 CONFIGS = [
@@ -29,3 +29,9 @@ def make_rig(world: World) -> ServerRig:
 
 def test_all_shards_take_the_same_steps_and_none_of_before_a_rollback_whatever_goes_wrong():
     play_all(make_rig)
+
+
+@pytest.mark.parametrize("seed", [1018, 1539])
+def test_a_checkpoint_counts_the_steps_that_it_holds_though_a_shard_is_lost_meanwhile(seed):
+    """In the first of these the shard is lost just after its reply, in the second its state on the way to it."""
+    play(make_rig, seed)

@@ -140,7 +140,8 @@ class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
     def _values_of_server(self, method: Callable[[Any], Reference[T]], *, gives_up: bool) -> tuple[int, list[T]]:
         """Returns the number of the learner step after which all shards reply, and what each replies.
 
-        If a shard is lost before it has replied, or its reply is lost with the node that kept it, all are asked again.
+        If the server goes back before all have replied, or a reply is lost with the node that kept it, all are asked
+        again.
         """
         while True:
             answer: concurrent.futures.Future[_Replies[T] | None] = concurrent.futures.Future()
@@ -156,8 +157,12 @@ class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
         method: Callable[[RemoteServerShard], Reference[T]],
         answer: "concurrent.futures.Future[_Replies[T] | None]",
     ) -> None:
-        """Calls a method of all shards; the answer is None if one of them is lost before it has replied."""
-        learner_steps = self.machine.server.queue.learner_steps  # of all steps that were requested before
+        """Calls a method of all shards. The answer is None if the server has gone back before all have replied.
+
+        Then a shard was lost, or a state on its way to a shard, which has replied without it.
+        """
+        queue = self.machine.server.queue
+        learner_steps, version = queue.learner_steps, queue.version  # of all steps that were requested before
         references = [Reference[T]() for _ in self._servers]
         num_left = len(references)
 
@@ -165,7 +170,7 @@ class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
             nonlocal num_left
             num_left -= 1
             if not num_left:
-                answer.set_result((learner_steps, references))
+                answer.set_result((learner_steps, references) if queue.is_current(version) else None)
 
         def dropped() -> None:
             if not answer.done():
