@@ -198,7 +198,8 @@ class Group:
         self.go_wrong(self.world.fault_rate / 2, 3.0)
 
     def kill(self) -> None:
-        if not self.was_killed and any(process.code == -signal.SIGKILL for process in self.processes):
+        is_lost = not self.was_killed and not self.world.has_left  # the cause of a group that is left isn't told
+        if is_lost and any(process.code == -signal.SIGKILL for process in self.processes):
             require("the cause is told, and not what follows", not self.world.cause_told().endswith("aborts"))
         self.was_killed = True
         for process in self.processes:
