@@ -4,7 +4,6 @@ python benchmarks/fleet_limits.py scaling     environments that sleep: environme
 python benchmarks/fleet_limits.py starvation  a fleet's learner against one that has the replay in its own process
 python benchmarks/fleet_limits.py chunks      actors that do nothing: chunks/s, and what each chunk costs every process
 python benchmarks/fleet_limits.py insert      how many frames of Atari two shards take in
-python benchmarks/fleet_limits.py broadcast   CPU time of new parameters for 1 and 16 actors, without what actors do
 python benchmarks/fleet_limits.py soak        the memory of every process and of the object store, over time
 """
 
@@ -56,9 +55,7 @@ gymnasium.register("Sleeper-v0", "fleet_limits:Sleeper")
 def main() -> None:
     """Runs the chosen measurement and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "part", choices=("scaling", "starvation", "chunks", "insert", "broadcast", "soak", "in-process")
-    )
+    parser.add_argument("part", choices=("scaling", "starvation", "chunks", "insert", "soak", "in-process"))
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--actors", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument(
@@ -77,8 +74,6 @@ def main() -> None:
         common.report("fleet chunks", [chunks(count, arguments.seconds) for count in arguments.actors])
     elif arguments.part == "insert":
         common.report("fleet insert", [insert(arguments.seconds)])
-    elif arguments.part == "broadcast":
-        common.report("fleet broadcast", list(broadcast(arguments.repeats)))
     elif arguments.part == "soak":
         common.report("fleet soak", list(soak(arguments.seconds)))
     else:
@@ -352,81 +347,6 @@ def insert(seconds: float) -> dict[str, Any]:
         supervisor.terminate()
         moved = len(ray.cloudpickle.dumps(chunk))
     return {"transitions_per_second": rate, "bytes_per_frame_byte": moved / chunk.rows.obs.nbytes}
-
-
-def broadcast(repeats: int) -> Iterator[dict[str, Any]]:
-    """Yields what it costs the learner and the director to give actors 6.8 MB of new parameters, for 1 actor and 16.
-
-    In each round the director calls every actor once, with the newest parameters. Every second hundred of rounds has
-    new ones each time, and the others have the same again, which is what the calls cost anyway.
-    """
-    from qfleet.topologies.fleet.calls import Inbox
-    from qfleet.topologies.fleet.cluster import connected
-    from qfleet.topologies.fleet.references import Reference
-    from qfleet.topologies.fleet.remote_process import InRemoteProcess, RemoteProcess
-    from qfleet.topologies.fleet.supervisor import Supervisor, carrier_of
-
-    class Publisher(InRemoteProcess):
-        """Stands for a learner with 1.7 million parameters that learns nothing."""
-
-        def publish(self) -> Reference[np.ndarray]:
-            """Returns new parameters."""
-            return Reference(np.zeros(1_700_000, np.float32))
-
-    class Reader(InRemoteProcess):
-        """Stands for an actor that doesn't act."""
-
-        def collect(self, params: Reference[np.ndarray]) -> float:
-            """Reads one parameter."""
-            return float(params.value[0])
-
-    rounds, cpu = 100, {"JAX_PLATFORMS": "cpu"}
-    costs: dict[int, list[float]] = {}
-    with connected("local", 17, "ray_address"):
-        for num_readers in (1, 16) * repeats:
-            inbox = Inbox()
-            supervisor = Supervisor(60.0, 0)
-            supervisor.open(inbox, carrier_of(inbox, is_one_machine=True))
-            one = {"CPU": 1}
-            publisher = supervisor.add(RemoteProcess("learner", Publisher, (), one, cpu, lambda: None))
-            readers = [
-                supervisor.add(RemoteProcess(f"actor {i}", Reader, (), one, cpu, lambda: None))
-                for i in range(num_readers)
-            ]
-
-            def wait_for(replies: list[Any], count: int, supervisor: Any = supervisor) -> None:
-                while len(replies) < count:
-                    supervisor.wait(0.1)
-                    supervisor.process_replies()
-
-            params: Reference[np.ndarray] = Reference()
-            seconds = {True: 0.0, False: 0.0}
-            for i in range(10 * rounds):
-                is_new = (i // rounds) % 2 == 0
-                if i % rounds == 0:
-                    pids = [os.getpid(), *([publisher.place[0]] if publisher.place else [])]
-                    before = cpu_seconds(pids)
-                replies: list[Any] = []
-                if is_new:
-                    params = Reference()
-                    supervisor.submit(publisher, Publisher.publish, on_reply=replies.append, results=[params])
-                    wait_for(replies, 1)
-                    replies.clear()
-                for reader in readers:
-                    supervisor.submit(reader, Reader.collect, params, on_reply=replies.append)
-                wait_for(replies, num_readers)
-                if i % rounds == rounds - 1 and i >= 2 * rounds:  # the first rounds start the processes
-                    seconds[is_new] += cpu_seconds(pids) - before
-            supervisor.terminate()
-            milliseconds = 1e3 * (seconds[True] - seconds[False]) / (4 * rounds)
-            costs.setdefault(num_readers, []).append(milliseconds)
-            yield {
-                "actors": num_readers,
-                "cpu_ms_per_broadcast": milliseconds,
-                "median_of_16_against_1": statistics.median(costs[16]) / statistics.median(costs[1])
-                if len(costs) > 1
-                else None,
-            }
 
 
 def private_bytes(process: int) -> int:

@@ -39,7 +39,7 @@ def config(tmp_path: Path) -> TrainConfig:
 def test_what_cannot_be_a_trial_on_ray_is_refused_before_anything_starts(config: TrainConfig) -> None:
     def refused(message: str, config: TrainConfig = config, **settings: object) -> None:
         with pytest.raises(ConfigError, match=message):
-            qfleet.sweep(config, {"discount": "0.9,0.99"}, **{"trials_on_ray": "auto", **settings})  # type: ignore
+            qfleet.sweep(config, {"discount": "0.9,0.99"}, **{"trials_on_ray": "auto", **settings})
         assert not Path(config.run_dir or "").exists()
 
     fleet = qfleet.make_config("CartPole-v1", "dqn", "actor-learner", run_dir=config.run_dir)

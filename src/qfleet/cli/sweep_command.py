@@ -63,7 +63,8 @@ class _SweepFlags:
     resume: str | None = None
     """Folder of a sweep to go on with, in place of repeating its command."""
     trust: bool = False
-    """Import modules (MODULE:NAME) that only the folder to resume, or the file of --config, names."""
+    """Import modules (MODULE:NAME), and join the Ray cluster, that only the folder to resume or the file of --config
+    names. Both run their code."""
     quiet: bool = False
     """Print nothing but errors."""
 

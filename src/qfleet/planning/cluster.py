@@ -175,17 +175,18 @@ def _cluster(path: str, content: dict[str, Any]) -> Cluster:
         for key, value in given.items():
             field, unit = keys[key]
             fields[field] = unit * _number(f"{path}: {table}.{key}", value)
-    per_hour, seconds = fields.get("lost_per_process_hour", 0.0), fields.get("restart_seconds", 20.0)
+    factors = content.get("costs", {})
+    if not isinstance(factors, dict):
+        raise ConfigError(f"{path}: costs must be a table, got {show(factors)}; see docs/plan.md")
+    factors = {name: _number(f"{path}: costs.{name}", value, above=0.0) for name, value in factors.items()}
+    cluster = Cluster(groups=groups, factors=factors, **fields)
+    per_hour, seconds = cluster.lost_per_process_hour, cluster.restart_seconds
     if per_hour * seconds >= 3600.0:
         raise ConfigError(
             f"{path}: a process must live for longer than its replacement takes to start, got {per_hour:g} losses per "
             f"hour and {seconds:g} seconds; give fewer losses, or a faster start"
         )
-    factors = content.get("costs", {})
-    if not isinstance(factors, dict):
-        raise ConfigError(f"{path}: costs must be a table, got {show(factors)}; see docs/plan.md")
-    factors = {name: _number(f"{path}: costs.{name}", value, above=0.0) for name, value in factors.items()}
-    return Cluster(groups=groups, factors=factors, **fields)
+    return cluster
 
 
 def _group(name: str, content: Any) -> NodeGroup:

@@ -321,7 +321,7 @@ def _place(config: TrainConfig, cluster: Cluster) -> str:
     if config.topology.runs_in == "this process":
         first = cluster.groups[0]
         return (
-            f"one of the {first.name}, as if with this machine's {num_cores()} cores at {first.speed:g} times the speed"
+            f"a node of {first.name}, as if with this machine's {num_cores()} cores at {first.speed:g} times the speed"
         )
     nodes = "one node" if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes"
     return f"{nodes}, {cluster.num_cores:g} cores"

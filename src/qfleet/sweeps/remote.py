@@ -17,6 +17,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from qfleet.config import ConfigError, RunFailed, TrainConfig
+from qfleet.config.errors import RAISED_BY_USERS, short
 from qfleet.runtime.run_directory import SEEDS_FOLDER
 from qfleet.runtime.signals import StopFlag, StopRequested
 from qfleet.sweeps.directory import SweepDirectory
@@ -125,8 +126,8 @@ class TrialProcess(InRemoteProcess):
             return Update(outcome={"stopped": "interrupted"})
         except (ConfigError, RunFailed) as error:
             return Update(outcome=error)
-        except Exception as error:  # such as one of an environment that can't be made
-            return Update(outcome=RunFailed(f"{type(error).__name__}: {error}"))
+        except RAISED_BY_USERS as error:  # such as one of an environment that can't be made
+            return Update(outcome=RunFailed(short(error)))
 
     def _train(self, number: int, config: TrainConfig) -> Iterator[Update]:
         with self._locked(number):
@@ -214,7 +215,7 @@ class RayProcesses:
             wants = in_words(self._resources)
             logger.warning("trials wait for a node with %s: %s", wants, room(self._resources, {}))
         if not self._calls:
-            time.sleep(seconds)
+            time.sleep(seconds)  # no process is there that could have news, so the pool looks again later
             return []
         ready, others = ray.wait(list(self._calls), timeout=seconds)
         if ready and others:

@@ -155,7 +155,7 @@ class ServerDirector(FleetDirector[ServerStats, ServerMachine]):
     def _ask_server(
         self,
         method: Callable[[RemoteServerShard], Reference[T]],
-        answer: "concurrent.futures.Future[_Replies[T] | None]",
+        answer: concurrent.futures.Future[_Replies[T] | None],
     ) -> None:
         """Calls a method of all shards. The answer is None if the server has gone back before all have replied.
 
