@@ -66,8 +66,8 @@ _TOPOLOGY = (
 FILE_TEXTS = {
     "config": "File of settings in TOML or JSON, such as --print-config prints, or the config.json of a run. ENV may "
     "then be left out. Flags that are given too win. Settings that neither gives are chosen as without a file.",
-    "trust": "Import modules (MODULE:NAME, of the environment or the agent's parts) that only the file names. "
-    "Importing runs their code.",
+    "trust": "Import modules (MODULE:NAME, of the environment or the agent's parts) that only the file names, "
+    "and join the Ray cluster at an address that only it names. Both run their code.",
     "print_config": "Print the configuration that would run, with what each setting means, as a file for --config, and "
     "train nothing.",
 }
